@@ -1,0 +1,1 @@
+"""The selection as a graph: ONNX, and engines built from it."""

@@ -1,0 +1,97 @@
+"""How many vision tokens an image may keep."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+__all__ = ["Budget"]
+
+_ACCEPTED = (
+    "a whole number of tokens (64), a percentage up to 100% (10%), a fraction between 0 and 1 (0.1), "
+    "or 'all' for no pruning"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The number of vision tokens to keep: a count, a share of the tokens there are, or all of them.
+
+    Exactly one of `tokens` and `ratio` is set, or neither for "all".
+
+    Args:
+        tokens: Tokens kept, at least 1.
+        ratio: Share kept, above 0 and at most 1. Exact (a fraction, not a float), so that 29% of 100 tokens is 29;
+            equal to the authors' `int(ratio * N)` wherever that product is not rounded across an integer.
+        minimum: Never keep fewer tokens than this (or than there are), at least 1.
+
+    Raises:
+        ValueError: A number out of range, or both `tokens` and `ratio`.
+    """
+
+    tokens: int | None = None
+    ratio: Fraction | None = None
+    minimum: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.ratio is not None:
+            raise ValueError("a budget is a count or a ratio, not both")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"a budget keeps at least 1 token, got {self.tokens}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"a budget's ratio is above 0 and at most 1, got {self.ratio}")
+        if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 1:
+            raise ValueError(f"a budget's minimum is a whole number of at least 1 token, got {self.minimum!r}")
+
+    @classmethod
+    def parse(cls, value: Budget | str | int | float, *, minimum: int = 1) -> Budget:
+        """Returns the budget that a flag, a JSON field or a Python argument names.
+
+        Args:
+            value: `64`, `"64"`, `"10%"`, `0.1`, `"0.1"`, `"all"`, or a Budget, which is returned as it is.
+            minimum: Floor on the tokens kept of an image.
+
+        Raises:
+            ValueError: Anything else (0, negative numbers, 150%, 1.5, "ten"); the message lists what is accepted.
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f"budget {value!r} is not understood: expected {_ACCEPTED}")
+        text = str(value).strip().lower()
+        if text == "all":
+            return cls(minimum=minimum)
+        if re.fullmatch(r"[0-9]+", text) and int(text) > 0:
+            return cls(tokens=int(text), minimum=minimum)
+        if re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)%", text) and 0 < Fraction(text[:-1]) <= 100:
+            return cls(ratio=Fraction(text[:-1]) / 100, minimum=minimum)
+        # 1.0 is refused on purpose: one token and every token are both fair readings of it.
+        if re.fullmatch(r"[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+e-[0-9]+", text) and 0 < Fraction(text) < 1:
+            return cls(ratio=Fraction(text), minimum=minimum)
+        raise ValueError(f"budget {value!r} is not understood: expected {_ACCEPTED}")
+
+    @property
+    def is_all(self) -> bool:
+        """True if nothing is ever pruned."""
+        return self.tokens is None and (self.ratio is None or self.ratio == 1)
+
+    def num_kept(self, num_tokens: int) -> int:
+        """Returns how many of `num_tokens` tokens are kept: at least `minimum`, at most `num_tokens`."""
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens is not negative, got {num_tokens}")
+        if self.is_all:
+            return num_tokens
+        wanted = self.tokens if self.ratio is None else int(self.ratio * num_tokens)
+        assert wanted is not None
+        return min(max(wanted, self.minimum), num_tokens)
+
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return str(self.tokens)
+        if self.is_all:
+            return "all"
+        assert self.ratio is not None
+        percent = self.ratio * 100
+        exact = f"{float(percent):.12g}"
+        return f"{exact}%"

@@ -1,0 +1,46 @@
+"""The coverage matrix: how well each vision token stands for each word and each part of the image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.config import SelectionConfig
+
+__all__ = ["coverage_matrix"]
+
+
+def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: SelectionConfig) -> Tensor:
+    """Returns C = [P; alpha Q], the matrix whose row-wise maxima over a set of columns add up to the set's coverage.
+
+    With x, c, t the unit rows of `vision`, `keys` and `text`:
+    P = softmax(t x^T / tv_temp) / M and Q = softmax(c c^T / vv_temp) / N, both over the N vision tokens.
+    Text coverage is P alone, vision coverage Q alone (alpha weighs the two and has no meaning for one).
+
+    Args:
+        vision: [N, D] vision tokens as the language model would read them; float32, float16 or bfloat16.
+        keys: [N, d] vision features before the projector; any of the three dtypes.
+        text: [M, D] input embeddings of the guidance words; M may be 0 unless coverage is "text".
+        config: Temperatures, weight, coverage.
+
+    Returns:
+        [M + N, N] float32 (or [M, N], or [N, N]) on the features' device.
+
+    Source: MMTok, arXiv 2508.18264, sections 3.1 to 3.3.
+    """
+    blocks = []
+    if config.coverage != "vision" and len(text):
+        similarity = _unit_rows(text) @ _unit_rows(vision).T
+        blocks.append(torch.softmax(similarity / config.tv_temp, dim=1) / len(text))
+    if config.coverage != "text":
+        unit_keys = _unit_rows(keys)
+        image_rows = torch.softmax(unit_keys @ unit_keys.T / config.vv_temp, dim=1) / len(keys)
+        # Without text rows alpha would only scale every gain: left out, so that alpha = 0 still covers the image.
+        blocks.append(image_rows * config.alpha if blocks else image_rows)
+    return torch.cat(blocks)
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    # float32 first: a norm in float16 overflows at 65504, and the clamp's 1e-8 would be 0.
+    rows = rows.float()
+    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)

@@ -1,0 +1,49 @@
+"""The words of a question that guide the selection.
+
+Source: MMTok, github Ironieser/MMTok, behaviour of mmtok/core/text_processor.py and mmtok/core/mmtok_core.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+__all__ = ["ANSWER_INSTRUCTIONS", "NON_VISUAL_WORDS", "GuidanceRule", "guidance_words"]
+
+GuidanceRule = Literal["keywords", "question"]
+
+ANSWER_INSTRUCTIONS = (
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+)
+
+NON_VISUAL_WORDS = frozenset(
+    "a an the is are was were be been being have has had do does did it they he she we you i "
+    "what where when why how who which and or but so if then question answer "
+    "to for with by from at into onto upon".split()
+)
+
+
+def guidance_words(text: str, rule: GuidanceRule) -> list[str]:
+    """Returns the words to embed, in order; tokenise them one by one, as the authors do.
+
+    Args:
+        text: The user's question. `<image>` markers in it are dropped.
+        rule: "keywords" (LLaVA) drops the benchmark instructions and the words without visual meaning, and uses the
+            text as it was where nothing is left. "question" (Qwen2.5-VL) is `Question: ` and the whole text.
+
+    Returns:
+        Words without white space; empty if `text` holds no word, which leaves the image alone to be covered.
+
+    Raises:
+        ValueError: An unknown rule.
+    """
+    text = text.replace("<image>", " ")
+    if rule == "question":
+        return ["Question:", *text.split()] if text.strip() else []
+    if rule != "keywords":
+        raise ValueError(f"guidance rule is 'keywords' or 'question', got {rule!r}")
+    for instruction in ANSWER_INSTRUCTIONS:
+        text = text.replace(instruction, "")
+    keywords = [word for word in re.findall(r"\b\w+\b", text) if word.lower() not in NON_VISUAL_WORDS]
+    return keywords or text.split()

@@ -1,0 +1,164 @@
+"""The selection: which vision tokens the language model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.coverage import coverage_matrix
+from mmtok_deploy.greedy_reference import greedy_maximum_coverage
+
+__all__ = ["BudgetLike", "Selection", "SelectionError", "select_tokens"]
+
+BudgetLike = Budget | int | float | str
+
+
+class SelectionError(ValueError):
+    """Features that no selection can be made from (NaN or infinite values)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """The tokens selected from one image, on the features' device.
+
+    Args:
+        order: [K] int64, token indices as picked; the first j are the selection for a budget of j.
+        kept: [K] int64, the same indices in raster order.
+        coverage: [K] float32, f(S) after each pick.
+        total: [] float32, f of all N tokens; `coverage / total` is the share of text and image that is covered.
+    """
+
+    order: Tensor
+    kept: Tensor
+    coverage: Tensor
+    total: Tensor
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+
+@overload
+def select_tokens(
+    vision: Tensor,
+    keys: Tensor,
+    text: Tensor,
+    budget: BudgetLike,
+    *,
+    config: SelectionConfig = ...,
+    excluded: Tensor | None = ...,
+) -> Selection: ...
+
+
+@overload
+def select_tokens(
+    vision: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    text: Sequence[Tensor],
+    budget: BudgetLike | Sequence[BudgetLike],
+    *,
+    config: SelectionConfig = ...,
+    excluded: Sequence[Tensor | None] | None = ...,
+) -> list[Selection]: ...
+
+
+def select_tokens(
+    vision: Tensor | Sequence[Tensor],
+    keys: Tensor | Sequence[Tensor],
+    text: Tensor | Sequence[Tensor],
+    budget: BudgetLike | Sequence[BudgetLike],
+    *,
+    config: SelectionConfig = SelectionConfig(),
+    excluded: Tensor | Sequence[Tensor | None] | None = None,
+) -> Selection | list[Selection]:
+    """Returns the vision tokens that best cover the text and the image: MMTok's greedy maximum coverage.
+
+    One problem is given as tensors; a batch as lists of tensors, one a problem, whose N, M and budgets may differ.
+    All arithmetic is float32. Ties go to the lowest index. Without text (M = 0) the image alone is covered.
+
+    Args:
+        vision: [N, D] vision tokens after the projector, float32, float16 or bfloat16.
+        keys: [N, d] vision features before the projector, one a token.
+        text: [M, D] language-model input embeddings of the guidance words.
+        budget: Tokens to keep: a Budget or what `Budget.parse` reads. For a batch, one for all or one a problem.
+        config: Temperatures, weight, coverage.
+        excluded: [N] bool, tokens never to pick, such as padding. If fewer tokens than the budget remain, those are
+            returned; a budget of N or more returns every token untouched (`order` then ends with the excluded ones).
+
+    Raises:
+        TypeError: Tensors and lists mixed, or a dtype that is not one of the three.
+        ValueError: Shapes that do not belong together, lists of different lengths, a budget that is not understood,
+            or coverage "text" without text.
+        SelectionError: NaN or infinite features.
+
+    Source: MMTok (ICLR 2026), arXiv 2508.18264, Algorithms 1 and 2.
+    """
+    if isinstance(vision, Tensor):
+        if not (isinstance(keys, Tensor) and isinstance(text, Tensor)):
+            raise TypeError("vision, keys and text are three tensors, or three lists of tensors")
+        if not (excluded is None or isinstance(excluded, Tensor)):
+            raise TypeError(f"excluded is a tensor or None for one problem, got {type(excluded).__name__}")
+        return _select_one(vision, keys, text, _one_budget(budget), config, excluded)
+
+    if isinstance(keys, Tensor) or isinstance(text, Tensor) or isinstance(excluded, Tensor):
+        raise TypeError("vision is a list of tensors, so keys, text and excluded are lists as well")
+    num_problems = len(vision)
+    budgets = [_one_budget(budget)] * num_problems if _is_one_budget(budget) else [_one_budget(b) for b in budget]
+    masks = [None] * num_problems if excluded is None else list(excluded)
+    lengths = {"keys": len(keys), "text": len(text), "budget": len(budgets), "excluded": len(masks)}
+    for name, length in lengths.items():
+        if length != num_problems:
+            raise ValueError(f"a batch of {num_problems} problems needs as many {name}, got {length}")
+    return [
+        _select_one(*problem, config, mask) for *problem, mask in zip(vision, keys, text, budgets, masks, strict=True)
+    ]
+
+
+def _is_one_budget(budget: object) -> bool:
+    return isinstance(budget, Budget | int | float | str)
+
+
+def _one_budget(budget: object) -> Budget:
+    if not isinstance(budget, Budget | int | float | str):
+        raise TypeError(f"one problem takes one budget, got {type(budget).__name__}")
+    return Budget.parse(budget)
+
+
+def _select_one(
+    vision: Tensor, keys: Tensor, text: Tensor, budget: Budget, config: SelectionConfig, excluded: Tensor | None
+) -> Selection:
+    _check_problem(vision, keys, text, config, excluded)
+    num_tokens = len(vision)
+    num_picks = budget.num_kept(num_tokens)
+    matrix = coverage_matrix(vision, keys, text, config)
+    total = matrix.amax(dim=1).sum() if num_tokens else matrix.new_zeros(())
+    if not torch.isfinite(total):
+        raise SelectionError("vision, keys and text must be finite, got NaN or infinite values")
+    order = greedy_maximum_coverage(matrix, num_picks, excluded)
+    if num_picks == num_tokens and excluded is not None:
+        order = torch.cat([order, excluded.nonzero()[:, 0]])
+    coverage = matrix[:, order].cummax(dim=1).values.sum(dim=0)
+    return Selection(order, order.sort().values, coverage, total)
+
+
+def _check_problem(
+    vision: Tensor, keys: Tensor, text: Tensor, config: SelectionConfig, excluded: Tensor | None
+) -> None:
+    for name, tensor in (("vision", vision), ("keys", keys), ("text", text)):
+        if tensor.ndim != 2:
+            raise ValueError(f"{name} is a matrix, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"{name} is float32, float16 or bfloat16, got {tensor.dtype}")
+    if len(keys) != len(vision):
+        raise ValueError(f"keys has one row a vision token: expected {len(vision)}, got {len(keys)}")
+    if text.shape[1] != vision.shape[1]:
+        raise ValueError(f"text and vision have the same width, got {text.shape[1]} and {vision.shape[1]}")
+    if config.coverage == "text" and not len(text):
+        raise ValueError("coverage 'text' needs at least one row of text; use 'multimodal' or 'vision' without")
+    if excluded is not None and (excluded.dtype != torch.bool or excluded.shape != vision.shape[:1]):
+        raise ValueError(f"excluded is a bool mask of [{len(vision)}], got {excluded.dtype} of {list(excluded.shape)}")

@@ -1,0 +1,1 @@
+"""The selection inside a server: the SGLang plugin and its adapters."""
