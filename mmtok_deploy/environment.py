@@ -1,0 +1,39 @@
+"""Every environment variable the project reads; command-line flags win over them.
+
+All three are SGLang's, and are read exactly as SGLang 0.5.23 reads them (srt/plugins/__init__.py,
+srt/platforms/__init__.py): an empty value counts as unset.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["sglang_platform", "sglang_plugins", "use_cpu_engine", "without_sglang_choices"]
+
+_PLATFORM = "SGLANG_PLATFORM"
+_PLUGINS = "SGLANG_PLUGINS"
+_CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
+
+
+def sglang_platform() -> str | None:
+    """Returns SGLANG_PLATFORM, the one platform plugin that SGLang may load; None if unset."""
+    return os.environ.get(_PLATFORM) or None
+
+
+def sglang_plugins() -> list[str] | None:
+    """Returns SGLANG_PLUGINS, the only plugins and platforms that SGLang may load; None if unset.
+
+    A value without a name in it (",") is an empty list: SGLang then loads nothing.
+    """
+    value = os.environ.get(_PLUGINS)
+    return [name.strip() for name in value.split(",") if name.strip()] if value else None
+
+
+def use_cpu_engine() -> bool:
+    """Returns whether SGLANG_USE_CPU_ENGINE asks for SGLang's own CPU engine; only "1" does."""
+    return os.environ.get(_CPU_ENGINE) == "1"
+
+
+def without_sglang_choices() -> dict[str, str]:
+    """Returns this process's environment without the three variables, for a subprocess that is free of them."""
+    return {name: value for name, value in os.environ.items() if name not in (_PLATFORM, _PLUGINS, _CPU_ENGINE)}

@@ -1,0 +1,10 @@
+"""The SGLang plugin: what happens to a request between HTTP and the language model.
+
+1. `server_args` adds the flags; a server started with `--mmtok-budget` installs the `hooks`, all of them or none.
+2. `request` reads what a request asks for: its budget, and the text that guides the selection of each image.
+3. `placeholders` cuts an image's N placeholder tokens to K in the tokenizer process and leaves a plan on the image.
+4. `cache_key` makes guidance, budget and constants part of the image's identity in the prefix cache.
+5. `selection` picks the K tokens in the scheduler process, after the vision encoder.
+6. `positions` gives the kept tokens their own M-RoPE positions back.
+`families` holds one file a model family; `cpu_platform` lets all of it run on a machine without a GPU.
+"""

@@ -1,0 +1,40 @@
+"""The identity of a pruned image in SGLang's prefix and embedding caches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
+from mmtok_deploy.runtime.sglang.settings import Settings
+
+__all__ = ["CacheKeys"]
+
+
+class CacheKeys:
+    """Makes guidance, budget and constants part of each pruned image's hash; one a scheduler process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._config = settings.config
+
+    def from_processor_output(self, original: Callable[..., Any], output: Any, **kwargs: Any) -> Any:
+        """Returns SGLang's multimodal inputs, each pruned image under a hash of its own.
+
+        Without it, two questions about one image would share KV of different tokens.
+
+        Hooks: sglang 0.5.23 srt/managers/schedule_batch.py MultimodalInputs.from_processor_output: after hashes that
+        a caller may have given. Can go when items take a salt.
+        """
+        inputs = original(output, **kwargs)
+        for item in inputs.mm_items:
+            plan = plan_of(item)
+            if plan is not None and "mmtok_image_hash" not in item.model_specific_data:
+                item.model_specific_data["mmtok_image_hash"] = item.hash
+                item.set_hash(self.key(item.hash, plan))
+        return inputs
+
+    def key(self, image_hash: int, plan: ImagePlan) -> int:
+        """Returns the 64-bit hash of an image under a plan."""
+        parts = (image_hash, plan.num_tokens, plan.num_kept, self._config, plan.guidance)
+        return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")

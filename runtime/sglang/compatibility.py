@@ -1,0 +1,80 @@
+"""What a server with a budget refuses to start with, because tokens could be pruned wrongly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+from sglang.srt.environ import envs
+from sglang.srt.model_executor.cuda_graph_config import Backend
+from sglang.srt.model_loader.utils import get_resolved_model_impl
+
+from mmtok_deploy.runtime.sglang.families import FAMILIES
+
+__all__ = ["UnsupportedServerError", "check_server", "family_of_server"]
+
+
+class UnsupportedServerError(ValueError):
+    """A model or a configuration that MMTok does not prune correctly."""
+
+
+def family_of_server(server_args: Any) -> str:
+    """Returns the model family (a key of FAMILIES) that these resolved arguments serve.
+
+    Raises:
+        UnsupportedServerError: Another model, or a supported one on the other of SGLang's model implementations.
+    """
+    model_config = model_config_of(server_args)
+    architecture = model_config.hf_config.architectures[0]
+    for name, family in FAMILIES.items():
+        if family.architecture != architecture:
+            continue
+        found = get_resolved_model_impl(model_config).value
+        if found != family.model_impl:
+            raise UnsupportedServerError(
+                f"--mmtok-budget prunes {architecture} on the {family.model_impl!r} implementation only, this server "
+                f"would use {found!r}: add --model-impl {family.model_impl}"
+            )
+        return name
+    supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
+    raise UnsupportedServerError(
+        f"--mmtok-budget does not support {architecture}. Supported: {supported}. "
+        "Start the server without --mmtok-budget to serve this model unpruned."
+    )
+
+
+def check_server(server_args: Any) -> None:
+    """Raises UnsupportedServerError if these resolved arguments take a path that goes around the hooks."""
+    problems = list(_problems(resolving_view(server_args)))
+    if problems:
+        raise UnsupportedServerError(
+            "--mmtok-budget cannot be combined with " + "; nor with ".join(problems) + ". Drop one of the two."
+        )
+
+
+def _problems(cfg: Any) -> Iterator[str]:
+    if cfg.encoder_only or cfg.language_only or cfg.enable_adaptive_dispatch_to_encoder:
+        yield "encoder disaggregation (--encoder-only, --language-only): images are processed around the plugin"
+    if cfg.language_model_only:
+        yield "--language-model-only: there is no vision encoder"
+    if cfg.disaggregation_mode != "null":
+        yield f"--disaggregation-mode {cfg.disaggregation_mode}: not verified"
+    if cfg.speculative_algorithm:
+        yield f"--speculative-algorithm {cfg.speculative_algorithm}: the draft model reads unpruned positions"
+    if cfg.mm_enable_dp_encoder:
+        yield "--mm-enable-dp-encoder: features before the merger are spread over the ranks"
+    if cfg.attn_dp_size > 1:
+        yield "attention data parallelism (--attn-dp-size, --enable-dp-attention): not verified"
+    if cfg.skip_tokenizer_init:
+        yield "--skip-tokenizer-init: guidance text must be tokenised"
+    if cfg.enable_mm_global_cache:
+        yield "--enable-mm-global-cache: it would share pruned embeddings without their positions"
+    if cfg.cuda_graph_config is not None and cfg.cuda_graph_config.prefill.backend == Backend.FULL:
+        yield "--cuda-graph-backend-prefill full: it replays positions from before the selection (use breakable)"
+    if cfg.smg_grpc_mode or cfg.grpc_mode or cfg.grpc_port is not None:
+        yield "gRPC serving (--smg-grpc-mode, --grpc-mode, --grpc-port): images are processed around the plugin"
+    if envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():
+        yield "SGLANG_VIT_ENABLE_CUDA_GRAPH: features before the merger stay inside the graph"
+    if envs.SGLANG_RUST_SERVER.get():
+        yield "SGLANG_RUST_SERVER: the Rust server processes images itself"

@@ -1,0 +1,30 @@
+"""SGLang on plain PyTorch: the platform that runs a server on a machine without an accelerator."""
+
+from __future__ import annotations
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+__all__ = ["TorchCpuPlatform"]
+
+
+class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """A CPU without SGLang's compiled kernels: PyTorch operators and attention, no optional capability."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self) -> str:
+        """Returns the attention backend that needs nothing but PyTorch."""
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        """Returns the suffix of the operator implementations to use: `forward_native`."""
+        return "native"
+
+    def get_device(self, device_id: int = 0) -> str:
+        """Returns "cpu": the text that `--device` defaults to (the mixin's torch.device is not accepted there)."""
+        return "cpu"

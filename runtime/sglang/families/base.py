@@ -1,0 +1,82 @@
+"""What a model family tells the plugin."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
+from mmtok_deploy.runtime.sglang.hooks import Hook
+from mmtok_deploy.runtime.sglang.placeholders import PlaceholderCutter
+from mmtok_deploy.runtime.sglang.request import add_chat_guidance
+from mmtok_deploy.runtime.sglang.selection import TokenSelector
+from mmtok_deploy.runtime.sglang.settings import Settings
+
+__all__ = ["Family"]
+
+
+class Family(ABC):
+    """A model family: where its placeholders stand, what its features are, how its positions run.
+
+    The first three methods run in the tokenizer process on one request's images, the hooks of `model_hooks` in the
+    scheduler process.
+    """
+
+    architecture: ClassVar[str]
+    """The checkpoint's `architectures[0]`."""
+    model_impl: ClassVar[Literal["sglang", "transformers"]]
+    """Which of SGLang's implementations of the model is hooked."""
+    placeholder: ClassVar[str]
+    """What stands for one image in a prompt's text."""
+    processor_hook: ClassVar[tuple[str, str]]
+    """Target and parameters of the processor's `process_mm_data_async`."""
+
+    def separate_images(self, output: Any, processor: Any) -> None:
+        """Makes `output.mm_items` one item an image with one span of placeholders, where it is not so already.
+
+        Args:
+            output: SGLang's processor output, before the cut.
+            processor: SGLang's processor, with the Hugging Face one in `_processor` and the model's `hf_config`.
+        """
+
+    def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
+        """Returns how many of an image's placeholders stay.
+
+        Args:
+            item: SGLang's item of the image.
+            num_tokens: N, its placeholders; returned for an image that is to stay unpruned.
+            budget: The request's budget.
+            config: The model's Hugging Face configuration.
+        """
+        return budget.num_kept(num_tokens)
+
+    def excluded(self, item: Any) -> Tensor | None:
+        """Returns the [N] bool mask of an image's tokens that are never to be picked, None if there are none."""
+        return None
+
+    @abstractmethod
+    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
+        """Returns the hooks on the family's model."""
+
+    @classmethod
+    def hooks(cls, settings: Settings) -> list[Hook]:
+        """Returns every hook of a server of this family."""
+        family = cls()
+        target, parameters = cls.processor_hook
+        return [
+            Hook(
+                "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+                "self request raw_request",
+                add_chat_guidance,
+            ),
+            Hook(target, parameters, PlaceholderCutter(settings, family).process_mm_data),
+            Hook(
+                "managers.schedule_batch.MultimodalInputs.from_processor_output",
+                "obj requires_mm_token_modalities",
+                CacheKeys(settings).from_processor_output,
+            ),
+            *family.model_hooks(TokenSelector(settings)),
+        ]

@@ -1,0 +1,97 @@
+"""LLaVA-1.5 on SGLang's Transformers backend: one square image, whose padding is never picked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.hooks import Hook
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
+from mmtok_deploy.runtime.sglang.selection import TokenSelector
+from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK, backend_hooks, separate_images
+
+__all__ = ["Llava15", "padding_mask"]
+
+_SIZES = "mmtok_image_sizes"
+
+
+class Llava15(Family):
+    """A fixed number of tokens an image (576 at 336 pixels); kept tokens take its place, positions run on."""
+
+    architecture = "LlavaForConditionalGeneration"
+    model_impl = "transformers"
+    placeholder = "<image>"
+    processor_hook = PROCESSOR_HOOK
+
+    def separate_images(self, output: Any, processor: Any) -> None:
+        """Splits the images, each with an equal share of the placeholders."""
+        (bundle,) = output.mm_items
+        num_images = len(bundle.feature)
+        num_placeholders = sum(end - start + 1 for start, end in bundle.offsets) // num_images
+        separate_images(output, [num_placeholders] * num_images)
+        for item in output.mm_items:
+            # Ours, not the model's: the encoder takes no sizes.
+            item.model_specific_data[_SIZES] = item.model_specific_data.pop("image_sizes", None)
+
+    def excluded(self, item: Any) -> Tensor | None:
+        """Returns the patches that lie wholly in the padding, if the processor pads to a square."""
+        sizes = item.model_specific_data.get(_SIZES)
+        if sizes is None:
+            return None
+        ((start, end),) = item.offsets
+        height, width = sizes[0].tolist()
+        mask = padding_mask(height, width, item.feature.shape[-1], int((end - start + 1) ** 0.5))
+        return mask if mask.any() else None
+
+    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
+        """Returns the hooks on the processor, which forgets the images' sizes, and on the backend."""
+
+        def select(model: Any, item: Any, plan: ImagePlan, vision: Tensor, keys: Tensor) -> Tensor:
+            embed = model.model.get_input_embeddings()
+            return vision[0][selector.select(item.hash, plan, vision[0], keys[0], embed)]
+
+        return [
+            Hook(
+                "multimodal.processors.transformers_auto.TransformersAutoMultimodalProcessor._apply_hf_processor",
+                "self text images videos",
+                _keep_image_sizes,
+            ),
+            *backend_hooks(select),
+        ]
+
+
+def padding_mask(height: int, width: int, side: int, patches: int) -> Tensor:
+    """Returns [patches * patches] bool: the patches of a padded square that hold no pixel of the image.
+
+    Args:
+        height: The image's, in pixels.
+        width: The image's, in pixels.
+        side: The square's side after resizing, in pixels.
+        patches: Patches along the side.
+
+    Source: Ironieser/MMTok mmtok/llava/patch_llava.py, `calculate_padding_patch_indices` without overlap.
+    """
+    patch = side // patches
+    rows, columns = (_padded_lines(length, max(height, width), side, patch, patches) for length in (height, width))
+    return (rows[:, None] | columns[None, :]).flatten()
+
+
+def _padded_lines(length: int, longest: int, side: int, patch: int, patches: int) -> Tensor:
+    padding = side - round(length * (side / longest))
+    before = padding // 2
+    line = torch.arange(patches)
+    return (line < before // patch) | (line >= patches - (padding - before) // patch)
+
+
+def _keep_image_sizes(
+    original: Callable[..., Any], processor: Any, text: Any, images: Any = None, videos: Any = None
+) -> Any:
+    """Runs the Hugging Face processor; where it pads to a square, keeps the images' sizes for `excluded`."""
+    result = original(processor, text=text, images=images, videos=videos)
+    if images and getattr(processor._processor.image_processor, "do_pad", False):
+        result["image_sizes"] = torch.tensor([(image.height, image.width) for image in images])
+    return result

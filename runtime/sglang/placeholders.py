@@ -1,0 +1,147 @@
+"""Cutting an image's placeholders to its budget, in the tokenizer process, before anything counts tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.guidance import guidance_words
+from mmtok_deploy.runtime.sglang.request import guidance_texts, requested_budget
+from mmtok_deploy.runtime.sglang.settings import Settings
+
+__all__ = ["ImagePlan", "PlaceholderCutter", "plan_of"]
+
+_KEY = "mmtok"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """What the tokenizer process decides about one image; it travels to the scheduler with the image.
+
+    Args:
+        num_tokens: N, the image's placeholders before the cut.
+        num_kept: K, its placeholders after it; the selection must return exactly as many tokens.
+        guidance: Token ids of the guidance words.
+        excluded: [N] bool, tokens never to pick; None if all may be.
+        positions: [3, N] int64, the M-RoPE positions of the N placeholders; None for models with 1-D positions.
+    """
+
+    num_tokens: int
+    num_kept: int
+    guidance: list[int]
+    excluded: Tensor | None = None
+    positions: Tensor | None = None
+
+    def attach(self, item: Any) -> None:
+        """Leaves the plan on SGLang's item, as plain values that its transport can carry."""
+        item.model_specific_data[_KEY] = asdict(self)
+
+
+def plan_of(item: Any) -> ImagePlan | None:
+    """Returns the plan of SGLang's item, None for one that is not pruned."""
+    values = item.model_specific_data.get(_KEY)
+    return None if values is None else ImagePlan(**values)
+
+
+class PlaceholderCutter:
+    """Plans and cuts every image of a request; one a tokenizer process."""
+
+    def __init__(self, settings: Settings, family: Any) -> None:
+        self._settings = settings
+        self._family = family
+
+    async def process_mm_data(
+        self, original: Callable[..., Awaitable[Any]], processor: Any, image_data: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns SGLang's processed request with each pruned image's placeholders cut from N to K.
+
+        Raises:
+            ValueError: A bad budget, or an input that cannot be pruned (HTTP 400).
+
+        Hooks: sglang 0.5.23 srt/multimodal/processors, `process_mm_data_async`: before the context length is
+        checked, and what both of Qwen's paths return through. Can go when processors have a post-processing stage.
+        """
+        request = kwargs["request_obj"]
+        fields = getattr(request, "mm_processor_kwargs", None)
+        budget = requested_budget(fields, self._settings.budget)
+        if not budget.is_all:
+            _refuse_what_cannot_be_pruned(request, image_data)
+        output = await original(processor, image_data, *args, **kwargs)
+        if output is None or not output.mm_items:
+            return output
+        self._family.separate_images(output, processor)
+        output.mm_items.sort(key=lambda item: item.offsets[0][0])
+        tokenizer = getattr(processor._processor, "tokenizer", processor._processor)
+        if not budget.is_all:
+            texts = guidance_texts(
+                fields, kwargs["input_text"], len(output.mm_items), self._family.placeholder, tokenizer.decode
+            )
+            for item, text in zip(output.mm_items, texts, strict=True):
+                guidance = _token_ids(tokenizer, guidance_words(text, self._settings.guidance))
+                self._plan(item, budget, guidance, processor.hf_config)
+            cut_placeholders(output)
+        return output
+
+    def _plan(self, item: Any, budget: Budget, guidance: list[int], config: Any) -> None:
+        ((start, end),) = item.offsets
+        num_tokens = end - start + 1
+        num_kept = self._family.num_kept(item, num_tokens, budget, config)
+        excluded = self._family.excluded(item)
+        if excluded is not None and num_kept < num_tokens:
+            # Fewer tokens than the budget may be pickable; where none is, the budget stands and the scheduler
+            # falls back to evenly spaced tokens.
+            num_kept = min(num_kept, num_tokens - int(excluded.sum())) or num_kept
+        if num_kept < num_tokens:
+            ImagePlan(num_tokens, num_kept, guidance, excluded).attach(item)
+
+
+def cut_placeholders(output: Any) -> None:
+    """Cuts the placeholders of every planned image in place, with all that is laid out by token.
+
+    Text tokens, and decoding after them, keep the M-RoPE positions they have without pruning; the K placeholders that
+    stay hold the place of tokens that are not chosen yet, so the N original positions go into the plan.
+    """
+    input_ids = torch.as_tensor(output.input_ids)
+    stays = torch.ones(len(input_ids), dtype=torch.bool)
+    for item in output.mm_items:
+        plan = plan_of(item)
+        if plan is None:
+            continue
+        ((start, end),) = item.offsets
+        stays[start + plan.num_kept : end + 1] = False
+        if output.mrope_positions is not None:
+            item.model_specific_data[_KEY]["positions"] = output.mrope_positions[:, start : end + 1].clone()
+    if stays.all():
+        return
+    # The new index of a token is the number of tokens that stay up to it, less one: right for first and last of each
+    # span, since a cut span's last old index maps to its last placeholder that stays.
+    new_index = stays.cumsum(0) - 1
+    for item in output.mm_items:
+        item.offsets = [(int(new_index[start]), int(new_index[end])) for start, end in item.offsets]
+    output.input_ids = input_ids[stays].tolist()
+    output.padded_input_ids = None
+    if output.token_type_ids is not None:
+        output.token_type_ids = torch.as_tensor(output.token_type_ids).flatten()[stays]
+    if output.mrope_positions is not None:
+        output.mrope_positions = output.mrope_positions[:, stays].contiguous()
+        output.mrope_position_delta = output.mrope_position_delta + int((~stays).sum())
+
+
+def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
+    advice = 'send mm_processor_kwargs={"mmtok_budget": "all"} to have it read unpruned'
+    if getattr(request, "video_data", None):
+        raise ValueError(f"MMTok prunes images, this request brings a video: {advice}")
+    if any(isinstance(image, dict) for image in image_data or []):
+        raise ValueError(f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}")
+
+
+def _token_ids(tokenizer: Any, words: list[str]) -> list[int]:
+    if not words:
+        return []
+    # Word by word, without BOS, as the authors tokenise: "_encode_text_with_token_pooling" in their mmtok_core.py.
+    return list(tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"])

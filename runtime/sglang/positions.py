@@ -1,0 +1,114 @@
+"""M-RoPE positions of kept tokens: each token keeps the (t, h, w) position it has without pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.managers import mm_schedule
+from torch import Tensor
+
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
+from mmtok_deploy.runtime.sglang.selection import TokenSelector
+
+__all__ = ["PositionWriter"]
+
+_PROXY_KEY = "mmtok_mrope_positions"
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The part of one pruned image's K placeholders that a prefill chunk holds.
+
+    Args:
+        key: The image's cache key.
+        plan: Its plan, with the original positions.
+        kept: Which of the K kept tokens are in the chunk.
+        batch: Where they stand in the batch's tokens.
+    """
+
+    key: int
+    plan: ImagePlan
+    kept: slice
+    batch: slice
+
+
+class PositionWriter:
+    """Writes the kept tokens' positions into each prefill batch; one a scheduler process."""
+
+    def __init__(self, selector: TokenSelector) -> None:
+        self._selector = selector
+
+    def prepare_mm_inputs(
+        self,
+        original: Callable[..., Any],
+        input_ids: Tensor,
+        forward_batch: Any,
+        language_model: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns SGLang's input embeddings after correcting the batch's positions in place.
+
+        Hooks: sglang 0.5.23 srt/managers/mm_utils.py prepare_mm_inputs: the selection is known after it, and the
+        language model has not read the positions yet. Can go when embedding functions may return positions.
+        """
+        # The call ends by dropping the batch's multimodal inputs, so what is to be written is found before it.
+        spans = list(_spans(forward_batch)) if language_model.pp_group.is_first_rank else []
+        for span in spans:
+            if self._selector.remembered(span.key) is None:
+                # A cached embedding whose selection is forgotten has no positions: have the image encoded again.
+                _drop_cached_embedding(span.key)
+        embeddings = original(input_ids, forward_batch, language_model, *args, **kwargs)
+        positions = forward_batch.mrope_positions
+        for span in spans:
+            kept = self._selector.remembered(span.key)
+            if kept is None or span.plan.positions is None:
+                raise RuntimeError(f"MMTok: the image {span.key:#x} is in this batch, but was not selected")
+            chosen = span.plan.positions.to(positions.device)[:, kept[span.kept].to(positions.device)]
+            positions[:, span.batch] = chosen
+        return embeddings
+
+    def forward(self, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model, handing corrected positions from each pipeline stage to the next.
+
+        Only the first stage encodes and selects; the others would go on with uncorrected positions.
+
+        Hooks: sglang 0.5.23 srt/models/qwen2_5_vl.py Qwen2_5_VLForConditionalGeneration.forward. Can go when proxy
+        tensors carry positions.
+        """
+        forward_batch = args[2] if len(args) > 2 else kwargs["forward_batch"]
+        received = kwargs.get("pp_proxy_tensors")
+        if received is not None and _PROXY_KEY in received.tensors:
+            forward_batch.mrope_positions.copy_(received.tensors.pop(_PROXY_KEY))
+        result = original(model, *args, **kwargs)
+        if not model.pp_group.is_last_rank and forward_batch.forward_mode.is_extend():
+            result.tensors[_PROXY_KEY] = forward_batch.mrope_positions.clone()
+        return result
+
+
+def _spans(forward_batch: Any) -> Iterator[_Span]:
+    mode = forward_batch.forward_mode
+    if mode.is_decode() or mode.is_target_verify() or not forward_batch.contains_mm_inputs():
+        return
+    batch_start = 0
+    for inputs, chunk_start, chunk_len in zip(
+        forward_batch.mm_inputs, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
+    ):
+        for item in inputs.mm_items if inputs is not None else []:
+            plan = plan_of(item)
+            if plan is None:
+                continue
+            ((start, end),) = item.offsets
+            first, stop = max(start, chunk_start), min(end + 1, chunk_start + chunk_len)
+            if first < stop:
+                shift = batch_start - chunk_start
+                yield _Span(item.hash, plan, slice(first - start, stop - start), slice(first + shift, stop + shift))
+        batch_start += chunk_len
+
+
+def _drop_cached_embedding(key: int) -> None:
+    cache = mm_schedule.embedding_cache
+    if cache is not None and cache.get_single(key) is not None:
+        cache.free(key, None)

@@ -1,0 +1,142 @@
+"""What one request asks for: its budget, and the text that guides the selection of each of its images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from mmtok_deploy.budget import Budget
+
+__all__ = ["add_chat_guidance", "guidance_texts", "message_guidance", "prompt_guidance", "requested_budget"]
+
+_BUDGET, _GUIDANCE = "mmtok_budget", "mmtok_guidance"
+
+# A user's turn in the prompts that the chat templates of the supported families render, up to the next role.
+_USER_TURN = re.compile(
+    r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|\Z)"  # ChatML: Qwen2.5-VL, LLaVA-NeXT 34B, 72B, 110B
+    r"|\bUSER:(.*?)(?:\bASSISTANT:|\Z)"  # Vicuna: LLaVA-1.5, LLaVA-NeXT
+    r"|\[INST\](.*?)(?:\[/INST\]|\Z)"  # Mistral: LLaVA-NeXT
+    r"|<\|start_header_id\|>user<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)",  # Llama 3: LLaVA-NeXT
+    re.DOTALL,
+)
+
+
+def requested_budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
+    """Returns the budget of a request: its own, or the server's.
+
+    Args:
+        kwargs: The request's `mm_processor_kwargs`.
+        default: The server's budget, whose minimum holds for requests as well.
+
+    Raises:
+        ValueError: A budget that is not understood, or an `mmtok_` field that does not exist (HTTP 400).
+    """
+    fields = kwargs or {}
+    unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in (_BUDGET, _GUIDANCE))
+    if unknown:
+        raise ValueError(
+            f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {_BUDGET} and {_GUIDANCE}"
+        )
+    if fields.get(_BUDGET) is None:
+        return default
+    try:
+        return Budget.parse(fields[_BUDGET], minimum=default.minimum)
+    except ValueError as error:
+        raise ValueError(f"mm_processor_kwargs.{_BUDGET}: {error}") from None
+
+
+def guidance_texts(
+    kwargs: Mapping[str, Any] | None,
+    prompt: str | Sequence[int],
+    num_images: int,
+    placeholder: str,
+    decode: Callable[[Sequence[int]], str],
+) -> list[str]:
+    """Returns the guidance text of each image, in the order of the images in the prompt.
+
+    Args:
+        kwargs: The request's `mm_processor_kwargs`; its `mmtok_guidance`, one text for all images or a list of one
+            an image, goes before the prompt. Chat requests carry the texts of their messages there.
+        prompt: The prompt before placeholders are expanded, as text or token ids.
+        num_images: Images in the prompt.
+        placeholder: What stands for one image in the prompt's text.
+        decode: Text of token ids.
+
+    Raises:
+        ValueError: `mmtok_guidance` is neither a text nor a list of one text an image (HTTP 400).
+    """
+    given = (kwargs or {}).get(_GUIDANCE)
+    if isinstance(given, str):
+        return [given] * num_images
+    if given is not None:
+        if isinstance(given, list) and len(given) == num_images and all(isinstance(text, str) for text in given):
+            return given
+        raise ValueError(
+            f"mm_processor_kwargs.{_GUIDANCE} is one text, or a list of one text for each of the request's "
+            f"{num_images} images, got {given!r:.200}"
+        )
+    text = prompt if isinstance(prompt, str) else decode(prompt)
+    texts = prompt_guidance(text, placeholder)
+    # A prompt of ids may come with its placeholders expanded: then every image is in the same text or none is told
+    # apart, and the whole conversation's user text is the nearest to the rule.
+    return texts if len(texts) == num_images else [" ".join(dict.fromkeys(texts))] * num_images
+
+
+def prompt_guidance(prompt: str, placeholder: str) -> list[str]:
+    """Returns, for each placeholder in a rendered prompt, the text of the user turn that it stands in.
+
+    A prompt without known role markers is one turn.
+    """
+    texts: list[str] = []
+    end = 0
+    turns = [(match.start(), match.end(), match[match.lastindex or 0]) for match in _USER_TURN.finditer(prompt)]
+    for start, stop, turn in turns or [(0, len(prompt), prompt)]:
+        # Images between turns (in a system text, say) have the text around them as guidance.
+        texts += _per_placeholder(prompt[end:start], placeholder) + _per_placeholder(turn, placeholder)
+        end = stop
+    return texts + _per_placeholder(prompt[end:], placeholder)
+
+
+def message_guidance(messages: Sequence[Any]) -> list[str]:
+    """Returns, for each image of a chat, the text of the turn that brought it.
+
+    A turn is a run of messages of one role, so that an image and its question may come as two user messages.
+
+    Args:
+        messages: SGLang's chat messages, with `role` and `content` (a text, or a list of parts).
+    """
+    texts = []
+    for _, turn in groupby(messages, key=lambda message: message.role):
+        parts = [part for message in turn for part in _parts(message.content)]
+        words = " ".join(text for kind, text in parts if kind == "text").strip()
+        texts += [words] * sum(kind in ("image_url", "input_image") for kind, _ in parts)
+    return texts
+
+
+def add_chat_guidance(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Converts a chat request as SGLang does, and hands the guidance texts on with it.
+
+    Hooks: sglang 0.5.23 srt/entrypoints/openai/serving_chat.py OpenAIServingChat._convert_to_internal_request, the
+    last place that sees messages. Can go when processors are given the messages.
+    """
+    adapted, request = original(serving, request, *args, **kwargs)
+    images = adapted.image_data
+    texts = message_guidance(request.messages) if images else []
+    if texts and len(texts) == len(images):
+        adapted.mm_processor_kwargs = {_GUIDANCE: texts} | (adapted.mm_processor_kwargs or {})
+    return adapted, request
+
+
+def _parts(content: Any) -> list[tuple[str, str]]:
+    if content is None or isinstance(content, str):
+        return [("text", content or "")]
+    return [(part.type, getattr(part, "text", None) or "") for part in content]
+
+
+def _per_placeholder(text: str, placeholder: str) -> list[str]:
+    count = text.count(placeholder)
+    # Markers around a placeholder (<|vision_start|>) are no words of the user's.
+    words = re.sub(r"<\|[a-z_]+\|>", " ", text.replace(placeholder, " "))
+    return [" ".join(words.split())] * count

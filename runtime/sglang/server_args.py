@@ -1,0 +1,145 @@
+"""The --mmtok-* flags, as fields of SGLang's ServerArgs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any, Literal
+
+import sglang.srt.server_args
+from sglang.srt.arg_groups.arg_utils import NS, A, Arg
+
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.presets import PRESETS
+from mmtok_deploy.runtime.sglang.settings import Settings
+
+__all__ = ["MMTokServerArgs"]
+
+
+def _budget_text(value: str) -> str:
+    try:
+        return str(Budget.parse(value))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):
+    """SGLang's ServerArgs with the flags of the selection; they reach every process of a server by pickling.
+
+    A process in which arguments with a budget are resolved or arrive installs the hooks, all of them or none, so that
+    no process of a pruning server can run unhooked, and none of another server is touched.
+
+    Replaces: sglang 0.5.23 srt/server_args.py ServerArgs. Can go when SGLang lets plugins declare flags.
+    """
+
+    mmtok_budget: A[
+        str | None,
+        Arg(
+            help="MMTok: vision tokens that an image keeps: a count (64), a share (10%% or 0.1), or all. A request "
+            'overrides it with mm_processor_kwargs={"mmtok_budget": ...}. Unset: the plugin is off.',
+            type_parser=_budget_text,
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_min_tokens: A[
+        int | None, Arg(help="MMTok: never keep fewer tokens of an image than this. Default: 1."), NS("mm")
+    ] = None
+    mmtok_tv_temp: A[
+        float | None,
+        Arg(help="MMTok: temperature of the text-to-vision softmax. Default: the model family's preset."),
+        NS("mm"),
+    ] = None
+    mmtok_vv_temp: A[
+        float | None,
+        Arg(help="MMTok: temperature of the vision-to-vision softmax. Default: the model family's preset."),
+        NS("mm"),
+    ] = None
+    mmtok_alpha: A[
+        float | None,
+        Arg(help="MMTok: weight of covering the image against covering the text. Default: the family's preset."),
+        NS("mm"),
+    ] = None
+    mmtok_coverage: A[
+        Literal["multimodal", "text", "vision"] | None,
+        Arg(help="MMTok: what the kept tokens cover. Default: multimodal, the text and the image."),
+        NS("mm"),
+    ] = None
+    mmtok_guidance: A[
+        Literal["keywords", "question"] | None,
+        Arg(help="MMTok: which words of a question guide the selection. Default: the model family's preset."),
+        NS("mm"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Checks the flags as soon as they are given.
+
+        Raises:
+            ValueError: A value that is not understood, or a --mmtok flag without --mmtok-budget.
+        """
+        super().__post_init__()
+        if self.mmtok_budget is not None:
+            # Any preset serves: this checks the user's values, and the family is not known yet.
+            self._settings("qwen2.5-vl")
+            return
+        given = [name for name in self.__struct_fields__ if name.startswith("mmtok_") and getattr(self, name) is not None]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{flags} has no effect without --mmtok-budget: add it, or --mmtok-budget all")
+
+    def resolve_once(self) -> None:
+        """Resolves the arguments, and installs the hooks if there is a budget.
+
+        Raises:
+            UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all.
+            HookError: A hook point of SGLang is missing or has changed.
+        """
+        super().resolve_once()
+        if self.mmtok_budget is None:
+            return
+        from mmtok_deploy.runtime.sglang.compatibility import check_server, family_of_server
+
+        self._mmtok_settings = self._settings(family_of_server(self))
+        check_server(self)
+        _install(self._mmtok_settings)
+
+    def resolved_dict(self) -> dict[str, Any]:
+        """Returns the resolved values, those of the selection included, for `/server_info`."""
+        resolved: dict[str, Any] = super().resolved_dict()
+        settings = self.__dict__.get("_mmtok_settings")
+        return resolved | settings.flags() if settings else resolved
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as SGLang does, but installs the hooks in the process that unpickles."""
+        return _rebuild, super().__reduce__()[1]
+
+    def _settings(self, family: str) -> Settings:
+        preset = PRESETS[family]
+        flags = {
+            "tv_temp": self.mmtok_tv_temp,
+            "vv_temp": self.mmtok_vv_temp,
+            "alpha": self.mmtok_alpha,
+            "coverage": self.mmtok_coverage,
+        }
+        minimum = 1 if self.mmtok_min_tokens is None else self.mmtok_min_tokens
+        return Settings(
+            family=family,
+            budget=Budget.parse(self.mmtok_budget, minimum=minimum),
+            config=replace(preset.config, **{name: value for name, value in flags.items() if value is not None}),
+            guidance=self.mmtok_guidance or preset.guidance,
+        )
+
+
+def _rebuild(cls: type[MMTokServerArgs], fields: dict[str, Any], bookkeeping: dict[str, Any]) -> MMTokServerArgs:
+    arguments = cls(**fields)
+    arguments.__dict__.update(bookkeeping)
+    settings = bookkeeping.get("_mmtok_settings")
+    if settings is not None:
+        _install(settings)
+    return arguments
+
+
+def _install(settings: Settings) -> None:
+    from mmtok_deploy.runtime.sglang.families import FAMILIES
+    from mmtok_deploy.runtime.sglang.hooks import install_hooks
+
+    install_hooks(FAMILIES[settings.family].hooks(settings))

@@ -1,0 +1,41 @@
+"""What a server was started with, resolved against its model family's preset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.guidance import GuidanceRule
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One server's selection settings; every process of the server holds the same.
+
+    Args:
+        family: Key of `mmtok_deploy.presets.PRESETS`, and of `families.FAMILIES`.
+        budget: Tokens an image keeps where the request names no budget of its own.
+        config: Temperatures, weight, coverage.
+        guidance: How guidance words are taken from a question.
+    """
+
+    family: str
+    budget: Budget
+    config: SelectionConfig
+    guidance: GuidanceRule
+
+    def flags(self) -> dict[str, Any]:
+        """Returns the settings as the values of the --mmtok-* flags, for `/server_info`."""
+        return {
+            "mmtok_budget": str(self.budget),
+            "mmtok_min_tokens": self.budget.minimum,
+            "mmtok_tv_temp": self.config.tv_temp,
+            "mmtok_vv_temp": self.config.vv_temp,
+            "mmtok_alpha": self.config.alpha,
+            "mmtok_coverage": self.config.coverage,
+            "mmtok_guidance": self.guidance,
+        }

@@ -1,0 +1,125 @@
+"""SGLang's Transformers backend, led through the embedding path that its own models take.
+
+That backend hands pixels to the Hugging Face model inside the forward pass, where placeholders and features must have
+equal numbers. Here images are encoded first, one by one, pruned, and their embeddings put in the placeholders' place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang.srt.managers import mm_utils
+from sglang.srt.managers.schedule_batch import MultimodalDataItem
+from torch import Tensor
+
+from mmtok_deploy.runtime.sglang.hooks import Hook
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
+
+__all__ = ["PROCESSOR_HOOK", "SelectFeatures", "backend_hooks", "separate_images"]
+
+PROCESSOR_HOOK = (
+    "multimodal.processors.transformers_auto.TransformersAutoMultimodalProcessor.process_mm_data_async",
+    "self image_data audio_data input_text request_obj kwargs",
+)
+
+SelectFeatures = Callable[[Any, Any, ImagePlan, Tensor, Tensor], Tensor]
+"""(model, item, plan, vision [tiles, n, D], keys [tiles, n, d]) -> the kept tokens [K, D]."""
+
+_MIXIN = "models.transformers.MultiModalMixin"
+
+
+def backend_hooks(select: SelectFeatures) -> list[Hook]:
+    """Returns the hooks that lead images through the embedding path and prune them on it.
+
+    Args:
+        select: Picks an image's tokens from its features.
+    """
+
+    def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> list[Tensor]:
+        return [_encode(original, model, item, select) for item in items]
+
+    return [
+        Hook(f"{_MIXIN}.pad_input_ids", "self input_ids mm_inputs", _pad_input_ids),
+        Hook(f"{_MIXIN}.get_image_feature", "self items", get_image_feature),
+        Hook(
+            f"{_MIXIN}._forward_hidden_states",
+            "self input_ids positions forward_batch input_embeds",
+            _forward_hidden_states,
+        ),
+    ]
+
+
+def separate_images(output: Any, num_placeholders: Sequence[int]) -> None:
+    """Makes `output.mm_items` one item an image, each with the span of its own placeholders.
+
+    Args:
+        output: The processor's output, with one item for all images.
+        num_placeholders: The placeholders of each image: images may follow one another without a token between.
+
+    Raises:
+        ValueError: The prompt's placeholders are not those of its images (HTTP 400).
+    """
+    (bundle,) = output.mm_items
+    places = [place for start, end in bundle.offsets for place in range(start, end + 1)]
+    if len(places) != sum(num_placeholders):
+        raise ValueError(
+            f"the prompt has {len(places)} image placeholders, its {len(num_placeholders)} images have "
+            f"{sum(num_placeholders)}"
+        )
+    items, first = [], 0
+    for index, count in enumerate(num_placeholders):
+        span = places[first : first + count]
+        if span[-1] - span[0] != count - 1:
+            raise ValueError(f"the placeholders of image {index} are not in one piece")
+        data = {name: value[index : index + 1] for name, value in bundle.model_specific_data.items()}
+        items.append(
+            MultimodalDataItem(
+                modality=bundle.modality,
+                feature=bundle.feature[index : index + 1],
+                offsets=[(span[0], span[-1])],
+                model_specific_data=data,
+            )
+        )
+        first += count
+    output.mm_items = items
+
+
+def _pad_input_ids(_original: Callable[..., Any], _model: Any, input_ids: Any, mm_inputs: Any) -> Any:
+    # The backend leaves the placeholder's own id in place; the embedding path finds an image by its pad value.
+    return mm_utils.pad_mm_tokens(input_ids, mm_inputs)
+
+
+def _encode(original: Callable[..., Tensor], model: Any, item: Any, select: SelectFeatures) -> Tensor:
+    plan = plan_of(item)
+    data = item.model_specific_data
+    projected: list[tuple[Tensor, Tensor]] = []
+    # The backend passes everything on the item to the Hugging Face encoder as an argument: show it the model's own.
+    item.model_specific_data = {name: value for name, value in data.items() if not name.startswith("mmtok")}
+    hook = model.model.multi_modal_projector.register_forward_hook(
+        lambda _, inputs, tokens: projected.append((inputs[0], tokens))
+    )
+    try:
+        unpruned = original(model, [item])
+    finally:
+        hook.remove()
+        item.model_specific_data = data
+    if plan is None:
+        return unpruned
+    ((keys, vision),) = projected
+    return select(model, item, plan, vision, keys)
+
+
+def _forward_hidden_states(
+    original: Callable[..., Tensor],
+    model: Any,
+    input_ids: Tensor | None,
+    positions: Tensor,
+    forward_batch: Any,
+    input_embeds: Tensor | None = None,
+) -> Tensor:
+    prefill = input_embeds is None and not forward_batch.forward_mode.is_decode()
+    if prefill and forward_batch.contains_mm_inputs():
+        input_embeds = mm_utils.prepare_mm_inputs(input_ids, forward_batch, model.model, {}, model)
+        input_ids = None
+    return original(model, input_ids, positions, forward_batch, input_embeds)
