@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from fractions import Fraction
 
 __all__ = ["Budget"]
@@ -12,6 +13,8 @@ _ACCEPTED = (
     "a whole number of tokens (64), a percentage up to 100% (10%), a fraction between 0 and 1 (0.1), "
     "or 'all' for no pruning"
 )
+# A float's exponent has three digits at most; a longer one would be expanded digit by digit.
+_NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Budget:
         minimum: Never keep fewer tokens than this (or than there are), at least 1.
 
     Raises:
-        ValueError: A number out of range, or both `tokens` and `ratio`.
+        ValueError: A number of the wrong kind or out of range, or both `tokens` and `ratio`.
     """
 
     tokens: int | None = None
@@ -37,11 +40,11 @@ class Budget:
     def __post_init__(self) -> None:
         if self.tokens is not None and self.ratio is not None:
             raise ValueError("a budget is a count or a ratio, not both")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"a budget keeps at least 1 token, got {self.tokens}")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"a budget's ratio is above 0 and at most 1, got {self.ratio}")
-        if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 1:
+        if self.tokens is not None and not _is_count(self.tokens):
+            raise ValueError(f"a budget keeps a whole number of at least 1 token, got {self.tokens!r}")
+        if self.ratio is not None and not (isinstance(self.ratio, Fraction) and 0 < self.ratio <= 1):
+            raise ValueError(f"a budget's ratio is a Fraction above 0 and at most 1, got {self.ratio!r}")
+        if not _is_count(self.minimum):
             raise ValueError(f"a budget's minimum is a whole number of at least 1 token, got {self.minimum!r}")
 
     @classmethod
@@ -64,10 +67,10 @@ class Budget:
             return cls(minimum=minimum)
         if re.fullmatch(r"[0-9]+", text) and int(text) > 0:
             return cls(tokens=int(text), minimum=minimum)
-        if re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)%", text) and 0 < Fraction(text[:-1]) <= 100:
+        if re.fullmatch(f"{_NUMBER}%", text) and 0 < Fraction(text[:-1]) <= 100:
             return cls(ratio=Fraction(text[:-1]) / 100, minimum=minimum)
         # 1.0 is refused on purpose: one token and every token are both fair readings of it.
-        if re.fullmatch(r"[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+e-[0-9]+", text) and 0 < Fraction(text) < 1:
+        if re.fullmatch(_NUMBER, text) and 0 < Fraction(text) < 1:
             return cls(ratio=Fraction(text), minimum=minimum)
         raise ValueError(f"budget {value!r} is not understood: expected {_ACCEPTED}")
 
@@ -93,5 +96,9 @@ class Budget:
             return "all"
         assert self.ratio is not None
         percent = self.ratio * 100
-        exact = f"{float(percent):.12g}"
-        return f"{exact}%"
+        # Decimal, so that what was parsed (a float has 17 digits at most) is written as it was.
+        return f"{Context(prec=28).divide(Decimal(percent.numerator), Decimal(percent.denominator))}%"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -43,4 +43,5 @@ def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: Selectio
 def _unit_rows(rows: Tensor) -> Tensor:
     # float32 first: a norm in float16 overflows at 65504, and the clamp's 1e-8 would be 0.
     rows = rows.float()
-    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / lengths.clamp(min=1e-8)

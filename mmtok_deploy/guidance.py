@@ -17,11 +17,13 @@ ANSWER_INSTRUCTIONS = (
     "Answer with the option's letter from the given choices directly.",
 )
 
-NON_VISUAL_WORDS = frozenset(
+_WORDS = (
     "a an the is are was were be been being have has had do does did it they he she we you i "
     "what where when why how who which and or but so if then question answer "
-    "to for with by from at into onto upon".split()
+    "to for with by from at into onto upon"
 )
+NON_VISUAL_WORDS = frozenset(_WORDS.split())
+"""Words, in lower case, that say nothing about an image."""
 
 
 def guidance_words(text: str, rule: GuidanceRule) -> list[str]:

@@ -30,7 +30,7 @@ class Selection:
     Args:
         order: [K] int64, token indices as picked; the first j are the selection for a budget of j.
         kept: [K] int64, the same indices in raster order.
-        coverage: [K] float32, f(S) after each pick.
+        coverage: [K] float32, f(S) after each pick; never falls.
         total: [] float32, f of all N tokens; `coverage / total` is the share of text and image that is covered.
     """
 
@@ -108,19 +108,17 @@ def select_tokens(
     if isinstance(keys, Tensor) or isinstance(text, Tensor) or isinstance(excluded, Tensor):
         raise TypeError("vision is a list of tensors, so keys, text and excluded are lists as well")
     num_problems = len(vision)
-    budgets = [_one_budget(budget)] * num_problems if _is_one_budget(budget) else [_one_budget(b) for b in budget]
+    if isinstance(budget, Sequence) and not isinstance(budget, str):
+        budgets = [_one_budget(one) for one in budget]
+    else:
+        budgets = [_one_budget(budget)] * num_problems
     masks = [None] * num_problems if excluded is None else list(excluded)
     lengths = {"keys": len(keys), "text": len(text), "budget": len(budgets), "excluded": len(masks)}
     for name, length in lengths.items():
         if length != num_problems:
             raise ValueError(f"a batch of {num_problems} problems needs as many {name}, got {length}")
-    return [
-        _select_one(*problem, config, mask) for *problem, mask in zip(vision, keys, text, budgets, masks, strict=True)
-    ]
-
-
-def _is_one_budget(budget: object) -> bool:
-    return isinstance(budget, Budget | int | float | str)
+    problems = zip(vision, keys, text, budgets, masks, strict=True)
+    return [_select_one(x, c, t, one_budget, config, mask) for x, c, t, one_budget, mask in problems]
 
 
 def _one_budget(budget: object) -> Budget:
@@ -143,13 +141,16 @@ def _select_one(
     if num_picks == num_tokens and excluded is not None:
         order = torch.cat([order, excluded.nonzero()[:, 0]])
     coverage = matrix[:, order].cummax(dim=1).values.sum(dim=0)
-    return Selection(order, order.sort().values, coverage, total)
+    # Sums are rounded by column, so a pick that gains nothing could lower the value by its last bit.
+    return Selection(order, order.sort().values, coverage.cummax(dim=0).values, total)
 
 
 def _check_problem(
     vision: Tensor, keys: Tensor, text: Tensor, config: SelectionConfig, excluded: Tensor | None
 ) -> None:
     for name, tensor in (("vision", vision), ("keys", keys), ("text", text)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a tensor or a list of tensors, got {type(tensor).__name__}")
         if tensor.ndim != 2:
             raise ValueError(f"{name} is a matrix, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -75,9 +75,10 @@ class PlaceholderCutter:
         if output is None or not output.mm_items:
             return output
         self._family.separate_images(output, processor)
-        output.mm_items.sort(key=lambda item: item.offsets[0][0])
-        tokenizer = getattr(processor._processor, "tokenizer", processor._processor)
         if not budget.is_all:
+            _refuse_scattered_placeholders(output.mm_items)
+            output.mm_items.sort(key=lambda item: item.offsets[0])
+            tokenizer = getattr(processor._processor, "tokenizer", processor._processor)
             texts = guidance_texts(
                 fields, kwargs["input_text"], len(output.mm_items), self._family.placeholder, tokenizer.decode
             )
@@ -138,6 +139,15 @@ def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
         raise ValueError(f"MMTok prunes images, this request brings a video: {advice}")
     if any(isinstance(image, dict) for image in image_data or []):
         raise ValueError(f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}")
+
+
+def _refuse_scattered_placeholders(items: list[Any]) -> None:
+    for item in items:
+        if len(item.offsets or ()) != 1:
+            raise ValueError(
+                f"each image has one run of placeholders in the prompt, one here has {len(item.offsets or ())}: "
+                "write one placeholder for each image"
+            )
 
 
 def _token_ids(tokenizer: Any, words: list[str]) -> list[int]:

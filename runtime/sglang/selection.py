@@ -96,5 +96,6 @@ class TokenSelector:
                 num_kept,
                 self.num_fallbacks,
             )
-            return torch.linspace(0, len(vision) - 1, num_kept, device=vision.device).round().long()
+            # In integers: float32 repeats a token where there are more than 10,000.
+            return torch.arange(num_kept, device=vision.device) * (len(vision) - 1) // max(num_kept - 1, 1)
         return selection.kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ def _budget_text(value: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):
+class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ignore[call-arg]
     """SGLang's ServerArgs with the flags of the selection; they reach every process of a server by pickling.
 
     A process in which arguments with a budget are resolved or arrive installs the hooks, all of them or none, so that
@@ -81,7 +82,9 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):
             # Any preset serves: this checks the user's values, and the family is not known yet.
             self._settings("qwen2.5-vl")
             return
-        given = [name for name in self.__struct_fields__ if name.startswith("mmtok_") and getattr(self, name) is not None]
+        given = [
+            name for name in self.__struct_fields__ if name.startswith("mmtok_") and getattr(self, name) is not None
+        ]
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"{flags} has no effect without --mmtok-budget: add it, or --mmtok-budget all")
@@ -91,10 +94,11 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):
 
         Raises:
             UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all.
-            HookError: A hook point of SGLang is missing or has changed.
+            HookError: A hook point of SGLang is missing or has changed, or the process has hooks of other settings.
         """
         super().resolve_once()
         if self.mmtok_budget is None:
+            _install(None)
             return
         from mmtok_deploy.runtime.sglang.compatibility import check_server, family_of_server
 
@@ -133,13 +137,40 @@ def _rebuild(cls: type[MMTokServerArgs], fields: dict[str, Any], bookkeeping: di
     arguments = cls(**fields)
     arguments.__dict__.update(bookkeeping)
     settings = bookkeeping.get("_mmtok_settings")
-    if settings is not None:
+    if settings is not None and not _in_detokenizer():
         _install(settings)
     return arguments
 
 
-def _install(settings: Settings) -> None:
-    from mmtok_deploy.runtime.sglang.families import FAMILIES
-    from mmtok_deploy.runtime.sglang.hooks import install_hooks
+def _in_detokenizer() -> bool:
+    # It handles no images: importing processors and models for the hooks would only cost it seconds at start.
+    detokenizes, schedules, tokenizes = (
+        f"sglang.srt.managers.{name}" in sys.modules
+        for name in ("detokenizer_manager", "scheduler", "tokenizer_manager")
+    )
+    return detokenizes and not (schedules or tokenizes)
 
-    install_hooks(FAMILIES[settings.family].hooks(settings))
+
+_installed: Settings | None = None
+
+
+def _install(settings: Settings | None) -> None:
+    """Installs the hooks of a server with these settings in this process; None is a server without a budget.
+
+    Raises:
+        HookError: The process has the hooks of another server (two `sgl.Engine` after one another): they would cut
+            placeholders by its budget, and the new server's scheduler would not know.
+    """
+    global _installed
+    from mmtok_deploy.runtime.sglang.hooks import HookError, install_hooks
+
+    if _installed is not None and settings != _installed:
+        raise HookError(
+            "this process has run a server with other MMTok settings, and its hooks stay: start each server in a "
+            "process of its own"
+        )
+    if settings is not None:
+        from mmtok_deploy.runtime.sglang.families import FAMILIES
+
+        install_hooks(FAMILIES[settings.family].hooks(settings))
+        _installed = settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
@@ -21,12 +21,19 @@ class Settings:
         budget: Tokens an image keeps where the request names no budget of its own.
         config: Temperatures, weight, coverage.
         guidance: How guidance words are taken from a question.
+
+    Raises:
+        ValueError: An unknown guidance rule.
     """
 
     family: str
     budget: Budget
     config: SelectionConfig
     guidance: GuidanceRule
+
+    def __post_init__(self) -> None:
+        if self.guidance not in get_args(GuidanceRule):
+            raise ValueError(f"guidance is one of {', '.join(get_args(GuidanceRule))}, got {self.guidance!r}")
 
     def flags(self) -> dict[str, Any]:
         """Returns the settings as the values of the --mmtok-* flags, for `/server_info`."""

@@ -34,7 +34,7 @@ class Family(ABC):
     processor_hook: ClassVar[tuple[str, str]]
     """Target and parameters of the processor's `process_mm_data_async`."""
 
-    def separate_images(self, output: Any, processor: Any) -> None:
+    def separate_images(self, output: Any, processor: Any) -> None:  # noqa: B027 - most processors have done it
         """Makes `output.mm_items` one item an image with one span of placeholders, where it is not so already.
 
         Args:

@@ -28,11 +28,11 @@ class Llava15(Family):
     processor_hook = PROCESSOR_HOOK
 
     def separate_images(self, output: Any, processor: Any) -> None:
-        """Splits the images, each with an equal share of the placeholders."""
+        """Splits the images by what the Hugging Face processor counts for each."""
         (bundle,) = output.mm_items
-        num_images = len(bundle.feature)
-        num_placeholders = sum(end - start + 1 for start, end in bundle.offsets) // num_images
-        separate_images(output, [num_placeholders] * num_images)
+        sizes = [tuple(pixels.shape[-2:]) for pixels in bundle.feature]
+        counts = processor._processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+        separate_images(output, counts)
         for item in output.mm_items:
             # Ours, not the model's: the encoder takes no sizes.
             item.model_specific_data[_SIZES] = item.model_specific_data.pop("image_sizes", None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtok_deploy.budget import Budget
 from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
@@ -29,6 +30,17 @@ class Qwen25VL(Family):
         "multimodal.processors.qwen_vl.QwenVLImageProcessor.process_mm_data_async",
         "self image_data input_text request_obj args kwargs",
     )
+
+    def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
+        """Returns what the budget keeps of the image.
+
+        Raises:
+            ValueError: The prompt's placeholders are not those of the image (HTTP 400).
+        """
+        expected = int(item.image_grid_thw.prod(-1).sum()) // config.vision_config.spatial_merge_size**2
+        if num_tokens != expected:
+            raise ValueError(f"the prompt has {num_tokens} placeholders for an image of {expected} tokens")
+        return budget.num_kept(num_tokens)
 
     def model_hooks(self, selector: TokenSelector) -> list[Hook]:
         """Returns the hooks on encoder, position writing and pipeline hand-over."""

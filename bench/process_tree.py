@@ -1,0 +1,87 @@
+"""Ending a process and everything it has started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+__all__ = ["end_process_tree", "process_tree"]
+
+_POLL_INTERVAL_S = 0.05
+
+
+def process_tree(session_id: int) -> list[psutil.Process]:
+    """Returns the processes of a session and their descendants that still run.
+
+    Processes whose parent has ended are found by their session; those that left the session by their parent.
+
+    Args:
+        session_id: The number of the process that was started with `start_new_session=True`. It has to be unreaped,
+            or its number may be another's.
+    """
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if session_id in (process.pid, os.getsid(process.pid)):
+                found.update([process, *process.children(recursive=True)])
+    return [process for process in found if _runs(process)]
+
+
+def end_process_tree(session_id: int, *, grace_s: float) -> None:
+    """Ends the processes of a session and their descendants: by SIGTERM, and by SIGKILL what runs on after `grace_s`.
+
+    An exception on the way, such as a second Ctrl-C, shortens the wait to nothing and is raised when all have ended.
+    The shared memory that they leave behind is removed.
+    """
+    segments = _shared_memory_of(session_id)
+    try:
+        _send(signal.SIGTERM, session_id)
+        _wait_until_gone(session_id, grace_s)
+        # Python's resource tracker removes what the others leave, and then ends by itself.
+        _send(signal.SIGKILL, session_id, but="multiprocessing.resource_tracker")
+        _wait_until_gone(session_id, grace_s)
+    finally:
+        # Until nothing is left: a process may have started another since it was looked up.
+        while process_tree(session_id):
+            _send(signal.SIGKILL, session_id)
+            _wait_until_gone(session_id, grace_s)
+        for segment in segments:
+            segment.unlink(missing_ok=True)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _send(number: signal.Signals, session_id: int, *, but: str | None = None) -> None:
+    for process in process_tree(session_id):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if but is None or but not in " ".join(process.cmdline()):
+                process.send_signal(number)
+
+
+def _wait_until_gone(session_id: int, timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while process_tree(session_id) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_INTERVAL_S)
+
+
+def _shared_memory_of(session_id: int) -> set[Path]:
+    """Returns the shared-memory files that only processes of the session have mapped; none where there is no /proc."""
+    ours = {process.pid for process in process_tree(session_id)}
+    mapped: dict[bool, set[Path]] = {True: set(), False: set()}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            for line in maps.read_text().splitlines():
+                path = line.partition("/")[2]
+                if path.startswith("dev/shm/") and not path.endswith(" (deleted)"):
+                    mapped[int(maps.parent.name) in ours].add(Path("/") / path)
+    return mapped[True] - mapped[False]

@@ -1,0 +1,300 @@
+"""Tiny checkpoints: the real architectures, configurations and processors, with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import string
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+__all__ = ["TinyFamily", "make_tiny_checkpoint"]
+
+TinyFamily = Literal["qwen2.5-vl", "llava-1.5", "llava-next"]
+
+# Raised with every change of what is written, so that folders of an older maker are made again.
+_MAKER_VERSION = 2
+_MARKER = "mmtok_tiny.json"
+
+_TEXT_SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 8192,
+    # 1 / sqrt(hidden_size), above the usual 0.02: attention that is not uniform and logits of unit spread, so that a
+    # token read at the wrong position moves the logprobs by far more than arithmetic does.
+    "initializer_range": 0.0625,
+}
+
+_QWEN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_LLAVA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image_url' in content %}{{ '<image>\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'text' %}{{ content['text'] + ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+_LLAVA_IMAGE_PX = 336
+_LLAVA_PATCH_PX = 14
+_LLAVA_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def make_tiny_checkpoint(family: TinyFamily, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
+    """Returns `folder`, which then holds a tiny checkpoint that Transformers and SGLang load like the real one.
+
+    Weights are random, drawn from `seed`, and stored in bfloat16; the tokenizer is byte-level (one token a byte). A
+    folder made before with the same arguments is returned as it is. A new one is written next to its place and moved
+    there when it is complete, so a reader never sees half of it.
+
+    Args:
+        family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2.5-vl" (any size up to 1280),
+            576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next".
+        folder: Where to write; made again if it holds a tiny checkpoint of another kind.
+        seed: Seed of the weights.
+        pad_to_square: "llava-1.5" only: pad an image to a square, as the authors of LLaVA do, or crop its middle, as
+            Hugging Face's processor does by default.
+
+    Raises:
+        ValueError: An unknown family.
+        FileExistsError: `folder` holds something else than a tiny checkpoint.
+    """
+    if family not in get_args(TinyFamily):
+        raise ValueError(f"family is one of {', '.join(get_args(TinyFamily))}, got {family!r}")
+    folder = Path(folder)
+    marker = {
+        "maker_version": _MAKER_VERSION,
+        "transformers": transformers.__version__,
+        "family": family,
+        "seed": seed,
+        "pad_to_square": pad_to_square,
+    }
+    if _read_marker(folder) == marker:
+        return folder
+    if folder.exists() and _read_marker(folder) is None:
+        raise FileExistsError(f"{folder} exists and is no tiny checkpoint: remove it, or name another folder")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / "checkpoint"
+        model, processor = _build(family, seed, pad_to_square)
+        model.to(torch.bfloat16).save_pretrained(made)
+        processor.save_pretrained(made)
+        (made / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        _move_into_place(made, folder, marker)
+    return folder
+
+
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    try:
+        marker = json.loads((folder / _MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    try:
+        made.rename(folder)
+    except OSError:
+        # Another process was faster; its checkpoint is the same one.
+        if _read_marker(folder) != marker:
+            raise
+
+
+def _build(family: TinyFamily, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
+    if family == "qwen2.5-vl":
+        processor = _qwen_processor()
+        config = _qwen_config(processor.tokenizer)
+        model_class = transformers.Qwen2_5_VLForConditionalGeneration
+    elif family == "llava-1.5":
+        processor = _llava_processor(pad_to_square)
+        config = transformers.LlavaConfig(**_llava_config(processor.tokenizer), image_seq_length=576)
+        model_class = transformers.LlavaForConditionalGeneration
+    else:
+        processor = _llava_next_processor()
+        config = transformers.LlavaNextConfig(
+            **_llava_config(processor.tokenizer), image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
+        )
+        model_class = transformers.LlavaNextForConditionalGeneration
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    _answer_in_ascii(model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def _answer_in_ascii(model: Any, tokenizer: Any) -> None:
+    """Gives every token but printable ASCII the logit 0, which never wins greedily.
+
+    So an answer can be printed, has the length that was asked for (no end token), and streams token by token (the
+    first bytes of a longer character are held back until it is whole).
+    """
+    answers = set(tokenizer(string.printable[:95], add_special_tokens=False)["input_ids"])
+    silent = [token_id for token_id in range(_TEXT_SIZES["vocab_size"]) if token_id not in answers]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[silent] = 0
+
+
+def _byte_tokenizer(special_tokens: list[str], *, bos_token: str | None, eos_token: str, pad_token: str) -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: token_id for token_id, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special_tokens)
+    if bos_token is not None:
+        bos = (bos_token, tokenizer.token_to_id(bos_token))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token} $B", special_tokens=[bos]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        pad_token=pad_token,
+        extra_special_tokens=[token for token in special_tokens if token not in (bos_token, eos_token, pad_token)],
+    )
+
+
+def _qwen_processor() -> Any:
+    vision_tokens = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = _byte_tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vision_tokens],
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    sizes = {"shortest_edge": 4 * 28 * 28, "longest_edge": 1280 * 28 * 28}
+    return transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=sizes),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(size=sizes),
+        chat_template=_QWEN_TEMPLATE,
+    )
+
+
+def _qwen_config(tokenizer: Any) -> Any:
+    token_id = tokenizer.convert_tokens_to_ids
+    return transformers.Qwen2_5_VLConfig(
+        text_config={
+            **_TEXT_SIZES,
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "type": "mrope",
+                "mrope_section": [8, 12, 12],
+                "rope_theta": 1000000.0,
+            },
+            "tie_word_embeddings": False,
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": _TEXT_SIZES["hidden_size"],
+            # Block 0 attends within windows of 4 x 4 merged patches, block 1 to the whole image.
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "initializer_range": 0.125,
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_tokenizer() -> Any:
+    return _byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _llava_config(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "text_config": transformers.LlamaConfig(
+            **_TEXT_SIZES,
+            num_key_value_heads=4,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        "vision_config": transformers.CLIPVisionConfig(
+            image_size=_LLAVA_IMAGE_PX,
+            patch_size=_LLAVA_PATCH_PX,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            projection_dim=64,
+        ),
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+    }
+
+
+_LLAVA_IMAGE_SIZES: dict[str, Any] = {
+    "size": {"shortest_edge": _LLAVA_IMAGE_PX},
+    "crop_size": {"height": _LLAVA_IMAGE_PX, "width": _LLAVA_IMAGE_PX},
+}
+
+_LLAVA_PROCESSOR: dict[str, Any] = {
+    "patch_size": _LLAVA_PATCH_PX,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+    "chat_template": _LLAVA_TEMPLATE,
+}
+
+
+def _llava_processor(pad_to_square: bool) -> Any:
+    image_processor = transformers.LlavaImageProcessor(**_LLAVA_IMAGE_SIZES, do_pad=pad_to_square)
+    return transformers.LlavaProcessor(
+        image_processor=image_processor, tokenizer=_llava_tokenizer(), **_LLAVA_PROCESSOR
+    )
+
+
+def _llava_next_processor() -> Any:
+    image_processor = transformers.LlavaNextImageProcessor(
+        **_LLAVA_IMAGE_SIZES, image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
+    )
+    return transformers.LlavaNextProcessor(
+        image_processor=image_processor, tokenizer=_llava_tokenizer(), **_LLAVA_PROCESSOR
+    )

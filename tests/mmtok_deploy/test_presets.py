@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+
+from mmtok_deploy import SelectionConfig
+from mmtok_deploy.presets import PRESETS, Preset
+
+
+@pytest.mark.parametrize(
+    ("family", "tv_temp", "guidance", "budget_rule"),
+    [
+        ("llava-1.5", 0.02, "keywords", "image"),
+        ("llava-next", 0.02, "keywords", "tile"),
+        ("qwen2.5-vl", 0.01, "question", "image"),
+    ],
+)
+def test_constants_are_the_authors(family: str, tv_temp: float, guidance: str, budget_rule: str) -> None:
+    preset = PRESETS[family]
+    assert isinstance(preset, Preset)
+    assert preset.config == SelectionConfig(tv_temp=tv_temp, vv_temp=0.2, alpha=0.5, coverage="multimodal")
+    assert (preset.guidance, preset.budget_rule) == (guidance, budget_rule)

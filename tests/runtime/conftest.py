@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from mmtok_deploy.bench.server import SglangServer, cpu_arguments, cpu_environment, running
+from mmtok_deploy.bench.tiny_checkpoints import TinyFamily, make_tiny_checkpoint
+from tests.runtime.hand_pruned import HandPruned
+from tests.runtime.serving import Served, server_arguments
+
+FAMILIES = get_args(TinyFamily)
+CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
+
+
+def checkpoint(family: TinyFamily) -> Path:
+    return make_tiny_checkpoint(family, CHECKPOINTS / family)
+
+
+@cache
+def judge_of(family: TinyFamily) -> HandPruned:
+    return HandPruned(family, checkpoint(family))
+
+
+def make_server(family: TinyFamily, *arguments: str, num_ranks: int = 1, **environment: str) -> SglangServer:
+    return SglangServer(
+        checkpoint(family),
+        *cpu_arguments(),
+        *server_arguments(family),
+        *arguments,
+        env=cpu_environment(num_ranks=num_ranks) | environment,
+    )
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> TinyFamily:
+    chosen: TinyFamily = request.param
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def servers(family: TinyFamily) -> Iterator[tuple[Served, Served]]:
+    """A server with a budget of 10% and one without the flag, of the same checkpoint."""
+    pruned, plain = make_server(family, "--mmtok-budget=10%"), make_server(family)
+    with running(pruned, plain):
+        yield Served(family, pruned, judge_of(family)), Served(family, plain, judge_of(family))
+
+
+@pytest.fixture
+def served(servers: tuple[Served, Served]) -> Iterator[Served]:
+    """The server with a budget; it must be alive after whatever the test did to it."""
+    yield servers[0]
+    assert servers[0].server.is_alive()
+
+
+@pytest.fixture(scope="module")
+def serve(request: pytest.FixtureRequest) -> Callable[..., Served]:
+    """Starts a server for one module's tests, and ends it with them."""
+
+    def start(family: TinyFamily, *arguments: str, num_ranks: int = 1, **environment: str) -> Served:
+        server = make_server(family, *arguments, num_ranks=num_ranks, **environment)
+        server.__enter__()
+        request.addfinalizer(server.stop)
+        return Served(family, server, judge_of(family))
+
+    return start
+
+
+# The tests and their servers share the machine: more threads than cores only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

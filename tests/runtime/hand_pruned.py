@@ -1,0 +1,247 @@
+"""The judge of every server: a Hugging Face model whose images are pruned by hand, teacher-forced.
+
+Nothing of the plugin is used here. Features, placeholders and positions are Hugging Face's own; the selection is the
+reference that the golden answers hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.vision_utils import get_vision_window_index
+
+from mmtok_deploy import select_tokens
+from mmtok_deploy.guidance import guidance_words
+from mmtok_deploy.presets import PRESETS
+
+__all__ = ["HandPruned", "Pruned"]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A prompt as the language model reads it: [L, D] embeddings, [3 or 1, L] positions, the next token's position."""
+
+    embeddings: Tensor
+    positions: Tensor
+    next_position: int
+    num_image_tokens: int
+
+
+class HandPruned:
+    def __init__(self, family: str, path: Path) -> None:
+        self.family = family
+        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.preset = PRESETS[family]
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+    @torch.no_grad()
+    def prune(
+        self,
+        prompt: str,
+        images: Sequence[Image.Image],
+        guidance: Sequence[str],
+        budget: float | int | None,
+        *,
+        original_positions: bool = True,
+    ) -> Pruned:
+        """Prunes each image to `budget` (tokens, or a ratio; None for all), guided by its text.
+
+        Args:
+            prompt: With one placeholder an image.
+            images: In the order of the prompt.
+            guidance: One text an image.
+            budget: int for tokens (of each tile, for tiles), float for a ratio, None for the unpruned prompt.
+            original_positions: False gives kept tokens the first K positions of their image: the mistake to catch.
+        """
+        inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        embed = self.model.get_input_embeddings()
+        embeddings = embed(ids).clone()
+        is_image = ids == self.model.config.image_token_id
+        kept = torch.ones(len(ids), dtype=torch.bool)
+        positions, next_position = self._positions(inputs)
+        if images:
+            features, take = self._features(inputs, images)
+            embeddings[is_image] = torch.cat([vision for vision, _ in features])
+            if budget is not None:
+                return self._cut(ids, embeddings, positions, next_position, take(guidance, budget), original_positions)
+        return Pruned(embeddings, positions, next_position, int(is_image[kept].sum()))
+
+    @torch.no_grad()
+    def logprobs(self, pruned: Pruned, output_ids: Sequence[int]) -> Tensor:
+        """Returns [steps, vocabulary] logprobs of each step, the earlier outputs given."""
+        num_steps = len(output_ids)
+        given = self.model.get_input_embeddings()(torch.tensor(list(output_ids[:-1]), dtype=torch.long))
+        later = torch.arange(num_steps - 1) + pruned.next_position
+        positions = torch.cat([pruned.positions, later.expand(len(pruned.positions), -1)], dim=1)
+        hidden = self.model.model.language_model(
+            inputs_embeds=torch.cat([pruned.embeddings, given])[None],
+            position_ids=positions[:, None] if len(positions) == 3 else positions,
+        ).last_hidden_state[0, -num_steps:]
+        return torch.log_softmax(self.model.lm_head(hidden).float(), dim=-1)
+
+    def max_error(self, pruned: Pruned, meta_info: dict[str, Any]) -> float:
+        """Returns the largest difference of the top logprobs that a server reported, over all steps."""
+        output_ids = [token for _, token, _ in meta_info["output_token_logprobs"]]
+        expected = self.logprobs(pruned, output_ids)
+        return max(
+            abs(expected[step, token].item() - float(logprob))
+            for step, top in enumerate(meta_info["output_top_logprobs"])
+            for logprob, token, _ in top
+        )
+
+    def _embed_guidance(self, text: str) -> Tensor:
+        words = guidance_words(text, self.preset.guidance)
+        ids = self.processor.tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
+        rows: Tensor = self.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
+        return rows
+
+    def _select(self, vision: Tensor, keys: Tensor, text: str, budget: float | int, excluded: Tensor | None) -> Tensor:
+        kept = budget if isinstance(budget, int) else max(1, int(budget * len(vision)))
+        guidance = self._embed_guidance(text)
+        return select_tokens(vision, keys, guidance, kept, config=self.preset.config, excluded=excluded).kept
+
+    def _positions(self, inputs: Any) -> tuple[Tensor, int]:
+        if self.family != "qwen2.5-vl":
+            length = inputs["input_ids"].shape[1]
+            return torch.arange(length)[None], length
+        arguments = {name: inputs[name] for name in ("image_grid_thw", "mm_token_type_ids") if name in inputs}
+        positions, _ = self.model.model.get_rope_index(inputs["input_ids"], **arguments)
+        return positions[:, 0], int(positions.max()) + 1
+
+    def _features(
+        self, inputs: Any, images: Sequence[Image.Image]
+    ) -> tuple[list[tuple[Tensor, Tensor]], Callable[[Sequence[str], float | int], list[Tensor]]]:
+        """Returns each image's (unpruned tokens, _) and a function that picks from them.
+
+        The function returns, for each image, either kept indices into its tokens (int64) or new tokens (float).
+        """
+        return getattr(self, "_features_" + self.family.replace("-", "_").replace(".", "_"))(inputs, images)  # type: ignore[no-any-return]
+
+    def _features_qwen2_5_vl(self, inputs: Any, _images: Any) -> Any:
+        visual = self.model.model.visual
+        grids = inputs["image_grid_thw"]
+        outputs, before = self._encode(visual.merger, pixel_values=inputs["pixel_values"], image_grid_thw=grids)
+        order, _ = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
+        groups = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
+        keys = torch.empty_like(groups)
+        keys[order] = groups
+        sizes = (grids.prod(-1) // visual.spatial_merge_size**2).tolist()
+        features = list(zip(outputs, keys.split(sizes), strict=True))
+        return features, lambda texts, budget: [
+            self._select(vision, key, text, budget, None) for (vision, key), text in zip(features, texts, strict=True)
+        ]
+
+    def _features_llava_1_5(self, inputs: Any, images: Sequence[Image.Image]) -> Any:
+        projector = self.model.model.multi_modal_projector
+        outputs, (keys, *_) = self._encode(projector, pixel_values=inputs["pixel_values"])
+        features = list(zip([out.reshape(-1, out.shape[-1]) for out in outputs], keys, strict=True))
+        pads = self.processor.image_processor.do_pad
+        masks = [_outside(image.width, image.height) if pads else None for image in images]
+        return features, lambda texts, budget: [
+            self._select(vision, key, text, budget, mask)
+            for (vision, key), text, mask in zip(features, texts, masks, strict=True)
+        ]
+
+    def _features_llava_next(self, inputs: Any, _images: Any) -> Any:
+        projector = self.model.model.multi_modal_projector
+        outputs, (before, after) = self._encode(
+            projector, pixel_values=inputs["pixel_values"], image_sizes=inputs["image_sizes"]
+        )
+        grids = [_grid(size.tolist()) for size in inputs["image_sizes"]]
+        counts = [1 + rows * columns for rows, columns in grids]
+
+        def take(texts: Sequence[str], budget: float | int) -> list[Tensor]:
+            tiles = zip(after.split(counts), before.split(counts), texts, grids, strict=True)
+            return [self._join_tiles(vision, keys, text, budget, grid) for vision, keys, text, grid in tiles]
+
+        return [(tokens, tokens) for tokens in outputs], take
+
+    def _join_tiles(
+        self, vision: Tensor, keys: Tensor, text: str, budget: float | int, grid: tuple[int, int]
+    ) -> Tensor:
+        kept = [self._select(v, k, text, budget, None) for v, k in zip(vision, keys, strict=True)]
+        rows, columns = grid
+        side = round(vision.shape[1] ** 0.5)
+        joined = torch.zeros(rows * side, columns * side, vision.shape[2])
+        mask = torch.zeros(rows * side, columns * side, dtype=torch.bool)
+        for crop in range(rows * columns):
+            row, column = divmod(crop, columns)
+            there = slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)
+            joined[there] = vision[crop + 1].reshape(side, side, -1)
+            mask[there] = torch.isin(torch.arange(side * side), kept[crop + 1]).reshape(side, side)
+        return torch.cat([vision[0][kept[0]], joined[mask]])
+
+    def _encode(self, module: Any, **pixels: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        seen: list[Tensor] = []
+        hook = module.register_forward_hook(lambda _, arguments, output: seen.extend((arguments[0], output)))
+        try:
+            output = self.model.model.get_image_features(**pixels)
+        finally:
+            hook.remove()
+        tokens = output.pooler_output if hasattr(output, "pooler_output") else output
+        return list(tokens), tuple(seen)
+
+    def _cut(
+        self,
+        ids: Tensor,
+        embeddings: Tensor,
+        positions: Tensor,
+        next_position: int,
+        taken: Sequence[Tensor],
+        original_positions: bool,
+    ) -> Pruned:
+        is_image = (ids == self.model.config.image_token_id).tolist()
+        starts = [i for i, image in enumerate(is_image) if image and (i == 0 or not is_image[i - 1])]
+        pieces, places, end = [], [], 0
+        for start, chosen in zip(starts, taken, strict=True):
+            stop = start
+            while stop < len(is_image) and is_image[stop]:
+                stop += 1
+            tokens = embeddings[start:stop][chosen] if chosen.ndim == 1 else chosen
+            where = start + (chosen if chosen.ndim == 1 and original_positions else torch.arange(len(tokens)))
+            pieces += [embeddings[end:start], tokens]
+            places += [torch.arange(end, start), where]
+            end = stop
+        pieces.append(embeddings[end:])
+        places.append(torch.arange(end, len(ids)))
+        kept = torch.cat(pieces)
+        if len(positions) == 1:
+            return Pruned(kept, torch.arange(len(kept))[None], len(kept), sum(map(len, pieces[1::2])))
+        return Pruned(kept, positions[:, torch.cat(places)], next_position, sum(map(len, pieces[1::2])))
+
+
+def _outside(width: int, height: int, side: int = 336, patch: int = 14) -> Tensor:
+    """Returns the patches of a square that hold nothing of an image centred in it, pixel by pixel."""
+    scale = side / max(width, height)
+    inside = torch.zeros(side, side, dtype=torch.bool)
+    w, h = round(width * scale), round(height * scale)
+    top, left = (side - h) // 2, (side - w) // 2
+    inside[top : top + h, left : left + w] = True
+    patches = inside.reshape(side // patch, patch, side // patch, patch).any(dim=3).any(dim=1)
+    return ~patches.flatten()
+
+
+def _grid(size: list[int]) -> tuple[int, int]:
+    """Returns the (rows, columns) of crops: the resolution that wastes least of an image of (height, width)."""
+    height, width = size
+    best, best_fit = (0, 0), (-1, 0)
+    for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)):
+        h, w = rows * 336, columns * 336
+        scale = min(w / width, h / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        fit = (used, used - h * w)
+        if fit > best_fit:
+            best, best_fit = (rows, columns), fit
+    return best

@@ -1,0 +1,80 @@
+"""A running server and the judge of its answers."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from mmtok_deploy.bench.server import SglangServer
+from tests.runtime.chats import Chat
+from tests.runtime.hand_pruned import HandPruned
+
+__all__ = ["LOGPROB_TOLERANCE", "Served", "server_arguments"]
+
+# float32 on both sides; what was seen is below 5e-6, a wrong position moves logprobs by more than 1e-2.
+LOGPROB_TOLERANCE = 1e-4
+
+
+def server_arguments(family: str) -> list[str]:
+    """Returns what a server of this family needs, beyond size limits: LLaVA runs on the Transformers backend."""
+    return ["--enable-cache-report", *([] if family == "qwen2.5-vl" else ["--model-impl=transformers"])]
+
+
+@dataclass(frozen=True)
+class Served:
+    family: str
+    server: SglangServer
+    judge: HandPruned
+
+    def ask(self, chat: Chat, *, max_tokens: int = 4, **fields: Any) -> dict[str, Any]:
+        """Returns SGLang's account of the answer to a chat, with `text` added; `fields` go to mm_processor_kwargs."""
+        completion = self.server.client().chat.completions.create(
+            model="default",
+            messages=chat.for_server(),  # type: ignore[arg-type]
+            max_tokens=max_tokens,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=5,
+            extra_body={"return_meta_info": True, "ignore_eos": True, "mm_processor_kwargs": fields or None},
+        )
+        choice = completion.choices[0]
+        account: dict[str, Any] = choice.meta_info  # type: ignore[attr-defined]
+        return {**account, "text": choice.message.content}
+
+    def generate(self, prompt: str, chat: Chat, **fields: Any) -> dict[str, Any]:
+        """Returns the account of SGLang's own endpoint for a rendered prompt."""
+        from tests.runtime.chats import data_url
+
+        body = {
+            "text": prompt,
+            "image_data": [data_url(image) for image in chat.images],
+            "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+            "return_logprob": True,
+            "top_logprobs_num": 5,
+            "mm_processor_kwargs": fields or None,
+        }
+        account: dict[str, Any] = self.post("/generate", body)["meta_info"]
+        return account
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            self.server.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            text = answer.read().decode()
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    def flush_cache(self) -> None:
+        self.post("/flush_cache?timeout=30")
+
+    def check(
+        self, chat: Chat, account: dict[str, Any], budget: float | int | None = 0.1, guidance: list[str] | None = None
+    ) -> None:
+        """Holds an answer against the hand-pruned model: tokens read, and every logprob reported."""
+        prompt = self.judge.prompt(chat.for_template())
+        pruned = self.judge.prune(prompt, chat.images, guidance or chat.guidance, budget)
+        assert account["prompt_tokens"] == len(pruned.embeddings)
+        assert account.get("image_tokens", 0) == pruned.num_image_tokens
+        assert self.judge.max_error(pruned, account) < LOGPROB_TOLERANCE

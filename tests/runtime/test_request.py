@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from mmtok_deploy import Budget
+from mmtok_deploy.runtime.sglang.request import (
+    add_chat_guidance,
+    guidance_texts,
+    message_guidance,
+    prompt_guidance,
+    requested_budget,
+)
+
+SERVER = Budget.parse(64, minimum=4)
+IMAGE = {"type": "image_url", "image_url": {"url": "file:///cat.png"}}
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+PLACEHOLDER = "<|image_pad|>"
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def chat(*messages: tuple[str, Any]) -> Any:
+    turns = [{"role": role, "content": content} for role, content in messages]
+    return ChatCompletionRequest(model="tiny", messages=turns)
+
+
+def no_decoding(ids: Sequence[int]) -> str:
+    raise AssertionError("the prompt is not decoded")
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, {"mmtok_budget": None}, {"mmtok_guidance": "a cat"}, {"num_crops": 4}])
+def test_a_request_without_a_budget_has_the_servers(kwargs: dict[str, Any] | None) -> None:
+    assert requested_budget(kwargs, SERVER) is SERVER
+
+
+@pytest.mark.parametrize("value", [8, "8", "10%", 0.1, "all"])
+def test_a_requests_budget_goes_before_the_servers(value: str | int | float) -> None:
+    assert requested_budget({"mmtok_budget": value}, SERVER) == Budget.parse(value, minimum=4)
+
+
+def test_the_servers_minimum_holds_for_requests() -> None:
+    assert requested_budget({"mmtok_budget": 1}, SERVER).num_kept(576) == 4
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.5, True, "", "ten", [], [64], {}, {"tokens": 64}, float("nan"), float("inf"), "9" * 5000]
+)
+def test_a_bad_budget_is_refused_and_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^mm_processor_kwargs\.mmtok_budget: "):
+        requested_budget({"mmtok_budget": value}, SERVER)
+
+
+def test_an_unknown_field_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="no field mmtok_alpha, mmtok_budgets; .* mmtok_budget and mmtok_guidance"):
+        requested_budget({"mmtok_budgets": 5, "mmtok_alpha": 1, "num_crops": 4}, SERVER)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([("user", [IMAGE, text_part("Where is"), text_part("the cat?")])], ["Where is the cat?"]),
+        ([("user", [text_part("first"), IMAGE, text_part("second")])], ["first second"]),
+        ([("user", [IMAGE, text_part("two"), IMAGE])], ["two", "two"]),
+        ([("user", [IMAGE])], [""]),
+        ([("user", "no image")], []),
+        ([("user", [IMAGE]), ("user", "What is it?")], ["What is it?"]),
+        ([("user", "What is it?"), ("user", [IMAGE])], ["What is it?"]),
+        ([("system", "Be brief."), ("user", [IMAGE, text_part("A cat?")])], ["A cat?"]),
+        (
+            [
+                ("user", [IMAGE, text_part("A cat?")]),
+                ("assistant", "Yes."),
+                ("user", [IMAGE, text_part("A dog?")]),
+                ("assistant", None),
+                ("user", "Sure?"),
+            ],
+            ["A cat?", "A dog?"],
+        ),
+        ([("assistant", [IMAGE, text_part("Look.")]), ("user", "What?")], ["Look."]),
+        ([("tool", [IMAGE]), ("user", "What?")], [""]),
+    ],
+)
+def test_guidance_of_a_chat(messages: list[tuple[str, Any]], expected: list[str]) -> None:
+    assert message_guidance(chat(*messages).messages) == expected
+
+
+CHATML = (
+    "<|im_start|>system\nBe helpful.<|im_end|>\n"
+    f"<|im_start|>user\n{QWEN_IMAGE}A cat?<|im_end|>\n"
+    "<|im_start|>assistant\nYes.<|im_end|>\n"
+    f"<|im_start|>user\n{QWEN_IMAGE}A dog\nor {QWEN_IMAGE} a cow?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "placeholder", "expected"),
+    [
+        (CHATML, PLACEHOLDER, ["A cat?", "A dog or a cow?", "A dog or a cow?"]),
+        ("Be kind. USER: <image>\nA cat? ASSISTANT:", "<image>", ["A cat?"]),
+        ("USER: <image> A? ASSISTANT: No.</s>USER: <image> B? ASSISTANT:", "<image>", ["A?", "B?"]),
+        ("USER: <image> Which USERNAME? ASSISTANT:", "<image>", ["Which USERNAME?"]),
+        ("<s>[INST] <image>\nA cat? [/INST] Yes</s>[INST] And now? [/INST]", "<image>", ["A cat?"]),
+        ("[INST] <image>\nunfinished", "<image>", ["unfinished"]),
+        (
+            "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n<image>\nA cat?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<image>",
+            ["A cat?"],
+        ),
+        ("<image> a photo of", "<image>", ["a photo of"]),
+        ("<image><image>", "<image>", ["", ""]),
+        ("", "<image>", []),
+        ("USER: no image ASSISTANT:", "<image>", []),
+    ],
+)
+def test_guidance_of_a_prompt(prompt: str, placeholder: str, expected: list[str]) -> None:
+    assert prompt_guidance(prompt, placeholder) == expected
+
+
+def test_an_image_outside_the_user_turns_has_the_text_around_it() -> None:
+    prompt = f"{QWEN_IMAGE} before <|im_start|>user\n{QWEN_IMAGE} in <|im_end|> after {QWEN_IMAGE}"
+    assert prompt_guidance(prompt, PLACEHOLDER) == ["before", "in", "after"]
+
+
+def test_given_guidance_goes_before_the_prompt() -> None:
+    one_for_all = guidance_texts({"mmtok_guidance": "a cat"}, CHATML, 3, PLACEHOLDER, no_decoding)
+    one_each = guidance_texts({"mmtok_guidance": ["a", "", "c"]}, CHATML, 3, PLACEHOLDER, no_decoding)
+    assert (one_for_all, one_each) == (["a cat"] * 3, ["a", "", "c"])
+
+
+@pytest.mark.parametrize("given", [[], ["a"], ["a", 1], ["a", None], 5, True, {"0": "a", "1": "b"}, [["a"], ["b"]]])
+def test_given_guidance_of_another_shape_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"mmtok_guidance is one text, or a list .* 2 images, got "):
+        guidance_texts({"mmtok_guidance": given}, "USER: <image><image>", 2, "<image>", no_decoding)
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, {"mmtok_guidance": None}])
+def test_without_given_guidance_the_prompt_is_read(kwargs: dict[str, Any] | None) -> None:
+    assert guidance_texts(kwargs, CHATML, 3, PLACEHOLDER, no_decoding)[0] == "A cat?"
+
+
+def test_a_prompt_of_ids_is_decoded() -> None:
+    ids = [ord(letter) for letter in "USER: <image> A cat? ASSISTANT:"]
+    assert guidance_texts(None, ids, 1, "<image>", lambda ids: "".join(map(chr, ids))) == ["A cat?"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_images", "expected"),
+    [
+        ("USER: <image><image><image> A cat? ASSISTANT:", 1, ["A cat?"]),
+        ("USER: <image><image> A? ASSISTANT: x USER: <image><image> B? ASSISTANT:", 2, ["A? B?", "A? B?"]),
+        ("USER: A cat? ASSISTANT:", 1, [""]),
+    ],
+)
+def test_placeholders_that_are_not_one_an_image_share_the_text(
+    prompt: str, num_images: int, expected: list[str]
+) -> None:
+    assert guidance_texts(None, prompt, num_images, "<image>", no_decoding) == expected
+
+
+def converted(images: list[str] | None, mm_processor_kwargs: dict[str, Any] | None, request: Any) -> Any:
+    """Returns what `add_chat_guidance` makes of the request that SGLang would convert `request` to."""
+    adapted = GenerateReqInput(text="prompt", image_data=images, mm_processor_kwargs=mm_processor_kwargs)
+
+    def original(serving: str, given: Any, raw_request: None = None) -> tuple[Any, Any]:
+        assert serving == "serving"
+        return adapted, given
+
+    result, same_request = add_chat_guidance(original, "serving", request, raw_request=None)
+    assert result is adapted
+    assert same_request is request
+    return result.mm_processor_kwargs
+
+
+QUESTION = chat(("system", "Be brief."), ("user", [IMAGE, text_part("A cat?")]))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"mmtok_guidance": ["A cat?"]}),
+        ({"mmtok_budget": 5}, {"mmtok_guidance": ["A cat?"], "mmtok_budget": 5}),
+        ({"mmtok_guidance": "my own"}, {"mmtok_guidance": "my own"}),
+    ],
+)
+def test_a_chats_texts_travel_with_its_request(given: dict[str, Any] | None, expected: dict[str, Any]) -> None:
+    assert converted(["cat.png"], given, QUESTION) == expected
+
+
+def test_the_callers_fields_are_not_changed() -> None:
+    given = {"mmtok_budget": 5}
+    converted(["cat.png"], given, QUESTION)
+    assert given == {"mmtok_budget": 5}
+
+
+@pytest.mark.parametrize("images", [None, [], ["a.png", "b.png"]])
+def test_without_one_text_an_image_the_prompt_is_left_to_be_read(images: list[str] | None) -> None:
+    assert converted(images, None, QUESTION) is None

@@ -1,0 +1,205 @@
+"""The real server over HTTP, with the official client: every answer against the hand-pruned model."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+
+from tests.runtime.chats import Chat, small
+from tests.runtime.serving import Served
+
+CUP = "What is in this cup?"
+CATS = "How many cats are on the red table?"
+
+CHATS = {
+    "one image": Chat.ask(small("coffee"), CUP),
+    "another question": Chat.ask(small("coffee"), CATS),
+    "question first": Chat.ask(CATS, small("chelsea")),
+    "two images": Chat.ask(small("chelsea"), small("astronaut", 280, 448), CATS),
+    "one image twice": Chat.ask(small("coffee"), small("coffee"), CUP),
+    "text between": Chat.ask("Left:", small("coffee"), "right:", small("chelsea"), "Which is darker?"),
+    "system prompt": Chat((("system", ("Answer about cats only.",)),)).then("user", small("coffee"), CUP),
+    "no text": Chat.ask(small("coffee")),
+    "only stop words": Chat.ask(small("coffee"), "What is it?"),
+    "later turn": Chat.ask(small("coffee"), CUP).then("assistant", "Coffee.").then("user", CATS),
+    "image in each turn": Chat.ask(small("coffee"), CUP).then("assistant", "Yes.").then("user", small("chelsea"), CATS),
+}
+
+
+@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS.keys())
+def test_reads_what_the_hand_pruned_model_reads(served: Served, chat: Chat) -> None:
+    served.check(chat, served.ask(chat))
+
+
+def test_a_wrong_position_would_be_caught(served: Served) -> None:
+    if served.family != "qwen2.5-vl":
+        pytest.skip("positions of this family run on: there is no other position to take")
+    chat = CHATS["one image"]
+    account = served.ask(chat)
+    prompt = served.judge.prompt(chat.for_template())
+    wrong = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, original_positions=False)
+    assert served.judge.max_error(wrong, account) > 1e-2
+
+
+def test_mixed_batch(served: Served) -> None:
+    served.flush_cache()
+    cases: list[tuple[Chat, dict[str, Any], float | int | None]] = [
+        (CHATS["one image"], {}, 0.1),
+        (CHATS["one image"], {"mmtok_budget": "all"}, None),
+        (Chat.ask("Tell me about cats."), {}, 0.1),
+        (CHATS["two images"], {}, 0.1),
+        (CHATS["another question"], {"mmtok_budget": "50%"}, 0.5),
+        (CHATS["later turn"], {"mmtok_budget": 0.02}, 0.02),
+        (CHATS["one image"], {}, 0.1),
+        (Chat.ask("And dogs?"), {"mmtok_budget": "all"}, None),
+    ]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        accounts = list(pool.map(lambda case: served.ask(case[0], **case[1]), cases))
+    for (chat, _, budget), account in zip(cases, accounts, strict=True):
+        served.check(chat, account, budget)
+
+
+@pytest.mark.parametrize("budget", [5, "5", "20%", 0.2, "all"])
+def test_a_request_sets_its_budget(served: Served, budget: float | str) -> None:
+    chat = CHATS["one image"]
+    # For tiles, the judge's count is of each tile: 5 tokens of up to 5 tiles is one of each.
+    count = 1 if served.family == "llava-next" else 5
+    expected = {"5": count, 5: count, "20%": 0.2, 0.2: 0.2, "all": None}[budget]
+    served.check(chat, served.ask(chat, mmtok_budget=budget), expected)
+
+
+def test_a_request_sets_its_guidance(served: Served) -> None:
+    chat = CHATS["two images"]
+    served.check(chat, served.ask(chat, mmtok_guidance="astronaut helmet"), guidance=["astronaut helmet"] * 2)
+    served.check(chat, served.ask(chat, mmtok_guidance=["cat", "flag"]), guidance=["cat", "flag"])
+
+
+@pytest.mark.parametrize("budget", ["all", 1_000_000])
+@pytest.mark.parametrize("chat", [CHATS["one image"], CHATS["two images"], Chat.ask("No image here.")])
+def test_the_whole_image_equals_the_server_without_the_plugin(
+    servers: tuple[Served, Served], chat: Chat, budget: int | str
+) -> None:
+    answers = []
+    for served in servers:
+        served.flush_cache()
+        answers.append(served.ask(chat, **({"mmtok_budget": budget} if served is servers[0] else {})))
+    for field in ("text", "prompt_tokens", "image_tokens", "output_token_logprobs", "output_top_logprobs"):
+        assert answers[0].get(field) == answers[1].get(field)
+
+
+def test_the_native_endpoint_finds_the_question_in_the_prompt(served: Served) -> None:
+    for name in ("one image", "two images", "system prompt", "later turn", "no text"):
+        chat = CHATS[name]
+        served.check(chat, served.generate(served.judge.prompt(chat.for_template()), chat))
+
+
+def test_image_and_question_as_two_messages(served: Served) -> None:
+    chat = Chat.ask(small("coffee")).then("user", CUP)
+    served.check(chat, served.ask(chat), guidance=[CUP])
+
+
+BAD_FIELDS: dict[str, dict[str, Any]] = {
+    "150%": {"mmtok_budget": "150%"},
+    "0": {"mmtok_budget": 0},
+    "-3": {"mmtok_budget": -3},
+    "1.5": {"mmtok_budget": 1.5},
+    "ten": {"mmtok_budget": "ten"},
+    "true": {"mmtok_budget": True},
+    "list": {"mmtok_budget": [10]},
+    "unknown field": {"mmtok_bugdet": 10},
+    "guidance of another length": {"mmtok_guidance": ["a", "b", "c"]},
+    "guidance of another type": {"mmtok_guidance": 7},
+}
+
+
+@pytest.mark.parametrize("fields", BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_bad_fields_are_refused_by_name(served: Served, fields: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError, match=next(iter(fields))):
+        served.ask(CHATS["one image"], **fields)
+    served.check(CHATS["one image"], served.ask(CHATS["one image"]))
+
+
+def test_corrupt_image_is_refused(served: Served) -> None:
+    content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}, _text(CUP)]
+    with pytest.raises(openai.APIStatusError) as refusal:
+        served.server.client().chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
+        )
+    assert refusal.value.status_code == 400
+    served.check(CHATS["one image"], served.ask(CHATS["one image"]))
+
+
+def test_video_is_refused_with_a_budget(served: Served) -> None:
+    content = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,aGVsbG8="}}, _text(CUP)]
+    with pytest.raises(openai.BadRequestError, match="mmtok_budget"):
+        served.server.client().chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
+        )
+    served.check(CHATS["one image"], served.ask(CHATS["one image"]))
+
+
+def test_image_of_one_pixel(served: Served) -> None:
+    chat = Chat.ask(Image.new("RGB", (1, 1), "red"), CUP)
+    try:
+        account = served.ask(chat)
+    except openai.BadRequestError:
+        # Qwen2.5-VL's processor refuses such an image, with and without a budget.
+        assert served.family == "qwen2.5-vl"
+    else:
+        served.check(chat, account)
+    served.check(CHATS["one image"], served.ask(CHATS["one image"]))
+
+
+def test_question_of_four_thousand_words(served: Served) -> None:
+    chat = Chat.ask(small("coffee", 112, 112), " ".join("bcdfgjkl"[i % 8] for i in range(4000)))
+    if served.family == "llava-next":
+        # Three tiles or more of 57 tokens and 8,000 of text: above the 8,192 of the model.
+        with pytest.raises(openai.BadRequestError, match="context length"):
+            served.ask(chat)
+    else:
+        served.check(chat, served.ask(chat))
+    served.check(CHATS["one image"], served.ask(CHATS["one image"]))
+
+
+def test_aborted_request(served: Served) -> None:
+    for _ in range(3):
+        stream = served.server.client().chat.completions.create(
+            model="default",
+            messages=CHATS["two images"].for_server(),  # type: ignore[arg-type]
+            max_tokens=500,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        stream.close()
+    served.check(CHATS["one image"], served.ask(CHATS["one image"]))
+
+
+def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
+    pruned, plain = (served.server.server_info() for served in servers)
+    preset = servers[0].judge.preset
+    assert {name: value for name, value in pruned.items() if name.startswith("mmtok")} == {
+        "mmtok_budget": "10%",
+        "mmtok_min_tokens": 1,
+        "mmtok_tv_temp": preset.config.tv_temp,
+        "mmtok_vv_temp": preset.config.vv_temp,
+        "mmtok_alpha": preset.config.alpha,
+        "mmtok_coverage": "multimodal",
+        "mmtok_guidance": preset.guidance,
+    }
+    assert all(value is None for name, value in plain.items() if name.startswith("mmtok"))
+
+
+def test_without_the_flag_nothing_is_hooked(servers: tuple[Served, Served]) -> None:
+    assert "MMTok: installed" in servers[0].server.log_text()
+    assert "MMTok" not in servers[1].server.log_text()
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
