@@ -43,6 +43,12 @@ def family(request: pytest.FixtureRequest) -> TinyFamily:
 
 
 @pytest.fixture(scope="session")
+def judge() -> Callable[[TinyFamily], HandPruned]:
+    """Returns the hand-pruned model of a family, loaded once."""
+    return judge_of
+
+
+@pytest.fixture(scope="session")
 def servers(family: TinyFamily) -> Iterator[tuple[Served, Served]]:
     """A server with a budget of 10% and one without the flag, of the same checkpoint."""
     pruned, plain = make_server(family, "--mmtok-budget=10%"), make_server(family)

@@ -53,6 +53,7 @@ class HandPruned:
         guidance: Sequence[str],
         budget: float | int | None,
         *,
+        kept: list[Tensor] | None = None,
         original_positions: bool = True,
     ) -> Pruned:
         """Prunes each image to `budget` (tokens, or a ratio; None for all), guided by its text.
@@ -62,6 +63,7 @@ class HandPruned:
             images: In the order of the prompt.
             guidance: One text an image.
             budget: int for tokens (of each tile, for tiles), float for a ratio, None for the unpruned prompt.
+            kept: Indices to keep of each image, in place of a selection.
             original_positions: False gives kept tokens the first K positions of their image: the mistake to catch.
         """
         inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt")
@@ -69,14 +71,14 @@ class HandPruned:
         embed = self.model.get_input_embeddings()
         embeddings = embed(ids).clone()
         is_image = ids == self.model.config.image_token_id
-        kept = torch.ones(len(ids), dtype=torch.bool)
         positions, next_position = self._positions(inputs)
         if images:
             features, take = self._features(inputs, images)
             embeddings[is_image] = torch.cat([vision for vision, _ in features])
             if budget is not None:
-                return self._cut(ids, embeddings, positions, next_position, take(guidance, budget), original_positions)
-        return Pruned(embeddings, positions, next_position, int(is_image[kept].sum()))
+                taken = take(guidance, budget) if kept is None else kept
+                return self._cut(ids, embeddings, positions, next_position, taken, original_positions)
+        return Pruned(embeddings, positions, next_position, int(is_image.sum()))
 
     @torch.no_grad()
     def logprobs(self, pruned: Pruned, output_ids: Sequence[int]) -> Tensor:

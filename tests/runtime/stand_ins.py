@@ -30,6 +30,7 @@ __all__ = [
     "make_settings",
     "mrope_positions",
     "prompt_output",
+    "stand_in_processor",
     "tiny_checkpoint",
     "unchanged_environment",
 ]
@@ -73,7 +74,9 @@ def mrope_positions(length: int) -> Tensor:
 def features(num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, torch.nn.Embedding]:
     """Returns vision tokens, keys, and an input embedding of 16 ids."""
     generator = torch.Generator().manual_seed(seed)
-    vision, keys, rows = (torch.randn(size, generator=generator) for size in ((num_tokens, 8), (num_tokens, 6), (16, 8)))
+    vision, keys, rows = (
+        torch.randn(size, generator=generator) for size in ((num_tokens, 8), (num_tokens, 6), (16, 8))
+    )
     return vision, keys, torch.nn.Embedding.from_pretrained(rows)
 
 
@@ -92,7 +95,9 @@ def unchanged_environment() -> Iterator[None]:
 class StandInTokenizer:
     """One token a letter: its place in the alphabet."""
 
-    def __call__(self, words: list[str], *, is_split_into_words: bool, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(
+        self, words: list[str], *, is_split_into_words: bool, add_special_tokens: bool
+    ) -> dict[str, list[int]]:
         assert is_split_into_words
         assert not add_special_tokens
         return {"input_ids": [ord(letter) for word in words for letter in word]}

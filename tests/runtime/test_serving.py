@@ -7,10 +7,11 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from tests.runtime.chats import Chat, small
-from tests.runtime.serving import Served
+from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
 CUP = "What is in this cup?"
 CATS = "How many cats are on the red table?"
@@ -146,13 +147,26 @@ def test_video_is_refused_with_a_budget(served: Served) -> None:
 
 def test_image_of_one_pixel(served: Served) -> None:
     chat = Chat.ask(Image.new("RGB", (1, 1), "red"), CUP)
-    try:
-        account = served.ask(chat)
-    except openai.BadRequestError:
-        # Qwen2.5-VL's processor refuses such an image, with and without a budget.
-        assert served.family == "qwen2.5-vl"
-    else:
-        served.check(chat, account)
+    served.check(chat, served.ask(chat, mmtok_budget="all"), None)
+    # Its tokens are equal but for rounding, so any of them may be kept: only their number is determined.
+    prompt = served.judge.prompt(chat.for_template())
+    pruned = served.judge.prune(prompt, chat.images, chat.guidance, 0.1)
+    account = served.ask(chat)
+    assert (account["prompt_tokens"], account["image_tokens"]) == (len(pruned.embeddings), pruned.num_image_tokens)
+    served.check(CHATS["one image"], served.ask(CHATS["one image"]))
+
+
+def test_image_without_a_token_to_pick(served: Served) -> None:
+    """A line of 1 x 1000 pixels, padded to a square: every patch is padding."""
+    if served.family != "llava-1.5":
+        pytest.skip("only LLaVA-1.5 excludes padding")
+    chat = Chat.ask(Image.new("RGB", (1000, 1), "red"), CUP)
+    account = served.ask(chat)
+    evenly = torch.linspace(0, 575, 57).round().long()
+    prompt = served.judge.prompt(chat.for_template())
+    pruned = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, kept=[evenly])
+    assert served.judge.max_error(pruned, account) < LOGPROB_TOLERANCE
+    assert "57 evenly spaced tokens instead" in served.server.log_text()
     served.check(CHATS["one image"], served.ask(CHATS["one image"]))
 
 

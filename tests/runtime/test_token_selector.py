@@ -46,9 +46,7 @@ def test_one_token_is_kept() -> None:
 
 
 @pytest.mark.parametrize("broken", ["vision", "keys"])
-def test_features_that_are_not_numbers_keep_evenly_spaced_tokens(
-    broken: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_features_that_are_not_numbers_keep_evenly_spaced_tokens(broken: str, caplog: pytest.LogCaptureFixture) -> None:
     selector = TokenSelector(SETTINGS)
     vision, keys, embed = features(12)
     (vision if broken == "vision" else keys)[3] = torch.nan

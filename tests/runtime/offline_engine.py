@@ -1,0 +1,27 @@
+"""A program that uses sgl.Engine as its documentation shows, run by test_offline_engine.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import sglang
+
+if __name__ == "__main__":
+    model_path, image, prompt, budget = sys.argv[1:]
+    engine = sglang.Engine(
+        model_path=model_path,
+        mmtok_budget=budget,
+        dtype="float32",
+        max_total_tokens=4096,
+        max_running_requests=2,
+    )
+    result = engine.generate(
+        prompt=prompt,
+        image_data=[image],
+        sampling_params={"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+        return_logprob=True,
+        top_logprobs_num=5,
+    )
+    print("RESULT " + json.dumps(result["meta_info"]))
+    engine.shutdown()

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.model_executor.cuda_graph_config import Backend
+
+from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.runtime.sglang import compatibility, server_args
+from mmtok_deploy.runtime.sglang.compatibility import (
+    UnsupportedServerError,
+    _problems,
+    check_server,
+    family_of_server,
+)
+from mmtok_deploy.runtime.sglang.families import FAMILIES
+from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
+from mmtok_deploy.runtime.sglang.settings import Settings
+from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
+
+SUPPORTED: dict[str, Any] = {
+    "encoder_only": False,
+    "language_only": False,
+    "enable_adaptive_dispatch_to_encoder": False,
+    "language_model_only": False,
+    "disaggregation_mode": "null",
+    "speculative_algorithm": None,
+    "mm_enable_dp_encoder": False,
+    "attn_dp_size": 1,
+    "skip_tokenizer_init": False,
+    "enable_mm_global_cache": False,
+    "cuda_graph_config": None,
+    "smg_grpc_mode": False,
+    "grpc_mode": False,
+    "grpc_port": None,
+}
+
+
+def prefill_graphs(backend: Backend) -> Any:
+    return SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+
+
+REFUSED = [
+    ("encoder_only", True, "--encoder-only"),
+    ("language_only", True, "--language-only"),
+    ("enable_adaptive_dispatch_to_encoder", True, "encoder disaggregation"),
+    ("language_model_only", True, "--language-model-only"),
+    ("disaggregation_mode", "prefill", "--disaggregation-mode prefill"),
+    ("speculative_algorithm", "EAGLE", "--speculative-algorithm EAGLE"),
+    ("mm_enable_dp_encoder", True, "--mm-enable-dp-encoder"),
+    ("attn_dp_size", 2, "--enable-dp-attention"),
+    ("skip_tokenizer_init", True, "--skip-tokenizer-init"),
+    ("enable_mm_global_cache", True, "--enable-mm-global-cache"),
+    ("cuda_graph_config", prefill_graphs(Backend.FULL), "--cuda-graph-backend-prefill full"),
+    ("smg_grpc_mode", True, "--smg-grpc-mode"),
+    ("grpc_mode", True, "--grpc-mode"),
+    ("grpc_port", 0, "--grpc-port"),
+]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("SGLANG_VIT_ENABLE_CUDA_GRAPH", "SGLANG_RUST_SERVER"):
+        monkeypatch.delenv(name, raising=False)
+    with unchanged_environment():
+        yield
+
+
+@pytest.mark.parametrize(("field", "value", "named"), REFUSED)
+def test_a_refused_configuration_is_named(field: str, value: Any, named: str) -> None:
+    (problem,) = _problems(SimpleNamespace(**SUPPORTED | {field: value}))
+    assert named in problem
+
+
+@pytest.mark.parametrize("name", ["SGLANG_VIT_ENABLE_CUDA_GRAPH", "SGLANG_RUST_SERVER"])
+def test_a_refused_environment_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    (problem,) = _problems(SimpleNamespace(**SUPPORTED))
+    assert problem.startswith(name)
+
+
+@pytest.mark.parametrize("graphs", [None, prefill_graphs(Backend.BREAKABLE), prefill_graphs(Backend.DISABLED)])
+def test_other_configurations_pass(graphs: Any) -> None:
+    assert list(_problems(SimpleNamespace(**SUPPORTED | {"cuda_graph_config": graphs}))) == []
+
+
+def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
+    check_server(SimpleNamespace(**SUPPORTED))
+    two = SUPPORTED | {"skip_tokenizer_init": True, "speculative_algorithm": "EAGLE"}
+    with pytest.raises(
+        UnsupportedServerError, match=r"--speculative-algorithm EAGLE.*; nor with --skip-tokenizer-init"
+    ):
+        check_server(SimpleNamespace(**two))
+
+
+def test_another_model_is_refused_with_those_that_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["InternVLChatModel"]))
+    monkeypatch.setattr(compatibility, "model_config_of", lambda arguments: config)
+    with pytest.raises(UnsupportedServerError, match="does not support InternVLChatModel") as error:
+        family_of_server(None)
+    for name, family in FAMILIES.items():
+        assert f"{family.architecture} ({name})" in str(error.value)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
+    """The settings that hooks were to be installed for; none are."""
+    settings: list[Settings | None] = []
+    monkeypatch.setattr(server_args, "_install", settings.append)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen2.5-vl", {}), ("llava-1.5", {"model_impl": "transformers"}), ("llava-next", {})],
+)
+def test_real_arguments_of_each_family_pass(
+    installed: list[Settings | None],
+    tmp_path_factory: pytest.TempPathFactory,
+    family: TinyFamily,
+    options: dict[str, Any],
+) -> None:
+    path = tiny_checkpoint(tmp_path_factory, family)
+    MMTokServerArgs(model_path=path, mmtok_budget="64", **options).resolve_once()
+    (settings,) = installed
+    assert settings is not None
+    assert settings.family == family
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("llava-1.5", {}, "LlavaForConditionalGeneration.*: add --model-impl transformers$"),
+        ("qwen2.5-vl", {"model_impl": "transformers"}, "Qwen2_5_VL.*: add --model-impl sglang$"),
+        ("qwen2.5-vl", {"mm_enable_dp_encoder": True}, "cannot be combined with --mm-enable-dp-encoder"),
+    ],
+)
+def test_real_arguments_that_would_go_around_the_hooks_are_refused(
+    installed: list[Settings | None],
+    tmp_path_factory: pytest.TempPathFactory,
+    family: TinyFamily,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    path = tiny_checkpoint(tmp_path_factory, family)
+    with pytest.raises(UnsupportedServerError, match=message):
+        MMTokServerArgs(model_path=path, mmtok_budget="64", **options).resolve_once()
+    assert installed == []

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mmtok_deploy import Budget
+from mmtok_deploy.runtime.sglang.families.llava_1_5 import Llava15, padding_mask
+from mmtok_deploy.runtime.sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
+from mmtok_deploy.runtime.sglang.families.qwen2_5_vl import Qwen25VL
+from mmtok_deploy.runtime.sglang.transformers_backend import separate_images
+from tests.runtime.stand_ins import image_item
+
+SIZES = [(1, 1), (1, 1000), (1000, 1), (336, 336), (400, 600), (600, 400), (337, 336), (35, 1000), (640, 427), (3, 7)]
+
+
+@pytest.mark.parametrize(("side", "patches"), [(336, 24), (224, 16), (28, 2)])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_padding_is_the_patches_without_a_pixel_of_the_image(height: int, width: int, side: int, patches: int) -> None:
+    longest = max(height, width)
+    rows, columns = (round(length * (side / longest)) for length in (height, width))
+    top, left = (side - rows) // 2, (side - columns) // 2
+    has_image = torch.zeros(side, side, dtype=torch.bool)
+    has_image[top : top + rows, left : left + columns] = True
+    patch = side // patches
+    expected = ~has_image.reshape(patches, patch, patches, patch).any(dim=3).any(dim=1)
+    assert torch.equal(padding_mask(height, width, side, patches).reshape(patches, patches), expected)
+
+
+@pytest.mark.parametrize(("height", "width", "num_excluded"), [(336, 336, 0), (400, 600, 8 * 24), (1, 1000, 576)])
+def test_padding_of_known_sizes(height: int, width: int, num_excluded: int) -> None:
+    assert int(padding_mask(height, width, 336, 24).sum()) == num_excluded
+    transposed = padding_mask(width, height, 336, 24).reshape(24, 24).T.flatten()
+    assert torch.equal(padding_mask(height, width, 336, 24), transposed)
+
+
+def llava_output(num_images: int, spans: list[tuple[int, int]], **data: Any) -> Any:
+    bundle = image_item((0, 0), model_specific_data=data)
+    bundle.offsets = spans
+    bundle.feature = torch.arange(num_images, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 336, 336)
+    return SimpleNamespace(mm_items=[bundle])
+
+
+def test_images_are_separated_where_their_placeholders_touch() -> None:
+    output = llava_output(3, [(1, 5), (7, 8)], image_sizes=torch.tensor([[10, 11], [20, 21], [30, 31]]))
+    separate_images(output, [3, 2, 2])
+    assert [item.offsets for item in output.mm_items] == [[(1, 3)], [(4, 5)], [(7, 8)]]
+    assert [item.feature[:, 0, 0, 0].tolist() for item in output.mm_items] == [[0], [1], [2]]
+    assert [item.image_sizes.tolist() for item in output.mm_items] == [[[10, 11]], [[20, 21]], [[30, 31]]]
+
+
+@pytest.mark.parametrize(
+    ("spans", "counts", "message"),
+    [
+        ([(1, 5)], [3, 3], "the prompt has 5 image placeholders, its 2 images have 6"),
+        ([(1, 5)], [3], "the prompt has 5 image placeholders, its 1 images have 3"),
+        ([], [3], "the prompt has 0 image placeholders, its 1 images have 3"),
+        ([(1, 2), (4, 6)], [3, 2], "the placeholders of image 0 are not in one piece"),
+    ],
+)
+def test_placeholders_that_are_not_the_images_are_refused(
+    spans: list[tuple[int, int]], counts: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        separate_images(llava_output(len(counts), spans), counts)
+
+
+def counting_processor(count: int) -> Any:
+    def count_tokens(image_sizes: list[tuple[int, int]]) -> dict[str, list[int]]:
+        return {"num_image_tokens": [count] * len(image_sizes)}
+
+    return SimpleNamespace(_processor=SimpleNamespace(_get_num_multimodal_tokens=count_tokens))
+
+
+def test_llava_excludes_the_padding_of_each_image() -> None:
+    output = llava_output(2, [(0, 575), (580, 1155)], image_sizes=torch.tensor([[400, 600], [300, 300]]))
+    family = Llava15()
+    family.separate_images(output, counting_processor(576))
+    padded, square = output.mm_items
+    mask = family.excluded(padded)
+    assert mask is not None
+    assert torch.equal(mask, padding_mask(400, 600, 336, 24))
+    assert family.excluded(square) is None
+    # The encoder would be called with them.
+    assert "image_sizes" not in padded.model_specific_data
+
+
+def test_llava_without_square_padding_excludes_nothing() -> None:
+    output = llava_output(1, [(0, 575)])
+    Llava15().separate_images(output, counting_processor(576))
+    assert Llava15().excluded(output.mm_items[0]) is None
+
+
+@pytest.mark.parametrize("spans", [[], [(0, 575)], [(0, 287), (290, 577)]])
+def test_llava_refuses_fewer_placeholders_than_images(spans: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="its 2 images have 1152"):
+        Llava15().separate_images(llava_output(2, spans), counting_processor(576))
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_tiles", "max_tiles", "kept"),
+    [
+        (Budget(tokens=160), 5, 5, 32),
+        (Budget(tokens=160), 3, 5, 32),
+        (Budget(tokens=160), 3, 3, 53),
+        (Budget(tokens=4), 5, 5, 1),
+        (Budget(tokens=10**6), 5, 5, 576),
+        (Budget.parse("10%"), 5, 5, 57),
+        (Budget.parse("10%"), 3, 5, 57),
+        (Budget.parse("0.01%"), 3, 5, 1),
+        (Budget.parse("all"), 3, 5, 576),
+        (Budget.parse("100%"), 3, 5, 576),
+        (Budget(tokens=4, minimum=64), 5, 5, 13),
+        (Budget(tokens=4, minimum=64), 3, 5, 22),
+        (Budget.parse("1%", minimum=64), 3, 5, 22),
+        (Budget(tokens=4, minimum=10**6), 3, 5, 576),
+    ],
+)
+def test_tokens_of_each_tile(budget: Budget, num_tiles: int, max_tiles: int, kept: int) -> None:
+    assert tokens_per_tile(budget, 576, num_tiles, max_tiles) == kept
+
+
+LLAVA_NEXT = SimpleNamespace(
+    vision_config=SimpleNamespace(image_size=336, patch_size=14),
+    image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "num_tokens", "kept"),
+    [
+        ([600, 600], 160, 2928, 160),
+        ([336, 672], 160, 1176, 96),
+        ([336, 672], "all", 1176, 1176),
+        ([336, 672], "99.99%", 1176, 1176),
+        ([20, 900], 2800, 600, 600),
+    ],
+)
+def test_what_an_image_of_tiles_keeps(size: list[int], budget: int | str, num_tokens: int, kept: int) -> None:
+    item = image_item((0, num_tokens - 1), model_specific_data={"image_sizes": torch.tensor([size])})
+    assert LlavaNext().num_kept(item, num_tokens, Budget.parse(budget), LLAVA_NEXT) == kept
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize("num_kept", [1, 4, 9])
+def test_kept_tokens_of_crops_come_in_raster_order_of_the_joined_grid(grid: tuple[int, int], num_kept: int) -> None:
+    side, num_crops = 3, grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(num_kept)
+    kept = torch.stack([torch.randperm(side * side, generator=generator)[:num_kept] for _ in range(num_crops)])
+    # The picture of the joined grid, once as flat indices tile by tile and once as what is kept.
+    index = torch.arange(num_crops * side * side)
+    is_kept = torch.zeros(num_crops, side * side, dtype=torch.bool).scatter(1, kept, True)
+    picture, mask = (
+        tokens.reshape(*grid, side, side).transpose(1, 2).reshape(grid[0] * side, grid[1] * side)
+        for tokens in (index, is_kept)
+    )
+    assert torch.equal(_raster_order(kept, grid, side), picture[mask])
+
+
+QWEN = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+
+
+def qwen_item(grids: list[list[int]]) -> Any:
+    return image_item((0, 0), model_specific_data={"image_grid_thw": torch.tensor(grids)})
+
+
+@pytest.mark.parametrize(("budget", "kept"), [("10%", 29), (64, 64), (1000, 294)])
+def test_what_a_qwen_image_keeps(budget: str | int, kept: int) -> None:
+    assert Qwen25VL().num_kept(qwen_item([[1, 28, 42]]), 294, Budget.parse(budget), QWEN) == kept
+
+
+@pytest.mark.parametrize("grids", [[[1, 28, 42], [1, 4, 4]], [[1, 4, 4]]])
+def test_placeholders_of_another_number_than_a_qwen_image_has_are_refused(grids: list[list[int]]) -> None:
+    # Two images and one placeholder in the prompt: the selection would point outside of the positions.
+    with pytest.raises(ValueError, match=r"the prompt has 294 placeholders for an image of \d+ tokens"):
+        Qwen25VL().num_kept(qwen_item(grids), 294, Budget(tokens=64), QWEN)

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, msgpack_decode, msgpack_encode
+from sglang.srt.sampling.sampling_params import SamplingParams
+from torch import Tensor
+
+from mmtok_deploy.runtime.sglang.families import Family
+from mmtok_deploy.runtime.sglang.hooks import Hook
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, PlaceholderCutter, cut_placeholders, plan_of
+from mmtok_deploy.runtime.sglang.selection import TokenSelector
+from tests.runtime.stand_ins import (
+    IMAGE_ID,
+    Request,
+    image_item,
+    make_settings,
+    mrope_positions,
+    prompt_output,
+    stand_in_processor,
+)
+
+# Text 1 2, an image of 4 tokens, text 3, an image of 3 tokens, text 4.
+TWO_IMAGES = [1, 2, *[IMAGE_ID] * 4, 3, *[IMAGE_ID] * 3, 4]
+
+
+def planned(output: Any, *nums_kept: int | None) -> Any:
+    for item, num_kept in zip(output.mm_items, nums_kept, strict=True):
+        if num_kept is not None:
+            ((start, end),) = item.offsets
+            ImagePlan(end - start + 1, num_kept, guidance=[5]).attach(item)
+    return output
+
+
+def offsets(output: Any) -> list[tuple[int, int]]:
+    return [span for item in output.mm_items for span in item.offsets]
+
+
+@pytest.mark.parametrize(
+    ("nums_kept", "stays", "spans"),
+    [
+        ((2, 1), [0, 1, 2, 3, 6, 7, 10], [(2, 3), (5, 5)]),
+        ((1, None), [0, 1, 2, 6, 7, 8, 9, 10], [(2, 2), (4, 6)]),
+        ((None, 2), [0, 1, 2, 3, 4, 5, 6, 7, 8, 10], [(2, 5), (7, 8)]),
+        ((4, 1), [0, 1, 2, 3, 4, 5, 6, 7, 10], [(2, 5), (7, 7)]),
+    ],
+)
+def test_everything_laid_out_by_token_is_cut(
+    nums_kept: tuple[int | None, ...], stays: list[int], spans: list[tuple[int, int]]
+) -> None:
+    num_tokens = len(TWO_IMAGES)
+    token_types = torch.tensor([token == IMAGE_ID for token in TWO_IMAGES]).int()
+    output = prompt_output(TWO_IMAGES, mrope=True, padded_input_ids=[0] * num_tokens, token_type_ids=token_types[None])
+    cut_placeholders(planned(output, *nums_kept))
+    assert output.input_ids == [TWO_IMAGES[place] for place in stays]
+    assert offsets(output) == spans
+    assert output.padded_input_ids is None
+    assert output.token_type_ids.tolist() == token_types[stays].tolist()
+    assert output.mrope_positions.tolist() == mrope_positions(num_tokens)[:, stays].tolist()
+    # Decoding goes on at `length + delta`, where it would have without pruning.
+    assert len(stays) + output.mrope_position_delta.item() == num_tokens - 3
+
+
+def test_the_plan_holds_the_original_positions() -> None:
+    output = prompt_output(TWO_IMAGES, mrope=True)
+    cut_placeholders(planned(output, 2, None))
+    pruned, unpruned = (plan_of(item) for item in output.mm_items)
+    assert unpruned is None
+    assert pruned is not None
+    assert pruned.positions is not None
+    assert pruned.positions.tolist() == mrope_positions(len(TWO_IMAGES))[:, 2:6].tolist()
+
+
+def test_a_model_without_mrope_is_cut_by_ids_alone() -> None:
+    output = prompt_output(TWO_IMAGES)
+    cut_placeholders(planned(output, 1, 1))
+    assert output.input_ids == [1, 2, IMAGE_ID, 3, IMAGE_ID, 4]
+    assert (output.mrope_positions, output.mrope_position_delta, output.token_type_ids) == (None, None, None)
+
+
+def test_images_without_text_between_them_are_told_apart() -> None:
+    output = prompt_output([IMAGE_ID] * 5)
+    output.mm_items = [image_item((0, 2)), image_item((3, 4))]
+    cut_placeholders(planned(output, 2, 1))
+    assert (output.input_ids, offsets(output)) == ([IMAGE_ID] * 3, [(0, 1), (2, 2)])
+
+
+def test_where_nothing_is_planned_nothing_is_touched() -> None:
+    output = prompt_output(TWO_IMAGES, mrope=True, padded_input_ids=[0] * len(TWO_IMAGES))
+    ids, positions, padded = output.input_ids, output.mrope_positions, output.padded_input_ids
+    cut_placeholders(output)
+    assert output.input_ids is ids
+    assert output.mrope_positions is positions
+    assert output.padded_input_ids is padded
+    assert offsets(output) == [(2, 5), (7, 9)]
+
+
+def by_msgpack(output: Any) -> Any:
+    """Sends the output as the tokenizer process does."""
+    request = TokenizedGenerateReqInput(
+        input_text="",
+        input_ids=None,
+        input_embeds=None,
+        mm_inputs=output,
+        token_type_ids=None,
+        sampling_params=SamplingParams(),
+        return_logprob=False,
+        logprob_start_len=-1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+    )
+    return msgpack_decode(msgpack_encode(request)).mm_inputs
+
+
+def by_pickle(output: Any) -> Any:
+    return pickle.loads(pickle.dumps(output))
+
+
+@pytest.mark.parametrize("send", [by_msgpack, by_pickle])
+def test_the_plan_survives_the_way_to_the_scheduler(send: Callable[[Any], Any]) -> None:
+    excluded = torch.tensor([True, False, False, True])
+    output = prompt_output(TWO_IMAGES, mrope=True)
+    ImagePlan(4, 2, guidance=[7, 8], excluded=excluded).attach(output.mm_items[0])
+    ImagePlan(3, 1, guidance=[]).attach(output.mm_items[1])
+    cut_placeholders(output)
+    sent = [plan_of(item) for item in output.mm_items]
+    for before, after in zip(sent, [plan_of(item) for item in send(output).mm_items], strict=True):
+        assert before is not None
+        assert after is not None
+        assert (after.num_tokens, after.num_kept) == (before.num_tokens, before.num_kept)
+        assert after.guidance == before.guidance
+        assert same(after.excluded, before.excluded)
+        assert same(after.positions, before.positions)
+
+
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+class StandInFamily(Family):
+    architecture = "StandIn"
+    model_impl = "sglang"
+    placeholder = "<|image_pad|>"
+    processor_hook = ("", "")
+
+    def __init__(self, excluded: Tensor | None = None) -> None:
+        self._excluded = excluded
+
+    def excluded(self, item: Any) -> Tensor | None:
+        return self._excluded
+
+    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
+        return []
+
+
+def processed(
+    output: Any,
+    budget: str | int = "all",
+    *,
+    fields: Any = None,
+    excluded: Tensor | None = None,
+    images: Sequence[Any] | None = ("cat.png",),
+    videos: Sequence[Any] | None = None,
+    prompt: str | list[int] = "<|image_pad|>",
+) -> Any:
+    """Runs the cutter around a processor that returns `output`."""
+
+    async def original(processor: Any, image_data: Any, **kwargs: Any) -> Any:
+        assert image_data is images
+        assert kwargs["input_text"] is prompt
+        return output
+
+    cutter = PlaceholderCutter(make_settings(budget), StandInFamily(excluded))
+    request = Request(mm_processor_kwargs=fields, video_data=videos)
+    return asyncio.run(
+        cutter.process_mm_data(
+            original, stand_in_processor(), images, audio_data=None, input_text=prompt, request_obj=request
+        )
+    )
+
+
+def test_the_servers_budget_is_cut_to() -> None:
+    output = processed(prompt_output(TWO_IMAGES), 2, prompt="<|image_pad|>ab<|image_pad|>")
+    plans = [plan_of(item) for item in output.mm_items]
+    question = [ord(letter) for letter in "Question:ab"]
+    assert plans == [ImagePlan(4, 2, question), ImagePlan(3, 2, question)]
+    assert output.input_ids == [1, 2, IMAGE_ID, IMAGE_ID, 3, IMAGE_ID, IMAGE_ID, 4]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        (None, (3, 3)),
+        ({"mmtok_budget": 1}, (1, 1)),
+        ({"mmtok_budget": "50%"}, (2, 1)),
+        ({"mmtok_budget": "all"}, (4, 3)),
+        ({"mmtok_budget": 100}, (4, 3)),
+    ],
+)
+def test_a_requests_budget_is_cut_to(fields: Any, kept: tuple[int, int]) -> None:
+    output = processed(prompt_output(TWO_IMAGES), 3, fields=fields)
+    assert tuple(end - start + 1 for start, end in offsets(output)) == kept
+
+
+def test_texts_belong_to_images_in_the_order_of_the_prompt() -> None:
+    output = prompt_output(TWO_IMAGES)
+    output.mm_items.reverse()
+    processed(output, 1, fields={"mmtok_guidance": ["a", "b"]})
+    assert [plan_of(item).guidance[-1] for item in output.mm_items] == [ord("a"), ord("b")]  # type: ignore[union-attr]
+    assert offsets(output) == [(2, 2), (4, 4)]
+
+
+def test_a_prompt_of_ids_and_an_image_without_text() -> None:
+    with_text = processed(prompt_output([IMAGE_ID] * 3), 1, prompt=[IMAGE_ID, ord("a")]).mm_items[0]
+    without = processed(prompt_output([IMAGE_ID] * 3), 1, prompt=[IMAGE_ID]).mm_items[0]
+    assert plan_of(with_text) == ImagePlan(3, 1, [ord(letter) for letter in "Question:a"])
+    assert plan_of(without) == ImagePlan(3, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("excluded", "num_kept"),
+    [([0, 1], 2), ([0, 1, 2], 1), ([0], 3), ([0, 1, 2, 3], 3)],
+    ids=["as many as may be picked", "one may be picked", "enough may be picked", "none may be picked: the budget"],
+)
+def test_no_more_is_kept_than_may_be_picked(excluded: list[int], num_kept: int) -> None:
+    mask = torch.isin(torch.arange(4), torch.tensor(excluded))
+    (item,) = processed(prompt_output([IMAGE_ID] * 4), 3, excluded=mask).mm_items
+    plan = plan_of(item)
+    assert plan is not None
+    assert plan.num_kept == num_kept
+    assert same(plan.excluded, mask)
+
+
+def test_padding_alone_prunes_nothing() -> None:
+    mask = torch.tensor([True, False, False, False])
+    (item,) = processed(prompt_output([IMAGE_ID] * 4), 4, excluded=mask).mm_items
+    assert plan_of(item) is None
+
+
+@pytest.mark.parametrize("empty", [None, prompt_output([1, 2])])
+def test_a_request_without_images_is_not_touched(empty: Any) -> None:
+    assert processed(empty, 2, images=None) is empty
+
+
+UNPRUNABLE: list[tuple[dict[str, Any], str]] = [
+    ({"videos": ["cat.mp4"]}, "brings a video"),
+    ({"images": ["cat.png", {"feature": torch.zeros(1)}]}, "precomputed embeddings"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "message"), UNPRUNABLE)
+def test_what_cannot_be_pruned_is_refused_before_it_is_processed(inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f'{message}.*"mmtok_budget": "all"'):
+        processed(None, 2, **inputs)
+
+
+@pytest.mark.parametrize("inputs", [inputs for inputs, _ in UNPRUNABLE])
+@pytest.mark.parametrize(("budget", "fields"), [("all", None), (2, {"mmtok_budget": "all"})])
+def test_what_cannot_be_pruned_passes_unpruned(inputs: dict[str, Any], budget: str | int, fields: Any) -> None:
+    output = prompt_output(TWO_IMAGES)
+    # As SGLang leaves them: several spans of one item, or none yet, in no order of ours.
+    output.mm_items = [image_item((7, 9)), image_item((2, 5))]
+    output.mm_items[0].offsets = [(2, 5), (7, 9)]
+    output.mm_items[1].offsets = None
+    before = list(output.mm_items)
+    assert processed(output, budget, fields=fields, **inputs) is output
+    assert output.mm_items == before
+    assert output.input_ids == TWO_IMAGES
+
+
+@pytest.mark.parametrize("spans", [None, [], [(2, 5), (7, 9)]])
+def test_an_image_without_one_run_of_placeholders_is_refused(spans: Any) -> None:
+    output = prompt_output([1, IMAGE_ID])
+    output.mm_items[0].offsets = spans
+    with pytest.raises(ValueError, match="one run of placeholders .* one placeholder for each image"):
+        processed(output, 2)
+
+
+@pytest.mark.parametrize("fields", [{"mmtok_budget": 0}, {"mmtok_buget": 2}, {"mmtok_guidance": 5}])
+def test_bad_fields_are_refused(fields: Any) -> None:
+    with pytest.raises(ValueError, match="^mm_processor_kwargs"):
+        processed(prompt_output(TWO_IMAGES), 2, fields=fields)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers import mm_schedule
+from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalStaticCache
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from torch import Tensor
+
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
+from mmtok_deploy.runtime.sglang.positions import PositionWriter
+from mmtok_deploy.runtime.sglang.selection import TokenSelector
+from tests.runtime.stand_ins import features, image_item, make_settings, mrope_positions
+
+NUM_TOKENS, NUM_KEPT = 12, 5
+FIRST_RANK = SimpleNamespace(pp_group=SimpleNamespace(is_first_rank=True))
+
+
+def pruned_image(start: int, key: int, *, with_positions: bool = True) -> Any:
+    positions = mrope_positions(NUM_TOKENS) * 10 + key if with_positions else None
+    plan = ImagePlan(NUM_TOKENS, NUM_KEPT, guidance=[key], positions=positions)
+    return image_item((start, start + NUM_KEPT - 1), plan, hash=key)
+
+
+def mm_inputs(*items: Any) -> Any:
+    return SimpleNamespace(mm_items=list(items))
+
+
+def make_batch(*chunks: tuple[Any, int, int], mode: ForwardMode = ForwardMode.EXTEND) -> Any:
+    """Returns a batch of (multimodal inputs or None, tokens done before, tokens in this chunk)."""
+    inputs, starts, lengths = (list(column) for column in zip(*chunks, strict=True))
+    return SimpleNamespace(
+        forward_mode=mode,
+        mm_inputs=inputs,
+        contains_mm_inputs=lambda: any(one is not None for one in inputs),
+        extend_prefix_lens_cpu=starts,
+        extend_seq_lens_cpu=lengths,
+        mrope_positions=torch.full((3, sum(lengths)), -1),
+    )
+
+
+class Encoder:
+    """What SGLang does in `prepare_mm_inputs`: selects each image once, then drops the batch's inputs."""
+
+    def __init__(self) -> None:
+        self.selector = TokenSelector(make_settings(NUM_KEPT))
+        self.writer = PositionWriter(self.selector)
+        self.encoded: list[int] = []
+
+    def __call__(self, input_ids: Tensor, batch: Any, language_model: Any, kwargs: dict[str, Any]) -> str:
+        for inputs in batch.mm_inputs:
+            for item in inputs.mm_items if inputs is not None else []:
+                cache = mm_schedule.embedding_cache
+                if cache is None or cache.get_single(item.hash) is None:
+                    self.encoded.append(item.hash)
+                    values = dict(item.model_specific_data.get("mmtok") or {})
+                    if values:
+                        self.selector.select(item.hash, ImagePlan(**values), *features(NUM_TOKENS, seed=item.hash))
+        batch.mm_inputs = None
+        return "embeddings"
+
+    def run(self, batch: Any, language_model: Any = FIRST_RANK) -> Tensor:
+        ids = torch.zeros(batch.mrope_positions.shape[1], dtype=torch.int64)
+        before: Tensor = batch.mrope_positions
+        assert self.writer.prepare_mm_inputs(self, ids, batch, language_model, {}) == "embeddings"
+        # In place: what the forward pass holds is the tensor, not the attribute.
+        assert batch.mrope_positions is before
+        return before
+
+    def kept_positions(self, item: Any) -> Tensor:
+        kept = self.selector.remembered(item.hash)
+        assert kept is not None
+        positions: Tensor = item.model_specific_data["mmtok"]["positions"][:, kept]
+        return positions
+
+
+@pytest.fixture(autouse=True)
+def no_embedding_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mm_schedule, "embedding_cache", None)
+
+
+def untouched(num_tokens: int) -> Tensor:
+    return torch.full((3, num_tokens), -1)
+
+
+@pytest.mark.parametrize("chunk_len", [1, 2, 3, 4, 7, 10])
+def test_chunks_through_the_middle_of_an_image_add_up(chunk_len: int) -> None:
+    # Two tokens of text, the image's five, three of text.
+    encoder, item, length = Encoder(), pruned_image(2, key=1), 10
+    chunks = [(start, min(chunk_len, length - start)) for start in range(0, length, chunk_len)]
+    written = torch.cat([encoder.run(make_batch((mm_inputs(item), *chunk))) for chunk in chunks], dim=1)
+    assert torch.equal(written, torch.cat([untouched(2), encoder.kept_positions(item), untouched(3)], dim=1))
+
+
+def test_requests_of_a_batch_are_told_apart() -> None:
+    encoder = Encoder()
+    one, two, three = pruned_image(1, key=1), pruned_image(0, key=2), pruned_image(6, key=3)
+    batch = make_batch(
+        (mm_inputs(one), 3, 5),  # from the image's third kept token on
+        (None, 0, 4),  # text between them
+        (mm_inputs(two, image_item((5, 5)), three), 0, 8),  # an unpruned image between two, the second cut off
+    )
+    written, expected = encoder.run(batch), untouched(17)
+    expected[:, 0:3] = encoder.kept_positions(one)[:, 2:]
+    expected[:, 9:14] = encoder.kept_positions(two)
+    expected[:, 15:17] = encoder.kept_positions(three)[:, :2]
+    assert torch.equal(written, expected)
+
+
+def test_a_chunk_without_the_image_needs_no_selection() -> None:
+    encoder = Encoder()
+    item = pruned_image(0, key=1)
+    assert torch.equal(encoder.run(make_batch((mm_inputs(item), NUM_KEPT, 3))), untouched(3))
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY])
+def test_decoding_is_not_touched(mode: ForwardMode) -> None:
+    batch = make_batch((mm_inputs(pruned_image(0, key=1)), 0, NUM_KEPT), mode=mode)
+    assert torch.equal(Encoder().run(batch), untouched(NUM_KEPT))
+
+
+def test_later_pipeline_ranks_write_nothing() -> None:
+    later = SimpleNamespace(pp_group=SimpleNamespace(is_first_rank=False))
+    batch = make_batch((mm_inputs(pruned_image(0, key=1)), 0, NUM_KEPT))
+    assert torch.equal(Encoder().run(batch, later), untouched(NUM_KEPT))
+
+
+def test_a_forgotten_selection_has_the_image_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = MultiModalStaticCache(1 << 20)
+    monkeypatch.setattr(mm_schedule, "embedding_cache", cache)
+    encoder, known, forgotten = Encoder(), pruned_image(0, key=1), pruned_image(NUM_KEPT, key=2)
+    encoder.run(make_batch((mm_inputs(known), 0, NUM_KEPT)))
+    for item in (known, forgotten):
+        cache.set(item.hash, EmbeddingResult(embedding=torch.zeros(NUM_KEPT, 8)))
+    encoder.encoded.clear()
+    written = encoder.run(make_batch((mm_inputs(known, forgotten), 0, 2 * NUM_KEPT)))
+    assert encoder.encoded == [forgotten.hash]
+    assert torch.equal(written, torch.cat([encoder.kept_positions(known), encoder.kept_positions(forgotten)], dim=1))
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_an_image_that_was_not_selected_stops_the_batch(with_positions: bool) -> None:
+    encoder = Encoder()
+    item = pruned_image(0, key=171, with_positions=with_positions)
+    if not with_positions:
+        encoder.selector.select(item.hash, ImagePlan(NUM_TOKENS, NUM_KEPT, []), *features(NUM_TOKENS))
+    batch = make_batch((mm_inputs(item), 0, NUM_KEPT))
+    with pytest.raises(RuntimeError, match="the image 0xab is in this batch, but was not selected"):
+        encoder.writer.prepare_mm_inputs(lambda *_: None, torch.zeros(NUM_KEPT), batch, FIRST_RANK, {})
+
+
+def stage(*, is_last: bool) -> Any:
+    return SimpleNamespace(pp_group=SimpleNamespace(is_last_rank=is_last))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_positions_travel_down_the_pipeline(by_name: bool) -> None:
+    writer = Encoder().writer
+    corrected, uncorrected = mrope_positions(4), untouched(4)
+    batches = [SimpleNamespace(forward_mode=ForwardMode.EXTEND, mrope_positions=p) for p in (corrected, uncorrected)]
+    proxies = SimpleNamespace(tensors={"hidden_states": torch.zeros(4, 8)})
+
+    def first(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return proxies
+
+    def last(model: Any, *args: Any, pp_proxy_tensors: Any, **kwargs: Any) -> str:
+        assert list(pp_proxy_tensors.tensors) == ["hidden_states"]
+        return "logits"
+
+    ids = torch.zeros(4)
+    sent = writer.forward(first, stage(is_last=False), ids, corrected, batches[0])
+    arguments: tuple[Any, ...] = (ids, uncorrected) if by_name else (ids, uncorrected, batches[1])
+    named = {"forward_batch": batches[1]} if by_name else {}
+    assert writer.forward(last, stage(is_last=True), *arguments, pp_proxy_tensors=sent, **named) == "logits"
+    assert torch.equal(uncorrected, corrected)
+
+
+def test_decoding_sends_no_positions() -> None:
+    proxies = SimpleNamespace(tensors={})
+    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, mrope_positions=mrope_positions(1))
+    Encoder().writer.forward(lambda *_: proxies, stage(is_last=False), torch.zeros(1), mrope_positions(1), batch)
+    assert proxies.tensors == {}

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+from mmtok_deploy import Budget, SelectionConfig
+from mmtok_deploy.runtime.sglang import hooks, server_args
+from mmtok_deploy.runtime.sglang.hooks import Hook, HookError
+from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
+from mmtok_deploy.runtime.sglang.settings import Settings
+from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
+
+FLAGS = [
+    "--mmtok-budget",
+    "--mmtok-min-tokens",
+    "--mmtok-tv-temp",
+    "--mmtok-vv-temp",
+    "--mmtok-alpha",
+    "--mmtok-coverage",
+    "--mmtok-guidance",
+]
+
+
+def parsed(*flags: str) -> Any:
+    parser = argparse.ArgumentParser()
+    MMTokServerArgs.add_cli_args(parser)
+    return MMTokServerArgs.from_cli_args(parser.parse_args(["--model-path", "model", *flags]))
+
+
+def test_the_servers_help_lists_the_flags() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "sglang.launch_server", "--help"],
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert [flag for flag in FLAGS if f"{flag} " not in result.stdout] == []
+    assert "a share (10% or 0.1)" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        *((["--mmtok-budget", value], "or 'all' for no pruning") for value in ("0", "-3", "1.5", "150%", "ten", "")),
+        (["--mmtok-budget", "64", "--mmtok-coverage", "image"], "multimodal"),
+        (["--mmtok-budget", "64", "--mmtok-guidance", "words"], "keywords"),
+        (["--mmtok-budget", "64", "--mmtok-alpha", "half"], "--mmtok-alpha"),
+        (["--mmtok-budget", "64", "--mmtok-min-tokens", "1.5"], "--mmtok-min-tokens"),
+    ],
+)
+def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
+    capsys: pytest.CaptureFixture[str], flags: list[str], named: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        parsed(*flags)
+    assert exit_status.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"mmtok_budget": "ten"}, "budget 'ten' is not understood"),
+        ({"mmtok_budget": 0}, "budget 0 is not understood"),
+        ({"mmtok_tv_temp": 0.0}, "tv_temp is a positive number"),
+        ({"mmtok_vv_temp": float("nan")}, "vv_temp is a positive number"),
+        ({"mmtok_alpha": -1.0}, "alpha is a number of at least 0"),
+        ({"mmtok_coverage": "image"}, "coverage is one of multimodal"),
+        ({"mmtok_guidance": "words"}, "guidance is one of keywords, question, got 'words'"),
+        ({"mmtok_min_tokens": 0}, "minimum is a whole number"),
+    ],
+)
+def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        MMTokServerArgs(**{"model_path": "model", "mmtok_budget": "64", **flags})
+
+
+@pytest.mark.parametrize("flag", [("--mmtok-alpha", "1"), ("--mmtok-min-tokens", "4"), ("--mmtok-coverage", "text")])
+def test_a_flag_without_a_budget_is_refused(flag: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"^{flag[0]} has no effect without --mmtok-budget"):
+        parsed(*flag)
+
+
+def test_without_flags_the_arguments_are_sglangs() -> None:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    flags = ["--model-path", "model", "--page-size", "4"]
+    theirs = msgspec.structs.asdict(ServerArgs.from_cli_args(parser.parse_args(flags)))
+    ours = msgspec.structs.asdict(parsed("--page-size", "4"))
+    added = {name: ours.pop(name) for name in list(ours) if name.startswith("mmtok_")}
+    # Drawn anew for each server.
+    for values in (ours, theirs):
+        values.pop("random_seed", None)
+    assert ours == theirs
+    assert added == dict.fromkeys(flag.removeprefix("--").replace("-", "_") for flag in FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "family", "expected"),
+    [
+        (
+            {"mmtok_budget": "64"},
+            "llava-1.5",
+            Settings("llava-1.5", Budget(tokens=64), SelectionConfig(0.02, 0.2, 0.5), "keywords"),
+        ),
+        (
+            {"mmtok_budget": "10%", "mmtok_min_tokens": 8},
+            "qwen2.5-vl",
+            Settings("qwen2.5-vl", Budget.parse("10%", minimum=8), SelectionConfig(0.01, 0.2, 0.5), "question"),
+        ),
+        (
+            {
+                "mmtok_budget": 64,
+                "mmtok_tv_temp": 0.5,
+                "mmtok_vv_temp": 0.25,
+                "mmtok_alpha": 0.0,
+                "mmtok_coverage": "text",
+                "mmtok_guidance": "keywords",
+            },
+            "qwen2.5-vl",
+            Settings("qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0, "text"), "keywords"),
+        ),
+        (
+            {"mmtok_budget": "all"},
+            "llava-next",
+            Settings("llava-next", Budget(), SelectionConfig(0.02, 0.2, 0.5), "keywords"),
+        ),
+    ],
+)
+def test_flags_go_before_the_familys_preset(flags: dict[str, Any], family: str, expected: Settings) -> None:
+    assert MMTokServerArgs(model_path="model", **flags)._settings(family) == expected
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Hook]]]:
+    """The hooks that were to be installed; none are."""
+    lists: list[list[Hook]] = []
+    monkeypatch.setattr(hooks, "install_hooks", lists.append)
+    monkeypatch.setattr(server_args, "_installed", None)
+    with unchanged_environment():
+        yield lists
+
+
+@pytest.fixture
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_checkpoint(tmp_path_factory, "qwen2.5-vl")
+
+
+def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[Hook]], model_path: str) -> None:
+    arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="0.1", mmtok_alpha=1.0)
+    assert installed == []
+    arguments.resolve_once()
+    assert [hook.target for hook in installed[0]][-1].endswith("Qwen2_5_VLForConditionalGeneration.forward")
+    shown = arguments.resolved_dict()
+    assert {name: value for name, value in shown.items() if name.startswith("mmtok_")} == {
+        "mmtok_budget": "10%",
+        "mmtok_min_tokens": 1,
+        "mmtok_tv_temp": 0.01,
+        "mmtok_vv_temp": 0.2,
+        "mmtok_alpha": 1.0,
+        "mmtok_coverage": "multimodal",
+        "mmtok_guidance": "question",
+    }
+
+
+def test_arguments_without_a_budget_install_nothing(installed: list[list[Hook]], model_path: str) -> None:
+    arguments = MMTokServerArgs(model_path=model_path)
+    arguments.resolve_once()
+    again = pickle.loads(pickle.dumps(arguments))
+    assert installed == []
+    assert again.resolved_dict()["mmtok_budget"] is None
+
+
+def test_a_process_that_receives_the_arguments_installs_the_hooks(
+    installed: list[list[Hook]], monkeypatch: pytest.MonkeyPatch, model_path: str
+) -> None:
+    arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="64")
+    arguments.resolve_once()
+    sent = pickle.dumps(arguments)
+    monkeypatch.setattr(server_args, "_installed", None)
+    received = pickle.loads(sent)
+    here, there = ([hook.target for hook in hooks] for hooks in installed)
+    assert here == there
+    assert type(received) is MMTokServerArgs
+    assert received.resolved_dict() == arguments.resolved_dict()
+
+
+@pytest.mark.parametrize("flags", [{"mmtok_budget": "32"}, {"mmtok_budget": "64", "mmtok_alpha": 1.0}, {}])
+def test_another_server_in_the_same_process_is_refused(
+    installed: list[list[Hook]], model_path: str, flags: dict[str, Any]
+) -> None:
+    MMTokServerArgs(model_path=model_path, mmtok_budget="64").resolve_once()
+    MMTokServerArgs(model_path=model_path, mmtok_budget=64).resolve_once()
+    with pytest.raises(HookError, match="a process of its own"):
+        MMTokServerArgs(model_path=model_path, **flags).resolve_once()

@@ -1,0 +1,49 @@
+"""Servers that must not start: they would prune wrongly, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_environment
+from tests.runtime.conftest import checkpoint, make_server
+
+
+def _refusal(server: SglangServer) -> str:
+    with pytest.raises(ServerError) as refusal, server:
+        pass
+    return str(refusal.value)
+
+
+def test_another_model(tmp_path: Path) -> None:
+    folder = tmp_path / "another"
+    shutil.copytree(checkpoint("qwen2.5-vl"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["Qwen2VLForConditionalGeneration"]
+    (folder / "config.json").write_text(json.dumps(config))
+    message = _refusal(SglangServer(folder, "--mmtok-budget=10%", env=cpu_environment()))
+    assert "--mmtok-budget does not support Qwen2VLForConditionalGeneration. Supported: Qwen2_5_VL" in message
+
+
+def test_llava_on_the_native_implementation() -> None:
+    server = SglangServer(checkpoint("llava-1.5"), "--mmtok-budget=10%", env=cpu_environment())
+    assert "add --model-impl transformers" in _refusal(server)
+
+
+def test_a_graph_that_hides_the_features() -> None:
+    message = _refusal(make_server("qwen2.5-vl", "--mmtok-budget=10%", SGLANG_VIT_ENABLE_CUDA_GRAPH="1"))
+    assert "--mmtok-budget cannot be combined with SGLANG_VIT_ENABLE_CUDA_GRAPH" in message
+
+
+def test_a_bad_budget() -> None:
+    message = _refusal(make_server("qwen2.5-vl", "--mmtok-budget=ten"))
+    assert "exit status 2" in message
+    assert "argument --mmtok-budget: budget 'ten' is not understood: expected a whole number" in message
+
+
+def test_a_flag_without_a_budget() -> None:
+    message = _refusal(make_server("qwen2.5-vl", "--mmtok-alpha=1.0"))
+    assert "--mmtok-alpha has no effect without --mmtok-budget" in message
