@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format constraints clean
 
 help:
 	@echo "make demo    serve a photograph with and without a budget, and show what changes"
 	@echo "make test    every test; no GPU needed"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff rewrite the code"
+	@echo "make constraints   resolve all versions anew (slow)"
 	@echo "make clean   remove .venv and artifacts"
 
 install: $(STAMP)
@@ -37,6 +38,13 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The versions of a fresh resolution; run the tests before committing what it writes.
+constraints:
+	rm -rf $(VENV).new && $(PYTHON) -m venv $(VENV).new
+	$(VENV).new/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	(head -n 1 constraints.txt; $(VENV).new/bin/python -m pip freeze --exclude-editable) > constraints.new
+	mv constraints.new constraints.txt && rm -rf $(VENV).new
 
 clean:
 	rm -rf $(VENV) artifacts

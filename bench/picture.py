@@ -49,7 +49,9 @@ def draw_kept(
         raise ValueError(f"order holds indices from 0 to {rows * columns - 1} for this grid, got {outside[0]}")
 
     scale = _OVERSAMPLING * _LONG_SIDE_PX / max(image.size)
-    clear = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    clear = image.convert("RGB").resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+    )
     boxes = [_box(index, grid, clear.size) for index in order]
     picture = _dimmed(clear)
     for box in boxes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ class TokenSelector:
                 raise ValueError(f"only {len(selection)} of {num_kept} tokens may be picked")
         except Exception as error:  # whatever it is, it is one image's; the server has others
             self.num_fallbacks += 1
+            _fallback_metric().inc()
             logger.warning(
                 "MMTok: no selection for an image of %d tokens (%s: %s); %d evenly spaced tokens instead, the "
                 "%d. time since the start",
@@ -99,3 +101,12 @@ class TokenSelector:
             # In integers: float32 repeats a token where there are more than 10,000.
             return torch.arange(num_kept, device=vision.device) * (len(vision) - 1) // max(num_kept - 1, 1)
         return selection.kept
+
+
+@cache
+def _fallback_metric() -> Any:
+    # Imported here: prometheus_client looks for SGLang's multi-process folder when it is first imported, and that
+    # folder is set between the moment the hooks are installed and the start of the schedulers.
+    from prometheus_client import Counter
+
+    return Counter("mmtok:selection_fallbacks", "Images that kept evenly spaced tokens for want of a selection.")

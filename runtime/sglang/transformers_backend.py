@@ -2,11 +2,14 @@
 
 That backend hands pixels to the Hugging Face model inside the forward pass, where placeholders and features must have
 equal numbers. Here images are encoded first, one by one, pruned, and their embeddings put in the placeholders' place.
+On this path an image's placeholders carry its hash, so the prefix cache and chunked prefill, which the backend switches
+off for multimodal models because there they do not, work as they do for SGLang's own models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.managers import mm_utils
@@ -47,6 +50,13 @@ def backend_hooks(select: SelectFeatures) -> list[Hook]:
             "self input_ids positions forward_batch input_embeds",
             _forward_hidden_states,
         ),
+        Hook(
+            "mem_cache.kv_cache_builder.build_kv_cache",
+            "server_args model_config tp_worker page_size spec_algorithm enable_metrics enable_kv_cache_events "
+            "enable_hierarchical_cache hicache_draft_plan dynamo_kv_event_format kv_event_lora_names draft_swa_window",
+            _build_kv_cache,
+        ),
+        Hook("managers.scheduler.Scheduler.init_chunked_prefill", "self", _init_chunked_prefill),
     ]
 
 
@@ -123,3 +133,26 @@ def _forward_hidden_states(
         input_embeds = mm_utils.prepare_mm_inputs(input_ids, forward_batch, model.model, {}, model)
         input_ids = None
     return original(model, input_ids, positions, forward_batch, input_embeds)
+
+
+def _build_kv_cache(original: Callable[..., Any], **arguments: Any) -> Any:
+    with _not_multimodal(arguments["model_config"]):
+        return original(**arguments)
+
+
+def _init_chunked_prefill(original: Callable[..., None], scheduler: Any) -> None:
+    with _not_multimodal(scheduler.model_config):
+        original(scheduler)
+
+
+@contextmanager
+def _not_multimodal(model_config: Any) -> Iterator[None]:
+    """Keeps two functions of the scheduler's start from switching off what the embedding path makes safe.
+
+    Both ask `model_config.is_multimodal` for that purpose alone.
+    """
+    model_config.is_multimodal = False
+    try:
+        yield
+    finally:
+        model_config.is_multimodal = True

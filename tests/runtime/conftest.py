@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -51,7 +50,7 @@ def judge() -> Callable[[TinyFamily], HandPruned]:
 @pytest.fixture(scope="session")
 def servers(family: TinyFamily) -> Iterator[tuple[Served, Served]]:
     """A server with a budget of 10% and one without the flag, of the same checkpoint."""
-    pruned, plain = make_server(family, "--mmtok-budget=10%"), make_server(family)
+    pruned, plain = make_server(family, "--mmtok-budget=10%", "--enable-metrics"), make_server(family)
     with running(pruned, plain):
         yield Served(family, pruned, judge_of(family)), Served(family, plain, judge_of(family))
 
@@ -62,19 +61,3 @@ def served(servers: tuple[Served, Served]) -> Iterator[Served]:
     yield servers[0]
     assert servers[0].server.is_alive()
 
-
-@pytest.fixture(scope="module")
-def serve(request: pytest.FixtureRequest) -> Callable[..., Served]:
-    """Starts a server for one module's tests, and ends it with them."""
-
-    def start(family: TinyFamily, *arguments: str, num_ranks: int = 1, **environment: str) -> Served:
-        server = make_server(family, *arguments, num_ranks=num_ranks, **environment)
-        server.__enter__()
-        request.addfinalizer(server.stop)
-        return Served(family, server, judge_of(family))
-
-    return start
-
-
-# The tests and their servers share the machine: more threads than cores only wait for one another.
-os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -66,6 +66,11 @@ class Served:
             text = answer.read().decode()
         return json.loads(text) if text.startswith(("{", "[")) else text
 
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.server.url + path, timeout=30) as answer:
+            text: str = answer.read().decode()
+        return text
+
     def flush_cache(self) -> None:
         self.post("/flush_cache?timeout=30")
 

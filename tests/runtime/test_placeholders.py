@@ -280,11 +280,11 @@ def test_what_cannot_be_pruned_passes_unpruned(inputs: dict[str, Any], budget: s
 def test_an_image_without_one_run_of_placeholders_is_refused(spans: Any) -> None:
     output = prompt_output([1, IMAGE_ID])
     output.mm_items[0].offsets = spans
-    with pytest.raises(ValueError, match="one run of placeholders .* one placeholder for each image"):
+    with pytest.raises(ValueError, match=r"one run of placeholders .* one placeholder for each image"):
         processed(output, 2)
 
 
 @pytest.mark.parametrize("fields", [{"mmtok_budget": 0}, {"mmtok_buget": 2}, {"mmtok_guidance": 5}])
 def test_bad_fields_are_refused(fields: Any) -> None:
-    with pytest.raises(ValueError, match="^mm_processor_kwargs"):
+    with pytest.raises(ValueError, match=r"^mm_processor_kwargs"):
         processed(prompt_output(TWO_IMAGES), 2, fields=fields)

@@ -58,7 +58,7 @@ def test_a_bad_budget_is_refused_and_named(value: Any) -> None:
 
 
 def test_an_unknown_field_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="no field mmtok_alpha, mmtok_budgets; .* mmtok_budget and mmtok_guidance"):
+    with pytest.raises(ValueError, match=r"no field mmtok_alpha, mmtok_budgets; .* mmtok_budget and mmtok_guidance"):
         requested_budget({"mmtok_budgets": 5, "mmtok_alpha": 1, "num_crops": 4}, SERVER)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -30,10 +31,12 @@ FLAGS = [
 ]
 
 
-def parsed(*flags: str) -> Any:
+def parsed(*flags: str, server_args_class: Any = MMTokServerArgs) -> Any:
     parser = argparse.ArgumentParser()
-    MMTokServerArgs.add_cli_args(parser)
-    return MMTokServerArgs.from_cli_args(parser.parse_args(["--model-path", "model", *flags]))
+    # SGLang's method reads the fields of what its module calls ServerArgs, which the plugin replaces.
+    with mock.patch("sglang.srt.server_args.ServerArgs", server_args_class):
+        server_args_class.add_cli_args(parser)
+    return server_args_class.from_cli_args(parser.parse_args(["--model-path", "model", *flags]))
 
 
 def test_the_servers_help_lists_the_flags() -> None:
@@ -93,10 +96,7 @@ def test_a_flag_without_a_budget_is_refused(flag: tuple[str, str]) -> None:
 
 
 def test_without_flags_the_arguments_are_sglangs() -> None:
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    flags = ["--model-path", "model", "--page-size", "4"]
-    theirs = msgspec.structs.asdict(ServerArgs.from_cli_args(parser.parse_args(flags)))
+    theirs = msgspec.structs.asdict(parsed("--page-size", "4", server_args_class=ServerArgs))
     ours = msgspec.structs.asdict(parsed("--page-size", "4"))
     added = {name: ours.pop(name) for name in list(ours) if name.startswith("mmtok_")}
     # Drawn anew for each server.

@@ -73,6 +73,22 @@ def test_a_request_sets_its_budget(served: Served, budget: float | str) -> None:
     served.check(chat, served.ask(chat, mmtok_budget=budget), expected)
 
 
+def test_parallel_sampling(served: Served) -> None:
+    """n = 2 copies a request's items after they are planned."""
+    completion = served.server.client().chat.completions.create(
+        model="default",
+        messages=CHATS["two images"].for_server(),  # type: ignore[arg-type]
+        max_tokens=4,
+        temperature=0,
+        n=2,
+        logprobs=True,
+        top_logprobs=5,
+        extra_body={"return_meta_info": True, "ignore_eos": True},
+    )
+    for choice in completion.choices:
+        served.check(CHATS["two images"], choice.meta_info)  # type: ignore[attr-defined]
+
+
 def test_a_request_sets_its_guidance(served: Served) -> None:
     chat = CHATS["two images"]
     served.check(chat, served.ask(chat, mmtok_guidance="astronaut helmet"), guidance=["astronaut helmet"] * 2)
@@ -87,7 +103,8 @@ def test_the_whole_image_equals_the_server_without_the_plugin(
     answers = []
     for served in servers:
         served.flush_cache()
-        answers.append(served.ask(chat, **({"mmtok_budget": budget} if served is servers[0] else {})))
+        fields: dict[str, Any] = {"mmtok_budget": budget} if served is servers[0] else {}
+        answers.append(served.ask(chat, **fields))
     for field in ("text", "prompt_tokens", "image_tokens", "output_token_logprobs", "output_top_logprobs"):
         assert answers[0].get(field) == answers[1].get(field)
 
@@ -167,6 +184,7 @@ def test_image_without_a_token_to_pick(served: Served) -> None:
     pruned = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, kept=[evenly])
     assert served.judge.max_error(pruned, account) < LOGPROB_TOLERANCE
     assert "57 evenly spaced tokens instead" in served.server.log_text()
+    assert "\nmmtok:selection_fallbacks_total" in served.get("/metrics")
     served.check(CHATS["one image"], served.ask(CHATS["one image"]))
 
 
@@ -190,6 +208,7 @@ def test_aborted_request(served: Served) -> None:
             stream=True,
             extra_body={"ignore_eos": True},
         )
+        assert isinstance(stream, openai.Stream)
         next(iter(stream))
         stream.close()
     served.check(CHATS["one image"], served.ask(CHATS["one image"]))

@@ -13,8 +13,6 @@ CATS = "How many cats are on the red table?"
 
 @pytest.fixture
 def cached(served: Served) -> Served:
-    if served.family != "qwen2.5-vl":
-        pytest.skip("SGLang switches the prefix cache off on its Transformers backend")
     served.flush_cache()
     return served
 
