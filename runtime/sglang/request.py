@@ -13,14 +13,17 @@ __all__ = ["add_chat_guidance", "guidance_texts", "message_guidance", "prompt_gu
 
 _BUDGET, _GUIDANCE = "mmtok_budget", "mmtok_guidance"
 
-# A user's turn in the prompts that the chat templates of the supported families render, up to the next role.
-_USER_TURN = re.compile(
-    r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|\Z)"  # ChatML: Qwen2.5-VL, LLaVA-NeXT 34B, 72B, 110B
-    r"|\bUSER:(.*?)(?:\bASSISTANT:|\Z)"  # Vicuna: LLaVA-1.5, LLaVA-NeXT
-    r"|\[INST\](.*?)(?:\[/INST\]|\Z)"  # Mistral: LLaVA-NeXT
-    r"|<\|start_header_id\|>user<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)",  # Llama 3: LLaVA-NeXT
-    re.DOTALL,
-)
+# A user's turn in the prompts that the chat templates of the supported families render, up to the next role. The
+# first pattern that a prompt has is its format: "USER:" may be a word of the text in another one.
+_USER_TURNS = [
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|\Z)",  # ChatML: Qwen2.5-VL, LLaVA-NeXT 34B, 72B, 110B
+        r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)",  # Llama 3: LLaVA-NeXT
+        r"\[INST\](.*?)(?:\[/INST\]|\Z)",  # Mistral: LLaVA-NeXT
+        r"\bUSER:(.*?)(?:\bASSISTANT:|\Z)",  # Vicuna: LLaVA-1.5, LLaVA-NeXT
+    )
+]
 
 
 def requested_budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
@@ -91,8 +94,8 @@ def prompt_guidance(prompt: str, placeholder: str) -> list[str]:
     """
     texts: list[str] = []
     end = 0
-    turns = [(match.start(), match.end(), match[match.lastindex or 0]) for match in _USER_TURN.finditer(prompt)]
-    for start, stop, turn in turns or [(0, len(prompt), prompt)]:
+    formats = ([(match.start(), match.end(), match[1]) for match in turn.finditer(prompt)] for turn in _USER_TURNS)
+    for start, stop, turn in next(filter(None, formats), [(0, len(prompt), prompt)]):
         # Images between turns (in a system text, say) have the text around them as guidance.
         texts += _per_placeholder(prompt[end:start], placeholder) + _per_placeholder(turn, placeholder)
         end = stop

@@ -93,7 +93,7 @@ def unchanged_environment() -> Iterator[None]:
 
 
 class StandInTokenizer:
-    """One token a letter: its place in the alphabet."""
+    """One token a letter: its code point."""
 
     def __call__(
         self, words: list[str], *, is_split_into_words: bool, add_special_tokens: bool

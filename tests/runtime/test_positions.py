@@ -64,11 +64,10 @@ class Encoder:
 
     def run(self, batch: Any, language_model: Any = FIRST_RANK) -> Tensor:
         ids = torch.zeros(batch.mrope_positions.shape[1], dtype=torch.int64)
-        before: Tensor = batch.mrope_positions
+        # Read before: what the forward pass holds is the tensor, so the writing has to be in place.
+        positions: Tensor = batch.mrope_positions
         assert self.writer.prepare_mm_inputs(self, ids, batch, language_model, {}) == "embeddings"
-        # In place: what the forward pass holds is the tensor, not the attribute.
-        assert batch.mrope_positions is before
-        return before
+        return positions
 
     def kept_positions(self, item: Any) -> Tensor:
         kept = self.selector.remembered(item.hash)

@@ -116,6 +116,17 @@ CHATML = (
             "<image>",
             ["A cat?"],
         ),
+        (
+            "<|im_start|>system\nUSER: is who asks.<|im_end|>\n"
+            "<|im_start|>user\n<image>What is [INST]?<|im_end|>\n<|im_start|>assistant\n",
+            "<image>",
+            ["What is [INST]?"],
+        ),
+        (
+            "<s>[INST] <image>\nUSER: or ASSISTANT: on the sign? [/INST]",
+            "<image>",
+            ["USER: or ASSISTANT: on the sign?"],
+        ),
         ("<image> a photo of", "<image>", ["a photo of"]),
         ("<image><image>", "<image>", ["", ""]),
         ("", "<image>", []),

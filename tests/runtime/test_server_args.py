@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -39,6 +40,7 @@ def parsed(*flags: str, server_args_class: Any = MMTokServerArgs) -> Any:
     return server_args_class.from_cli_args(parser.parse_args(["--model-path", "model", *flags]))
 
 
+@pytest.mark.slow
 def test_the_servers_help_lists_the_flags() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "sglang.launch_server", "--help"],
@@ -148,6 +150,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Hook]]]:
     lists: list[list[Hook]] = []
     monkeypatch.setattr(hooks, "install_hooks", lists.append)
     monkeypatch.setattr(server_args, "_installed", None)
+    monkeypatch.setattr(server_args, "_in_detokenizer", lambda: False)
     with unchanged_environment():
         yield lists
 
@@ -194,6 +197,36 @@ def test_a_process_that_receives_the_arguments_installs_the_hooks(
     assert here == there
     assert type(received) is MMTokServerArgs
     assert received.resolved_dict() == arguments.resolved_dict()
+
+
+@pytest.mark.parametrize(
+    ("managers", "is_detokenizer"),
+    [
+        (["detokenizer_manager"], True),
+        (["detokenizer_manager", "scheduler"], False),
+        (["detokenizer_manager", "tokenizer_manager"], False),
+        (["scheduler"], False),
+        ([], False),
+    ],
+)
+def test_a_process_that_only_detokenizes_is_told_by_its_modules(
+    monkeypatch: pytest.MonkeyPatch, managers: list[str], is_detokenizer: bool
+) -> None:
+    for name in ("detokenizer_manager", "scheduler", "tokenizer_manager"):
+        monkeypatch.delitem(sys.modules, f"sglang.srt.managers.{name}", raising=False)
+    for name in managers:
+        monkeypatch.setitem(sys.modules, f"sglang.srt.managers.{name}", ModuleType(name))
+    assert server_args._in_detokenizer() is is_detokenizer
+
+
+def test_a_detokenizer_installs_nothing(
+    installed: list[list[Hook]], monkeypatch: pytest.MonkeyPatch, model_path: str
+) -> None:
+    arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="64")
+    arguments.resolve_once()
+    monkeypatch.setattr(server_args, "_in_detokenizer", lambda: True)
+    pickle.loads(pickle.dumps(arguments))
+    assert len(installed) == 1
 
 
 @pytest.mark.parametrize("flags", [{"mmtok_budget": "32"}, {"mmtok_budget": "64", "mmtok_alpha": 1.0}, {}])

@@ -70,8 +70,8 @@ def test_too_few_pickable_tokens_keep_evenly_spaced_ones(num_pickable: int) -> N
 @pytest.mark.parametrize(("num_tokens", "num_kept"), [(1, 1), (12, 1), (12, 11), (12, 12), (16384, 16374)])
 def test_evenly_spaced_tokens_are_distinct_and_in_order(num_tokens: int, num_kept: int) -> None:
     plan = ImagePlan(num_tokens, num_kept, [])
-    nan = torch.full((num_tokens, 1), torch.nan)
-    kept = TokenSelector(SETTINGS).select(1, plan, nan, nan, torch.nn.Embedding(1, 1))
+    vision, no_keys = torch.zeros(num_tokens, 1), torch.zeros(0, 1)
+    kept = TokenSelector(SETTINGS).select(1, plan, vision, no_keys, torch.nn.Embedding(1, 1))
     assert len(kept) == num_kept
     assert kept[0] == 0
     assert kept[-1] < num_tokens
