@@ -60,4 +60,3 @@ def served(servers: tuple[Served, Served]) -> Iterator[Served]:
     """The server with a budget; it must be alive after whatever the test did to it."""
     yield servers[0]
     assert servers[0].server.is_alive()
-

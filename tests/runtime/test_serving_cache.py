@@ -59,8 +59,6 @@ def test_an_image_encoded_before_is_right_under_another_prompt(cached: Served) -
 
 
 def _tokens_before_the_image(served: Served, chat: Chat) -> int:
-    ids = served.judge.processor.tokenizer(served.judge.prompt(chat.for_template()), add_special_tokens=False)[
-        "input_ids"
-    ]
+    ids = served.judge.processor.tokenizer(served.judge.prompt(chat.for_template()))["input_ids"]
     before: int = ids.index(served.judge.model.config.image_token_id)
     return before

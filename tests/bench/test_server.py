@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_environment, running
+
+START_AND_WAIT = """
+import sys
+from mmtok_deploy.bench.server import SglangServer, cpu_environment
+with SglangServer("nowhere", env=cpu_environment(), on_progress=lambda *_: print("waiting", flush=True)):
+    pass
+"""
+
+
+def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "it.log"
+    server = SglangServer(tmp_path / "no-checkpoint", env=cpu_environment(), log_path=log)
+    with pytest.raises(ServerError, match=r"ended while starting \(exit status 1\)") as caught, server:
+        pytest.fail("a server without a checkpoint has started")
+    assert not server.is_alive()
+    assert log.read_text() == server.log_text()
+    last_line = server.log_text().rstrip().splitlines()[-1]
+    assert "no-checkpoint" in last_line
+    assert str(caught.value).endswith(last_line)
+
+
+def test_a_server_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    waits: list[float] = []
+    server = SglangServer(
+        tmp_path, env=cpu_environment(), start_timeout_s=0.5, on_progress=lambda waited_s, _: waits.append(waited_s)
+    )
+    with pytest.raises(ServerError, match=r"did not start within 0 s|did not start within 1 s"), running(server):
+        pytest.fail("no server starts in half a second")
+    assert waits
+    assert not server.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_a_signal_while_starting_leaves_no_process(number: signal.Signals, status: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", START_AND_WAIT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert started
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    process.stdout.close()
+    assert [p for p in started if p.is_running()] == []
+
+
+def test_two_servers_take_two_ports_and_one_starts_once(tmp_path: Path) -> None:
+    server, other = SglangServer(tmp_path), SglangServer(tmp_path)
+    assert server.url != other.url
+    assert not server.is_alive()
+    server.start()
+    try:
+        assert server.is_alive()
+        with pytest.raises(ServerError, match="started before"):
+            server.start()
+    finally:
+        server.stop()
+    assert not server.is_alive()
+    server.stop()
+
+
+def test_a_server_that_does_not_run_says_so(tmp_path: Path) -> None:
+    server = SglangServer(tmp_path)
+    started_s = time.monotonic()
+    with pytest.raises(ServerError, match="/server_info does not answer"):
+        server.server_info()
+    assert time.monotonic() - started_s < 5
+
+
+def test_ranks_are_given_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in cpu_environment()
+    assert cpu_environment(num_ranks=2)["SGLANG_CPU_OMP_THREADS_BIND"] == "0-1|2-3"
+    assert cpu_environment(num_ranks=4)["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1|2|3"
+    with pytest.raises(ValueError, match="between 1 and the 5 cores"):
+        cpu_environment(num_ranks=6)
