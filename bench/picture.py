@@ -79,8 +79,8 @@ def _box(index: int, grid: tuple[int, int], size: tuple[int, int]) -> tuple[int,
 
 
 def _dimmed(image: Image.Image) -> Image.Image:
-    grey = ImageEnhance.Contrast(ImageOps.grayscale(image).convert("RGB")).enhance(0.7)
-    return Image.blend(grey, Image.new("RGB", image.size, _SHADE), 0.62)
+    grey = ImageEnhance.Contrast(ImageOps.grayscale(image).convert("RGB")).enhance(0.8)
+    return Image.blend(grey, Image.new("RGB", image.size, _SHADE), 0.55)
 
 
 def _frame(
@@ -109,10 +109,11 @@ def _frame(
 def _number(picture: Image.Image, boxes: list[tuple[int, int, int, int]]) -> None:
     draw = ImageDraw.Draw(picture)
     for number, (left, top, right, bottom) in enumerate(boxes, start=1):
-        radius = 0.36 * min(right - left, bottom - top)
-        x, y = (left + right) / 2, (top + bottom) / 2
+        # In a corner and no larger than legible: the patch is what the picture is about.
+        radius = max(0.25 * min(right - left, bottom - top), 10 * _OVERSAMPLING)
+        x, y = left + 1.05 * radius, top + 1.05 * radius
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_ACCENT, outline=_INK, width=_OVERSAMPLING)
-        draw.text((x, y), str(number), font=ImageFont.load_default(1.15 * radius), fill=_INK, anchor="mm")
+        draw.text((x, y), str(number), font=ImageFont.load_default(1.25 * radius), fill=_INK, anchor="mm")
 
 
 def _with_caption(picture: Image.Image, title: str, legend: str) -> Image.Image:

@@ -1,16 +1,19 @@
-"""Ending a process and everything it has started."""
+"""Ending a process and everything it has started, and living up to that when this process is ended itself."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import psutil  # type: ignore[import-untyped]
 
-__all__ = ["end_process_tree", "process_tree"]
+__all__ = ["end_process_tree", "process_tree", "sigterm_raises_exit"]
 
 _POLL_INTERVAL_S = 0.05
 
@@ -52,6 +55,23 @@ def end_process_tree(session_id: int, *, grace_s: float) -> None:
             _wait_until_gone(session_id, grace_s)
         for segment in segments:
             segment.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sigterm_raises_exit() -> Iterator[None]:
+    """Makes SIGTERM unwind the `with` blocks, as Ctrl-C does, where nobody else handles it."""
+
+    def raise_exit(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, raise_exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _runs(process: psutil.Process) -> bool:

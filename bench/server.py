@@ -6,22 +6,20 @@ import contextlib
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO, Any
 
 import openai
 
-from mmtok_deploy.bench.process_tree import end_process_tree
+from mmtok_deploy.bench.process_tree import end_process_tree, sigterm_raises_exit
 
 __all__ = ["ServerError", "SglangServer", "cpu_arguments", "cpu_environment", "running"]
 
@@ -50,6 +48,8 @@ def cpu_arguments(*, max_total_tokens: int = 16384, max_running_requests: int = 
         "--device=cpu",
         "--dtype=float32",
         "--skip-server-warmup",
+        # Else an idle scheduler keeps a core busy, and a request on two cores takes several times as long.
+        "--sleep-on-idle",
         f"--max-total-tokens={max_total_tokens}",
         f"--max-running-requests={max_running_requests}",
     ]
@@ -67,8 +67,12 @@ def cpu_environment(*, num_ranks: int = 1) -> dict[str, str]:
     num_cores = os.cpu_count() or 1
     if not 1 <= num_ranks <= num_cores:
         raise ValueError(f"num_ranks is between 1 and the {num_cores} cores there are, got {num_ranks}")
-    # Compiling the few graphs of a first request takes 18 s on two cores, and running them uncompiled well under 1 s.
-    environment = {"TORCHDYNAMO_DISABLE": "1"}
+    environment = {
+        # Without it, servers use the accelerators that there are.
+        "CUDA_VISIBLE_DEVICES": "",
+        # Compiling the few graphs of a first request takes 18 s on two cores, and running them uncompiled under 1 s.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
     if num_ranks > 1:
         each = num_cores // num_ranks
         ranges = [(rank * each, (rank + 1) * each - 1) for rank in range(num_ranks)]
@@ -260,7 +264,7 @@ def running(*servers: SglangServer) -> Iterator[None]:
     Raises:
         ServerError: One died or did not start in time.
     """
-    with _sigterm_raises_exit():
+    with sigterm_raises_exit():
         try:
             for server in servers:
                 server.start()
@@ -271,23 +275,6 @@ def running(*servers: SglangServer) -> Iterator[None]:
             with contextlib.ExitStack() as stack:
                 for server in servers:
                     stack.callback(server.stop)
-
-
-@contextlib.contextmanager
-def _sigterm_raises_exit() -> Iterator[None]:
-    """Makes SIGTERM unwind the `with` blocks, as Ctrl-C does, where nobody else handles it."""
-
-    def raise_exit(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, raise_exit)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _free_port() -> int:

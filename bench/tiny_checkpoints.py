@@ -11,7 +11,15 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from mmtok_deploy.bench.tiny_processors import (
+    LLAVA_IMAGE_PX,
+    LLAVA_NEXT_PINPOINTS,
+    LLAVA_PATCH_PX,
+    llava_next_processor,
+    llava_processor,
+    qwen_processor,
+)
 
 __all__ = ["TinyFamily", "make_tiny_checkpoint"]
 
@@ -32,43 +40,6 @@ _TEXT_SIZES: dict[str, Any] = {
     # token read at the wrong position moves the logprobs by far more than arithmetic does.
     "initializer_range": 0.0625,
 }
-
-_QWEN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
-    "{% else %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}"
-    "{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-_LLAVA_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] + ' ' }}"
-    "{% else %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image_url' in content %}{{ '<image>\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'text' %}{{ content['text'] + ' ' }}{% endif %}"
-    "{% endfor %}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-_LLAVA_IMAGE_PX = 336
-_LLAVA_PATCH_PX = 14
-_LLAVA_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def make_tiny_checkpoint(family: TinyFamily, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
@@ -137,17 +108,17 @@ def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
 
 def _build(family: TinyFamily, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
     if family == "qwen2.5-vl":
-        processor = _qwen_processor()
+        processor = qwen_processor()
         config = _qwen_config(processor.tokenizer)
         model_class = transformers.Qwen2_5_VLForConditionalGeneration
     elif family == "llava-1.5":
-        processor = _llava_processor(pad_to_square)
+        processor = llava_processor(pad_to_square)
         config = transformers.LlavaConfig(**_llava_config(processor.tokenizer), image_seq_length=576)
         model_class = transformers.LlavaForConditionalGeneration
     else:
-        processor = _llava_next_processor()
+        processor = llava_next_processor()
         config = transformers.LlavaNextConfig(
-            **_llava_config(processor.tokenizer), image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
+            **_llava_config(processor.tokenizer), image_grid_pinpoints=LLAVA_NEXT_PINPOINTS
         )
         model_class = transformers.LlavaNextForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
@@ -167,43 +138,6 @@ def _answer_in_ascii(model: Any, tokenizer: Any) -> None:
     silent = [token_id for token_id in range(_TEXT_SIZES["vocab_size"]) if token_id not in answers]
     with torch.no_grad():
         model.get_output_embeddings().weight[silent] = 0
-
-
-def _byte_tokenizer(special_tokens: list[str], *, bos_token: str | None, eos_token: str, pad_token: str) -> Any:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: token_id for token_id, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special_tokens)
-    if bos_token is not None:
-        bos = (bos_token, tokenizer.token_to_id(bos_token))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token} $B", special_tokens=[bos]
-        )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos_token,
-        eos_token=eos_token,
-        pad_token=pad_token,
-        extra_special_tokens=[token for token in special_tokens if token not in (bos_token, eos_token, pad_token)],
-    )
-
-
-def _qwen_processor() -> Any:
-    vision_tokens = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _byte_tokenizer(
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vision_tokens],
-        bos_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-    sizes = {"shortest_edge": 4 * 28 * 28, "longest_edge": 1280 * 28 * 28}
-    return transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(size=sizes),
-        tokenizer=tokenizer,
-        video_processor=transformers.Qwen2VLVideoProcessor(size=sizes),
-        chat_template=_QWEN_TEMPLATE,
-    )
 
 
 def _qwen_config(tokenizer: Any) -> Any:
@@ -242,10 +176,6 @@ def _qwen_config(tokenizer: Any) -> Any:
     )
 
 
-def _llava_tokenizer() -> Any:
-    return _byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-
 def _llava_config(tokenizer: Any) -> dict[str, Any]:
     return {
         "text_config": transformers.LlamaConfig(
@@ -256,8 +186,8 @@ def _llava_config(tokenizer: Any) -> dict[str, Any]:
             pad_token_id=tokenizer.pad_token_id,
         ),
         "vision_config": transformers.CLIPVisionConfig(
-            image_size=_LLAVA_IMAGE_PX,
-            patch_size=_LLAVA_PATCH_PX,
+            image_size=LLAVA_IMAGE_PX,
+            patch_size=LLAVA_PATCH_PX,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=3,
@@ -269,32 +199,3 @@ def _llava_config(tokenizer: Any) -> dict[str, Any]:
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
     }
-
-
-_LLAVA_IMAGE_SIZES: dict[str, Any] = {
-    "size": {"shortest_edge": _LLAVA_IMAGE_PX},
-    "crop_size": {"height": _LLAVA_IMAGE_PX, "width": _LLAVA_IMAGE_PX},
-}
-
-_LLAVA_PROCESSOR: dict[str, Any] = {
-    "patch_size": _LLAVA_PATCH_PX,
-    "vision_feature_select_strategy": "default",
-    "num_additional_image_tokens": 1,
-    "chat_template": _LLAVA_TEMPLATE,
-}
-
-
-def _llava_processor(pad_to_square: bool) -> Any:
-    image_processor = transformers.LlavaImageProcessor(**_LLAVA_IMAGE_SIZES, do_pad=pad_to_square)
-    return transformers.LlavaProcessor(
-        image_processor=image_processor, tokenizer=_llava_tokenizer(), **_LLAVA_PROCESSOR
-    )
-
-
-def _llava_next_processor() -> Any:
-    image_processor = transformers.LlavaNextImageProcessor(
-        **_LLAVA_IMAGE_SIZES, image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
-    )
-    return transformers.LlavaNextProcessor(
-        image_processor=image_processor, tokenizer=_llava_tokenizer(), **_LLAVA_PROCESSOR
-    )

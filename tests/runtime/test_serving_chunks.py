@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,11 @@ from tests.runtime.serving import Served
 QUESTION = "What is in this picture, and which colours are there?"
 BUDGET: dict[str, float] = {"qwen2.5-vl": 0.5, "llava-1.5": 0.1, "llava-next": 0.1}
 # Each chunk of an image encodes it anew, and every eleventh step retracts a request if two or more are decoding.
-ENVIRONMENT = {"SGLANG_VLM_CACHE_SIZE_MB": "0", "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "11"}
+ENVIRONMENT: dict[str, Any] = {
+    "SGLANG_VLM_CACHE_SIZE_MB": "0",
+    "SGLANG_TEST_RETRACT": "1",
+    "SGLANG_TEST_RETRACT_INTERVAL": "11",
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
