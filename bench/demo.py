@@ -18,7 +18,7 @@ from mmtok_deploy.bench.chat import Answer, ask, image_url
 from mmtok_deploy.bench.photographs import photograph
 from mmtok_deploy.bench.picture import draw_kept
 from mmtok_deploy.bench.selected_patches import OneGridFamily, select_patches
-from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, running
+from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, started
 from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.budget import Budget
 
@@ -107,7 +107,7 @@ def _run_show(show: _Show, budget: str, folder: Path, console: Console) -> list[
     checkpoint = make_tiny_checkpoint(show.family, folder / "checkpoints" / show.family)
     image = photograph(_PHOTOGRAPH)
     console.print(f"[bold]{show.title}[/bold]: starting two servers, without and with --mmtok-budget {budget}")
-    with console.status("") as status:
+    with console.status("both are starting") as status:
         logs = [folder / "logs" / f"{show.family}-{name}.log" for name in ("without-budget", "with-budget")]
         servers = [
             SglangServer(
@@ -123,12 +123,13 @@ def _run_show(show: _Show, budget: str, folder: Path, console: Console) -> list[
             for log, arguments in zip(logs, ((), (f"--mmtok-budget={budget}",)), strict=True)
         ]
         # Side by side: for half of a start, one server has one core's worth of work.
-        with running(*servers):
+        with started(*servers):
+            picture = _draw(show, checkpoint, image, budget, folder / f"{show.family}.png")
+            for server in servers:
+                server.wait_until_ready()
             status.update("asking")
             without, with_budget = _measure(servers, image)
             status.update("stopping both")
-        status.update("drawing")
-        picture = _draw(show, checkpoint, image, budget, folder / f"{show.family}.png")
     console.print(_table(without, with_budget, budget))
     if show.note is not None:
         console.print(f"[dim]{show.note}[/dim]")

@@ -21,7 +21,7 @@ import openai
 
 from mmtok_deploy.bench.process_tree import end_process_tree, sigterm_raises_exit
 
-__all__ = ["ServerError", "SglangServer", "cpu_arguments", "cpu_environment", "running"]
+__all__ = ["ServerError", "SglangServer", "cpu_arguments", "cpu_environment", "running", "started"]
 
 _POLL_INTERVAL_S = 0.25
 # Short: what SIGTERM leaves undone is nothing but SGLang's wait for a crash diagnosis, which takes 5 s.
@@ -85,7 +85,7 @@ class SglangServer:
     """One `python -m sglang.launch_server`, started on entering a `with` block and ended with everything it started.
 
     The server runs in a session of its own, so that Ctrl-C reaches this process alone, which then ends the server.
-    `running` starts several at a time. Without a `with` block: `start`, `wait_until_ready`, and `stop` in any case.
+    `running` and `started` do it with several at a time.
 
     Args:
         model_path: A checkpoint folder or a model's name.
@@ -258,23 +258,26 @@ class SglangServer:
 
 
 @contextlib.contextmanager
+def started(*servers: SglangServer) -> Iterator[None]:
+    """Starts servers side by side, runs the block at once, and ends them all, whatever happens."""
+    with sigterm_raises_exit(), contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        yield
+
+
+@contextlib.contextmanager
 def running(*servers: SglangServer) -> Iterator[None]:
     """Starts servers side by side, runs the block when all are ready, and ends them all, whatever happens.
 
     Raises:
         ServerError: One died or did not start in time.
     """
-    with sigterm_raises_exit():
-        try:
-            for server in servers:
-                server.start()
-            for server in servers:
-                server.wait_until_ready()
-            yield
-        finally:
-            with contextlib.ExitStack() as stack:
-                for server in servers:
-                    stack.callback(server.stop)
+    with started(*servers):
+        for server in servers:
+            server.wait_until_ready()
+        yield
 
 
 def _free_port() -> int:

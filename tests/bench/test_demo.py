@@ -20,7 +20,7 @@ def test_what_ends_the_demonstration_is_told(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(demo, "running", fail)
+    monkeypatch.setattr(demo, "started", fail)
     assert run_demo(folder=tmp_path) == code
     printed = capsys.readouterr().out
     assert ("port [red]taken[/]" in printed) == (code == 1)
