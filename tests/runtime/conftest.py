@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -39,12 +39,6 @@ def make_server(family: TinyFamily, *arguments: str, num_ranks: int = 1, **envir
 def family(request: pytest.FixtureRequest) -> TinyFamily:
     chosen: TinyFamily = request.param
     return chosen
-
-
-@pytest.fixture(scope="session")
-def judge() -> Callable[[TinyFamily], HandPruned]:
-    """Returns the hand-pruned model of a family, loaded once."""
-    return judge_of
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,46 @@
+"""Servers of several processes: ranks that prune alike, later stages that know positions, tokenizers that all cut."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from tests.runtime.chats import Chat, small
+from tests.runtime.conftest import FAMILIES, judge_of, make_server
+from tests.runtime.serving import Served
+
+QUESTION = "How many cats are on the red table?"
+
+
+CHATS = (
+    Chat.ask(small("coffee"), QUESTION),
+    Chat.ask(small("chelsea"), small("coffee"), QUESTION),
+    Chat.ask("No image."),
+    Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+@pytest.mark.parametrize("parallelism", ["--tp-size=2", "--pp-size=2"])
+@pytest.mark.parametrize("ranks_family", FAMILIES)
+def test_two_ranks(ranks_family: TinyFamily, parallelism: str) -> None:
+    _check(ranks_family, parallelism, num_ranks=2)
+
+
+def test_two_tokenizer_workers() -> None:
+    """Each worker gets its arguments through shared memory, and installs the hooks as it reads them."""
+    _check("qwen2.5-vl", "--tokenizer-worker-num=2")
+
+
+def _check(family: TinyFamily, *arguments: str, num_ranks: int = 1) -> None:
+    with make_server(family, "--mmtok-budget=10%", *arguments, num_ranks=num_ranks) as server:
+        served = Served(family, server, judge_of(family))
+        with ThreadPoolExecutor(len(CHATS)) as pool:
+            accounts = list(pool.map(served.ask, CHATS))
+        for chat, account in zip(CHATS, accounts, strict=True):
+            served.check(chat, account)
