@@ -84,6 +84,7 @@ class PlaceholderCutter:
             )
             for item, text in zip(output.mm_items, texts, strict=True):
                 guidance = _token_ids(tokenizer, guidance_words(text, self._settings.guidance))
+                _refuse_endless_guidance(len(guidance), kwargs.get("max_req_input_len"))
                 self._plan(item, budget, guidance, processor.hf_config)
             cut_placeholders(output)
         return output
@@ -139,6 +140,16 @@ def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
         raise ValueError(f"MMTok prunes images, this request brings a video: {advice}")
     if any(isinstance(image, dict) for image in image_data or []):
         raise ValueError(f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}")
+
+
+def _refuse_endless_guidance(num_tokens: int, max_prompt_tokens: int | None) -> None:
+    # A question is bounded by the prompt that it stands in, `mmtok_guidance` by nothing, and its embeddings would take
+    # the scheduler's memory. Words on their own may take more tokens than in their text, but not four times as many.
+    if max_prompt_tokens is not None and num_tokens > 4 * max_prompt_tokens:
+        raise ValueError(
+            f"the guidance of an image has {num_tokens} tokens, more than any prompt of this server "
+            f"({max_prompt_tokens}): shorten mm_processor_kwargs.mmtok_guidance"
+        )
 
 
 def _refuse_scattered_placeholders(items: list[Any]) -> None:

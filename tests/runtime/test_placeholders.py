@@ -170,6 +170,7 @@ def processed(
     images: Sequence[Any] | None = ("cat.png",),
     videos: Sequence[Any] | None = None,
     prompt: str | list[int] = "<|image_pad|>",
+    max_prompt_tokens: int | None = None,
 ) -> Any:
     """Runs the cutter around a processor that returns `output`."""
 
@@ -182,7 +183,13 @@ def processed(
     request = Request(mm_processor_kwargs=fields, video_data=videos)
     return asyncio.run(
         cutter.process_mm_data(
-            original, stand_in_processor(), images, audio_data=None, input_text=prompt, request_obj=request
+            original,
+            stand_in_processor(),
+            images,
+            audio_data=None,
+            input_text=prompt,
+            request_obj=request,
+            max_req_input_len=max_prompt_tokens,
         )
     )
 
@@ -288,3 +295,10 @@ def test_an_image_without_one_run_of_placeholders_is_refused(spans: Any) -> None
 def test_bad_fields_are_refused(fields: Any) -> None:
     with pytest.raises(ValueError, match=r"^mm_processor_kwargs"):
         processed(prompt_output(TWO_IMAGES), 2, fields=fields)
+
+
+def test_endless_guidance_is_refused() -> None:
+    output = prompt_output(TWO_IMAGES)
+    with pytest.raises(ValueError, match=r"209 tokens, more than any prompt of this server \(50\)"):
+        processed(output, 2, fields={"mmtok_guidance": "x" * 200}, max_prompt_tokens=50)
+    processed(output, 2, fields={"mmtok_guidance": "x" * 191}, max_prompt_tokens=50)
