@@ -54,7 +54,7 @@ def test_a_signal_while_starting_leaves_no_process(number: signal.Signals, statu
     started = psutil.Process(process.pid).children(recursive=True)
     assert started
     process.send_signal(number)
-    assert process.wait(timeout=60) == status
+    assert process.wait(timeout=300) == status
     process.stdout.close()
     assert [p for p in started if p.is_running()] == []
 
