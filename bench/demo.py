@@ -149,7 +149,9 @@ def _measure(servers: list[SglangServer], image: Image.Image) -> list[_Measured]
             times_ms.append(ask(client, url, question, max_tokens=1).ttft_ms)
     url = image_url(image)
     return [
-        _Measured(ask(client, url, _QUESTION), ask(client, url, _QUESTION), statistics.median(times_ms[1:]))
+        _Measured(
+            ask(client, url, _QUESTION), ask(client, url, _QUESTION, max_tokens=1), statistics.median(times_ms[1:])
+        )
         for client, times_ms in zip(clients, ttfts_ms, strict=True)
     ]
 
