@@ -2,7 +2,8 @@
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
-from mmtok_deploy.selection import Selection, SelectionError, select_tokens
+from mmtok_deploy.problem import Selection
+from mmtok_deploy.selection import SelectionError, select_tokens
 
 __all__ = ["Budget", "Selection", "SelectionConfig", "SelectionError", "__version__", "select_tokens"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmtok_deploy.config import SelectionConfig
 
-__all__ = ["coverage_matrix"]
+__all__ = ["coverage_curve", "coverage_matrix"]
 
 
 def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: SelectionConfig) -> Tensor:
@@ -38,6 +38,21 @@ def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: Selectio
         # Without text rows alpha would only scale every gain: left out, so that alpha = 0 still covers the image.
         blocks.append(image_rows * config.alpha if blocks else image_rows)
     return torch.cat(blocks)
+
+
+def coverage_curve(matrix: Tensor, order: Tensor) -> Tensor:
+    """Returns f after each pick.
+
+    Args:
+        matrix: [R, N] float32, C.
+        order: [K] int64, columns as picked.
+
+    Returns:
+        [K] float32, never falling.
+    """
+    coverage = matrix[:, order].cummax(dim=1).values.sum(dim=0)
+    # Sums are rounded by column, so a pick that gains nothing could lower the value by its last bit.
+    return coverage.cummax(dim=0).values
 
 
 def _unit_rows(rows: Tensor) -> Tensor:

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from mmtok_deploy.backends import BackendName, get_backend
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
-from mmtok_deploy.coverage import coverage_matrix
-from mmtok_deploy.greedy_reference import greedy_maximum_coverage
+from mmtok_deploy.coverage import coverage_curve, coverage_matrix
+from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["BudgetLike", "Selection", "SelectionError", "select_tokens"]
+__all__ = ["BudgetLike", "SelectionError", "select_tokens"]
 
 BudgetLike = Budget | int | float | str
 
 
 class SelectionError(ValueError):
     """Features that no selection can be made from (NaN or infinite values)."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Selection:
-    """The tokens selected from one image, on the features' device.
-
-    Args:
-        order: [K] int64, token indices as picked; the first j are the selection for a budget of j.
-        kept: [K] int64, the same indices in raster order.
-        coverage: [K] float32, f(S) after each pick; never falls.
-        total: [] float32, f of all N tokens; `coverage / total` is the share of text and image that is covered.
-    """
-
-    order: Tensor
-    kept: Tensor
-    coverage: Tensor
-    total: Tensor
-
-    def __len__(self) -> int:
-        return len(self.kept)
 
 
 @overload
@@ -52,6 +32,7 @@ def select_tokens(
     *,
     config: SelectionConfig = ...,
     excluded: Tensor | None = ...,
+    backend: BackendName = ...,
 ) -> Selection: ...
 
 
@@ -64,6 +45,7 @@ def select_tokens(
     *,
     config: SelectionConfig = ...,
     excluded: Sequence[Tensor | None] | None = ...,
+    backend: BackendName = ...,
 ) -> list[Selection]: ...
 
 
@@ -75,6 +57,7 @@ def select_tokens(
     *,
     config: SelectionConfig = SelectionConfig(),
     excluded: Tensor | Sequence[Tensor | None] | None = None,
+    backend: BackendName = "auto",
 ) -> Selection | list[Selection]:
     """Returns the vision tokens that best cover the text and the image: MMTok's greedy maximum coverage.
 
@@ -89,11 +72,12 @@ def select_tokens(
         config: Temperatures, weight, coverage.
         excluded: [N] bool, tokens never to pick, such as padding. If fewer tokens than the budget remain, those are
             returned; a budget of N or more returns every token untouched (`order` then ends with the excluded ones).
+        backend: What computes it. Every backend gives the same tokens; they differ in speed.
 
     Raises:
         TypeError: Tensors and lists mixed, or a dtype that is not one of the three.
         ValueError: Shapes that do not belong together, lists of different lengths, a budget that is not understood,
-            or coverage "text" without text.
+            coverage "text" without text, or a backend that cannot run where the features are.
         SelectionError: NaN or infinite features.
 
     Source: MMTok (ICLR 2026), arXiv 2508.18264, Algorithms 1 and 2.
@@ -103,7 +87,8 @@ def select_tokens(
             raise TypeError("vision, keys and text are three tensors, or three lists of tensors")
         if not (excluded is None or isinstance(excluded, Tensor)):
             raise TypeError(f"excluded is a tensor or None for one problem, got {type(excluded).__name__}")
-        return _select_one(vision, keys, text, _one_budget(budget), config, excluded)
+        budgets = [_one_budget(budget)]
+        return _select([vision], [keys], [text], budgets, [excluded], config, backend)[0]
 
     if isinstance(keys, Tensor) or isinstance(text, Tensor) or isinstance(excluded, Tensor):
         raise TypeError("vision is a list of tensors, so keys, text and excluded are lists as well")
@@ -117,8 +102,7 @@ def select_tokens(
     for name, length in lengths.items():
         if length != num_problems:
             raise ValueError(f"a batch of {num_problems} problems needs as many {name}, got {length}")
-    problems = zip(vision, keys, text, budgets, masks, strict=True)
-    return [_select_one(x, c, t, one_budget, config, mask) for x, c, t, one_budget, mask in problems]
+    return _select(vision, keys, text, budgets, masks, config, backend)
 
 
 def _one_budget(budget: object) -> Budget:
@@ -127,22 +111,36 @@ def _one_budget(budget: object) -> Budget:
     return Budget.parse(budget)
 
 
-def _select_one(
-    vision: Tensor, keys: Tensor, text: Tensor, budget: Budget, config: SelectionConfig, excluded: Tensor | None
-) -> Selection:
-    _check_problem(vision, keys, text, config, excluded)
-    num_tokens = len(vision)
-    num_picks = budget.num_kept(num_tokens)
-    matrix = coverage_matrix(vision, keys, text, config)
-    total = matrix.amax(dim=1).sum() if num_tokens else matrix.new_zeros(())
-    if not torch.isfinite(total):
-        raise SelectionError("vision, keys and text must be finite, got NaN or infinite values")
-    order = greedy_maximum_coverage(matrix, num_picks, excluded)
-    if num_picks == num_tokens and excluded is not None:
-        order = torch.cat([order, excluded.nonzero()[:, 0]])
-    coverage = matrix[:, order].cummax(dim=1).values.sum(dim=0)
-    # Sums are rounded by column, so a pick that gains nothing could lower the value by its last bit.
-    return Selection(order, order.sort().values, coverage.cummax(dim=0).values, total)
+def _select(
+    vision: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    text: Sequence[Tensor],
+    budgets: Sequence[Budget],
+    masks: Sequence[Tensor | None],
+    config: SelectionConfig,
+    backend: BackendName,
+) -> list[Selection]:
+    problems = []
+    for x, c, t, budget, mask in zip(vision, keys, text, budgets, masks, strict=True):
+        _check_problem(x, c, t, config, mask)
+        may_be_picked = len(x) if mask is None else len(x) - int(mask.sum())
+        problems.append(SelectionProblem(x, c, t, min(budget.num_kept(len(x)), may_be_picked), mask))
+    device = vision[0].device if len(vision) else torch.device("cpu")
+    selections = get_backend(backend, device)(problems, config)
+    for idx, (problem, budget) in enumerate(zip(problems, budgets, strict=True)):
+        if not torch.isfinite(selections[idx].total):
+            raise SelectionError("vision, keys and text must be finite, got NaN or infinite values")
+        if budget.num_kept(len(problem.vision)) == len(problem.vision) and problem.excluded is not None:
+            selections[idx] = _every_token(selections[idx], problem, config)
+    return selections
+
+
+def _every_token(selection: Selection, problem: SelectionProblem, config: SelectionConfig) -> Selection:
+    """Returns the selection with the excluded tokens added at its end."""
+    assert problem.excluded is not None
+    order = torch.cat([selection.order, problem.excluded.nonzero()[:, 0]])
+    matrix = coverage_matrix(problem.vision, problem.keys, problem.text, config)
+    return Selection(order, order.sort().values, coverage_curve(matrix, order), selection.total)
 
 
 def _check_problem(

@@ -86,7 +86,11 @@ def _layer(folder: str) -> str:
 
 @functools.cache
 def all_imports() -> list[Import]:
-    files = [*(ROOT / PACKAGE).glob("*.py"), *(path for top in LINKED for path in (ROOT / top).rglob("*.py"))]
+    files = [
+        *(ROOT / PACKAGE).glob("*.py"),
+        *(ROOT / PACKAGE / "backends").glob("*.py"),
+        *(path for top in LINKED for path in (ROOT / top).rglob("*.py")),
+    ]
     return [
         found
         for path in sorted(files)

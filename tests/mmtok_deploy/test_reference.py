@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmtok_deploy.greedy_reference import greedy_maximum_coverage
+from mmtok_deploy.backends.reference import greedy_maximum_coverage
 from tests.mmtok_deploy.naive import naive_greedy, naive_value
 from tests.mmtok_deploy.problems import mask_of
 

@@ -1,11 +1,29 @@
-"""Greedy maximum coverage, as published: the float32 answer that every faster backend must give."""
+"""The selection as published, in plain PyTorch: the float32 answer that every faster backend must give."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["greedy_maximum_coverage"]
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.coverage import coverage_curve, coverage_matrix
+from mmtok_deploy.problem import Selection, SelectionProblem
+
+__all__ = ["greedy_maximum_coverage", "select"]
+
+
+def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
+    """Returns the selection of each problem, made one after another."""
+    return [_select_one(problem, config) for problem in problems]
+
+
+def _select_one(problem: SelectionProblem, config: SelectionConfig) -> Selection:
+    matrix = coverage_matrix(problem.vision, problem.keys, problem.text, config)
+    order = greedy_maximum_coverage(matrix, problem.num_picks, problem.excluded)
+    total = matrix.amax(dim=1).sum() if len(problem.vision) else matrix.new_zeros(())
+    return Selection(order, order.sort().values, coverage_curve(matrix, order), total)
 
 
 def greedy_maximum_coverage(matrix: Tensor, num_picks: int, excluded: Tensor | None = None) -> Tensor:
