@@ -220,9 +220,9 @@ def _pick_all(
 
     refresh = _lazy_gains(min(LAZY_WIDTH, spec.num_tokens.minimum)) if spec.form == "lazy" else _all_gains
 
-    def body(op: Any, _: ir.Value, condition: ir.Value, covered: ir.Value, bounds: ir.Value) -> Sequence[ir.Value]:
+    def body(op: Any, _: ir.Value, __: ir.Value, covered: ir.Value, bounds: ir.Value) -> Sequence[ir.Value]:
         op.builder.push_module("pick")  # a value's name is used once, in subgraphs as well
-        return op.Identity(condition), *_pick(op, columns, covered, bounds, indices, refresh)
+        return op.Identity(True), *_pick(op, columns, covered, bounds, indices, refresh)
 
     floats, ints = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
     state = [("covered", floats, covered.shape), ("bounds", floats, bounds.shape)]
@@ -236,8 +236,8 @@ def _pick_all(
         ],
         name="pick",
     )
-    # The trip count alone ends the loop: TensorRT takes no second condition.
-    *_, picks, values = op.Loop(spec.budget, True, covered, bounds, body=loop, _outputs=4)
+    # The trip count alone ends the loop: to TensorRT a condition beside it is a warning.
+    *_, picks, values = op.Loop(spec.budget, None, covered, bounds, body=loop, _outputs=4)
     return op.Transpose(picks, perm=[1, 0]), op.Transpose(values, perm=[1, 0])
 
 
