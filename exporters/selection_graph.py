@@ -12,7 +12,7 @@ from onnxscript import GraphBuilder
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 
-__all__ = ["FORMS", "FeatureDtype", "Form", "Features", "SelectionGraph", "add_selection", "build_selection"]
+__all__ = ["FORMS", "FeatureDtype", "Form", "Features", "SelectionSpec", "add_selection", "build_selection"]
 
 Form = Literal["loop", "unrolled", "lazy"]
 """How the picks are made: every gain anew in a Loop, the same written out, or only the gains that can still win."""
@@ -35,7 +35,7 @@ _DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat
 
 
 @dataclass(frozen=True, slots=True)
-class SelectionGraph:
+class SelectionSpec:
     """What a selection graph is built for.
 
     Args:
@@ -97,7 +97,7 @@ class Features:
     excluded: ir.Value
 
 
-def build_selection(spec: SelectionGraph) -> ir.Model:
+def build_selection(spec: SelectionSpec) -> ir.Model:
     """Returns the selection as a model of its own.
 
     Inputs: those of `Features`. Outputs: those of `add_selection`.
@@ -118,7 +118,7 @@ def build_selection(spec: SelectionGraph) -> ir.Model:
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="mmtok-deploy")
 
 
-def add_selection(builder: GraphBuilder, features: Features, spec: SelectionGraph) -> dict[str, ir.Value]:
+def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec) -> dict[str, ir.Value]:
     """Returns the selection's outputs, appended to the graph that the features are values of.
 
     Returns:
@@ -204,7 +204,7 @@ def _transpose(op: Any, matrices: ir.Value) -> ir.Value:
 
 
 def _pick_all(
-    op: Any, columns: ir.Value, covered: ir.Value, excluded: ir.Value, spec: SelectionGraph
+    op: Any, columns: ir.Value, covered: ir.Value, excluded: ir.Value, spec: SelectionSpec
 ) -> tuple[ir.Value, ir.Value]:
     """Returns order [B, K] and coverage [B, K]."""
     bounds = op.Mul(op.ReduceSum(columns, [2], keepdims=0), _ABOVE_ROUNDING)
