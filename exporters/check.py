@@ -155,25 +155,21 @@ def _features(manifest: Manifest, sizes: _Sizes, seed: int) -> dict[str, Tensor]
 
 def _selection_alone(file: Path, manifest: Manifest, folder: Path) -> Engine:
     """Returns the selection cut out of a graph with an encoder, running on the CPU."""
+    from mmtok_deploy.engines.onnxruntime import OnnxRuntimeEngine
+
     edges = manifest.details["edges"]
     model = ir.load(file)
-    inputs = [edges["vision"], edges["keys"], "text", "text_mask", "excluded"]
-    names = ["vision", "keys", "text", "text_mask", "excluded"]
-    outputs = ["kept", "order", "visual_tokens", "coverage", "total"]
-    graph = ir.convenience.extract(model.graph, inputs, outputs)
-    for value, name in zip(graph.inputs, names, strict=True):
+    others, outputs = ["text", "text_mask", "excluded"], ["kept", "order", "visual_tokens", "coverage", "total"]
+    graph = ir.convenience.extract(model.graph, [*(edge["name"] for edge in edges.values()), *others], outputs)
+    for value, name in zip(graph.inputs, edges, strict=False):
         value.name = name
     alone = folder / "selection.onnx"
     ir.save(ir.Model(graph, ir_version=model.ir_version), alone)
-    from mmtok_deploy.engines.onnxruntime import OnnxRuntimeEngine
-
     tensors = {tensor.name: tensor for tensor in (*manifest.inputs, *manifest.outputs)}
-    shapes = {"vision": edges["vision_width"], "keys": edges["keys_width"]}
-    text = tensors["text"]
-    cut = tuple(TensorInfo(name, edges[f"{name}_dtype"], ("B", "N", width)) for name, width in shapes.items())
+    features = [TensorInfo(name, edge["dtype"], ("B", "N", edge["width"])) for name, edge in edges.items()]
     described = replace(
         manifest,
-        inputs=(*cut, text, tensors["text_mask"], tensors["excluded"]),
+        inputs=(*features, *(tensors[name] for name in others)),
         outputs=tuple(tensors[name] for name in outputs),
     )
     return OnnxRuntimeEngine(alone, described, torch.device("cpu"))

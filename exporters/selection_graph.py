@@ -12,7 +12,17 @@ from onnxscript import GraphBuilder
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 
-__all__ = ["FORMS", "FeatureDtype", "Form", "Features", "SelectionSpec", "add_selection", "build_selection"]
+__all__ = [
+    "FEATURE_DTYPES",
+    "FORMS",
+    "FeatureDtype",
+    "Form",
+    "Features",
+    "SelectionSpec",
+    "add_selection",
+    "build_selection",
+    "dim",
+]
 
 Form = Literal["loop", "unrolled", "lazy"]
 """How the picks are made: every gain anew in a Loop, the same written out, or only the gains that can still win."""
@@ -31,7 +41,11 @@ _ABOVE_ROUNDING = 1.001
 # Below every gain, which is never negative: a column that is picked or excluded.
 _BARRED = -1.0
 
-_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+FEATURE_DTYPES: dict[FeatureDtype, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +86,8 @@ class SelectionSpec:
                 f"a graph that keeps {self.budget} tokens needs images of at least as many, got {self.num_tokens}: "
                 "lower the budget or raise the smallest number of tokens"
             )
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype is one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in FEATURE_DTYPES:
+            raise ValueError(f"dtype is one of {', '.join(FEATURE_DTYPES)}, got {self.dtype!r}")
         if self.form not in FORMS:
             raise ValueError(f"form is one of {', '.join(FORMS)}, got {self.form!r}")
 
@@ -104,8 +118,8 @@ def build_selection(spec: SelectionSpec) -> ir.Model:
     """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="mmtok_selection")
     builder = GraphBuilder(graph)
-    batch, tokens, words = _dim(spec.batch, "B"), _dim(spec.num_tokens, "N"), _dim(spec.num_words, "M")
-    dtype = _DTYPES[spec.dtype]
+    batch, tokens, words = dim(spec.batch, "B"), dim(spec.num_tokens, "N"), dim(spec.num_words, "M")
+    dtype = FEATURE_DTYPES[spec.dtype]
     features = Features(
         vision=builder.input("vision", dtype, [batch, tokens, spec.vision_width]),
         keys=builder.input("keys", dtype, [batch, tokens, spec.keys_width]),
@@ -147,7 +161,7 @@ def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec
         "total": op.Where(is_finite, op.ReduceSum(row_maxima, [1], keepdims=0), float("nan")),
     }
     builder.pop_module()
-    batch = _dim(spec.batch, "B")
+    batch = dim(spec.batch, "B")
     shapes: dict[str, list[int | str]] = {
         "kept": [batch, spec.budget],
         "order": [batch, spec.budget],
@@ -160,7 +174,8 @@ def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec
     return outputs
 
 
-def _dim(size: DimRange, name: str) -> int | str:
+def dim(size: DimRange, name: str) -> int | str:
+    """Returns a dimension as a graph states it: its size where that is fixed, else its name."""
     return size.minimum if size.is_fixed else name
 
 

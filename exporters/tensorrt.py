@@ -34,13 +34,10 @@ def choose_library(targets: list[str]) -> Library:
     Raises:
         EngineBuildError: Neither does; the message says what to install.
     """
-    at_hand = _compute_capability()
-    if not targets and at_hand is None:
-        raise EngineBuildError("there is no NVIDIA GPU here to build for: name one, such as --target 8.6 (RTX A6000)")
-    wanted = targets or [at_hand or ""]
+    wanted = _wanted(targets)
     if all(_is_rtx(target) for target in wanted):
         return "tensorrt-rtx"
-    if wanted == [at_hand]:
+    if wanted == [_compute_capability()]:
         return "tensorrt"
     others = ", ".join(target for target in wanted if not _is_rtx(target))
     raise EngineBuildError(
@@ -52,7 +49,7 @@ def choose_library(targets: list[str]) -> Library:
 
 def engine_path(onnx_file: Path, library: Library, targets: list[str]) -> Path:
     """Returns where an ONNX file's engine stands: `NAME.sm86.rtx.engine`, `NAME.sm90.engine`."""
-    capabilities = "-".join(f"sm{target.replace('.', '')}" for target in targets or [str(_compute_capability())])
+    capabilities = "-".join(f"sm{target.replace('.', '')}" for target in _wanted(targets))
     return onnx_file.with_name(f"{onnx_file.stem}.{capabilities}{'.rtx' if library == 'tensorrt-rtx' else ''}.engine")
 
 
@@ -82,8 +79,7 @@ def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[st
             source,
             format=library,
             files=file_infos(file),
-            details=source.details
-            | {"compute_capabilities": targets or [_compute_capability()], "onnx_sha256": source.files[0].sha256},
+            details=source.details | {"compute_capabilities": _wanted(targets), "onnx_sha256": source.files[0].sha256},
             versions=source.versions | {library: module.__version__},
             created=now(),
             check=Check("not run", "", ""),
@@ -92,6 +88,13 @@ def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[st
         manifest = replace(manifest, check=check_artifact(file, manifest))
         Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _wanted(targets: list[str]) -> list[str]:
+    at_hand = _compute_capability()
+    if targets or at_hand:
+        return targets or [str(at_hand)]
+    raise EngineBuildError("there is no NVIDIA GPU here to build for: name one, such as --target 8.6 (RTX A6000)")
 
 
 def _compute_capability() -> str | None:

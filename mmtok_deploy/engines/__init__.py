@@ -80,7 +80,8 @@ def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.de
             raise EngineError(f"{expected.name} has shape {_shape(expected)}, got {tuple(found.shape)}")
         for size, wanted in zip(found.shape, expected.shape, strict=True):
             known = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
-            if size != known or (isinstance(wanted, str) and size not in manifest.dimensions[wanted]):
+            allowed_sizes = manifest.dimensions.get(str(wanted))
+            if size != known or (allowed_sizes is not None and size not in allowed_sizes):
                 ranges = ", ".join(f"{name} {allowed}" for name, allowed in manifest.dimensions.items())
                 raise EngineError(
                     f"{expected.name} has shape {_shape(expected)} ({ranges}), got {tuple(found.shape)}: "
