@@ -173,6 +173,7 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
         vision_width=width,
         keys_width=keys_width,
         dtype=_dtype(vision),
+        keys_dtype=_dtype(keys),
         config=attachment.config,
         form=attachment.form,
     )

@@ -59,7 +59,8 @@ class SelectionSpec:
         batch: B, images.
         vision_width: D, of vision tokens and text.
         keys_width: d, of the features before the projector.
-        dtype: Of vision, keys and text.
+        dtype: Of vision and text.
+        keys_dtype: Of keys: means over several features are float32 where the model is not.
         config: Temperatures, weight, coverage.
         form: How the picks are made.
 
@@ -74,6 +75,7 @@ class SelectionSpec:
     vision_width: int
     keys_width: int
     dtype: FeatureDtype
+    keys_dtype: FeatureDtype
     config: SelectionConfig
     form: Form
 
@@ -86,8 +88,9 @@ class SelectionSpec:
                 f"a graph that keeps {self.budget} tokens needs images of at least as many, got {self.num_tokens}: "
                 "lower the budget or raise the smallest number of tokens"
             )
-        if self.dtype not in FEATURE_DTYPES:
-            raise ValueError(f"dtype is one of {', '.join(FEATURE_DTYPES)}, got {self.dtype!r}")
+        for dtype in (self.dtype, self.keys_dtype):
+            if dtype not in FEATURE_DTYPES:
+                raise ValueError(f"dtype is one of {', '.join(FEATURE_DTYPES)}, got {dtype!r}")
         if self.form not in FORMS:
             raise ValueError(f"form is one of {', '.join(FORMS)}, got {self.form!r}")
 
@@ -122,7 +125,7 @@ def build_selection(spec: SelectionSpec) -> ir.Model:
     dtype = FEATURE_DTYPES[spec.dtype]
     features = Features(
         vision=builder.input("vision", dtype, [batch, tokens, spec.vision_width]),
-        keys=builder.input("keys", dtype, [batch, tokens, spec.keys_width]),
+        keys=builder.input("keys", FEATURE_DTYPES[spec.keys_dtype], [batch, tokens, spec.keys_width]),
         text=builder.input("text", dtype, [batch, words, spec.vision_width]),
         text_mask=builder.input("text_mask", ir.DataType.BOOL, [batch, words]),
         excluded=builder.input("excluded", ir.DataType.BOOL, [batch, tokens]),

@@ -32,7 +32,7 @@ def choose_library(targets: list[str]) -> Library:
         targets: Compute capabilities ("8.6"); none for the GPU at hand.
 
     Raises:
-        EngineBuildError: Neither does; the message says what to install.
+        ValueError: Neither does; the message says what to install.
     """
     wanted = _wanted(targets)
     if all(_is_rtx(target) for target in wanted):
@@ -40,7 +40,7 @@ def choose_library(targets: list[str]) -> Library:
     if wanted == [_compute_capability()]:
         return "tensorrt"
     others = ", ".join(target for target in wanted if not _is_rtx(target))
-    raise EngineBuildError(
+    raise ValueError(
         f"TensorRT-RTX has no engines for compute capability {others}, and TensorRT builds on the GPU itself: on a "
         "machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there; or run the ONNX file by "
         "ONNX Runtime's CUDA provider"
@@ -94,7 +94,7 @@ def _wanted(targets: list[str]) -> list[str]:
     at_hand = _compute_capability()
     if targets or at_hand:
         return targets or [str(at_hand)]
-    raise EngineBuildError("there is no NVIDIA GPU here to build for: name one, such as --target 8.6 (RTX A6000)")
+    raise ValueError("there is no NVIDIA GPU here to build for: name one, such as --target 8.6 (RTX A6000)")
 
 
 def _compute_capability() -> str | None:
