@@ -199,9 +199,23 @@ def _coverage_columns(op: Any, features: Features, config: SelectionConfig) -> t
         # Without words alpha would only scale every gain: left out, so that alpha = 0 still covers the image.
         alpha = 1.0 if config.coverage == "vision" else op.Where(op.Greater(num_words, 0.0), config.alpha, 1.0)
         blocks.append(op.Mul(rows, op.Div(alpha, num_tokens)))
-    matrix = op.Concat(*blocks, axis=1) if len(blocks) > 1 else blocks[0]
+    matrix = op.Concat(*blocks, _padding(op, blocks), axis=1)
     is_finite = op.And(op.And(vision_ok, keys_ok), text_ok)
     return _transpose(op, matrix), is_finite
+
+
+def _padding(op: Any, blocks: list[ir.Value]) -> ir.Value:
+    """Returns rows of zeros [B, 1 to 16, N] that make the length of a column of C a multiple of 16.
+
+    They add nothing to any gain, but start every column at the same alignment in memory. ONNX Runtime sums by vectors
+    from the first aligned element on, so else equal columns could have sums that differ in the last bit.
+    """
+    num_rows = op.Shape(blocks[0], start=1, end=2)
+    for block in blocks[1:]:
+        num_rows = op.Add(num_rows, op.Shape(block, start=1, end=2))
+    num_missing = op.Sub(op.Mul(op.Add(op.Div(num_rows, 16), 1), 16), num_rows)
+    batch, width = op.Shape(blocks[0], start=0, end=1), op.Shape(blocks[0], start=2, end=3)
+    return op.Expand(0.0, op.Concat(batch, num_missing, width, axis=0))
 
 
 def _unit_rows(op: Any, rows: ir.Value, mask: ir.Value | None = None) -> tuple[ir.Value, ir.Value]:
