@@ -155,11 +155,12 @@ def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec
     order, coverage = _pick_all(op, columns, op.Mul(row_maxima, 0.0), features.excluded, spec)
     kept = _raster_order(op, order, columns, spec.budget)
     is_kept = op.Unsqueeze(op.GreaterOrEqual(kept, 0), [2])
-    nothing = op.CastLike(0.0, features.vision)
+    # By way of float32, which is exact: ONNX Runtime's Where has no bfloat16.
+    rows = op.Cast(_rows(op, features.vision, op.Max(kept, 0)), to=ir.DataType.FLOAT)
     outputs = {
         "kept": kept,
         "order": order,
-        "visual_tokens": op.Where(is_kept, _rows(op, features.vision, op.Max(kept, 0)), nothing),
+        "visual_tokens": op.CastLike(op.Where(is_kept, rows, 0.0), features.vision),
         "coverage": coverage,
         "total": op.Where(is_finite, op.ReduceSum(row_maxima, [1], keepdims=0), float("nan")),
     }
