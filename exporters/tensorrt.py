@@ -14,7 +14,10 @@ from mmtok_deploy.exporters.artifact import file_infos, new_artifact, now
 from mmtok_deploy.exporters.check import check_artifact
 from mmtok_deploy.manifest import ArtifactError, Check, Manifest, TensorInfo
 
-__all__ = ["EngineBuildError", "Library", "build_engine", "choose_library", "engine_path"]
+__all__ = ["EngineBuildError", "Library", "RTX_TARGETS", "build_engine", "choose_library", "engine_path"]
+
+RTX_TARGETS = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
+"""What TensorRT-RTX 1.7 builds for: Turing, Ampere, Ada and Blackwell, but neither Hopper nor datacenter Blackwell."""
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -35,11 +38,11 @@ def choose_library(targets: list[str]) -> Library:
         ValueError: Neither does; the message says what to install.
     """
     wanted = _wanted(targets)
-    if all(_is_rtx(target) for target in wanted):
+    if set(wanted) <= RTX_TARGETS:
         return "tensorrt-rtx"
     if wanted == [_compute_capability()]:
         return "tensorrt"
-    others = ", ".join(target for target in wanted if not _is_rtx(target))
+    others = ", ".join(target for target in wanted if target not in RTX_TARGETS)
     raise ValueError(
         f"TensorRT-RTX has no engines for compute capability {others}, and TensorRT builds on the GPU itself: on a "
         "machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there; or run the ONNX file by "
@@ -99,12 +102,6 @@ def _wanted(targets: list[str]) -> list[str]:
 
 def _compute_capability() -> str | None:
     return ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
-
-
-def _is_rtx(target: str) -> bool:
-    # NVIDIA's support matrix: Turing, Ampere, Ada and Blackwell GeForce, RTX and DGX Spark; no A100-class or Hopper one
-    # but 8.0, which the builder lists.
-    return target in {"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}
 
 
 def _serialized(module: Any, onnx_file: Path, source: Manifest, library: Library, targets: list[str]) -> bytes:

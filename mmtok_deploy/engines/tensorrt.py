@@ -14,8 +14,6 @@ from mmtok_deploy.manifest import Manifest
 
 __all__ = ["TensorRTEngine", "tensorrt_module"]
 
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-
 
 class TensorRTEngine:
     """A serialized engine, deserialized for one GPU; see `Engine`.
@@ -75,7 +73,13 @@ def tensorrt_module(name: str) -> Any:
         EngineError: It is not installed.
     """
     try:
-        return importlib.import_module(_MODULES[name])
+        match name:
+            case "tensorrt":
+                return importlib.import_module("tensorrt")
+            case "tensorrt-rtx":
+                return importlib.import_module("tensorrt_rtx")
+            case _:
+                raise ValueError(f"the library is tensorrt or tensorrt-rtx, got {name!r}")
     except ImportError as error:
         raise EngineError(f"{name} is not installed ({error}): pip install 'mmtok-deploy[{name}]'") from error
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,6 @@ class TestTensorRT:
             open_engine(engine_file, torch.device("cuda"))
 
     def test_a_library_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mmtok_deploy.engines.tensorrt._MODULES", {"tensorrt": "no_such_module"})
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
         with pytest.raises(EngineError, match=r"tensorrt is not installed .*pip install 'mmtok-deploy\[tensorrt\]'"):
             tensorrt_module("tensorrt")
