@@ -18,7 +18,7 @@ MAX_BYTES = 256 << 20
 """Of coverage matrices held at a time: one image of 8,192 tokens, or 202 of 576."""
 
 _FLOAT32_BYTES = 4
-# Columns evaluated together. Measured at N=16384, K=256 on two CPU cores: 64 and 256 take longer.
+# Columns evaluated together. Measured at N=16384, K=256 on two CPU cores: 64 takes longer, 256 no less.
 _BLOCK = 128
 # A block of columns, and what exists beside it while it is computed and its gains are added up.
 _BLOCKS_AT_WORK = 4

@@ -121,8 +121,17 @@ def test_auto_is_bounded_and_a_name_is_taken_at_its_word(monkeypatch: pytest.Mon
     assert get_backend("reference", cpu) is reference.select
     assert get_backend("blocked", cpu) is blocked.select
     large = as_given(random_problem(8193, 0), 1)
-    monkeypatch.setattr(blocked, "select", lambda batch, config, *, max_bytes: [max_bytes])
-    assert get_backend("auto", cpu)([large], SelectionConfig()) == [256 << 20]
+    bounds: list[int] = []
+
+    def select_nothing(
+        batch: Sequence[SelectionProblem], config: SelectionConfig, *, max_bytes: int
+    ) -> list[Selection]:
+        bounds.append(max_bytes)
+        return []
+
+    monkeypatch.setattr(blocked, "select", select_nothing)
+    assert get_backend("auto", cpu)([large], SelectionConfig()) == []
+    assert bounds == [256 << 20]
 
 
 def test_excluded_tokens_are_never_taken() -> None:
