@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmtok_deploy.runtime.sglang.cache_key import image_key
 from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
+from mmtok_deploy.runtime.sglang.placeholders import plan_of
 
 __all__ = ["FeatureCache", "Features"]
 
@@ -79,7 +80,7 @@ class FeatureCache:
             self._hold(name, known[name])
         num_misses = len(missing.keys() & set(named))
         self._metrics.count_encoding(
-            num_encoded=len(missing),
+            num_encoded=sum(plan_of(item) is not None for item in missing.values()),
             num_hits=len(named) - num_misses,
             num_misses=num_misses,
             held_bytes=self.size_bytes,
@@ -90,6 +91,7 @@ class FeatureCache:
         """Forgets every image; the model's weights may have changed."""
         self._features.clear()
         self.size_bytes = 0
+        self._metrics.count_encoding(num_encoded=0, num_hits=0, num_misses=0, held_bytes=0)
 
     def flush(self, original: Callable[..., bool], scheduler: Any, *args: Any, **kwargs: Any) -> bool:
         """Flushes SGLang's caches and, if it does, this one.

@@ -24,7 +24,7 @@ _COUNTERS = {
     "selection_tokens_in": "Vision tokens that were selected from.",
     "selection_tokens_kept": "Vision tokens that were kept of them.",
     "selection_fallbacks": "Images that kept evenly spaced tokens for want of a selection.",
-    "encoded_images": "Images that went through the vision encoder.",
+    "encoded_images": "Images to be pruned that went through the vision encoder.",
     "feature_cache_hits": "Images whose features were held.",
     "feature_cache_misses": "Images whose features were not held.",
 }
@@ -79,7 +79,8 @@ class SelectionMetrics:
             sizes: (tokens, kept tokens) of each image.
             is_finite: [B] bool on the device; an image where it is not True kept evenly spaced tokens.
         """
-        on_host = is_finite.to("cpu", non_blocking=True)
+        # Into pinned memory, read after the clock: without a clock on the device the copy has to be waited for.
+        on_host = is_finite.to("cpu", non_blocking=is_finite.is_cuda)
         clock.stop()
         self._calls.append(_Call(clock, sizes, on_host))
         self._settle()

@@ -57,12 +57,14 @@ class TokenSelector:
     def select(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Returns the kept tokens of each image in raster order, [K] int64 on the features' device.
 
-        All of them are selected in one call, and the host does not wait for the device. A selection that cannot be made
+        All of them are selected in one call, and nothing here waits for the device. A selection that cannot be made
         (NaN features, every token excluded, no memory) never takes the scheduler down: evenly spaced tokens take its
         place, with a log line and a count.
 
         Args:
-            images: The images of a prefill batch.
+            images: The images of a prefill batch: sglang 0.5.23 srt/managers/mm_schedule.py
+                `_batch_encode_per_image_misses` asks once for all requests' images whose embeddings it does not hold
+                (on ROCm, NPU and XPU `_get_chunked_embedding_by_item` once a request).
             embed: The language model's input embedding.
         """
         new: dict[object, ImageTokens] = {}
@@ -118,31 +120,46 @@ class TokenSelector:
         return [texts[tuple(image.plan.guidance)] for image in images]
 
     def _run(self, images: Sequence[ImageTokens], texts: Sequence[Tensor]) -> list[Selection | None]:
-        """Returns each image's selection, None where it cannot be made; in one call unless that fails."""
-        try:
-            problems = [self._problem(image, text) for image, text in zip(images, texts, strict=True)]
-            return list(get_backend("auto", images[0].vision.device)(problems, self._config))
-        except Exception as error:  # whatever it is, it is one image's; the server has others
-            why = f"{type(error).__name__}: {error}"
-        # Here and not above: an error holds the memory of the call that failed.
-        if len(images) > 1:
-            return [
-                selection for each in zip(images, texts, strict=True) for selection in self._run([each[0]], [each[1]])
-            ]
-        self._metrics.count_fallback(len(images[0].vision), images[0].num_kept, why)
-        return [None]
+        """Returns each image's selection, None where it cannot be made."""
+        problems: dict[int, SelectionProblem] = {}
+        for place, (image, text) in enumerate(zip(images, texts, strict=True)):
+            why = self._obstacle(image, text)
+            if why is None:
+                excluded = image.plan.excluded
+                if excluded is not None:
+                    excluded = excluded.to(image.vision.device, non_blocking=True)
+                problems[place] = SelectionProblem(image.vision, image.keys, text, image.num_kept, excluded)
+            else:
+                self._metrics.count_fallback(len(image.vision), image.num_kept, why)
+        made = dict(zip(problems, self._run_backend(list(problems.values())), strict=True))
+        return [made.get(place) for place in range(len(images))]
 
-    def _problem(self, image: ImageTokens, text: Tensor) -> SelectionProblem:
+    def _obstacle(self, image: ImageTokens, text: Tensor) -> str | None:
+        """Returns why no selection can be made, as far as the host knows; the plan's mask is on the host."""
         excluded = image.plan.excluded
-        # The plan's mask is on the host, so this waits for nothing.
         num_pickable = len(image.vision) - (0 if excluded is None else int(excluded.sum()))
         if num_pickable < image.num_kept:
-            raise ValueError(f"only {num_pickable} of {image.num_kept} tokens may be picked")
+            return f"only {num_pickable} of {image.num_kept} tokens may be picked"
         if self._config.coverage == "text" and not len(text):
-            raise ValueError("coverage 'text' needs guidance")
-        if excluded is not None:
-            excluded = excluded.to(image.vision.device, non_blocking=True)
-        return SelectionProblem(image.vision, image.keys, text, image.num_kept, excluded)
+            return "text coverage without guidance"
+        return None
+
+    def _run_backend(self, problems: Sequence[SelectionProblem]) -> list[Selection | None]:
+        """Returns each problem's selection from one call; if that fails, from one call each, None where that fails."""
+        if not problems:
+            return []
+        try:
+            selections = get_backend("auto", problems[0].vision.device)(problems, self._config)
+            if [len(selection) for selection in selections] != [problem.num_picks for problem in problems]:
+                raise RuntimeError("the backend returned another number of tokens than asked for")
+            return list(selections)
+        except Exception as error:  # whatever it is, it may be one image's; the server has others
+            why = f"{type(error).__name__}: {error}"
+        # After the handler, to whose end the error holds the memory of the call that failed.
+        if len(problems) > 1:
+            return [self._run_backend([problem])[0] for problem in problems]
+        self._metrics.count_fallback(len(problems[0].vision), problems[0].num_picks, why)
+        return [None]
 
 
 def _evenly_spaced(num_tokens: int, num_kept: int, device: torch.device) -> Tensor:

@@ -93,6 +93,15 @@ def test_nothing_is_held_without_room() -> None:
     assert (len(cache), cache.size_bytes) == (0, 0)
 
 
+def test_pruned_images_are_counted() -> None:
+    counted = SelectionMetrics()
+    cache, encoder = FeatureCache(100 * IMAGE_BYTES, counted), Encoder()
+    recalled(cache, encoder, image(1), image(2, None))
+    recalled(cache, encoder, image(1), image(3), image(3, replace(PLAN, num_kept=1)), image(2, None))
+    names = ("encoded_images", "feature_cache_hits", "feature_cache_misses")
+    assert [counted._lately[name] for name in names] == [2, 2, 2]
+
+
 def test_an_image_larger_than_the_bound_drives_nothing_out() -> None:
     cache, encoder = make_cache(1), Encoder()
     recalled(cache, encoder, image(1))

@@ -153,6 +153,23 @@ def test_too_few_pickable_tokens_keep_evenly_spaced_ones(num_pickable: int) -> N
     assert num_fallbacks(selector) == 1
 
 
+def test_an_image_that_cannot_be_selected_leaves_the_others_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Backend(monkeypatch)
+    plans = [PLANS[0], replace(PLANS[2], excluded=torch.ones(20, dtype=torch.bool)), PLANS[1]]
+    images = [image_tokens(key, plan)[0] for key, plan in enumerate(plans)]
+    kept = make_selector().select(images, features(1)[2])
+    assert backend.batches == [[12, 7]]
+    assert kept[1].tolist() == [0, 6, 12, 19]
+
+
+def test_a_backend_that_returns_too_few_tokens_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = torch.zeros(2, dtype=torch.int64)
+    monkeypatch.setattr(
+        selection, "get_backend", lambda name, device: lambda problems, config: [Selection(few, few, few, few.sum())]
+    )
+    assert selected(make_selector()) == EVENLY_SPACED
+
+
 def test_text_coverage_without_text_keeps_evenly_spaced_tokens() -> None:
     selector = TokenSelector(make_settings(5, coverage="text"), SelectionMetrics())
     assert selected(selector, replace(PLAN, guidance=[])) == EVENLY_SPACED
