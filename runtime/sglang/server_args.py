@@ -12,7 +12,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
-from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_deploy.runtime.sglang.settings import DEFAULT_FEATURE_CACHE_MB, Settings
 
 __all__ = ["MMTokServerArgs"]
 
@@ -70,6 +70,14 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         Arg(help="MMTok: which words of a question guide the selection. Default: the model family's preset."),
         NS("mm"),
     ] = None
+    mmtok_feature_cache_mb: A[
+        int | None,
+        Arg(
+            help="MMTok: MiB of vision features kept by image on the device, so that another question about an image "
+            "does not encode it again; 0 keeps none. Default: 256."
+        ),
+        NS("mm"),
+    ] = None
 
     def __post_init__(self) -> None:
         """Checks the flags as soon as they are given.
@@ -125,11 +133,13 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             "coverage": self.mmtok_coverage,
         }
         minimum = 1 if self.mmtok_min_tokens is None else self.mmtok_min_tokens
+        cache_mb = DEFAULT_FEATURE_CACHE_MB if self.mmtok_feature_cache_mb is None else self.mmtok_feature_cache_mb
         return Settings(
             family=family,
             budget=Budget.parse(self.mmtok_budget, minimum=minimum),
             config=replace(preset.config, **{name: value for name, value in flags.items() if value is not None}),
             guidance=self.mmtok_guidance or preset.guidance,
+            feature_cache_mb=cache_mb,
         )
 
 

@@ -29,6 +29,7 @@ FLAGS = [
     "--mmtok-alpha",
     "--mmtok-coverage",
     "--mmtok-guidance",
+    "--mmtok-feature-cache-mb",
 ]
 
 
@@ -84,6 +85,7 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
         ({"mmtok_coverage": "image"}, "coverage is one of multimodal"),
         ({"mmtok_guidance": "words"}, "guidance is one of keywords, question, got 'words'"),
         ({"mmtok_min_tokens": 0}, "minimum is a whole number"),
+        ({"mmtok_feature_cache_mb": -1}, "feature_cache_mb is at least 0, got -1"),
     ],
 )
 def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], named: str) -> None:
@@ -91,7 +93,15 @@ def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], na
         MMTokServerArgs(**{"model_path": "model", "mmtok_budget": "64", **flags})
 
 
-@pytest.mark.parametrize("flag", [("--mmtok-alpha", "1"), ("--mmtok-min-tokens", "4"), ("--mmtok-coverage", "text")])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--mmtok-alpha", "1"),
+        ("--mmtok-min-tokens", "4"),
+        ("--mmtok-coverage", "text"),
+        ("--mmtok-feature-cache-mb", "0"),
+    ],
+)
 def test_a_flag_without_a_budget_is_refused(flag: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=f"^{flag[0]} has no effect without --mmtok-budget"):
         parsed(*flag)
@@ -129,9 +139,10 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
                 "mmtok_alpha": 0.0,
                 "mmtok_coverage": "text",
                 "mmtok_guidance": "keywords",
+                "mmtok_feature_cache_mb": 0,
             },
             "qwen2.5-vl",
-            Settings("qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0, "text"), "keywords"),
+            Settings("qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0, "text"), "keywords", 0),
         ),
         (
             {"mmtok_budget": "all"},
@@ -174,6 +185,7 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_alpha": 1.0,
         "mmtok_coverage": "multimodal",
         "mmtok_guidance": "question",
+        "mmtok_feature_cache_mb": 256,
     }
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
+from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
+from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import PlaceholderCutter
 from mmtok_deploy.runtime.sglang.request import add_chat_guidance
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
@@ -58,14 +60,21 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
-        """Returns the hooks on the family's model."""
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+        """Returns the hooks on the family's model.
+
+        Args:
+            cache: Gives an image's features, encoded now or before.
+            selector: Picks tokens from them.
+        """
 
     @classmethod
     def hooks(cls, settings: Settings) -> list[Hook]:
         """Returns every hook of a server of this family."""
         family = cls()
         target, parameters = cls.processor_hook
+        metrics = SelectionMetrics()
+        cache = FeatureCache(settings.feature_cache_mb << 20, metrics)
         return [
             Hook(
                 "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
@@ -78,5 +87,6 @@ class Family(ABC):
                 "obj requires_mm_token_modalities",
                 CacheKeys(settings).from_processor_output,
             ),
-            *family.model_hooks(TokenSelector(settings)),
+            Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", cache.flush),
+            *family.model_hooks(cache, TokenSelector(settings, metrics)),
         ]
