@@ -192,13 +192,13 @@ def _coverage_columns(op: Any, features: Features, config: SelectionConfig) -> t
     num_words = op.ReduceSum(op.Cast(words, to=ir.DataType.FLOAT), [1], keepdims=1)
     blocks = []
     if config.coverage != "vision":
-        rows = op.Softmax(op.Div(op.MatMul(text, _transpose(op, vision)), config.tv_temp), axis=2)
+        rows = op.Softmax(op.Div(op.MatMul(text, _transpose(op, vision)), float(config.tv_temp)), axis=2)
         blocks.append(op.Where(words, op.Div(rows, op.Max(num_words, 1.0)), 0.0))
     if config.coverage != "text":
-        rows = op.Softmax(op.Div(op.MatMul(keys, _transpose(op, keys)), config.vv_temp), axis=2)
+        rows = op.Softmax(op.Div(op.MatMul(keys, _transpose(op, keys)), float(config.vv_temp)), axis=2)
         num_tokens = op.Cast(op.Shape(features.keys, start=1, end=2), to=ir.DataType.FLOAT)
         # Without words alpha would only scale every gain: left out, so that alpha = 0 still covers the image.
-        alpha = 1.0 if config.coverage == "vision" else op.Where(op.Greater(num_words, 0.0), config.alpha, 1.0)
+        alpha = 1.0 if config.coverage == "vision" else op.Where(op.Greater(num_words, 0.0), float(config.alpha), 1.0)
         blocks.append(op.Mul(rows, op.Div(alpha, num_tokens)))
     matrix = op.Concat(*blocks, _padding(op, blocks), axis=1)
     is_finite = op.And(op.And(vision_ok, keys_ok), text_ok)

@@ -12,9 +12,10 @@ from torch import Tensor
 from mmtok_deploy.backends import BackendName, get_backend
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.engines import Engine, EngineError, open_engine
+from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["EngineExecutor", "Executor", "ExecutorName", "TorchExecutor", "make_executor"]
+__all__ = ["EngineExecutor", "Executor", "ExecutorName", "TorchExecutor", "check_selection", "make_executor"]
 
 ExecutorName = Literal["auto", "torch", "onnxruntime", "tensorrt"]
 
@@ -123,6 +124,23 @@ class EngineExecutor:
                 selections[idx] = _selection(image, problems[idx].num_picks, self.manifest.budget)
         return [selections[idx] for idx in range(len(problems))]
 
+    def warm_up(self) -> None:
+        """Selects once, so that what cannot run shows at once.
+
+        Raises:
+            EngineError: It does not run.
+        """
+        inputs = {tensor.name: tensor for tensor in self.manifest.inputs}
+        num_tokens = self.manifest.dimensions["N"].optimum
+        vision, keys, text = (
+            torch.ones(size, int(inputs[name].shape[-1]), dtype=getattr(torch, inputs[name].dtype), device=self._device)
+            for name, size in (("vision", num_tokens), ("keys", num_tokens), ("text", 1))
+        )
+        (selection,) = self.select([SelectionProblem(vision, keys, text, self.manifest.budget)])
+        kept = selection.kept.tolist()
+        if kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < num_tokens:
+            raise EngineError(f"{self.name} keeps {kept} of {num_tokens} tokens")
+
     def _groups(self, problems: Sequence[SelectionProblem]) -> list[list[int]]:
         """Returns which problems run together: as many of one size as the file takes."""
         by_size: dict[int, list[int]] = {}
@@ -155,6 +173,30 @@ class EngineExecutor:
             "text_mask": text_mask,
             "excluded": excluded,
         }
+
+
+def check_selection(manifest: Manifest, num_tokens: int, num_kept: int, num_words: int) -> None:
+    """Raises ValueError (HTTP 400) if the exported file cannot hold this selection of one image or tile.
+
+    Args:
+        manifest: The file's.
+        num_tokens: N.
+        num_kept: K.
+        num_words: Guidance tokens; fewer than the file's smallest number are padded.
+    """
+    sizes = manifest.dimensions
+    if num_tokens not in sizes["N"]:
+        raise ValueError(f"the server's exported selection takes images of {sizes['N']} tokens, this has {num_tokens}")
+    if num_words > sizes["M"].maximum:
+        raise ValueError(
+            f"the server's exported selection takes {sizes['M']} tokens of guidance, this image has {num_words}: "
+            "shorten the question, or send mm_processor_kwargs.mmtok_guidance"
+        )
+    if num_kept > manifest.budget:
+        raise ValueError(
+            f"the server's exported selection keeps at most {manifest.budget} tokens, asked for were {num_kept}: "
+            "ask for a smaller mmtok_budget"
+        )
 
 
 def _stack(features: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmtok_deploy.backends import get_backend
 from mmtok_deploy.problem import Selection, SelectionProblem
+from mmtok_deploy.runtime.executors import EngineExecutor, Executor, make_executor
 from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics, start_clock
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
 from mmtok_deploy.runtime.sglang.ranks import num_ranks, of_first_rank
 from mmtok_deploy.runtime.sglang.settings import Settings
 
 __all__ = ["ImageTokens", "TokenSelector"]
+
+logger = logging.getLogger(__name__)
 
 # Remembered selections: 8 bytes a kept token, so about 20 MB at 160 tokens; SGLang's own cache of embeddings (100 MB
 # by default) holds far fewer images.
@@ -50,9 +54,32 @@ class TokenSelector:
     """
 
     def __init__(self, settings: Settings, metrics: SelectionMetrics) -> None:
-        self._config = settings.config
+        self._settings = settings
+        self._executor: Executor | None = None
         self._metrics = metrics
         self._kept: OrderedDict[object, Tensor] = OrderedDict()
+
+    def init_model_worker(self, original: Callable[..., None], scheduler: Any) -> None:
+        """Makes what runs the selection as soon as the model is on its device: what cannot run ends the server here.
+
+        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.init_model_worker. Can go when SGLang calls plugins
+        once the model is loaded.
+        """
+        original(scheduler)
+        self.start(next(scheduler.tp_worker.model_runner.model.parameters()).device)
+
+    def start(self, device: torch.device) -> None:
+        """Makes what runs the selection, and has an exported file select once.
+
+        Raises:
+            ArtifactError: The exported file is not whole.
+            EngineError: It cannot run on the device.
+        """
+        settings = self._settings
+        self._executor = make_executor(settings.backend, device, settings.config, settings.engine, settings.provider)
+        if isinstance(self._executor, EngineExecutor):
+            self._executor.warm_up()
+        logger.info("MMTok: tokens are selected by %s", self._executor.name)
 
     def select(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Returns the kept tokens of each image in raster order, [K] int64 on the features' device.
@@ -140,7 +167,7 @@ class TokenSelector:
         num_pickable = len(image.vision) - (0 if excluded is None else int(excluded.sum()))
         if num_pickable < image.num_kept:
             return f"only {num_pickable} of {image.num_kept} tokens may be picked"
-        if self._config.coverage == "text" and not len(text):
+        if self._settings.config.coverage == "text" and not len(text):
             return "text coverage without guidance"
         return None
 
@@ -148,8 +175,10 @@ class TokenSelector:
         """Returns each problem's selection from one call; if that fails, from one call each, None where that fails."""
         if not problems:
             return []
+        if self._executor is None:
+            raise RuntimeError("MMTok: an image is to be pruned before the model is loaded")
         try:
-            selections = get_backend("auto", problems[0].vision.device)(problems, self._config)
+            selections = self._executor.select(problems)
             if [len(selection) for selection in selections] != [problem.num_picks for problem in problems]:
                 raise RuntimeError("the backend returned another number of tokens than asked for")
             return list(selections)

@@ -90,6 +90,12 @@ def test_without_words_the_image_alone_is_covered(form: Form, alpha: float) -> N
     assert_answer(outputs, 0, problem.select(7, config), problem.vision)
 
 
+def test_whole_numbers_are_constants_too(form: Form) -> None:
+    problem, config = random_problem(20, 3), SelectionConfig(1, 2, 3)
+    outputs = run(session_of(spec_for(problem, 4, form, config=config)), batch_of([problem]))
+    assert_answer(outputs, 0, problem.select(4, config), problem.vision)
+
+
 def test_ties_go_to_the_lowest_index(form: Form) -> None:
     # Three kinds of tokens and a word like the rarest: that one first, one of each other kind, then nothing but ties.
     tokens = torch.eye(3)[[0, 1, 0, 2, 1, 0]]

@@ -158,6 +158,12 @@ class StandInFamily(Family):
     def excluded(self, item: Any) -> Tensor | None:
         return self._excluded
 
+    def vision_width(self, config: Any) -> int:
+        return 8
+
+    def keys_width(self, config: Any) -> int:
+        return 6
+
     def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         return []
 

@@ -48,6 +48,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self.selector = TokenSelector(make_settings(NUM_KEPT), SelectionMetrics())
+        self.selector.start(torch.device("cpu"))
         self.writer = PositionWriter(self.selector)
         self.encoded: list[int] = []
 

@@ -29,6 +29,9 @@ FLAGS = [
     "--mmtok-alpha",
     "--mmtok-coverage",
     "--mmtok-guidance",
+    "--mmtok-backend",
+    "--mmtok-engine",
+    "--mmtok-onnxruntime-provider",
     "--mmtok-feature-cache-mb",
 ]
 
@@ -61,6 +64,8 @@ def test_the_servers_help_lists_the_flags() -> None:
         *((["--mmtok-budget", value], "or 'all' for no pruning") for value in ("0", "-3", "1.5", "150%", "ten", "")),
         (["--mmtok-budget", "64", "--mmtok-coverage", "image"], "multimodal"),
         (["--mmtok-budget", "64", "--mmtok-guidance", "words"], "keywords"),
+        (["--mmtok-budget", "64", "--mmtok-backend", "openvino"], "onnxruntime"),
+        (["--mmtok-budget", "64", "--mmtok-onnxruntime-provider", "cpu"], "CPUExecutionProvider"),
         (["--mmtok-budget", "64", "--mmtok-alpha", "half"], "--mmtok-alpha"),
         (["--mmtok-budget", "64", "--mmtok-min-tokens", "1.5"], "--mmtok-min-tokens"),
     ],
@@ -142,7 +147,9 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
                 "mmtok_feature_cache_mb": 0,
             },
             "qwen2.5-vl",
-            Settings("qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0, "text"), "keywords", 0),
+            Settings(
+                "qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0, "text"), "keywords", feature_cache_mb=0
+            ),
         ),
         (
             {"mmtok_budget": "all"},
@@ -185,6 +192,9 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_alpha": 1.0,
         "mmtok_coverage": "multimodal",
         "mmtok_guidance": "question",
+        "mmtok_backend": "auto",
+        "mmtok_engine": None,
+        "mmtok_onnxruntime_provider": None,
         "mmtok_feature_cache_mb": 256,
     }
 

@@ -10,9 +10,9 @@ import torch
 from sglang.srt.distributed import parallel_state
 from torch import Tensor
 
-from mmtok_deploy import SelectionConfig, select_tokens
-from mmtok_deploy.backends import get_backend
+from mmtok_deploy import select_tokens
 from mmtok_deploy.problem import Selection, SelectionProblem
+from mmtok_deploy.runtime.executors import make_executor
 from mmtok_deploy.runtime.sglang import ranks, selection
 from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
@@ -25,7 +25,9 @@ EVENLY_SPACED = [0, 2, 5, 8, 11]
 
 
 def make_selector() -> TokenSelector:
-    return TokenSelector(SETTINGS, SelectionMetrics())
+    selector = TokenSelector(SETTINGS, SelectionMetrics())
+    selector.start(torch.device("cpu"))
+    return selector
 
 
 def num_fallbacks(selector: TokenSelector) -> int:
@@ -39,20 +41,22 @@ def selected(selector: TokenSelector, plan: ImagePlan = PLAN, key: object = 1, s
     return indices
 
 
-class Backend:
-    """The automatic backend, watched; fails where `fails` says so."""
+class WatchedExecutor:
+    """The automatic executor, watched; fails where `fails` says so."""
+
+    name = "watched"
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[SelectionProblem], bool] = lambda _: False):
         self.batches: list[list[int]] = []
         self._fails = fails
-        self._select = get_backend("auto", torch.device("cpu"))
-        monkeypatch.setattr(selection, "get_backend", lambda name, device: self)
+        self._select = make_executor("auto", torch.device("cpu"), SETTINGS.config).select
+        monkeypatch.setattr(selection, "make_executor", lambda *_: self)
 
-    def __call__(self, problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
+    def select(self, problems: Sequence[SelectionProblem]) -> list[Selection]:
         self.batches.append([len(problem.vision) for problem in problems])
         if any(map(self._fails, problems)):
             raise torch.OutOfMemoryError("no memory")
-        return self._select(problems, config)
+        return self._select(problems)
 
 
 @pytest.mark.parametrize("guidance", [[3, 1, 2], [7], []])
@@ -78,7 +82,7 @@ PLANS = [
 
 def test_the_images_of_a_batch_are_one_call_and_embedded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [selected(make_selector(), plan, seed=seed) for seed, plan in enumerate(PLANS)]
-    backend = Backend(monkeypatch)
+    backend = WatchedExecutor(monkeypatch)
     images = [image_tokens(seed, plan, seed)[0] for seed, plan in enumerate(PLANS)]
     _, _, embed = features(1)
     embedded: list[list[int]] = []
@@ -109,7 +113,7 @@ def test_the_images_of_a_batch_are_one_call_and_embedded_at_once(monkeypatch: py
 
 
 def test_only_what_is_new_in_a_batch_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, selector = Backend(monkeypatch), make_selector()
+    backend, selector = WatchedExecutor(monkeypatch), make_selector()
     known, embed = image_tokens(1, PLAN)
     new = image_tokens(2, PLANS[1])[0]
     first = selector.select([known], embed)
@@ -154,7 +158,7 @@ def test_too_few_pickable_tokens_keep_evenly_spaced_ones(num_pickable: int) -> N
 
 
 def test_an_image_that_cannot_be_selected_leaves_the_others_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = Backend(monkeypatch)
+    backend = WatchedExecutor(monkeypatch)
     plans = [PLANS[0], replace(PLANS[2], excluded=torch.ones(20, dtype=torch.bool)), PLANS[1]]
     images = [image_tokens(key, plan)[0] for key, plan in enumerate(plans)]
     kept = make_selector().select(images, features(1)[2])
@@ -164,21 +168,21 @@ def test_an_image_that_cannot_be_selected_leaves_the_others_in_one_call(monkeypa
 
 def test_a_backend_that_returns_too_few_tokens_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     few = torch.zeros(2, dtype=torch.int64)
-    monkeypatch.setattr(
-        selection, "get_backend", lambda name, device: lambda problems, config: [Selection(few, few, few, few.sum())]
-    )
+    executor = SimpleNamespace(name="few", select=lambda _: [Selection(few, few, few, few.sum())])
+    monkeypatch.setattr(selection, "make_executor", lambda *_: executor)
     assert selected(make_selector()) == EVENLY_SPACED
 
 
 def test_text_coverage_without_text_keeps_evenly_spaced_tokens() -> None:
     selector = TokenSelector(make_settings(5, coverage="text"), SelectionMetrics())
+    selector.start(torch.device("cpu"))
     assert selected(selector, replace(PLAN, guidance=[])) == EVENLY_SPACED
     assert num_fallbacks(selector) == 1
 
 
 def test_one_images_error_is_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     expected = [selected(make_selector(), PLANS[0]), EVENLY_SPACED]
-    backend = Backend(monkeypatch, fails=lambda problem: len(problem.vision) == 20)
+    backend = WatchedExecutor(monkeypatch, fails=lambda problem: len(problem.vision) == 20)
     selector = make_selector()
     image, embed = image_tokens(1, PLANS[0])
     with caplog.at_level(logging.WARNING):
@@ -217,7 +221,7 @@ class TensorParallel:
 
 def test_the_first_ranks_selection_stands_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a rank that had no memory for its own."""
-    Backend(monkeypatch, fails=lambda _: True)
+    WatchedExecutor(monkeypatch, fails=lambda _: True)
     TensorParallel(monkeypatch, first=[1, 2, 3, 4, 5, 0, 1, 2])
     images = [image_tokens(key, plan)[0] for key, plan in enumerate(PLANS[:2])]
     kept = make_selector().select(images, features(1)[2])

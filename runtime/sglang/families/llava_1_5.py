@@ -52,6 +52,19 @@ class Llava15(Family):
         mask = padding_mask(height, width, item.feature.shape[-1], int((end - start + 1) ** 0.5))
         return mask if mask.any() else None
 
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the projector's output is as wide as the language model."""
+        return int(config.text_config.hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: one layer's features, or those of several side by side."""
+        layers = config.vision_feature_layer
+        return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+    def num_selected_from(self, config: Any) -> int:
+        """Returns the number of patches of the square."""
+        return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
     def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         """Returns the hooks on the processor, which forgets the images' sizes, and on the backend."""
 

@@ -45,11 +45,33 @@ class LlavaNext(Family):
 
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns tiles x tokens a tile, or `num_tokens` where that is no fewer."""
-        tile_tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        tile_tokens = self.num_selected_from(config)
         num_tiles = _num_tiles(item.image_sizes[0].tolist(), config)
         max_tiles = max(_num_tiles(pinpoint, config) for pinpoint in config.image_grid_pinpoints)
         kept = tokens_per_tile(budget, tile_tokens, num_tiles, max_tiles)
         return num_tokens if kept == tile_tokens else min(num_tokens, num_tiles * kept)
+
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the projector's output is as wide as the language model."""
+        return int(config.text_config.hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: one layer's features, or those of several side by side."""
+        layers = config.vision_feature_layer
+        return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+    def num_selected_from(self, config: Any) -> int:
+        """Returns the number of patches of a tile."""
+        return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    def max_num_kept(self, num_tokens: int, budget: Budget, config: Any) -> int:
+        """Returns what a tile of the smallest image keeps: a minimum is shared by the fewest tiles."""
+        tiles = [_num_tiles(pinpoint, config) for pinpoint in config.image_grid_pinpoints]
+        return tokens_per_tile(budget, num_tokens, min(tiles), max(tiles))
+
+    def selection_size(self, item: Any, num_tokens: int, num_kept: int, config: Any) -> tuple[int, int]:
+        """Returns N and K of a tile."""
+        return self.num_selected_from(config), num_kept // _num_tiles(item.image_sizes[0].tolist(), config)
 
     def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         """Returns the hooks on the backend."""

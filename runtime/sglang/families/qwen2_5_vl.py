@@ -32,6 +32,8 @@ class Qwen25VL(Family):
         "self image_data input_text request_obj args kwargs",
     )
 
+    keys_dtype = torch.float32  # means over 2x2 merge groups
+
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns what the budget keeps of the image.
 
@@ -42,6 +44,14 @@ class Qwen25VL(Family):
         if num_tokens != expected:
             raise ValueError(f"the prompt has {num_tokens} placeholders for an image of {expected} tokens")
         return budget.num_kept(num_tokens)
+
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the merger's output."""
+        return int(config.vision_config.out_hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: the last block's output."""
+        return int(config.vision_config.hidden_size)
 
     def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         """Returns the hooks on encoder, position writing and pipeline hand-over."""
