@@ -31,7 +31,7 @@ def exported(family: TinyFamily, tmp_path_factory: pytest.TempPathFactory) -> It
 
 CHATS = [
     Chat.ask(small("astronaut"), "Who is on the photograph?"),
-    Chat.ask(small("cat"), "What is it?", small("rocket"), "Is it higher than the cat?"),
+    Chat.ask(small("chelsea"), "What is it?", small("rocket"), "Is it higher than the cat?"),
     Chat.ask(small("coffee")),
 ]
 
