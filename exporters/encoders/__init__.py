@@ -1,0 +1,6 @@
+"""A checkpoint's vision tower and projector as an ONNX model, one file a model family."""
+
+from mmtok_deploy.exporters.encoders.base import EncoderError, ExportedEncoder
+from mmtok_deploy.exporters.encoders.export import FAMILIES, build_encoder, export_encoder
+
+__all__ = ["FAMILIES", "EncoderError", "ExportedEncoder", "build_encoder", "export_encoder"]
