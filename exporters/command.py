@@ -64,6 +64,7 @@ def add_export_parser(commands: Any) -> None:
     encoder.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
     encoder.add_argument("--image-size", type=_image_size, metavar="WxH", help="pixels; LLaVA-1.5 has one size")
     encoder.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the encoder (default float16)")
+    encoder.add_argument("--batch-size", type=int, default=1, help="images at a time (default 1)")
     encoder.add_argument(
         "--random-weights", action="store_true", help="from config.json alone, to try sizes and engines"
     )
@@ -138,7 +139,31 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
 
 
 def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
-    raise NotImplementedError
+    from mmtok_deploy.exporters.artifact import export_model
+    from mmtok_deploy.exporters.encoder import build_joined_encoder
+    from mmtok_deploy.exporters.encoders import family_of
+
+    budget = _num_kept(arguments.budget, None)
+    name = f"encoder-{arguments.model.resolve().name}-k{budget}.onnx"
+    path = arguments.output or _FOLDER / name
+    engine = _planned_engine(path, arguments)
+    on_step(f"exporting the encoder of {arguments.model}")
+    joined = build_joined_encoder(
+        arguments.model,
+        arguments.image_size,
+        budget,
+        num_words=arguments.text_tokens,
+        dtype=arguments.dtype,
+        form=arguments.form,
+        batch_size=arguments.batch_size,
+        config=_config(arguments, family_of(arguments.model)),
+        random_weights=arguments.random_weights,
+    )
+    manifest = export_model(
+        joined.model, path, "encoder", joined.spec, details=joined.details, force=arguments.force, on_step=on_step
+    )
+    _report(path, manifest)
+    _build_engine(path, engine, arguments, on_step)
 
 
 def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
