@@ -13,8 +13,8 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["Backend", "BackendName", "get_backend"]
 
-BackendName = Literal["auto", "reference"]
-"""`auto` is the fastest exact backend for the features' device."""
+BackendName = Literal["auto", "reference", "triton"]
+"""`auto` is the fastest exact backend for the features' device, of those measured: `triton` is chosen by name alone."""
 
 Backend = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
 """Selects for a batch of problems on one device; answers in their order, and is exact: the reference's picks."""
@@ -28,4 +28,18 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
     """
     if name not in get_args(BackendName):
         raise ValueError(f"backend is one of {', '.join(get_args(BackendName))}, got {name!r}")
+    if name == "triton":
+        return _triton(device)
     return reference.select
+
+
+def _triton(device: torch.device) -> Backend:
+    try:
+        from mmtok_deploy.backends import triton
+    except ImportError as error:
+        raise ValueError(
+            f"backend 'triton' needs Triton, which comes with PyTorch for CUDA ({error}): "
+            "install it, or choose backend 'auto' or 'reference'"
+        ) from error
+    triton.check_device(device)
+    return triton.select

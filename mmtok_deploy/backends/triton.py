@@ -22,16 +22,21 @@ from mmtok_deploy.backends.triton_layout import Layout, layout_of
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["Team", "is_interpreted", "select"]
+__all__ = ["Team", "check_device", "is_interpreted", "select"]
+
+MIN_CAPABILITY = (8, 0)
 
 # Estimates that no GPU has confirmed yet. They decide how fast the picks are made, and never which.
-TEAM_MIN_TOKENS = 256
-TEAM_MAX_PROGRAMS = 64
-TEAM_CANDIDATES = 256
-LONE_CANDIDATES = 64
+SMALL_TILE = 64  # tokens a side of a similarity tile
+LARGE_TILE = 128  # the same, for 16-bit features of LARGE_TILE_MIN_TOKENS tokens or more
 LARGE_TILE_MIN_TOKENS = 1024
 WORDS_TILE = 32
-PICK_TILE = 8192
+COLUMNS_TILE = (8, 256)  # columns, rows
+PICK_TILE = 8192  # entries of C in one step of an evaluation
+LONE_CANDIDATES = 64
+TEAM_CANDIDATES = 256  # of all programs together
+TEAM_MAX_PROGRAMS = 64
+TEAM_MIN_TOKENS = 256
 
 FLOAT32_PRODUCTS = "ieee"
 """How float32 features are multiplied: "ieee" is float32 throughout; "tf32x3" is three products on tensor cores."""
@@ -55,6 +60,23 @@ class Team:
 def is_interpreted() -> bool:
     """Returns whether the kernels run on the CPU: TRITON_INTERPRET=1 was set when they were loaded."""
     return not isinstance(greedy_picks, triton.runtime.JITFunction)
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ValueError, with what to do, unless the kernels run on the device."""
+    if is_interpreted():
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"backend 'triton' runs on CUDA devices, the features are on {device.type!r}: "
+            "move them to a GPU, or choose backend 'auto' or 'reference'"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise ValueError(
+            f"backend 'triton' needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} (Ampere) or newer, "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: choose backend 'reference'"
+        )
 
 
 def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
@@ -94,7 +116,7 @@ def _weighted_logits(
     vision, words = _of_one_dtype([each.vision for each in problems], [each.text for each in problems])
     keys = _flat([each.keys for each in problems])
     is_half = (vision if config.coverage == "text" else keys).dtype != torch.float32
-    tile = 128 if is_half and layout.max_tokens >= LARGE_TILE_MIN_TOKENS else 64
+    tile = LARGE_TILE if is_half and layout.max_tokens >= LARGE_TILE_MIN_TOKENS else SMALL_TILE
     num_parts = triton.cdiv(layout.max_tokens, tile)
 
     coverage = vision.new_empty(layout.total_entries, dtype=torch.float32)
@@ -151,7 +173,7 @@ def _launch_similarity(
         COLUMNS=tile,
         DEPTH=32 if columns.dtype == torch.float32 else 64,
         PRECISION=FLOAT32_PRODUCTS,
-        num_warps=8 if tile == 128 else 4,
+        num_warps=8 if tile == LARGE_TILE else 4,
     )
 
 
@@ -168,7 +190,7 @@ def _finish_columns(
         excluded = _flat([each if mask is None else mask for mask, each in zip(masks, nothing, strict=True)])
         excluded = excluded.view(torch.uint8)
     if layout.max_tokens:
-        coverage_columns[(triton.cdiv(layout.max_tokens, 8), len(problems))](
+        coverage_columns[(triton.cdiv(layout.max_tokens, COLUMNS_TILE[0]), len(problems))](
             layout.table,
             coverage,
             row_max,
@@ -176,8 +198,8 @@ def _finish_columns(
             excluded,
             bounds,
             HAS_EXCLUDED=has_excluded,
-            COLUMNS=8,
-            ROWS=256,
+            COLUMNS=COLUMNS_TILE[0],
+            ROWS=COLUMNS_TILE[1],
         )
     return bounds
 
@@ -210,7 +232,7 @@ def _pick(layout: Layout, team: Team, coverage: Tensor, bounds: Tensor, row_weig
         launch_cooperative_grid=team.is_meeting,
     )
     parts = (each.split(layout.num_picks) for each in (order, kept, curve))
-    return [Selection(*each, total) for *each, total in zip(*parts, totals.unbind(), strict=True)]
+    return [Selection(*answer) for answer in zip(*parts, totals.unbind(), strict=True)]
 
 
 def _choose_team(layout: Layout, device: torch.device) -> Team:
@@ -226,17 +248,22 @@ def _choose_team(layout: Layout, device: torch.device) -> Team:
 
 
 def _of_one_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    flat = _flat(left), _flat(right)
-    return flat if flat[0].dtype == flat[1].dtype else (flat[0].float(), flat[1].float())
+    flat_left, flat_right = _flat(left), _flat(right)
+    if flat_left.dtype == flat_right.dtype:
+        return flat_left, flat_right
+    return flat_left.float(), flat_right.float()
 
 
 def _norms(features: Tensor) -> Tensor:
+    # The reference's norms: float32, also of 16-bit features.
     norms: Tensor = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
     return norms
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """Returns the tensors one after another: without a copy where they already lie so, as an encoder's batch does."""
+    if is_interpreted() and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        tensors = [tensor.float() for tensor in tensors]  # NumPy multiplies no bfloat16.
     first = tensors[0]
     address = first.data_ptr()
     for tensor in tensors:

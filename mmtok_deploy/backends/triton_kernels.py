@@ -32,6 +32,8 @@ _FIRST_ENTRY = tl.constexpr(int(Field.FIRST_ENTRY))
 _ROW_ALIGNMENT = tl.constexpr(ROW_ALIGNMENT)
 _BARRED = tl.constexpr(-1.0)
 _PICKED = tl.constexpr(-2.0)
+_OUT = tl.constexpr(-1)
+_SIGN = tl.constexpr(-(2**31))
 _MAX_INDEX = tl.constexpr(2**31 - 1)
 
 
@@ -74,16 +76,16 @@ def similarity(
     Grid: (row tiles * column tiles of the largest problem, B).
     """
     problem = problems + tl.program_id(1) * _NUM_FIELDS
-    num_tokens = tl.load(problem + _NUM_TOKENS)
+    num_tokens = tl.load(problem + _NUM_TOKENS).to(tl.int32)
     num_column_tiles = tl.cdiv(num_tokens, COLUMNS)
     if IS_IMAGE:
         num_vectors = num_tokens
         first_vector = tl.load(problem + _FIRST_TOKEN)
         first_row = 0
     else:
-        num_vectors = tl.load(problem + _NUM_WORDS)
+        num_vectors = tl.load(problem + _NUM_WORDS).to(tl.int32)
         first_vector = tl.load(problem + _FIRST_WORD)
-        first_row = tl.load(problem + _WORD_ROW)
+        first_row = tl.load(problem + _WORD_ROW).to(tl.int32)
     tile = tl.program_id(0)
     if tile >= tl.cdiv(num_vectors, ROWS) * num_column_tiles:
         return
@@ -93,52 +95,61 @@ def similarity(
         if row_tile > column_tile:
             return
 
-    rows = row_tile * ROWS + tl.arange(0, ROWS)
-    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    is_row = rows < num_vectors
-    is_column = columns < num_tokens
-    row_vectors = first_vector + rows
-    column_vectors = tl.load(problem + _FIRST_TOKEN) + columns
+    row = row_tile * ROWS
+    column = column_tile * COLUMNS
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    is_row = row + rows < num_vectors
+    is_column = column + columns < num_tokens
+    row_vector = first_vector + row
+    column_vector = tl.load(problem + _FIRST_TOKEN) + column
+    row_features += row_vector * width
+    column_features += column_vector * width
 
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, width, DEPTH):
         depth = start + tl.arange(0, DEPTH)
         left = tl.load(
-            row_features + row_vectors[:, None] * width + depth[None, :],
+            row_features + rows[:, None] * width + depth[None, :],
             mask=is_row[:, None] & (depth < width)[None, :],
             other=0.0,
         )
         right = tl.load(
-            column_features + column_vectors[None, :] * width + depth[:, None],
+            column_features + columns[None, :] * width + depth[:, None],
             mask=is_column[None, :] & (depth < width)[:, None],
             other=0.0,
         )
         products = tl.dot(left, right, products, input_precision=PRECISION)
 
-    row_scale = 1.0 / tl.maximum(tl.load(row_norms + row_vectors, mask=is_row, other=1.0), 1e-8)
-    column_scale = 1.0 / tl.maximum(tl.load(column_norms + column_vectors, mask=is_column, other=1.0), 1e-8)
+    row_scale = 1.0 / tl.maximum(tl.load(row_norms + row_vector + rows, mask=is_row, other=1.0), 1e-8)
+    column_scale = 1.0 / tl.maximum(tl.load(column_norms + column_vector + columns, mask=is_column, other=1.0), 1e-8)
     logits = products * row_scale[:, None] * column_scale[None, :] / temperature
 
+    num_rows = tl.multiple_of(tl.load(problem + _NUM_ROWS).to(tl.int32), _ROW_ALIGNMENT)
     matrix = coverage + tl.load(problem + _FIRST_ENTRY)
-    num_rows = _load_num_rows(problem)
-    parts = (tl.load(problem + _FIRST_ROW) + first_row) * num_parts
     inside = is_row[:, None] & is_column[None, :]
-    tl.store(matrix + columns[None, :] * num_rows + (first_row + rows)[:, None], logits, mask=inside)
-    largest, total = _softmax_part(tl.where(is_column[None, :], logits, float("-inf")), 1)
-    tl.store(part_max + parts + rows * num_parts + column_tile, largest, mask=is_row)
-    tl.store(part_sum + parts + rows * num_parts + column_tile, total, mask=is_row)
+    tile_start = matrix + column.to(tl.int64) * num_rows + first_row + row
+    tl.store(tile_start + columns[None, :] * num_rows + rows[:, None], logits, mask=inside)
+    first_part = (tl.load(problem + _FIRST_ROW) + first_row) * num_parts
+    _store_part(part_max, part_sum, first_part + row * num_parts + column_tile, logits, is_row, is_column, num_parts)
     if IS_IMAGE:  # noqa: SIM102
         if row_tile < column_tile:
-            tl.store(matrix + rows[:, None] * num_rows + columns[None, :], logits, mask=inside)
-            largest, total = _softmax_part(tl.where(is_row[:, None], logits, float("-inf")), 0)
-            tl.store(part_max + parts + columns * num_parts + row_tile, largest, mask=is_column)
-            tl.store(part_sum + parts + columns * num_parts + row_tile, total, mask=is_column)
+            mirrored = tl.trans(logits)
+            tile_start = matrix + row.to(tl.int64) * num_rows + column
+            tl.store(tile_start + rows[None, :] * num_rows + columns[:, None], mirrored, mask=tl.trans(inside))
+            part = first_part + column * num_parts + row_tile
+            _store_part(part_max, part_sum, part, mirrored, is_column, is_row, num_parts)
 
 
 @triton.jit
-def _softmax_part(logits, axis: tl.constexpr):
-    largest = tl.max(logits, axis=axis)
-    return largest, tl.sum(tl.exp(logits - tl.expand_dims(largest, axis)), axis=axis)
+def _store_part(part_max, part_sum, part, logits, is_row, is_column, num_parts):
+    """Stores the softmax statistics of each row over the tile's columns."""
+    logits = tl.where(is_column[None, :], logits, float("-inf"))
+    largest = tl.max(logits, axis=1)
+    total = tl.sum(tl.exp(logits - largest[:, None]), axis=1)
+    parts = part + tl.arange(0, logits.shape[0]) * num_parts
+    tl.store(part_max + parts, largest, mask=is_row)
+    tl.store(part_sum + parts, total, mask=is_row)
 
 
 @triton.jit
@@ -168,14 +179,15 @@ def row_weights(
     Grid: (ceil(rows of the largest problem / ROWS), B).
     """
     problem = problems + tl.program_id(1) * _NUM_FIELDS
-    num_rows = _load_num_rows(problem)
+    num_rows = tl.multiple_of(tl.load(problem + _NUM_ROWS).to(tl.int32), _ROW_ALIGNMENT)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) * ROWS >= num_rows:
         return
-    num_tokens = tl.load(problem + _NUM_TOKENS)
-    num_words = tl.load(problem + _NUM_WORDS)
-    is_image, is_text = _row_kinds(problem, rows)
-    is_entry = is_image | is_text
+    num_tokens = tl.load(problem + _NUM_TOKENS).to(tl.int32)
+    num_words = tl.load(problem + _NUM_WORDS).to(tl.int32)
+    first_word = tl.load(problem + _WORD_ROW).to(tl.int32)
+    is_text = (rows >= first_word) & (rows < first_word + num_words)
+    is_entry = is_text | (rows < tl.load(problem + _IMAGE_ROWS).to(tl.int32))
     share = tl.where(is_text, 1.0 / tl.maximum(num_words, 1), tl.where(num_words > 0, alpha, 1.0) / num_tokens)
 
     first = tl.load(problem + _FIRST_ROW)
@@ -189,20 +201,6 @@ def row_weights(
     weight = tl.where(is_entry, share / tl.where(is_entry, total, 1.0), 0.0)
     tl.store(row_max + first + rows, largest, mask=rows < num_rows)
     tl.store(row_weight + first + rows, weight, mask=rows < num_rows)
-
-
-@triton.jit
-def _load_num_rows(problem):
-    # Columns start on cache lines; said aloud, the compiler loads 16 bytes a thread.
-    return tl.multiple_of(tl.load(problem + _NUM_ROWS).to(tl.int32), _ROW_ALIGNMENT)
-
-
-@triton.jit
-def _row_kinds(problem, rows):
-    """Returns which rows cover the image and which the text; the others are padding."""
-    first_word = tl.load(problem + _WORD_ROW)
-    is_image = rows < tl.load(problem + _IMAGE_ROWS)
-    return is_image, (rows >= first_word) & (rows < first_word + tl.load(problem + _NUM_WORDS))
 
 
 @triton.jit
@@ -229,14 +227,17 @@ def coverage_columns(
     Grid: (ceil(tokens of the largest problem / COLUMNS), B).
     """
     problem = problems + tl.program_id(1) * _NUM_FIELDS
-    num_tokens = tl.load(problem + _NUM_TOKENS)
+    num_tokens = tl.load(problem + _NUM_TOKENS).to(tl.int32)
     if tl.program_id(0) * COLUMNS >= num_tokens:
         return
-    num_rows = _load_num_rows(problem)
+    num_rows = tl.multiple_of(tl.load(problem + _NUM_ROWS).to(tl.int32), _ROW_ALIGNMENT)
     first_row = tl.load(problem + _FIRST_ROW)
+    image_rows = tl.load(problem + _IMAGE_ROWS).to(tl.int32)
+    first_word = tl.load(problem + _WORD_ROW).to(tl.int32)
+    end_of_words = first_word + tl.load(problem + _NUM_WORDS).to(tl.int32)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < num_tokens
-    column_starts = coverage + tl.load(problem + _FIRST_ENTRY) + columns * num_rows
+    column_starts = coverage + tl.load(problem + _FIRST_ENTRY) + columns.to(tl.int64) * num_rows
 
     sums = tl.zeros([COLUMNS, ROWS], tl.float32)
     for start in range(0, num_rows, ROWS):
@@ -246,9 +247,8 @@ def coverage_columns(
         largest = tl.load(row_max + first_row + rows, mask=is_row, other=0.0)
         weight = tl.load(row_weight + first_row + rows, mask=is_row, other=0.0)
         # Padding has no logits yet; its weight is 0.
-        is_image, is_text = _row_kinds(problem, rows)
-        is_entry = is_column[:, None] & (is_image | is_text)[None, :]
-        logits = tl.load(column_starts[:, None] + rows[None, :], mask=is_entry, other=0.0)
+        is_entry = (rows < image_rows) | ((rows >= first_word) & (rows < end_of_words))
+        logits = tl.load(column_starts[:, None] + rows[None, :], mask=is_column[:, None] & is_entry[None, :], other=0.0)
         entries = tl.exp(logits - largest[None, :]) * weight[None, :]
         tl.store(column_starts[:, None] + rows[None, :], entries, mask=inside)
         sums += entries
@@ -265,7 +265,7 @@ def coverage_columns(
 @triton.jit
 def _finite(gains):
     # Features that are not finite give NaN gains, which no order ranks: as 0 they still end the loops.
-    return tl.where(gains >= 0.0, gains, 0.0)
+    return tl.where(gains > 0.0, gains, 0.0)
 
 
 @triton.jit
@@ -297,8 +297,6 @@ def greedy_picks(
     every column every time. Only stale columns are offered, so each round makes at least one fresh: the loop ends,
     also where all gains are equal.
 
-    Columns are ranked by key: the bound's bits, then the lower index, then whether it is fresh.
-
     A team's programs own different columns and keep their own `covered`; what they share is the largest key of a
     round. They wait for each other, so all of them must run at once: a cooperative launch.
 
@@ -320,9 +318,9 @@ def greedy_picks(
     rank = tl.program_id(0)
     problem = problems + tl.program_id(1) * _NUM_FIELDS
     meeting += tl.program_id(1) * 4
-    num_tokens = tl.load(problem + _NUM_TOKENS)
-    num_picks = tl.load(problem + _NUM_PICKS)
-    num_rows = _load_num_rows(problem)
+    num_tokens = tl.load(problem + _NUM_TOKENS).to(tl.int32)
+    num_picks = tl.load(problem + _NUM_PICKS).to(tl.int32)
+    num_rows = tl.multiple_of(tl.load(problem + _NUM_ROWS).to(tl.int32), _ROW_ALIGNMENT)
     first_row = tl.load(problem + _FIRST_ROW)
     matrix = coverage + tl.load(problem + _FIRST_ENTRY)
     covered += rank * total_rows + first_row
@@ -332,75 +330,76 @@ def greedy_picks(
     if rank == 0:
         _write_total(totals + tl.program_id(1), row_weight + first_row, num_rows, ROWS)
 
+    # Of each column the bits of its bound, which rank as the bound does: negative once fresh, _OUT if not to be picked.
+    num_groups: tl.constexpr = CANDIDATES * NUM_PROGRAMS
     groups = rank * CANDIDATES + tl.arange(0, CANDIDATES)
-    columns = groups[:, None] + tl.arange(0, TURNS)[None, :] * (CANDIDATES * NUM_PROGRAMS)
+    turns = tl.arange(0, TURNS)
+    columns = groups[:, None] + turns[None, :] * num_groups
     bound = tl.load(bounds + columns, mask=columns < num_tokens, other=_BARRED)
+    state = tl.where(bound < 0.0, _OUT, bound.to(tl.int32, bitcast=True))
     value = tl.full((), 0.0, tl.float64)
-    pick = tl.full((), 0, tl.int64)
+    top = tl.full((), 0, tl.int64)
+    latest_pick = matrix
     num_rounds = 0
     for idx in range(num_picks):
-        is_fresh = columns < 0
         best = tl.full((), 0, tl.int64)
-        offered = tl.max(_key(bound, columns, 0), axis=1)
-        is_decided = False
+        offer, turn = tl.max(state, axis=1, return_indices=True)
         is_new_pick = idx > 0
+        is_decided = False
         while not is_decided:
-            candidates = _index(offered)
-            may_win = offered > best
+            candidates = groups + turn * num_groups
+            may_win = _key(offer, candidates, 0) > best
+            starts = matrix + candidates.to(tl.int64)[:, None] * num_rows
             gains = tl.zeros([CANDIDATES, ROWS], tl.float32)
-            for start in tl.range(0, num_rows, ROWS, num_stages=STAGES):
-                rows = start + tl.arange(0, ROWS)
+            for row in tl.range(0, num_rows, ROWS, num_stages=STAGES):
+                rows = row + tl.arange(0, ROWS)
                 is_row = rows < num_rows
                 floor = tl.load(covered + rows, mask=is_row, other=0.0)
-                # The last pick is taken into `covered` here. Programs' warps may do it twice: a maximum stays.
-                latest = tl.load(matrix + pick * num_rows + rows, mask=is_row & is_new_pick, other=0.0)
+                # The last pick is taken into `covered` here. Warps may do it more than once: a maximum stays.
+                latest = tl.load(latest_pick + rows, mask=is_row & is_new_pick, other=0.0)
                 floor = tl.maximum(floor, latest)
                 tl.store(covered + rows, floor, mask=is_row & is_new_pick)
-                entries = tl.load(
-                    matrix + candidates[:, None] * num_rows + rows[None, :],
-                    mask=may_win[:, None] & is_row[None, :],
-                    other=0.0,
-                )
+                entries = tl.load(starts + rows[None, :], mask=may_win[:, None] & is_row[None, :], other=0.0)
                 gains += tl.maximum(entries - floor[None, :], 0.0)
-            gain = _finite(tl.sum(gains, axis=1))
+            gain = _finite(tl.sum(gains, axis=1)).to(tl.int32, bitcast=True)
             is_new_pick = False
             tl.debug_barrier()
 
-            is_evaluated = (columns == candidates[:, None]) & may_win[:, None]
-            bound = tl.where(is_evaluated, gain[:, None], bound)
-            is_fresh = is_fresh | is_evaluated
+            is_evaluated = (turns[None, :] == turn[:, None]) & may_win[:, None]
+            state = tl.where(is_evaluated, (gain | _SIGN)[:, None], state)
             best = tl.maximum(best, tl.max(tl.where(may_win, _key(gain, candidates, 1), 0), axis=0))
-            offered = tl.max(tl.where(is_fresh, 0, _key(bound, columns, 0)), axis=1)
-            top = tl.maximum(best, tl.max(offered, axis=0))
+            offer, turn = tl.max(state, axis=1, return_indices=True)
+            top = tl.maximum(best, tl.max(_key(offer, groups + turn * num_groups, 0), axis=0))
             if IS_TEAM:
                 top = _largest_of_team(meeting, top, rank, num_rounds, NUM_PROGRAMS)
             num_rounds += 1
-            # Nothing left to pick ends the loop as well: 0 is below every key.
-            is_decided = ((top & 1) == 1) | (top == 0)
+            # Where nothing is left to pick, no key is above 0: that ends the loop as well.
+            is_decided = ((top & 1) == 1) | (top <= 0)
 
         pick = tl.minimum(_index(top), num_tokens - 1)
+        latest_pick = matrix + pick.to(tl.int64) * num_rows
         value += (top >> 32).to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
-        bound = tl.where(columns == pick, _PICKED, bound)
+        state = tl.where(state == _OUT, _OUT, state & _MAX_INDEX)
+        state = tl.where(columns == pick, _OUT, state)
         if rank == 0:
-            tl.store(order + first_pick + idx, pick)
+            tl.store(order + first_pick + idx, pick.to(tl.int64))
             tl.store(curve + first_pick + idx, value.to(tl.float32))
             tl.store(bounds + pick, _PICKED)
 
     if rank == 0:
         tl.debug_barrier()
-        _write_kept(kept + first_pick, bounds, num_tokens)
+        _write_kept(kept + first_pick, bounds, num_tokens, 1024)
 
 
 @triton.jit
-def _key(bound, column, is_fresh: tl.constexpr):
-    # The bits of a float that is not negative rank as the float does; a barred column's key is negative.
-    bits = bound.to(tl.int32, bitcast=True).to(tl.int64)
-    return (bits << 32) | ((column ^ _MAX_INDEX).to(tl.int64) << 1) | is_fresh
+def _key(bits, column, is_fresh: tl.constexpr):
+    """Returns what ranks columns: by gain, then the lower index first; negative for one not to be picked."""
+    return (bits.to(tl.int64) << 32) | ((column ^ _MAX_INDEX).to(tl.int64) << 1) | is_fresh
 
 
 @triton.jit
 def _index(key):
-    return ((key >> 1) & _MAX_INDEX) ^ _MAX_INDEX
+    return (((key >> 1) & _MAX_INDEX) ^ _MAX_INDEX).to(tl.int32)
 
 
 @triton.jit
@@ -429,8 +428,7 @@ def _write_total(total, row_weight, num_rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _write_kept(kept, bounds, num_tokens):
-    TOKENS: tl.constexpr = 1024
+def _write_kept(kept, bounds, num_tokens, TOKENS: tl.constexpr):
     num_kept = 0
     for start in range(0, num_tokens, TOKENS):
         tokens = start + tl.arange(0, TOKENS)

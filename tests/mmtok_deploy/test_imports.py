@@ -30,7 +30,7 @@ SERVES: dict[str, tuple[str, ...]] = {
     "onnx": (),
     "onnxruntime": (),
     "tensorrt": (),
-    "triton": (),
+    "triton": ("mmtok_deploy/backends/triton.py", "mmtok_deploy/backends/triton_kernels.py"),
 }
 
 
