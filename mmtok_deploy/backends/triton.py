@@ -17,12 +17,15 @@ import torch
 import triton
 from torch import Tensor
 
-from mmtok_deploy.backends.triton_kernels import coverage_columns, greedy_picks, row_weights, similarity
+from mmtok_deploy.backends.triton_kernels import MEETING_WORDS, coverage_columns, greedy_picks, row_weights, similarity
 from mmtok_deploy.backends.triton_layout import Layout, layout_of
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["Team", "check_device", "is_interpreted", "select"]
+__all__ = ["IS_INTERPRETED", "Team", "check_device", "select"]
+
+IS_INTERPRETED = not isinstance(greedy_picks, triton.runtime.JITFunction)
+"""Whether the kernels run on the CPU, for tests: TRITON_INTERPRET=1 was set when they were loaded."""
 
 MIN_CAPABILITY = (8, 0)
 
@@ -36,7 +39,7 @@ PICK_TILE = 8192  # entries of C in one step of an evaluation
 LONE_CANDIDATES = 64
 TEAM_CANDIDATES = 256  # of all programs together
 TEAM_MAX_PROGRAMS = 64
-TEAM_MIN_TOKENS = 256
+TEAM_MIN_TOKENS = 512
 
 FLOAT32_PRODUCTS = "ieee"
 """How float32 features are multiplied: "ieee" is float32 throughout; "tf32x3" is three products on tensor cores."""
@@ -57,14 +60,21 @@ class Team:
     is_meeting: bool
 
 
-def is_interpreted() -> bool:
-    """Returns whether the kernels run on the CPU: TRITON_INTERPRET=1 was set when they were loaded."""
-    return not isinstance(greedy_picks, triton.runtime.JITFunction)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Picks:
+    """What the last kernel writes, for all problems: its workspace, and the answers."""
+
+    covered: Tensor
+    meeting: Tensor
+    order: Tensor
+    kept: Tensor
+    curve: Tensor
+    totals: Tensor
 
 
 def check_device(device: torch.device) -> None:
     """Raises ValueError, with what to do, unless the kernels run on the device."""
-    if is_interpreted():
+    if IS_INTERPRETED:
         return
     if device.type != "cuda":
         raise ValueError(
@@ -106,7 +116,10 @@ def _select_together(
         layout = layout_of(shapes, config.coverage, vision.device)
         coverage, row_max, row_weight = _weighted_logits(problems, layout, config)
         bounds = _finish_columns(problems, layout, coverage, row_max, row_weight)
-        return _pick(layout, team or _choose_team(layout, vision.device), coverage, bounds, row_weight)
+        team = team or _choose_team(layout, vision.device)
+        picks = _new_picks(layout, team, bounds)
+        _launch_picks(layout, team, coverage, bounds, row_weight, picks)
+    return _split(layout, picks)
 
 
 def _weighted_logits(
@@ -204,23 +217,34 @@ def _finish_columns(
     return bounds
 
 
-def _pick(layout: Layout, team: Team, coverage: Tensor, bounds: Tensor, row_weight: Tensor) -> list[Selection]:
+def _new_picks(layout: Layout, team: Team, like: Tensor) -> _Picks:
     num_problems, total_picks = len(layout.num_picks), sum(layout.num_picks)
-    order, kept = coverage.new_empty((2, total_picks), dtype=torch.int64)
-    curve = coverage.new_empty(total_picks)
-    totals = coverage.new_empty(num_problems)
+    order, kept = like.new_empty((2, total_picks), dtype=torch.int64)
+    return _Picks(
+        covered=like.new_zeros((team.num_programs, layout.total_rows)),
+        meeting=like.new_zeros((num_problems, MEETING_WORDS), dtype=torch.int64),
+        order=order,
+        kept=kept,
+        curve=like.new_empty(total_picks),
+        totals=like.new_empty(num_problems),
+    )
+
+
+def _launch_picks(
+    layout: Layout, team: Team, coverage: Tensor, bounds: Tensor, row_weight: Tensor, picks: _Picks
+) -> None:
     groups = team.num_programs * team.num_candidates
-    greedy_picks[(team.num_programs, num_problems)](
+    greedy_picks[(team.num_programs, len(layout.num_picks))](
         layout.table,
         coverage,
         bounds,
         row_weight,
-        coverage.new_zeros((team.num_programs, layout.total_rows)),
-        coverage.new_zeros((num_problems, 4), dtype=torch.int64),
-        order,
-        kept,
-        curve,
-        totals,
+        picks.covered,
+        picks.meeting,
+        picks.order,
+        picks.kept,
+        picks.curve,
+        picks.totals,
         layout.total_rows,
         IS_TEAM=team.is_meeting,
         NUM_PROGRAMS=team.num_programs,
@@ -228,17 +252,21 @@ def _pick(layout: Layout, team: Team, coverage: Tensor, bounds: Tensor, row_weig
         TURNS=triton.next_power_of_2(max(1, triton.cdiv(layout.max_tokens, groups))),
         ROWS=PICK_TILE // team.num_candidates,
         STAGES=3,
-        num_warps=8 if team.is_meeting else 16,
+        num_warps=8,
+        maxnreg=255,  # Else ptxas spills, so that a second program fits on the multiprocessor.
         launch_cooperative_grid=team.is_meeting,
     )
-    parts = (each.split(layout.num_picks) for each in (order, kept, curve))
-    return [Selection(*answer) for answer in zip(*parts, totals.unbind(), strict=True)]
+
+
+def _split(layout: Layout, picks: _Picks) -> list[Selection]:
+    parts = (each.split(layout.num_picks) for each in (picks.order, picks.kept, picks.curve))
+    return [Selection(*answer) for answer in zip(*parts, picks.totals.unbind(), strict=True)]
 
 
 def _choose_team(layout: Layout, device: torch.device) -> Team:
     """Returns as many programs a problem as fit on the device together; one for small problems or large batches."""
     alone = Team(1, LONE_CANDIDATES, is_meeting=False)
-    if is_interpreted() or layout.max_tokens < TEAM_MIN_TOKENS:
+    if IS_INTERPRETED or layout.max_tokens < TEAM_MIN_TOKENS:
         return alone
     num_fitting = torch.cuda.get_device_properties(device).multi_processor_count // len(layout.num_picks)
     if num_fitting < 4:
@@ -262,7 +290,7 @@ def _norms(features: Tensor) -> Tensor:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """Returns the tensors one after another: without a copy where they already lie so, as an encoder's batch does."""
-    if is_interpreted() and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+    if IS_INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         tensors = [tensor.float() for tensor in tensors]  # NumPy multiplies no bfloat16.
     first = tensors[0]
     address = first.data_ptr()

@@ -12,8 +12,11 @@ import triton.language as tl
 
 from mmtok_deploy.backends.triton_layout import ROW_ALIGNMENT, Field
 
-__all__ = ["coverage_columns", "greedy_picks", "row_weights", "similarity"]
+__all__ = ["MEETING_WORDS", "coverage_columns", "greedy_picks", "row_weights", "similarity"]
 
+
+MEETING_WORDS = 4
+"""Words a team meets by: three slots for the largest key, taken in turn, and how many have arrived so far."""
 
 # Triton reads globals only as constexpr.
 _NUM_FIELDS = tl.constexpr(len(Field))
@@ -29,6 +32,7 @@ _FIRST_PICK = tl.constexpr(int(Field.FIRST_PICK))
 _FIRST_ROW = tl.constexpr(int(Field.FIRST_ROW))
 _FIRST_ENTRY = tl.constexpr(int(Field.FIRST_ENTRY))
 
+_MEETING_WORDS = tl.constexpr(MEETING_WORDS)
 _ROW_ALIGNMENT = tl.constexpr(ROW_ALIGNMENT)
 _BARRED = tl.constexpr(-1.0)
 _PICKED = tl.constexpr(-2.0)
@@ -126,30 +130,30 @@ def similarity(
     logits = products * row_scale[:, None] * column_scale[None, :] / temperature
 
     num_rows = tl.multiple_of(tl.load(problem + _NUM_ROWS).to(tl.int32), _ROW_ALIGNMENT)
-    matrix = coverage + tl.load(problem + _FIRST_ENTRY)
+    matrix = coverage + tl.multiple_of(tl.load(problem + _FIRST_ENTRY), _ROW_ALIGNMENT)
     inside = is_row[:, None] & is_column[None, :]
     tile_start = matrix + column.to(tl.int64) * num_rows + first_row + row
     tl.store(tile_start + columns[None, :] * num_rows + rows[:, None], logits, mask=inside)
-    first_part = (tl.load(problem + _FIRST_ROW) + first_row) * num_parts
-    _store_part(part_max, part_sum, first_part + row * num_parts + column_tile, logits, is_row, is_column, num_parts)
+    first_part = (tl.multiple_of(tl.load(problem + _FIRST_ROW), _ROW_ALIGNMENT) + first_row) * num_parts
+    over_columns = tl.where(is_column[None, :], logits, float("-inf"))
+    _store_part(part_max, part_sum, first_part + (row + rows) * num_parts + column_tile, over_columns, 1, is_row)
     if IS_IMAGE:  # noqa: SIM102
         if row_tile < column_tile:
-            mirrored = tl.trans(logits)
             tile_start = matrix + row.to(tl.int64) * num_rows + column
-            tl.store(tile_start + rows[None, :] * num_rows + columns[:, None], mirrored, mask=tl.trans(inside))
-            part = first_part + column * num_parts + row_tile
-            _store_part(part_max, part_sum, part, mirrored, is_column, is_row, num_parts)
+            tl.store(tile_start + rows[:, None] * num_rows + columns[None, :], logits, mask=inside)
+            over_rows = tl.where(is_row[:, None], logits, float("-inf"))
+            _store_part(
+                part_max, part_sum, first_part + (column + columns) * num_parts + row_tile, over_rows, 0, is_column
+            )
 
 
 @triton.jit
-def _store_part(part_max, part_sum, part, logits, is_row, is_column, num_parts):
-    """Stores the softmax statistics of each row over the tile's columns."""
-    logits = tl.where(is_column[None, :], logits, float("-inf"))
-    largest = tl.max(logits, axis=1)
-    total = tl.sum(tl.exp(logits - largest[:, None]), axis=1)
-    parts = part + tl.arange(0, logits.shape[0]) * num_parts
-    tl.store(part_max + parts, largest, mask=is_row)
-    tl.store(part_sum + parts, total, mask=is_row)
+def _store_part(part_max, part_sum, parts, logits, AXIS: tl.constexpr, mask):
+    """Stores softmax statistics along an axis."""
+    largest = tl.max(logits, axis=AXIS)
+    total = tl.sum(tl.exp(logits - tl.expand_dims(largest, AXIS)), axis=AXIS)
+    tl.store(part_max + parts, largest, mask=mask)
+    tl.store(part_sum + parts, total, mask=mask)
 
 
 @triton.jit
@@ -190,7 +194,7 @@ def row_weights(
     is_entry = is_text | (rows < tl.load(problem + _IMAGE_ROWS).to(tl.int32))
     share = tl.where(is_text, 1.0 / tl.maximum(num_words, 1), tl.where(num_words > 0, alpha, 1.0) / num_tokens)
 
-    first = tl.load(problem + _FIRST_ROW)
+    first = tl.multiple_of(tl.load(problem + _FIRST_ROW), _ROW_ALIGNMENT)
     parts = tl.arange(0, PARTS)
     inside = is_entry[:, None] & (parts < tl.cdiv(num_tokens, COLUMNS))[None, :]
     entries = (first + rows)[:, None] * num_parts + parts[None, :]
@@ -231,13 +235,15 @@ def coverage_columns(
     if tl.program_id(0) * COLUMNS >= num_tokens:
         return
     num_rows = tl.multiple_of(tl.load(problem + _NUM_ROWS).to(tl.int32), _ROW_ALIGNMENT)
-    first_row = tl.load(problem + _FIRST_ROW)
+    first_row = tl.multiple_of(tl.load(problem + _FIRST_ROW), _ROW_ALIGNMENT)
     image_rows = tl.load(problem + _IMAGE_ROWS).to(tl.int32)
     first_word = tl.load(problem + _WORD_ROW).to(tl.int32)
     end_of_words = first_word + tl.load(problem + _NUM_WORDS).to(tl.int32)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < num_tokens
-    column_starts = coverage + tl.load(problem + _FIRST_ENTRY) + columns.to(tl.int64) * num_rows
+    column_starts = (
+        coverage + tl.multiple_of(tl.load(problem + _FIRST_ENTRY), _ROW_ALIGNMENT) + columns.to(tl.int64) * num_rows
+    )
 
     sums = tl.zeros([COLUMNS, ROWS], tl.float32)
     for start in range(0, num_rows, ROWS):
@@ -305,7 +311,7 @@ def greedy_picks(
         bounds: [total tokens] float32; changed.
         row_weight: [total rows of C] float32, each row's largest entry.
         covered: [NUM_PROGRAMS, total rows of C] float32 zeros, workspace: each row's maximum over the picks.
-        meeting: [B, 4] int64 zeros, workspace of a team: three slots taken in turn, and how many have arrived.
+        meeting: [B, MEETING_WORDS] int64 zeros, workspace of a team.
         order: [total picks] int64.
         kept: [total picks] int64, `order` in raster order.
         curve: [total picks] float32, f after each pick.
@@ -317,12 +323,12 @@ def greedy_picks(
     """
     rank = tl.program_id(0)
     problem = problems + tl.program_id(1) * _NUM_FIELDS
-    meeting += tl.program_id(1) * 4
+    meeting += tl.program_id(1) * _MEETING_WORDS
     num_tokens = tl.load(problem + _NUM_TOKENS).to(tl.int32)
     num_picks = tl.load(problem + _NUM_PICKS).to(tl.int32)
     num_rows = tl.multiple_of(tl.load(problem + _NUM_ROWS).to(tl.int32), _ROW_ALIGNMENT)
-    first_row = tl.load(problem + _FIRST_ROW)
-    matrix = coverage + tl.load(problem + _FIRST_ENTRY)
+    first_row = tl.multiple_of(tl.load(problem + _FIRST_ROW), _ROW_ALIGNMENT)
+    matrix = coverage + tl.multiple_of(tl.load(problem + _FIRST_ENTRY), _ROW_ALIGNMENT)
     covered += rank * total_rows + first_row
     bounds += tl.load(problem + _FIRST_TOKEN)
     first_pick = tl.load(problem + _FIRST_PICK)
