@@ -4,21 +4,23 @@ Five steps, each for all problems at once: norms, cosine logits (words with toke
 weights, the columns of C with a bound on each one's gain, and the picks. What the host knows beforehand, the shapes,
 decides every launch; nothing that is computed does. The kernels are in `triton_kernels.py`.
 
-Exactness: float32 throughout, with true float32 products. Features of 16 bits are multiplied as they are on tensor
-cores: each product is exact, and only the rounding of sums differs from the reference's.
+Exactness: float32 throughout, with true float32 products. Features of 16 bits are multiplied as they are, on tensor
+cores: each product is exact there, and sums are float32, but cut where the reference's are rounded. Picks may then
+differ from the reference's where two gains are as good as equal. So may they, by the order of sums, between teams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 from torch import Tensor
 
 from mmtok_deploy.backends.triton_kernels import MEETING_WORDS, coverage_columns, greedy_picks, row_weights, similarity
-from mmtok_deploy.backends.triton_layout import Layout, layout_of
+from mmtok_deploy.backends.triton_layout import Layout, flattened, layout_of
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.problem import Selection, SelectionProblem
 
@@ -41,8 +43,10 @@ TEAM_CANDIDATES = 256  # of all programs together
 TEAM_MAX_PROGRAMS = 64
 TEAM_MIN_TOKENS = 512
 
-FLOAT32_PRODUCTS = "ieee"
-"""How float32 features are multiplied: "ieee" is float32 throughout; "tf32x3" is three products on tensor cores."""
+FLOAT32_PRODUCTS: Literal["ieee", "tf32x3"] = "ieee"
+"""How float32 features are multiplied. "ieee" is float32. "tf32x3", three products on tensor cores, keeps the golden
+answers where it is emulated (tests/mmtok_deploy/triton/test_products.py), with cosines good to 1e-5 instead of 1e-6: it
+waits for a GPU to show that it is faster. A single tf32 product does not keep them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ def _weighted_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the logits of C, by column, and each row's maximum and weight, which make them C's entries."""
     vision, words = _of_one_dtype([each.vision for each in problems], [each.text for each in problems])
-    keys = _flat([each.keys for each in problems])
+    keys = _multipliable([each.keys for each in problems])
     is_half = (vision if config.coverage == "text" else keys).dtype != torch.float32
     tile = LARGE_TILE if is_half and layout.max_tokens >= LARGE_TILE_MIN_TOKENS else SMALL_TILE
     num_parts = triton.cdiv(layout.max_tokens, tile)
@@ -184,7 +188,7 @@ def _launch_similarity(
         IS_IMAGE=is_image,
         ROWS=row_tile,
         COLUMNS=tile,
-        DEPTH=32 if columns.dtype == torch.float32 else 64,
+        DEPTH=(32 if FLOAT32_PRODUCTS == "ieee" else 16) if columns.dtype == torch.float32 else 64,
         PRECISION=FLOAT32_PRODUCTS,
         num_warps=8 if tile == LARGE_TILE else 4,
     )
@@ -200,7 +204,7 @@ def _finish_columns(
     excluded = bounds
     if has_excluded:
         nothing = [problem.vision.new_zeros(len(problem.vision), dtype=torch.bool) for problem in problems]
-        excluded = _flat([each if mask is None else mask for mask, each in zip(masks, nothing, strict=True)])
+        excluded = flattened([each if mask is None else mask for mask, each in zip(masks, nothing, strict=True)])
         excluded = excluded.view(torch.uint8)
     if layout.max_tokens:
         coverage_columns[(triton.cdiv(layout.max_tokens, COLUMNS_TILE[0]), len(problems))](
@@ -276,28 +280,19 @@ def _choose_team(layout: Layout, device: torch.device) -> Team:
 
 
 def _of_one_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    flat_left, flat_right = _flat(left), _flat(right)
+    flat_left, flat_right = _multipliable(left), _multipliable(right)
     if flat_left.dtype == flat_right.dtype:
         return flat_left, flat_right
     return flat_left.float(), flat_right.float()
+
+
+def _multipliable(features: Sequence[Tensor]) -> Tensor:
+    flat = flattened(features)
+    # NumPy, which interprets, multiplies no bfloat16.
+    return flat.float() if IS_INTERPRETED and flat.dtype == torch.bfloat16 else flat
 
 
 def _norms(features: Tensor) -> Tensor:
     # The reference's norms: float32, also of 16-bit features.
     norms: Tensor = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
     return norms
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the tensors one after another: without a copy where they already lie so, as an encoder's batch does."""
-    if IS_INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
-        tensors = [tensor.float() for tensor in tensors]  # NumPy multiplies no bfloat16.
-    first = tensors[0]
-    address = first.data_ptr()
-    for tensor in tensors:
-        is_next = tensor.data_ptr() == address and tensor.is_contiguous() and tensor.dtype == first.dtype
-        if not is_next or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return torch.cat(list(tensors)).contiguous()
-        address += tensor.nbytes
-    num_rows = sum(len(tensor) for tensor in tensors)
-    return first.as_strided((num_rows, *first.shape[1:]), first.stride())

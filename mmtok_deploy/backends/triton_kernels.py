@@ -14,7 +14,6 @@ from mmtok_deploy.backends.triton_layout import ROW_ALIGNMENT, Field
 
 __all__ = ["MEETING_WORDS", "coverage_columns", "greedy_picks", "row_weights", "similarity"]
 
-
 MEETING_WORDS = 4
 """Words a team meets by: three slots for the largest key, taken in turn, and how many have arrived so far."""
 
@@ -34,8 +33,10 @@ _FIRST_ENTRY = tl.constexpr(int(Field.FIRST_ENTRY))
 
 _MEETING_WORDS = tl.constexpr(MEETING_WORDS)
 _ROW_ALIGNMENT = tl.constexpr(ROW_ALIGNMENT)
+# In place of a bound: the column is excluded, or was picked.
 _BARRED = tl.constexpr(-1.0)
 _PICKED = tl.constexpr(-2.0)
+# In place of a bound's bits: not to be picked.
 _OUT = tl.constexpr(-1)
 _SIGN = tl.constexpr(-(2**31))
 _MAX_INDEX = tl.constexpr(2**31 - 1)
@@ -149,7 +150,7 @@ def similarity(
 
 @triton.jit
 def _store_part(part_max, part_sum, parts, logits, AXIS: tl.constexpr, mask):
-    """Stores softmax statistics along an axis."""
+    """Stores the largest logit along an axis and sum exp(logit - largest)."""
     largest = tl.max(logits, axis=AXIS)
     total = tl.sum(tl.exp(logits - tl.expand_dims(largest, AXIS)), axis=AXIS)
     tl.store(part_max + parts, largest, mask=mask)
@@ -221,8 +222,9 @@ def coverage_columns(
 ):
     """Turns logits into C in place, and writes a bound on each column's gain: its sum, rounded up.
 
-    The sum may be rounded otherwise than `greedy_picks` rounds the same column's gain. Each of the two is within
-    (additions in a chain) * 2**-24 of the true sum, relatively; the slack is more than twice both.
+    The sum may be rounded otherwise than `greedy_picks` rounds the same column's gain. Each of the two is off by at
+    most 2**-24 for every addition in its longest chain, relatively; the slack is more than both together, as long as
+    its ROWS are at least a quarter of these.
 
     Args:
         excluded: [total tokens] uint8; read only if HAS_EXCLUDED.
@@ -399,7 +401,10 @@ def greedy_picks(
 
 @triton.jit
 def _key(bits, column, is_fresh: tl.constexpr):
-    """Returns what ranks columns: by gain, then the lower index first; negative for one not to be picked."""
+    """Returns what ranks columns: by gain, then the lower index first; negative for one not to be offered.
+
+    The bits of a float that is not negative rank as the float does. The last bit says whether the gain is fresh.
+    """
     return (bits.to(tl.int64) << 32) | ((column ^ _MAX_INDEX).to(tl.int64) << 1) | is_fresh
 
 

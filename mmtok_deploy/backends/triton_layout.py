@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mmtok_deploy.config import Coverage
 
-__all__ = ["ROW_ALIGNMENT", "Field", "Layout", "Shape", "layout_of"]
+__all__ = ["ROW_ALIGNMENT", "Field", "Layout", "Shape", "flattened", "layout_of"]
 
 Shape = tuple[int, int, int]
 """Tokens, words and picks of one problem."""
@@ -81,8 +82,10 @@ def layout_of(shapes: tuple[Shape, ...], coverage: Coverage, device: torch.devic
         return _make_layout(shapes, coverage, device)
     if not torch.cuda.is_current_stream_capturing():
         layout = _make_layout(shapes, coverage, device)
+        stream = torch.cuda.current_stream(device)
         if layout.copied is not None:
-            torch.cuda.current_stream(device).wait_event(layout.copied)
+            stream.wait_event(layout.copied)
+        layout.table.record_stream(stream)
         return layout
     layout = _make_layout(shapes, coverage, device)
     _in_graphs[id(layout)] = layout
@@ -145,3 +148,16 @@ def _on_device(table: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.
 
 def _padded(num_rows: int) -> int:
     return -(-num_rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the tensors one after another: without a copy where they already lie so, as an encoder's batch does."""
+    first = tensors[0]
+    address = first.data_ptr()
+    for tensor in tensors:
+        is_next = tensor.data_ptr() == address and tensor.is_contiguous() and tensor.dtype == first.dtype
+        if not is_next or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(list(tensors)).contiguous()
+        address += tensor.nbytes
+    num_rows = sum(len(tensor) for tensor in tensors)
+    return first.as_strided((num_rows, *first.shape[1:]), first.stride())

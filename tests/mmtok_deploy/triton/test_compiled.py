@@ -34,12 +34,12 @@ POINTERS = {
     torch.uint8: "*u8",
 }
 
-# Tokens, dtype of the features, who picks.
+# Tokens, dtype of the features, how float32 is multiplied, who picks.
 LAUNCHES = {
-    "2880-float32-alone": (2880, torch.float32, Team(1, backend.LONE_CANDIDATES, is_meeting=False)),
-    "2880-bfloat16-team-of-64": (2880, torch.bfloat16, Team(64, 4, is_meeting=True)),
-    "576-float16-team-of-4": (576, torch.float16, Team(4, 64, is_meeting=True)),
-    "576-float32-team-of-16": (576, torch.float32, Team(16, 16, is_meeting=True)),
+    "2880-float32-alone": (2880, torch.float32, "ieee", Team(1, backend.LONE_CANDIDATES, is_meeting=False)),
+    "2880-bfloat16-team-of-64": (2880, torch.bfloat16, "ieee", Team(64, 4, is_meeting=True)),
+    "576-float16-team-of-4": (576, torch.float16, "ieee", Team(4, 64, is_meeting=True)),
+    "576-tf32x3-team-of-16": (576, torch.float32, "tf32x3", Team(16, 16, is_meeting=True)),
 }
 
 
@@ -56,7 +56,8 @@ class Recorder:
 @pytest.fixture(params=LAUNCHES)
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launches:
     """The launches of one selection, as `select` makes them."""
-    num_tokens, dtype, team = LAUNCHES[request.param]
+    num_tokens, dtype, precision, team = LAUNCHES[request.param]
+    monkeypatch.setattr(backend, "FLOAT32_PRODUCTS", precision)
     found: Launches = []
     for name in ("similarity", "row_weights", "coverage_columns", "greedy_picks"):
         monkeypatch.setattr(backend, name, Recorder(getattr(backend, name), found))

@@ -27,7 +27,7 @@ from triton.runtime import interpreter
 
 from mmtok_deploy.backends import triton as backend
 from mmtok_deploy.backends.triton import Team
-from mmtok_deploy.backends.triton_layout import layout_of
+from mmtok_deploy.backends.triton_layout import flattened, layout_of
 
 DEFAULT = SelectionConfig()
 COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
@@ -188,7 +188,7 @@ class TestBatch:
         names = ("vision", "keys", "text")
         flat = {name: torch.cat([getattr(case, name) for case in cases]) for name in names}
         parts = {name: flat[name].split([len(getattr(case, name)) for case in cases]) for name in names}
-        assert backend._flat(parts["keys"]).data_ptr() == flat["keys"].data_ptr()
+        assert flattened(parts["keys"]).data_ptr() == flat["keys"].data_ptr()
         sliced = [SelectionProblem(parts["vision"][i], parts["keys"][i], parts["text"][i], 3) for i in range(3)]
         assert_same(backend.select(sliced, DEFAULT), backend.select([problem_of(case, 3) for case in cases], DEFAULT))
 
