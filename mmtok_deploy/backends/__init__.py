@@ -13,8 +13,9 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["Backend", "BackendName", "get_backend"]
 
-BackendName = Literal["auto", "reference", "blocked"]
-"""`auto` is the fastest exact backend for the features' device, within the memory that `blocked` states."""
+BackendName = Literal["auto", "blocked", "reference", "triton"]
+"""`auto` is the fastest exact backend for the features' device, of those measured, within the memory that `blocked`
+states: `triton` is chosen by name alone."""
 
 Backend = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
 """Selects for a batch of problems on one device; answers in their order, and is exact: the reference's picks."""
@@ -26,8 +27,25 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
     Raises:
         ValueError: An unknown name, or a backend that cannot run on the device.
     """
-    if name not in get_args(BackendName):
-        raise ValueError(f"backend is one of {', '.join(get_args(BackendName))}, got {name!r}")
-    if name == "blocked":
-        return blocked.select
-    return reference.select if name == "reference" else blocked.within_memory(reference.select)
+    match name:
+        case "auto":
+            return blocked.within_memory(reference.select)
+        case "blocked":
+            return blocked.select
+        case "reference":
+            return reference.select
+        case "triton":
+            return _triton(device)
+    raise ValueError(f"backend is one of {', '.join(get_args(BackendName))}, got {name!r}")
+
+
+def _triton(device: torch.device) -> Backend:
+    try:
+        from mmtok_deploy.backends import triton
+    except ImportError as error:
+        raise ValueError(
+            f"backend 'triton' needs Triton, which comes with PyTorch for CUDA ({error}): "
+            "install it, or choose backend 'auto' or 'reference'"
+        ) from error
+    triton.check_device(device)
+    return triton.select

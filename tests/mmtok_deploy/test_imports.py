@@ -33,7 +33,7 @@ SERVES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("mmtok_deploy/engines/onnxruntime.py",),
     "tensorrt": ("mmtok_deploy/engines/tensorrt.py",),
     "tensorrt_rtx": ("mmtok_deploy/engines/tensorrt.py",),
-    "triton": (),
+    "triton": ("mmtok_deploy/backends/triton.py", "mmtok_deploy/backends/triton_kernels.py"),
 }
 
 

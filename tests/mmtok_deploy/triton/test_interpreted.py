@@ -1,0 +1,264 @@
+"""The kernels in Triton's interpreter, on the CPU: every answer that a GPU would give, slowly (see conftest.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmtok_deploy import Selection, SelectionConfig, select_tokens
+from mmtok_deploy.backends import reference
+from mmtok_deploy.config import Coverage
+from mmtok_deploy.problem import SelectionProblem
+from tests.mmtok_deploy.naive import naive_greedy, naive_matrix
+from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, golden, problems, random_problem
+from tests.mmtok_deploy.triton.answers import assert_same, problem_of, problems_of
+
+pytest.importorskip("triton")
+from triton.runtime import interpreter
+
+from mmtok_deploy.backends import triton as backend
+from mmtok_deploy.backends.triton import Team
+from mmtok_deploy.backends.triton_layout import flattened, layout_of
+
+DEFAULT = SelectionConfig()
+COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
+LARGE = {name for name in GOLDEN_NAMES if len(golden(name).problem) > 300}
+# The lead, relative to f of all tokens, below which float32 may order two tokens either way.
+SMALLEST_LEAD = 1e-4
+
+few_examples = settings(max_examples=15)
+
+
+@pytest.fixture
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a small tile as for a large one."""
+    monkeypatch.setattr(backend, "SMALL_TILE", 256)
+    monkeypatch.setattr(backend, "COLUMNS_TILE", (256, 256))
+    monkeypatch.setattr(backend, "PICK_TILE", 2**16)
+
+
+def assert_as_reference(problems: Sequence[SelectionProblem], config: SelectionConfig = DEFAULT) -> None:
+    assert_same(backend.select(problems, config), reference.select(problems, config))
+
+
+class TestGolden:
+    @pytest.mark.parametrize("name", [name for name in GOLDEN_NAMES if name not in LARGE])
+    def test_small(self, name: str) -> None:
+        self._check(name)
+
+    @pytest.mark.usefixtures("large_tiles")
+    @pytest.mark.parametrize("name", sorted(LARGE))
+    def test_large(self, name: str) -> None:
+        self._check(name)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["llava_n100_k20", "qwen_n64_k8"])
+    def test_half_precision(self, name: str, dtype: torch.dtype) -> None:
+        case = golden(name)
+        assert_as_reference([problem_of(case.problem.to(dtype), case.budget)], case.config)
+
+    def _check(self, name: str) -> None:
+        case = golden(name)
+        (selection,) = backend.select(problems_of([case]), case.config)
+        assert selection.order.tolist() == case.order
+        assert selection.kept.tolist() == case.kept
+
+
+class TestAnswer:
+    @pytest.mark.parametrize("coverage", COVERAGES)
+    @few_examples
+    @given(problem=problems(min_words=1, may_exclude=True), data=st.data())
+    def test_equals_the_definition(self, coverage: Coverage, problem: Problem, data: st.DataObject) -> None:
+        config = SelectionConfig(tv_temp=0.1, vv_temp=0.2, alpha=0.7, coverage=coverage)
+        barred = [] if problem.excluded is None else problem.excluded.nonzero()[:, 0].tolist()
+        num_picks = data.draw(st.integers(0, len(problem) - len(barred)))
+        expected = naive_greedy(naive_matrix(problem.vision, problem.keys, problem.text, config), num_picks, barred)
+        assume(expected.lead > SMALLEST_LEAD)
+        (selection,) = backend.select([problem_of(problem, num_picks)], config)
+        assert selection.order.tolist() == expected.order
+        assert selection.kept.tolist() == sorted(expected.order)
+
+    @pytest.mark.parametrize("coverage", COVERAGES)
+    def test_every_token(self, coverage: Coverage) -> None:
+        # 70 words: two tiles of them; 131 tokens: three tiles, the last one all but empty.
+        problem = problem_of(random_problem(131, 70), 131)
+        (selection,) = backend.select([problem], SelectionConfig(coverage=coverage))
+        assert selection.kept.tolist() == list(range(131))
+        assert (selection.coverage.diff() >= 0).all()
+        torch.testing.assert_close(selection.coverage[-1], selection.total)
+
+    def test_by_name(self) -> None:
+        case = random_problem(9, excluded=[2])
+        for budget in (4, "all"):
+            features = (case.vision, case.keys, case.text, budget)
+            selection, expected = (
+                select_tokens(*features, excluded=case.excluded, backend=name) for name in ("triton", "reference")
+            )
+            assert_same([selection], [expected])
+
+    @pytest.mark.parametrize("num_words", [0, 1])
+    def test_one_token(self, num_words: int) -> None:
+        assert_as_reference([problem_of(random_problem(1, num_words), 1)])
+
+    def test_strides_and_dtypes_do_not_matter(self) -> None:
+        problem = problem_of(random_problem(40), 20)
+        (expected,) = backend.select([problem], DEFAULT)
+        strided = dataclasses.replace(problem, vision=problem.vision.T.contiguous().T, keys=_every_other(problem.keys))
+        assert_same(backend.select([strided], DEFAULT), [expected])
+        assert_as_reference([dataclasses.replace(problem, vision=problem.vision.half(), keys=problem.keys.bfloat16())])
+
+
+class TestTies:
+    """Equal gains go to the lowest index, and end."""
+
+    @pytest.mark.parametrize("value", [0.0, 1.0])
+    @pytest.mark.parametrize("num_words", [0, 3])
+    def test_all_tokens_equal(self, value: float, num_words: int) -> None:
+        case = random_problem(70, num_words, excluded=[0, 5])
+        same = Problem(torch.full_like(case.vision, value), torch.full_like(case.keys, value), case.text, case.excluded)
+        (selection,) = backend.select([problem_of(same, 68)], DEFAULT)
+        assert selection.order.tolist() == [token for token in range(70) if token not in (0, 5)]
+
+    def test_duplicates(self) -> None:
+        # Each token twice: one of each two is picked before any is picked again, for no gain but rounding.
+        case = random_problem(50).take(torch.arange(100) % 50)
+        (selection,) = backend.select([problem_of(case, 100)], DEFAULT)
+        assert sorted((selection.order[:50] % 50).tolist()) == list(range(50))
+        assert selection.kept.tolist() == list(range(100))
+
+    def test_covered_words_leave_nothing_to_gain(self) -> None:
+        config = SelectionConfig(tv_temp=0.001, coverage="text")
+        (selection,) = backend.select([problem_of(random_problem(80, 2), 80)], config)
+        assert sorted(selection.order.tolist()) == list(range(80))
+        assert selection.coverage[2] == selection.coverage[-1]
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("name", ["vision", "keys", "text"])
+    def test_ends_with_valid_indices_and_says_so(self, name: str, value: float) -> None:
+        problem = problem_of(random_problem(70, excluded=[4]), 30)
+        getattr(problem, name)[1, 2] = value
+        (selection,) = backend.select([problem], DEFAULT)
+        assert not torch.isfinite(selection.total)
+        assert selection.kept.tolist() == sorted(set(selection.order.tolist()) - {4})
+        assert len(selection) == 30
+        assert 0 <= selection.kept[0] <= selection.kept[-1] < 70
+
+
+class TestBatch:
+    CASES = (
+        problem_of(random_problem(9), 4),
+        problem_of(random_problem(5, 1, [1, 2]), 2),
+        problem_of(random_problem(0, 2), 0),
+        problem_of(random_problem(130, 40, [5]), 129),
+        problem_of(random_problem(1, 1), 1),
+        problem_of(random_problem(70, 33), 0),
+    )
+
+    @pytest.mark.parametrize("coverage", COVERAGES)
+    def test_ragged(self, coverage: Coverage) -> None:
+        assert_as_reference(self.CASES, SelectionConfig(coverage=coverage))
+
+    def test_some_without_words(self) -> None:
+        assert_as_reference([*self.CASES, problem_of(random_problem(20, 0), 7)])
+
+    def test_equals_one_by_one(self) -> None:
+        alone = [backend.select([case], DEFAULT)[0] for case in self.CASES]
+        for selection, expected in zip(backend.select(self.CASES, DEFAULT), alone, strict=True):
+            for field in dataclasses.fields(Selection):
+                assert torch.equal(getattr(selection, field.name), getattr(expected, field.name)), field.name
+
+    def test_widths_may_differ(self) -> None:
+        wide = random_problem(30)
+        wide = dataclasses.replace(wide, keys=torch.cat([wide.keys, wide.keys.flip(1)], dim=1))
+        assert_as_reference([self.CASES[0], problem_of(wide, 9), self.CASES[1]])
+
+    def test_slices_of_one_tensor(self) -> None:
+        cases = [random_problem(num_tokens, seed=num_tokens) for num_tokens in (9, 40, 3)]
+        names = ("vision", "keys", "text")
+        flat = {name: torch.cat([getattr(case, name) for case in cases]) for name in names}
+        parts = {name: flat[name].split([len(getattr(case, name)) for case in cases]) for name in names}
+        assert flattened(parts["keys"]).data_ptr() == flat["keys"].data_ptr()
+        sliced = [SelectionProblem(parts["vision"][i], parts["keys"][i], parts["text"][i], 3) for i in range(3)]
+        assert_same(backend.select(sliced, DEFAULT), backend.select([problem_of(case, 3) for case in cases], DEFAULT))
+
+    def test_an_empty_batch(self) -> None:
+        assert backend.select([], DEFAULT) == []
+
+
+class TestTeam:
+    CASES = (problem_of(random_problem(40, 5, [7]), 39), problem_of(random_problem(23, 2, seed=1), 6))
+
+    @pytest.mark.parametrize("name", ["llava_n100_k20", "qwen_n144_k143", "alpha2_n256_k16"])
+    def test_of_one_meets_itself(self, name: str) -> None:
+        case = golden(name)
+        (selection,) = backend._select_together(problems_of([case]), case.config, Team(1, 16, is_meeting=True))
+        assert selection.order.tolist() == case.order
+        assert selection.kept.tolist() == case.kept
+
+    @pytest.mark.parametrize("team", [Team(2, 16, is_meeting=True), Team(3, 4, is_meeting=True)], ids=str)
+    def test_of_several_processes(self, team: Team) -> None:
+        """The interpreter runs one program after another; here each has a process, and they share the tensors."""
+        case = golden("llava_n100_k20")
+        for batch, config in ((problems_of([case]), case.config), (self.CASES, DEFAULT)):
+            assert_same(_select_in_processes(batch, config, team), reference.select(batch, config))
+
+
+def _select_in_processes(problems: Sequence[SelectionProblem], config: SelectionConfig, team: Team) -> list[Selection]:
+    shapes = tuple((len(each.vision), len(each.text), each.num_picks) for each in problems)
+    layout = layout_of(shapes, config.coverage, torch.device("cpu"))
+    coverage, row_max, row_weight = backend._weighted_logits(problems, layout, config)
+    bounds = backend._finish_columns(problems, layout, coverage, row_max, row_weight)
+    picks = backend._new_picks(layout, team, bounds)
+    launch = (layout, team, coverage, bounds, row_weight, picks)
+    for tensor in (layout.table, *_tensors(picks), coverage, bounds, row_weight):
+        tensor.share_memory_()
+
+    context = multiprocessing.get_context("fork")
+    programs = [
+        context.Process(target=_run_program, args=(rank, launch), daemon=True) for rank in range(team.num_programs)
+    ]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join(timeout=60)
+    hung = [program for program in programs if program.is_alive()]
+    for program in hung:
+        program.kill()
+    assert [program.exitcode for program in programs] == [0] * team.num_programs
+    return backend._split(layout, picks)
+
+
+def _run_program(rank: int, launch: tuple[Any, ...]) -> None:
+    """Runs the one program of that rank, for every problem."""
+    builder = interpreter.interpreter_builder
+    builder.set_grid_idx = lambda x, y, z: setattr(builder, "grid_idx", (rank, y, z))
+    make = interpreter.GridExecutor.__init__
+
+    def make_with_one_program(
+        self: object, function: object, names: object, grid: Sequence[int], *rest: object
+    ) -> None:
+        make(self, function, names, (1, *grid[1:]), *rest)
+
+    interpreter.GridExecutor.__init__ = make_with_one_program
+    # It would copy each tensor onto itself, and with it what another program is writing.
+    interpreter.GridExecutor._restore_args_dev = lambda *args: None
+    backend._launch_picks(*launch)
+
+
+def _tensors(picks: object) -> Iterator[Tensor]:
+    return (getattr(picks, field.name) for field in dataclasses.fields(picks))  # type: ignore[arg-type]
+
+
+def _every_other(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, dim=0).repeat_interleave(3, dim=1)[::2, ::3]
