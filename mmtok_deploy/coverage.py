@@ -56,7 +56,7 @@ def coverage_curve(matrix: Tensor, order: Tensor) -> Tensor:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Returns [r, w] float32: the rows at length 1; rows shorter than 1e-8 are divided by that."""
+    """Returns the rows [n, w] in float32 and of length 1; those shorter than 1e-8 are divided by that."""
     # float32 first: a norm in float16 overflows at 65504, and the clamp's 1e-8 would be 0.
     rows = rows.float()
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)

@@ -7,18 +7,21 @@ from typing import Literal, get_args
 
 import torch
 
-from mmtok_deploy.backends import blocked, reference
+from mmtok_deploy.backends import blocked, lazy, reference
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["Backend", "BackendName", "get_backend"]
 
-BackendName = Literal["auto", "blocked", "reference", "triton"]
-"""`auto` is the fastest exact backend for the features' device, of those measured, within the memory that `blocked`
-states: `triton` is chosen by name alone."""
+BackendName = Literal["auto", "blocked", "lazy", "reference", "triton"]
+"""`auto` is the fastest exact backend for the features' device, of those measured there, within the memory that
+`blocked` states: `lazy` on a CPU, `reference` elsewhere."""
 
 Backend = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
 """Selects for a batch of problems on one device; answers in their order, and is exact: the reference's picks."""
+
+_AUTO_ON_CPU = blocked.within_memory(lazy.select, max_bytes=blocked.MAX_HOST_BYTES)
+_AUTO_ELSEWHERE = blocked.within_memory(reference.select)
 
 
 def get_backend(name: BackendName, device: torch.device) -> Backend:
@@ -29,9 +32,13 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
     """
     match name:
         case "auto":
-            return blocked.within_memory(reference.select)
+            return _AUTO_ON_CPU if device.type == "cpu" else _AUTO_ELSEWHERE
         case "blocked":
             return blocked.select
+        case "lazy":
+            if device.type != "cpu":
+                raise ValueError(f"backend 'lazy' runs on cpu, the features are on {device}")
+            return lazy.select
         case "reference":
             return reference.select
         case "triton":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -12,10 +13,13 @@ from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import unit_rows
 from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["MAX_BYTES", "select", "within_memory"]
+__all__ = ["MAX_BYTES", "MAX_HOST_BYTES", "select", "within_memory"]
 
 MAX_BYTES = 256 << 20
 """Of coverage matrices held at a time: one image of 8,192 tokens, or 202 of 576."""
+
+MAX_HOST_BYTES = 1280 << 20
+"""The same where the features are in the host's memory, of which there is more: one image of 16,384 tokens."""
 
 _FLOAT32_BYTES = 4
 # Columns evaluated together. Measured at N=16384, K=256 on two CPU cores: 64 takes longer, 256 no less.
@@ -59,6 +63,7 @@ def within_memory(
             not counted.
     """
 
+    @functools.wraps(dense)
     def bounded(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
         groups: list[list[SelectionProblem]] = []
         room = 0

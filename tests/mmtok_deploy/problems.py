@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +15,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtok_deploy import Selection, SelectionConfig, select_tokens
+from mmtok_deploy.backends import BackendName
 from mmtok_deploy.selection import BudgetLike
 
-__all__ = ["GOLDEN_DIR", "GOLDEN_NAMES", "Golden", "Problem", "golden", "mask_of", "problems", "random_problem"]
+__all__ = [
+    "BACKEND",
+    "CPU_BACKENDS",
+    "GOLDEN_DIR",
+    "GOLDEN_NAMES",
+    "Golden",
+    "Problem",
+    "golden",
+    "mask_of",
+    "problems",
+    "random_problem",
+    "using_backend",
+]
+
+CPU_BACKENDS: tuple[BackendName, ...] = ("reference", "lazy")
+BACKEND: ContextVar[BackendName] = ContextVar("BACKEND", default="auto")
+"""What `Problem.select` selects with; `using_backend` sets it for a while."""
 
 GOLDEN_DIR = Path(__file__).parents[1] / "data" / "golden"
 GOLDEN_NAMES = sorted(path.stem for path in GOLDEN_DIR.glob("*.npz"))
@@ -33,7 +53,9 @@ class Problem:
         return len(self.vision)
 
     def select(self, budget: BudgetLike, config: SelectionConfig = SelectionConfig()) -> Selection:
-        return select_tokens(self.vision, self.keys, self.text, budget, config=config, excluded=self.excluded)
+        return select_tokens(
+            self.vision, self.keys, self.text, budget, config=config, excluded=self.excluded, backend=BACKEND.get()
+        )
 
     def take(self, tokens: Tensor) -> Problem:
         """Returns the problem whose token i is this one's token `tokens[i]`."""
@@ -53,6 +75,13 @@ class Golden:
     budget: int
     order: list[int]
     kept: list[int]
+
+
+@contextmanager
+def using_backend(name: BackendName) -> Iterator[None]:
+    token = BACKEND.set(name)
+    yield
+    BACKEND.reset(token)
 
 
 @functools.cache

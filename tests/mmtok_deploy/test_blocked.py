@@ -121,6 +121,7 @@ def test_auto_is_bounded_and_a_name_is_taken_at_its_word(monkeypatch: pytest.Mon
     assert get_backend("reference", cpu) is reference.select
     assert get_backend("blocked", cpu) is blocked.select
     large = as_given(random_problem(8193, 0), 1)
+    larger = as_given(random_problem(18319, 0), 1)
     bounds: list[int] = []
 
     def select_nothing(
@@ -130,8 +131,9 @@ def test_auto_is_bounded_and_a_name_is_taken_at_its_word(monkeypatch: pytest.Mon
         return []
 
     monkeypatch.setattr(blocked, "select", select_nothing)
-    assert get_backend("auto", cpu)([large], SelectionConfig()) == []
-    assert bounds == [256 << 20]
+    assert get_backend("auto", cpu)([larger], SelectionConfig()) == []
+    assert get_backend("auto", torch.device("cuda"))([large], SelectionConfig()) == []
+    assert bounds == [1280 << 20, 256 << 20]
 
 
 def test_excluded_tokens_are_never_taken() -> None:

@@ -253,7 +253,7 @@ def test_a_gpu_that_does_not_compute(quick: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_selection(quick: pytest.MonkeyPatch) -> None:
-    quick.setattr(doctor, "select_tokens", lambda *problem: SimpleNamespace(order=torch.tensor([0, 1, 2])))
+    quick.setattr(doctor, "select_tokens", lambda *_, **__: SimpleNamespace(order=torch.tensor([0, 1, 2])))
     code, checks = run_checks()
     assert code == 1
     assert checks["reference on cpu"]["found"] == "picks [0, 1, 2] of 6 tokens, not [3, 0, 1]"

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import pytest
@@ -18,6 +18,8 @@ from mmtok_deploy.config import Coverage
 from mmtok_deploy.selection import BudgetLike
 from tests.mmtok_deploy.naive import NaiveAnswer, naive_greedy, naive_matrix, naive_value
 from tests.mmtok_deploy.problems import (
+    BACKEND,
+    CPU_BACKENDS,
     GOLDEN_DIR,
     GOLDEN_NAMES,
     Problem,
@@ -25,11 +27,18 @@ from tests.mmtok_deploy.problems import (
     mask_of,
     problems,
     random_problem,
+    using_backend,
 )
 
 COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
 # The lead, relative to f of all tokens, below which float32 may order two tokens either way.
 SMALLEST_LEAD = 1e-4
+
+
+@pytest.fixture(scope="module", params=CPU_BACKENDS, autouse=True)
+def _every_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with using_backend(request.param):
+        yield
 
 
 def assert_identical(selection: Selection, expected: Selection) -> None:
@@ -43,7 +52,8 @@ def select_batch(
     config: SelectionConfig = SelectionConfig(),
 ) -> list[Selection]:
     vision, keys, text = ([case.vision for case in cases], [case.keys for case in cases], [case.text for case in cases])
-    return select_tokens(vision, keys, text, budget, config=config, excluded=[case.excluded for case in cases])
+    excluded = [case.excluded for case in cases]
+    return select_tokens(vision, keys, text, budget, config=config, excluded=excluded, backend=BACKEND.get())
 
 
 def naive_answer(problem: Problem, num_picks: int, config: SelectionConfig = SelectionConfig()) -> NaiveAnswer:
@@ -252,7 +262,7 @@ class TestBatch:
 
     def test_without_masks(self) -> None:
         case = self.CASES[0]
-        (selection,) = select_tokens((case.vision,), (case.keys,), (case.text,), 3)
+        (selection,) = select_tokens((case.vision,), (case.keys,), (case.text,), 3, backend=BACKEND.get())
         assert_identical(selection, case.select(3))
 
     def test_an_empty_batch_has_no_answers(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,9 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mmtok_deploy.backends.lazy import lazy_maximum_coverage
 from mmtok_deploy.backends.reference import greedy_maximum_coverage
 from tests.mmtok_deploy.naive import naive_greedy, naive_value
 from tests.mmtok_deploy.problems import mask_of
+
+Greedy = Callable[..., Tensor]
+
+
+def lazy(matrix: Tensor, num_picks: int, excluded: Tensor | None = None) -> Tensor:
+    return lazy_maximum_coverage(matrix.T, num_picks, excluded).order
+
+
+every_backend = pytest.mark.parametrize("greedy", [greedy_maximum_coverage, lazy], ids=["reference", "lazy"])
 
 
 @st.composite
@@ -22,16 +33,20 @@ def dyadic_matrices(draw: st.DrawFn, max_columns: int = 40) -> Tensor:
     return torch.randint(0, draw(st.integers(2, 9)), shape, generator=generator) / 8
 
 
-@given(dyadic_matrices(), st.data())
-def test_equals_the_definition_and_ties_go_to_the_lowest_index(matrix: Tensor, data: st.DataObject) -> None:
+@every_backend
+@given(matrix=dyadic_matrices(), data=st.data())
+def test_equals_the_definition_and_ties_go_to_the_lowest_index(
+    greedy: Greedy, matrix: Tensor, data: st.DataObject
+) -> None:
     num_columns = matrix.shape[1]
     num_picks = data.draw(st.integers(0, num_columns))
     excluded = data.draw(st.sets(st.integers(0, num_columns - 1)))
-    order = greedy_maximum_coverage(matrix, num_picks, mask_of(list(excluded), num_columns))
+    order = greedy(matrix, num_picks, mask_of(list(excluded), num_columns))
     assert order.dtype == torch.int64
     assert order.tolist() == naive_greedy(matrix.tolist(), num_picks, excluded).order
 
 
+@every_backend
 @pytest.mark.parametrize(
     ("matrix", "order"),
     [
@@ -44,22 +59,24 @@ def test_equals_the_definition_and_ties_go_to_the_lowest_index(matrix: Tensor, d
     ],
     ids=["equal", "zero", "ties then nothing left", "one covers two", "equal gains", "one column"],
 )
-def test_order_of_all_columns(matrix: Tensor, order: list[int]) -> None:
-    assert greedy_maximum_coverage(matrix, matrix.shape[1]).tolist() == order
+def test_order_of_all_columns(greedy: Greedy, matrix: Tensor, order: list[int]) -> None:
+    assert greedy(matrix, matrix.shape[1]).tolist() == order
 
 
-@given(dyadic_matrices())
-def test_strides_do_not_matter(matrix: Tensor) -> None:
-    order = greedy_maximum_coverage(matrix, 5)
+@every_backend
+@given(matrix=dyadic_matrices())
+def test_strides_do_not_matter(greedy: Greedy, matrix: Tensor) -> None:
+    order = greedy(matrix, 5)
     spread = torch.zeros(2 * matrix.shape[0], 3 * matrix.shape[1])[::2, ::3].copy_(matrix)
-    assert torch.equal(greedy_maximum_coverage(spread, 5), order)
-    assert torch.equal(greedy_maximum_coverage(matrix.T.contiguous().T, 5), order)
+    assert torch.equal(greedy(spread, 5), order)
+    assert torch.equal(greedy(matrix.T.contiguous().T, 5), order)
 
 
-@given(dyadic_matrices(max_columns=8), st.integers(1, 4))
-def test_covers_its_guaranteed_share_of_the_best_set(matrix: Tensor, num_picks: int) -> None:
+@every_backend
+@given(matrix=dyadic_matrices(max_columns=8), num_picks=st.integers(1, 4))
+def test_covers_its_guaranteed_share_of_the_best_set(greedy: Greedy, matrix: Tensor, num_picks: int) -> None:
     rows = matrix.tolist()
     num_picks = min(num_picks, matrix.shape[1])
     best = max(naive_value(rows, columns) for columns in itertools.combinations(range(matrix.shape[1]), num_picks))
-    greedy = naive_value(rows, greedy_maximum_coverage(matrix, num_picks).tolist())
-    assert (1 - 1 / math.e) * best <= greedy <= best
+    value = naive_value(rows, greedy(matrix, num_picks).tolist())
+    assert (1 - 1 / math.e) * best <= value <= best
