@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
-    Qwen2_5_VLVisionRotaryEmbedding,
     apply_rotary_pos_emb_vision,
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -67,9 +66,9 @@ class Qwen25VLEncoder(Encoder):
         self._constant("window_order", order)
         self._constant("raster_order", order.argsort())
         positions = get_vision_position_ids(grid, merge).unflatten(0, (-1, merge**2))[order].flatten(0, 1)
-        angles = Qwen2_5_VLVisionRotaryEmbedding(self.config)(positions, positions)
-        self._constant("cos", angles[0])
-        self._constant("sin", angles[1])
+        angles = _rotary_angles(positions, self.config)
+        self._constant("cos", angles.cos())
+        self._constant("sin", angles.sin())
         self._prepare_windows(boundaries.diff())
 
     def _prepare_windows(self, lengths: Tensor) -> None:
@@ -147,6 +146,19 @@ class Qwen25VLEncoder(Encoder):
 def _feed_forward(mlp: Any, hidden: Tensor) -> Tensor:
     gated = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
     return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))  # type: ignore[no-any-return]
+
+
+def _rotary_angles(positions: Tensor, config: Any) -> Tensor:
+    """Returns [S, head_dim] float32: by row in the first and third quarter of a head, by column in the others.
+
+    Args:
+        positions: [S, 2] int, row and column of each patch.
+        config: The vision tower's; 10000 is the base where it names none.
+    """
+    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    quarter = torch.arange(config.hidden_size // config.num_heads // 4)
+    frequencies = 1.0 / base ** (quarter / len(quarter))
+    return (positions[:, :, None] * frequencies).flatten(1).repeat(1, 2)
 
 
 def _range(dtype: torch.dtype) -> tuple[float, float]:
