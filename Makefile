@@ -1,13 +1,18 @@
-# make demo | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
+# make demo | make export | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format constraints clean
+# What engines are built for: the GPU at hand, or an RTX A6000.
+TARGET ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.6)
+SELECTION = $(BIN)/mmtok export selection --force --tensorrt --target $(TARGET)
+
+.PHONY: help install demo export test lint format constraints clean
 
 help:
 	@echo "make demo    serve a photograph with and without a budget, and show what changes"
+	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make test    every test; no GPU needed"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff rewrite the code"
@@ -26,6 +31,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/mmtok demo
+
+export: $(STAMP)
+	$(SELECTION) --preset llava-1.5 --tokens 576 --budget 64
+	$(SELECTION) --preset llava-next --tokens 576 --batch 1:5 --budget 32
+	$(SELECTION) --preset qwen2.5-vl --tokens 256:1024:2048 --budget 128 --dtype bfloat16
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -10,9 +10,14 @@ from mmtok_deploy import Budget, __version__
 
 __all__ = ["main"]
 
+_EXTRAS = {"demo": "bench,sglang", "export": "export"}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage."""
+    # Inside, so that every layer may start from here; light, so that --help is quick.
+    from mmtok_deploy.exporters.command import add_export_parser
+
     parser = argparse.ArgumentParser(prog="mmtok", description="MMTok vision-token selection, made deployable.")
     parser.add_argument("--version", action="version", version=f"mmtok-deploy {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -25,20 +30,33 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument(
         "--folder", default=Path("artifacts/demo"), type=Path, help="where to write (default artifacts/demo)"
     )
+    add_export_parser(commands)
     arguments = parser.parse_args(argv)
-    if arguments.command == "doctor":
-        from mmtok_deploy.doctor import run_doctor
-
-        return run_doctor(json_output=arguments.json)
     try:
-        from mmtok_deploy.bench.demo import run_demo
+        return _run(arguments)
     except ModuleNotFoundError as error:
         print(
-            f"mmtok demo needs {error.name}, which is not installed: pip install 'mmtok-deploy[bench,sglang]'",
+            f"mmtok {arguments.command} needs {error.name}, which is not installed: "
+            f"pip install 'mmtok-deploy[{_EXTRAS[arguments.command]}]'",
             file=sys.stderr,
         )
         return 1
-    return run_demo(budget=arguments.budget, folder=arguments.folder)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "doctor":
+            from mmtok_deploy.doctor import run_doctor
+
+            return run_doctor(json_output=arguments.json)
+        case "export":
+            from mmtok_deploy.exporters.command import run_export
+
+            return run_export(arguments)
+        case _:
+            from mmtok_deploy.bench.demo import run_demo
+
+            return run_demo(budget=arguments.budget, folder=arguments.folder)
 
 
 def _budget(text: str) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmtok_deploy.config import SelectionConfig
 
-__all__ = ["coverage_curve", "coverage_matrix"]
+__all__ = ["coverage_curve", "coverage_matrix", "unit_rows"]
 
 
 def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: SelectionConfig) -> Tensor:
@@ -30,10 +30,10 @@ def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: Selectio
     """
     blocks = []
     if config.coverage != "vision" and len(text):
-        similarity = _unit_rows(text) @ _unit_rows(vision).T
+        similarity = unit_rows(text) @ unit_rows(vision).T
         blocks.append(torch.softmax(similarity / config.tv_temp, dim=1) / len(text))
     if config.coverage != "text":
-        unit_keys = _unit_rows(keys)
+        unit_keys = unit_rows(keys)
         image_rows = torch.softmax(unit_keys @ unit_keys.T / config.vv_temp, dim=1) / len(keys)
         # Without text rows alpha would only scale every gain: left out, so that alpha = 0 still covers the image.
         blocks.append(image_rows * config.alpha if blocks else image_rows)
@@ -55,7 +55,8 @@ def coverage_curve(matrix: Tensor, order: Tensor) -> Tensor:
     return coverage.cummax(dim=0).values
 
 
-def _unit_rows(rows: Tensor) -> Tensor:
+def unit_rows(rows: Tensor) -> Tensor:
+    """Returns [r, w] float32: the rows at length 1; rows shorter than 1e-8 are divided by that."""
     # float32 first: a norm in float16 overflows at 65504, and the clamp's 1e-8 would be 0.
     rows = rows.float()
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)

@@ -49,6 +49,11 @@ class Encoder(nn.Module):
     def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
         super().__init__()
 
+    @classmethod
+    def native_image_size(cls, content: dict[str, Any]) -> tuple[int, int] | None:
+        """Returns the only (width, height) that a config.json's encoder takes, None if it takes many."""
+        return None
+
     def prepare(self) -> None:
         """Makes positions, orders and masks, once the weights are there."""
         raise NotImplementedError

@@ -14,7 +14,7 @@ from mmtok_deploy.exporters.encoders.checkpoint import fill_with_noise, load_wei
 from mmtok_deploy.exporters.encoders.llava_1_5 import Llava15Encoder
 from mmtok_deploy.exporters.encoders.qwen2_5_vl import Qwen25VLEncoder
 
-__all__ = ["FAMILIES", "build_encoder", "export_encoder"]
+__all__ = ["FAMILIES", "build_encoder", "export_encoder", "family_of", "native_image_size"]
 
 FAMILIES: dict[str, type[Encoder]] = {"llava": Llava15Encoder, "qwen2_5_vl": Qwen25VLEncoder}
 """By the model_type of config.json; add a file and its line here to support another."""
@@ -105,6 +105,24 @@ def build_encoder(
         load_weights(encoder, checkpoint, dtype)
     encoder.prepare()
     return encoder.eval().requires_grad_(False)
+
+
+def family_of(checkpoint: Path) -> str:
+    """Returns the preset's name of the checkpoint's family.
+
+    Raises:
+        EncoderError: As `export_encoder`.
+    """
+    return _family(checkpoint).family
+
+
+def native_image_size(checkpoint: Path) -> tuple[int, int] | None:
+    """Returns the only (width, height) that the checkpoint's encoder takes, None if it takes many.
+
+    Raises:
+        EncoderError: As `export_encoder`.
+    """
+    return _family(checkpoint).native_image_size(read_json(checkpoint, "config.json"))
 
 
 def _family(checkpoint: Path) -> type[Encoder]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mmtok_deploy.exporters.encoders.base import Encoder, EncoderError, as_matrix
@@ -47,6 +47,12 @@ class Llava15Encoder(Encoder):
         layers = self.vision_tower.encoder.layers
         self.vision_tower.encoder.layers = layers[: range(len(layers) + 1)[config.vision_feature_layer]]
         del self.vision_tower.post_layernorm
+
+    @classmethod
+    def native_image_size(cls, content: dict[str, Any]) -> tuple[int, int]:
+        """Returns the square that CLIP was trained on."""
+        side = content["vision_config"].get("image_size", CLIPVisionConfig().image_size)
+        return side, side
 
     def prepare(self) -> None:
         """Makes the patches' weights a matrix."""

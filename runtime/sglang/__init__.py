@@ -4,7 +4,8 @@
 2. `request` reads what a request asks for: its budget, and the text that guides the selection of each image.
 3. `placeholders` cuts an image's N placeholder tokens to K in the tokenizer process and leaves a plan on the image.
 4. `cache_key` makes guidance, budget and constants part of the image's identity in the prefix cache.
-5. `selection` picks the K tokens in the scheduler process, after the vision encoder.
-6. `positions` gives the kept tokens their own M-RoPE positions back.
+5. `feature_cache` gives the image's features in the scheduler process, from the vision encoder or from before.
+6. `selection` picks the K tokens, for all images of a prefill batch at once; `metrics` counts what it did.
+7. `positions` gives the kept tokens their own M-RoPE positions back.
 `families` holds one file a model family; `cpu_platform` lets all of it run on a machine without a GPU.
 """

@@ -1,4 +1,4 @@
-"""The identity of a pruned image in SGLang's prefix and embedding caches."""
+"""The identity of a pruned image: with its guidance in SGLang's caches, without it in the cache of features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
 from mmtok_deploy.runtime.sglang.settings import Settings
 
-__all__ = ["CacheKeys"]
+__all__ = ["CacheKeys", "image_key"]
+
+_IMAGE_KEY = "mmtok_image_key"
+# What says how an image's pixels lie, where the model is given it: equal pixels may be of images of another shape.
+_SHAPES = ("image_grid_thw", "image_sizes")
+
+
+def image_key(item: Any) -> int | None:
+    """Returns the identity of a pruned image without its guidance and budget, None for an image that is not pruned."""
+    key: int | None = item.model_specific_data.get(_IMAGE_KEY)
+    return key
 
 
 class CacheKeys:
@@ -29,12 +39,18 @@ class CacheKeys:
         inputs = original(output, **kwargs)
         for item in inputs.mm_items:
             plan = plan_of(item)
-            if plan is not None and "mmtok_image_hash" not in item.model_specific_data:
-                item.model_specific_data["mmtok_image_hash"] = item.hash
+            if plan is not None and image_key(item) is None:
+                shapes = [
+                    item.model_specific_data[name].tolist() for name in _SHAPES if name in item.model_specific_data
+                ]
+                item.model_specific_data[_IMAGE_KEY] = _hash(item.hash, plan.num_tokens, shapes)
                 item.set_hash(self.key(item.hash, plan))
         return inputs
 
     def key(self, image_hash: int, plan: ImagePlan) -> int:
         """Returns the 64-bit hash of an image under a plan."""
-        parts = (image_hash, plan.num_tokens, plan.num_kept, self._config, plan.guidance)
-        return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+        return _hash(image_hash, plan.num_tokens, plan.num_kept, self._config, plan.guidance)
+
+
+def _hash(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")

@@ -10,9 +10,11 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_loader.utils import get_resolved_model_impl
 
+from mmtok_deploy.runtime.sglang.engine_file import check_engine_file
 from mmtok_deploy.runtime.sglang.families import FAMILIES
+from mmtok_deploy.runtime.sglang.settings import Settings
 
-__all__ = ["UnsupportedServerError", "check_server", "family_of_server"]
+__all__ = ["UnsupportedServerError", "check_engine", "check_server", "family_of_server"]
 
 
 class UnsupportedServerError(ValueError):
@@ -51,6 +53,12 @@ def check_server(server_args: Any) -> None:
         raise UnsupportedServerError(
             "--mmtok-budget cannot be combined with " + "; nor with ".join(problems) + ". Drop one of the two."
         )
+
+
+def check_engine(server_args: Any, settings: Settings) -> None:
+    """Raises EngineMismatchError if the exported file is not for this model and budget, ArtifactError if not whole."""
+    model_config = model_config_of(server_args)
+    check_engine_file(settings, FAMILIES[settings.family](), model_config.hf_config, model_config.dtype)
 
 
 def _problems(cfg: Any) -> Iterator[str]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.guidance import guidance_words
+from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.runtime.executors import check_selection
 from mmtok_deploy.runtime.sglang.request import guidance_texts, requested_budget
 from mmtok_deploy.runtime.sglang.settings import Settings
 
@@ -54,6 +56,7 @@ class PlaceholderCutter:
     def __init__(self, settings: Settings, family: Any) -> None:
         self._settings = settings
         self._family = family
+        self._engine = None if settings.engine is None else Manifest.load(settings.engine)
 
     async def process_mm_data(
         self, original: Callable[..., Awaitable[Any]], processor: Any, image_data: Any, *args: Any, **kwargs: Any
@@ -99,6 +102,9 @@ class PlaceholderCutter:
             # falls back to evenly spaced tokens.
             num_kept = min(num_kept, num_tokens - int(excluded.sum())) or num_kept
         if num_kept < num_tokens:
+            if self._engine is not None:
+                from_tokens, keeps = self._family.selection_size(item, num_tokens, num_kept, config)
+                check_selection(self._engine, from_tokens, keeps, len(guidance))
             ImagePlan(num_tokens, num_kept, guidance, excluded).attach(item)
 
 

@@ -42,7 +42,7 @@ class PositionWriter:
 
     def prepare_mm_inputs(
         self,
-        original: Callable[..., Any],
+        prepare: Callable[..., Any],
         input_ids: Tensor,
         forward_batch: Any,
         language_model: Any,
@@ -60,14 +60,15 @@ class PositionWriter:
             if self._selector.remembered(span.key) is None:
                 # A cached embedding whose selection is forgotten has no positions: have the image encoded again.
                 _drop_cached_embedding(span.key)
-        embeddings = original(input_ids, forward_batch, language_model, *args, **kwargs)
+        embeddings = prepare(input_ids, forward_batch, language_model, *args, **kwargs)
         positions = forward_batch.mrope_positions
         for span in spans:
             kept = self._selector.remembered(span.key)
             if kept is None or span.plan.positions is None:
                 raise RuntimeError(f"MMTok: the image {span.key:#x} is in this batch, but was not selected")
-            chosen = span.plan.positions.to(positions.device)[:, kept[span.kept].to(positions.device)]
-            positions[:, span.batch] = chosen
+            # Neither copy waits: the kept indices are on the device, the N positions on the host.
+            original = span.plan.positions.to(positions.device, non_blocking=True)
+            positions[:, span.batch] = original[:, kept[span.kept]]
         return embeddings
 
     def forward(self, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

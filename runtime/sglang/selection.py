@@ -1,27 +1,49 @@
-"""Picking the tokens of an image in the scheduler process, right after the vision encoder."""
+"""Picking the tokens of a prefill batch's images in the scheduler process, right after the vision encoder."""
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmtok_deploy.problem import Selection, SelectionProblem
+from mmtok_deploy.runtime.executors import EngineExecutor, Executor, make_executor
+from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics, start_clock
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
+from mmtok_deploy.runtime.sglang.ranks import num_ranks, of_first_rank
 from mmtok_deploy.runtime.sglang.settings import Settings
-from mmtok_deploy.selection import select_tokens
 
-__all__ = ["TokenSelector"]
+__all__ = ["ImageTokens", "TokenSelector"]
 
 logger = logging.getLogger(__name__)
 
 # Remembered selections: 8 bytes a kept token, so about 20 MB at 160 tokens; SGLang's own cache of embeddings (100 MB
 # by default) holds far fewer images.
 _MAX_REMEMBERED = 16384
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageTokens:
+    """The tokens of one image, or of one tile, to select from.
+
+    Args:
+        key: What to remember the selection by.
+        plan: The image's plan.
+        vision: [N, D] tokens after the projector.
+        keys: [N, d] features before it.
+        num_kept: K, the tokens to keep of these.
+    """
+
+    key: object
+    plan: ImagePlan
+    vision: Tensor
+    keys: Tensor
+    num_kept: int
 
 
 class TokenSelector:
@@ -31,82 +53,144 @@ class TokenSelector:
     in another batch and so with other rounding, must not change its mind about which tokens it keeps.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._config = settings.config
-        self._kept: OrderedDict[Any, Tensor] = OrderedDict()
-        self.num_fallbacks = 0
+    def __init__(self, settings: Settings, metrics: SelectionMetrics) -> None:
+        self._settings = settings
+        self._executor: Executor | None = None
+        self._metrics = metrics
+        self._kept: OrderedDict[object, Tensor] = OrderedDict()
 
-    def select(
-        self,
-        key: object,
-        plan: ImagePlan,
-        vision: Tensor,
-        keys: Tensor,
-        embed: Callable[[Tensor], Tensor],
-        num_kept: int | None = None,
-    ) -> Tensor:
-        """Returns the kept tokens of one image, or of one tile, in raster order.
+    def init_model_worker(self, original: Callable[..., None], scheduler: Any) -> None:
+        """Makes what runs the selection as soon as the model is on its device: what cannot run ends the server here.
 
-        A selection that cannot be made (NaN features, every token excluded) never takes the scheduler down: evenly
-        spaced tokens take its place, with a log line and a count.
+        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.init_model_worker. Can go when SGLang calls plugins
+        once the model is loaded.
+        """
+        original(scheduler)
+        self.start(next(scheduler.tp_worker.model_runner.model.parameters()).device)
+
+    def start(self, device: torch.device) -> None:
+        """Makes what runs the selection, and has an exported file select once.
+
+        Raises:
+            ArtifactError: The exported file is not whole.
+            EngineError: It cannot run on the device.
+        """
+        settings = self._settings
+        self._executor = make_executor(settings.backend, device, settings.config, settings.engine, settings.provider)
+        if isinstance(self._executor, EngineExecutor):
+            self._executor.warm_up()
+        logger.info("MMTok: tokens are selected by %s", self._executor.name)
+
+    def select(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Returns the kept tokens of each image in raster order, [K] int64 on the features' device.
+
+        All of them are selected in one call, and nothing here waits for the device. A selection that cannot be made
+        (NaN features, every token excluded, no memory) never takes the scheduler down: evenly spaced tokens take its
+        place, with a log line and a count.
 
         Args:
-            key: What to remember the selection by.
-            plan: The image's plan.
-            vision: [N, D] tokens after the projector.
-            keys: [N, d] features before it.
+            images: The images of a prefill batch: sglang 0.5.23 srt/managers/mm_schedule.py
+                `_batch_encode_per_image_misses` asks once for all requests' images whose embeddings it does not hold
+                (on ROCm, NPU and XPU `_get_chunked_embedding_by_item` once a request).
             embed: The language model's input embedding.
-            num_kept: Tokens to keep, if these are not the whole image's.
-
-        Returns:
-            [K] int64 on the features' device.
         """
-        num_kept = plan.num_kept if num_kept is None else num_kept
-        remembered = self._kept.get(key)
-        if remembered is None:
-            remembered = self._select(plan, vision, keys, embed, num_kept)
-            self._kept[key] = remembered
-            if len(self._kept) > _MAX_REMEMBERED:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return remembered
+        new: dict[object, ImageTokens] = {}
+        for image in images:
+            if image.key not in self._kept:
+                new.setdefault(image.key, image)
+        if new:
+            self._kept.update(zip(new, self._select(list(new.values()), embed), strict=True))
+        for image in images:
+            self._kept.move_to_end(image.key)
+        kept = [self._kept[image.key] for image in images]
+        while len(self._kept) > _MAX_REMEMBERED:
+            self._kept.popitem(last=False)
+        return kept
 
     def remembered(self, key: object) -> Tensor | None:
         """Returns the selection under `key`, None if there is none (any more)."""
         return self._kept.get(key)
 
-    def _select(
-        self, plan: ImagePlan, vision: Tensor, keys: Tensor, embed: Callable[[Tensor], Tensor], num_kept: int
-    ) -> Tensor:
-        guidance = torch.tensor(plan.guidance, dtype=torch.int64, device=vision.device)
-        # Embedded before anything can fail: with tensor parallelism every rank has to take part.
-        text = embed(guidance) if plan.guidance else vision.new_empty(0, vision.shape[1])
-        excluded = None if plan.excluded is None else plan.excluded.to(vision.device)
+    def _select(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        clock = start_clock(images[0].vision.device)
+        texts = self._embed_guidance(images, embed)
+        selections = [None] * len(images) if texts is None else self._run(images, texts)
+        kept, made, is_finite = [], [], []
+        for image, selection in zip(images, selections, strict=True):
+            indices = _evenly_spaced(len(image.vision), image.num_kept, image.vision.device)
+            if selection is not None:
+                # Decided on the device: the host would have to wait for the features' values.
+                is_finite.append(torch.isfinite(selection.total))
+                indices = torch.where(is_finite[-1], selection.kept, indices)
+                made.append((len(image.vision), image.num_kept))
+            kept.append(indices)
+        if made:
+            self._metrics.count_call(clock, made, torch.stack(is_finite))
+        return of_first_rank(kept)
+
+    def _embed_guidance(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor] | None:
+        """Returns each image's [M, D] guidance embeddings, from one call; None without the memory for it."""
+        # Images of one turn share their text.
+        lengths = {tuple(image.plan.guidance): len(image.plan.guidance) for image in images}
+        ids = torch.tensor([token for guidance in lengths for token in guidance], dtype=torch.int64)
+        vision = images[0].vision
         try:
-            selection = select_tokens(vision, keys, text, num_kept, config=self._config, excluded=excluded)
-            if len(selection) != num_kept:
-                raise ValueError(f"only {len(selection)} of {num_kept} tokens may be picked")
-        except Exception as error:  # whatever it is, it is one image's; the server has others
-            self.num_fallbacks += 1
-            _fallback_metric().inc()
-            logger.warning(
-                "MMTok: no selection for an image of %d tokens (%s: %s); %d evenly spaced tokens instead, the "
-                "%d. time since the start",
-                len(vision),
-                type(error).__name__,
-                error,
-                num_kept,
-                self.num_fallbacks,
-            )
-            # In integers: float32 repeats a token where there are more than 10,000.
-            return torch.arange(num_kept, device=vision.device) * (len(vision) - 1) // max(num_kept - 1, 1)
-        return selection.kept
+            rows = embed(ids.to(vision.device, non_blocking=True)) if len(ids) else vision.new_empty(0, vision.shape[1])
+        except torch.OutOfMemoryError as error:
+            if num_ranks() > 1:
+                # The other ranks are in the embedding's collective; going on would pair it with another one.
+                raise
+            for image in images:
+                self._metrics.count_fallback(len(image.vision), image.num_kept, f"{len(ids)} guidance tokens: {error}")
+            return None
+        texts = dict(zip(lengths, rows.split(list(lengths.values())), strict=True))
+        return [texts[tuple(image.plan.guidance)] for image in images]
+
+    def _run(self, images: Sequence[ImageTokens], texts: Sequence[Tensor]) -> list[Selection | None]:
+        """Returns each image's selection, None where it cannot be made."""
+        problems: dict[int, SelectionProblem] = {}
+        for place, (image, text) in enumerate(zip(images, texts, strict=True)):
+            why = self._obstacle(image, text)
+            if why is None:
+                excluded = image.plan.excluded
+                if excluded is not None:
+                    excluded = excluded.to(image.vision.device, non_blocking=True)
+                problems[place] = SelectionProblem(image.vision, image.keys, text, image.num_kept, excluded)
+            else:
+                self._metrics.count_fallback(len(image.vision), image.num_kept, why)
+        made = dict(zip(problems, self._run_backend(list(problems.values())), strict=True))
+        return [made.get(place) for place in range(len(images))]
+
+    def _obstacle(self, image: ImageTokens, text: Tensor) -> str | None:
+        """Returns why no selection can be made, as far as the host knows; the plan's mask is on the host."""
+        excluded = image.plan.excluded
+        num_pickable = len(image.vision) - (0 if excluded is None else int(excluded.sum()))
+        if num_pickable < image.num_kept:
+            return f"only {num_pickable} of {image.num_kept} tokens may be picked"
+        if self._settings.config.coverage == "text" and not len(text):
+            return "text coverage without guidance"
+        return None
+
+    def _run_backend(self, problems: Sequence[SelectionProblem]) -> list[Selection | None]:
+        """Returns each problem's selection from one call; if that fails, from one call each, None where that fails."""
+        if not problems:
+            return []
+        if self._executor is None:
+            raise RuntimeError("MMTok: an image is to be pruned before the model is loaded")
+        try:
+            selections = self._executor.select(problems)
+            if [len(selection) for selection in selections] != [problem.num_picks for problem in problems]:
+                raise RuntimeError("the backend returned another number of tokens than asked for")
+            return list(selections)
+        except Exception as error:  # whatever it is, it may be one image's; the server has others
+            why = f"{type(error).__name__}: {error}"
+        # After the handler, to whose end the error holds the memory of the call that failed.
+        if len(problems) > 1:
+            return [self._run_backend([problem])[0] for problem in problems]
+        self._metrics.count_fallback(len(problems[0].vision), problems[0].num_picks, why)
+        return [None]
 
 
-@cache
-def _fallback_metric() -> Any:
-    # Imported here: prometheus_client looks for SGLang's multi-process folder when it is first imported, and that
-    # folder is set between the moment the hooks are installed and the start of the schedulers.
-    from prometheus_client import Counter
-
-    return Counter("mmtok:selection_fallbacks", "Images that kept evenly spaced tokens for want of a selection.")
+def _evenly_spaced(num_tokens: int, num_kept: int, device: torch.device) -> Tensor:
+    # In integers: float32 repeats a token where there are more than 10,000.
+    return torch.arange(num_kept, device=device) * (num_tokens - 1) // max(num_kept - 1, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import sglang.srt.server_args
@@ -12,7 +13,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
-from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_deploy.runtime.sglang.settings import DEFAULT_FEATURE_CACHE_MB, Settings
 
 __all__ = ["MMTokServerArgs"]
 
@@ -70,6 +71,32 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         Arg(help="MMTok: which words of a question guide the selection. Default: the model family's preset."),
         NS("mm"),
     ] = None
+    mmtok_backend: A[
+        Literal["auto", "torch", "onnxruntime", "tensorrt"] | None,
+        Arg(
+            help="MMTok: what runs the selection. Default: auto, the file of --mmtok-engine if there is one, else "
+            "PyTorch. One that cannot run is an error at start."
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_engine: A[
+        str | None,
+        Arg(help="MMTok: an ONNX file or TensorRT engine written by mmtok export selection, to run the selection."),
+        NS("mm"),
+    ] = None
+    mmtok_onnxruntime_provider: A[
+        Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] | None,
+        Arg(help="MMTok: ONNX Runtime's execution provider for an ONNX file. Default: the device's."),
+        NS("mm"),
+    ] = None
+    mmtok_feature_cache_mb: A[
+        int | None,
+        Arg(
+            help="MMTok: MiB of vision features kept by image on the device, so that another question about an image "
+            "does not encode it again; 0 keeps none. Default: 256."
+        ),
+        NS("mm"),
+    ] = None
 
     def __post_init__(self) -> None:
         """Checks the flags as soon as they are given.
@@ -94,16 +121,19 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
 
         Raises:
             UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all.
+            ArtifactError: The exported file is not whole.
+            EngineMismatchError: It was exported for another model, budget or dtype.
             HookError: A hook point of SGLang is missing or has changed, or the process has hooks of other settings.
         """
         super().resolve_once()
         if self.mmtok_budget is None:
             _install(None)
             return
-        from mmtok_deploy.runtime.sglang.compatibility import check_server, family_of_server
+        from mmtok_deploy.runtime.sglang.compatibility import check_engine, check_server, family_of_server
 
         self._mmtok_settings = self._settings(family_of_server(self))
         check_server(self)
+        check_engine(self, self._mmtok_settings)
         _install(self._mmtok_settings)
 
     def resolved_dict(self) -> dict[str, Any]:
@@ -125,11 +155,17 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             "coverage": self.mmtok_coverage,
         }
         minimum = 1 if self.mmtok_min_tokens is None else self.mmtok_min_tokens
+        cache_mb = DEFAULT_FEATURE_CACHE_MB if self.mmtok_feature_cache_mb is None else self.mmtok_feature_cache_mb
         return Settings(
             family=family,
             budget=Budget.parse(self.mmtok_budget, minimum=minimum),
             config=replace(preset.config, **{name: value for name, value in flags.items() if value is not None}),
             guidance=self.mmtok_guidance or preset.guidance,
+            backend=self.mmtok_backend or "auto",
+            # Absolute: the server's processes need not share a folder.
+            engine=None if self.mmtok_engine is None else Path(self.mmtok_engine).absolute(),
+            provider=self.mmtok_onnxruntime_provider,
+            feature_cache_mb=cache_mb,
         )
 
 

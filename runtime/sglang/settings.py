@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.guidance import GuidanceRule
+from mmtok_deploy.runtime.executors import ExecutorName
 
-__all__ = ["Settings"]
+__all__ = ["DEFAULT_FEATURE_CACHE_MB", "Settings"]
+
+DEFAULT_FEATURE_CACHE_MB = 256
+"""43 images of LLaVA-1.5 7B, 15 of a megapixel on Qwen2.5-VL 7B: those of the conversations at hand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +26,36 @@ class Settings:
         budget: Tokens an image keeps where the request names no budget of its own.
         config: Temperatures, weight, coverage.
         guidance: How guidance words are taken from a question.
+        backend: What runs the selection.
+        engine: The exported file that does, if one does.
+        provider: ONNX Runtime's, instead of the device's own.
+        feature_cache_mb: MiB of vision features kept by image in each scheduler process; 0 keeps none.
 
     Raises:
-        ValueError: An unknown guidance rule.
+        ValueError: An unknown guidance rule, a backend without the file that it runs or the other way round, or a
+            negative size.
     """
 
     family: str
     budget: Budget
     config: SelectionConfig
     guidance: GuidanceRule
+    backend: ExecutorName = "auto"
+    engine: Path | None = None
+    provider: str | None = None
+    feature_cache_mb: int = DEFAULT_FEATURE_CACHE_MB
 
     def __post_init__(self) -> None:
         if self.guidance not in get_args(GuidanceRule):
             raise ValueError(f"guidance is one of {', '.join(get_args(GuidanceRule))}, got {self.guidance!r}")
+        if self.backend in ("onnxruntime", "tensorrt") and self.engine is None:
+            raise ValueError(f"--mmtok-backend {self.backend} runs an exported file: add --mmtok-engine FILE")
+        if self.backend == "torch" and self.engine is not None:
+            raise ValueError("--mmtok-backend torch runs no exported file: drop --mmtok-engine, or the backend")
+        if self.provider is not None and self.engine is None:
+            raise ValueError("--mmtok-onnxruntime-provider is for an exported file: add --mmtok-engine FILE.onnx")
+        if self.feature_cache_mb < 0:
+            raise ValueError(f"feature_cache_mb is at least 0, got {self.feature_cache_mb}")
 
     def flags(self) -> dict[str, Any]:
         """Returns the settings as the values of the --mmtok-* flags, for `/server_info`."""
@@ -45,4 +67,8 @@ class Settings:
             "mmtok_alpha": self.config.alpha,
             "mmtok_coverage": self.config.coverage,
             "mmtok_guidance": self.guidance,
+            "mmtok_backend": self.backend,
+            "mmtok_engine": None if self.engine is None else str(self.engine),
+            "mmtok_onnxruntime_provider": self.provider,
+            "mmtok_feature_cache_mb": self.feature_cache_mb,
         }

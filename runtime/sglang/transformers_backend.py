@@ -10,37 +10,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers import mm_utils
 from sglang.srt.managers.schedule_batch import MultimodalDataItem
 from torch import Tensor
 
+from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
 
-__all__ = ["PROCESSOR_HOOK", "SelectFeatures", "backend_hooks", "separate_images"]
+__all__ = ["EncodedImage", "PROCESSOR_HOOK", "SelectFeatures", "backend_hooks", "separate_images"]
 
 PROCESSOR_HOOK = (
     "multimodal.processors.transformers_auto.TransformersAutoMultimodalProcessor.process_mm_data_async",
     "self image_data audio_data input_text request_obj kwargs",
 )
 
-SelectFeatures = Callable[[Any, Any, ImagePlan, Tensor, Tensor], Tensor]
-"""(model, item, plan, vision [tiles, n, D], keys [tiles, n, d]) -> the kept tokens [K, D]."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImage:
+    """A pruned image after the encoder: SGLang's item, its plan, features [tiles, n, ...]."""
+
+    item: Any
+    plan: ImagePlan
+    features: Features
+
+
+SelectFeatures = Callable[[Any, Sequence[EncodedImage]], list[Tensor]]
+"""(model, images of a batch) -> the kept tokens [K, D] of each."""
 
 _MIXIN = "models.transformers.MultiModalMixin"
 
 
-def backend_hooks(select: SelectFeatures) -> list[Hook]:
+def backend_hooks(cache: FeatureCache, select: SelectFeatures) -> list[Hook]:
     """Returns the hooks that lead images through the embedding path and prune them on it.
 
     Args:
-        select: Picks an image's tokens from its features.
+        cache: Gives an image's features, encoded now or before.
+        select: Picks the tokens of a batch's images from their features.
     """
 
     def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> list[Tensor]:
-        return [_encode(original, model, item, select) for item in items]
+        plans = {place: plan for place, item in enumerate(items) if (plan := plan_of(item)) is not None}
+        features = cache.recall(
+            [items[place] for place in plans],
+            lambda missing: [_encode_for_selection(original, model, item) for item in missing],
+        )
+        images = [
+            EncodedImage(items[place], plan, each) for (place, plan), each in zip(plans.items(), features, strict=True)
+        ]
+        kept = dict(zip(plans, select(model, images), strict=True))
+        return [kept[place] if place in kept else _encode(original, model, item) for place, item in enumerate(items)]
 
     return [
         Hook(f"{_MIXIN}.pad_input_ids", "self input_ids mm_inputs", _pad_input_ids),
@@ -100,24 +122,28 @@ def _pad_input_ids(_original: Callable[..., Any], _model: Any, input_ids: Any, m
     return mm_utils.pad_mm_tokens(input_ids, mm_inputs)
 
 
-def _encode(original: Callable[..., Tensor], model: Any, item: Any, select: SelectFeatures) -> Tensor:
-    plan = plan_of(item)
-    data = item.model_specific_data
-    projected: list[tuple[Tensor, Tensor]] = []
-    # The backend passes everything on the item to the Hugging Face encoder as an argument: show it the model's own.
-    item.model_specific_data = {name: value for name, value in data.items() if not name.startswith("mmtok")}
+def _encode_for_selection(original: Callable[..., Tensor], model: Any, item: Any) -> Features:
+    """Returns what goes into the projector and what comes out of it, tile by tile."""
+    projected: list[Features] = []
     hook = model.model.multi_modal_projector.register_forward_hook(
-        lambda _, inputs, tokens: projected.append((inputs[0], tokens))
+        lambda _, inputs, tokens: projected.append(Features(vision=tokens, keys=inputs[0]))
     )
     try:
-        unpruned = original(model, [item])
+        _encode(original, model, item)
     finally:
         hook.remove()
+    (features,) = projected
+    return features
+
+
+def _encode(original: Callable[..., Tensor], model: Any, item: Any) -> Tensor:
+    data = item.model_specific_data
+    # The backend passes everything on the item to the Hugging Face encoder as an argument: show it the model's own.
+    item.model_specific_data = {name: value for name, value in data.items() if not name.startswith("mmtok")}
+    try:
+        return original(model, [item])
+    finally:
         item.model_specific_data = data
-    if plan is None:
-        return unpruned
-    ((keys, vision),) = projected
-    return select(model, item, plan, vision, keys)
 
 
 def _forward_hidden_states(

@@ -27,9 +27,12 @@ LAZY_ENTRY_POINTS = {"mmtok_deploy/cli.py", "mmtok_deploy/doctor.py"}
 # Library -> the only files (or folders, ending in a slash) that import it.
 SERVES: dict[str, tuple[str, ...]] = {
     "sglang": ("runtime/sglang/",),
-    "onnx": (),
-    "onnxruntime": (),
-    "tensorrt": (),
+    "onnx": ("exporters/artifact.py",),
+    "onnx_ir": ("exporters/",),
+    "onnxscript": ("exporters/",),
+    "onnxruntime": ("mmtok_deploy/engines/onnxruntime.py",),
+    "tensorrt": ("mmtok_deploy/engines/tensorrt.py",),
+    "tensorrt_rtx": ("mmtok_deploy/engines/tensorrt.py",),
     "triton": (),
 }
 
@@ -89,6 +92,7 @@ def all_imports() -> list[Import]:
     files = [
         *(ROOT / PACKAGE).glob("*.py"),
         *(ROOT / PACKAGE / "backends").glob("*.py"),
+        *(ROOT / PACKAGE / "engines").glob("*.py"),
         *(path for top in LINKED for path in (ROOT / top).rglob("*.py")),
     ]
     return [

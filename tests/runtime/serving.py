@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,11 @@ class Served:
         with urllib.request.urlopen(self.server.url + path, timeout=30) as answer:
             text: str = answer.read().decode()
         return text
+
+    def metric(self, name: str) -> float:
+        """Returns one of the plugin's metrics, 0 for one that was not counted yet."""
+        found = re.search(rf"^mmtok:{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
     def flush_cache(self) -> None:
         self.post("/flush_cache?timeout=30")

@@ -20,6 +20,7 @@ from mmtok_deploy import Budget
 from mmtok_deploy.bench.tiny_checkpoints import TinyFamily, make_tiny_checkpoint
 from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
+from mmtok_deploy.runtime.sglang.selection import ImageTokens
 from mmtok_deploy.runtime.sglang.settings import Settings
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Request",
     "features",
     "image_item",
+    "image_tokens",
     "make_settings",
     "mrope_positions",
     "prompt_output",
@@ -78,6 +80,12 @@ def features(num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, torch.nn.E
         torch.randn(size, generator=generator) for size in ((num_tokens, 8), (num_tokens, 6), (16, 8))
     )
     return vision, keys, torch.nn.Embedding.from_pretrained(rows)
+
+
+def image_tokens(key: object, plan: ImagePlan, seed: int = 0) -> tuple[ImageTokens, torch.nn.Embedding]:
+    """Returns an image's tokens as the selector gets them, and an input embedding of 16 ids."""
+    vision, keys, embed = features(plan.num_tokens, seed)
+    return ImageTokens(key, plan, vision, keys, plan.num_kept), embed
 
 
 def tiny_checkpoint(factory: pytest.TempPathFactory, family: TinyFamily) -> str:

@@ -12,6 +12,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
 from mmtok_deploy.runtime.sglang.families import Family
+from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, PlaceholderCutter, cut_placeholders, plan_of
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
@@ -157,7 +158,13 @@ class StandInFamily(Family):
     def excluded(self, item: Any) -> Tensor | None:
         return self._excluded
 
-    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
+    def vision_width(self, config: Any) -> int:
+        return 8
+
+    def keys_width(self, config: Any) -> int:
+        return 6
+
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         return []
 
 

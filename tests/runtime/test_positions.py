@@ -10,10 +10,11 @@ from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalSta
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
+from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
 from mmtok_deploy.runtime.sglang.positions import PositionWriter
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
-from tests.runtime.stand_ins import features, image_item, make_settings, mrope_positions
+from tests.runtime.stand_ins import image_item, image_tokens, make_settings, mrope_positions
 
 NUM_TOKENS, NUM_KEPT = 12, 5
 FIRST_RANK = SimpleNamespace(pp_group=SimpleNamespace(is_first_rank=True))
@@ -46,7 +47,8 @@ class Encoder:
     """What SGLang does in `prepare_mm_inputs`: selects each image once, then drops the batch's inputs."""
 
     def __init__(self) -> None:
-        self.selector = TokenSelector(make_settings(NUM_KEPT))
+        self.selector = TokenSelector(make_settings(NUM_KEPT), SelectionMetrics())
+        self.selector.start(torch.device("cpu"))
         self.writer = PositionWriter(self.selector)
         self.encoded: list[int] = []
 
@@ -58,7 +60,8 @@ class Encoder:
                     self.encoded.append(item.hash)
                     values = dict(item.model_specific_data.get("mmtok") or {})
                     if values:
-                        self.selector.select(item.hash, ImagePlan(**values), *features(NUM_TOKENS, seed=item.hash))
+                        image, embed = image_tokens(item.hash, ImagePlan(**values), seed=item.hash)
+                        self.selector.select([image], embed)
         batch.mm_inputs = None
         return "embeddings"
 
@@ -145,7 +148,8 @@ def test_an_image_that_was_not_selected_stops_the_batch(with_positions: bool) ->
     encoder = Encoder()
     item = pruned_image(0, key=171, with_positions=with_positions)
     if not with_positions:
-        encoder.selector.select(item.hash, ImagePlan(NUM_TOKENS, NUM_KEPT, []), *features(NUM_TOKENS))
+        image, embed = image_tokens(item.hash, ImagePlan(NUM_TOKENS, NUM_KEPT, []))
+        encoder.selector.select([image], embed)
     batch = make_batch((mm_inputs(item), 0, NUM_KEPT))
     with pytest.raises(RuntimeError, match="the image 0xab is in this batch, but was not selected"):
         encoder.writer.prepare_mm_inputs(lambda *_: None, torch.zeros(NUM_KEPT), batch, FIRST_RANK, {})

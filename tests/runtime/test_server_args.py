@@ -29,6 +29,10 @@ FLAGS = [
     "--mmtok-alpha",
     "--mmtok-coverage",
     "--mmtok-guidance",
+    "--mmtok-backend",
+    "--mmtok-engine",
+    "--mmtok-onnxruntime-provider",
+    "--mmtok-feature-cache-mb",
 ]
 
 
@@ -60,6 +64,8 @@ def test_the_servers_help_lists_the_flags() -> None:
         *((["--mmtok-budget", value], "or 'all' for no pruning") for value in ("0", "-3", "1.5", "150%", "ten", "")),
         (["--mmtok-budget", "64", "--mmtok-coverage", "image"], "multimodal"),
         (["--mmtok-budget", "64", "--mmtok-guidance", "words"], "keywords"),
+        (["--mmtok-budget", "64", "--mmtok-backend", "openvino"], "onnxruntime"),
+        (["--mmtok-budget", "64", "--mmtok-onnxruntime-provider", "cpu"], "CPUExecutionProvider"),
         (["--mmtok-budget", "64", "--mmtok-alpha", "half"], "--mmtok-alpha"),
         (["--mmtok-budget", "64", "--mmtok-min-tokens", "1.5"], "--mmtok-min-tokens"),
     ],
@@ -84,6 +90,7 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
         ({"mmtok_coverage": "image"}, "coverage is one of multimodal"),
         ({"mmtok_guidance": "words"}, "guidance is one of keywords, question, got 'words'"),
         ({"mmtok_min_tokens": 0}, "minimum is a whole number"),
+        ({"mmtok_feature_cache_mb": -1}, "feature_cache_mb is at least 0, got -1"),
     ],
 )
 def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], named: str) -> None:
@@ -91,7 +98,15 @@ def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], na
         MMTokServerArgs(**{"model_path": "model", "mmtok_budget": "64", **flags})
 
 
-@pytest.mark.parametrize("flag", [("--mmtok-alpha", "1"), ("--mmtok-min-tokens", "4"), ("--mmtok-coverage", "text")])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--mmtok-alpha", "1"),
+        ("--mmtok-min-tokens", "4"),
+        ("--mmtok-coverage", "text"),
+        ("--mmtok-feature-cache-mb", "0"),
+    ],
+)
 def test_a_flag_without_a_budget_is_refused(flag: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=f"^{flag[0]} has no effect without --mmtok-budget"):
         parsed(*flag)
@@ -129,9 +144,12 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
                 "mmtok_alpha": 0.0,
                 "mmtok_coverage": "text",
                 "mmtok_guidance": "keywords",
+                "mmtok_feature_cache_mb": 0,
             },
             "qwen2.5-vl",
-            Settings("qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0, "text"), "keywords"),
+            Settings(
+                "qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0, "text"), "keywords", feature_cache_mb=0
+            ),
         ),
         (
             {"mmtok_budget": "all"},
@@ -174,6 +192,10 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_alpha": 1.0,
         "mmtok_coverage": "multimodal",
         "mmtok_guidance": "question",
+        "mmtok_backend": "auto",
+        "mmtok_engine": None,
+        "mmtok_onnxruntime_provider": None,
+        "mmtok_feature_cache_mb": 256,
     }
 
 

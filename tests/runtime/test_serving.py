@@ -233,6 +233,7 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_alpha": preset.config.alpha,
         "mmtok_coverage": "multimodal",
         "mmtok_guidance": preset.guidance,
+        "mmtok_feature_cache_mb": 256,
     }
     assert all(value is None for name, value in plain.items() if name.startswith("mmtok"))
 

@@ -1,6 +1,8 @@
-"""What the prefix cache shares, and what it must not."""
+"""What the caches share, and what they must not."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -56,6 +58,44 @@ def test_an_image_encoded_before_is_right_under_another_prompt(cached: Served) -
     repeated = Chat((("system", ("Be brief.",)),)).then("user", small("coffee"), CUP)
     for other in (chat, repeated):
         cached.check(other, cached.ask(other, mmtok_guidance=CUP), guidance=[CUP])
+
+
+def test_another_question_does_not_encode_the_image_again(cached: Served) -> None:
+    image = small("rocket", 252, 224)
+    encoded, hits = cached.metric("encoded_images_total"), cached.metric("feature_cache_hits_total")
+    for question, budget in ((CUP, 0.1), (CATS, 0.1), (CUP, 0.2)):
+        chat = Chat.ask(image, question)
+        cached.check(chat, cached.ask(chat, mmtok_budget=budget), budget)
+    assert cached.metric("encoded_images_total") - encoded == 1
+    assert cached.metric("feature_cache_hits_total") - hits == 2
+
+
+def test_a_flush_forgets_features(cached: Served) -> None:
+    image = small("rocket", 224, 252)
+    encoded = cached.metric("encoded_images_total")
+    for question in (CUP, CATS):
+        cached.ask(Chat.ask(image, question))
+        assert cached.metric("feature_cache_bytes") > 0
+        cached.flush_cache()
+        assert cached.metric("feature_cache_bytes") == 0
+    assert cached.metric("encoded_images_total") - encoded == 2
+
+
+def test_what_selection_did_is_in_the_metrics_and_in_the_log(cached: Served) -> None:
+    names = ("selections_total", "selection_tokens_in_total", "selection_tokens_kept_total")
+    calls = "selection_milliseconds_count"
+    before = [cached.metric(name) for name in (*names, calls)]
+    account = cached.ask(Chat.ask(small("rocket", 224, 224), small("coffee", 224, 224), CUP))
+    selections, tokens_in, tokens_kept, num_calls = (
+        cached.metric(name) - value for name, value in zip((*names, calls), before, strict=True)
+    )
+    assert num_calls == 1
+    # LLaVA-NeXT selects from each tile.
+    assert selections >= 2
+    assert tokens_kept == account["image_tokens"]
+    assert tokens_in > 9 * tokens_kept
+    assert cached.metric("selection_milliseconds_sum") > 0
+    assert re.search(r"MMTok: \d+ selections in 1 calls of .* tokens, 0 fallbacks; ", cached.server.log_text())
 
 
 def _tokens_before_the_image(served: Served, chat: Chat) -> int:

@@ -1,4 +1,4 @@
-"""Chunked prefill through the middle of images, retraction, and embeddings that no cache keeps."""
+"""Chunked prefill through the middle of images, retraction, and caches that lose an image between its chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from tests.runtime.serving import Served
 
 QUESTION = "What is in this picture, and which colours are there?"
 BUDGET: dict[str, float] = {"qwen2.5-vl": 0.5, "llava-1.5": 0.1, "llava-next": 0.1}
-# Each chunk of an image encodes it anew, and every eleventh step retracts a request if two or more are decoding.
+# Room for the features of one photograph of the size below.
+FEATURE_CACHE_MB = {"qwen2.5-vl": 1, "llava-1.5": 1, "llava-next": 3}
+SIZE = {"qwen2.5-vl": (728, 728), "llava-1.5": (336, 252), "llava-next": (336, 252)}
+# SGLang keeps no embedding, so each chunk of an image asks for its features anew, and every eleventh step retracts a
+# request if two or more are decoding.
 ENVIRONMENT: dict[str, Any] = {
     "SGLANG_VLM_CACHE_SIZE_MB": "0",
     "SGLANG_TEST_RETRACT": "1",
@@ -25,9 +29,14 @@ ENVIRONMENT: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def chunked(request: pytest.FixtureRequest) -> Iterator[Served]:
-    """Chunks of 32 tokens, no cache of embeddings, retractions."""
+    """Chunks of 32 tokens, no cache of embeddings, a cache of one image's features, retractions."""
     family: TinyFamily = request.param
-    arguments = (f"--mmtok-budget={BUDGET[family]}", "--chunked-prefill-size=32")
+    arguments = (
+        f"--mmtok-budget={BUDGET[family]}",
+        "--chunked-prefill-size=32",
+        "--enable-metrics",
+        f"--mmtok-feature-cache-mb={FEATURE_CACHE_MB[family]}",
+    )
     with make_server(family, *arguments, **ENVIRONMENT) as server:
         yield Served(family, server, judge_of(family))
 
@@ -47,6 +56,35 @@ def test_prompts_that_share_their_first_image(chunked: Served) -> None:
     shorter = Chat.ask(small("coffee"), QUESTION)
     chunked.check(shorter, chunked.ask(shorter), BUDGET[chunked.family])
     chunked.check(chat, chunked.ask(chat), BUDGET[chunked.family])
+
+
+def test_images_that_drive_each_other_out_between_chunks(chunked: Served) -> None:
+    one, other = (small(name, *SIZE[chunked.family]) for name in ("coffee", "chelsea"))
+    chat = Chat.ask(one, other, one, QUESTION)
+    chunked.flush_cache()
+    encoded, hits = chunked.metric("encoded_images_total"), chunked.metric("feature_cache_hits_total")
+    chunked.check(chat, chunked.ask(chat), BUDGET[chunked.family])
+    # Each time the other comes in between; chunks of the one that is held are hits.
+    assert chunked.metric("encoded_images_total") - encoded >= 3
+    assert chunked.metric("feature_cache_hits_total") - hits >= 3
+    assert 0 < chunked.metric("feature_cache_bytes") <= FEATURE_CACHE_MB[chunked.family] << 20
+
+
+def test_features_that_are_held_change_nothing(chunked: Served) -> None:
+    """The same prompt after a question about its image and after one about another: to the last bit."""
+    image, another = (small(name, *SIZE[chunked.family]) for name in ("astronaut", "rocket"))
+    chat = Chat.ask(image, QUESTION)
+    accounts, encoded = [], []
+    for first in (another, image):
+        chunked.flush_cache()
+        chunked.ask(Chat.ask(first, "Is it dark?"))
+        before = chunked.metric("encoded_images_total")
+        accounts.append(chunked.ask(chat))
+        encoded.append(chunked.metric("encoded_images_total") - before)
+    assert encoded == [1, 0]
+    for field in ("text", "cached_tokens", "output_token_logprobs", "output_top_logprobs"):
+        assert accounts[0][field] == accounts[1][field]
+    chunked.check(chat, accounts[1], BUDGET[chunked.family])
 
 
 def test_retracted_requests(chunked: Served) -> None:

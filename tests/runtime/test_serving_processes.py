@@ -21,6 +21,8 @@ CHATS = (
     Chat.ask("No image."),
     Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
 )
+# About an image of before: its features are held by every rank, or by none.
+ANOTHER = Chat.ask(small("coffee"), "Which colours are there?")
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +40,11 @@ def test_two_tokenizer_workers() -> None:
 
 
 def _check(family: TinyFamily, *arguments: str, num_ranks: int = 1) -> None:
-    with make_server(family, "--mmtok-budget=10%", *arguments, num_ranks=num_ranks) as server:
+    with make_server(family, "--mmtok-budget=10%", "--enable-metrics", *arguments, num_ranks=num_ranks) as server:
         served = Served(family, server, judge_of(family))
         with ThreadPoolExecutor(len(CHATS)) as pool:
             accounts = list(pool.map(served.ask, CHATS))
-        for chat, account in zip(CHATS, accounts, strict=True):
+        accounts.append(served.ask(ANOTHER))
+        for chat, account in zip((*CHATS, ANOTHER), accounts, strict=True):
             served.check(chat, account)
+        assert served.metric("feature_cache_hits_total") > 0

@@ -1,25 +1,62 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.distributed import parallel_state
 from torch import Tensor
 
 from mmtok_deploy import select_tokens
-from mmtok_deploy.runtime.sglang import selection
+from mmtok_deploy.problem import Selection, SelectionProblem
+from mmtok_deploy.runtime.executors import make_executor
+from mmtok_deploy.runtime.sglang import ranks, selection
+from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from mmtok_deploy.runtime.sglang.selection import TokenSelector
-from tests.runtime.stand_ins import features, make_settings
+from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from tests.runtime.stand_ins import features, image_tokens, make_settings
 
 PLAN = ImagePlan(num_tokens=12, num_kept=5, guidance=[3, 1, 2])
 SETTINGS = make_settings(5)
+EVENLY_SPACED = [0, 2, 5, 8, 11]
+
+
+def make_selector() -> TokenSelector:
+    selector = TokenSelector(SETTINGS, SelectionMetrics())
+    selector.start(torch.device("cpu"))
+    return selector
+
+
+def num_fallbacks(selector: TokenSelector) -> int:
+    return selector._metrics.num_fallbacks
 
 
 def selected(selector: TokenSelector, plan: ImagePlan = PLAN, key: object = 1, seed: int = 0) -> list[int]:
-    kept: list[int] = selector.select(key, plan, *features(plan.num_tokens, seed)).tolist()
-    return kept
+    image, embed = image_tokens(key, plan, seed)
+    (kept,) = selector.select([image], embed)
+    indices: list[int] = kept.tolist()
+    return indices
+
+
+class WatchedExecutor:
+    """The automatic executor, watched; fails where `fails` says so."""
+
+    name = "watched"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[SelectionProblem], bool] = lambda _: False):
+        self.batches: list[list[int]] = []
+        self._fails = fails
+        self._select = make_executor("auto", torch.device("cpu"), SETTINGS.config).select
+        monkeypatch.setattr(selection, "make_executor", lambda *_: self)
+
+    def select(self, problems: Sequence[SelectionProblem]) -> list[Selection]:
+        self.batches.append([len(problem.vision) for problem in problems])
+        if any(map(self._fails, problems)):
+            raise torch.OutOfMemoryError("no memory")
+        return self._select(problems)
 
 
 @pytest.mark.parametrize("guidance", [[3, 1, 2], [7], []])
@@ -30,48 +67,178 @@ def test_selects_what_the_reference_selects(guidance: list[int], excluded: list[
     plan = replace(PLAN, guidance=guidance, excluded=mask)
     text = embed(torch.tensor(guidance, dtype=torch.int64))
     expected = select_tokens(vision, keys, text, 5, config=SETTINGS.config, excluded=mask).kept
-    selector = TokenSelector(SETTINGS)
+    selector = make_selector()
     assert selected(selector, plan) == expected.tolist()
-    assert selector.num_fallbacks == 0
+    assert num_fallbacks(selector) == 0
+
+
+PLANS = [
+    PLAN,
+    ImagePlan(num_tokens=7, num_kept=3, guidance=[]),
+    ImagePlan(num_tokens=20, num_kept=4, guidance=[3, 1, 2], excluded=torch.arange(20) % 5 == 0),
+    ImagePlan(num_tokens=12, num_kept=5, guidance=[9]),
+]
+
+
+def test_the_images_of_a_batch_are_one_call_and_embedded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [selected(make_selector(), plan, seed=seed) for seed, plan in enumerate(PLANS)]
+    backend = WatchedExecutor(monkeypatch)
+    images = [image_tokens(seed, plan, seed)[0] for seed, plan in enumerate(PLANS)]
+    _, _, embed = features(1)
+    embedded: list[list[int]] = []
+
+    def watched(ids: Tensor) -> Tensor:
+        embedded.append(ids.tolist())
+        rows: Tensor = embed(ids)
+        return rows
+
+    # Each stand-in has embeddings of its own: take the first one's for all.
+    expected = [
+        select_tokens(
+            image.vision,
+            image.keys,
+            embed(torch.tensor(plan.guidance, dtype=torch.int64)),
+            plan.num_kept,
+            config=SETTINGS.config,
+            excluded=plan.excluded,
+        ).kept.tolist()
+        for image, plan in zip(images, PLANS, strict=True)
+    ]
+    kept = make_selector().select(images, watched)
+    assert [indices.tolist() for indices in kept] == expected
+    assert [len(indices) for indices in expected] == [len(indices) for indices in alone]
+    assert backend.batches == [[12, 7, 20, 12]]
+    # Images one and three share their text.
+    assert embedded == [[3, 1, 2, 9]]
+
+
+def test_only_what_is_new_in_a_batch_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, selector = WatchedExecutor(monkeypatch), make_selector()
+    known, embed = image_tokens(1, PLAN)
+    new = image_tokens(2, PLANS[1])[0]
+    first = selector.select([known], embed)
+    again = selector.select([new, known, new], embed)
+    assert backend.batches == [[12], [7]]
+    assert again[1] is first[0]
+    assert again[0] is again[2]
 
 
 def test_a_tile_keeps_its_own_number() -> None:
-    selector = TokenSelector(SETTINGS)
-    kept = selector.select((1, 0), PLAN, *features(12), 2)
-    assert kept.tolist() == TokenSelector(SETTINGS).select(1, replace(PLAN, num_kept=2), *features(12)).tolist()
+    image, embed = image_tokens((1, 0), PLAN)
+    (kept,) = make_selector().select([replace(image, num_kept=2)], embed)
+    assert kept.tolist() == selected(make_selector(), replace(PLAN, num_kept=2))
 
 
 def test_one_token_is_kept() -> None:
-    assert selected(TokenSelector(SETTINGS), ImagePlan(num_tokens=1, num_kept=1, guidance=[3])) == [0]
+    assert selected(make_selector(), ImagePlan(num_tokens=1, num_kept=1, guidance=[3])) == [0]
 
 
 @pytest.mark.parametrize("broken", ["vision", "keys"])
 def test_features_that_are_not_numbers_keep_evenly_spaced_tokens(broken: str, caplog: pytest.LogCaptureFixture) -> None:
-    selector = TokenSelector(SETTINGS)
-    vision, keys, embed = features(12)
-    (vision if broken == "vision" else keys)[3] = torch.nan
+    selector = make_selector()
+    image, embed = image_tokens(1, PLAN)
+    good, _ = image_tokens(2, PLAN, seed=2)
+    getattr(image, broken)[3] = torch.nan
     with caplog.at_level(logging.WARNING):
-        kept = selector.select(1, PLAN, vision, keys, embed)
-        assert selector.select(1, PLAN, vision, keys, embed) is kept
-    assert kept.tolist() == [0, 2, 5, 8, 11]
-    assert (kept.dtype, selector.num_fallbacks) == (torch.int64, 1)
+        kept, unharmed = selector.select([image, good], embed)
+        assert selector.select([image], embed)[0] is kept
+    assert kept.tolist() == EVENLY_SPACED
+    assert unharmed.tolist() == make_selector().select([good], embed)[0].tolist()
+    assert (kept.dtype, num_fallbacks(selector)) == (torch.int64, 1)
     (line,) = caplog.messages
-    assert "12 tokens (SelectionError: " in line
+    assert "12 tokens (its features are not finite)" in line
     assert "5 evenly spaced tokens" in line
 
 
 @pytest.mark.parametrize("num_pickable", [0, 4])
 def test_too_few_pickable_tokens_keep_evenly_spaced_ones(num_pickable: int) -> None:
-    selector = TokenSelector(SETTINGS)
-    assert selected(selector, replace(PLAN, excluded=torch.arange(12) >= num_pickable)) == [0, 2, 5, 8, 11]
-    assert selector.num_fallbacks == 1
+    selector = make_selector()
+    assert selected(selector, replace(PLAN, excluded=torch.arange(12) >= num_pickable)) == EVENLY_SPACED
+    assert num_fallbacks(selector) == 1
+
+
+def test_an_image_that_cannot_be_selected_leaves_the_others_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = WatchedExecutor(monkeypatch)
+    plans = [PLANS[0], replace(PLANS[2], excluded=torch.ones(20, dtype=torch.bool)), PLANS[1]]
+    images = [image_tokens(key, plan)[0] for key, plan in enumerate(plans)]
+    kept = make_selector().select(images, features(1)[2])
+    assert backend.batches == [[12, 7]]
+    assert kept[1].tolist() == [0, 6, 12, 19]
+
+
+def test_a_backend_that_returns_too_few_tokens_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = torch.zeros(2, dtype=torch.int64)
+    executor = SimpleNamespace(name="few", select=lambda _: [Selection(few, few, few, few.sum())])
+    monkeypatch.setattr(selection, "make_executor", lambda *_: executor)
+    assert selected(make_selector()) == EVENLY_SPACED
+
+
+def test_text_coverage_without_text_keeps_evenly_spaced_tokens() -> None:
+    selector = TokenSelector(make_settings(5, coverage="text"), SelectionMetrics())
+    selector.start(torch.device("cpu"))
+    assert selected(selector, replace(PLAN, guidance=[])) == EVENLY_SPACED
+    assert num_fallbacks(selector) == 1
+
+
+def test_one_images_error_is_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    expected = [selected(make_selector(), PLANS[0]), EVENLY_SPACED]
+    backend = WatchedExecutor(monkeypatch, fails=lambda problem: len(problem.vision) == 20)
+    selector = make_selector()
+    image, embed = image_tokens(1, PLANS[0])
+    with caplog.at_level(logging.WARNING):
+        kept = selector.select([image, image_tokens(2, PLANS[2])[0]], embed)
+    assert backend.batches == [[12, 20], [12], [20]]
+    assert kept[0].tolist() == expected[0]
+    assert kept[1].tolist() == [0, 6, 12, 19]
+    assert num_fallbacks(selector) == 1
+    assert "20 tokens (OutOfMemoryError: no memory); 4 evenly spaced tokens" in caplog.messages[0]
+
+
+def no_memory(ids: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("no memory")
+
+
+def test_guidance_that_there_is_no_memory_for() -> None:
+    selector = make_selector()
+    images = [image_tokens(key, PLAN)[0] for key in (1, 2)]
+    assert [kept.tolist() for kept in selector.select(images, no_memory)] == [EVENLY_SPACED] * 2
+    assert num_fallbacks(selector) == 2
+
+
+class TensorParallel:
+    """This process as one of two ranks, where the first rank's indices are `first`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, first: list[int]) -> None:
+        self.world_size, self.rank_in_group = 2, 1
+        self._first = torch.tensor(first)
+        monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
+        monkeypatch.setattr(ranks, "get_parallel", lambda: SimpleNamespace(tp_group=self))
+
+    def broadcast(self, indices: Tensor, src: int) -> Tensor:
+        assert src == 0
+        return indices.copy_(self._first)
+
+
+def test_the_first_ranks_selection_stands_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a rank that had no memory for its own."""
+    WatchedExecutor(monkeypatch, fails=lambda _: True)
+    TensorParallel(monkeypatch, first=[1, 2, 3, 4, 5, 0, 1, 2])
+    images = [image_tokens(key, plan)[0] for key, plan in enumerate(PLANS[:2])]
+    kept = make_selector().select(images, features(1)[2])
+    assert [indices.tolist() for indices in kept] == [[1, 2, 3, 4, 5], [0, 1, 2]]
+
+
+def test_a_rank_does_not_leave_the_others_in_the_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    TensorParallel(monkeypatch, first=[])
+    with pytest.raises(torch.OutOfMemoryError):
+        make_selector().select([image_tokens(1, PLAN)[0]], no_memory)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_kept"), [(1, 1), (12, 1), (12, 11), (12, 12), (16384, 16374)])
 def test_evenly_spaced_tokens_are_distinct_and_in_order(num_tokens: int, num_kept: int) -> None:
     plan = ImagePlan(num_tokens, num_kept, [])
-    vision, no_keys = torch.zeros(num_tokens, 1), torch.zeros(0, 1)
-    kept = TokenSelector(SETTINGS).select(1, plan, vision, no_keys, torch.nn.Embedding(1, 1))
+    image = ImageTokens(1, plan, torch.zeros(num_tokens, 1), torch.zeros(0, 1), num_kept)
+    (kept,) = make_selector().select([image], torch.nn.Embedding(1, 1))
     assert len(kept) == num_kept
     assert kept[0] == 0
     assert kept[-1] < num_tokens
@@ -79,9 +246,9 @@ def test_evenly_spaced_tokens_are_distinct_and_in_order(num_tokens: int, num_kep
 
 
 def test_the_first_selection_stands_under_its_key() -> None:
-    selector = TokenSelector(SETTINGS)
+    selector = make_selector()
     first = selected(selector, seed=0)
-    assert selected(TokenSelector(SETTINGS), seed=1) != first
+    assert selected(make_selector(), seed=1) != first
     assert selected(selector, seed=1) == first
     remembered = selector.remembered(1)
     assert remembered is not None
@@ -91,7 +258,7 @@ def test_the_first_selection_stands_under_its_key() -> None:
 
 def test_what_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_MAX_REMEMBERED", 2)
-    selector = TokenSelector(SETTINGS)
+    selector = make_selector()
     for key in (1, 2, 1, 3):
         selected(selector, key=key)
     assert [selector.remembered(key) is not None for key in (1, 2, 3)] == [True, False, True]
@@ -100,12 +267,13 @@ def test_what_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPa
 def test_text_is_embedded_even_where_nothing_can_be_selected() -> None:
     # With tensor parallelism every rank takes part in the embedding, whatever its features are.
     embedded: list[Tensor] = []
-    vision, keys, embed = features(12)
+    image, embed = image_tokens(1, PLAN)
+    image.vision.mul_(torch.nan)
 
     def watched(ids: Tensor) -> Tensor:
         embedded.append(ids)
         rows: Tensor = embed(ids)
         return rows
 
-    TokenSelector(SETTINGS).select(1, PLAN, vision * torch.nan, keys, watched)
+    make_selector().select([image], watched)
     assert [ids.tolist() for ids in embedded] == [[3, 1, 2]]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
+from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
+from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import PlaceholderCutter
 from mmtok_deploy.runtime.sglang.request import add_chat_guidance
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
@@ -57,15 +60,46 @@ class Family(ABC):
         """Returns the [N] bool mask of an image's tokens that are never to be picked, None if there are none."""
         return None
 
+    keys_dtype: ClassVar[torch.dtype | None] = None
+    """Of the features before the projector, where it is not the model's."""
+
     @abstractmethod
-    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
-        """Returns the hooks on the family's model."""
+    def vision_width(self, config: Any) -> int:
+        """Returns D, the width of a vision token."""
+
+    @abstractmethod
+    def keys_width(self, config: Any) -> int:
+        """Returns d, the width of a vision feature before the projector."""
+
+    def num_selected_from(self, config: Any) -> int | None:
+        """Returns N of every selection, None where images have different numbers of tokens."""
+        return None
+
+    def max_num_kept(self, num_tokens: int, budget: Budget, config: Any) -> int:
+        """Returns the most tokens that a selection from `num_tokens` keeps."""
+        return budget.num_kept(num_tokens)
+
+    def selection_size(self, item: Any, num_tokens: int, num_kept: int, config: Any) -> tuple[int, int]:
+        """Returns N and K of each selection that an image is made of."""
+        return num_tokens, num_kept
+
+    @abstractmethod
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+        """Returns the hooks on the family's model.
+
+        Args:
+            cache: Gives an image's features, encoded now or before.
+            selector: Picks tokens from them.
+        """
 
     @classmethod
     def hooks(cls, settings: Settings) -> list[Hook]:
         """Returns every hook of a server of this family."""
         family = cls()
         target, parameters = cls.processor_hook
+        metrics = SelectionMetrics()
+        cache = FeatureCache(settings.feature_cache_mb << 20, metrics)
+        selector = TokenSelector(settings, metrics)
         return [
             Hook(
                 "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
@@ -78,5 +112,7 @@ class Family(ABC):
                 "obj requires_mm_token_modalities",
                 CacheKeys(settings).from_processor_output,
             ),
-            *family.model_hooks(TokenSelector(settings)),
+            Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", cache.flush),
+            Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
+            *family.model_hooks(cache, selector),
         ]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from mmtok_deploy.runtime.sglang.selection import TokenSelector
-from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK, backend_hooks, separate_images
+from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.transformers_backend import (
+    PROCESSOR_HOOK,
+    EncodedImage,
+    backend_hooks,
+    separate_images,
+)
 
 __all__ = ["Llava15", "padding_mask"]
 
@@ -47,12 +52,31 @@ class Llava15(Family):
         mask = padding_mask(height, width, item.feature.shape[-1], int((end - start + 1) ** 0.5))
         return mask if mask.any() else None
 
-    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the projector's output is as wide as the language model."""
+        return int(config.text_config.hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: one layer's features, or those of several side by side."""
+        layers = config.vision_feature_layer
+        return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+    def num_selected_from(self, config: Any) -> int:
+        """Returns the number of patches of the square."""
+        return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         """Returns the hooks on the processor, which forgets the images' sizes, and on the backend."""
 
-        def select(model: Any, item: Any, plan: ImagePlan, vision: Tensor, keys: Tensor) -> Tensor:
-            embed = model.model.get_input_embeddings()
-            return vision[0][selector.select(item.hash, plan, vision[0], keys[0], embed)]
+        def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
+            squares = [
+                ImageTokens(
+                    image.item.hash, image.plan, image.features.vision[0], image.features.keys[0], image.plan.num_kept
+                )
+                for image in images
+            ]
+            kept = selector.select(squares, model.model.get_input_embeddings())
+            return [square.vision[indices] for square, indices in zip(squares, kept, strict=True)]
 
         return [
             Hook(
@@ -60,7 +84,7 @@ class Llava15(Family):
                 "self text images videos",
                 _keep_image_sizes,
             ),
-            *backend_hooks(select),
+            *backend_hooks(cache, select),
         ]
 
 

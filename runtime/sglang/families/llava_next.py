@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,15 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from mmtok_deploy.runtime.sglang.selection import TokenSelector
-from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK, backend_hooks, separate_images
+from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.transformers_backend import (
+    PROCESSOR_HOOK,
+    EncodedImage,
+    backend_hooks,
+    separate_images,
+)
 
 __all__ = ["LlavaNext", "tokens_per_tile"]
 
@@ -39,30 +45,62 @@ class LlavaNext(Family):
 
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns tiles x tokens a tile, or `num_tokens` where that is no fewer."""
-        tile_tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        tile_tokens = self.num_selected_from(config)
         num_tiles = _num_tiles(item.image_sizes[0].tolist(), config)
         max_tiles = max(_num_tiles(pinpoint, config) for pinpoint in config.image_grid_pinpoints)
         kept = tokens_per_tile(budget, tile_tokens, num_tiles, max_tiles)
         return num_tokens if kept == tile_tokens else min(num_tokens, num_tiles * kept)
 
-    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the projector's output is as wide as the language model."""
+        return int(config.text_config.hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: one layer's features, or those of several side by side."""
+        layers = config.vision_feature_layer
+        return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+    def num_selected_from(self, config: Any) -> int:
+        """Returns the number of patches of a tile."""
+        return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    def max_num_kept(self, num_tokens: int, budget: Budget, config: Any) -> int:
+        """Returns what a tile of the smallest image keeps: a minimum is shared by the fewest tiles."""
+        tiles = [_num_tiles(pinpoint, config) for pinpoint in config.image_grid_pinpoints]
+        return tokens_per_tile(budget, num_tokens, min(tiles), max(tiles))
+
+    def selection_size(self, item: Any, num_tokens: int, num_kept: int, config: Any) -> tuple[int, int]:
+        """Returns N and K of a tile."""
+        return self.num_selected_from(config), num_kept // _num_tiles(item.image_sizes[0].tolist(), config)
+
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         """Returns the hooks on the backend."""
 
-        def select(model: Any, item: Any, plan: ImagePlan, vision: Tensor, keys: Tensor) -> Tensor:
-            embed = model.model.get_input_embeddings()
-            num_tiles, tile_tokens, _ = vision.shape
-            kept = [
-                selector.select((item.hash, tile), plan, vision[tile], keys[tile], embed, plan.num_kept // num_tiles)
-                for tile in range(num_tiles)
-            ]
-            config = model.config
-            grid = get_anyres_image_grid_shape(
-                item.image_sizes[0], config.image_grid_pinpoints, config.vision_config.image_size
-            )
-            crops = _raster_order(torch.stack(kept[1:]), grid, math.isqrt(tile_tokens))
-            return torch.cat([vision[0][kept[0]], vision[1:].flatten(0, 1)[crops]])
+        def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
+            tiles = [tile for image in images for tile in _tiles(image)]
+            kept = iter(selector.select(tiles, model.model.get_input_embeddings()))
+            return [_join(image, [next(kept) for _ in image.features.vision], model.config) for image in images]
 
-        return backend_hooks(select)
+        return backend_hooks(cache, select)
+
+
+def _tiles(image: EncodedImage) -> list[ImageTokens]:
+    features = image.features
+    num_kept = image.plan.num_kept // len(features.vision)
+    return [
+        ImageTokens((image.item.hash, tile), image.plan, vision, keys, num_kept)
+        for tile, (vision, keys) in enumerate(zip(features.vision, features.keys, strict=True))
+    ]
+
+
+def _join(image: EncodedImage, kept: Sequence[Tensor], config: Any) -> Tensor:
+    """Returns the kept tokens [K, D] of an image from the kept indices of its tiles, the base tile's first."""
+    vision = image.features.vision
+    grid = get_anyres_image_grid_shape(
+        image.item.image_sizes[0], config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    crops = _raster_order(torch.stack(list(kept[1:])), grid, math.isqrt(vision.shape[1]))
+    return torch.cat([vision[0][kept[0]], vision[1:].flatten(0, 1)[crops]])
 
 
 def tokens_per_tile(budget: Budget, tile_tokens: int, num_tiles: int, max_tiles: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
 from mmtok_deploy.runtime.sglang.positions import PositionWriter
-from mmtok_deploy.runtime.sglang.selection import TokenSelector
+from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
 
 __all__ = ["Qwen25VL"]
 
@@ -31,6 +32,8 @@ class Qwen25VL(Family):
         "self image_data input_text request_obj args kwargs",
     )
 
+    keys_dtype = torch.float32  # means over 2x2 merge groups
+
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns what the budget keeps of the image.
 
@@ -42,12 +45,23 @@ class Qwen25VL(Family):
             raise ValueError(f"the prompt has {num_tokens} placeholders for an image of {expected} tokens")
         return budget.num_kept(num_tokens)
 
-    def model_hooks(self, selector: TokenSelector) -> list[Hook]:
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the merger's output."""
+        return int(config.vision_config.out_hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: the last block's output."""
+        return int(config.vision_config.hidden_size)
+
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         """Returns the hooks on encoder, position writing and pipeline hand-over."""
         positions = PositionWriter(selector)
 
         def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> Any:
-            return _encode_and_select(selector, original, model, items)
+            if not any(plan_of(item) for item in items):
+                return original(model, items)
+            features = cache.recall(items, lambda missing: _encode(original, model, missing))
+            return _select(selector, model, items, features)
 
         return [
             Hook(f"{_MODEL}.get_image_feature", "self items", get_image_feature),
@@ -65,12 +79,8 @@ class Qwen25VL(Family):
         ]
 
 
-def _encode_and_select(
-    selector: TokenSelector, encode: Callable[..., Tensor], model: Any, items: list[Any]
-) -> Tensor | list[Tensor]:
-    plans = [plan_of(item) for item in items]
-    if not any(plans):
-        return encode(model, items)
+def _encode(encode: Callable[..., Tensor], model: Any, items: list[Any]) -> list[Features]:
+    """Returns the features of each image, pruned or not, from one call of the encoder."""
     before_merger: list[Tensor] = []
     hook = model.visual.merger.register_forward_pre_hook(lambda _, inputs: before_merger.append(inputs[0]))
     try:
@@ -79,11 +89,18 @@ def _encode_and_select(
         hook.remove()
     keys = _raster_keys(model.visual, before_merger[0], torch.cat([item.image_grid_thw for item in items]))
     counts = [int(item.image_grid_thw.prod(-1).sum()) // model.visual.spatial_merge_unit for item in items]
-    embed = model.get_input_embeddings()
-    return [
-        image if plan is None else image[selector.select(item.hash, plan, image, image_keys, embed)]
-        for item, plan, image, image_keys in zip(items, plans, vision.split(counts), keys.split(counts), strict=True)
-    ]
+    return [Features(*each) for each in zip(vision.split(counts), keys.split(counts), strict=True)]
+
+
+def _select(selector: TokenSelector, model: Any, items: Sequence[Any], features: Sequence[Features]) -> list[Tensor]:
+    """Returns the kept tokens of each image, all tokens of one without a plan."""
+    images = {
+        place: ImageTokens(item.hash, plan, each.vision, each.keys, plan.num_kept)
+        for place, (item, each) in enumerate(zip(items, features, strict=True))
+        if (plan := plan_of(item)) is not None
+    }
+    kept = dict(zip(images, selector.select(list(images.values()), model.get_input_embeddings()), strict=True))
+    return [each.vision[kept[place]] if place in kept else each.vision for place, each in enumerate(features)]
 
 
 def _raster_keys(visual: Any, before_merger: Tensor, grids: Tensor) -> Tensor:
@@ -93,4 +110,4 @@ def _raster_keys(visual: Any, before_merger: Tensor, grids: Tensor) -> Tensor:
     """
     groups = before_merger.reshape(-1, visual.spatial_merge_unit, before_merger.shape[-1]).float().mean(dim=1)
     window_order, _ = visual.get_window_index(grids)
-    return groups[torch.argsort(window_order).to(groups.device)]
+    return groups[torch.argsort(window_order).to(groups.device, non_blocking=True)]

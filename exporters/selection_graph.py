@@ -1,0 +1,372 @@
+"""The selection as an ONNX graph: standard operators, a fixed number of picks, float32 inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.dim_range import DimRange
+
+__all__ = [
+    "FEATURE_DTYPES",
+    "FORMS",
+    "FeatureDtype",
+    "Form",
+    "Features",
+    "SelectionSpec",
+    "add_selection",
+    "build_selection",
+    "dim",
+]
+
+Form = Literal["loop", "unrolled", "lazy"]
+"""How the picks are made: every gain anew in a Loop, the same written out, or only the gains that can still win."""
+FORMS: tuple[Form, ...] = ("loop", "unrolled", "lazy")
+
+FeatureDtype = Literal["float32", "float16", "bfloat16"]
+
+OPSET = 20
+IR_VERSION = 10
+
+# Gains evaluated at once by the lazy form.
+# At least one round a pick is needed; measured on 2 CPU cores, see docs/export.md.
+LAZY_WIDTH = 64
+# Above the rounding error of any order of summing 10,000 terms (10,000 x 2^-24): the first bounds need not be exact.
+_ABOVE_ROUNDING = 1.001
+# Below every gain, which is never negative: a column that is picked or excluded.
+_BARRED = -1.0
+
+FEATURE_DTYPES: dict[FeatureDtype, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionSpec:
+    """What a selection graph is built for.
+
+    Args:
+        budget: K, tokens kept.
+        num_tokens: N, vision tokens.
+        num_words: M, rows of text, padding included.
+        batch: B, images.
+        vision_width: D, of vision tokens and text.
+        keys_width: d, of the features before the projector.
+        dtype: Of vision and text.
+        keys_dtype: Of keys: means over several features are float32 where the model is not.
+        config: Temperatures, weight, coverage.
+        form: How the picks are made.
+
+    Raises:
+        ValueError: A budget above the smallest number of tokens, or a size below 1.
+    """
+
+    budget: int
+    num_tokens: DimRange
+    num_words: DimRange
+    batch: DimRange
+    vision_width: int
+    keys_width: int
+    dtype: FeatureDtype
+    keys_dtype: FeatureDtype
+    config: SelectionConfig
+    form: Form
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "vision_width", "keys_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+        if self.budget > self.num_tokens.minimum:
+            raise ValueError(
+                f"a graph that keeps {self.budget} tokens needs images of at least as many, got {self.num_tokens}: "
+                "lower the budget or raise the smallest number of tokens"
+            )
+        for dtype in (self.dtype, self.keys_dtype):
+            if dtype not in FEATURE_DTYPES:
+                raise ValueError(f"dtype is one of {', '.join(FEATURE_DTYPES)}, got {dtype!r}")
+        if self.form not in FORMS:
+            raise ValueError(f"form is one of {', '.join(FORMS)}, got {self.form!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The values in a graph that a selection is made from: those of SelectionProblem, with a batch in front.
+
+    Args:
+        vision: [B, N, D] tokens after the projector.
+        keys: [B, N, d] features before it.
+        text: [B, M, D] embeddings of the guidance words.
+        text_mask: [B, M] bool, False for padding.
+        excluded: [B, N] bool, tokens never to pick.
+    """
+
+    vision: ir.Value
+    keys: ir.Value
+    text: ir.Value
+    text_mask: ir.Value
+    excluded: ir.Value
+
+
+def build_selection(spec: SelectionSpec) -> ir.Model:
+    """Returns the selection as a model of its own.
+
+    Inputs: those of `Features`. Outputs: those of `add_selection`.
+    """
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="mmtok_selection")
+    builder = GraphBuilder(graph)
+    batch, tokens, words = dim(spec.batch, "B"), dim(spec.num_tokens, "N"), dim(spec.num_words, "M")
+    dtype = FEATURE_DTYPES[spec.dtype]
+    features = Features(
+        vision=builder.input("vision", dtype, [batch, tokens, spec.vision_width]),
+        keys=builder.input("keys", FEATURE_DTYPES[spec.keys_dtype], [batch, tokens, spec.keys_width]),
+        text=builder.input("text", dtype, [batch, words, spec.vision_width]),
+        text_mask=builder.input("text_mask", ir.DataType.BOOL, [batch, words]),
+        excluded=builder.input("excluded", ir.DataType.BOOL, [batch, tokens]),
+    )
+    for name, value in add_selection(builder, features, spec).items():
+        builder.add_output(value, name)
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="mmtok-deploy")
+
+
+def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec) -> dict[str, ir.Value]:
+    """Returns the selection's outputs, appended to the graph that the features are values of.
+
+    Returns:
+        By name:
+        `kept`: [B, K] int64, token indices in raster order; -1 at the end where fewer than K tokens may be picked.
+        `order`: [B, K] int64, the same as picked. The first j are the selection for a budget of j.
+        `visual_tokens`: [B, K, D] in the dtype of `vision`, its rows `kept`; zero where `kept` is -1.
+        `coverage`: [B, K] float32, f(S) after each pick; never falls.
+        `total`: [B] float32, f of all N tokens; NaN where a feature is not finite (the picks are then meaningless).
+
+    Source: MMTok, arXiv 2508.18264, Algorithms 1 and 2.
+    """
+    builder.push_module("mmtok")
+    op = builder.op
+    columns, is_finite = _coverage_columns(op, features, spec.config)
+    row_maxima = op.ReduceMax(columns, [1], keepdims=0)
+    order, coverage = _pick_all(op, columns, op.Mul(row_maxima, 0.0), features.excluded, spec)
+    kept = _raster_order(op, order, columns, spec.budget)
+    is_kept = op.Unsqueeze(op.GreaterOrEqual(kept, 0), [2])
+    # By way of float32, which is exact: ONNX Runtime's Where has no bfloat16.
+    rows = op.Cast(_rows(op, features.vision, op.Max(kept, 0)), to=ir.DataType.FLOAT)
+    outputs = {
+        "kept": kept,
+        "order": order,
+        "visual_tokens": op.CastLike(op.Where(is_kept, rows, 0.0), features.vision),
+        "coverage": coverage,
+        "total": op.Where(is_finite, op.ReduceSum(row_maxima, [1], keepdims=0), float("nan")),
+    }
+    builder.pop_module()
+    batch = dim(spec.batch, "B")
+    shapes: dict[str, list[int | str]] = {
+        "kept": [batch, spec.budget],
+        "order": [batch, spec.budget],
+        "visual_tokens": [batch, spec.budget, spec.vision_width],
+        "coverage": [batch, spec.budget],
+        "total": [batch],
+    }
+    for name, value in outputs.items():
+        value.shape = ir.Shape(shapes[name])
+    return outputs
+
+
+def dim(size: DimRange, name: str) -> int | str:
+    """Returns a dimension as a graph states it: its size where that is fixed, else its name."""
+    return size.minimum if size.is_fixed else name
+
+
+def _coverage_columns(op: Any, features: Features, config: SelectionConfig) -> tuple[ir.Value, ir.Value]:
+    """Returns C transposed, [B, N, R] so that a column is contiguous, and which images' features are finite [B]."""
+    vision, vision_ok = _unit_rows(op, features.vision)
+    keys, keys_ok = _unit_rows(op, features.keys)
+    words = op.Unsqueeze(features.text_mask, [2])
+    text, text_ok = _unit_rows(op, features.text, words)
+    num_words = op.ReduceSum(op.Cast(words, to=ir.DataType.FLOAT), [1], keepdims=1)
+    blocks = []
+    if config.coverage != "vision":
+        rows = op.Softmax(op.Div(op.MatMul(text, _transpose(op, vision)), float(config.tv_temp)), axis=2)
+        blocks.append(op.Where(words, op.Div(rows, op.Max(num_words, 1.0)), 0.0))
+    if config.coverage != "text":
+        rows = op.Softmax(op.Div(op.MatMul(keys, _transpose(op, keys)), float(config.vv_temp)), axis=2)
+        num_tokens = op.Cast(op.Shape(features.keys, start=1, end=2), to=ir.DataType.FLOAT)
+        # Without words alpha would only scale every gain: left out, so that alpha = 0 still covers the image.
+        alpha = 1.0 if config.coverage == "vision" else op.Where(op.Greater(num_words, 0.0), float(config.alpha), 1.0)
+        blocks.append(op.Mul(rows, op.Div(alpha, num_tokens)))
+    matrix = op.Concat(*blocks, _padding(op, blocks), axis=1)
+    is_finite = op.And(op.And(vision_ok, keys_ok), text_ok)
+    return _transpose(op, matrix), is_finite
+
+
+def _padding(op: Any, blocks: list[ir.Value]) -> ir.Value:
+    """Returns rows of zeros [B, 1 to 16, N] that make the length of a column of C a multiple of 16.
+
+    They add nothing to any gain, but start every column at the same alignment in memory. ONNX Runtime sums by vectors
+    from the first aligned element on, so else equal columns could have sums that differ in the last bit.
+    """
+    num_rows = op.Shape(blocks[0], start=1, end=2)
+    for block in blocks[1:]:
+        num_rows = op.Add(num_rows, op.Shape(block, start=1, end=2))
+    num_missing = op.Sub(op.Mul(op.Add(op.Div(num_rows, 16), 1), 16), num_rows)
+    batch, width = op.Shape(blocks[0], start=0, end=1), op.Shape(blocks[0], start=2, end=3)
+    return op.Expand(0.0, op.Concat(batch, num_missing, width, axis=0))
+
+
+def _unit_rows(op: Any, rows: ir.Value, mask: ir.Value | None = None) -> tuple[ir.Value, ir.Value]:
+    """Returns rows of length 1, zero where not finite or masked out, and whether all that count are finite [B]."""
+    rows = op.Cast(rows, to=ir.DataType.FLOAT)
+    lengths = op.ReduceL2(rows, [2], keepdims=1)
+    is_finite = op.Less(lengths, float("inf"))  # False for NaN as well
+    counts = is_finite if mask is None else op.And(is_finite, mask)
+    # Zero instead of NaN, so that comparisons hold everywhere and every loop ends.
+    unit = op.Where(counts, op.Div(rows, op.Max(lengths, 1e-8)), 0.0)
+    is_bad = op.Not(is_finite) if mask is None else op.And(op.Not(is_finite), mask)
+    num_bad = op.ReduceSum(op.Cast(is_bad, to=ir.DataType.FLOAT), [1, 2], keepdims=0)
+    return unit, op.Equal(num_bad, 0.0)
+
+
+def _transpose(op: Any, matrices: ir.Value) -> ir.Value:
+    return op.Transpose(matrices, perm=[0, 2, 1])
+
+
+def _pick_all(
+    op: Any, columns: ir.Value, covered: ir.Value, excluded: ir.Value, spec: SelectionSpec
+) -> tuple[ir.Value, ir.Value]:
+    """Returns order [B, K] and coverage [B, K]."""
+    bounds = op.Mul(op.ReduceSum(columns, [2], keepdims=0), _ABOVE_ROUNDING)
+    bounds = op.Where(excluded, _BARRED, bounds)
+    indices = op.Range(0, op.Squeeze(op.Shape(columns, start=1, end=2)), 1)
+    if spec.form == "unrolled":
+        picks, values = [], []
+        for _ in range(spec.budget):
+            covered, bounds, pick, value = _pick(op, columns, covered, bounds, indices, _all_gains)
+            picks.append(op.Unsqueeze(pick, [1]))
+            values.append(op.Unsqueeze(value, [1]))
+        return op.Concat(*picks, axis=1), op.Concat(*values, axis=1)
+
+    refresh = _lazy_gains(min(LAZY_WIDTH, spec.num_tokens.minimum)) if spec.form == "lazy" else _all_gains
+
+    def body(op: Any, _: ir.Value, __: ir.Value, covered: ir.Value, bounds: ir.Value) -> Sequence[ir.Value]:
+        op.builder.push_module("pick")  # a value's name is used once, in subgraphs as well
+        return op.Identity(True), *_pick(op, columns, covered, bounds, indices, refresh)
+
+    floats, ints = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
+    state = [("covered", floats, covered.shape), ("bounds", floats, bounds.shape)]
+    scanned = [("pick", ints, None), ("value", floats, None)]
+    loop = op.builder.subgraph(
+        body,
+        inputs=[*_loop_inputs(), *(ir.Value(name=name, type=kind, shape=shape) for name, kind, shape in state)],
+        outputs=[
+            ir.Value(name="continue", type=ir.TensorType(ir.DataType.BOOL)),
+            *(ir.Value(name=f"{name}_out", type=kind, shape=shape) for name, kind, shape in [*state, *scanned]),
+        ],
+        name="pick",
+    )
+    # The trip count alone ends the loop: to TensorRT a condition beside it is a warning.
+    *_, picks, values = op.Loop(spec.budget, None, covered, bounds, body=loop, _outputs=4)
+    return op.Transpose(picks, perm=[1, 0]), op.Transpose(values, perm=[1, 0])
+
+
+_Refresh = Callable[[Any, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
+"""(op, columns, covered, bounds, indices) -> [B, N] in which the largest is a gain, and no other gain is larger."""
+
+
+def _pick(
+    op: Any, columns: ir.Value, covered: ir.Value, bounds: ir.Value, indices: ir.Value, refresh: _Refresh
+) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+    """Returns covered, bounds, the pick [B] and the coverage [B] after one pick."""
+    gains = refresh(op, columns, covered, bounds, indices)
+    best, top = _best(op, gains, indices)
+    may_pick = op.GreaterOrEqual(top, 0.0)
+    column = op.Squeeze(_rows(op, columns, best), [1])
+    covered = op.Where(may_pick, op.Max(covered, column), covered)
+    bounds = op.Where(op.Equal(indices, best), _BARRED, gains)
+    pick = op.Squeeze(op.Where(may_pick, best, -1), [1])
+    return covered, bounds, pick, op.ReduceSum(covered, [1], keepdims=0)
+
+
+def _best(op: Any, gains: ir.Value, indices: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Returns the lowest index of the largest gain and that gain, both [B, 1]: no runtime's ArgMax decides a tie."""
+    top = op.ReduceMax(gains, [1], keepdims=1)
+    beyond = op.Squeeze(op.Shape(gains, start=1, end=2))
+    return op.ReduceMin(op.Where(op.Equal(gains, top), indices, beyond), [1], keepdims=1), top
+
+
+def _gains(op: Any, columns: ir.Value, covered: ir.Value) -> ir.Value:
+    """Returns what each of the columns [B, W, R] adds to what is covered [B, R]: [B, W]."""
+    return op.ReduceSum(op.Relu(op.Sub(columns, op.Unsqueeze(covered, [1]))), [2], keepdims=0)
+
+
+def _all_gains(op: Any, columns: ir.Value, covered: ir.Value, bounds: ir.Value, indices: ir.Value) -> ir.Value:
+    return op.Where(op.Less(bounds, 0.0), bounds, _gains(op, columns, covered))
+
+
+def _lazy_gains(width: int) -> _Refresh:
+    """Returns a refresh that evaluates `width` gains at a time until the largest bound is one of them.
+
+    A gain only falls as more is covered, so an old one is a bound. Subtraction, maximum and a sum in one fixed order
+    round monotonically, which makes that true in float32 to the last bit: all gains are sums of one shape.
+    """
+
+    def refresh(op: Any, columns: ir.Value, covered: ir.Value, bounds: ir.Value, indices: ir.Value) -> ir.Value:
+        def body(op: Any, _: ir.Value, __: ir.Value, bounds: ir.Value, is_gain: ir.Value) -> Sequence[ir.Value]:
+            op.builder.push_module("evaluate")
+            # Among what is not evaluated yet, so that every round gets on, however many columns tie.
+            stale = op.Where(is_gain, _BARRED, bounds)
+            _, candidates = op.TopK(stale, [width], axis=1, _outputs=2)
+            old = op.GatherElements(bounds, candidates, axis=1)
+            new = op.Where(op.Less(old, 0.0), old, _gains(op, _rows(op, columns, candidates), covered))
+            bounds = op.ScatterElements(bounds, candidates, new, axis=1)
+            seen = op.Less(old, float("inf"))  # all True, of the candidates' shape
+            is_gain = op.ScatterElements(is_gain, candidates, seen, axis=1)
+            best, top = _best(op, bounds, indices)
+            is_done = op.Or(op.GatherElements(is_gain, best, axis=1), op.Less(top, 0.0))
+            num_left = op.ReduceSum(op.Cast(op.Not(is_done), to=ir.DataType.FLOAT), [0, 1], keepdims=0)
+            return op.Greater(num_left, 0.0), bounds, is_gain
+
+        booleans, floats = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.FLOAT)
+        state = [("lazy_bounds", floats), ("is_gain", booleans)]
+        loop = op.builder.subgraph(
+            body,
+            inputs=[
+                *_loop_inputs("round", "go_on"),
+                *(ir.Value(name=name, type=kind, shape=bounds.shape) for name, kind in state),
+            ],
+            outputs=[
+                ir.Value(name="go_on_out", type=booleans),
+                *(ir.Value(name=f"{name}_out", type=kind, shape=bounds.shape) for name, kind in state),
+            ],
+            name="evaluate",
+        )
+        nothing = op.Greater(bounds, float("inf"))
+        gains, _ = op.Loop(None, True, bounds, nothing, body=loop, _outputs=2)
+        return gains
+
+    return refresh
+
+
+def _loop_inputs(iteration: str = "iteration", condition: str = "condition") -> list[ir.Value]:
+    return [
+        ir.Value(name=iteration, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])),
+        ir.Value(name=condition, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])),
+    ]
+
+
+def _rows(op: Any, rows: ir.Value, indices: ir.Value) -> ir.Value:
+    """Returns rows [B, N, W] at indices [B, K]: [B, K, W]."""
+    return op.GatherND(rows, op.Unsqueeze(indices, [2]), batch_dims=1)
+
+
+def _raster_order(op: Any, order: ir.Value, columns: ir.Value, budget: int) -> ir.Value:
+    """Returns order [B, K] sorted, with every -1 at the end."""
+    beyond = op.Squeeze(op.Shape(columns, start=1, end=2))
+    places = op.Where(op.Less(order, 0), beyond, order)
+    sorted_places, _ = op.TopK(places, [budget], axis=1, largest=0, sorted=1, _outputs=2)
+    return op.Where(op.Equal(sorted_places, beyond), -1, sorted_places)

@@ -1,0 +1,217 @@
+"""The selection without the whole coverage matrix: columns are computed when they are asked for, and few are."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.coverage import unit_rows
+from mmtok_deploy.problem import Selection, SelectionProblem
+
+__all__ = ["MAX_BYTES", "select", "within_memory"]
+
+MAX_BYTES = 256 << 20
+"""Of coverage matrices held at a time: one image of 8,192 tokens, or 202 of 576."""
+
+_FLOAT32_BYTES = 4
+# Columns evaluated together. Measured at N=16384, K=256 on two CPU cores: 64 takes longer, 256 no less.
+_BLOCK = 128
+# A block of columns, and what exists beside it while it is computed and its gains are added up.
+_BLOCKS_AT_WORK = 4
+
+
+def select(
+    problems: Sequence[SelectionProblem], config: SelectionConfig, *, max_bytes: int = MAX_BYTES
+) -> list[Selection]:
+    """Returns the selection of each problem, made one after another; the reference's picks.
+
+    The coverage matrix C = [P; alpha Q] of M + N rows and N columns is never held as a whole: at most `max_bytes` of
+    it (one column times five, if that is more), beside float32 copies of `keys` and `text`. Its columns are computed
+    from the features twice, once for the softmax and once for the first gains; after that lazy evaluation asks for few
+    of them: a gain only falls as tokens are picked, so an old one is an upper bound, and only columns whose bound is
+    among the highest are evaluated again.
+
+    The host waits for the device at every pick. Ties go to the lowest index.
+
+    Args:
+        problems: As for every backend.
+        config: Temperatures, weight, coverage.
+        max_bytes: The bound on what is held of C.
+
+    Source: MMTok, arXiv 2508.18264, Algorithm 2; lazy evaluation: Minoux, "Accelerated greedy algorithms", 1978.
+    """
+    return [_select_one(problem, config, max_bytes) for problem in problems]
+
+
+def within_memory(
+    dense: Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]], *, max_bytes: int = MAX_BYTES
+) -> Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]:
+    """Returns a backend whose matrices never take more than `max_bytes` together, however large the batch.
+
+    Args:
+        dense: The backend for what fits: it is called once, or once for each part of the batch that fits. A problem
+            that does not fit alone is selected here, by blocks.
+        max_bytes: The bound on the matrices; what `dense` holds beside them (the reference: twice as much again) is
+            not counted.
+    """
+
+    def bounded(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
+        groups: list[list[SelectionProblem]] = []
+        room = 0
+        for problem in problems:
+            size_bytes = _matrix_bytes(problem)
+            if size_bytes > room or not groups:
+                groups.append([])
+                room = max_bytes
+            groups[-1].append(problem)
+            room -= size_bytes
+        selections = []
+        for group in groups:
+            fits = _matrix_bytes(group[0]) <= max_bytes
+            selections += dense(group, config) if fits else select(group, config, max_bytes=max_bytes)
+        return selections
+
+    return bounded
+
+
+def _matrix_bytes(problem: SelectionProblem) -> int:
+    num_tokens = len(problem.vision)
+    return _FLOAT32_BYTES * (len(problem.text) + num_tokens) * num_tokens
+
+
+def _select_one(problem: SelectionProblem, config: SelectionConfig, max_bytes: int) -> Selection:
+    if not len(problem.vision):
+        nothing = problem.vision.new_zeros(0, dtype=torch.float32)
+        return Selection(nothing.long(), nothing.long(), nothing, nothing.sum())
+    columns = _Columns(problem, config, max_bytes)
+    if torch.isfinite(columns.total):
+        order, coverage = _lazy_greedy(columns, problem.num_picks, problem.excluded)
+    else:
+        order = _first_pickable(problem)
+        coverage = columns.total.expand(len(order))
+    return Selection(order, order.sort().values, coverage, columns.total)
+
+
+def _first_pickable(problem: SelectionProblem) -> Tensor:
+    tokens = torch.arange(len(problem.vision), device=problem.vision.device)
+    return (tokens if problem.excluded is None else tokens[~problem.excluded])[: problem.num_picks]
+
+
+def _lazy_greedy(columns: _Columns, num_picks: int, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the columns as picked, [K] int64, and f after each pick, [K] float32."""
+    covered = torch.zeros(columns.num_rows, device=columns.device)
+    bounds = columns.first_gains()
+    if excluded is not None:
+        bounds.masked_fill_(excluded, float("-inf"))
+    num_pickable = columns.num_columns if excluded is None else columns.num_columns - int(excluded.sum())
+    evaluated_at = [0] * columns.num_columns
+    order: list[int] = []
+    coverage = torch.zeros(min(num_picks, num_pickable), device=columns.device)
+    while len(order) < len(coverage):
+        best = int(bounds.argmax())
+        if evaluated_at[best] < len(order):
+            highest = bounds.topk(min(columns.block, num_pickable - len(order))).indices.tolist()
+            # argmax takes the first of equals and topk any: the first is evaluated in each case.
+            stale = [column for column in {best: None, **dict.fromkeys(highest)} if evaluated_at[column] < len(order)]
+            stale = stale[: columns.block]
+            bounds[stale] = _gains(columns.take(stale), covered)
+            for column in stale:
+                evaluated_at[column] = len(order)
+            continue
+        covered = torch.maximum(covered, columns.take([best])[0])
+        bounds[best] = float("-inf")
+        coverage[len(order)] = covered.sum()
+        order.append(best)
+    # Sums are rounded, so a pick that gains nothing could lower the value by its last bit.
+    return torch.tensor(order, dtype=torch.int64, device=columns.device), coverage.cummax(dim=0).values
+
+
+def _gains(columns: Tensor, covered: Tensor) -> Tensor:
+    """Returns [b] float32: by how much each of the [b, R] columns raises f."""
+    return (columns - covered).clamp_min_(0).sum(dim=1)
+
+
+class _Columns:
+    """The columns of one problem's C, a block at a time; the latest ones computed are held, within the bound.
+
+    Every block is computed in one shape, so that a column has the same bits each time: else an old gain would not be
+    an upper bound, and equal tokens would not tie.
+    """
+
+    def __init__(self, problem: SelectionProblem, config: SelectionConfig, max_bytes: int) -> None:
+        self.num_columns = len(problem.vision)
+        self.device = problem.vision.device
+        # Of each part of C: unit rows, what the columns are made of, temperature, weight of a row.
+        self._parts: list[tuple[Tensor, Tensor, float, float]] = []
+        if config.coverage != "vision" and len(problem.text):
+            text = unit_rows(problem.text)
+            self._parts.append((text, problem.vision, config.tv_temp, 1 / len(text)))
+        if config.coverage != "text":
+            keys = unit_rows(problem.keys)
+            weight = config.alpha if self._parts else 1.0
+            self._parts.append((keys, keys, config.vv_temp, weight / len(keys)))
+        self.num_rows = sum(len(rows) for rows, *_ in self._parts)
+
+        max_columns = max_bytes // (_FLOAT32_BYTES * self.num_rows)
+        self.block = max(1, min(_BLOCK, self.num_columns, max_columns // (_BLOCKS_AT_WORK + 1)))
+        num_held = max(self.block, min(self.num_columns, max_columns - _BLOCKS_AT_WORK * self.block))
+        self._held = torch.empty(num_held, self.num_rows, device=self.device)
+        self._place: OrderedDict[int, int] = OrderedDict()
+        self._highest, self._scale = self._softmax_statistics()
+        self.total: Tensor = self._scale.sum()
+
+    def first_gains(self) -> Tensor:
+        """Returns [N] float32: the gain of each column alone."""
+        nothing = torch.zeros(self.num_rows, device=self.device)
+        return torch.cat([_gains(self._compute(block), nothing) for block in self._blocks()])
+
+    def take(self, wanted: Sequence[int]) -> Tensor:
+        """Returns [b, R] float32: these columns of C, at most `block`."""
+        for column in self._place.keys() & set(wanted):
+            self._place.move_to_end(column)
+        missing = [column for column in wanted if column not in self._place]
+        if missing:
+            for column in missing:
+                # Of no column that is wanted: those are the last, and there is place for a block.
+                is_full = len(self._place) == len(self._held)
+                self._place[column] = self._place.popitem(last=False)[1] if is_full else len(self._place)
+            self._held[[self._place[column] for column in missing]] = self._compute(missing)
+        return self._held[[self._place[column] for column in wanted]]
+
+    def _blocks(self) -> list[range]:
+        starts = range(0, self.num_columns, self.block)
+        return [range(start, min(start + self.block, self.num_columns)) for start in starts]
+
+    def _compute(self, wanted: Sequence[int]) -> Tensor:
+        return self._logits(wanted).sub_(self._highest).exp_().mul_(self._scale)
+
+    def _logits(self, wanted: Sequence[int]) -> Tensor:
+        """Returns [b, R] float32: the similarities of these columns over the temperature."""
+        padded = [*wanted, *[wanted[-1]] * (self.block - len(wanted))]
+        idx = torch.tensor(padded, device=self.device)
+        logits = torch.empty(self.block, self.num_rows, device=self.device)
+        start = 0
+        for rows, source, temperature, _ in self._parts:
+            columns = source[idx] if source is rows else unit_rows(source[idx])
+            torch.matmul(columns, rows.T, out=logits[:, start : start + len(rows)]).div_(temperature)
+            start += len(rows)
+        return logits[: len(wanted)]
+
+    def _softmax_statistics(self) -> tuple[Tensor, Tensor]:
+        """Returns, for each row, its highest logit and its weight over the sum of its exponentials, both [R].
+
+        A row's largest entry in C is the latter, since e^0 = 1.
+        """
+        highest = torch.full((self.num_rows,), float("-inf"), device=self.device)
+        sums = torch.zeros(self.num_rows, device=self.device)
+        for block in self._blocks():
+            logits = self._logits(block)
+            raised = torch.maximum(highest, logits.amax(dim=0))
+            sums = sums * (highest - raised).exp_() + logits.sub_(raised).exp_().sum(dim=0)
+            highest = raised
+        weights = [torch.full((len(rows),), weight, device=self.device) for rows, *_, weight in self._parts]
+        return highest, torch.cat(weights) / sums

@@ -1,0 +1,110 @@
+"""Running an exported file on PyTorch tensors, one file a library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
+
+__all__ = ["Engine", "EngineError", "allocate_outputs", "check_inputs", "open_engine"]
+
+
+class EngineError(RuntimeError):
+    """An exported file that cannot run here: no library, no provider, another device, inputs outside its ranges."""
+
+
+class Engine(Protocol):
+    """An exported file, loaded."""
+
+    @property
+    def name(self) -> str:
+        """What runs it: library, version, provider or device."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it computes."""
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the outputs, on the inputs' device, without waiting for it.
+
+        Raises:
+            EngineError: An input is missing, or has another dtype, device or size than the file takes.
+        """
+
+
+def open_engine(file: Path, device: torch.device, provider: str | None = None) -> Engine:
+    """Returns the exported file, loaded for tensors on `device`.
+
+    Args:
+        file: An ONNX file or a TensorRT engine with its manifest.
+        device: Where inputs and outputs are.
+        provider: ONNX Runtime's provider; by default that of the device, CUDAExecutionProvider or
+            CPUExecutionProvider.
+
+    Raises:
+        ArtifactError: The file is not whole, or not ours.
+        EngineError: It cannot run on the device, and why.
+    """
+    manifest = Manifest.load(file)
+    if manifest.format == "onnx":
+        from mmtok_deploy.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(file, manifest, device, provider)
+    if provider is not None:
+        raise EngineError(f"{file.name} is a TensorRT engine, which has no providers to choose {provider} from")
+    from mmtok_deploy.engines.tensorrt import TensorRTEngine
+
+    return TensorRTEngine(file, manifest, device)
+
+
+def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.device) -> dict[str, int]:
+    """Returns the named sizes that these inputs have.
+
+    Raises:
+        EngineError: An input is missing, or has another dtype, device or size than the file takes.
+    """
+    if set(inputs) != {expected.name for expected in manifest.inputs}:
+        raise EngineError(f"the inputs are {', '.join(each.name for each in manifest.inputs)}, got {', '.join(inputs)}")
+    sizes: dict[str, int] = {}
+    for expected in manifest.inputs:
+        found = inputs[expected.name]
+        if found.dtype != getattr(torch, expected.dtype) or found.device.type != device.type:
+            raise EngineError(
+                f"{expected.name} is {expected.dtype} on {device}, got {str(found.dtype)[6:]} on {found.device}"
+            )
+        if len(found.shape) != len(expected.shape):
+            raise EngineError(f"{expected.name} has shape {_shape(expected)}, got {tuple(found.shape)}")
+        for size, wanted in zip(found.shape, expected.shape, strict=True):
+            known = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
+            allowed_sizes = manifest.dimensions.get(str(wanted))
+            if size != known or (allowed_sizes is not None and size not in allowed_sizes):
+                ranges = ", ".join(f"{name} {allowed}" for name, allowed in manifest.dimensions.items())
+                raise EngineError(
+                    f"{expected.name} has shape {_shape(expected)} ({ranges}), got {tuple(found.shape)}: "
+                    "export a file for these sizes"
+                )
+    return sizes
+
+
+def allocate_outputs(manifest: Manifest, sizes: dict[str, int], device: torch.device) -> dict[str, Tensor]:
+    """Returns empty tensors for every output.
+
+    Raises:
+        ArtifactError: An output has a size that no input tells.
+    """
+    outputs = {}
+    for output in manifest.outputs:
+        unknown = [size for size in output.shape if isinstance(size, str) and size not in sizes]
+        if unknown:
+            raise ArtifactError(f"output {output.name} has the size {unknown[0]}, which no input has")
+        shape = [sizes[size] if isinstance(size, str) else size for size in output.shape]
+        outputs[output.name] = torch.empty(shape, dtype=getattr(torch, output.dtype), device=device)
+    return outputs
+
+
+def _shape(tensor: TensorInfo) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"

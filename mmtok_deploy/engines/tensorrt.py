@@ -1,0 +1,94 @@
+"""TensorRT and TensorRT-RTX engines on PyTorch's memory and stream."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs
+from mmtok_deploy.manifest import Manifest
+
+__all__ = ["TensorRTEngine", "tensorrt_module"]
+
+
+class TensorRTEngine:
+    """A serialized engine, deserialized for one GPU; see `Engine`.
+
+    Args:
+        file: The engine.
+        manifest: Its manifest.
+        device: A CUDA device.
+
+    Raises:
+        EngineError: No GPU, another compute capability than the engine was built for, the library is not installed or
+            another version, or TensorRT does not take the file.
+    """
+
+    def __init__(self, file: Path, manifest: Manifest, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise EngineError(f"{file.name} is a TensorRT engine, which runs on an NVIDIA GPU, not on {device}")
+        _check_compute_capability(file, manifest, device)
+        library = tensorrt_module(manifest.format)
+        built_with = manifest.versions[manifest.format]
+        if library.__version__ != built_with:
+            raise EngineError(
+                f"{file.name} was built by {manifest.format} {built_with}, installed is {library.__version__}: "
+                "build it again here, or install that version"
+            )
+        self._log = library.Logger(library.Logger.ERROR)
+        with torch.cuda.device(device):
+            self._runtime = library.Runtime(self._log)
+            self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+            if self._engine is None:
+                raise EngineError(f"TensorRT does not take {file.name}: its messages are above")
+            self._context = self._engine.create_execution_context()
+        self.name = f"{manifest.format} {library.__version__} on {torch.cuda.get_device_name(device)}"
+        self.manifest = manifest
+        self._device = device
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Engine.run`."""
+        sizes = check_inputs(self.manifest, inputs, self._device)
+        outputs = allocate_outputs(self.manifest, sizes, self._device)
+        # On the same stream as the run, so PyTorch gives the copies' memory to nobody who would write it earlier.
+        contiguous = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        for name, tensor in contiguous.items():
+            if not self._context.set_input_shape(name, tuple(tensor.shape)):
+                raise EngineError(f"TensorRT does not take {name} of shape {tuple(tensor.shape)}")
+        for name, tensor in (contiguous | outputs).items():
+            self._context.set_tensor_address(name, tensor.data_ptr())
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+            raise EngineError("TensorRT did not run: its messages are above")
+        return outputs
+
+
+def tensorrt_module(name: str) -> Any:
+    """Returns the library `tensorrt` or `tensorrt-rtx`; both have one API.
+
+    Raises:
+        EngineError: It is not installed.
+    """
+    try:
+        match name:
+            case "tensorrt":
+                return importlib.import_module("tensorrt")
+            case "tensorrt-rtx":
+                return importlib.import_module("tensorrt_rtx")
+            case _:
+                raise ValueError(f"the library is tensorrt or tensorrt-rtx, got {name!r}")
+    except ImportError as error:
+        raise EngineError(f"{name} is not installed ({error}): pip install 'mmtok-deploy[{name}]'") from error
+
+
+def _check_compute_capability(file: Path, manifest: Manifest, device: torch.device) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    built_for = manifest.details["compute_capabilities"]
+    if f"{major}.{minor}" not in built_for:
+        raise EngineError(
+            f"{file.name} was built for compute capability {', '.join(built_for)}, "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}: build one for it"
+        )

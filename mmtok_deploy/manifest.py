@@ -1,0 +1,206 @@
+"""What stands beside every exported file: what it computes, for which sizes, and how to tell that it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.dim_range import DimRange
+
+__all__ = ["ArtifactError", "Check", "Format", "Kind", "Manifest", "TensorInfo", "FileInfo", "describe_file"]
+
+SCHEMA = 1
+
+Kind = Literal["selection", "encoder", "attached"]
+"""The selection by itself, joined to a vision encoder of ours, or to an encoder that somebody else exported."""
+Format = Literal["onnx", "tensorrt", "tensorrt-rtx"]
+
+
+class ArtifactError(ValueError):
+    """An exported file that cannot be used: missing, changed, of another version, or for something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One input or output.
+
+    Args:
+        name: Its name in the graph.
+        dtype: As PyTorch names it: float32, float16, bfloat16, int64, bool.
+        shape: Sizes; a name is one of the manifest's dimensions.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file of the artifact, in the manifest's folder."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name:
+            raise ValueError(f"a file's name is one without folders, got {self.name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The last comparison with the float32 reference.
+
+    Args:
+        status: "passed", or "not run" where the file cannot run on the machine that made it.
+        runtime: What ran it, with its version; empty if nothing did.
+        detail: What was compared, or why nothing was.
+    """
+
+    status: Literal["passed", "not run"]
+    runtime: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """An exported file's description, `FILE.json` beside `FILE`.
+
+    Args:
+        kind: What the graph holds.
+        format: What runs it.
+        files: The file itself, then the files of its weights.
+        inputs: In the graph's order.
+        outputs: In the graph's order.
+        dimensions: The named sizes: B images, N vision tokens, M rows of text, and what they may be.
+        budget: K, tokens kept.
+        form: How the picks are made; a `Form` of the exporter.
+        constants: Temperatures, weight, coverage.
+        details: What else there is to know, by kind: an encoder's family, image size and grid; the tensors that a
+            selection is attached to; an engine's compute capabilities.
+        versions: Of the libraries that made it.
+        created: UTC time, ISO 8601.
+        check: The last comparison with the reference.
+    """
+
+    kind: Kind
+    format: Format
+    files: tuple[FileInfo, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    dimensions: dict[str, DimRange]
+    budget: int
+    form: str
+    constants: SelectionConfig
+    versions: dict[str, str]
+    created: str
+    check: Check
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", Kind), ("format", Format)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} is one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        if not self.files:
+            raise ValueError("files names at least the file itself")
+
+    def input(self, name: str) -> TensorInfo:
+        """Returns the input of that name.
+
+        Raises:
+            ArtifactError: There is none.
+        """
+        for tensor in self.inputs:
+            if tensor.name == name:
+                return tensor
+        raise ArtifactError(
+            f"{self.files[0].name} has no input {name!r}, only {', '.join(each.name for each in self.inputs)}"
+        )
+
+    def to_json(self) -> str:
+        """Returns the manifest's text."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Returns the manifest of that text.
+
+        Raises:
+            ArtifactError: Not a manifest, or one of another schema.
+        """
+        try:
+            values = json.loads(text)
+            schema = values.pop("schema")
+            if schema != SCHEMA:
+                raise ArtifactError(f"schema {schema} is not understood, this version reads {SCHEMA}: export again")
+            names = {each.name for each in fields(cls)}
+            if set(values) != names:
+                raise ArtifactError(f"fields differ: {', '.join(sorted(set(values) ^ names))}")
+            return cls(
+                **values
+                | {
+                    "files": tuple(FileInfo(**each) for each in values["files"]),
+                    "inputs": _tensors(values["inputs"]),
+                    "outputs": _tensors(values["outputs"]),
+                    "dimensions": {name: DimRange(**size) for name, size in values["dimensions"].items()},
+                    "constants": SelectionConfig(**values["constants"]),
+                    "check": Check(**values["check"]),
+                }
+            )
+        except ArtifactError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(f"not a manifest of an exported file: {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def path_of(file: Path) -> Path:
+        """Returns where the manifest of an exported file stands."""
+        return file.with_name(f"{file.name}.json")
+
+    @classmethod
+    def load(cls, file: Path) -> Manifest:
+        """Returns the manifest of an exported file whose every byte is what was exported.
+
+        Raises:
+            ArtifactError: The file or its manifest is missing, or a file has changed.
+        """
+        path = cls.path_of(file)
+        for needed in (file, path):
+            if not needed.is_file():
+                raise ArtifactError(f"{needed} is not there: export it again, and keep the files together")
+        try:
+            manifest = cls.from_json(path.read_text(encoding="utf-8"))
+        except (ArtifactError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{path}: {error}") from error
+        if manifest.files[0].name != file.name:
+            described = manifest.files[0].name
+            raise ArtifactError(f"{path} describes {described}, not {file.name}: keep both names as they are")
+        for expected in manifest.files:
+            _check_file(file.with_name(expected.name), expected)
+        return manifest
+
+
+def describe_file(path: Path) -> FileInfo:
+    """Returns a file's name, size and checksum."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileInfo(path.name, path.stat().st_size, digest)
+
+
+def _check_file(path: Path, expected: FileInfo) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not there: export it again, and keep the files together")
+    size = path.stat().st_size
+    if size != expected.size_bytes:
+        raise ArtifactError(f"{path} has {size} bytes, exported were {expected.size_bytes}: export it again")
+    if describe_file(path).sha256 != expected.sha256:
+        raise ArtifactError(f"{path} is not what was exported (its checksum differs): export it again")
+
+
+def _tensors(values: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(each["name"], each["dtype"], tuple(each["shape"])) for each in values)

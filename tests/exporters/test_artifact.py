@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmtok_deploy import SelectionConfig
+from mmtok_deploy.exporters import artifact
+from mmtok_deploy.exporters.artifact import export_model, new_artifact
+from mmtok_deploy.exporters.check import CheckFailedError
+from mmtok_deploy.exporters.selection_graph import SelectionSpec, build_selection
+from mmtok_deploy.manifest import Manifest
+
+
+def test_a_file_and_its_manifest_and_nothing_else(exported: Path, spec: SelectionSpec) -> None:
+    assert sorted(path.name for path in exported.parent.iterdir()) == ["selection.onnx", "selection.onnx.json"]
+    manifest = Manifest.load(exported)
+    assert (manifest.kind, manifest.format, manifest.budget, manifest.form) == ("selection", "onnx", 5, "lazy")
+    assert manifest.constants == spec.config
+    assert manifest.dimensions == {"B": spec.batch, "N": spec.num_tokens, "M": spec.num_words}
+    assert manifest.check.status == "passed"
+    assert manifest.check.detail == "20 of 20 picks compared, all equal"
+    assert json.loads(Manifest.path_of(exported).read_text())["schema"] == 1
+
+
+def test_large_weights_stand_beside_the_graph(
+    exported: Path, spec: SelectionSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "_MAX_INLINE_BYTES", 0)
+    path = exported.with_name("large.onnx")
+    manifest = export_model(build_selection(spec), path, "selection", spec)
+    assert manifest.check.status == "passed"
+    assert [file.name for file in manifest.files] == ["large.onnx", "large.onnx.data"]
+    Manifest.load(path)
+
+
+def test_what_is_there_stays_unless_forced(exported: Path, spec: SelectionSpec) -> None:
+    before = exported.read_bytes()
+    other = replace(spec, budget=4)
+    with pytest.raises(FileExistsError, match=r"selection\.onnx is there already: .*--force"):
+        export_model(build_selection(other), exported, "selection", other)
+    assert exported.read_bytes() == before
+    export_model(build_selection(other), exported, "selection", other, force=True)
+    assert Manifest.load(exported).budget == 4
+
+
+def test_a_manifest_alone_is_not_overwritten(exported: Path, spec: SelectionSpec) -> None:
+    exported.unlink()
+    with pytest.raises(FileExistsError, match=r"selection\.onnx\.json is there already"):
+        export_model(build_selection(spec), exported, "selection", spec)
+
+
+def test_a_graph_that_answers_otherwise_is_not_written(spec: SelectionSpec, tmp_path: Path) -> None:
+    # The manifest promises another temperature than the graph has.
+    promised = replace(spec, config=SelectionConfig(vv_temp=0.9))
+    with pytest.raises(CheckFailedError, match=r"pick \d is token \d+, expected \d+|coverage differs"):
+        export_model(build_selection(spec), tmp_path / "new" / "wrong.onnx", "selection", promised)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_whatever_happens_nothing_half_written_is_left(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_artifact(tmp_path / "a.onnx", force=False) as file:  # noqa: PT012
+        file.write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_space_left(tmp_path: Path) -> None:
+    # A limit on the size of files stands for a full disk: writing fails half-way, as it would there.
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from mmtok_deploy.cli import main\n"
+        "import mmtok_deploy.exporters.artifact\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", limited, "export", "selection", "--budget=4", "--tokens=16"]
+    done = subprocess.run(
+        [*command, f"--output={tmp_path}/a.onnx"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert "File too large" in done.stderr
+    assert "free some space" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,35 @@
+"""Exported selections for the tiny checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.exporters.artifact import export_model
+from mmtok_deploy.exporters.selection_graph import SelectionSpec, build_selection
+from mmtok_deploy.presets import PRESETS
+
+__all__ = ["export_for"]
+
+# Of the checkpoints' text model and vision encoder; 576 patches of a square or a tile, any number for Qwen2.5-VL.
+_VISION_WIDTH, _KEYS_WIDTH = 256, 64
+
+
+def export_for(family: str, path: Path, budget: int, **change: Any) -> Path:
+    """Writes the selection that a float32 server of the family's tiny checkpoint takes."""
+    values: dict[str, Any] = {
+        "budget": budget,
+        "num_tokens": DimRange(budget, 128, 512) if family == "qwen2.5-vl" else DimRange.fixed(576),
+        "num_words": DimRange(1, 16, 64),
+        "batch": DimRange(1, 1, 3),
+        "vision_width": _VISION_WIDTH,
+        "keys_width": _KEYS_WIDTH,
+        "dtype": "float32",
+        "keys_dtype": "float32",
+        "config": PRESETS[family].config,
+        "form": "lazy",
+    }
+    spec = SelectionSpec(**values | change)
+    export_model(build_selection(spec), path, "selection", spec)
+    return path

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_batch import MultimodalInputs, MultimodalProcessorOutput
+from torch import Tensor
+
+from mmtok_deploy.runtime.sglang.cache_key import CacheKeys, image_key
+from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
+from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
+from tests.runtime.stand_ins import image_item, make_settings
+
+PLAN = ImagePlan(num_tokens=4, num_kept=2, guidance=[3, 1, 2])
+KEYS = CacheKeys(make_settings(2))
+# Of an image of 4 tokens: 8 + 6 numbers each.
+IMAGE_BYTES = 4 * (8 + 6) * 4
+
+
+def image(pixels: float, plan: ImagePlan | None = PLAN, **data: Tensor) -> Any:
+    """Returns an item as the scheduler gets it."""
+    item = image_item((0, 1), plan, model_specific_data=data)
+    item.feature = item.feature + pixels
+    KEYS.from_processor_output(MultimodalInputs.from_processor_output, MultimodalProcessorOutput(mm_items=[item]))
+    return item
+
+
+class Encoder:
+    """Encodes a batch into one tensor, as encoders do."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[float]] = []
+
+    def __call__(self, items: list[Any]) -> list[Features]:
+        self.batches.append([item.feature.flatten()[0].item() for item in items])
+        vision, keys = (
+            torch.cat([item.feature.new_full((4, width), float(item.feature.flatten()[0])) for item in items])
+            for width in (8, 6)
+        )
+        return [Features(*each) for each in zip(vision.split(4), keys.split(4), strict=True)]
+
+
+def recalled(cache: FeatureCache, encoder: Encoder, *items: Any) -> list[float]:
+    """Returns the number that the features of each image are made of."""
+    every = cache.recall(list(items), encoder)
+    for features in every:
+        assert (features.vision.shape, features.keys.shape) == ((4, 8), (4, 6))
+        assert len(set(features.vision.flatten().tolist() + features.keys.flatten().tolist())) == 1
+    return [float(features.vision[0, 0]) for features in every]
+
+
+def make_cache(num_images: float = 100) -> FeatureCache:
+    return FeatureCache(int(num_images * IMAGE_BYTES), SelectionMetrics())
+
+
+def test_another_question_about_an_image_does_not_encode_it() -> None:
+    cache, encoder = make_cache(), Encoder()
+    assert recalled(cache, encoder, image(1)) == [1]
+    other = image(1, replace(PLAN, guidance=[7], num_kept=3))
+    assert recalled(cache, encoder, other) == [1]
+    assert encoder.batches == [[1]]
+
+
+def test_what_is_not_held_of_a_batch_is_encoded_in_one_call_and_in_order() -> None:
+    cache, encoder = make_cache(), Encoder()
+    recalled(cache, encoder, image(2))
+    assert recalled(cache, encoder, image(3), image(2), image(1), image(4)) == [3, 2, 1, 4]
+    assert encoder.batches == [[2], [3, 1, 4]]
+
+
+def test_two_questions_about_an_image_in_one_batch_encode_it_once() -> None:
+    cache, encoder = make_cache(), Encoder()
+    assert recalled(cache, encoder, image(1), image(2), image(1, replace(PLAN, guidance=[]))) == [1, 2, 1]
+    assert encoder.batches == [[1, 2]]
+
+
+def test_images_that_are_not_pruned_are_encoded_and_not_held() -> None:
+    cache, encoder = make_cache(), Encoder()
+    for _ in range(2):
+        assert recalled(cache, encoder, image(1, None), image(2), image(1, None)) == [1, 2, 1]
+    assert encoder.batches == [[1, 2, 1], [1, 1]]
+    assert len(cache) == 1
+
+
+def test_nothing_is_held_without_room() -> None:
+    cache, encoder = FeatureCache(0, SelectionMetrics()), Encoder()
+    for _ in range(2):
+        assert recalled(cache, encoder, image(1), image(1)) == [1, 1]
+    assert encoder.batches == [[1, 1]] * 2
+    assert (len(cache), cache.size_bytes) == (0, 0)
+
+
+def test_pruned_images_are_counted() -> None:
+    counted = SelectionMetrics()
+    cache, encoder = FeatureCache(100 * IMAGE_BYTES, counted), Encoder()
+    recalled(cache, encoder, image(1), image(2, None))
+    recalled(cache, encoder, image(1), image(3), image(3, replace(PLAN, num_kept=1)), image(2, None))
+    names = ("encoded_images", "feature_cache_hits", "feature_cache_misses")
+    assert [counted._lately[name] for name in names] == [2, 2, 2]
+
+
+def test_an_image_larger_than_the_bound_drives_nothing_out() -> None:
+    cache, encoder = make_cache(1), Encoder()
+    recalled(cache, encoder, image(1))
+    large = Features(torch.zeros(8, 8), torch.zeros(8, 6))
+    cache.recall([image(2)], lambda items: [large])
+    recalled(cache, encoder, image(1))
+    assert encoder.batches == [[1]]
+
+
+@pytest.mark.parametrize("num_images", [2, 2.9])
+def test_the_image_not_used_for_longest_goes(num_images: float) -> None:
+    cache, encoder = make_cache(num_images), Encoder()
+    for pixels in (1, 2, 1, 3):
+        recalled(cache, encoder, image(pixels))
+    assert (len(cache), cache.size_bytes) == (2, 2 * IMAGE_BYTES)
+    assert recalled(cache, encoder, image(1)) == [1]
+    assert encoder.batches == [[1], [2], [3]]
+    assert recalled(cache, encoder, image(2)) == [2]
+    assert encoder.batches[3:] == [[2]]
+
+
+def test_a_batch_larger_than_the_cache_has_all_its_features() -> None:
+    cache, encoder = make_cache(2), Encoder()
+    recalled(cache, encoder, image(1))
+    assert recalled(cache, encoder, *(image(pixels) for pixels in (1, 2, 3, 4))) == [1, 2, 3, 4]
+    assert len(cache) == 2
+
+
+def test_ranks_that_run_the_same_batches_hold_the_same_images() -> None:
+    first, second = ((make_cache(3), Encoder()) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        batch = torch.randint(0, 6, (3,), generator=generator).tolist()
+        for cache, encoder in (first, second):
+            assert recalled(cache, encoder, *(image(pixels) for pixels in batch)) == batch
+    assert first[1].batches == second[1].batches
+
+
+def test_a_held_image_does_not_keep_its_batch() -> None:
+    cache, encoder = make_cache(), Encoder()
+    cache.recall([image(1), image(2)], encoder)
+    ((held,), whole) = cache.recall([image(1)], encoder), IMAGE_BYTES
+    assert held.vision.untyped_storage().nbytes() + held.keys.untyped_storage().nbytes() == whole
+
+
+def test_without_memory_for_a_copy_an_image_is_held_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one rank would encode it again, and the others would not."""
+
+    def no_memory(tensor: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    cache, encoder = make_cache(), Encoder()
+    monkeypatch.setattr(Tensor, "clone", no_memory)
+    assert recalled(cache, encoder, image(1), image(2)) == [1, 2]
+    assert recalled(cache, encoder, image(1), image(2)) == [1, 2]
+    assert encoder.batches == [[1, 2]]
+    assert cache.size_bytes == 2 * IMAGE_BYTES
+
+
+@pytest.mark.parametrize("flushed", [True, False])
+def test_it_is_flushed_with_sglangs_caches(flushed: bool) -> None:
+    cache, encoder = make_cache(), Encoder()
+    recalled(cache, encoder, image(1))
+    assert cache.flush(lambda scheduler, empty_cache: flushed, None, empty_cache=False) is flushed
+    assert (len(cache), cache.size_bytes) == ((0, 0) if flushed else (1, IMAGE_BYTES))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_equal"),
+    [
+        (image(1), image(1), True),
+        (image(1), image(1, replace(PLAN, guidance=[], num_kept=1)), True),
+        (image(1), image(2), False),
+        # Of one colour, so that their pixels are the same in another shape.
+        (image(1, image_grid_thw=torch.tensor([[1, 4, 8]])), image(1, image_grid_thw=torch.tensor([[1, 8, 4]])), False),
+        (image(1, image_grid_thw=torch.tensor([[1, 4, 8]])), image(1, image_grid_thw=torch.tensor([[1, 4, 8]])), True),
+        (image(1, image_sizes=torch.tensor([[4, 8]])), image(1, image_sizes=torch.tensor([[8, 4]])), False),
+    ],
+)
+def test_the_key_is_of_the_image_alone(one: Any, other: Any, are_equal: bool) -> None:
+    assert image_key(one) is not None
+    assert (image_key(one) == image_key(other)) is are_equal
+
+
+def test_an_image_that_is_not_pruned_has_no_key() -> None:
+    assert image_key(image(1, None)) is None
