@@ -140,12 +140,12 @@ class Qwen25VLEncoder(Encoder):
         attended = attended.transpose(1, 2).reshape(self.batch_size, -1, attention.dim)
         if is_filled:
             attended = attended.index_select(1, self.get_buffer("unfilled"))
-        return attention.proj(attended)  # type: ignore[no-any-return]
+        return attention.proj(attended)
 
 
 def _feed_forward(mlp: Any, hidden: Tensor) -> Tensor:
     gated = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
-    return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))  # type: ignore[no-any-return]
+    return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))
 
 
 def _rotary_angles(positions: Tensor, config: Any) -> Tensor:

@@ -30,7 +30,7 @@ PUBLISHED = {
     "vocab_size": 152064,
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     "vision_config": {
-        "depth": 4,
+        "depth": 2,
         "hidden_act": "silu",
         "hidden_size": 160,
         "intermediate_size": 428,
@@ -41,7 +41,7 @@ PUBLISHED = {
         "spatial_merge_size": 2,
         "spatial_patch_size": 14,
         "window_size": 112,
-        "fullatt_block_indexes": [1, 3],
+        "fullatt_block_indexes": [1],
         "tokens_per_second": 2,
         "temporal_patch_size": 2,
     },
