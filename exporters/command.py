@@ -243,9 +243,10 @@ def _build_engine(
 
 
 def _report(path: Path, manifest: Manifest) -> None:
-    size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
-    sizes = ", ".join(f"{name} {size}" for name, size in manifest.dimensions.items())
-    print(f"{path}  {size_mb:.1f} MB, keeps {manifest.budget} tokens, {manifest.form}; {sizes}")
+    size_bytes = sum(file.size_bytes for file in manifest.files)
+    size = f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
+    sizes = ", ".join(f"{name} {allowed}" for name, allowed in manifest.dimensions.items())
+    print(f"{path}  {size}, keeps {manifest.budget} tokens, {manifest.form}; {sizes}")
     runtime = f" ({manifest.check.runtime})" if manifest.check.runtime else ""
     print(f"  check {manifest.check.status}: {manifest.check.detail}{runtime}", flush=True)
 

@@ -24,8 +24,8 @@ class JoinedEncoder:
     """An encoder with its selection, built.
 
     Args:
-        model: Inputs `pixels`, `text`, `text_mask` and `excluded`; outputs those of the selection, and `positions` for a
-            model with M-RoPE.
+        model: Inputs `pixels`, `text`, `text_mask`, `excluded`; outputs those of the selection, and for a model with
+            M-RoPE `positions`.
         spec: The selection's sizes.
         details: For the manifest.
     """

@@ -32,7 +32,12 @@ _STYLES: dict[Status, str] = {"ok": "green", "warning": "yellow", "optional": "c
 _PLUGIN = "mmtok"
 _PLATFORM = "torch_cpu"
 _GROUPS = {_PLUGIN: "sglang.srt.plugins", _PLATFORM: "sglang.srt.platforms"}
-_EXTRAS = {"bench": "for mmtok demo and the benchmarks", "export": "unused by this version"}
+_EXTRAS = {
+    "bench": "for mmtok demo and the benchmarks",
+    "export": "for mmtok export, and ONNX files in a server",
+    "tensorrt-rtx": "for engines of RTX GPUs",
+    "tensorrt": "for engines of datacenter GPUs",
+}
 _REINSTALL = "install mmtok-deploy again; in a checkout: pip install -e ."
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _PROBE_LIMIT_S = 180
@@ -80,8 +85,9 @@ def run_doctor(*, json_output: bool = False) -> int:
             `checks`: list of objects with a `section` and the fields of Check, all of them strings: `name`, `status`
             ("ok", "warning", "optional", "failed"), `found`, `fix`. The names: "Python", "mmtok-deploy", "PyTorch",
             "SGLang", "plugin mmtok", "platform torch_cpu", "SGLANG_PLUGINS", "SGLANG_PLATFORM",
-            "SGLANG_USE_CPU_ENGINE", "extra bench", "extra export"; a device is "cuda:0", ... (or "cpu", if there is
-            none), and the selection tried on it "reference on cpu", "reference on cuda:0", ...
+            "SGLANG_USE_CPU_ENGINE", "extra bench", "extra export", "extra tensorrt-rtx", "extra tensorrt"; a device
+            is "cuda:0", ... (or "cpu", if there is none), and the selection tried on it "reference on cpu",
+            "reference on cuda:0", ...
     """
     with Console(stderr=True).status("Looking at this machine; loading the plugin takes a while"):
         sections = _run_checks()

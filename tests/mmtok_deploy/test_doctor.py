@@ -86,7 +86,8 @@ def test_json_schema(real: tuple[int, str]) -> None:
     assert len(set(names)) == len(names)
     assert {
         "Python", "mmtok-deploy", "PyTorch", "SGLang", "plugin mmtok", "platform torch_cpu",
-        *VARIABLES, "reference on cpu", "extra bench", "extra export",
+        *VARIABLES, "reference on cpu", "extra bench", "extra export", "extra tensorrt-rtx",
+        "extra tensorrt",
     } < set(names)  # fmt: skip
 
 
@@ -181,9 +182,10 @@ def test_an_extra_is_missing(quick: pytest.MonkeyPatch) -> None:
 
 
 def test_an_extra_is_installed(quick: pytest.MonkeyPatch) -> None:
-    install(quick, onnx="1.19.0", onnxscript="0.5.0", onnxruntime="1.22.0")
+    install(quick, onnx="1.19.0", onnxscript="0.5.0", onnxruntime="1.22.0", transformers="5.10.0")
     export = run_checks()[1]["extra export"]
-    assert (export["status"], export["found"]) == ("ok", "onnx 1.19.0, onnxscript 0.5.0, onnxruntime 1.22.0")
+    found = "onnx 1.19.0, onnxscript 0.5.0, onnxruntime 1.22.0, transformers 5.10.0"
+    assert (export["status"], export["found"]) == ("ok", found)
 
 
 @pytest.mark.parametrize(

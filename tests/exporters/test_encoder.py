@@ -1,0 +1,157 @@
+"""Pixels in, kept tokens out: held against Hugging Face's encoder followed by the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from mmtok_deploy import select_tokens
+from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.cli import main
+from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.exporters.encoder import build_joined_encoder
+from mmtok_deploy.exporters.selection_graph import FORMS, Form
+from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.presets import PRESETS
+from tests.runtime.chats import small
+from tests.runtime.conftest import checkpoint, judge_of
+
+BUDGET = 12
+
+
+def export(path: Path, family: TinyFamily, *arguments: str) -> Manifest:
+    common = ["--budget", str(BUDGET), "--text-tokens=1:4:16", f"--output={path}"]
+    assert main(["export", "encoder", f"--model={checkpoint(family)}", *common, *arguments]) == 0
+    return Manifest.load(path)
+
+
+def run(path: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    values = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+
+def question(width: int = 256, num_tokens: int = 576) -> dict[str, Tensor]:
+    """Returns five words and two rows of padding, and a token never to pick."""
+    text = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(3))
+    text[0, 5:] = float("nan")
+    excluded = torch.zeros(1, num_tokens, dtype=torch.bool)
+    excluded[0, 1] = True
+    return {"text": text, "text_mask": torch.arange(7)[None] < 5, "excluded": excluded}
+
+
+def assert_hugging_faces(
+    family: TinyFamily, outputs: dict[str, Tensor], asked: dict[str, Tensor], size: tuple[int, int]
+) -> None:
+    judge = judge_of(family)
+    image = small("astronaut", *size)
+    inputs = judge.processor(
+        text=["<image>" if family == "llava-1.5" else "<|image_pad|>"], images=[image], return_tensors="pt"
+    )
+    with torch.no_grad():
+        ((vision, keys),), _ = judge._features(inputs, [image])
+    expected = select_tokens(
+        vision, keys, asked["text"][0, :5], BUDGET, config=PRESETS[family].config, excluded=asked["excluded"][0]
+    )
+    assert outputs["order"][0].tolist() == expected.order.tolist()
+    assert outputs["kept"][0].tolist() == expected.kept.tolist()
+    torch.testing.assert_close(outputs["visual_tokens"][0], vision[expected.kept], rtol=0, atol=1e-4)
+    if family == "qwen2.5-vl":
+        positions, _ = judge._positions(inputs)
+        image_positions = positions[:, inputs["input_ids"][0] == judge.model.config.image_token_id]
+        in_image = image_positions - image_positions[:, :1]
+        assert torch.equal(outputs["positions"][0], in_image[:, expected.kept])
+    else:
+        assert "positions" not in outputs
+
+
+# Of 4 x 4 merged patches in a window: full windows alone; windows cut at the right, at the bottom, at both edges.
+@pytest.mark.parametrize("size", [(224, 112), (252, 112), (224, 140), (336, 252)])
+def test_qwen(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "encoder.onnx"
+    manifest = export(path, "qwen2.5-vl", f"--image-size={size[0]}x{size[1]}", "--dtype=float32")
+    rows, columns = size[1] // 28, size[0] // 28
+    assert manifest.details["grid"] == [1, rows, columns]
+    assert manifest.dimensions["N"] == DimRange.fixed(rows * columns)
+    assert [tensor.name for tensor in manifest.inputs] == ["pixels", "text", "text_mask", "excluded"]
+    assert [tensor.name for tensor in manifest.outputs] == [
+        *("kept", "order", "visual_tokens", "coverage", "total", "positions")
+    ]
+    judge = judge_of("qwen2.5-vl")
+    pixels = judge.processor.image_processor(images=[small("astronaut", *size)], return_tensors="pt")["pixel_values"]
+    asked = question(num_tokens=rows * columns)
+    assert_hugging_faces("qwen2.5-vl", run(path, {"pixels": pixels, **asked}), asked, size)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_llava(tmp_path: Path, form: Form) -> None:
+    path = tmp_path / "encoder.onnx"
+    manifest = export(path, "llava-1.5", "--dtype=float32", f"--form={form}")
+    assert manifest.details["image_size"] == [336, 336]
+    assert manifest.check.status == "passed"
+    judge = judge_of("llava-1.5")
+    image = small("astronaut", 336, 252)
+    pixels = judge.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    asked = question()
+    assert_hugging_faces("llava-1.5", run(path, {"pixels": pixels, **asked}), asked, (336, 252))
+
+
+def test_a_batch_is_its_images(tmp_path: Path) -> None:
+    joined = build_joined_encoder(
+        checkpoint("llava-1.5"), None, BUDGET, num_words=DimRange.fixed(7), dtype="float32", form="lazy", batch_size=2
+    )
+    ir.save(joined.model, tmp_path / "two.onnx")
+    export(tmp_path / "one.onnx", "llava-1.5", "--dtype=float32")
+    pixels = torch.randn(2, 3, 336, 336, generator=torch.Generator().manual_seed(1))
+    asked = question()
+    together = run(
+        tmp_path / "two.onnx", {"pixels": pixels, **{name: torch.cat([each] * 2) for name, each in asked.items()}}
+    )
+    for image in range(2):
+        alone = run(tmp_path / "one.onnx", {"pixels": pixels[image : image + 1], **asked})
+        assert together["kept"][image].tolist() == alone["kept"][0].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_of_weights_and_tokens(tmp_path: Path, dtype: str) -> None:
+    manifest = export(tmp_path / "a.onnx", "qwen2.5-vl", "--image-size=112x112", f"--dtype={dtype}")
+    dtypes = {tensor.name: tensor.dtype for tensor in (*manifest.inputs, *manifest.outputs)}
+    assert (dtypes["pixels"], dtypes["text"], dtypes["visual_tokens"]) == ("float32", dtype, dtype)
+    # Means over merged patches, which float16 may not hold.
+    assert manifest.details["edges"]["keys"]["dtype"] == "float32"
+
+
+def test_random_weights_from_a_configuration_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((checkpoint("llava-1.5") / "config.json").read_bytes())
+    arguments = ["export", "encoder", f"--model={folder}", "--budget=12", f"--output={tmp_path}/a.onnx"]
+    assert main([*arguments, "--random-weights"]) == 0
+    assert Manifest.load(tmp_path / "a.onnx").details["random_weights"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image-size=100x100"], "multiples of 28 px, got 100x100"),
+        ([], "takes images of many sizes: name one, --image-size"),
+        (["--image-size=112"], "an image size is WIDTHxHEIGHT"),
+        (["--image-size=112x112", "--budget=17"], "keeps 17 tokens needs images of at least as many, got 16"),
+    ],
+)
+def test_usage_errors_leave_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    command = ["export", "encoder", f"--model={checkpoint('qwen2.5-vl')}", "--budget=4", f"--output={tmp_path}/a.onnx"]
+    try:
+        assert main([*command, *arguments]) == 2
+    except SystemExit as usage_error:
+        assert usage_error.code == 2  # noqa: PT017
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,58 @@
+"""What the pages say to type runs as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmtok_deploy.cli import main
+
+DOCS = Path(__file__).parents[1] / "docs"
+GPU = "# needs an NVIDIA GPU\n"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
+
+
+def run_exports(page: str) -> None:
+    for block in blocks(page, "bash"):
+        for line in block.splitlines():
+            if line.startswith("mmtok export selection"):
+                assert main(shlex.split(line, comments=True)[1:]) == 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_exporting_and_onnx_runtime(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    run_exports("export.md")
+    said = capsys.readouterr().out
+    (shown,) = [block for block in blocks("export.md", "") if block.startswith("selection.onnx")]
+    version = re.compile(r"onnxruntime [\d.]+")
+    assert version.sub("", said).startswith(version.sub("", shown))
+    names: dict[str, Any] = {}
+    for block in blocks("export.md", "python"):
+        if not block.startswith(GPU):
+            exec(compile(block, "docs/export.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("(1, 64) (1, 64, 4096)\nonnxruntime ")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensorrt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    run_exports("export.md")
+    (block,) = [block for block in blocks("export.md", "python") if block.startswith(GPU)]
+    exec(compile(block, "docs/export.md", "exec"), {})
+    assert re.search(r"\[\[\d+(, \d+){63}\]\]", capsys.readouterr().out)
