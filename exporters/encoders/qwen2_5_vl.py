@@ -25,12 +25,12 @@ class Qwen25VLEncoder(Encoder):
     attend in one batch of windows, [B * W, L]: windows that the image's edge cuts are filled up to L, and their
     filling is masked. Rotary angles, orders and the mask depend on the grid alone and are constants of the graph.
 
-    The keys are the last block's output, averaged in float32 over each merged group of patches, before the merger.
+    The keys are the last block's output, averaged over each merged group of patches, before the merger: float32
+    whatever the weights' type. Float16 does not hold that output in Qwen2.5-VL-3B, so with float16 weights the last
+    block's last product and sum are float32 as well.
 
-    Float16 does not hold the last block's output in Qwen2.5-VL-3B. So with float16 weights that block's last
-    product and sum are float32, and the keys are clamped to float16's range.
-
-    Source: transformers 5.19 models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VisionTransformerPretrainedModel`.
+    Source: transformers 5.19 models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VisionTransformerPretrainedModel`;
+        that float16 overflows: a note in NVIDIA TensorRT-Edge-LLM's visual_models/qwen2_5_vl_model.py.
     """
 
     family = "qwen2.5-vl"
@@ -107,12 +107,10 @@ class Qwen25VLEncoder(Encoder):
             hidden = hidden + _feed_forward(block.mlp, block.norm2(hidden))
 
         keys = hidden.view(self.batch_size, -1, group, self.keys_width).float().mean(dim=2)
-        if self.dtype == torch.float16:
-            keys = keys.clamp(*_range(self.dtype))
         merger = self.visual.merger
         groups = merger.ln_q(hidden).to(self.dtype).view(self.batch_size, -1, merger.hidden_size)
         raster_order = self.get_buffer("raster_order")
-        return merger.mlp(groups).index_select(1, raster_order), keys.to(self.dtype).index_select(1, raster_order)
+        return merger.mlp(groups).index_select(1, raster_order), keys.index_select(1, raster_order)
 
     def _attend(self, attention: Any, hidden: Tensor, is_windowed: bool) -> Tensor:
         """Returns [B, S, C]: attention within the windows, or over the image.
@@ -159,11 +157,6 @@ def _rotary_angles(positions: Tensor, config: Any) -> Tensor:
     quarter = torch.arange(config.hidden_size // config.num_heads // 4)
     frequencies = 1.0 / base ** (quarter / len(quarter))
     return (positions[:, :, None] * frequencies).flatten(1).repeat(1, 2)
-
-
-def _range(dtype: torch.dtype) -> tuple[float, float]:
-    limits = torch.finfo(dtype)
-    return limits.min, limits.max
 
 
 def _check_image_size(image_size: tuple[int, int], factor: int) -> None:

@@ -55,7 +55,7 @@ def test_float16() -> None:
     exported = export_encoder(checkpoint(FAMILY), CUT_WINDOWS, dtype=torch.float16)
     pixels = pixels_of(FAMILY, CUT_WINDOWS)
     outputs = run(exported, pixels)
-    assert [output.dtype.name for output in outputs] == ["float16", "float16"]
+    assert [output.dtype.name for output in outputs] == ["float16", "float32"]
     assert_equal(outputs, hugging_face(FAMILY, pixels, CUT_WINDOWS, torch.float16), torch.float16)
 
 
@@ -64,7 +64,7 @@ def test_bfloat16() -> None:
     encoder = build_encoder(checkpoint(FAMILY), CUT_WINDOWS, dtype=torch.bfloat16)
     pixels = pixels_of(FAMILY, CUT_WINDOWS)
     outputs = list(encoder(pixels))
-    assert [output.dtype for output in outputs] == [torch.bfloat16, torch.bfloat16]
+    assert [output.dtype for output in outputs] == [torch.bfloat16, torch.float32]
     assert_equal(outputs, hugging_face(FAMILY, pixels, CUT_WINDOWS, torch.bfloat16), torch.bfloat16)
 
 
@@ -79,8 +79,7 @@ def test_a_last_block_beyond_float16_leaves_finite_features() -> None:
     vision, keys = outputs[torch.float16]
     assert expected_keys.abs().max() > torch.finfo(torch.float16).max
     assert (vision.float() - expected_vision).abs().max() < 3e-2
-    assert keys.isfinite().all()
-    assert torch.cosine_similarity(keys.float(), expected_keys, dim=-1).min() > 0.99
+    assert torch.allclose(keys, expected_keys, rtol=1e-3, atol=3e-2)
 
 
 @pytest.mark.parametrize(
