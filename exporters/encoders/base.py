@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns vision [B, N, D] and keys [B, N, d], in raster order and the weights' dtype.
+        """Returns vision [B, N, D] of the weights' dtype, and keys [B, N, d] of that or float32, in raster order.
 
         Args:
             pixels: [*pixels_shape] float32.
@@ -80,7 +80,8 @@ class ExportedEncoder:
         grid: (t, h, w) of one image's tokens, t = 1; token i stands at (0, i // w, i % w).
         vision_width: D.
         keys_width: d.
-        dtype: Of the weights and of both outputs.
+        dtype: Of the weights and of `vision`. `keys` are as the family computes them: float32 where they are means
+            (Qwen2.5-VL), else of this type.
         has_positions: Whether the language model reads (t, h, w) positions (M-RoPE) and not a running number.
     """
 

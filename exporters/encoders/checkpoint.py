@@ -87,7 +87,9 @@ def fill_with_noise(module: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> 
 
 def _files(checkpoint: Path) -> list[Path]:
     if (checkpoint / _INDEX).is_file():
-        shards = read_json(checkpoint, _INDEX).get("weight_map", {})
+        shards = read_json(checkpoint, _INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise EncoderError(f"{checkpoint / _INDEX} has no weight_map: download it again")
         # Shards that hold the language model alone need not be there.
         names = {shard for stored, shard in shards.items() if not _is_language(_parameter_name(stored))}
         return [checkpoint / name for name in sorted(names)]

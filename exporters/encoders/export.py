@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx_ir
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from mmtok_deploy.exporters.encoders.base import Encoder, EncoderError, ExportedEncoder
@@ -39,7 +40,7 @@ def export_encoder(
     Args:
         checkpoint: A Hugging Face checkpoint directory: config.json, and safetensors unless `random_weights`.
         image_size: (width, height) in pixels, after the image processor has scaled the image.
-        dtype: Of the weights and of both outputs: float32, float16 or bfloat16.
+        dtype: Of the weights and of `vision`: float32, float16 or bfloat16.
         batch_size: Images a call.
         random_weights: Fill the weights with noise: a model of the real size without its weights.
 
@@ -90,9 +91,14 @@ def build_encoder(
     if batch_size < 1:
         raise EncoderError(f"batch_size is at least 1, got {batch_size}")
     family = _family(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
-    with torch.device("meta"):
-        encoder = family(config, image_size, batch_size)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        with torch.device("meta"):
+            encoder = family(config, image_size, batch_size)
+    except EncoderError:
+        raise
+    except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
+        raise EncoderError(f"{checkpoint / 'config.json'} describes no {family.family} model: {error}") from error
     if random_weights:
         fill_with_noise(encoder, dtype)
     else:
@@ -121,15 +127,14 @@ def native_image_size(checkpoint: Path) -> tuple[int, int] | None:
 
 def _family(checkpoint: Path) -> type[Encoder]:
     content = read_json(checkpoint, "config.json")
-    model_type = content.get("model_type")
-    if model_type in FAMILIES and "vision_config" in content:
-        return FAMILIES[model_type]
-    supported = f"expected model_type {' or '.join(FAMILIES)}"
-    if "vision_config" not in content:
-        raise EncoderError(
-            f"{checkpoint} has no vision tower (model_type {model_type!r}, no vision_config): {supported}"
-        )
-    raise EncoderError(f"the architecture of {checkpoint} (model_type {model_type!r}) is not supported: {supported}")
+    family = FAMILIES.get(str(content.get("model_type")))
+    if family is not None and "vision_config" in content:
+        return family
+    lacks = "is of an architecture that is not supported" if "vision_config" in content else "has no vision tower"
+    raise EncoderError(
+        f"{checkpoint} {lacks} (config.json has model_type {content.get('model_type')!r}): "
+        f"expected model_type {' or '.join(FAMILIES)} and a vision_config"
+    )
 
 
 def _clean(model: onnx_ir.Model) -> None:

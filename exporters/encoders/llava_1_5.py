@@ -77,7 +77,7 @@ class Llava15Encoder(Encoder):
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, rows * columns, -1)
         class_token = embeddings.class_embedding.expand(batch_size, 1, -1)
         hidden = torch.cat([class_token, F.linear(patches, self.patch_weight)], dim=1)
-        return hidden + embeddings.position_embedding.weight  # type: ignore[no-any-return]
+        return hidden + embeddings.position_embedding.weight
 
 
 def _check_config(config: Any) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
-    Qwen2_5_VLVisionRotaryEmbedding,
     apply_rotary_pos_emb_vision,
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -26,12 +25,12 @@ class Qwen25VLEncoder(Encoder):
     attend in one batch of windows, [B * W, L]: windows that the image's edge cuts are filled up to L, and their
     filling is masked. Rotary angles, orders and the mask depend on the grid alone and are constants of the graph.
 
-    The keys are the last block's output, averaged in float32 over each merged group of patches, before the merger.
+    The keys are the last block's output, averaged over each merged group of patches, before the merger: float32
+    whatever the weights' type. Float16 does not hold that output in Qwen2.5-VL-3B, so with float16 weights the last
+    block's last product and sum are float32 as well.
 
-    Float16 does not hold the last block's output in Qwen2.5-VL-3B. So with float16 weights that block's last
-    product and sum are float32, and the keys are clamped to float16's range.
-
-    Source: transformers 5.19 models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VisionTransformerPretrainedModel`.
+    Source: transformers 5.19 models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VisionTransformerPretrainedModel`;
+        that float16 overflows: a note in NVIDIA TensorRT-Edge-LLM's visual_models/qwen2_5_vl_model.py.
     """
 
     family = "qwen2.5-vl"
@@ -67,9 +66,9 @@ class Qwen25VLEncoder(Encoder):
         self._constant("window_order", order)
         self._constant("raster_order", order.argsort())
         positions = get_vision_position_ids(grid, merge).unflatten(0, (-1, merge**2))[order].flatten(0, 1)
-        angles = Qwen2_5_VLVisionRotaryEmbedding(self.config)(positions, positions)
-        self._constant("cos", angles[0])
-        self._constant("sin", angles[1])
+        angles = _rotary_angles(positions, self.config)
+        self._constant("cos", angles.cos())
+        self._constant("sin", angles.sin())
         self._prepare_windows(boundaries.diff())
 
     def _prepare_windows(self, lengths: Tensor) -> None:
@@ -108,12 +107,10 @@ class Qwen25VLEncoder(Encoder):
             hidden = hidden + _feed_forward(block.mlp, block.norm2(hidden))
 
         keys = hidden.view(self.batch_size, -1, group, self.keys_width).float().mean(dim=2)
-        if self.dtype == torch.float16:
-            keys = keys.clamp(*_range(self.dtype))
         merger = self.visual.merger
         groups = merger.ln_q(hidden).to(self.dtype).view(self.batch_size, -1, merger.hidden_size)
         raster_order = self.get_buffer("raster_order")
-        return merger.mlp(groups).index_select(1, raster_order), keys.to(self.dtype).index_select(1, raster_order)
+        return merger.mlp(groups).index_select(1, raster_order), keys.index_select(1, raster_order)
 
     def _attend(self, attention: Any, hidden: Tensor, is_windowed: bool) -> Tensor:
         """Returns [B, S, C]: attention within the windows, or over the image.
@@ -141,17 +138,25 @@ class Qwen25VLEncoder(Encoder):
         attended = attended.transpose(1, 2).reshape(self.batch_size, -1, attention.dim)
         if is_filled:
             attended = attended.index_select(1, self.get_buffer("unfilled"))
-        return attention.proj(attended)  # type: ignore[no-any-return]
+        return attention.proj(attended)
 
 
 def _feed_forward(mlp: Any, hidden: Tensor) -> Tensor:
     gated = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
-    return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))  # type: ignore[no-any-return]
+    return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))
 
 
-def _range(dtype: torch.dtype) -> tuple[float, float]:
-    limits = torch.finfo(dtype)
-    return limits.min, limits.max
+def _rotary_angles(positions: Tensor, config: Any) -> Tensor:
+    """Returns [S, head_dim] float32: by row in the first and third quarter of a head, by column in the others.
+
+    Args:
+        positions: [S, 2] int, row and column of each patch.
+        config: The vision tower's; 10000 is the base where it names none.
+    """
+    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    quarter = torch.arange(config.hidden_size // config.num_heads // 4)
+    frequencies = 1.0 / base ** (quarter / len(quarter))
+    return (positions[:, :, None] * frequencies).flatten(1).repeat(1, 2)
 
 
 def _check_image_size(image_size: tuple[int, int], factor: int) -> None:

@@ -1,0 +1,88 @@
+"""What the encoder tests share: tiny checkpoints, photographs as pixels, and Hugging Face's own answer."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from transformers.vision_utils import get_vision_window_index
+
+from mmtok_deploy.bench.photographs import photograph
+from mmtok_deploy.bench.tiny_checkpoints import TinyFamily, make_tiny_checkpoint
+from mmtok_deploy.exporters.encoders import ExportedEncoder
+
+CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
+PHOTOGRAPHS = ("coffee", "chelsea")
+
+# Outputs reach 14 on the tiny checkpoints.
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 3e-2,  # 11 bits of mantissa; sums are made in another order
+    torch.bfloat16: 2e-1,  # 8 bits
+}
+
+
+def checkpoint(family: TinyFamily) -> Path:
+    return make_tiny_checkpoint(family, CHECKPOINTS / family)
+
+
+@cache
+def pixels_of(family: TinyFamily, image_size: tuple[int, int], batch_size: int = 1) -> Tensor:
+    """Returns photographs of that size as the family's own image processor yields them."""
+    processor = AutoImageProcessor.from_pretrained(checkpoint(family))
+    images = [photograph(name).resize(image_size) for name in PHOTOGRAPHS[:batch_size]]
+    pixels: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+@torch.inference_mode()
+def hugging_face(family: TinyFamily, pixels: Tensor, image_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Returns vision [B, N, D] and keys [B, N, d], float32, of Hugging Face's encoder."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint(family), dtype=dtype).eval()
+    pixels = pixels.to(dtype)
+    if family == "llava-1.5":
+        output = model.get_image_features(pixels)
+        keys = output.hidden_states[-2][:, 1:]
+    else:
+        patches = torch.tensor([1, image_size[1] // 14, image_size[0] // 14])
+        grids = patches.repeat(len(pixels) // int(patches.prod()), 1)
+        output = model.get_image_features(pixels, grids)
+        order, _ = get_vision_window_index(grids, 2, 112, 14)
+        groups = output.last_hidden_state.unflatten(0, (-1, 4)).float().mean(dim=1)
+        keys = groups[order.argsort()].unflatten(0, (len(grids), -1))
+    return [torch.stack(list(output.pooler_output)).float(), keys.float()]
+
+
+def run(exported: ExportedEncoder, pixels: Tensor) -> list[np.ndarray[Any, Any]]:
+    """Returns what ONNX Runtime computes on the CPU, once the checker has passed the model."""
+    proto = onnx_ir.to_proto(exported.model)
+    onnx.checker.check_model(proto, full_check=True)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    outputs: list[np.ndarray[Any, Any]] = session.run(["vision", "keys"], {"pixels": pixels.numpy()})
+    return outputs
+
+
+def assert_equal(outputs: list[Any], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for name, output, answer in zip(("vision", "keys"), outputs, expected, strict=True):
+        found = torch.as_tensor(output).float()
+        assert found.shape == answer.shape, name
+        assert (found - answer).abs().max() < TOLERANCE[dtype], name
+
+
+def signature(exported: ExportedEncoder) -> dict[str, tuple[list[int], str]]:
+    graph = exported.model.graph
+    found = {}
+    for value in (*graph.inputs, *graph.outputs):
+        assert value.name is not None
+        assert value.shape is not None
+        assert value.dtype is not None
+        found[value.name] = ([int(size) for size in value.shape.numpy()], value.dtype.name)
+    return found
