@@ -17,7 +17,7 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["EngineExecutor", "Executor", "ExecutorName", "TorchExecutor", "check_selection", "make_executor"]
 
-ExecutorName = Literal["auto", "torch", "onnxruntime", "tensorrt"]
+ExecutorName = Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"]
 
 
 class Executor(Protocol):
@@ -54,14 +54,14 @@ def make_executor(
     Raises:
         ArtifactError: The exported file is not whole.
         EngineError: It cannot run here, or was exported for something else.
-        ValueError: A name without a file, or a file without the name.
+        ValueError: A name without a file, a file without the name, or Triton where it cannot run.
     """
     if name in ("onnxruntime", "tensorrt") and engine_file is None:
         raise ValueError(f"the backend {name} runs an exported file: name it")
-    if engine_file is None or name == "torch":
+    if engine_file is None or name in ("torch", "triton"):
         if engine_file is not None or provider is not None:
             raise ValueError(f"the backend {name} runs no exported file")
-        return TorchExecutor("auto", device, config)
+        return TorchExecutor("triton" if name == "triton" else "auto", device, config)
     engine = open_engine(engine_file, device, provider)
     runs = "onnxruntime" if engine.manifest.format == "onnx" else "tensorrt"
     if name not in ("auto", runs):

@@ -72,7 +72,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         NS("mm"),
     ] = None
     mmtok_backend: A[
-        Literal["auto", "torch", "onnxruntime", "tensorrt"] | None,
+        Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"] | None,
         Arg(
             help="MMTok: what runs the selection. Default: auto, the file of --mmtok-engine if there is one, else "
             "PyTorch. One that cannot run is an error at start."

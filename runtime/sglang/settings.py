@@ -50,8 +50,10 @@ class Settings:
             raise ValueError(f"guidance is one of {', '.join(get_args(GuidanceRule))}, got {self.guidance!r}")
         if self.backend in ("onnxruntime", "tensorrt") and self.engine is None:
             raise ValueError(f"--mmtok-backend {self.backend} runs an exported file: add --mmtok-engine FILE")
-        if self.backend == "torch" and self.engine is not None:
-            raise ValueError("--mmtok-backend torch runs no exported file: drop --mmtok-engine, or the backend")
+        if self.backend in ("torch", "triton") and self.engine is not None:
+            raise ValueError(
+                f"--mmtok-backend {self.backend} runs no exported file: drop --mmtok-engine, or the backend"
+            )
         if self.provider is not None and self.engine is None:
             raise ValueError("--mmtok-onnxruntime-provider is for an exported file: add --mmtok-engine FILE.onnx")
         if self.feature_cache_mb < 0:

@@ -114,6 +114,11 @@ def test_torch_runs_no_file(exported: Path) -> None:
         make_executor("torch", CPU, SPEC.config, exported)
 
 
+def test_triton_says_why_it_cannot_run() -> None:
+    with pytest.raises(ValueError, match="runs on CUDA devices, the features are on 'cpu'"):
+        make_executor("triton", CPU, SPEC.config)
+
+
 def test_the_wrong_runtime_for_a_file(exported: Path) -> None:
     with pytest.raises(ValueError, match=r"selection\.onnx is run by onnxruntime, not by tensorrt"):
         make_executor("tensorrt", CPU, SPEC.config, exported)
