@@ -159,6 +159,24 @@ def test_with_a_batch_in_front(tmp_path: Path) -> None:
     assert export_attached(visual, tmp_path / "joined.onnx", what).check.status == "passed"
 
 
+def test_an_encoder_with_a_plugins_operators(onnx_file: Path, tmp_path: Path) -> None:
+    # TensorRT-Edge-LLM's attention is a plugin of its own domain: no ONNX library knows what it does, or its shapes.
+    model = ir.load(onnx_file)
+    pixels = model.graph.inputs[0]
+    attention = ir.node("ViTAttentionPlugin", [pixels], domain="trt_edgellm")
+    attention.outputs[0].name = "attended"
+    attention.outputs[0].type, attention.outputs[0].shape = pixels.type, pixels.shape
+    for node, place in list(pixels.uses()):
+        if node is not attention:
+            node.replace_input_with(place, attention.outputs[0])
+    model.graph.insert_before(model.graph.node(0), attention)
+    model.opset_imports["trt_edgellm"] = 1
+    ir.save(model, tmp_path / "visual.onnx", external_data="visual.data")
+    manifest = export_attached(tmp_path / "visual.onnx", tmp_path / "joined.onnx", attachment())
+    assert manifest.check.status == "passed"
+    assert [node.domain for node in ir.load(tmp_path / "joined.onnx").graph].count("trt_edgellm") == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
