@@ -10,7 +10,7 @@ from mmtok_deploy import Budget, __version__
 
 __all__ = ["main"]
 
-_EXTRAS = {"demo": "bench,sglang", "export": "export"}
+_EXTRAS = {"bench": "bench", "demo": "bench,sglang", "export": "export"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument(
         "--folder", default=Path("artifacts/demo"), type=Path, help="where to write (default artifacts/demo)"
     )
+    _add_bench(commands)
     add_export_parser(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -49,6 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
             from mmtok_deploy.doctor import run_doctor
 
             return run_doctor(json_output=arguments.json)
+        case "bench":
+            return _bench_selector(arguments)
         case "export":
             from mmtok_deploy.exporters.command import run_export
 
@@ -57,6 +60,76 @@ def _run(arguments: argparse.Namespace) -> int:
             from mmtok_deploy.bench.demo import run_demo
 
             return run_demo(budget=arguments.budget, folder=arguments.folder)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True, metavar="WHAT")
+    selector = bench.add_parser("selector", help="how long the selection takes, beside the published loop")
+    selector.add_argument("--shapes", type=_shapes, help="tokens x picks: 2880x160,576x16 (default: the paper's six)")
+    selector.add_argument("--batch", type=_counts, help="images in one call: 1,8,32 (default 1; those three on CUDA)")
+    selector.add_argument("--backends", type=_names, default=[], help="dense,torchscript,lazy,... (default: all)")
+    selector.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    selector.add_argument("--threads", type=_count, help="of PyTorch on the CPU (default: its own)")
+    selector.add_argument("--runs", type=_runs, default=15, help="timed runs of each, at least 2 (default 15)")
+    selector.add_argument("--json", action="store_true", help="print one JSON object a line instead of the table")
+    selector.add_argument(
+        "--output",
+        default=Path("artifacts/bench/selector"),
+        type=Path,
+        help="folder for the rows and the plot (default artifacts/bench/selector); no older file is changed",
+    )
+
+
+def _bench_selector(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from mmtok_deploy.bench.selector import DEFAULT_SHAPES, run_selector_bench
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return run_selector_bench(
+            shapes=arguments.shapes or DEFAULT_SHAPES,
+            batches=arguments.batch or ((1, 8, 32) if device == "cuda" else (1,)),
+            backends=arguments.backends,
+            device=device,
+            num_threads=arguments.threads,
+            num_runs=arguments.runs,
+            folder=arguments.output,
+            json_output=arguments.json,
+        )
+    except ValueError as error:
+        print(f"mmtok bench selector: {error}", file=sys.stderr)
+        return 2
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _runs(text: str) -> int:
+    if _count(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2 runs, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(each) for each in text.split(",")]
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    shapes = []
+    for each in text.split(","):
+        num_tokens, separator, num_picks = each.partition("x")
+        if not separator or _count(num_picks) > _count(num_tokens):
+            raise argparse.ArgumentTypeError(f"expected tokens x picks, such as 2880x160, no more picks: got {each!r}")
+        shapes.append((int(num_tokens), int(num_picks)))
+    return shapes
 
 
 def _budget(text: str) -> str:

@@ -52,8 +52,8 @@ def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> lis
 def _select_one(problem: SelectionProblem, config: SelectionConfig) -> Selection:
     columns, total = _coverage_columns(problem, config)
     if not torch.isfinite(total):
-        pickable = torch.arange(len(columns)) if problem.excluded is None else (~problem.excluded).nonzero()[:, 0]
-        order = pickable[: problem.num_picks]
+        barred = torch.zeros_like(columns[:, 0], dtype=torch.bool) if problem.excluded is None else problem.excluded
+        order = (~barred).nonzero()[: problem.num_picks, 0]
         return Selection(order, order, total.expand(len(order)), total)
     order, coverage, _ = lazy_maximum_coverage(columns, problem.num_picks, problem.excluded)
     return Selection(order, order.sort().values, coverage, total)
@@ -103,7 +103,7 @@ def lazy_maximum_coverage(columns: Tensor, num_picks: int, excluded: Tensor | No
         bounds[best] = -math.inf
         torch.maximum(covered, columns[best], out=covered)
         coverage[pick] = covered.sum()
-    return LazyAnswer(torch.tensor(order, dtype=torch.int64), coverage, gains_of.num_evaluations)
+    return LazyAnswer(bounds.new_tensor(order, dtype=torch.int64), coverage, gains_of.num_evaluations)
 
 
 class _Gains:
@@ -137,7 +137,7 @@ def _coverage_columns(problem: SelectionProblem, config: SelectionConfig) -> tup
     num_tokens = len(problem.vision)
     num_words = 0 if config.coverage == "vision" else len(problem.text)
     num_keys = 0 if config.coverage == "text" else num_tokens
-    columns = torch.empty(num_tokens, num_words + num_keys)
+    columns = torch.empty(num_tokens, num_words + num_keys, dtype=torch.float32, device=problem.vision.device)
     if num_words:
         _write_text_logits(problem.vision, problem.text, config.tv_temp, columns[:, :num_words])
     if num_keys:
@@ -161,7 +161,7 @@ def _write_text_logits(vision: Tensor, text: Tensor, temperature: float, logits:
         # Lengths are divided out of the products, which are far fewer than the features.
         rows = rows.float()
         lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-8)
-        torch.div(_products(rows, words).div_(lengths), temperature, out=out)
+        torch.div(_products(rows, words), lengths.mul_(temperature), out=out)
 
 
 def _write_image_logits(keys: Tensor, temperature: float, logits: Tensor) -> None:
@@ -169,9 +169,8 @@ def _write_image_logits(keys: Tensor, temperature: float, logits: Tensor) -> Non
     units = unit_rows(keys)
     for start in range(0, len(units), _BLOCK_TOKENS):
         stop = min(start + _BLOCK_TOKENS, len(units))
-        block = _products(units[start:stop], units[start:]).div_(temperature)
-        logits[start:stop, start:] = block
-        logits[stop:, start:stop] = block[:, stop - start :].T
+        torch.div(_products(units[start:stop], units[start:]), temperature, out=logits[start:stop, start:])
+        logits[stop:, start:stop] = logits[start:stop, stop:].T
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

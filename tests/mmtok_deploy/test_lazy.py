@@ -164,3 +164,16 @@ class TestInputs:
         assert not selection.total.requires_grad
         with torch.inference_mode():
             assert torch.equal(select(random_problem(30), 9).order, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_whatever_the_default_dtype(self, dtype: torch.dtype) -> None:
+        expected = select(random_problem(30), 9)
+        problem = random_problem(30)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            selection = select(problem, 9)
+        finally:
+            torch.set_default_dtype(before)
+        assert torch.equal(selection.coverage, expected.coverage)
+        assert selection.coverage.dtype == torch.float32

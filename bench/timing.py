@@ -1,0 +1,72 @@
+"""Times of calls that take turns, and how fast the machine's memory is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+__all__ = ["measure_bandwidth", "measure_pick_latency", "time_in_turns"]
+
+_COPY_BYTES = 256 * 2**20
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    num_runs: int,
+    device: torch.device,
+    on_run: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Returns the milliseconds of `num_runs` runs of each call, after one that is not timed.
+
+    In each round every call has its turn, and every other round goes backwards: a machine that is busy for a while is
+    so for all of them.
+
+    Args:
+        calls: What to time, by name.
+        num_runs: Rounds.
+        device: Where the calls compute; a run ends when the device has finished.
+        on_run: Called after each timed run.
+    """
+    times_ms: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for round_idx in range(num_runs):
+        for name in list(calls)[:: 1 if round_idx % 2 == 0 else -1]:
+            times_ms[name].append(_time_ms(calls[name], device))
+            on_run()
+    return times_ms
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Returns the bytes a second of the device's memory: read and written by the best of 10 copies of 256 MiB."""
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target = torch.zeros_like(source)
+    best_ms = min(_time_ms(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * _COPY_BYTES / (best_ms / 1e3)
+
+
+def measure_pick_latency(num_tokens: int, num_rows: int, device: torch.device) -> float:
+    """Returns the milliseconds of what no pick can do without: an argmax over the gains, a maximum with a column."""
+    gains, covered, column = (torch.rand(size, device=device) for size in (num_tokens, num_rows, num_rows))
+
+    def hundred_picks() -> None:
+        for _ in range(100):
+            gains.argmax()
+            torch.maximum(covered, column, out=covered)
+
+    return min(_time_ms(hundred_picks, device) for _ in range(10)) / 100
+
+
+def _time_ms(call: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

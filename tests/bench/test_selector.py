@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmtok_deploy import SelectionConfig
+from mmtok_deploy.backends import reference
+from mmtok_deploy.bench import selector
+from mmtok_deploy.bench.close_calls import first_wrong_pick
+from mmtok_deploy.bench.dense_loop import BASELINES
+from mmtok_deploy.bench.made_up_features import make_problem
+from mmtok_deploy.bench.results import read_rows
+from mmtok_deploy.bench.timing import time_in_turns
+from mmtok_deploy.cli import main
+from mmtok_deploy.problem import SelectionProblem
+
+CPU = torch.device("cpu")
+SMALL = ["bench", "selector", "--device=cpu", "--shapes=24x3,40x5", "--runs=2"]
+
+
+def run(*arguments: str, folder: Path) -> int:
+    return main([*SMALL, f"--output={folder}", *arguments])
+
+
+class TestBench:
+    def test_rows_table_and_plot(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("--batch=1,2", folder=tmp_path) == 0
+        printed = capsys.readouterr().out
+        (path,) = tmp_path.glob("*.jsonl")
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        rows = read_rows(path)
+        measured = [(row.case["num_tokens"], row.case["num_picks"], row.case["batch"], row.backend) for row in rows]
+        shapes_and_batches = [(24, 3, 1), (24, 3, 2), (40, 5, 1), (40, 5, 2)]
+        backends = ["dense", "torchscript", "lazy"]
+        assert measured == [(*case, backend) for case in shapes_and_batches for backend in backends]
+        assert all(0 < row.p20_ms <= row.p50_ms <= row.p80_ms for row in rows)
+        assert all(word in printed for word in (*backends, "24 -> 3", "A6000"))
+
+    def test_json_prints_the_rows_and_nothing_else(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("--json", "--backends=lazy,reference", folder=tmp_path) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [row["backend"] for row in rows] == ["lazy", "reference"] * 2
+
+    def test_a_second_run_leaves_the_first_ones_rows(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            assert run("--backends=lazy", folder=tmp_path) == 0
+        assert [len(read_rows(path)) for path in tmp_path.glob("*.jsonl")] == [2, 2]
+
+    def test_wrong_picks_are_not_timed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def first_tokens(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Tensor]:
+            return [torch.arange(problem.num_picks) for problem in problems]
+
+        monkeypatch.setitem(BASELINES, "dense", first_tokens)
+        assert run(folder=tmp_path) == 1
+        assert "dense is wrong at 24 -> 3: pick 0 is token 0" in capsys.readouterr().out
+        assert [read_rows(path) for path in tmp_path.glob("*.jsonl")] == [[]]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--backends=fast"], "a backend to time is one of dense, torchscript, "),
+            (["--backends=auto"], "got 'auto'"),
+            (["--shapes=24"], "expected tokens x picks, such as 2880x160"),
+            (["--shapes=24x25"], "no more picks: got '24x25'"),
+            (["--shapes=24xthree"], "got 'three'"),
+            (["--batch=0"], "expected a whole number of at least 1, got '0'"),
+            (["--runs=1"], "expected at least 2 runs, got '1'"),
+            (["--threads=-2"], "got '-2'"),
+        ],
+    )
+    def test_usage(
+        self, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        try:
+            code: object = run(*arguments, folder=tmp_path / "new")
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+    def test_every_backend_of_a_cpu_but_the_reference(self) -> None:
+        assert list(selector.contestants([], CPU)) == ["dense", "torchscript", "lazy"]
+
+
+class TestPublishedLoop:
+    @pytest.mark.parametrize("name", BASELINES)
+    @pytest.mark.parametrize(("num_tokens", "num_picks"), [(1, 1), (30, 30), (200, 20)])
+    def test_picks_the_references_tokens(self, name: str, num_tokens: int, num_picks: int) -> None:
+        problems = [make_problem(num_tokens, num_picks, seed, CPU) for seed in range(2)]
+        expected = [selection.order.tolist() for selection in reference.select(problems, SelectionConfig())]
+        assert [order.tolist() for order in BASELINES[name](problems, SelectionConfig())] == expected
+
+
+class TestCloseCalls:
+    def test_of_equal_tokens_either_may_come_first(self) -> None:
+        problem = make_problem(40, 6, 0, CPU)
+        order = reference.select([problem], SelectionConfig())[0].order
+        twins = torch.cat([torch.arange(40), order[2:3]])
+        doubled = SelectionProblem(problem.vision[twins], problem.keys[twins], problem.text, 6)
+        expected = reference.select([doubled], SelectionConfig())[0].order.tolist()
+        twin = next(token for token in expected if twins[token] == order[2])
+        other = 40 if twin < 40 else int(order[2])
+        swapped = [other if token == twin else token for token in expected]
+        assert first_wrong_pick(doubled, SelectionConfig(), expected) is None
+        assert first_wrong_pick(doubled, SelectionConfig(), swapped) is None
+
+    def test_wrong_picks_are_told(self) -> None:
+        problem = make_problem(40, 3, 0, CPU)
+        first, second, third = reference.select([problem], SelectionConfig())[0].order.tolist()
+        for order, message in (
+            ([second, first, third], f"pick 0 is token {second}, which gains"),
+            ([first, second], "2 different tokens, expected 3"),
+            ([first, second, first], "2 different tokens, expected 3"),
+        ):
+            wrong = first_wrong_pick(problem, SelectionConfig(), order)
+            assert wrong is not None
+            assert wrong.startswith(message)
+
+
+def test_calls_take_turns_in_alternating_order() -> None:
+    called: list[str] = []
+    times_ms = time_in_turns({name: partial(called.append, name) for name in "ab"}, 3, CPU)
+    assert "".join(called) == "ab" + "ab" + "ba" + "ab"
+    assert [len(times) for times in times_ms.values()] == [3, 3]
