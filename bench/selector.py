@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mmtok_deploy.backends import BackendName, get_backend
+from mmtok_deploy.backends import Backend, BackendName, get_backend
 from mmtok_deploy.bench.close_calls import first_wrong_pick
 from mmtok_deploy.bench.dense_loop import BASELINES, Baseline
 from mmtok_deploy.bench.exported_graph import EXPORTED_FORMS, exported_graph
@@ -37,6 +37,7 @@ DEFAULT_SHAPES: tuple[Shape, ...] = ((2880, 160), (2880, 80), (1728, 96), (1728,
 
 _Contestants = dict[str, Baseline]
 _CONFIG = SelectionConfig()
+_NOT_FOR_SPEED = ("reference", "blocked")
 
 
 def run_selector_bench(
@@ -101,40 +102,45 @@ def run_selector_bench(
 
 
 def contestants(names: Sequence[str], device: torch.device) -> _Contestants:
-    """Returns what is timed, by name: baselines and backends; for no names, all that run there but the reference
-    and exported graphs.
+    """Returns what is timed, by name; for no names, the published loop and the fast backends there.
 
     Raises:
         ValueError: A name that is unknown, or does not run on the device.
     """
-    backends: dict[str, BackendName] = {name: name for name in get_args(BackendName) if name != "auto"}
+    backends = [name for name in get_args(BackendName) if name != "auto"]
     known = (*BASELINES, *backends, *EXPORTED_FORMS)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"a backend to time is one of {', '.join(known)}, got {unknown[0]!r}")
     if not names:
-        fast = [name for name in backends.values() if name != "reference" and _runs_on(name, device)]
+        fast = [name for name in backends if name not in _NOT_FOR_SPEED and _runs_on(name, device)]
         names = [*BASELINES, *fast]
-    return {
-        name: BASELINES[name]
-        if name in BASELINES
-        else exported_graph(EXPORTED_FORMS[name], device)
-        if name in EXPORTED_FORMS
-        else _orders_of(backends[name], device)
-        for name in names
-    }
+    return {name: _contestant(name, device) for name in names}
 
 
-def _runs_on(name: BackendName, device: torch.device) -> bool:
+def _contestant(name: str, device: torch.device) -> Baseline:
+    if name in BASELINES:
+        return BASELINES[name]
+    if name in EXPORTED_FORMS:
+        return exported_graph(EXPORTED_FORMS[name], device)
+    return _orders_of(name, device)
+
+
+def _runs_on(name: str, device: torch.device) -> bool:
     try:
-        get_backend(name, device)
+        _backend(name, device)
     except ValueError:
         return False
     return True
 
 
-def _orders_of(name: BackendName, device: torch.device) -> Baseline:
-    backend = get_backend(name, device)
+def _backend(name: str, device: torch.device) -> Backend:
+    chosen: BackendName = next(each for each in get_args(BackendName) if each == name)
+    return get_backend(chosen, device)
+
+
+def _orders_of(name: str, device: torch.device) -> Baseline:
+    backend = _backend(name, device)
 
     def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Tensor]:
         return [selection.order for selection in backend(problems, config)]
