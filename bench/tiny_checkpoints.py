@@ -26,7 +26,7 @@ __all__ = ["TinyFamily", "make_tiny_checkpoint"]
 TinyFamily = Literal["qwen2.5-vl", "llava-1.5", "llava-next"]
 
 # Raised with every change of what is written, so that folders of an older maker are made again.
-_MAKER_VERSION = 2
+_MAKER_VERSION = 3
 _MARKER = "mmtok_tiny.json"
 
 _TEXT_SIZES: dict[str, Any] = {
@@ -42,7 +42,25 @@ _TEXT_SIZES: dict[str, Any] = {
 }
 
 
-def make_tiny_checkpoint(family: TinyFamily, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
+_TINY_CLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+}
+_REAL_CLIP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "projection_dim": 768,
+}
+
+
+def make_tiny_checkpoint(
+    family: TinyFamily, folder: Path, *, seed: int = 0, pad_to_square: bool = True, real_encoder: bool = False
+) -> Path:
     """Returns `folder`, which then holds a tiny checkpoint that Transformers and SGLang load like the real one.
 
     Weights are random, drawn from `seed`, and stored in bfloat16; the tokenizer is byte-level (one token a byte). A
@@ -56,6 +74,8 @@ def make_tiny_checkpoint(family: TinyFamily, folder: Path, *, seed: int = 0, pad
         seed: Seed of the weights.
         pad_to_square: "llava-1.5" only: pad an image to a square, as the authors of LLaVA do, or crop its middle, as
             Hugging Face's processor does by default.
+        real_encoder: The LLaVAs only: a vision encoder of its real size, CLIP ViT-L/14 (0.6 GB), where it is to take
+            its real time.
 
     Raises:
         ValueError: An unknown family.
@@ -70,6 +90,7 @@ def make_tiny_checkpoint(family: TinyFamily, folder: Path, *, seed: int = 0, pad
         "family": family,
         "seed": seed,
         "pad_to_square": pad_to_square,
+        "real_encoder": real_encoder,
     }
     if _read_marker(folder) == marker:
         return folder
@@ -79,7 +100,7 @@ def make_tiny_checkpoint(family: TinyFamily, folder: Path, *, seed: int = 0, pad
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         made = Path(scratch) / "checkpoint"
-        model, processor = _build(family, seed, pad_to_square)
+        model, processor = _build(family, seed, pad_to_square, _REAL_CLIP if real_encoder else _TINY_CLIP)
         model.to(torch.bfloat16).save_pretrained(made)
         processor.save_pretrained(made)
         (made / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
@@ -106,19 +127,19 @@ def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
             raise
 
 
-def _build(family: TinyFamily, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
+def _build(family: TinyFamily, seed: int, pad_to_square: bool, clip: dict[str, int]) -> tuple[Any, Any]:
     if family == "qwen2.5-vl":
         processor = qwen_processor()
         config = _qwen_config(processor.tokenizer)
         model_class = transformers.Qwen2_5_VLForConditionalGeneration
     elif family == "llava-1.5":
         processor = llava_processor(pad_to_square)
-        config = transformers.LlavaConfig(**_llava_config(processor.tokenizer), image_seq_length=576)
+        config = transformers.LlavaConfig(**_llava_config(processor.tokenizer, clip), image_seq_length=576)
         model_class = transformers.LlavaForConditionalGeneration
     else:
         processor = llava_next_processor()
         config = transformers.LlavaNextConfig(
-            **_llava_config(processor.tokenizer), image_grid_pinpoints=LLAVA_NEXT_PINPOINTS
+            **_llava_config(processor.tokenizer, clip), image_grid_pinpoints=LLAVA_NEXT_PINPOINTS
         )
         model_class = transformers.LlavaNextForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
@@ -176,7 +197,7 @@ def _qwen_config(tokenizer: Any) -> Any:
     )
 
 
-def _llava_config(tokenizer: Any) -> dict[str, Any]:
+def _llava_config(tokenizer: Any, clip: dict[str, int]) -> dict[str, Any]:
     return {
         "text_config": transformers.LlamaConfig(
             **_TEXT_SIZES,
@@ -188,11 +209,7 @@ def _llava_config(tokenizer: Any) -> dict[str, Any]:
         "vision_config": transformers.CLIPVisionConfig(
             image_size=LLAVA_IMAGE_PX,
             patch_size=LLAVA_PATCH_PX,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            projection_dim=64,
+            **clip,
         ),
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
         "vision_feature_layer": -2,

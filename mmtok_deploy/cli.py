@@ -51,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return run_doctor(json_output=arguments.json)
         case "bench":
-            return _bench_selector(arguments)
+            return _bench(arguments)
         case "export":
             from mmtok_deploy.exporters.command import run_export
 
@@ -78,6 +78,22 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         help="folder for the rows and the plot (default artifacts/bench/selector); no older file is changed",
     )
+    second = bench.add_parser("second-question", help="time to first token of a second question about an image")
+    second.add_argument("--json", action="store_true", help="print one JSON object a line instead of the table")
+    second.add_argument(
+        "--output",
+        default=Path("artifacts/bench/second-question"),
+        type=Path,
+        help="folder for the checkpoint, logs and rows (default artifacts/bench/second-question)",
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.bench == "selector":
+        return _bench_selector(arguments)
+    from mmtok_deploy.bench.second_question import run_second_question_bench
+
+    return run_second_question_bench(folder=arguments.output, json_output=arguments.json)
 
 
 def _bench_selector(arguments: argparse.Namespace) -> int:
