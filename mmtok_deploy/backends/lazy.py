@@ -90,13 +90,14 @@ def lazy_maximum_coverage(columns: Tensor, num_picks: int, excluded: Tensor | No
         stale.copy_(bounds)
         num_chunks = 1
         # argmax is the first of equals: a tie with a token of lower index is not won before that one is computed.
-        while stale[best := int(bounds.argmax())] > -math.inf:
+        while stale[best := int(bounds.argmax())].item() > -math.inf:
             num_computed = min(num_chunks, gains_of.max_chunks) * gains_of.chunk_tokens
             tokens = stale.topk(num_computed, sorted=False).indices
             # Among equals topk takes any: with the first one, each round settles at least that.
             tokens[-1] = best
             # The minimum keeps what may not be picked at minus infinity.
-            bounds.index_copy_(0, tokens, torch.minimum(gains_of(tokens, covered), bounds[tokens]))
+            gains = torch.minimum(gains_of(tokens, covered), bounds.index_select(0, tokens))
+            bounds.index_copy_(0, tokens, gains)
             stale.index_fill_(0, tokens, -math.inf)
             num_chunks *= 2
         order.append(best)
@@ -125,7 +126,8 @@ class _Gains:
     def __call__(self, tokens: Tensor, covered: Tensor) -> Tensor:
         """Returns the gains [n] of `tokens` [n], where n is whole chunks, over what is `covered` [R]."""
         gains = covered.new_empty(len(tokens))
-        for chunk, out in zip(tokens.split(self.chunk_tokens), gains.split(self.chunk_tokens), strict=True):
+        chunks, outs = (each.view(-1, self.chunk_tokens).unbind() for each in (tokens, gains))
+        for chunk, out in zip(chunks, outs, strict=True):
             torch.index_select(self._columns, 0, chunk, out=self._surplus)
             torch.sum(self._surplus.sub_(covered).clamp_min_(0), dim=1, out=out)
         self.num_evaluations += len(tokens)
