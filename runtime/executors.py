@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtok_deploy.backends import BackendName, get_backend
+from mmtok_deploy.backends.blocked import within_memory
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.engines import Engine, EngineError, open_engine
 from mmtok_deploy.manifest import Manifest
@@ -70,7 +71,7 @@ def make_executor(
 
 
 class TorchExecutor:
-    """One of this project's own backends.
+    """One of this project's own backends, within the memory that `backends/blocked.py` states.
 
     Args:
         backend: Which.
@@ -80,6 +81,8 @@ class TorchExecutor:
 
     def __init__(self, backend: BackendName, device: torch.device, config: SelectionConfig) -> None:
         self._backend = get_backend(backend, device)
+        if backend != "auto":  # which is bounded by itself
+            self._backend = within_memory(self._backend)
         self._config = config
         self.name = f"torch ({self._backend.__module__.rpartition('.')[2]}) on {device}"
 
