@@ -66,9 +66,11 @@ def run_selector_bench(
         json_output: Print the rows instead of the table.
 
     Raises:
-        ValueError: A backend that is unknown or does not run on the device.
+        ValueError: A device that is not there, a backend that is unknown or does not run on it.
     """
     target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("PyTorch sees no CUDA device here")
     chosen = contestants(backends, target)
     if num_threads is not None:
         torch.set_num_threads(num_threads)

@@ -26,7 +26,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"mmtok-deploy {__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["--no-such-flag"], ["doctor", "--no-such-flag"]])
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["--no-such-flag"], ["doctor", "--no-such-flag"], ["bench"]])
 def test_usage_errors_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(argv) == 2
     printed = capsys.readouterr()
