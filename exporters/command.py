@@ -41,6 +41,7 @@ _FLOAT32_KEYS = {"qwen2.5-vl"}
 # Spelled out here as well as in the modules that use them: --help must not wait for them to be imported.
 _FORMS = ("lazy", "loop", "unrolled")
 _DTYPES = ("float16", "bfloat16", "float32")
+_SIZES = "a size, MIN:MAX or MIN:OPTIMUM:MAX"
 _LIBRARIES = ("auto", "tensorrt-rtx", "tensorrt")
 
 
@@ -50,10 +51,22 @@ def add_export_parser(commands: Any) -> None:
     kinds = export.add_subparsers(dest="kind", required=True, metavar="WHAT")
 
     selection = kinds.add_parser("selection", help="the selection by itself: features in, kept tokens out")
-    selection.add_argument("--tokens", type=_range, default=DimRange.fixed(576), metavar="N", help=_RANGE_HELP("576"))
-    selection.add_argument("--batch", type=_range, default=DimRange.fixed(1), metavar="B", help=_RANGE_HELP("1"))
-    selection.add_argument("--vision-width", type=int, metavar="D", help="width of vision tokens (7B of the preset)")
-    selection.add_argument("--keys-width", type=int, metavar="d", help="width of vision features (7B of the preset)")
+    selection.add_argument(
+        "--tokens",
+        type=_range,
+        default=DimRange.fixed(576),
+        metavar="N",
+        help=f"vision tokens an image: {_SIZES} (default 576)",
+    )
+    selection.add_argument(
+        "--batch", type=_range, default=DimRange.fixed(1), metavar="B", help=f"images at a time: {_SIZES} (default 1)"
+    )
+    selection.add_argument(
+        "--vision-width", type=int, metavar="D", help="width of vision tokens (default: 7B of the preset)"
+    )
+    selection.add_argument(
+        "--keys-width", type=int, metavar="d", help="width of vision features (default: 7B of the preset)"
+    )
     selection.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the features (default float16)")
     selection.add_argument(
         "--keys-dtype", choices=_DTYPES, help="of the features before the projector (qwen2.5-vl: float32, else --dtype)"
@@ -78,7 +91,7 @@ def add_export_parser(commands: Any) -> None:
         "--keys-per-token", type=int, default=1, metavar="G", help="consecutive features that make a token (default 1)"
     )
     attach.add_argument("--keys-index", metavar="TENSOR", help="for each token, which merged feature is its own")
-    attach.add_argument("--tokens", type=_range, metavar="N", help="where the graph leaves it open: MIN:OPTIMUM:MAX")
+    attach.add_argument("--tokens", type=_range, metavar="N", help=f"{_SIZES}, where the graph leaves it open")
     attach.add_argument("--grid-width", type=int, help="tokens in an image's row; adds M-RoPE `positions`")
     attach.add_argument(
         "--dim", type=_named_range, action="append", default=[], metavar="NAME=RANGE", help="range of another open size"
@@ -259,7 +272,11 @@ def _fail(message: str, code: int) -> int:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=_budget, required=True, help="tokens to keep: 64, or 10%% of a fixed number")
     parser.add_argument(
-        "--text-tokens", type=_range, default=DimRange(1, 32, 256), metavar="M", help=_RANGE_HELP("1:32:256")
+        "--text-tokens",
+        type=_range,
+        default=DimRange(1, 32, 256),
+        metavar="M",
+        help=f"rows of text: {_SIZES} (default 1:32:256)",
     )
     parser.add_argument("--form", choices=_FORMS, default="lazy", help="how the picks are made (default lazy)")
     parser.add_argument("--preset", choices=PRESETS, help="whose constants (default: the model's, or llava-1.5)")
@@ -280,10 +297,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="8.6",
         help="compute capability to build for, more than once for several (default: the GPU at hand)",
     )
-
-
-def _RANGE_HELP(default: str) -> str:  # noqa: N802
-    return f"a size, MIN:MAX or MIN:OPTIMUM:MAX (default {default})"
 
 
 def _config(arguments: argparse.Namespace, family: str) -> SelectionConfig:
