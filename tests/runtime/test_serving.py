@@ -233,6 +233,9 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_alpha": preset.config.alpha,
         "mmtok_coverage": "multimodal",
         "mmtok_guidance": preset.guidance,
+        "mmtok_backend": "auto",
+        "mmtok_engine": None,
+        "mmtok_onnxruntime_provider": None,
         "mmtok_feature_cache_mb": 256,
     }
     assert all(value is None for name, value in plain.items() if name.startswith("mmtok"))
