@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # What engines are built for: the GPU at hand, or an RTX A6000.
-TARGET ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1),8.6)
+TARGET ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]' | head -n 1),8.6)
 SELECTION = $(BIN)/mmtok export selection --force --tensorrt --target $(TARGET)
 
 .PHONY: help install demo export test lint format constraints clean

@@ -9,26 +9,26 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnxscript
+import torch
 
 from mmtok_deploy import __version__
 from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.engines.onnxruntime import VERSION
 from mmtok_deploy.exporters.check import check_artifact
 from mmtok_deploy.exporters.selection_graph import SelectionSpec
 from mmtok_deploy.manifest import Check, FileInfo, Kind, Manifest, TensorInfo, describe_file
 
-__all__ = ["export_model", "file_infos", "new_artifact", "now"]
-
-# Whose versions the manifest of an ONNX file states.
-_LIBRARIES = ("onnx", "onnxscript", "onnxruntime", "torch")
+__all__ = ["check_output", "export_model", "file_infos", "new_artifact", "now"]
 
 # A protobuf message ends at 2 GiB, and loading a large one takes twice its size of memory.
 _MAX_INLINE_BYTES = 256 * 2**20
+_WEIGHTS_SUFFIX = ".data"
 _DTYPE_NAMES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
@@ -104,34 +104,50 @@ def new_artifact(path: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         FileExistsError: It is there and may not be replaced.
     """
-    for existing in (path, Manifest.path_of(path)):
-        if existing.exists() and not force:
-            raise FileExistsError(f"{existing} is there already: choose another --output, or --force to replace it")
+    check_output(path, force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder / path.name
         # The manifest comes last: without it nothing loads the file.
         written = sorted(folder.iterdir(), key=lambda file: file == Manifest.path_of(folder / path.name))
+        for file in _files_of(path):
+            file.unlink(missing_ok=True)
         for file in written:
             os.replace(file, path.parent / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_output(path: Path, *, force: bool) -> None:
+    """Raises FileExistsError if a file, its weights or its manifest is there and may not be replaced."""
+    if path.is_dir() or not path.name:
+        raise FileExistsError(f"{path} is a folder: name a file, --output FILE")
+    for existing in _files_of(path):
+        if existing.exists() and not force:
+            raise FileExistsError(f"{existing} is there already: choose another --output, or --force to replace it")
+
+
+def _files_of(path: Path) -> list[Path]:
+    return [path, path.with_name(f"{path.name}{_WEIGHTS_SUFFIX}"), Manifest.path_of(path)]
+
+
 def _save_model(model: ir.Model, path: Path) -> None:
     """Writes a model, with its weights in a file beside it where they are large, and has ONNX check it in full.
 
     Raises:
-        onnx.checker.ValidationError: The model is not valid, shapes and types included.
+        ValueError: The model is not valid, shapes and types included.
         OSError: It could not be written.
     """
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     is_large = sum(tensor.nbytes for tensor in weights) > _MAX_INLINE_BYTES
     # Weights that stand in a file beside another graph come along.
     is_elsewhere = any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
-    ir.save(model, path, external_data=f"{path.name}.data" if is_large or is_elsewhere else None)
-    onnx.checker.check_model(path, full_check=True)
+    ir.save(model, path, external_data=f"{path.name}{_WEIGHTS_SUFFIX}" if is_large or is_elsewhere else None)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ValueError(f"the graph is not valid ONNX: {error}") from error
 
 
 def file_infos(path: Path) -> tuple[FileInfo, ...]:
@@ -145,7 +161,7 @@ def _tensor_infos(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
     return tuple(
         TensorInfo(
             value.name or "",
-            _DTYPE_NAMES.get(value.dtype, str(value.dtype)) if value.dtype is not None else "unknown",
+            _dtype_name(value),
             tuple(
                 size if isinstance(size, int) else size.value or f"{value.name}_{axis}"
                 for axis, size in enumerate(value.shape or ())
@@ -155,8 +171,17 @@ def _tensor_infos(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
     )
 
 
+def _dtype_name(value: ir.Value) -> str:
+    name = None if value.dtype is None else _DTYPE_NAMES.get(value.dtype)
+    if name is None:
+        raise ValueError(f"{value.name} has the type {value.dtype}: expected one of {', '.join(_DTYPE_NAMES.values())}")
+    return name
+
+
 def _versions() -> dict[str, str]:
-    return {"mmtok-deploy": __version__, **{name: metadata.version(name) for name in _LIBRARIES}}
+    libraries = {"onnx": onnx, "onnxscript": onnxscript, "torch": torch}
+    versions = {name: str(library.__version__) for name, library in libraries.items()}
+    return {"mmtok-deploy": __version__, **versions, "onnxruntime": VERSION}
 
 
 def now() -> str:

@@ -16,11 +16,12 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.exporters.join import builder_on, join_selection
 from mmtok_deploy.exporters.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 
-__all__ = ["Attachment", "attach_selection"]
+__all__ = ["Attachment", "attach_selection", "open_dimensions"]
 
 # The operators of the selection take their axes as inputs, which came with this opset.
 _MIN_OPSET = 18
 _NUM_SUGGESTIONS = 5
+_OWN_DIMENSIONS = ("B", "N", "M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> tuple[ir.Model,
         FileNotFoundError: The file is not there.
     """
     model = _load(onnx_file)
+    _check_attachment(attachment)
     builder = builder_on(model.graph)
     vision = _batched(builder, _find(model.graph, attachment.vision))
     keys = _batched(builder, _merged_keys(builder, model.graph, attachment))
@@ -75,6 +77,28 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> tuple[ir.Model,
     edges = join_selection(builder, vision, keys, spec, grid_width=attachment.grid_width)
     source = {"onnx": onnx_file.name, "vision": attachment.vision, "keys": attachment.keys}
     return model, spec, {"edges": edges, "attached_to": source}
+
+
+def open_dimensions(model: ir.Model) -> set[str]:
+    """Returns the names of the sizes that a model's inputs leave open, but for the selection's own."""
+    names = {size.value for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
+    return {str(name) for name in names if name not in _OWN_DIMENSIONS}
+
+
+def _check_attachment(attachment: Attachment) -> None:
+    if attachment.keys_per_token < 1:
+        raise ValueError(f"--keys-per-token is at least 1, got {attachment.keys_per_token}")
+    if attachment.grid_width is not None and attachment.grid_width < 1:
+        raise ValueError(f"--grid-width is at least 1, got {attachment.grid_width}")
+
+
+def _rename_dimensions(model: ir.Model) -> None:
+    """Renames the encoder's open sizes where they are called as the selection's."""
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is not None and not value.is_initializer():
+            sizes = [size if isinstance(size, int) else size.value for size in value.shape]
+            value.shape = ir.Shape([f"encoder_{size}" if size in _OWN_DIMENSIONS else size for size in sizes])
 
 
 def _load(path: Path) -> ir.Model:
@@ -88,6 +112,7 @@ def _load(path: Path) -> ir.Model:
     if opset < _MIN_OPSET:
         raise ValueError(f"{path} has opset {opset}, the selection needs {_MIN_OPSET} or later: export it again")
     ShapeInferencePass()(model)
+    _rename_dimensions(model)
     return model
 
 
@@ -141,7 +166,10 @@ def _merged_keys(builder: GraphBuilder, graph: ir.Graph, attachment: Attachment)
     # In float32, as the selection itself is.
     merged = op.ReduceMean(op.Cast(groups, to=ir.DataType.FLOAT), [rank - 1], keepdims=0)
     if attachment.keys_index is not None:
-        merged = op.Gather(merged, _find(graph, attachment.keys_index), axis=rank - 2)
+        index = _find(graph, attachment.keys_index)
+        if index.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or index.shape is None or len(index.shape) != 1:
+            raise ValueError(f"--keys-index is a row of integers, got {index.name} {_shape_text(index)}, {index.dtype}")
+        merged = op.Gather(merged, index, axis=rank - 2)
     merged.shape, merged.type = ir.Shape([*leading, num_groups, width]), ir.TensorType(ir.DataType.FLOAT)
     return merged
 
@@ -161,6 +189,10 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
         if num_tokens not in (None, DimRange.fixed(tokens)):
             raise ValueError(f"the graph makes {tokens} tokens, not {num_tokens}: leave --tokens out")
         num_tokens = DimRange.fixed(tokens)
+        if attachment.grid_width is not None and tokens % attachment.grid_width:
+            raise ValueError(f"{tokens} tokens are no grid {attachment.grid_width} wide: see --grid-width")
+    elif attachment.grid_width is not None:
+        raise ValueError("--grid-width is for images of one size: leave it out, positions are (0, kept // w, kept % w)")
     if num_tokens is None:
         raise ValueError(f"{vision.name} has {_shape_text(vision)}: give the range of its tokens, --tokens MIN:MAX")
     if not isinstance(batch, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -109,11 +110,13 @@ def run_export(arguments: argparse.Namespace) -> int:
     from mmtok_deploy.exporters.tensorrt import EngineBuildError
 
     run = {"selection": _selection, "encoder": _encoder, "attach": _attach, "check": _check}[arguments.kind]
+    # So that a job scheduler's end leaves no half-written folder either.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with Console(stderr=True).status("Starting") as status:
             run(arguments, lambda step: status.update(step[:1].upper() + step[1:]))
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left behind", _INTERRUPTED)
+        return _fail("interrupted; nothing half-written was left behind", _INTERRUPTED)
     except (CheckFailedError, EngineBuildError, EngineError) as error:
         return _fail(str(error), 1)
     except OSError as error:
@@ -121,6 +124,10 @@ def run_export(arguments: argparse.Namespace) -> int:
         return _fail(f"{error}{hint}", 2)
     except ValueError as error:
         return _fail(str(error), 2)
+    except MemoryError:
+        return _fail("out of memory: export for smaller images", 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -134,8 +141,8 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
         num_tokens=arguments.tokens,
         num_words=arguments.text_tokens,
         batch=arguments.batch,
-        vision_width=arguments.vision_width or widths.vision,
-        keys_width=arguments.keys_width or widths.keys,
+        vision_width=widths.vision if arguments.vision_width is None else arguments.vision_width,
+        keys_width=widths.keys if arguments.keys_width is None else arguments.keys_width,
         dtype=arguments.dtype,
         keys_dtype=arguments.keys_dtype or ("float32" if arguments.preset in _FLOAT32_KEYS else arguments.dtype),
         config=_config(arguments, "llava-1.5"),
@@ -143,7 +150,7 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
     )
     name = f"selection-{arguments.preset or 'llava-1.5'}-n{_in_name(spec.num_tokens)}-k{spec.budget}.onnx"
     path = arguments.output or _FOLDER / name
-    engine = _planned_engine(path, arguments)
+    engine = _planned_engine(path, spec.budget, arguments)
     on_step("building the graph")
     model = build_selection(spec)
     manifest = export_model(model, path, "selection", spec, force=arguments.force, on_step=on_step)
@@ -159,7 +166,7 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
     budget = _num_kept(arguments.budget, None)
     name = f"encoder-{arguments.model.resolve().name}-k{budget}.onnx"
     path = arguments.output or _FOLDER / name
-    engine = _planned_engine(path, arguments)
+    engine = _planned_engine(path, budget, arguments)
     on_step(f"exporting the encoder of {arguments.model}")
     joined = build_joined_encoder(
         arguments.model,
@@ -181,7 +188,7 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
 
 def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_deploy.exporters.artifact import export_model
-    from mmtok_deploy.exporters.attach import Attachment, attach_selection
+    from mmtok_deploy.exporters.attach import Attachment, attach_selection, open_dimensions
 
     attachment = Attachment(
         vision=arguments.vision,
@@ -196,9 +203,10 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         grid_width=arguments.grid_width,
     )
     path = arguments.output or _FOLDER / f"{arguments.onnx.stem}-k{attachment.budget}.onnx"
-    engine = _planned_engine(path, arguments)
+    engine = _planned_engine(path, attachment.budget, arguments)
     on_step(f"reading {arguments.onnx}")
     model, spec, details = attach_selection(arguments.onnx, attachment)
+    _check_dimensions(open_dimensions(model), dict(arguments.dim), has_engine=engine is not None)
     manifest = export_model(
         model,
         path,
@@ -214,30 +222,44 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
 
 
 def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
-    from mmtok_deploy.exporters.check import check_artifact
+    from mmtok_deploy.exporters.check import CheckFailedError, check_artifact
     from mmtok_deploy.manifest import Manifest
 
     on_step(f"reading {arguments.file}")
     manifest = Manifest.load(arguments.file)
     check = check_artifact(arguments.file, manifest, on_case=lambda case: on_step(f"checking {case}"))
     _report(arguments.file, replace(manifest, check=check))
+    if check.status != "passed":
+        raise CheckFailedError(f"{arguments.file} was not checked: {check.detail}")
 
 
-def _planned_engine(onnx_file: Path, arguments: argparse.Namespace) -> tuple[Path, Library] | None:
-    """Returns where the engine will be and what builds it: known before anything is made."""
+def _planned_engine(onnx_file: Path, budget: int, arguments: argparse.Namespace) -> tuple[Path, Library] | None:
+    """Returns where the engine will be and what builds it; what stands in the way shows before anything is made."""
     from mmtok_deploy.engines.tensorrt import tensorrt_module
-    from mmtok_deploy.exporters.tensorrt import choose_library, engine_path
+    from mmtok_deploy.exporters.artifact import check_output
+    from mmtok_deploy.exporters.tensorrt import check_targets, choose_library, engine_path
 
+    check_output(onnx_file, force=arguments.force)
     if arguments.tensorrt is None:
         if arguments.target:
             raise ValueError("--target is for an engine: add --tensorrt")
         return None
     library: Library = choose_library(arguments.target) if arguments.tensorrt == "auto" else arguments.tensorrt
+    check_targets(library, arguments.target, budget)
     tensorrt_module(library)
     path = engine_path(onnx_file, library, arguments.target)
-    if path.exists() and not arguments.force:
-        raise FileExistsError(f"{path} is there already: choose another --output, or --force to replace it")
+    check_output(path, force=arguments.force)
     return path, library
+
+
+def _check_dimensions(open_sizes: set[str], ranges: dict[str, DimRange], *, has_engine: bool) -> None:
+    unknown = sorted(set(ranges) - open_sizes)
+    if unknown:
+        known = ", ".join(sorted(open_sizes)) or "none"
+        raise ValueError(f"--dim {unknown[0]}: the encoder leaves open {known}, besides what --tokens is for")
+    missing = sorted(open_sizes - set(ranges))
+    if missing and has_engine:
+        raise ValueError(f"an engine needs the range of every open size: add --dim {missing[0]}=MIN:MAX")
 
 
 def _build_engine(

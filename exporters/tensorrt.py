@@ -14,12 +14,23 @@ from mmtok_deploy.exporters.artifact import file_infos, new_artifact, now
 from mmtok_deploy.exporters.check import check_artifact
 from mmtok_deploy.manifest import ArtifactError, Check, Manifest, TensorInfo
 
-__all__ = ["EngineBuildError", "Library", "RTX_TARGETS", "build_engine", "choose_library", "engine_path"]
+__all__ = [
+    "EngineBuildError",
+    "Library",
+    "RTX_TARGETS",
+    "build_engine",
+    "check_targets",
+    "choose_library",
+    "engine_path",
+]
 
 RTX_TARGETS = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
 """What TensorRT-RTX 1.7 builds for: Turing, Ampere, Ada and Blackwell, but neither Hopper nor datacenter Blackwell."""
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
+
+
+_MAX_BUDGET = 3840
 
 
 class EngineBuildError(RuntimeError):
@@ -42,8 +53,23 @@ def choose_library(targets: list[str]) -> Library:
         return "tensorrt-rtx"
     if wanted == [_compute_capability()]:
         return "tensorrt"
+    raise _no_engine_for(wanted)
+
+
+def check_targets(library: Library, targets: list[str], budget: int) -> None:
+    """Raises ValueError if the library has no engine for these compute capabilities here, or for so many tokens."""
+    wanted = _wanted(targets)
+    if library == "tensorrt-rtx" and not set(wanted) <= RTX_TARGETS:
+        raise _no_engine_for(wanted)
+    if library == "tensorrt" and wanted != [_compute_capability()]:
+        raise ValueError(f"TensorRT builds for the GPU at hand alone, not for {', '.join(wanted)}: leave --target out")
+    if budget > _MAX_BUDGET:
+        raise ValueError(f"TensorRT keeps at most {_MAX_BUDGET} tokens (its TopK), asked for were {budget}")
+
+
+def _no_engine_for(wanted: list[str]) -> ValueError:
     others = ", ".join(target for target in wanted if target not in RTX_TARGETS)
-    raise ValueError(
+    return ValueError(
         f"TensorRT-RTX has no engines for compute capability {others}, and TensorRT builds on the GPU itself: on a "
         "machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there; or run the ONNX file by "
         "ONNX Runtime's CUDA provider"

@@ -1,14 +1,14 @@
 """Every environment variable the project reads; command-line flags win over them.
 
-All three are SGLang's, and are read exactly as SGLang 0.5.23 reads them (srt/plugins/__init__.py,
-srt/platforms/__init__.py): an empty value counts as unset.
+NVIDIA_TF32_OVERRIDE is NVIDIA's. The others are SGLang's, and are read exactly as SGLang 0.5.23 reads them
+(srt/plugins/__init__.py, srt/platforms/__init__.py): an empty value counts as unset.
 """
 
 from __future__ import annotations
 
 import os
 
-__all__ = ["sglang_platform", "sglang_plugins", "use_cpu_engine", "without_sglang_choices"]
+__all__ = ["sglang_platform", "sglang_plugins", "tf32_is_forbidden", "use_cpu_engine", "without_sglang_choices"]
 
 _PLATFORM = "SGLANG_PLATFORM"
 _PLUGINS = "SGLANG_PLUGINS"
@@ -32,6 +32,11 @@ def sglang_plugins() -> list[str] | None:
 def use_cpu_engine() -> bool:
     """Returns whether SGLANG_USE_CPU_ENGINE asks for SGLang's own CPU engine; only "1" does."""
     return os.environ.get(_CPU_ENGINE) == "1"
+
+
+def tf32_is_forbidden() -> bool:
+    """Returns whether NVIDIA_TF32_OVERRIDE keeps NVIDIA's libraries from computing float32 products in TF32."""
+    return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
 
 
 def without_sglang_choices() -> dict[str, str]:

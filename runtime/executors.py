@@ -165,7 +165,7 @@ class EngineExecutor:
         text_mask = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
         excluded = torch.zeros(len(problems), len(first.vision), dtype=torch.bool, device=text.device)
         for row, problem in enumerate(problems):
-            text[row, : len(problem.text)] = problem.text
+            text[row, : len(problem.text)] = _exactly(problem.text, dtypes["text"])
             text_mask[row, : len(problem.text)] = True
             if problem.excluded is not None:
                 excluded[row] = problem.excluded
@@ -205,9 +205,13 @@ def check_selection(manifest: Manifest, num_tokens: int, num_kept: int, num_word
 def _stack(features: list[Tensor], dtype: torch.dtype) -> Tensor:
     # One image is not copied.
     stacked = features[0][None] if len(features) == 1 else torch.stack(features)
-    if dtype not in (stacked.dtype, torch.float32):
-        raise EngineError(f"the file takes {dtype}, and {stacked.dtype} would be rounded: export it with --dtype")
-    return stacked.to(dtype)
+    return _exactly(stacked, dtype)
+
+
+def _exactly(features: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in (features.dtype, torch.float32):
+        raise EngineError(f"the file takes {dtype}, and {features.dtype} would be rounded: export it with --dtype")
+    return features.to(dtype)
 
 
 def _selection(image: dict[str, Tensor], num_picks: int, budget: int) -> Selection:

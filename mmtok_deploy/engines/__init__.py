@@ -72,7 +72,7 @@ def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.de
     sizes: dict[str, int] = {}
     for expected in manifest.inputs:
         found = inputs[expected.name]
-        if found.dtype != getattr(torch, expected.dtype) or found.device.type != device.type:
+        if found.dtype != getattr(torch, expected.dtype) or not _same_device(found.device, device):
             raise EngineError(
                 f"{expected.name} is {expected.dtype} on {device}, got {str(found.dtype)[6:]} on {found.device}"
             )
@@ -104,6 +104,11 @@ def allocate_outputs(manifest: Manifest, sizes: dict[str, int], device: torch.de
         shape = [sizes[size] if isinstance(size, str) else size for size in output.shape]
         outputs[output.name] = torch.empty(shape, dtype=getattr(torch, output.dtype), device=device)
     return outputs
+
+
+def _same_device(found: torch.device, expected: torch.device) -> bool:
+    # "cuda" is "cuda:0" as an engine is opened; a tensor always has its number.
+    return found.type == expected.type and (found.index or 0) == (expected.index or 0)
 
 
 def _shape(tensor: TensorInfo) -> str:

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs
+from mmtok_deploy.environment import tf32_is_forbidden
 from mmtok_deploy.manifest import Manifest
 
-__all__ = ["OnnxRuntimeEngine"]
+__all__ = ["VERSION", "OnnxRuntimeEngine"]
+
+VERSION: str = onnxruntime.__version__
+"""Of the library, whichever of its distributions (onnxruntime, onnxruntime-gpu) is installed."""
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -20,7 +24,14 @@ _TENSORRT = "TensorrtExecutionProvider"
 _DEVICE_OF = {_CPU: "cpu", _CUDA: "cuda", _TENSORRT: "cuda"}
 
 # onnx.TensorProto.DataType, which is how ONNX Runtime takes a type that numpy does not have.
-_ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
+_ELEMENT_TYPES = {
+    torch.float32: 1,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.bfloat16: 16,
+}
 
 
 class OnnxRuntimeEngine:
@@ -39,6 +50,8 @@ class OnnxRuntimeEngine:
     def __init__(self, file: Path, manifest: Manifest, device: torch.device, provider: str | None = None) -> None:
         provider = provider or (_CUDA if device.type == "cuda" else _CPU)
         _check_provider(provider, device)
+        # Of its own: the stream that PyTorch computes on changes from call to call, a session's never does.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         if device.type == "cpu":
@@ -46,7 +59,7 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
-                file, options, providers=[(provider, _provider_options(provider, device))]
+                file, options, providers=_providers(provider, device, self._stream)
             )
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise EngineError(f"ONNX Runtime cannot load {file.name}: {error}") from error
@@ -57,7 +70,7 @@ class OnnxRuntimeEngine:
                 "are the libraries that it needs (CUDA, cuDNN, TensorRT) installed?"
             )
         self._session.disable_fallback()
-        self.name = f"onnxruntime {onnxruntime.__version__}, {provider}"
+        self.name = f"onnxruntime {VERSION}, {provider}"
         self.manifest = manifest
         self._device = device
 
@@ -72,8 +85,22 @@ class OnnxRuntimeEngine:
             _bind(binding.bind_input, name, tensor)
         for name, tensor in outputs.items():
             _bind(binding.bind_output, name, tensor)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._run(binding, [*contiguous.values(), *outputs.values()])
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            raise EngineError(f"{self.name} does not run {self.manifest.files[0].name}: {error}") from error
         return outputs
+
+    def _run(self, binding: Any, tensors: list[Tensor]) -> None:
+        if self._stream is None:
+            self._session.run_with_iobinding(binding)
+            return
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        self._session.run_with_iobinding(binding)
+        current.wait_stream(self._stream)
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
 
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:
@@ -86,6 +113,10 @@ def _check_provider(provider: str, device: torch.device) -> None:
         raise EngineError(f"the ONNX Runtime provider is one of {', '.join(_DEVICE_OF)}, got {provider!r}")
     if _DEVICE_OF[provider] != device.type:
         raise EngineError(f"{provider} works on {_DEVICE_OF[provider]} tensors, these are on {device}")
+    if provider == _TENSORRT and not tf32_is_forbidden():
+        raise EngineError(
+            f"{provider} multiplies float32 in TF32, which picks other tokens: set NVIDIA_TF32_OVERRIDE=0"
+        )
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise EngineError(
@@ -94,9 +125,12 @@ def _check_provider(provider: str, device: torch.device) -> None:
         )
 
 
-def _provider_options(provider: str, device: torch.device) -> dict[str, str]:
-    if provider == _CPU:
-        return {}
-    # On PyTorch's stream: inputs are ready when the session reads them, and outputs when PyTorch does.
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return {"device_id": str(device.index or 0), "user_compute_stream": str(stream)}
+def _providers(
+    provider: str, device: torch.device, stream: torch.cuda.Stream | None
+) -> list[tuple[str, dict[str, str]]]:
+    if stream is None:
+        return [(provider, {})]
+    on_device = {"device_id": str(device.index or 0), "user_compute_stream": str(stream.cuda_stream)}
+    # TF32, on by default, would round the products of float32 features.
+    cuda = (_CUDA, {**on_device, "use_tf32": "0"})
+    return [cuda] if provider == _CUDA else [(provider, on_device), cuda]

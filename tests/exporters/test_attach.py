@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmtok_deploy import SelectionConfig, select_tokens
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.exporters.artifact import export_model
-from mmtok_deploy.exporters.attach import Attachment, attach_selection
+from mmtok_deploy.exporters.attach import Attachment, attach_selection, open_dimensions
 from mmtok_deploy.manifest import Manifest
 
 NUM_TOKENS, GROUP, WIDTH, BUDGET = 24, 4, 10, 6
@@ -111,6 +111,8 @@ def assert_selected(encoder: WindowedEncoder, found: dict[str, Any]) -> None:
     assert found["kept"][0].tolist() == expected.kept.tolist()
     torch.testing.assert_close(found["output"], vision, rtol=1e-4, atol=1e-4)
     assert torch.equal(found["visual_tokens"][0], found["output"][expected.kept])
+    if "positions" not in found:
+        return
     grid = torch.stack([expected.kept * 0, expected.kept // 6, expected.kept % 6])
     assert torch.equal(found["positions"][0], grid)
 
@@ -131,7 +133,8 @@ def test_everything_of_the_encoder_and_the_selection(encoder: WindowedEncoder, o
 @pytest.mark.parametrize("num_tokens", [BUDGET, 18, 60])
 def test_an_encoder_of_any_size(encoder: WindowedEncoder, tmp_path: Path, num_tokens: int) -> None:
     visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
-    export_attached(visual, tmp_path / "joined.onnx", attachment(num_tokens=DimRange(BUDGET, 24, 64)))
+    what = attachment(num_tokens=DimRange(BUDGET, 24, 64), grid_width=None)
+    export_attached(visual, tmp_path / "joined.onnx", what)
     assert_selected(encoder, run_attached(tmp_path / "joined.onnx", num_tokens))
 
 
@@ -186,6 +189,10 @@ def test_an_encoder_with_a_plugins_operators(onnx_file: Path, tmp_path: Path) ->
         ({"keys_per_token": 1, "keys_index": None}, "one key a token is needed, got 24 and 96 tokens"),
         ({"keys_per_token": 7}, "96 rows, not a multiple of 7"),
         ({"num_tokens": DimRange(6, 12, 24)}, "makes 24 tokens, not 6:12:24"),
+        ({"keys_per_token": 0}, "--keys-per-token is at least 1, got 0"),
+        ({"keys_index": "linear"}, r"--keys-index is a row of integers, got linear \[96, 10\]"),
+        ({"grid_width": 0}, "--grid-width is at least 1, got 0"),
+        ({"grid_width": 7}, "24 tokens are no grid 7 wide"),
         ({"budget": 25}, "keeps 25 tokens needs images of at least as many"),
     ],
 )
@@ -197,7 +204,20 @@ def test_refused(onnx_file: Path, change: dict[str, Any], message: str) -> None:
 def test_an_open_number_of_tokens_needs_a_range(encoder: WindowedEncoder, tmp_path: Path) -> None:
     visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
     with pytest.raises(ValueError, match=r"give the range of its tokens, --tokens MIN:MAX"):
-        attach_selection(visual, attachment())
+        attach_selection(visual, attachment(grid_width=None))
+    with pytest.raises(ValueError, match="--grid-width is for images of one size"):
+        attach_selection(visual, attachment(num_tokens=DimRange(BUDGET, 24, 64)))
+
+
+def test_an_open_size_that_is_called_as_ours(encoder: WindowedEncoder, tmp_path: Path) -> None:
+    visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
+    model = ir.load(visual)
+    model.graph.inputs[0].shape = ir.Shape(["N", 12])
+    ir.save(model, tmp_path / "named.onnx", external_data="named.data")
+    what = attachment(num_tokens=DimRange(BUDGET, 24, 64), grid_width=None)
+    joined, _, _ = attach_selection(tmp_path / "named.onnx", what)
+    assert str((joined.graph.inputs[0].shape or [])[0]) == "encoder_N"
+    assert "encoder_N" in open_dimensions(joined)
 
 
 def test_names_that_are_taken(onnx_file: Path, tmp_path: Path) -> None:

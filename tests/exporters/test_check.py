@@ -17,7 +17,11 @@ from mmtok_deploy.manifest import Manifest
 def test_smallest_optimal_and_largest_sizes(exported: Path) -> None:
     cases: list[str] = []
     check = check_artifact(exported, Manifest.load(exported), on_case=cases.append)
-    assert cases == ["1 x 5 tokens, 1 words", "1 x 20 tokens, 3 words", "3 x 40 tokens, 9 words"]
+    assert cases == [
+        f"{sizes}{padded}"
+        for sizes in ("1 x 5 tokens, 1 words", "1 x 20 tokens, 3 words", "3 x 40 tokens, 9 words")
+        for padded in ("", ", padding and excluded tokens")
+    ]
     assert check.status == "passed"
     assert check.runtime.endswith("CPUExecutionProvider")
 
@@ -53,6 +57,30 @@ def test_a_wrong_output_is_found(
     with pytest.raises(CheckFailedError, match=message):
         export_model(model, path, "selection", described)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("mask", "operator", "message"),
+    [("text_mask", "Or", "coverage differs|pick|total"), ("excluded", "And", "pick|may be picked")],
+)
+def test_a_mask_that_is_not_read_is_found(
+    spec: SelectionSpec, tmp_path: Path, mask: str, operator: str, message: str
+) -> None:
+    fixed = replace(
+        spec, num_tokens=DimRange.fixed(64), num_words=DimRange.fixed(12), batch=DimRange.fixed(1), budget=4
+    )
+    model = build_selection(fixed)
+    (value,) = (each for each in model.graph.inputs if each.name == mask)
+    # Everything is a word, or nothing is excluded.
+    inverse = ir.node("Not", [value])
+    same = ir.node(operator, [value, inverse.outputs[0]])
+    inverse.outputs[0].name, same.outputs[0].name = "inverse", "always"
+    for node, place in list(value.uses()):
+        if node not in (inverse, same):
+            node.replace_input_with(place, same.outputs[0])
+    model.graph.insert_before(model.graph.node(0), [inverse, same])
+    with pytest.raises(CheckFailedError, match=message):
+        export_model(model, tmp_path / "a.onnx", "selection", fixed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

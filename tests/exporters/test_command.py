@@ -25,7 +25,7 @@ def test_selection_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert export("selection", *SMALL, f"--output={path}") == 0
     said = capsys.readouterr().out
     assert re.match(
-        rf"{re.escape(str(path))}  \d\d kB, keeps 4 tokens, lazy; B 1, N 16, M 3\n  check passed: 4 of 4 picks", said
+        rf"{re.escape(str(path))}  \d\d kB, keeps 4 tokens, lazy; B 1, N 16, M 3\n  check passed: 8 picks", said
     )
     assert export("check", str(path)) == 0
     assert capsys.readouterr().out == said
@@ -37,8 +37,10 @@ def test_an_engine_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert export("selection", *SMALL, f"--output={tmp_path}/a.onnx", "--tensorrt", "--target=sm86") == 0
     engine = tmp_path / "a.sm86.rtx.engine"
     assert Manifest.load(engine).details["compute_capabilities"] == ["8.6"]
-    assert export("check", str(engine)) == 0
-    assert "check not run: no NVIDIA GPU was at hand" in capsys.readouterr().out
+    assert export("check", str(engine)) == 1
+    said = capsys.readouterr()
+    assert "check not run: no NVIDIA GPU was at hand" in said.out
+    assert "was not checked" in said.err
 
 
 def test_constants_of_a_preset_and_of_flags(tmp_path: Path) -> None:
@@ -79,6 +81,10 @@ def test_where_it_goes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--target=8.6"], "--target is for an engine: add --tensorrt"),
         (["--tensorrt", "--target=x"], "a compute capability is written 8.6 or sm86, got 'x'"),
         (["--tensorrt", "--target=10.0"], "no engines for compute capability 10.0"),
+        (["--tensorrt=tensorrt-rtx", "--target=9.0"], "no engines for compute capability 9.0"),
+        (["--tensorrt=tensorrt", "--target=8.6"], "TensorRT builds for the GPU at hand alone, not for 8.6"),
+        (["--tensorrt", "--target=8.6", "--tokens=4000", "--budget=4000"], "TensorRT keeps at most 3840 tokens"),
+        (["--vision-width=0"], "vision_width is at least 1, got 0"),
         (["--form=scan"], "invalid choice"),
     ],
 )
