@@ -128,9 +128,10 @@ def native_image_size(checkpoint: Path) -> tuple[int, int] | None:
 def _family(checkpoint: Path) -> type[Encoder]:
     content = read_json(checkpoint, "config.json")
     family = FAMILIES.get(str(content.get("model_type")))
-    if family is not None and "vision_config" in content:
+    has_vision = isinstance(content.get("vision_config"), dict)
+    if family is not None and has_vision:
         return family
-    lacks = "is of an architecture that is not supported" if "vision_config" in content else "has no vision tower"
+    lacks = "is of an architecture that is not supported" if has_vision else "has no vision tower"
     raise EncoderError(
         f"{checkpoint} {lacks} (config.json has model_type {content.get('model_type')!r}): "
         f"expected model_type {' or '.join(FAMILIES)} and a vision_config"

@@ -235,9 +235,12 @@ def test_a_rank_does_not_leave_the_others_in_the_embedding(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("num_tokens", "num_kept"), [(1, 1), (12, 1), (12, 11), (12, 12), (16384, 16374)])
-def test_evenly_spaced_tokens_are_distinct_and_in_order(num_tokens: int, num_kept: int) -> None:
+def test_evenly_spaced_tokens_are_distinct_and_in_order(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, num_kept: int
+) -> None:
+    WatchedExecutor(monkeypatch, fails=lambda _: True)
     plan = ImagePlan(num_tokens, num_kept, [])
-    image = ImageTokens(1, plan, torch.zeros(num_tokens, 1), torch.zeros(0, 1), num_kept)
+    image = ImageTokens(1, plan, torch.zeros(num_tokens, 1), torch.zeros(num_tokens, 1), num_kept)
     (kept,) = make_selector().select([image], torch.nn.Embedding(1, 1))
     assert len(kept) == num_kept
     assert kept[0] == 0
