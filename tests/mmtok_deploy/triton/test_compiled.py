@@ -53,6 +53,13 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
+@pytest.fixture(autouse=True)
+def tritons_own_assembler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ptxas that comes with Triton: FlashInfer, once imported, has it take the machine's CUDA toolkit's."""
+    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(params=LAUNCHES)
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launches:
     """The launches of one selection, as `select` makes them."""
