@@ -29,7 +29,6 @@ RTX_TARGETS = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
 
-
 _MAX_BUDGET = 3840
 
 

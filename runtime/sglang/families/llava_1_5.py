@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.families.llava import Llava
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
 from mmtok_deploy.runtime.sglang.transformers_backend import (
-    PROCESSOR_HOOK,
     EncodedImage,
     backend_hooks,
     separate_images,
@@ -24,13 +23,10 @@ __all__ = ["Llava15", "padding_mask"]
 _SIZES = "mmtok_image_sizes"
 
 
-class Llava15(Family):
+class Llava15(Llava):
     """A fixed number of tokens an image (576 at 336 pixels); kept tokens take its place, positions run on."""
 
     architecture = "LlavaForConditionalGeneration"
-    model_impl = "transformers"
-    placeholder = "<image>"
-    processor_hook = PROCESSOR_HOOK
 
     def separate_images(self, output: Any, processor: Any) -> None:
         """Splits the images by what the Hugging Face processor counts for each."""
@@ -51,19 +47,6 @@ class Llava15(Family):
         height, width = sizes[0].tolist()
         mask = padding_mask(height, width, item.feature.shape[-1], int((end - start + 1) ** 0.5))
         return mask if mask.any() else None
-
-    def vision_width(self, config: Any) -> int:
-        """Returns D: the projector's output is as wide as the language model."""
-        return int(config.text_config.hidden_size)
-
-    def keys_width(self, config: Any) -> int:
-        """Returns d: one layer's features, or those of several side by side."""
-        layers = config.vision_feature_layer
-        return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
-
-    def num_selected_from(self, config: Any) -> int:
-        """Returns the number of patches of the square."""
-        return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
     def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
         """Returns the hooks on the processor, which forgets the images' sizes, and on the backend."""

@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from mmtok_deploy.budget import Budget
-from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.families.llava import Llava
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
 from mmtok_deploy.runtime.sglang.transformers_backend import (
-    PROCESSOR_HOOK,
     EncodedImage,
     backend_hooks,
     separate_images,
@@ -25,16 +24,13 @@ from mmtok_deploy.runtime.sglang.transformers_backend import (
 __all__ = ["LlavaNext", "tokens_per_tile"]
 
 
-class LlavaNext(Family):
+class LlavaNext(Llava):
     """The same number of tokens of every tile; no newline tokens and no unpadding between what is kept.
 
     The base tile's tokens come first, then the crops' in raster order of the grid they form, and positions run on.
     """
 
     architecture = "LlavaNextForConditionalGeneration"
-    model_impl = "transformers"
-    placeholder = "<image>"
-    processor_hook = PROCESSOR_HOOK
 
     def separate_images(self, output: Any, processor: Any) -> None:
         """Splits the images by what the Hugging Face processor counts for their sizes."""
@@ -50,19 +46,6 @@ class LlavaNext(Family):
         max_tiles = max(_num_tiles(pinpoint, config) for pinpoint in config.image_grid_pinpoints)
         kept = tokens_per_tile(budget, tile_tokens, num_tiles, max_tiles)
         return num_tokens if kept == tile_tokens else min(num_tokens, num_tiles * kept)
-
-    def vision_width(self, config: Any) -> int:
-        """Returns D: the projector's output is as wide as the language model."""
-        return int(config.text_config.hidden_size)
-
-    def keys_width(self, config: Any) -> int:
-        """Returns d: one layer's features, or those of several side by side."""
-        layers = config.vision_feature_layer
-        return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
-
-    def num_selected_from(self, config: Any) -> int:
-        """Returns the number of patches of a tile."""
-        return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
     def max_num_kept(self, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns what a tile of the smallest image keeps: a minimum is shared by the fewest tiles."""

@@ -1,0 +1,31 @@
+"""What the LLaVAs have in common: CLIP features, a projector as wide as the language model, positions that run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK
+
+__all__ = ["Llava"]
+
+
+class Llava(Family):
+    """A LLaVA on SGLang's Transformers backend."""
+
+    model_impl = "transformers"
+    placeholder = "<image>"
+    processor_hook = PROCESSOR_HOOK
+
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the projector's output is as wide as the language model."""
+        return int(config.text_config.hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: one layer's features, or those of several side by side."""
+        layers = config.vision_feature_layer
+        return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+    def num_selected_from(self, config: Any) -> int:
+        """Returns the number of patches of the square that CLIP reads: an image or a tile."""
+        return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
