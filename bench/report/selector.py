@@ -15,6 +15,7 @@ __all__ = ["selector_part"]
 
 _BASELINE = "dense"
 _LATENCY = "latency_p50_ms"
+_TICKS_MS = [digit * 10**power for power in range(-2, 5) for digit in (1, 2, 5)]
 
 
 def selector_part(measurements: Sequence[Measurement]) -> Part:
@@ -120,5 +121,5 @@ def _plot(title: str, x_title: str, note: str, rows: Sequence[ResultRow], by: in
         }
         style = {"line": {"color": colour}, "marker": {"color": colour, "size": 8}}
         figure.add_scatter(name=backend, x=xs, y=middles, error_y=spread, mode="lines+markers", **style)
-    figure.update_yaxes(type="log", dtick="D2")
+    figure.update_yaxes(type="log", tickvals=_TICKS_MS, ticktext=[f"{tick:g}" for tick in _TICKS_MS])
     return plot_of(title, note, figure, {"x": "tokens", "y": _LATENCY})

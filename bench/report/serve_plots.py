@@ -87,7 +87,7 @@ def _ttft_against_tokens(model: str, rows: Sequence[ResultRow]) -> Plot | None:
     rows = [row for row in rows if "ttft_p50_ms" in row.metrics and tokens_read(row) is not None]
     if not rows:
         return None
-    figure = new_figure("image tokens that the language model reads", "TTFT p50, ms")
+    figure = new_figure("image tokens read", "TTFT p50, ms")
     sizes = sorted(
         {image_px(row) for row in rows}, key=lambda px: next(pixels_of(r) for r in rows if image_px(r) == px)
     )
@@ -142,7 +142,7 @@ def _where_the_time_goes(model: str, rows: Sequence[ResultRow]) -> Plot | None:
     parts = {label: each for label, each in parts.items() if each}
     if not parts:
         return None
-    figure = new_figure("ms, of the time to first token (p50)", "")
+    figure = new_figure("TTFT p50, ms", "")
     for phase, colour in _PHASE_COLOURS.items():
         bars = {label: each[phase] for label, each in parts.items() if phase in each}
         if bars:

@@ -101,6 +101,7 @@ def selector_rows(device: str = CPU, commit: str = NEW, speed: float = 1) -> lis
 
 
 def write(path: Path, rows: Iterable[ResultRow]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     for each in rows:
         append_row(path, each)
     return path
