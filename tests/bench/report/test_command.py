@@ -7,8 +7,7 @@ import pytest
 
 from mmtok_deploy.bench.results import append_row
 from mmtok_deploy.cli import main
-
-from .rows import CPU, GPU, NEW, OLD, row, selector_rows, serve_rows, write
+from tests.bench.report.rows import CPU, GPU, NEW, OLD, row, selector_rows, serve_rows, write
 
 
 def report(*arguments: object) -> int:

@@ -4,8 +4,7 @@ import pytest
 
 from mmtok_deploy.bench.report.commits import compare_commits
 from mmtok_deploy.bench.report.gather import Measurement
-
-from .rows import CPU, GPU, NEW, OLD, selector_rows, serve_rows
+from tests.bench.report.rows import CPU, GPU, NEW, OLD, selector_rows, serve_rows
 
 
 def measured() -> list[Measurement]:

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmtok_deploy.bench.report.gather import Machine, by_machine, newest, read_results
-
-from .rows import CPU, GPU, selector_rows, write
+from tests.bench.report.rows import CPU, GPU, selector_rows, write
 
 
 def test_files_and_folders_are_read_once_each(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from mmtok_deploy.bench.report.serve import serve_part
 from mmtok_deploy.bench.report.serve_plots import phases_ms
 from mmtok_deploy.bench.report.serve_rows import References, label_of, variant_of
 from mmtok_deploy.bench.results import ResultRow
-
-from .rows import NEW, OLD, row, serve_case, serve_rows
+from tests.bench.report.rows import NEW, OLD, row, serve_case, serve_rows
 
 TTFT = {"ttft_p50_ms": 100.0, "image_tokens_in": 864, "image_tokens_kept": 864}
 
