@@ -29,15 +29,16 @@ def compare_commits(measurements: Sequence[Measurement], old: str, new: str) -> 
         {(each.machine, each.case): each for each in newest(each for each in measurements if each.row.commit == commit)}
         for commit in (old_commit, new_commit)
     )
+    compared = [*of_old.values(), *of_new.values()]
     lines = [
-        (str(each.machine), each.row.bench, _case(each), metric(name).label, *_cells(name, of_old[key], each))
+        (str(each.machine), each.row.bench, _case(each, compared), metric(name).label, *_cells(name, of_old[key], each))
         for key, each in of_new.items()
         if key in of_old
         for name in _COMPARED
         if name in each.row.metrics and name in of_old[key].row.metrics
     ]
     alone = [
-        (str(each.machine), each.row.bench, _case(each), commit)
+        (str(each.machine), each.row.bench, _case(each, compared), commit)
         for one, other, commit in ((of_old, of_new, old_commit), (of_new, of_old, new_commit))
         for key, each in one.items()
         if key not in other
@@ -45,10 +46,10 @@ def compare_commits(measurements: Sequence[Measurement], old: str, new: str) -> 
     tables: list[Table] = []
     if lines:
         headings = ("machine", "bench", "case", "metric", old_commit, new_commit, f"{new_commit} is")
-        tables.append(without_empty_columns(Table(f"{new_commit} against {old_commit}", headings, tuple(lines), 4)))
+        tables.append(without_empty_columns(Table("Cases of both commits", headings, tuple(lines), 4)))
     if alone:
         columns = ("machine", "bench", "case", "commit")
-        tables.append(Table("In one commit alone", columns, tuple(alone), num_texts=4))
+        tables.append(Table("In one commit alone", columns, tuple(alone), num_texts=4, is_detail=True))
     sentence = "" if lines else f"No case was measured at both {old_commit} and {new_commit} on the same machine."
     return Part(f"{new_commit} against {old_commit}", sentences=tuple(filter(None, [sentence])), tables=tuple(tables))
 
@@ -58,8 +59,11 @@ def _cells(name: str, old: Measurement, new: Measurement) -> tuple[str, str, str
     return format_value(name, old_value), format_value(name, new_value), compare(name, new_value, old_value)
 
 
-def _case(each: Measurement) -> str:
-    return ", ".join([each.row.backend, *(f"{key.replace('_', ' ')} {value}" for key, value in each.row.case.items())])
+def _case(each: Measurement, among: Sequence[Measurement]) -> str:
+    """Returns the backend, and of the case what is not the same in all of its bench's rows."""
+    cases = [other.row.case for other in among if other.row.bench == each.row.bench]
+    told = {key: value for key, value in each.row.case.items() if any(case.get(key) != value for case in cases)}
+    return ", ".join([each.row.backend, *(f"{key.replace('_', ' ')} {value}" for key, value in told.items())])
 
 
 def _resolve(measurements: Sequence[Measurement], commit: str) -> str:

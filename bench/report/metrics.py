@@ -48,6 +48,7 @@ _WORDS = {
 }
 """A kind -> the word for the better of two, and for the worse; no word is both."""
 _MORE_IS_BETTER = ("rate", "capacity")
+_NEWS = 1.05
 _GIB = 2**30
 
 
@@ -94,8 +95,10 @@ def compare(name: str, value: float | None, reference: float | None) -> str:
 
 
 def tone(comparison: str) -> Literal["gain", "loss", ""]:
-    """Returns whether what `compare` said is good news."""
-    last = comparison.rpartition(" ")[2]
+    """Returns whether what `compare` said is news, good or bad; a ratio below 1.05 is left to the machine's noise."""
+    first, _, last = comparison.rpartition(" ")
+    if first.endswith("x") and float(first.removesuffix("x").replace(",", "")) < _NEWS:
+        return ""
     if last == "points":
         return "loss" if comparison.startswith("-") else "gain"
     if any(last == better for better, _ in _WORDS.values()):

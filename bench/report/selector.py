@@ -15,7 +15,6 @@ __all__ = ["selector_part"]
 
 _BASELINE = "dense"
 _LATENCY = "latency_p50_ms"
-_TICKS_MS = [digit * 10**power for power in range(-2, 5) for digit in (1, 2, 5)]
 
 
 def selector_part(measurements: Sequence[Measurement]) -> Part:
@@ -121,5 +120,8 @@ def _plot(title: str, x_title: str, note: str, rows: Sequence[ResultRow], by: in
         }
         style = {"line": {"color": colour}, "marker": {"color": colour, "size": 8}}
         figure.add_scatter(name=backend, x=xs, y=middles, error_y=spread, mode="lines+markers", **style)
-    figure.update_yaxes(type="log", tickvals=_TICKS_MS, ticktext=[f"{tick:g}" for tick in _TICKS_MS])
+    times_ms = [time_ms for row in rows for time_ms in latencies_ms(row)]
+    digits = (1, 2, 5) if max(times_ms) > 10 * min(times_ms) else (1, 1.5, 2, 3, 4, 6, 8)
+    ticks_ms = [digit * 10**power for power in range(-3, 6) for digit in digits]
+    figure.update_yaxes(type="log", tickvals=ticks_ms, ticktext=[f"{tick:g}" for tick in ticks_ms])
     return plot_of(title, note, figure, {"x": "tokens", "y": _LATENCY})

@@ -33,6 +33,8 @@ SERVES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("mmtok_deploy/engines/onnxruntime.py",),
     "tensorrt": ("mmtok_deploy/engines/tensorrt.py",),
     "tensorrt_rtx": ("mmtok_deploy/engines/tensorrt.py",),
+    "plotly": ("bench/report/",),
+    "jinja2": ("bench/report/page.py",),
     "triton": ("mmtok_deploy/backends/triton.py", "mmtok_deploy/backends/triton_kernels.py"),
 }
 

@@ -18,7 +18,7 @@ def test_cases_of_both_commits_on_one_machine() -> None:
     assert together.columns == ("machine", "bench", "case", "metric", OLD, NEW, f"{NEW} is")
     assert len(together.rows) == len(selector_rows()) - 1
     assert together.rows[0] == (
-        *("Made-up GPU", "selector", "dense, num tokens 2880, num picks 160, num words 24, batch 1"),
+        *("Made-up GPU", "selector", "dense, num tokens 2880, num picks 160"),
         *("latency p50, ms", "469", "234", "2.00x faster"),
     )
     assert [(each[0], each[1], each[3]) for each in alone.rows] == [
