@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mmtok_deploy.bench.report.blocks import Part, Table, in_words, without_empty_columns
 from mmtok_deploy.bench.report.gather import Measurement, newest
 from mmtok_deploy.bench.report.metrics import compare, format_value, metric
-from mmtok_deploy.bench.report.serve_plots import plots_of_model
+from mmtok_deploy.bench.report.serve_plots import exceeds_its_whole, plots_of_model
 from mmtok_deploy.bench.report.serve_rows import (
     SHOWN_KEYS,
     References,
@@ -55,7 +55,7 @@ def serve_part(measurements: Sequence[Measurement]) -> Part:
         plots=tuple(
             plot for model in models for plot in plots_of_model(model, [row for row in rows if model_of(row) == model])
         ),
-        tables=(_gains(shown, references), *(_details(rows, title, names) for title, names in _DETAILS.items())),
+        tables=(_gains(shown, references), *_all_details(rows)),
     )
 
 
@@ -128,6 +128,17 @@ def _gains(shown: Sequence[Measurement], references: References) -> Table:
     return without_empty_columns(Table("What a budget gains", columns, tuple(lines), num_texts=len(texts)))
 
 
+def _all_details(rows: Sequence[ResultRow]) -> list[Table]:
+    known = [name for names in _DETAILS.values() for name in names]
+    others = [name for name in dict.fromkeys(name for row in rows for name in row.metrics) if name not in known]
+    groups = {**_DETAILS, "Other figures": tuple(others)}
+    return [
+        _details(rows, title, names)
+        for title, names in groups.items()
+        if any(n in r.metrics for n in names for r in rows)
+    ]
+
+
 def _details(rows: Sequence[ResultRow], title: str, names: Sequence[str]) -> Table:
     extra = _extra_keys(rows)[0]
     lines = tuple(
@@ -178,6 +189,10 @@ def _sentences(shown: Sequence[Measurement], references: References) -> list[str
     if failed:
         cases = in_words([f"{label_of(row)} at {load_of(row)} at once" for row in failed])
         sentences.append(f"Requests failed in {cases}: those figures are of the others.")
+    odd = [row for row in rows if load_of(row) == min(map(load_of, rows)) and exceeds_its_whole(row)]
+    if odd:
+        cases = in_words(list(dict.fromkeys(f"{label_of(row)} of {image_px(row)}" for row in odd)))
+        sentences.append(f"Not split into parts, whose means exceed the median TTFT: {cases}.")
     pruned = [each for each in shown if variant_of(each.row) == "mmtok"]
     if pruned and not any(references.unpruned(each) for each in pruned):
         sentences.append("Not measured in the same run: the unpruned server. There is no ratio to it.")

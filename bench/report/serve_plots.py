@@ -11,6 +11,7 @@ from mmtok_deploy.bench.report.metrics import metric
 from mmtok_deploy.bench.report.plots import DOWNSAMPLED, PALETTE, UNPRUNED, new_figure, plot_of
 from mmtok_deploy.bench.report.serve_rows import (
     SHOWN_KEYS,
+    have_like_texts,
     image_px,
     label_of,
     load_of,
@@ -20,7 +21,7 @@ from mmtok_deploy.bench.report.serve_rows import (
 )
 from mmtok_deploy.bench.results import ResultRow
 
-__all__ = ["phases_ms", "plots_of_model"]
+__all__ = ["exceeds_its_whole", "phases_ms", "plots_of_model"]
 
 _PHASES = ("vision_encoder_ms", "selection_ms", "language_prefill_ms")
 _PHASE_COLOURS = {
@@ -52,11 +53,17 @@ def plots_of_model(model: str, rows: Sequence[ResultRow]) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
+def exceeds_its_whole(row: ResultRow) -> bool:
+    """Returns whether the parts of the time to the first token, which are means, exceed its median."""
+    parts_ms = [row.metrics[name] for name in _PHASES if name in row.metrics]
+    return "ttft_p50_ms" in row.metrics and sum(parts_ms) > row.metrics["ttft_p50_ms"]
+
+
 def phases_ms(row: ResultRow) -> dict[str, float]:
     """Returns what the time to the first token is made of; empty where the parts were not measured or exceed it."""
     parts = {metric(name).label.removesuffix(", ms"): row.metrics[name] for name in _PHASES if name in row.metrics}
     ttft_ms = row.metrics.get("ttft_p50_ms")
-    if not parts or ttft_ms is None or sum(parts.values()) > ttft_ms:
+    if not parts or ttft_ms is None or exceeds_its_whole(row):
         return {}
     return {**parts, "rest of TTFT": ttft_ms - sum(parts.values())}
 
@@ -66,9 +73,9 @@ def _typical(rows: Sequence[ResultRow]) -> list[ResultRow]:
     for key, value in (("image_kind", "photograph"), ("prefix_cache", "off")):
         rows = [row for row in rows if row.case.get(key) == value] or rows
     for key in rows[0].case:
-        if key not in SHOWN_KEYS:
+        if key not in (*SHOWN_KEYS, "text_tokens"):
             rows = [row for row in rows if row.case.get(key) == rows[0].case[key]]
-    return list(rows)
+    return [row for row in rows if have_like_texts(row, rows[0])]
 
 
 def _note(rows: Sequence[ResultRow], *, with_size: bool = True, with_load: bool = True) -> str:

@@ -12,6 +12,7 @@ __all__ = [
     "SHOWN_KEYS",
     "References",
     "Variant",
+    "have_like_texts",
     "image_px",
     "label_of",
     "load_of",
@@ -26,13 +27,18 @@ Variant = Literal["unpruned", "mmtok", "downsample"]
 SHOWN_KEYS = ("model", "image_kind", "image_px", "prefix_cache", "budget", "method", "concurrency")
 """What of a case has a column of its own; of the other keys, those that differ between rows get one."""
 
-_VARIED = ("budget", "method")
+_VARIED = ("budget", "method", "text_tokens")
 _EQUAL_TOKENS = 0.1
-"""Two images are of equal tokens within this share: image processors round a side to whole patches."""
+"""Images are of equal tokens within this share, for image processors round a side to whole patches; texts likewise,
+for their tokens are counted on the requests sent.
+"""
 
 
 class References:
-    """What a row is held against: rows of the same run whose cases differ in budget and method alone."""
+    """What a row is held against: rows of the same run whose cases differ in budget and method alone.
+
+    Texts are the same within a tenth of their tokens.
+    """
 
     def __init__(self, measurements: Iterable[Measurement]) -> None:
         self._siblings: dict[tuple[Run, frozenset[tuple[str, CaseValue]]], list[ResultRow]] = {}
@@ -41,7 +47,7 @@ class References:
 
     def unpruned(self, measurement: Measurement) -> ResultRow | None:
         """Returns the newest row of the server without the plugin."""
-        return _last([row for row in self._siblings.get(_key(measurement), []) if variant_of(row) == "unpruned"])
+        return _last([row for row in self._siblings_of(measurement) if variant_of(row) == "unpruned"])
 
     def downsampled(self, measurement: Measurement) -> ResultRow | None:
         """Returns the row of the image made smaller until it has as many tokens as this row keeps, within a tenth."""
@@ -49,7 +55,7 @@ class References:
         if tokens is None:
             return None
         close = []
-        for row in self._siblings.get(_key(measurement), []):
+        for row in self._siblings_of(measurement):
             others = tokens_read(row)
             if variant_of(row) == "downsample" and others is not None:
                 difference = abs(others - tokens) / tokens
@@ -57,6 +63,15 @@ class References:
                     close.append((difference, row))
         least = min((difference for difference, _ in close), default=0.0)
         return _last([row for difference, row in close if difference == least])
+
+    def _siblings_of(self, measurement: Measurement) -> list[ResultRow]:
+        return [row for row in self._siblings.get(_key(measurement), []) if have_like_texts(row, measurement.row)]
+
+
+def have_like_texts(row: ResultRow, other: ResultRow) -> bool:
+    """Returns whether the requests' texts are of equal tokens, within a tenth."""
+    tokens, others = (int(each.case.get("text_tokens", 0)) for each in (row, other))
+    return abs(tokens - others) <= _EQUAL_TOKENS * max(tokens, others)
 
 
 def variant_of(row: ResultRow) -> Variant:

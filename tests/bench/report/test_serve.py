@@ -62,6 +62,23 @@ def test_references_are_of_the_same_run_and_case() -> None:
     assert references.downsampled(pruned) is None
 
 
+@pytest.mark.parametrize(("text_tokens", "is_like"), [(28, True), (33, True), (26, False), (34, False)])
+def test_texts_are_counted_on_what_was_sent(text_tokens: int, is_like: bool) -> None:
+    (pruned,) = measured([PRUNED])
+    other = serve("off", "none", 864, text_tokens=text_tokens)
+    assert (References(measured([other])).unpruned(pruned) == other) is is_like
+    part = serve_part(measured([PRUNED, other]))
+    assert [trace.name for trace in part.plots[0].figure.data] == (["MMTok", "unpruned"] if is_like else ["MMTok"])
+
+
+def test_a_metric_of_no_group_has_a_table() -> None:
+    part = serve_part(measured([replace(PRUNED, metrics={**PRUNED.metrics, "num_fallbacks": 3})]))
+    assert [table.title for table in part.tables] == [
+        *("What a budget gains", "Latency", "Where the time goes, and memory", "Other figures")
+    ]
+    assert (part.tables[-1].columns[-1], part.tables[-1].rows[0][-1]) == ("num fallbacks", "3")
+
+
 @pytest.mark.parametrize(("tokens", "is_equal"), [(78, True), (77, False), (94, True), (95, False)])
 def test_equal_tokens_are_within_a_tenth(tokens: int, is_equal: bool) -> None:
     (pruned,) = measured([PRUNED])
@@ -111,6 +128,14 @@ def test_other_keys_of_a_case_are_a_column_where_they_differ() -> None:
     assert [each[table.columns.index("text tokens")] for each in table.rows] == ["30", "500"]
     assert "output tokens" not in table.columns
     assert any("output tokens 16" in sentence for sentence in part.sentences)
+
+
+def test_parts_that_exceed_the_whole_are_said() -> None:
+    odd = replace(PRUNED, metrics={**PRUNED.metrics, "vision_encoder_ms": 500.0})
+    part = serve_part(measured([odd, UNPRUNED]))
+    said = "Not split into parts, whose means exceed the median TTFT: MMTok 10% of 1008x672."
+    assert said in part.sentences
+    assert not any("where the time goes" in plot.title for plot in part.plots)
 
 
 def test_unpruned_rows_alone_have_no_headline() -> None:
