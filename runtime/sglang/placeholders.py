@@ -96,6 +96,8 @@ class PlaceholderCutter:
         ((start, end),) = item.offsets
         num_tokens = end - start + 1
         num_kept = self._family.num_kept(item, num_tokens, budget, config)
+        if num_tokens < self._settings.min_tokens_in:
+            return
         excluded = self._family.excluded(item)
         if excluded is not None and num_kept < num_tokens:
             # Fewer tokens than the budget may be pickable; where none is, the budget stands and the scheduler

@@ -46,6 +46,14 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
     mmtok_min_tokens: A[
         int | None, Arg(help="MMTok: never keep fewer tokens of an image than this. Default: 1."), NS("mm")
     ] = None
+    mmtok_min_tokens_in: A[
+        int | None,
+        Arg(
+            help="MMTok: leave an image unpruned that takes fewer tokens than this in an unpruned prompt, where "
+            "pruning would cost more time than it saves. Default: 0, every image is pruned."
+        ),
+        NS("mm"),
+    ] = None
     mmtok_tv_temp: A[
         float | None,
         Arg(help="MMTok: temperature of the text-to-vision softmax. Default: the model family's preset."),
@@ -166,6 +174,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             engine=None if self.mmtok_engine is None else Path(self.mmtok_engine).absolute(),
             provider=self.mmtok_onnxruntime_provider,
             feature_cache_mb=cache_mb,
+            min_tokens_in=self.mmtok_min_tokens_in or 0,
         )
 
 

@@ -30,6 +30,7 @@ class Settings:
         engine: The exported file that does, if one does.
         provider: ONNX Runtime's, instead of the device's own.
         feature_cache_mb: MiB of vision features kept by image in each scheduler process; 0 keeps none.
+        min_tokens_in: An image that takes fewer tokens in an unpruned prompt is not pruned.
 
     Raises:
         ValueError: An unknown guidance rule, a backend without the file that it runs or the other way round, or a
@@ -44,6 +45,7 @@ class Settings:
     engine: Path | None = None
     provider: str | None = None
     feature_cache_mb: int = DEFAULT_FEATURE_CACHE_MB
+    min_tokens_in: int = 0
 
     def __post_init__(self) -> None:
         if self.guidance not in get_args(GuidanceRule):
@@ -58,12 +60,15 @@ class Settings:
             raise ValueError("--mmtok-onnxruntime-provider is for an exported file: add --mmtok-engine FILE.onnx")
         if self.feature_cache_mb < 0:
             raise ValueError(f"feature_cache_mb is at least 0, got {self.feature_cache_mb}")
+        if self.min_tokens_in < 0:
+            raise ValueError(f"min_tokens_in is at least 0, got {self.min_tokens_in}")
 
     def flags(self) -> dict[str, Any]:
         """Returns the settings as the values of the --mmtok-* flags, for `/server_info`."""
         return {
             "mmtok_budget": str(self.budget),
             "mmtok_min_tokens": self.budget.minimum,
+            "mmtok_min_tokens_in": self.min_tokens_in,
             "mmtok_tv_temp": self.config.tv_temp,
             "mmtok_vv_temp": self.config.vv_temp,
             "mmtok_alpha": self.config.alpha,

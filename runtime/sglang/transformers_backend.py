@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sglang.srt.managers import mm_utils
@@ -20,6 +21,7 @@ from torch import Tensor
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 
 __all__ = ["EncodedImage", "PROCESSOR_HOOK", "SelectFeatures", "backend_hooks", "separate_images"]
 
@@ -44,25 +46,27 @@ SelectFeatures = Callable[[Any, Sequence[EncodedImage]], list[Tensor]]
 _MIXIN = "models.transformers.MultiModalMixin"
 
 
-def backend_hooks(cache: FeatureCache, select: SelectFeatures) -> list[Hook]:
+def backend_hooks(cache: FeatureCache, select: SelectFeatures, stages: StageMetrics) -> list[Hook]:
     """Returns the hooks that lead images through the embedding path and prune them on it.
 
     Args:
         cache: Gives an image's features, encoded now or before.
         select: Picks the tokens of a batch's images from their features.
+        stages: Times calls of the vision encoder, one an image.
     """
 
     def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> list[Tensor]:
+        encode = partial(stages.encode, original)
         plans = {place: plan for place, item in enumerate(items) if (plan := plan_of(item)) is not None}
         features = cache.recall(
             [items[place] for place in plans],
-            lambda missing: [_encode_for_selection(original, model, item) for item in missing],
+            lambda missing: [_encode_for_selection(encode, model, item) for item in missing],
         )
         images = [
             EncodedImage(items[place], plan, each) for (place, plan), each in zip(plans.items(), features, strict=True)
         ]
         kept = dict(zip(plans, select(model, images), strict=True))
-        return [kept[place] if place in kept else _encode(original, model, item) for place, item in enumerate(items)]
+        return [kept[place] if place in kept else _encode(encode, model, item) for place, item in enumerate(items)]
 
     return [
         Hook(f"{_MIXIN}.pad_input_ids", "self input_ids mm_inputs", _pad_input_ids),

@@ -24,6 +24,7 @@ from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
 FLAGS = [
     "--mmtok-budget",
     "--mmtok-min-tokens",
+    "--mmtok-min-tokens-in",
     "--mmtok-tv-temp",
     "--mmtok-vv-temp",
     "--mmtok-alpha",
@@ -90,6 +91,7 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
         ({"mmtok_coverage": "image"}, "coverage is one of multimodal"),
         ({"mmtok_guidance": "words"}, "guidance is one of keywords, question, got 'words'"),
         ({"mmtok_min_tokens": 0}, "minimum is a whole number"),
+        ({"mmtok_min_tokens_in": -1}, "min_tokens_in is at least 0, got -1"),
         ({"mmtok_feature_cache_mb": -1}, "feature_cache_mb is at least 0, got -1"),
     ],
 )
@@ -103,6 +105,7 @@ def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], na
     [
         ("--mmtok-alpha", "1"),
         ("--mmtok-min-tokens", "4"),
+        ("--mmtok-min-tokens-in", "0"),
         ("--mmtok-coverage", "text"),
         ("--mmtok-feature-cache-mb", "0"),
     ],
@@ -152,9 +155,9 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
             ),
         ),
         (
-            {"mmtok_budget": "all"},
+            {"mmtok_budget": "all", "mmtok_min_tokens_in": 300},
             "llava-next",
-            Settings("llava-next", Budget(), SelectionConfig(0.02, 0.2, 0.5), "keywords"),
+            Settings("llava-next", Budget(), SelectionConfig(0.02, 0.2, 0.5), "keywords", min_tokens_in=300),
         ),
     ],
 )
@@ -187,6 +190,7 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
     assert {name: value for name, value in shown.items() if name.startswith("mmtok_")} == {
         "mmtok_budget": "10%",
         "mmtok_min_tokens": 1,
+        "mmtok_min_tokens_in": 0,
         "mmtok_tv_temp": 0.01,
         "mmtok_vv_temp": 0.2,
         "mmtok_alpha": 1.0,

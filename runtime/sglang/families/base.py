@@ -17,6 +17,7 @@ from mmtok_deploy.runtime.sglang.placeholders import PlaceholderCutter
 from mmtok_deploy.runtime.sglang.request import add_chat_guidance
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
 from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 
 __all__ = ["Family"]
 
@@ -84,12 +85,13 @@ class Family(ABC):
         return num_tokens, num_kept
 
     @abstractmethod
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on the family's model.
 
         Args:
             cache: Gives an image's features, encoded now or before.
             selector: Picks tokens from them.
+            stages: Times calls of the vision encoder.
         """
 
     @classmethod
@@ -100,6 +102,7 @@ class Family(ABC):
         metrics = SelectionMetrics()
         cache = FeatureCache(settings.feature_cache_mb << 20, metrics)
         selector = TokenSelector(settings, metrics)
+        stages = StageMetrics()
         return [
             Hook(
                 "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
@@ -114,5 +117,6 @@ class Family(ABC):
             ),
             Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", cache.flush),
             Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
-            *family.model_hooks(cache, selector),
+            *stages.hooks(),
+            *family.model_hooks(cache, selector, stages),
         ]

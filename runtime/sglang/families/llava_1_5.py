@@ -12,6 +12,7 @@ from mmtok_deploy.runtime.sglang.families.llava import Llava
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 from mmtok_deploy.runtime.sglang.transformers_backend import (
     EncodedImage,
     backend_hooks,
@@ -48,7 +49,7 @@ class Llava15(Llava):
         mask = padding_mask(height, width, item.feature.shape[-1], int((end - start + 1) ** 0.5))
         return mask if mask.any() else None
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on the processor, which forgets the images' sizes, and on the backend."""
 
         def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
@@ -67,7 +68,7 @@ class Llava15(Llava):
                 "self text images videos",
                 _keep_image_sizes,
             ),
-            *backend_hooks(cache, select),
+            *backend_hooks(cache, select, stages),
         ]
 
 

@@ -15,6 +15,7 @@ from mmtok_deploy.runtime.sglang.families.llava import Llava
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 from mmtok_deploy.runtime.sglang.transformers_backend import (
     EncodedImage,
     backend_hooks,
@@ -56,7 +57,7 @@ class LlavaNext(Llava):
         """Returns N and K of a tile."""
         return self.num_selected_from(config), num_kept // _num_tiles(item.image_sizes[0].tolist(), config)
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on the backend."""
 
         def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
@@ -64,7 +65,7 @@ class LlavaNext(Llava):
             kept = iter(selector.select(tiles, model.model.get_input_embeddings()))
             return [_join(image, [next(kept) for _ in image.features.vision], model.config) for image in images]
 
-        return backend_hooks(cache, select)
+        return backend_hooks(cache, select, stages)
 
 
 def _tiles(image: EncodedImage) -> list[ImageTokens]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
 from mmtok_deploy.runtime.sglang.positions import PositionWriter
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 
 __all__ = ["Qwen25VL"]
 
@@ -53,14 +55,15 @@ class Qwen25VL(Family):
         """Returns d: the last block's output."""
         return int(config.vision_config.hidden_size)
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on encoder, position writing and pipeline hand-over."""
         positions = PositionWriter(selector)
 
         def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> Any:
+            encode = partial(stages.encode, original)
             if not any(plan_of(item) for item in items):
-                return original(model, items)
-            features = cache.recall(items, lambda missing: _encode(original, model, missing))
+                return encode(model, items)
+            features = cache.recall(items, lambda missing: _encode(encode, model, missing))
             return _select(selector, model, items, features)
 
         return [
