@@ -79,6 +79,21 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         Arg(help="MMTok: which words of a question guide the selection. Default: the model family's preset."),
         NS("mm"),
     ] = None
+    mmtok_method: A[
+        Literal["mmtok", "text-coverage", "vision-coverage", "divprune", "visionzip", "random", "even", "downsample"]
+        | None,
+        Arg(
+            help="MMTok: what chooses the tokens, for comparisons. A request overrides it with "
+            'mm_processor_kwargs={"mmtok_method": ...}. One that the model cannot run is an error at start. '
+            "Default: mmtok."
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_seed: A[
+        int | None,
+        Arg(help="MMTok: seed of --mmtok-method random; a request overrides it with mmtok_seed. Default: 0."),
+        NS("mm"),
+    ] = None
     mmtok_backend: A[
         Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"] | None,
         Arg(
@@ -128,7 +143,8 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         """Resolves the arguments, and installs the hooks if there is a budget.
 
         Raises:
-            UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all.
+            UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all,
+                or a method that the model cannot run.
             ArtifactError: The exported file is not whole.
             EngineMismatchError: It was exported for another model, budget or dtype.
             HookError: A hook point of SGLang is missing or has changed, or the process has hooks of other settings.
@@ -137,10 +153,16 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         if self.mmtok_budget is None:
             _install(None)
             return
-        from mmtok_deploy.runtime.sglang.compatibility import check_engine, check_server, family_of_server
+        from mmtok_deploy.runtime.sglang.compatibility import (
+            check_engine,
+            check_server,
+            check_server_method,
+            family_of_server,
+        )
 
         self._mmtok_settings = self._settings(family_of_server(self))
         check_server(self)
+        check_server_method(self, self._mmtok_settings)
         check_engine(self, self._mmtok_settings)
         _install(self._mmtok_settings)
 
@@ -175,6 +197,8 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             provider=self.mmtok_onnxruntime_provider,
             feature_cache_mb=cache_mb,
             min_tokens_in=self.mmtok_min_tokens_in or 0,
+            method=self.mmtok_method or "mmtok",
+            seed=self.mmtok_seed or 0,
         )
 
 

@@ -7,7 +7,7 @@ reference that the golden answers hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from mmtok_deploy import select_tokens
+from mmtok_deploy.config import Coverage
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.presets import PRESETS
 
@@ -40,6 +41,7 @@ class HandPruned:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(path)
         self.preset = PRESETS[family]
+        self._config = self.preset.config
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -54,6 +56,7 @@ class HandPruned:
         budget: float | int | Sequence[float | int] | None,
         *,
         kept: list[Tensor] | None = None,
+        coverage: Coverage = "multimodal",
         original_positions: bool = True,
     ) -> Pruned:
         """Prunes each image to `budget` (tokens, or a ratio; None for all), guided by its text.
@@ -64,7 +67,8 @@ class HandPruned:
             guidance: One text an image.
             budget: int for tokens (of each tile, for tiles), float for a ratio, None for the unpruned prompt; or a list
                 of one an image.
-            kept: Indices to keep of each image, in place of a selection.
+            kept: Indices to keep of each image, or tokens to read, in place of a selection.
+            coverage: What the selection covers.
             original_positions: False gives kept tokens the first K positions of their image: the mistake to catch.
         """
         inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt")
@@ -78,9 +82,17 @@ class HandPruned:
             embeddings[is_image] = torch.cat([vision for vision, _ in features])
             if budget is not None:
                 budgets = [budget] * len(images) if isinstance(budget, float | int) else budget
+                self._config = replace(self.preset.config, coverage=coverage)
                 taken = take(guidance, budgets) if kept is None else kept
                 return self._cut(ids, embeddings, positions, next_position, taken, original_positions)
         return Pruned(embeddings, positions, next_position, int(is_image.sum()))
+
+    @torch.no_grad()
+    def vision_tokens(self, prompt: str, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Returns the [N, D] tokens of each image, unpruned."""
+        inputs = self.processor(text=[prompt], images=list(images), return_tensors="pt")
+        features, _ = self._features(inputs, images)
+        return [vision for vision, _ in features]
 
     @torch.no_grad()
     def logprobs(self, pruned: Pruned, output_ids: Sequence[int]) -> Tensor:
@@ -114,7 +126,7 @@ class HandPruned:
     def _select(self, vision: Tensor, keys: Tensor, text: str, budget: float | int, excluded: Tensor | None) -> Tensor:
         kept = budget if isinstance(budget, int) else max(1, int(budget * len(vision)))
         guidance = self._embed_guidance(text)
-        return select_tokens(vision, keys, guidance, kept, config=self.preset.config, excluded=excluded).kept
+        return select_tokens(vision, keys, guidance, kept, config=self._config, excluded=excluded).kept
 
     def _positions(self, inputs: Any) -> tuple[Tensor, int]:
         if self.family != "qwen2.5-vl":

@@ -12,6 +12,7 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, msgpack_dec
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
+from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families import Family
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
@@ -238,6 +239,31 @@ def test_an_image_of_fewer_tokens_than_asked_for_is_left_unpruned(
     output = processed(prompt_output(TWO_IMAGES), 2, fields=fields, min_tokens_in=min_tokens_in)
     assert tuple(end - start + 1 for start, end in offsets(output)) == kept
     assert [plan_of(item) is None for item in output.mm_items] == [kept[0] == 4, kept[1] == 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "method", "seed", "reads"),
+    [
+        ({"mmtok_method": "divprune"}, "divprune", 0, False),
+        ({"mmtok_method": "even", "mmtok_seed": 5}, "even", 0, False),
+        ({"mmtok_method": "text-coverage"}, "text-coverage", 0, True),
+        ({"mmtok_method": "random", "mmtok_seed": 5}, "random", 5, True),
+        ({"mmtok_method": "mmtok"}, "mmtok", 0, True),
+    ],
+)
+def test_a_requests_method_is_in_the_plan(fields: Any, method: MethodName, seed: int, reads: bool) -> None:
+    output = processed(prompt_output(TWO_IMAGES), 2, fields=fields, prompt="<|image_pad|>ab<|image_pad|>")
+    question = [ord(letter) for letter in "Question:ab"] if reads else []
+    expected = [ImagePlan(tokens, 2, question, method=method, seed=seed) for tokens in (4, 3)]
+    assert [plan_of(item) for item in output.mm_items] == expected
+
+
+@pytest.mark.parametrize("method", ["visionzip", "downsample"])
+def test_a_method_that_the_model_cannot_run_is_refused(method: str) -> None:
+    fields = {"mmtok_method": method}
+    with pytest.raises(ValueError, match=rf"^mm_processor_kwargs.mmtok_method {method} does not run on this model: "):
+        processed(None, 2, fields=fields)
+    processed(prompt_output(TWO_IMAGES), 2, fields=fields | {"mmtok_budget": "all"})
 
 
 def test_texts_belong_to_images_in_the_order_of_the_prompt() -> None:

@@ -149,6 +149,8 @@ BAD_FIELDS: dict[str, dict[str, Any]] = {
     "true": {"mmtok_budget": True},
     "list": {"mmtok_budget": [10]},
     "unknown field": {"mmtok_bugdet": 10},
+    "method": {"mmtok_method": "fastv"},
+    "seed": {"mmtok_seed": "one", "mmtok_method": "random"},
     "guidance of another length": {"mmtok_guidance": ["a", "b", "c"]},
     "guidance of another type": {"mmtok_guidance": 7},
 }
@@ -251,6 +253,8 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_alpha": preset.config.alpha,
         "mmtok_coverage": "multimodal",
         "mmtok_guidance": preset.guidance,
+        "mmtok_method": "mmtok",
+        "mmtok_seed": 0,
         "mmtok_backend": "auto",
         "mmtok_engine": None,
         "mmtok_onnxruntime_provider": None,
