@@ -55,6 +55,9 @@ class Agent:
             texts: One an image; without words there is nothing to ask.
             wanted: Whether the image is to be pruned; others are not sent.
         """
+        if len(images) != len(texts):
+            self._count("agent_errors", f"{len(images)} images came for {len(texts)} in the prompt")
+            return list(texts)
         asked: dict[str, list[Any]] = {}
         for image, text, want in zip(images, texts, wanted, strict=True):
             if want and text.strip():
@@ -100,7 +103,11 @@ class Agent:
             "temperature": 0,
         }
         # A session a question: a connection costs nothing beside an answer, and belongs to no event loop for long.
-        async with aiohttp.ClientSession() as session, session.post(self._url, json=body) as response:
+        no_limit = aiohttp.ClientTimeout(total=None)  # of its own: the caller's holds
+        async with (
+            aiohttp.ClientSession(timeout=no_limit) as session,
+            session.post(self._url, json=body) as response,
+        ):
             if response.status != 200:
                 raise ValueError(f"HTTP {response.status}: {(await response.text())[:200]}")
             found = await response.json()
@@ -122,5 +129,5 @@ def _image_url(image: Any) -> str:
         return image
     loaded, _ = load_image(image, False)
     buffer = io.BytesIO()
-    loaded.save(buffer, "PNG")
+    loaded.convert("RGB").save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -116,7 +116,7 @@ class PlaceholderCutter:
             _refuse_endless_guidance(len(self._guidance(tokenizer, text)), kwargs.get("max_req_input_len"))
         plans = [self._plan(item, asked, processor.hf_config) for item in items]
         covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
-        if self._agent is not None and covers_text and len(image_data) == len(items):
+        if self._agent is not None and covers_text:
             texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])
         for item, text, plan in zip(items, texts, plans, strict=True):
             if plan is not None:

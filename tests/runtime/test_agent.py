@@ -157,6 +157,13 @@ def test_what_is_no_answer_is_an_error_that_is_counted(caplog: pytest.LogCapture
     assert re.search(why, caplog.messages[0])
 
 
+def test_images_that_are_not_one_a_text_are_not_sent() -> None:
+    endpoint, before = Endpoint(), counted()
+    assert joined(endpoint, [CAT], ["A cat?", "A dog?"], [True, True]) == ["A cat?", "A dog?"]
+    assert endpoint.requests == []
+    assert since(before) == [0, 0, 1]
+
+
 def test_an_agent_that_is_not_there_is_an_error_that_is_counted() -> None:
     before = counted()
     # Port 9, which nothing listens on.
