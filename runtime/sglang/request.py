@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName
+from mmtok_deploy.runtime.sglang.settings import Settings
 
-__all__ = ["add_chat_guidance", "guidance_texts", "message_guidance", "prompt_guidance", "requested_budget"]
+__all__ = [
+    "add_chat_guidance",
+    "guidance_texts",
+    "message_guidance",
+    "prompt_guidance",
+    "Requested",
+    "requested",
+]
 
-_BUDGET, _GUIDANCE = "mmtok_budget", "mmtok_guidance"
+_BUDGET, _GUIDANCE, _METHOD, _SEED = _FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed")
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """How a request's images are to be pruned: as it says itself, else as the server says.
+
+    Args:
+        budget: Tokens that each keeps.
+        method: What chooses them.
+        seed: Of a method that draws; 0 for the others.
+    """
+
+    budget: Budget
+    method: MethodName
+    seed: int
+
 
 # A user's turn in the prompts that the chat templates of the supported families render, up to the next role. The
 # first pattern that a prompt has is its format: "USER:" may be a word of the text in another one.
@@ -26,21 +52,27 @@ _USER_TURNS = [
 ]
 
 
-def requested_budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
-    """Returns the budget of a request: its own, or the server's.
+def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested:
+    """Returns how a request is to be pruned.
 
     Args:
         kwargs: The request's `mm_processor_kwargs`.
-        default: The server's budget, whose minimum holds for requests as well.
+        settings: The server's.
 
     Raises:
-        ValueError: A budget that is not understood, or an `mmtok_` field that does not exist (HTTP 400).
+        ValueError: A field that does not exist, or a value that is not understood or cannot be served (HTTP 400).
     """
+    budget, method = _budget(kwargs, settings.budget), _method(kwargs, settings)
+    seed = _seed(kwargs, settings.seed)
+    return Requested(budget, method, seed if method == "random" else 0)
+
+
+def _budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
     fields = kwargs or {}
-    unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in (_BUDGET, _GUIDANCE))
+    unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in _FIELDS)
     if unknown:
         raise ValueError(
-            f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {_BUDGET} and {_GUIDANCE}"
+            f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {', '.join(_FIELDS)}"
         )
     if fields.get(_BUDGET) is None:
         return default
@@ -48,6 +80,23 @@ def requested_budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budge
         return Budget.parse(fields[_BUDGET], minimum=default.minimum)
     except ValueError as error:
         raise ValueError(f"mm_processor_kwargs.{_BUDGET}: {error}") from None
+
+
+def _method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
+    given = (kwargs or {}).get(_METHOD)
+    try:
+        return settings.method if given is None else settings.check_method(given)
+    except ValueError as error:
+        raise ValueError(f"mm_processor_kwargs.{_METHOD}: {error}") from None
+
+
+def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
+    given = (kwargs or {}).get(_SEED)
+    if given is None:
+        return default
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ValueError(f"mm_processor_kwargs.{_SEED} is a whole number of at least 0, got {given!r:.200}")
+    return given
 
 
 def guidance_texts(

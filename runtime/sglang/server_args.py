@@ -13,7 +13,12 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
-from mmtok_deploy.runtime.sglang.settings import DEFAULT_FEATURE_CACHE_MB, Settings
+from mmtok_deploy.runtime.sglang.settings import (
+    DEFAULT_AGENT_MODEL,
+    DEFAULT_AGENT_TIMEOUT_MS,
+    DEFAULT_FEATURE_CACHE_MB,
+    Settings,
+)
 
 __all__ = ["MMTokServerArgs"]
 
@@ -46,6 +51,14 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
     mmtok_min_tokens: A[
         int | None, Arg(help="MMTok: never keep fewer tokens of an image than this. Default: 1."), NS("mm")
     ] = None
+    mmtok_min_tokens_in: A[
+        int | None,
+        Arg(
+            help="MMTok: leave an image unpruned that takes fewer tokens than this in an unpruned prompt, where "
+            "pruning would cost more time than it saves. Default: 0, every image is pruned."
+        ),
+        NS("mm"),
+    ] = None
     mmtok_tv_temp: A[
         float | None,
         Arg(help="MMTok: temperature of the text-to-vision softmax. Default: the model family's preset."),
@@ -69,6 +82,40 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
     mmtok_guidance: A[
         Literal["keywords", "question"] | None,
         Arg(help="MMTok: which words of a question guide the selection. Default: the model family's preset."),
+        NS("mm"),
+    ] = None
+    mmtok_method: A[
+        Literal["mmtok", "text-coverage", "vision-coverage", "divprune", "visionzip", "random", "even", "downsample"]
+        | None,
+        Arg(
+            help="MMTok: what chooses the tokens, for comparisons. A request overrides it with "
+            'mm_processor_kwargs={"mmtok_method": ...}. One that the model cannot run is an error at start. '
+            "Default: mmtok."
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_seed: A[
+        int | None,
+        Arg(help="MMTok: seed of --mmtok-method random; a request overrides it with mmtok_seed. Default: 0."),
+        NS("mm"),
+    ] = None
+    mmtok_agent_url: A[
+        str | None,
+        Arg(
+            help="MMTok: OpenAI-compatible endpoint (http://host:port/v1) of a small vision-language model that "
+            "answers first; its answer joins the text that guides the selection. Unset: the question alone guides."
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_agent_model: A[
+        str | None, Arg(help="MMTok: the agent's name at its endpoint. Default: default."), NS("mm")
+    ] = None
+    mmtok_agent_timeout_ms: A[
+        int | None,
+        Arg(
+            help="MMTok: milliseconds that a request waits for the agent; then the question alone guides. "
+            "Default: 1000."
+        ),
         NS("mm"),
     ] = None
     mmtok_backend: A[
@@ -120,7 +167,8 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         """Resolves the arguments, and installs the hooks if there is a budget.
 
         Raises:
-            UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all.
+            UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all,
+                or a method that the model cannot run.
             ArtifactError: The exported file is not whole.
             EngineMismatchError: It was exported for another model, budget or dtype.
             HookError: A hook point of SGLang is missing or has changed, or the process has hooks of other settings.
@@ -129,10 +177,16 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         if self.mmtok_budget is None:
             _install(None)
             return
-        from mmtok_deploy.runtime.sglang.compatibility import check_engine, check_server, family_of_server
+        from mmtok_deploy.runtime.sglang.compatibility import (
+            check_engine,
+            check_server,
+            check_server_method,
+            family_of_server,
+        )
 
         self._mmtok_settings = self._settings(family_of_server(self))
         check_server(self)
+        check_server_method(self, self._mmtok_settings)
         check_engine(self, self._mmtok_settings)
         _install(self._mmtok_settings)
 
@@ -156,6 +210,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         }
         minimum = 1 if self.mmtok_min_tokens is None else self.mmtok_min_tokens
         cache_mb = DEFAULT_FEATURE_CACHE_MB if self.mmtok_feature_cache_mb is None else self.mmtok_feature_cache_mb
+        timeout_ms = DEFAULT_AGENT_TIMEOUT_MS if self.mmtok_agent_timeout_ms is None else self.mmtok_agent_timeout_ms
         return Settings(
             family=family,
             budget=Budget.parse(self.mmtok_budget, minimum=minimum),
@@ -166,6 +221,12 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             engine=None if self.mmtok_engine is None else Path(self.mmtok_engine).absolute(),
             provider=self.mmtok_onnxruntime_provider,
             feature_cache_mb=cache_mb,
+            min_tokens_in=self.mmtok_min_tokens_in or 0,
+            method=self.mmtok_method or "mmtok",
+            seed=self.mmtok_seed or 0,
+            agent_url=self.mmtok_agent_url,
+            agent_model=self.mmtok_agent_model or DEFAULT_AGENT_MODEL,
+            agent_timeout_ms=timeout_ms,
         )
 
 
