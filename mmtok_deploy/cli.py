@@ -63,6 +63,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from mmtok_deploy.bench.serve.options import add_serve_parser
+
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True, metavar="WHAT")
     selector = bench.add_parser("selector", help="how long the selection takes, beside the published loop")
     selector.add_argument("--shapes", type=_shapes, help="tokens x picks: 2880x160,576x16 (default: the paper's six)")
@@ -86,11 +88,16 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         help="folder for the checkpoint, logs and rows (default artifacts/bench/second-question)",
     )
+    add_serve_parser(bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     if arguments.bench == "selector":
         return _bench_selector(arguments)
+    if arguments.bench == "serve":
+        from mmtok_deploy.bench.serve.command import run_serve_bench
+
+        return run_serve_bench(arguments)
     from mmtok_deploy.bench.second_question import run_second_question_bench
 
     return run_second_question_bench(folder=arguments.output, json_output=arguments.json)
