@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,10 @@ def _parts(sweep: Sweep, results_dir: Path) -> Iterator[_Part]:
         else:
             path = Path(model.model_path)
             processor = transformers.AutoProcessor.from_pretrained(path)
+        # The same for every load: a processor takes its time over images.
+        smaller_px = cache(partial(_smaller_px, processor, model))
         for prefix_cache in sweep.prefix_caches:
-            cells = plan_cells(model, sweep, prefix_cache, partial(_smaller_px, processor, model))
+            cells = plan_cells(model, sweep, prefix_cache, smaller_px)
             if not cells:
                 raise ValueError("with the prefix cache on there are photographs only: --image-kinds photograph")
             turns = plan_turns(cells, rounds=sweep.rounds, side_by_side=sweep.side_by_side)

@@ -14,7 +14,7 @@ __all__ = ["count_image_tokens", "downsampled_px"]
 _QWEN_TOKEN_PX = 28
 # Width over height may change by a quarter; a stricter bound would miss the token counts of small budgets by more.
 _MAX_STRETCH = 1.25
-_SHRINK_STEPS = 24
+_SHRINK_STEPS = 12
 
 
 def count_image_tokens(processor: Any, size_px: Size) -> int:
@@ -42,11 +42,12 @@ def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: in
     if family == "qwen2.5-vl":
         return _qwen_px(size_px, num_tokens)
     width, height = size_px
+    num_unshrunk = count_image_tokens(processor, size_px)
     counts = {}
     for step in range(1, _SHRINK_STEPS):
         smaller = round(width * step / _SHRINK_STEPS), round(height * step / _SHRINK_STEPS)
         counts[smaller] = count_image_tokens(processor, smaller)
-    fewer = {size: count for size, count in counts.items() if count < count_image_tokens(processor, size_px)}
+    fewer = {size: count for size, count in counts.items() if count < num_unshrunk}
     if not fewer:
         return None
     # Of equal counts the largest image, which shows the most.

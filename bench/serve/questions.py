@@ -11,7 +11,7 @@ QUESTIONS = (
     "Is there a person, an animal or a machine in this picture? Say in one short sentence where it is.",
 )
 
-PROMPT_TEXT = " ".join(
-    (*QUESTIONS, "You are a helpful assistant. USER: ASSISTANT:", "system\nuser\nassistant\nYou USER ASSISTANT What")
+PROMPT_TEXT = "\n".join(
+    (*QUESTIONS, "system", "You are a helpful assistant.", "user", "assistant", "USER: ", " ASSISTANT:")
 )
 """Every word of a prompt, for a vocabulary in which each of them is one token, as it is in a real one."""
