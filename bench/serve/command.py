@@ -29,7 +29,7 @@ from mmtok_deploy.bench.serve.plan import Side, Turn, plan_cells, plan_turns, si
 from mmtok_deploy.bench.serve.presets import ServedModel, Size, Sweep, preset_for_device
 from mmtok_deploy.bench.serve.rows import BENCH
 from mmtok_deploy.bench.serve.servers import ServerPool, make_server
-from mmtok_deploy.bench.serve.table import serve_tables
+from mmtok_deploy.bench.serve.table import TABLE_WIDTH, serve_tables
 from mmtok_deploy.bench.server import SglangServer
 from mmtok_deploy.budget import Budget
 
@@ -193,8 +193,10 @@ def _print_results(rows: list[ResultRow], console: Console, *, json_output: bool
     if json_output:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
         return
+    # Into a file as wide as they need to be; a terminal is as wide as it is.
+    width = None if console.is_terminal else TABLE_WIDTH
     for table in serve_tables(rows):
-        console.print(table)
+        console.print(table, width=width)
     for sentence in break_even(rows):
         console.print(sentence, markup=False)
 

@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,11 +163,17 @@ def load_command(
     ]
 
 
-def run_load(command: Sequence[str], log: Path, *, timeout_s: float = _TIMEOUT_S) -> None:
-    """Runs the load generator to its end.
+def run_load(
+    command: Sequence[str],
+    log: Path,
+    *,
+    is_server_alive: Callable[[], bool] = lambda: True,
+    timeout_s: float = _TIMEOUT_S,
+) -> None:
+    """Runs the load generator to its end, or to that of the server.
 
     Raises:
-        LoadError: It failed, or took longer than `timeout_s`; the message ends with its log's end.
+        LoadError: It failed, took longer than `timeout_s`, or lost its server; the message ends with its log's end.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     # Requests go to this machine: a proxy named in the environment is not asked.
@@ -184,7 +190,7 @@ def run_load(command: Sequence[str], log: Path, *, timeout_s: float = _TIMEOUT_S
             start_new_session=True,
         )
         try:
-            while process.poll() is None and time.monotonic() < deadline_s:
+            while process.poll() is None and time.monotonic() < deadline_s and is_server_alive():
                 time.sleep(_POLL_INTERVAL_S)
             status = process.returncode
         finally:
@@ -192,7 +198,7 @@ def run_load(command: Sequence[str], log: Path, *, timeout_s: float = _TIMEOUT_S
                 end_process_tree(process.pid, grace_s=1.0)
                 process.wait()
     if status != 0:
-        ended = "took too long" if status is None else f"failed (exit status {status})"
+        ended = "was stopped: no server, or no time left" if status is None else f"failed (exit status {status})"
         lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_LOG_END_LINES:]
         raise LoadError(f"the load generator {ended}. The end of its log, {log}:\n" + "\n".join(lines))
 

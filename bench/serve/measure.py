@@ -202,7 +202,7 @@ class ModelRun:
         )
         before = read_counts(server)
         with PeakMemory(server.process_id, self._sweep.device) as memory:
-            run_load(command, log)
+            run_load(command, log, is_server_alive=server.is_alive)
         load = read_load(output)
         return Sample(
             load=load,

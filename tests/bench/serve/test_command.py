@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from mmtok_deploy.bench.results import read_rows
@@ -124,32 +130,78 @@ def test_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_a_sweep_with_a_server_that_dies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three real servers; the fourth cannot start: its budget is below the minimum that it is given."""
+def test_ctrl_c_ends_the_servers(tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint("qwen2.5-vl", CHECKPOINT)
+    # A shell's background jobs ignore SIGINT, and hand that down.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    flags = ["--preset=cpu", f"--model-path={checkpoint}", "--family=qwen2.5-vl", f"--results-dir={tmp_path}"]
+    command = [sys.executable, "-c", program, "bench", "serve", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started: list[psutil.Process] = []
+    while len(started) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped; the servers have ended." in said
+    assert [each for each in started if each.is_running()] == []
+    assert [read_rows(path) for path in tmp_path.glob("serve-*.jsonl")] == [[]]
+
+
+def kill_pruning_server(folder: Path) -> None:
+    """Waits for the first row of a server with a budget, and kills that server."""
+    while not any('"method": "mmtok"' in path.read_text() for path in folder.glob("serve-*.jsonl")):
+        time.sleep(0.1)
+    for process in psutil.Process().children(recursive=True):
+        if "--mmtok-budget=10%" in process.cmdline():
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_server_dies_halfway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = make_tiny_checkpoint("qwen2.5-vl", CHECKPOINT)
+    killer = threading.Thread(target=kill_pruning_server, args=(tmp_path,), daemon=True)
+    killer.start()
     code = run(
         *("--preset=cpu", f"--model-path={checkpoint}", "--family=qwen2.5-vl", "--budgets=10%"),
-        *("--concurrency=2", "--image-px=224x224", "--num-requests=2", "--output-tokens=3", "--json"),
+        *("--concurrency=1,2", "--image-px=224x224", "--num-requests=2", "--output-tokens=3", "--json"),
         "--server-args=--dtype=float32",
         folder=tmp_path,
     )
     printed = capsys.readouterr()
-    assert code == 0, printed.err
+    assert code == 1
+    assert "no more cells of budget 10%: the server at budget 10% died." in printed.err
+    assert "The end of its log:" in printed.err
+    assert not psutil.Process().children(recursive=True)
+
     (path,) = tmp_path.glob("serve-*.jsonl")
     rows = read_rows(path)
     assert [json.loads(line)["case"] for line in printed.out.splitlines()] == [row.case for row in rows]
-    by_server = {(row.case["method"], row.case["budget"]): row for row in rows}
-    assert list(by_server) == [("none", "off"), ("downsample", "10%"), ("none", "all"), ("mmtok", "10%")]
-    for (method, _), row in by_server.items():
-        assert row.num_runs == 4
+    by_cell = {(row.case["concurrency"], row.case["method"], row.case["budget"]): row for row in rows}
+    # The second workload is measured backwards; of the server that died, nothing more.
+    assert list(by_cell) == [
+        (1, "none", "off"),
+        (1, "downsample", "10%"),
+        (1, "none", "all"),
+        (1, "mmtok", "10%"),
+        (2, "none", "all"),
+        (2, "none", "off"),
+        (2, "downsample", "10%"),
+    ]
+    for (concurrency, method, _), row in by_cell.items():
+        kept = 64 if method == "none" else 6
+        assert row.num_runs == 2 * concurrency
         assert row.metrics["num_failed"] == 0
-        assert row.metrics["image_tokens_in"] == 64
-        assert row.metrics["image_tokens_kept"] == (64 if method == "none" else 6)
-        # Every word of a byte-level tokenizer's question, and the template around it.
-        assert row.metrics["kv_tokens_per_request"] == pytest.approx(
-            row.case["text_tokens"] + row.metrics["image_tokens_kept"] + 2, abs=0.5
-        )
+        assert (row.metrics["image_tokens_in"], row.metrics["image_tokens_kept"]) == (64, kept)
+        # Two of the three tokens of an answer are read again.
+        assert row.metrics["kv_tokens_per_request"] == pytest.approx(int(row.case["text_tokens"]) + kept + 2, abs=0.5)
         assert 0 < row.metrics["ttft_p50_ms"] <= row.metrics["e2e_p50_ms"]
         assert row.metrics["peak_memory_bytes"] > 1e8
+        assert row.metrics["max_requests_at_once"] > 1
         assert ("selection_ms" in row.metrics) == (method == "mmtok")
-    assert by_server["mmtok", "10%"].metrics["num_fallbacks"] == 0
+    assert by_cell[1, "mmtok", "10%"].metrics["num_fallbacks"] == 0
