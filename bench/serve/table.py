@@ -11,7 +11,7 @@ from mmtok_deploy.bench.results import ResultRow
 
 __all__ = ["TABLE_WIDTH", "serve_tables"]
 
-TABLE_WIDTH = 112
+TABLE_WIDTH = 120
 """Characters that a table needs to be read well."""
 
 _GROUP = ("model", "weights", "prefix_cache", "image_kind", "image_px", "concurrency")
