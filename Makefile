@@ -1,4 +1,4 @@
-# make demo | make export | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
+# make demo | make bench | make export | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,10 +8,11 @@ STAMP := $(VENV)/.installed
 TARGET ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]' | head -n 1),8.6)
 SELECTION = $(BIN)/mmtok export selection --force --tensorrt --target $(TARGET)
 
-.PHONY: help install demo export test lint format constraints clean
+.PHONY: help install demo bench export test lint format constraints clean
 
 help:
 	@echo "make demo    serve a photograph with and without a budget, and show what changes"
+	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: under 20 minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make test    every test; no GPU needed"
 	@echo "make lint    ruff and mypy --strict"
@@ -31,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/mmtok demo
+
+bench: $(STAMP)
+	$(BIN)/mmtok bench serve --dummy-weights
 
 export: $(STAMP)
 	$(SELECTION) --preset llava-1.5 --tokens 576 --budget 64

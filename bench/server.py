@@ -127,6 +127,31 @@ class SglangServer:
         """The server's address, without a path."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def command(self) -> list[str]:
+        """The command line that `start` runs."""
+        return [
+            *(sys.executable, "-m", "sglang.launch_server"),
+            *(f"--model-path={self.model_path}", "--host=127.0.0.1", f"--port={self.port}"),
+            *self.args,
+        ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables that it is given on top of this process's."""
+        return dict(self._env)
+
+    @property
+    def process_id(self) -> int:
+        """The number of the server's first process, which is that of its session.
+
+        Raises:
+            ServerError: It was not started.
+        """
+        if self._process is None:
+            raise ServerError("the server was not started")
+        return self._process.pid
+
     def client(self) -> openai.OpenAI:
         """Returns the official OpenAI client for this server."""
         return openai.OpenAI(
@@ -146,7 +171,7 @@ class SglangServer:
             with _OPENER.open(f"{self.url}/server_info", timeout=30) as answer:
                 info: dict[str, Any] = json.load(answer)
         except (OSError, ValueError) as error:
-            raise ServerError(f"{self.url}/server_info does not answer: {error}.\n{self._log_end()}") from error
+            raise ServerError(f"{self.url}/server_info does not answer: {error}.\n{self.log_end()}") from error
         return info
 
     def log_text(self) -> str:
@@ -156,6 +181,10 @@ class SglangServer:
         # pread: the server writes through the same file description, whose offset must not move.
         size_bytes = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size_bytes, 0).decode(errors="replace")
+
+    def log_end(self) -> str:
+        """Returns the last lines of what the server has printed, for a message."""
+        return f"The end of its log:\n{self._log_lines(_LOG_END_LINES)}"
 
     def is_alive(self) -> bool:
         """True from `start` until the server ends, by itself or in `stop`."""
@@ -176,11 +205,7 @@ class SglangServer:
             self._log = self._log_path.open("w+b")
         self._started_at_s = time.monotonic()
         self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "sglang.launch_server"),
-                *(f"--model-path={self.model_path}", "--host=127.0.0.1", f"--port={self.port}"),
-                *self.args,
-            ],
+            self.command,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -199,12 +224,12 @@ class SglangServer:
             if not self.is_alive():
                 raise ServerError(
                     f"the server for {self.model_path} ended while starting (exit status {self._exit_status()}).\n"
-                    f"{self._log_end()}"
+                    f"{self.log_end()}"
                 )
             if waited_s > self._start_timeout_s:
                 raise ServerError(
                     f"the server for {self.model_path} did not start within {self._start_timeout_s:.0f} s: "
-                    f"see why below, or give it a longer start_timeout_s.\n{self._log_end()}"
+                    f"see why below, or give it a longer start_timeout_s.\n{self.log_end()}"
                 )
             if self._on_progress is not None:
                 self._on_progress(waited_s, self._log_lines(1))
@@ -252,9 +277,6 @@ class SglangServer:
 
     def _log_lines(self, num_lines: int) -> str:
         return "\n".join(self.log_text().rstrip().splitlines()[-num_lines:])
-
-    def _log_end(self) -> str:
-        return f"The end of its log:\n{self._log_lines(_LOG_END_LINES)}"
 
 
 @contextlib.contextmanager

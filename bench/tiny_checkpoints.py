@@ -12,14 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 import transformers
 
-from mmtok_deploy.bench.tiny_processors import (
-    LLAVA_IMAGE_PX,
-    LLAVA_NEXT_PINPOINTS,
-    LLAVA_PATCH_PX,
-    llava_next_processor,
-    llava_processor,
-    qwen_processor,
-)
+from mmtok_deploy.bench.model_configs import llava_config, llava_next_config, qwen_config
+from mmtok_deploy.bench.tiny_processors import llava_next_processor, llava_processor, qwen_processor
 
 __all__ = ["TinyFamily", "make_tiny_checkpoint"]
 
@@ -41,7 +35,15 @@ _TEXT_SIZES: dict[str, Any] = {
     "initializer_range": 0.0625,
 }
 
-
+_TINY_QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    # Block 0 attends within windows of 4 x 4 merged patches, block 1 to the whole image.
+    "fullatt_block_indexes": [1],
+    "initializer_range": 0.125,
+}
 _TINY_CLIP = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -130,17 +132,15 @@ def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
 def _build(family: TinyFamily, seed: int, pad_to_square: bool, clip: dict[str, int]) -> tuple[Any, Any]:
     if family == "qwen2.5-vl":
         processor = qwen_processor()
-        config = _qwen_config(processor.tokenizer)
+        config = qwen_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_QWEN_VISION)
         model_class = transformers.Qwen2_5_VLForConditionalGeneration
     elif family == "llava-1.5":
         processor = llava_processor(pad_to_square)
-        config = transformers.LlavaConfig(**_llava_config(processor.tokenizer, clip), image_seq_length=576)
+        config = llava_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, clip)
         model_class = transformers.LlavaForConditionalGeneration
     else:
         processor = llava_next_processor()
-        config = transformers.LlavaNextConfig(
-            **_llava_config(processor.tokenizer, clip), image_grid_pinpoints=LLAVA_NEXT_PINPOINTS
-        )
+        config = llava_next_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, clip)
         model_class = transformers.LlavaNextForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -159,60 +159,3 @@ def _answer_in_ascii(model: Any, tokenizer: Any) -> None:
     silent = [token_id for token_id in range(_TEXT_SIZES["vocab_size"]) if token_id not in answers]
     with torch.no_grad():
         model.get_output_embeddings().weight[silent] = 0
-
-
-def _qwen_config(tokenizer: Any) -> Any:
-    token_id = tokenizer.convert_tokens_to_ids
-    return transformers.Qwen2_5_VLConfig(
-        text_config={
-            **_TEXT_SIZES,
-            "num_key_value_heads": 2,
-            "rope_parameters": {
-                "rope_type": "default",
-                "type": "mrope",
-                "mrope_section": [8, 12, 12],
-                "rope_theta": 1000000.0,
-            },
-            "tie_word_embeddings": False,
-            "bos_token_id": token_id("<|endoftext|>"),
-            "eos_token_id": token_id("<|im_end|>"),
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "out_hidden_size": _TEXT_SIZES["hidden_size"],
-            # Block 0 attends within windows of 4 x 4 merged patches, block 1 to the whole image.
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-            "initializer_range": 0.125,
-        },
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=False,
-    )
-
-
-def _llava_config(tokenizer: Any, clip: dict[str, int]) -> dict[str, Any]:
-    return {
-        "text_config": transformers.LlamaConfig(
-            **_TEXT_SIZES,
-            num_key_value_heads=4,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        "vision_config": transformers.CLIPVisionConfig(
-            image_size=LLAVA_IMAGE_PX,
-            patch_size=LLAVA_PATCH_PX,
-            **clip,
-        ),
-        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-    }

@@ -1,11 +1,12 @@
-"""Processors of the tiny checkpoints: the real image processors and chat templates, and a tokenizer of bytes."""
+"""Processors of made-up checkpoints: the real image processors and chat templates, and a made-up tokenizer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from mmtok_deploy.bench.byte_tokenizer import BYTES, Vocabulary, byte_tokenizer
 
 __all__ = [
     "LLAVA_IMAGE_PX",
@@ -53,11 +54,6 @@ LLAVA_IMAGE_PX = 336
 LLAVA_PATCH_PX = 14
 LLAVA_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
-_LLAVA_IMAGE_SIZES: dict[str, Any] = {
-    "size": {"shortest_edge": LLAVA_IMAGE_PX},
-    "crop_size": {"height": LLAVA_IMAGE_PX, "width": LLAVA_IMAGE_PX},
-}
-
 _LLAVA_PROCESSOR: dict[str, Any] = {
     "patch_size": LLAVA_PATCH_PX,
     "vision_feature_select_strategy": "default",
@@ -66,36 +62,17 @@ _LLAVA_PROCESSOR: dict[str, Any] = {
 }
 
 
-def _byte_tokenizer(special_tokens: list[str], *, bos_token: str | None, eos_token: str, pad_token: str) -> Any:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: token_id for token_id, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special_tokens)
-    if bos_token is not None:
-        bos = (bos_token, tokenizer.token_to_id(bos_token))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token} $B", special_tokens=[bos]
-        )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos_token,
-        eos_token=eos_token,
-        pad_token=pad_token,
-        extra_special_tokens=[token for token in special_tokens if token not in (bos_token, eos_token, pad_token)],
-    )
-
-
-def qwen_processor() -> Any:
-    """Returns the processor of Qwen2.5-VL, for images up to 1280 tokens."""
+def qwen_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 1280) -> Any:
+    """Returns the processor of Qwen2.5-VL; a larger image is shrunk to `max_image_tokens`."""
     vision_tokens = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _byte_tokenizer(
+    tokenizer = byte_tokenizer(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vision_tokens],
         bos_token=None,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
+        vocabulary=vocabulary,
     )
-    sizes = {"shortest_edge": 4 * 28 * 28, "longest_edge": 1280 * 28 * 28}
+    sizes = {"shortest_edge": 4 * 28 * 28, "longest_edge": max_image_tokens * 28 * 28}
     return transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=sizes),
         tokenizer=tokenizer,
@@ -104,23 +81,33 @@ def qwen_processor() -> Any:
     )
 
 
-def _llava_tokenizer() -> Any:
-    return _byte_tokenizer(["<s>", "</s>", "<pad>", "<image>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+def _llava_image_sizes(image_px: int) -> dict[str, Any]:
+    return {"size": {"shortest_edge": image_px}, "crop_size": {"height": image_px, "width": image_px}}
 
 
-def llava_processor(pad_to_square: bool) -> Any:
-    """Returns the processor of LLaVA-1.5, which pads an image to a square or crops its middle."""
-    image_processor = transformers.LlavaImageProcessor(**_LLAVA_IMAGE_SIZES, do_pad=pad_to_square)
-    return transformers.LlavaProcessor(
-        image_processor=image_processor, tokenizer=_llava_tokenizer(), **_LLAVA_PROCESSOR
+def _llava_tokenizer(vocabulary: Vocabulary) -> Any:
+    return byte_tokenizer(
+        ["<s>", "</s>", "<pad>", "<image>"],
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        vocabulary=vocabulary,
     )
 
 
-def llava_next_processor() -> Any:
+def llava_processor(pad_to_square: bool, vocabulary: Vocabulary = BYTES, *, image_px: int = LLAVA_IMAGE_PX) -> Any:
+    """Returns the processor of LLaVA-1.5, which pads an image to a square or crops its middle."""
+    image_processor = transformers.LlavaImageProcessor(**_llava_image_sizes(image_px), do_pad=pad_to_square)
+    return transformers.LlavaProcessor(
+        image_processor=image_processor, tokenizer=_llava_tokenizer(vocabulary), **_LLAVA_PROCESSOR
+    )
+
+
+def llava_next_processor(vocabulary: Vocabulary = BYTES) -> Any:
     """Returns the processor of LLaVA-NeXT, which cuts an image into a base tile and up to 4 crops."""
     image_processor = transformers.LlavaNextImageProcessor(
-        **_LLAVA_IMAGE_SIZES, image_grid_pinpoints=LLAVA_NEXT_PINPOINTS
+        **_llava_image_sizes(LLAVA_IMAGE_PX), image_grid_pinpoints=LLAVA_NEXT_PINPOINTS
     )
     return transformers.LlavaNextProcessor(
-        image_processor=image_processor, tokenizer=_llava_tokenizer(), **_LLAVA_PROCESSOR
+        image_processor=image_processor, tokenizer=_llava_tokenizer(vocabulary), **_LLAVA_PROCESSOR
     )

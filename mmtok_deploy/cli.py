@@ -63,6 +63,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from mmtok_deploy.bench.serve.options import add_serve_parser
+
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True, metavar="WHAT")
     selector = bench.add_parser("selector", help="how long the selection takes, beside the published loop")
     selector.add_argument("--shapes", type=_shapes, help="tokens x picks: 2880x160,576x16 (default: the paper's six)")
@@ -87,6 +89,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="folder for the checkpoint, logs and rows (default artifacts/bench/second-question)",
     )
     _add_report(bench)
+    add_serve_parser(bench)
 
 
 def _add_report(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -107,6 +110,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         return _bench_selector(arguments)
     if arguments.bench == "report":
         return _bench_report(arguments)
+    if arguments.bench == "serve":
+        from mmtok_deploy.bench.serve.command import run_serve_bench
+
+        return run_serve_bench(arguments)
     from mmtok_deploy.bench.second_question import run_second_question_bench
 
     return run_second_question_bench(folder=arguments.output, json_output=arguments.json)

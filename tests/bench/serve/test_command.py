@@ -1,0 +1,207 @@
+"""`mmtok bench serve` itself: its flags, what it prints without running, and a real sweep with real servers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from mmtok_deploy.bench.results import read_rows
+from mmtok_deploy.bench.server import cpu_environment
+from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_deploy.cli import main
+
+CHECKPOINT = Path(__file__).parents[3] / "artifacts" / "checkpoints" / "qwen2.5-vl"
+
+
+def run(*arguments: str, folder: Path) -> int:
+    return main(["bench", "serve", f"--results-dir={folder}", *arguments])
+
+
+def dry_run(*arguments: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """Returns the commands that would be run, split into words."""
+    assert run("--dry-run", *arguments, folder=folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line) for line in lines if not line.startswith("#")]
+
+
+class TestDryRun:
+    def test_prints_every_command_and_does_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = tmp_path / "new"
+        commands = dry_run("--preset=cpu", "--models=qwen2.5-vl-0.5b", folder=folder, capsys=capsys)
+        servers = [command for command in commands if "sglang.launch_server" in command]
+        loads = [command for command in commands if "sglang.benchmark.serving" in command]
+        assert len(servers) + len(loads) == len(commands)
+        assert len(servers) == 4
+        # Off, all, two budgets, two smaller images; two sizes, two loads.
+        assert len(loads) == 6 * 2 * 2
+        assert not folder.exists()
+
+    def test_servers_have_equal_flags_but_for_the_budget(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        commands = dry_run("--preset=cpu", "--models=llava-1.5-0.5b", folder=tmp_path, capsys=capsys)
+        servers = [command for command in commands if "sglang.launch_server" in command]
+        budgets = [[word for word in server if word.startswith("--mmtok-budget=")] for server in servers]
+        assert budgets == [[], ["--mmtok-budget=all"], ["--mmtok-budget=10%"], ["--mmtok-budget=5%"]]
+        rest = {
+            tuple(word for word in server if not word.startswith(("--mmtok-budget=", "--port="))) for server in servers
+        }
+        assert len(rest) == 1
+        (words,) = map(set, rest)
+        assert {"--load-format=dummy", "--disable-radix-cache", "--sleep-on-idle", "--dtype=bfloat16"} <= words
+        assert words >= {f"{name}={value}" for name, value in cpu_environment().items()}
+
+    @pytest.mark.parametrize("preset", ["a6000", "h100", "h200"])
+    def test_gpu_presets_run_anywhere_dry(
+        self, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        commands = dry_run(f"--preset={preset}", folder=tmp_path, capsys=capsys)
+        servers = [command for command in commands if "sglang.launch_server" in command]
+        # Qwen2.5-VL has three budgets, the LLaVAs one; each with the prefix cache off and on.
+        assert len(servers) == 2 * (5 + 4 * 3)
+        assert not any("--device=cpu" in server for server in servers)
+        assert not any(server[0] == "env" for server in servers)
+        data_sets = {word for command in commands for word in command if word.startswith("--dataset-name=")}
+        assert data_sets == {"--dataset-name=openai", "--dataset-name=image"}
+
+    def test_flags_win_over_the_preset(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        commands = dry_run(
+            *("--preset=h200", "--models=llava-1.5-7b", "--budgets=64", "--concurrency=2", "--rounds=1"),
+            *("--image-px=336x336", "--image-kinds=random", "--prefix-cache=off", "--num-requests=3"),
+            *("--output-tokens=5", "--server-args=--attention-backend triton"),
+            folder=tmp_path,
+            capsys=capsys,
+        )
+        *servers, off, at_all, pruned = commands
+        assert len(servers) == 3
+        for server in servers:
+            assert server[server.index("--attention-backend") + 1] == "triton"
+        for load in (off, at_all, pruned):
+            # Twice the concurrency, so that every client is busy twice.
+            assert {"--num-prompts=4", "--max-concurrency=2", "--random-output-len=5"} <= set(load)
+            assert "--image-resolution=336x336" in load
+
+    def test_a_checkpoint_is_served_with_its_weights(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        checkpoint = make_tiny_checkpoint("qwen2.5-vl", CHECKPOINT)
+        commands = dry_run(
+            "--preset=cpu", f"--model-path={checkpoint}", "--family=qwen2.5-vl", folder=tmp_path, capsys=capsys
+        )
+        assert f"--model-path={checkpoint}" in commands[0]
+        assert not any("--load-format=dummy" in command for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset=b200"], "invalid choice: 'b200'"),
+        (["--budgets=10%,ten"], "budget 'ten' is not understood"),
+        (["--concurrency=0"], "expected a whole number of at least 1, got '0'"),
+        (["--image-px=1008"], "expected width x height in pixels, such as 1008x672, got '1008'"),
+        (["--image-px=0x672"], "got '0'"),
+        (["--image-kinds=drawing"], "expected some of photograph,random, got 'drawing'"),
+        (["--prefix-cache=cold"], "expected some of off,on, got 'cold'"),
+        (["--models=gpt-2"], "preset cpu has qwen2.5-vl-0.5b, llava-1.5-0.5b; got 'gpt-2'"),
+        (["--family=llava-1.5"], "give it with --model-path"),
+        (["--model-path=."], "--model-path needs --family, one of qwen2.5-vl, llava-1.5, llava-next"),
+        (["--model-path=.", "--dummy-weights"], "not allowed with argument --model-path"),
+        (["--model-path=nowhere", "--family=llava-1.5"], "--model-path nowhere holds no config.json"),
+        (["--model-path=.", "--family=llava-1.5", "--models=llava-1.5-0.5b"], "give one of them"),
+        (["--image-kinds=random", "--prefix-cache=on"], "photographs only"),
+    ],
+)
+def test_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = [] if arguments[0].startswith("--preset") else ["--preset=cpu"]
+    try:
+        code: object = run(*preset, *arguments, folder=tmp_path / "new")
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_servers(tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint("qwen2.5-vl", CHECKPOINT)
+    # A shell's background jobs ignore SIGINT, and hand that down.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    flags = ["--preset=cpu", f"--model-path={checkpoint}", "--family=qwen2.5-vl", f"--results-dir={tmp_path}"]
+    command = [sys.executable, "-c", program, "bench", "serve", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started: list[psutil.Process] = []
+    while len(started) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped; the servers have ended." in said
+    assert [each for each in started if each.is_running()] == []
+    assert [read_rows(path) for path in tmp_path.glob("serve-*.jsonl")] == [[]]
+
+
+def kill_pruning_server(folder: Path) -> None:
+    """Waits for the first row of a server with a budget, and kills that server."""
+    while not any('"method": "mmtok"' in path.read_text() for path in folder.glob("serve-*.jsonl")):
+        time.sleep(0.1)
+    for process in psutil.Process().children(recursive=True):
+        if "--mmtok-budget=10%" in process.cmdline():
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_server_dies_halfway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = make_tiny_checkpoint("qwen2.5-vl", CHECKPOINT)
+    killer = threading.Thread(target=kill_pruning_server, args=(tmp_path,), daemon=True)
+    killer.start()
+    code = run(
+        *("--preset=cpu", f"--model-path={checkpoint}", "--family=qwen2.5-vl", "--budgets=10%"),
+        *("--concurrency=1,2", "--image-px=224x224", "--num-requests=2", "--output-tokens=3", "--json"),
+        "--server-args=--dtype=float32",
+        folder=tmp_path,
+    )
+    printed = capsys.readouterr()
+    assert code == 1
+    assert "no more cells of budget 10%: the server at budget 10% died." in printed.err
+    assert "The end of its log:" in printed.err
+    assert not psutil.Process().children(recursive=True)
+
+    (path,) = tmp_path.glob("serve-*.jsonl")
+    rows = read_rows(path)
+    assert [json.loads(line)["case"] for line in printed.out.splitlines()] == [row.case for row in rows]
+    by_cell = {(row.case["concurrency"], row.case["method"], row.case["budget"]): row for row in rows}
+    # The second workload is measured backwards; of the server that died, nothing more.
+    assert list(by_cell) == [
+        (1, "none", "off"),
+        (1, "downsample", "10%"),
+        (1, "none", "all"),
+        (1, "mmtok", "10%"),
+        (2, "none", "all"),
+        (2, "none", "off"),
+        (2, "downsample", "10%"),
+    ]
+    for (concurrency, method, _), row in by_cell.items():
+        kept = 64 if method == "none" else 6
+        assert row.num_runs == 2 * concurrency
+        assert row.metrics["num_failed"] == 0
+        assert (row.metrics["image_tokens_in"], row.metrics["image_tokens_kept"]) == (64, kept)
+        # Two of the three tokens of an answer are read again.
+        assert row.metrics["kv_tokens_per_request"] == pytest.approx(int(row.case["text_tokens"]) + kept + 2, abs=0.5)
+        assert 0 < row.metrics["ttft_p50_ms"] <= row.metrics["e2e_p50_ms"]
+        assert row.metrics["peak_memory_bytes"] > 1e8
+        assert row.metrics["max_requests_at_once"] > 1
+        assert ("selection_ms" in row.metrics) == (method == "mmtok")
+    assert by_cell[1, "mmtok", "10%"].metrics["num_fallbacks"] == 0

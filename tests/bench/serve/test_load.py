@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from PIL import Image
+
+from mmtok_deploy.bench.serve.load import LoadError, new_photograph, read_load, run_load, write_chats
+
+# The fields that are read of a line of `--output-file` with `--output-details`; times in seconds.
+RESULT: dict[str, Any] = {
+    "duration": 2.5,
+    "errors": ["", "Bad Request: too long", ""],
+    "ttfts": [0.1, 0.0, 0.3],
+    "itls": [[0.01, 0.02], [], [0.03, 0.04]],
+    "input_lens": [140, 60, 150],
+    "output_lens": [3, 0, 3],
+}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    path = folder / "result.jsonl"
+    path.write_text("an older line\n" + json.dumps(RESULT | changes) + "\n")
+    return path
+
+
+def test_failed_requests_are_counted_and_not_timed(tmp_path: Path) -> None:
+    load = read_load(written(tmp_path))
+    assert load.ttfts_s == (0.1, 0.3)
+    assert load.itls_s == ((0.01, 0.02), (0.03, 0.04))
+    assert load.prompt_tokens == (140, 150)
+    assert (load.output_tokens, load.duration_s) == (6, 2.5)
+    assert (load.num_failed, load.first_error) == (1, "Bad Request: too long")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"errors": ["refused"] * 3}, "no request was answered; the first error: refused"),
+        ({"ttfts": [0.1, 0.0, 0.0]}, "1 of 2 answers had no text"),
+        ({"itls": None}, "is no result of SGLang"),
+        ({"ttfts": [0.1]}, "is no result of SGLang"),
+    ],
+)
+def test_what_was_not_answered_is_no_result(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoadError, match=message):
+        read_load(written(tmp_path, **changes))
+
+
+def test_a_file_that_was_not_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="is no result"):
+        read_load(tmp_path / "none.jsonl")
+
+
+def test_a_load_generator_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; print('first'); sys.exit('no such data set')"]
+    with pytest.raises(LoadError, match=r"failed \(exit status 1\)(.|\n)*no such data set$"):
+        run_load(command, tmp_path / "logs" / "it.log")
+
+
+@pytest.mark.parametrize("reason", ["timeout", "server"])
+def test_a_load_generator_that_hangs_is_ended_with_what_it_started(tmp_path: Path, reason: str) -> None:
+    script = "import subprocess; subprocess.run(['sleep', '60'])"
+    with pytest.raises(LoadError, match="was stopped: no server, or no time left"):
+        run_load(
+            [sys.executable, "-c", script],
+            tmp_path / "it.log",
+            is_server_alive=lambda: reason != "server",
+            timeout_s=0.5 if reason == "timeout" else 60,
+        )
+    assert psutil.Process().children(recursive=True) == []
+
+
+def images(path: Path) -> list[Image.Image]:
+    chats = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    urls = [chat[0]["content"][0]["image_url"]["url"] for chat in chats]
+    return [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+
+
+def test_every_chat_is_about_another_photograph_of_the_size_that_is_sent(tmp_path: Path) -> None:
+    seeds = [f"it {number}" for number in range(12)]
+    write_chats(tmp_path / "chats" / "it.jsonl", (224, 168), (112, 84), seeds, ("One?", "Two?"))
+    sent = images(tmp_path / "chats" / "it.jsonl")
+    assert {image.size for image in sent} == {(112, 84)}
+    assert len({image.tobytes() for image in sent}) == len(seeds)
+    chats = [json.loads(line)["messages"] for line in (tmp_path / "chats" / "it.jsonl").read_text().splitlines()]
+    assert [chat[0]["content"][1]["text"] for chat in chats] == ["One?", "Two?"] * 6
+
+
+def test_the_seed_decides_the_photograph() -> None:
+    one, same, other = (new_photograph((64, 48), seed) for seed in ("a", "a", "b"))
+    assert one.tobytes() == same.tobytes() != other.tobytes()
+    assert one.size == (64, 48)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mmtok_deploy.bench.serve.plan import Cell, Side, plan_cells, plan_turns, sides_of
+from mmtok_deploy.bench.serve.presets import PRESETS, ServedModel, Size
+
+SWEEP = replace(PRESETS["cpu"], concurrencies=(1, 4), image_kinds=("photograph", "random"), rounds=2)
+MODEL = ServedModel("it", "qwen2.5-vl", ((1008, 784),), ("10%",))
+SMALLER = (336, 252)
+
+
+def smaller(size_px: Size, budget: str) -> Size | None:
+    assert (size_px, budget) == ((1008, 784), "10%")
+    return SMALLER
+
+
+def order(cells: list[Cell], *, side_by_side: bool) -> list[tuple[int, int, str]]:
+    turns = plan_turns(cells, rounds=2, side_by_side=side_by_side)
+    return [(turn.round_idx, cell.concurrency, turn.side.budget) for turn in turns for cell in turn.cells]
+
+
+def test_sides_differ_by_nothing_but_the_budget_and_the_cache() -> None:
+    assert [side.arguments for side in sides_of(MODEL, "off")] == [
+        ("--disable-radix-cache",),
+        ("--disable-radix-cache", "--mmtok-budget=all"),
+        ("--disable-radix-cache", "--mmtok-budget=10%"),
+    ]
+    assert [side.arguments for side in sides_of(MODEL, "on")] == [(), ("--mmtok-budget=all",), ("--mmtok-budget=10%",)]
+
+
+def test_budget_all_runs_once_whether_asked_for_or_not() -> None:
+    asked = replace(MODEL, budgets=("all", "10%"))
+    assert sides_of(asked, "off") == sides_of(MODEL, "off")
+
+
+def test_every_workload_is_measured_on_every_side_and_with_a_smaller_image() -> None:
+    cells = plan_cells(MODEL, SWEEP, "off", smaller)
+    assert len(cells) == 2 * 2 * 4
+    first = [(cell.side.budget, cell.method, cell.budget, cell.sent_px) for cell in cells[:4]]
+    assert first == [
+        ("off", "none", "off", (1008, 784)),
+        ("all", "none", "all", (1008, 784)),
+        ("10%", "mmtok", "10%", (1008, 784)),
+        ("off", "downsample", "10%", SMALLER),
+    ]
+    assert {cell.image_kind for cell in cells} == {"photograph", "random"}
+
+
+def test_where_no_smaller_image_has_fewer_tokens_there_is_no_such_row() -> None:
+    cells = plan_cells(MODEL, SWEEP, "off", lambda size_px, budget: None)
+    assert {cell.method for cell in cells} == {"none", "mmtok"}
+
+
+def test_random_images_are_never_seen_twice() -> None:
+    assert {cell.image_kind for cell in plan_cells(MODEL, SWEEP, "on", smaller)} == {"photograph"}
+    only_random = replace(SWEEP, image_kinds=("random",))
+    assert plan_cells(MODEL, only_random, "on", smaller) == []
+
+
+def test_side_by_side_servers_alternate_after_every_workload() -> None:
+    cells = plan_cells(MODEL, replace(SWEEP, image_kinds=("photograph",)), "off", lambda *_: None)
+    forwards, backwards = ["off", "all", "10%"], ["10%", "all", "off"]
+    assert order(cells, side_by_side=True) == [
+        *((0, 1, budget) for budget in forwards),
+        *((0, 4, budget) for budget in backwards),
+        *((1, 1, budget) for budget in forwards),
+        *((1, 4, budget) for budget in backwards),
+    ]
+
+
+def test_one_server_at_a_time_measures_everything_before_the_next_is_started() -> None:
+    cells = plan_cells(MODEL, replace(SWEEP, image_kinds=("photograph",)), "off", lambda *_: None)
+    forwards = [(0, concurrency, budget) for budget in ("off", "all", "10%") for concurrency in (1, 4)]
+    backwards = [(1, concurrency, budget) for budget in ("10%", "all", "off") for concurrency in (1, 4)]
+    assert order(cells, side_by_side=False) == forwards + backwards
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_every_cell_is_measured_once_a_round_by_its_own_side(side_by_side: bool) -> None:
+    cells = plan_cells(MODEL, SWEEP, "off", smaller)
+    turns = plan_turns(cells, rounds=3, side_by_side=side_by_side)
+    for round_idx in range(3):
+        measured = [cell for turn in turns if turn.round_idx == round_idx for cell in turn.cells]
+        assert sorted(map(repr, measured)) == sorted(map(repr, cells))
+    assert all(cell.side == turn.side for turn in turns for cell in turn.cells)
+    assert Side("off", "off") in {turn.side for turn in turns}
