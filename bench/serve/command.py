@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -175,7 +177,7 @@ def _run_part(sweep: Sweep, part: _Part, folder: Path, keep: Any, report: Any, p
     def make(side: Side) -> SglangServer:
         return _server(sweep, part, folder, side)
 
-    with ServerPool(make, side_by_side=sweep.side_by_side) as pool:
+    with ServerPool(make, side_by_side=sweep.side_by_side) as pool, _removed(folder / "chats"):
         ModelRun(
             sweep,
             part.model,
@@ -187,6 +189,15 @@ def _run_part(sweep: Sweep, part: _Part, folder: Path, keep: Any, report: Any, p
             on_step=lambda step: progress.update(bar, description=step),
             on_done=lambda: progress.advance(bar),
         ).run(part.sides, part.turns)
+
+
+@contextlib.contextmanager
+def _removed(folder: Path) -> Iterator[None]:
+    """Removes the folder after the block: chats hold their images, a gigabyte in a long sweep, and are made again."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _print_results(rows: list[ResultRow], console: Console, *, json_output: bool) -> None:

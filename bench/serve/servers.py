@@ -83,7 +83,8 @@ class ServerPool:
         if side in self.dead:
             raise ServerError(self.dead[side])
         if side not in self._servers:
-            self._stop_all()
+            if not self._side_by_side:
+                self._stop_all()
             self._start(side)
         try:
             server = self._servers[side]
