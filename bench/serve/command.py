@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -129,9 +129,9 @@ def _print_commands(sweep: Sweep, parts: list[_Part], results_dir: Path) -> None
                 print(shlex.join(command))
 
 
-def _server(sweep: Sweep, part: _Part, folder: Path, side: Side, on_progress: Any = None) -> SglangServer:
+def _server(sweep: Sweep, part: _Part, folder: Path, side: Side) -> SglangServer:
     stem = f"{part.model.name}-{side.budget.replace('%', 'pct')}-prefix-cache-{side.prefix_cache}"
-    return make_server(sweep, part.model, side, part.model_path, folder / "logs" / f"{stem}.log", on_progress)
+    return make_server(sweep, part.model, side, part.model_path, folder / "logs" / f"{stem}.log")
 
 
 def _run(sweep: Sweep, parts: list[_Part], results_dir: Path, *, json_output: bool) -> int:
@@ -168,9 +168,23 @@ def _run(sweep: Sweep, parts: list[_Part], results_dir: Path, *, json_output: bo
     return 1 if failures else 0
 
 
-def _run_part(sweep: Sweep, part: _Part, folder: Path, keep: Any, report: Any, progress: Progress) -> None:
+def _run_part(
+    sweep: Sweep,
+    part: _Part,
+    folder: Path,
+    keep: Callable[[ResultRow], None],
+    report: Callable[[str], None],
+    progress: Progress,
+) -> None:
     (bar,) = progress.task_ids
-    progress.update(bar, description=f"{part.model.name}: writing the model")
+
+    def step(text: str) -> None:
+        progress.update(bar, description=text)
+        # A file shows no bar.
+        if not progress.console.is_terminal:
+            progress.console.print(text, markup=False)
+
+    step(f"{part.model.name}: writing the model")
     if part.model.model_path is None:
         write_dummy_model(part.model.name, part.model_path)
 
@@ -186,7 +200,7 @@ def _run_part(sweep: Sweep, part: _Part, folder: Path, keep: Any, report: Any, p
             pool,
             on_row=keep,
             on_failure=report,
-            on_step=lambda step: progress.update(bar, description=step),
+            on_step=step,
             on_done=lambda: progress.advance(bar),
         ).run(part.sides, part.turns)
 
