@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import signal
@@ -158,14 +159,20 @@ def kill_pruning_server(folder: Path) -> None:
     while not any('"method": "mmtok"' in path.read_text() for path in folder.glob("serve-*.jsonl")):
         time.sleep(0.1)
     for process in servers_of(folder):
-        if "--mmtok-budget=10%" in process.cmdline():
-            process.kill()
+        with contextlib.suppress(psutil.Error):
+            if "--mmtok-budget=10%" in process.cmdline():
+                process.kill()
 
 
 def servers_of(folder: Path) -> list[psutil.Process]:
     """Returns the servers of a checkpoint in `folder`: other tests' servers are theirs."""
-    children = psutil.Process().children(recursive=True)
-    return [process for process in children if any(str(folder) in word for word in process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # One that has just ended has no command line.
+        with contextlib.suppress(psutil.Error):
+            if any(str(folder) in word for word in process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.mark.slow
