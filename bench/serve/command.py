@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -127,9 +129,9 @@ def _print_commands(sweep: Sweep, parts: list[_Part], results_dir: Path) -> None
                 print(shlex.join(command))
 
 
-def _server(sweep: Sweep, part: _Part, folder: Path, side: Side, on_progress: Any = None) -> SglangServer:
+def _server(sweep: Sweep, part: _Part, folder: Path, side: Side) -> SglangServer:
     stem = f"{part.model.name}-{side.budget.replace('%', 'pct')}-prefix-cache-{side.prefix_cache}"
-    return make_server(sweep, part.model, side, part.model_path, folder / "logs" / f"{stem}.log", on_progress)
+    return make_server(sweep, part.model, side, part.model_path, folder / "logs" / f"{stem}.log")
 
 
 def _run(sweep: Sweep, parts: list[_Part], results_dir: Path, *, json_output: bool) -> int:
@@ -166,16 +168,30 @@ def _run(sweep: Sweep, parts: list[_Part], results_dir: Path, *, json_output: bo
     return 1 if failures else 0
 
 
-def _run_part(sweep: Sweep, part: _Part, folder: Path, keep: Any, report: Any, progress: Progress) -> None:
+def _run_part(
+    sweep: Sweep,
+    part: _Part,
+    folder: Path,
+    keep: Callable[[ResultRow], None],
+    report: Callable[[str], None],
+    progress: Progress,
+) -> None:
     (bar,) = progress.task_ids
-    progress.update(bar, description=f"{part.model.name}: writing the model")
+
+    def step(text: str) -> None:
+        progress.update(bar, description=text)
+        # A file shows no bar.
+        if not progress.console.is_terminal:
+            progress.console.print(text, markup=False)
+
+    step(f"{part.model.name}: writing the model")
     if part.model.model_path is None:
         write_dummy_model(part.model.name, part.model_path)
 
     def make(side: Side) -> SglangServer:
         return _server(sweep, part, folder, side)
 
-    with ServerPool(make, side_by_side=sweep.side_by_side) as pool:
+    with ServerPool(make, side_by_side=sweep.side_by_side) as pool, _removed(folder / "chats"):
         ModelRun(
             sweep,
             part.model,
@@ -184,9 +200,18 @@ def _run_part(sweep: Sweep, part: _Part, folder: Path, keep: Any, report: Any, p
             pool,
             on_row=keep,
             on_failure=report,
-            on_step=lambda step: progress.update(bar, description=step),
+            on_step=step,
             on_done=lambda: progress.advance(bar),
         ).run(part.sides, part.turns)
+
+
+@contextlib.contextmanager
+def _removed(folder: Path) -> Iterator[None]:
+    """Removes the folder after the block: chats hold their images, a gigabyte in a long sweep, and are made again."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _print_results(rows: list[ResultRow], console: Console, *, json_output: bool) -> None:

@@ -18,14 +18,7 @@ __all__ = ["ServerPool", "make_server"]
 _START_TIMEOUT_S = 900.0
 
 
-def make_server(
-    sweep: Sweep,
-    model: ServedModel,
-    side: Side,
-    model_path: Path,
-    log: Path,
-    on_progress: Callable[[float, str], None] | None = None,
-) -> SglangServer:
+def make_server(sweep: Sweep, model: ServedModel, side: Side, model_path: Path, log: Path) -> SglangServer:
     """Returns a server that is not started yet; two sides of a model differ by `side.arguments` alone."""
     on_cpu = sweep.device == "cpu"
     return SglangServer(
@@ -39,7 +32,6 @@ def make_server(
         env=cpu_environment() if on_cpu else {},
         log_path=log,
         start_timeout_s=_START_TIMEOUT_S,
-        on_progress=on_progress,
     )
 
 
@@ -83,7 +75,8 @@ class ServerPool:
         if side in self.dead:
             raise ServerError(self.dead[side])
         if side not in self._servers:
-            self._stop_all()
+            if not self._side_by_side:
+                self._stop_all()
             self._start(side)
         try:
             server = self._servers[side]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import signal
@@ -157,14 +158,26 @@ def kill_pruning_server(folder: Path) -> None:
     """Waits for the first row of a server with a budget, and kills that server."""
     while not any('"method": "mmtok"' in path.read_text() for path in folder.glob("serve-*.jsonl")):
         time.sleep(0.1)
+    for process in servers_of(folder):
+        with contextlib.suppress(psutil.Error):
+            if "--mmtok-budget=10%" in process.cmdline():
+                process.kill()
+
+
+def servers_of(folder: Path) -> list[psutil.Process]:
+    """Returns the servers of a checkpoint in `folder`: other tests' servers are theirs."""
+    found = []
     for process in psutil.Process().children(recursive=True):
-        if "--mmtok-budget=10%" in process.cmdline():
-            process.kill()
+        # One that has just ended has no command line.
+        with contextlib.suppress(psutil.Error):
+            if any(str(folder) in word for word in process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.mark.slow
 def test_a_sweep_whose_server_dies_halfway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = make_tiny_checkpoint("qwen2.5-vl", CHECKPOINT)
+    checkpoint = make_tiny_checkpoint("qwen2.5-vl", tmp_path / "qwen2.5-vl")
     killer = threading.Thread(target=kill_pruning_server, args=(tmp_path,), daemon=True)
     killer.start()
     code = run(
@@ -177,7 +190,7 @@ def test_a_sweep_whose_server_dies_halfway(tmp_path: Path, capsys: pytest.Captur
     assert code == 1
     assert "no more cells of budget 10%: the server at budget 10% died." in printed.err
     assert "The end of its log:" in printed.err
-    assert not psutil.Process().children(recursive=True)
+    assert servers_of(tmp_path) == []
 
     (path,) = tmp_path.glob("serve-*.jsonl")
     rows = read_rows(path)
