@@ -182,7 +182,7 @@ def _run_part(
         progress.update(bar, description=text)
         # A file shows no bar.
         if not progress.console.is_terminal:
-            progress.console.print(text, markup=False)
+            progress.console.print(text, markup=False, soft_wrap=True)
 
     step(f"{part.model.name}: writing the model")
     if part.model.model_path is None:
@@ -218,12 +218,12 @@ def _print_results(rows: list[ResultRow], console: Console, *, json_output: bool
     if json_output:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
         return
-    # Into a file as wide as they need to be; a terminal is as wide as it is.
-    width = None if console.is_terminal else TABLE_WIDTH
+    # A narrower terminal wraps the lines: figures are never cut.
+    wide = Console(highlight=False, width=max(console.width, TABLE_WIDTH))
     for table in serve_tables(rows):
-        console.print(table, width=width)
+        wide.print(table)
     for sentence in break_even(rows):
-        console.print(sentence, markup=False)
+        console.print(sentence, markup=False, soft_wrap=True)
 
 
 def _progress(console: Console) -> Progress:
