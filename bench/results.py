@@ -1,53 +1,80 @@
-"""One row of a benchmark: what was measured, on what, and how long it took."""
+"""One row of a benchmark: what was measured, on what, and what came out."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from mmtok_deploy import __version__
 
-__all__ = ["SCHEMA", "ResultRow", "append_row", "device_name", "make_row", "new_result_file", "read_rows"]
+__all__ = [
+    "SCHEMA",
+    "CaseValue",
+    "ResultRow",
+    "UnfinishedRowWarning",
+    "append_row",
+    "device_name",
+    "latencies_ms",
+    "make_latency_row",
+    "make_row",
+    "new_result_file",
+    "read_rows",
+]
 
-SCHEMA = 1
-"""A later version may add fields; one that changes their meaning counts up."""
+SCHEMA = 2
+"""A later version may add fields, which this one skips; one that changes their meaning counts up.
+
+Schema 1 had p20_ms, p50_ms and p80_ms in place of metrics; it is read as latency_p20_ms and so on.
+"""
 
 CaseValue = int | float | str
+
+_LATENCIES = ("latency_p20_ms", "latency_p50_ms", "latency_p80_ms")
+_LIBRARIES = ("sglang", "triton", "transformers", "onnxruntime")
+
+
+class UnfinishedRowWarning(UserWarning):
+    """A file's last line is the beginning of a row whose writer was ended; the rows before it are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """One backend on one case.
+    """What one benchmark measured of one backend on one case.
 
     Args:
         bench: Which benchmark, such as "selector".
         case: What was measured; the keys are the benchmark's own.
         backend: What computed it.
-        p20_ms: The time that a fifth of the runs did not exceed; p50_ms, p80_ms likewise.
-        num_runs: Runs timed.
+        metrics: What came out, by name; the name ends in the unit. What was not measured is absent, never NaN.
+        num_runs: Runs, or requests, that the metrics are of.
         device: The processor's or the accelerator's name.
         num_threads: PyTorch's threads on the CPU.
         versions: Of Python, mmtok-deploy and the libraries that matter.
         commit: Of the checkout, with "+" where files differ from it; empty outside one.
         time: When it was measured, ISO 8601, UTC.
         schema: The version of this form.
+
+    Raises:
+        ValueError: A metric that is not a finite number, or a case's value that is neither number nor text.
     """
 
     bench: str
     case: Mapping[str, CaseValue]
     backend: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
+    metrics: Mapping[str, float]
     num_runs: int
     device: str
     num_threads: int
@@ -56,26 +83,58 @@ class ResultRow:
     time: str
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        for name, value in self.metrics.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(
+                    f"metric {name} is a finite number, or absent where it was not measured: got {value!r}"
+                )
+        for name, part in self.case.items():
+            if isinstance(part, bool) or not isinstance(part, int | float | str):
+                raise ValueError(f"a case's {name} is a number or a text, got {part!r}")
+
 
 def make_row(
-    bench: str, case: Mapping[str, CaseValue], backend: str, times_ms: Sequence[float], device: torch.device
+    bench: str,
+    case: Mapping[str, CaseValue],
+    backend: str,
+    metrics: Mapping[str, float],
+    *,
+    num_runs: int,
+    device: torch.device,
+    num_threads: int | None = None,
 ) -> ResultRow:
-    """Returns the row of `times_ms`, at least two runs, with what can be known of this machine."""
-    quintiles = statistics.quantiles(times_ms, n=5, method="inclusive")
+    """Returns the row of `metrics`, with what can be known of this machine.
+
+    `num_threads` is for work that another process did; None is what PyTorch uses in this one.
+    """
     return ResultRow(
         bench=bench,
         case=dict(case),
         backend=backend,
-        p20_ms=quintiles[0],
-        p50_ms=statistics.median(times_ms),
-        p80_ms=quintiles[3],
-        num_runs=len(times_ms),
+        metrics=dict(metrics),
+        num_runs=num_runs,
         device=device_name(device),
-        num_threads=torch.get_num_threads(),
-        versions={"python": platform.python_version(), "mmtok-deploy": __version__, "torch": torch.__version__},
+        num_threads=torch.get_num_threads() if num_threads is None else num_threads,
+        versions=_versions(device),
         commit=_commit(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def make_latency_row(
+    bench: str, case: Mapping[str, CaseValue], backend: str, times_ms: Sequence[float], device: torch.device
+) -> ResultRow:
+    """Returns the row of `times_ms`, at least two runs: latency_p20_ms, which a fifth did not exceed, p50 and p80."""
+    quintiles = statistics.quantiles(times_ms, n=5, method="inclusive")
+    metrics = dict(zip(_LATENCIES, (quintiles[0], statistics.median(times_ms), quintiles[3]), strict=True))
+    return make_row(bench, case, backend, metrics, num_runs=len(times_ms), device=device)
+
+
+def latencies_ms(row: ResultRow) -> tuple[float, float, float]:
+    """Returns p20, p50 and p80 of a row that `make_latency_row` made, or of schema 1."""
+    p20_ms, p50_ms, p80_ms = (row.metrics[name] for name in _LATENCIES)
+    return p20_ms, p50_ms, p80_ms
 
 
 def new_result_file(folder: Path, bench: str) -> Path:
@@ -101,16 +160,62 @@ def append_row(path: Path, row: ResultRow) -> None:
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """Returns the rows of a file.
+    """Returns the rows of a file, those of older schemas in today's form.
+
+    Warns:
+        UnfinishedRowWarning: The last line was cut off while it was written; the rows before it are returned.
 
     Raises:
-        ValueError: A row of another schema.
+        ValueError: A line that is no row, or of a schema that this version does not know; the message has its number.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    others = {row.get("schema") for row in rows} - {SCHEMA}
-    if others:
-        raise ValueError(f"{path} holds rows of schema {', '.join(map(str, others))}, this version reads {SCHEMA}")
-    return [ResultRow(**row) for row in rows]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            # Only a row that was being written when its process ended has no end of line.
+            if number == len(lines) and not line.endswith("\n"):
+                warnings.warn(f"{path}:{number} was cut off and is skipped", UnfinishedRowWarning, stacklevel=2)
+                continue
+            raise ValueError(f"{path}:{number} is no JSON, expected a result row: {line.strip()[:60]!r}") from None
+        try:
+            rows.append(_parse_row(fields))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is no result row: {error}") from error
+    return rows
+
+
+def _parse_row(values: object) -> ResultRow:
+    if not isinstance(values, dict) or "schema" not in values:
+        raise ValueError("expected a JSON object with a schema")
+    if values["schema"] not in range(1, SCHEMA + 1) or isinstance(values["schema"], bool):
+        raise ValueError(f"its schema is {values['schema']!r}, this version of mmtok-deploy reads 1 to {SCHEMA}")
+    if values["schema"] == 1:
+        metrics = {name: values[old] for name in _LATENCIES if (old := name.removeprefix("latency_")) in values}
+        values = {**values, "metrics": metrics, "schema": SCHEMA}
+    missing = [field for field in _FIELD_TYPES if field not in values]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    for field, expected in _FIELD_TYPES.items():
+        if not isinstance(values[field], expected):
+            raise ValueError(f"its {field} is {values[field]!r}, expected {expected.__name__}")
+    return ResultRow(**{field: values[field] for field in _FIELD_TYPES})
+
+
+_FIELD_TYPES: dict[str, type] = {
+    "bench": str,
+    "case": dict,
+    "backend": str,
+    "metrics": dict,
+    "num_runs": int,
+    "device": str,
+    "num_threads": int,
+    "versions": dict,
+    "commit": str,
+    "time": str,
+    "schema": int,
+}
 
 
 def device_name(device: torch.device) -> str:
@@ -124,6 +229,16 @@ def device_name(device: torch.device) -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{models[0] if models else platform.processor() or platform.machine()}, {cores} cores"
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    versions = {"python": platform.python_version(), "mmtok-deploy": __version__, "torch": torch.__version__}
+    for name in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if device.type == "cuda":
+        versions["cuda"] = str(torch.version.cuda)
+    return versions
 
 
 def _commit() -> str:

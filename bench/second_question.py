@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from mmtok_deploy.bench.chat import ask, image_url
 from mmtok_deploy.bench.photographs import PHOTOGRAPHS, photograph
-from mmtok_deploy.bench.results import ResultRow, append_row, make_row, new_result_file
+from mmtok_deploy.bench.results import ResultRow, append_row, latencies_ms, make_latency_row, new_result_file
 from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, running
 from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 
@@ -101,7 +101,8 @@ def _write(times_ms: dict[tuple[int, int], list[float]], folder: Path) -> list[R
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for (cache_mb, number), runs in times_ms.items():
-        rows.append(make_row(_BENCH, {"feature_cache_mb": cache_mb, "question": number}, "sglang", runs, device))
+        case = {"feature_cache_mb": cache_mb, "question": number}
+        rows.append(make_latency_row(_BENCH, case, "sglang", runs, device))
         append_row(path, rows[-1])
     return rows
 
@@ -116,5 +117,6 @@ def _table(rows: list[ResultRow]) -> Table:
         table.add_column(heading, justify="right")
     for cache_mb in _CACHES_MB:
         by_number = {row.case["question"]: row for row in rows if row.case["feature_cache_mb"] == cache_mb}
-        table.add_row(f"{cache_mb}", *(f"{by_number[number].p50_ms:.0f} ms" for number in (1, 2)))
+        medians_ms = [latencies_ms(by_number[number])[1] for number in (1, 2)]
+        table.add_row(f"{cache_mb}", *(f"{median_ms:.0f} ms" for median_ms in medians_ms))
     return table

@@ -21,7 +21,7 @@ from mmtok_deploy.bench.close_calls import first_wrong_pick
 from mmtok_deploy.bench.dense_loop import BASELINES, Baseline
 from mmtok_deploy.bench.exported_graph import EXPORTED_FORMS, exported_graph
 from mmtok_deploy.bench.made_up_features import NUM_WORDS, make_problem
-from mmtok_deploy.bench.results import ResultRow, append_row, make_row, new_result_file
+from mmtok_deploy.bench.results import ResultRow, append_row, make_latency_row, new_result_file
 from mmtok_deploy.bench.selector_report import latency_table
 from mmtok_deploy.bench.timing import time_in_turns
 from mmtok_deploy.config import SelectionConfig
@@ -92,7 +92,7 @@ def run_selector_bench(
             times_ms = time_in_turns(calls, num_runs, target, on_run=lambda: progress.advance(bar))
             case = {"num_tokens": num_tokens, "num_picks": num_picks, "num_words": NUM_WORDS, "batch": batch}
             for name, runs in times_ms.items():
-                rows.append(make_row("selector", case, name, runs, target))
+                rows.append(make_latency_row("selector", case, name, runs, target))
                 append_row(path, rows[-1])
     if json_output:
         print("\n".join(dumps(asdict(row)) for row in rows))

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mmtok_deploy.bench.made_up_features import FEATURE_BYTES
-from mmtok_deploy.bench.results import ResultRow
+from mmtok_deploy.bench.results import ResultRow, latencies_ms
 from mmtok_deploy.bench.timing import measure_bandwidth, measure_pick_latency
 
 __all__ = ["plot_latency"]
@@ -74,7 +74,7 @@ def _picks(rows: Sequence[ResultRow], num_tokens: int) -> set[int]:
 def _draw(axes: Axes, rows: Sequence[ResultRow], by: int, floors: Mapping[str, Callable[[int, int], float]]) -> None:
     """Draws a line a backend and a floor against tokens (`by` 0) or picks (1), the spread p20 to p80 as a band."""
     for backend in dict.fromkeys(row.backend for row in rows):
-        points = sorted((_shape(row)[by], row.p20_ms, row.p50_ms, row.p80_ms) for row in rows if row.backend == backend)
+        points = sorted((_shape(row)[by], *latencies_ms(row)) for row in rows if row.backend == backend)
         xs, lows, middles, highs = zip(*points, strict=True)
         colour = _COLOURS.get(backend)
         (line,) = axes.plot(xs, middles, marker="o", markersize=4, color=colour, label=backend)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mmtok_deploy.bench.results import ResultRow
+from mmtok_deploy.bench.results import ResultRow, latencies_ms
 
 __all__ = ["PUBLISHED_MS", "latency_table"]
 
@@ -50,10 +50,11 @@ def latency_table(rows: Sequence[ResultRow]) -> Table:
 def _cell(row: ResultRow | None, baseline: ResultRow | None) -> str:
     if row is None:
         return ""
-    cell = f"{_ms(row.p50_ms)} ({_ms(row.p20_ms)} to {_ms(row.p80_ms)})"
+    p20_ms, p50_ms, p80_ms = latencies_ms(row)
+    cell = f"{_ms(p50_ms)} ({_ms(p20_ms)} to {_ms(p80_ms)})"
     if baseline is None or row is baseline:
         return cell
-    return f"{cell}\n[bold]{baseline.p50_ms / row.p50_ms:.1f}x[/bold]"
+    return f"{cell}\n[bold]{latencies_ms(baseline)[1] / p50_ms:.1f}x[/bold]"
 
 
 def _ms(value: float) -> str:
