@@ -11,17 +11,10 @@ from matplotlib.figure import Figure
 
 from mmtok_deploy.bench.made_up_features import FEATURE_BYTES
 from mmtok_deploy.bench.results import ResultRow, latencies_ms
+from mmtok_deploy.bench.selector_report import BACKEND_COLOURS
 from mmtok_deploy.bench.timing import measure_bandwidth, measure_pick_latency
 
 __all__ = ["plot_latency"]
-
-_COLOURS = {
-    "dense": "#8a9099",
-    "torchscript": "#b9853b",
-    "reference": "#5d6470",
-    "lazy": "#0b7a75",
-    "triton": "#76b900",
-}
 
 
 def plot_latency(rows: Sequence[ResultRow], path: Path, device: torch.device) -> Path:
@@ -76,7 +69,7 @@ def _draw(axes: Axes, rows: Sequence[ResultRow], by: int, floors: Mapping[str, C
     for backend in dict.fromkeys(row.backend for row in rows):
         points = sorted((_shape(row)[by], *latencies_ms(row)) for row in rows if row.backend == backend)
         xs, lows, middles, highs = zip(*points, strict=True)
-        colour = _COLOURS.get(backend)
+        colour = BACKEND_COLOURS.get(backend)
         (line,) = axes.plot(xs, middles, marker="o", markersize=4, color=colour, label=backend)
         axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
     shapes = sorted({_shape(row) for row in rows}, key=lambda shape: shape[by])

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mmtok_deploy.bench.results import ResultRow, latencies_ms
 
-__all__ = ["PUBLISHED_MS", "latency_table"]
+__all__ = ["BACKEND_COLOURS", "PUBLISHED_MS", "latency_table"]
 
 PUBLISHED_MS = {
     (2880, 160): 6.417,
@@ -19,6 +19,15 @@ PUBLISHED_MS = {
     (576, 16): 0.774,
 }
 """Tokens and picks -> mean ms of 100 runs on an RTX A6000; source: MMTok, arXiv 2508.18264, Table 13."""
+
+BACKEND_COLOURS = {
+    "dense": "#8a9099",
+    "torchscript": "#b9853b",
+    "reference": "#5d6470",
+    "lazy": "#0b7a75",
+    "triton": "#76b900",
+}
+"""The same in every plot."""
 
 _BASELINE = "dense"
 

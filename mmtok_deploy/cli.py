@@ -86,11 +86,27 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         help="folder for the checkpoint, logs and rows (default artifacts/bench/second-question)",
     )
+    _add_report(bench)
+
+
+def _add_report(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = bench.add_parser("report", help="one page of plots and tables of what was measured")
+    report.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="files of rows, or folders of them")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE.html", help="the page (default artifacts/bench/report.html)"
+    )
+    report.add_argument("--markdown", type=Path, metavar="FILE.md", help="the tables as Markdown; alone, no page")
+    report.add_argument(
+        "--compare", nargs=2, metavar=("OLD", "NEW"), help="hold a commit's rows against those of an older one"
+    )
+    report.add_argument("--force", action="store_true", help="replace files that are there")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     if arguments.bench == "selector":
         return _bench_selector(arguments)
+    if arguments.bench == "report":
+        return _bench_report(arguments)
     from mmtok_deploy.bench.second_question import run_second_question_bench
 
     return run_second_question_bench(folder=arguments.output, json_output=arguments.json)
@@ -116,6 +132,21 @@ def _bench_selector(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"mmtok bench selector: {error}", file=sys.stderr)
         return 2
+
+
+def _bench_report(arguments: argparse.Namespace) -> int:
+    from mmtok_deploy.bench.report.command import run_report
+
+    page = arguments.output
+    if page is None and arguments.markdown is None:
+        page = Path("artifacts/bench/report.html")
+    return run_report(
+        arguments.results,
+        html=page,
+        markdown=arguments.markdown,
+        compared=tuple(arguments.compare) if arguments.compare else None,
+        force=arguments.force,
+    )
 
 
 def _names(text: str) -> list[str]:

@@ -49,6 +49,15 @@ def test_exporting_and_onnx_runtime(folder: Path, capsys: pytest.CaptureFixture[
     assert printed.startswith("(1, 64) (1, 64, 4096)\nonnxruntime ")
 
 
+def test_reporting(folder: Path) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    (first, *_) = blocks("report.md", "bash")
+    for line in first.splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    assert "fastest backend" in (folder / "artifacts" / "bench" / "report.md").read_text()
+    assert (folder / "artifacts" / "bench" / "report.html").is_file()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tensorrt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

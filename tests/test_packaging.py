@@ -34,6 +34,8 @@ def test_wheel_holds_every_module(site: Path) -> None:
         for source in folder.rglob("*.py"):
             assert (site / place / source.relative_to(folder)).is_file()
     assert (site / "mmtok_deploy" / "py.typed").is_file()
+    for name in ("page.css", "page.html.jinja"):
+        assert (site / "mmtok_deploy" / "bench" / "report" / name).is_file()
 
 
 def test_wheel_runs_from_another_folder(site: Path, tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""What a metric is called, how its values are written, and which of two is the better one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Metric", "compare", "format_value", "metric", "tone"]
+
+Kind = Literal["time", "rate", "bytes", "count", "capacity", "share"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric's label, with the unit of `format_value`'s numbers, and what kind of quantity it is."""
+
+    label: str
+    kind: Kind | None
+
+
+_METRICS = {
+    "requests_per_s": Metric("requests/s", "rate"),
+    "input_tokens_per_s": Metric("input tokens/s", "rate"),
+    "output_tokens_per_s": Metric("output tokens/s", "rate"),
+    "vision_encoder_ms": Metric("vision encoder, ms", "time"),
+    "selection_ms": Metric("selection, ms", "time"),
+    "language_prefill_ms": Metric("language prefill, ms", "time"),
+    "image_tokens_in": Metric("image tokens in", None),
+    "image_tokens_kept": Metric("image tokens kept", None),
+    "kv_tokens_per_request": Metric("KV tokens a request", "count"),
+    "peak_memory_bytes": Metric("peak memory, GiB", "bytes"),
+    "max_requests_at_once": Metric("requests that fit at once", "capacity"),
+    "num_failed": Metric("failed requests", "count"),
+    "duration_s": Metric("duration, s", None),
+    "accuracy": Metric("accuracy, %", "share"),
+    "accuracy_low": Metric("accuracy, low end, %", "share"),
+    "accuracy_high": Metric("accuracy, high end, %", "share"),
+    "tokens_kept": Metric("tokens kept", None),
+    "num_questions": Metric("questions", None),
+}
+_PHASES = {"ttft": "TTFT", "itl": "inter-token", "e2e": "end to end", "latency": "latency"}
+_WORDS = {
+    "time": ("faster", "slower"),
+    "bytes": ("smaller", "larger"),
+    "count": ("smaller", "larger"),
+    "rate": ("higher", "lower"),
+    "capacity": ("higher", "lower"),
+}
+"""A kind -> the word for the better of two, and for the worse; no word is both."""
+_MORE_IS_BETTER = ("rate", "capacity")
+_GIB = 2**30
+
+
+def metric(name: str) -> Metric:
+    """Returns what is known of a metric; of one that is not known, its name."""
+    if name in _METRICS:
+        return _METRICS[name]
+    phase, _, rest = name.partition("_")
+    if phase in _PHASES and rest.endswith("_ms"):
+        return Metric(f"{_PHASES[phase]} {rest.removesuffix('_ms')}, ms", "time")
+    return Metric(name.replace("_", " "), "time" if name.endswith("_ms") else None)
+
+
+def format_value(name: str, value: float | None) -> str:
+    """Returns the value in the unit of the metric's label, to three digits or so; empty for None."""
+    if value is None:
+        return ""
+    kind = metric(name).kind
+    if kind == "bytes":
+        return _digits(value / _GIB)
+    if kind == "share":
+        return f"{100 * value:.1f}"
+    if kind in ("time", "rate"):
+        return _digits(value)
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+
+
+def compare(name: str, value: float | None, reference: float | None) -> str:
+    """Returns how a value stands against a reference, such as "2.60x faster"; empty where it cannot be said.
+
+    The ratio is never below 1: the word tells the direction. Shares are compared in percentage points.
+    """
+    kind = metric(name).kind
+    if value is None or reference is None or kind is None:
+        return ""
+    if kind == "share":
+        return f"{100 * (value - reference):+.1f} points"
+    if value <= 0 or reference <= 0:
+        return ""
+    ratio = value / reference if kind in _MORE_IS_BETTER else reference / value
+    better, worse = _WORDS[kind]
+    shown = f"{max(ratio, 1 / ratio):.2f}"
+    return "the same" if shown == "1.00" else f"{shown}x {better if ratio > 1 else worse}"
+
+
+def tone(comparison: str) -> Literal["gain", "loss", ""]:
+    """Returns whether what `compare` said is good news."""
+    last = comparison.rpartition(" ")[2]
+    if last == "points":
+        return "loss" if comparison.startswith("-") else "gain"
+    if any(last == better for better, _ in _WORDS.values()):
+        return "gain"
+    return "loss" if any(last == worse for _, worse in _WORDS.values()) else ""
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

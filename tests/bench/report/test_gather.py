@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmtok_deploy.bench.report.gather import Machine, by_machine, newest, read_results
+from tests.bench.report.rows import CPU, GPU, selector_rows, write
+
+
+def test_files_and_folders_are_read_once_each(tmp_path: Path) -> None:
+    file = write(tmp_path / "a" / "b.jsonl", selector_rows())
+    assert len(read_results([file, tmp_path, tmp_path / "a" / ".." / "a" / "b.jsonl"])[0]) == len(selector_rows())
+
+
+def test_a_row_cut_off_is_told_and_the_others_count(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", selector_rows())
+    with file.open("a") as end:
+        end.write('{"bench": "sel')
+    measurements, notes = read_results([file])
+    assert [each.row for each in measurements] == selector_rows()
+    assert notes == [f"{file}:{len(selector_rows()) + 1} was cut off and is skipped"]
+
+
+def test_machines_gpus_first(tmp_path: Path) -> None:
+    rows = selector_rows(CPU)[:1] + [replace(each, num_threads=1) for each in selector_rows(CPU)[:1]]
+    rows += selector_rows(GPU)[:1] + [replace(each, num_threads=9) for each in selector_rows(GPU)[:1]]
+    machines = by_machine(read_results([write(tmp_path / "rows.jsonl", rows)])[0])
+    assert {str(machine): len(each) for machine, each in machines.items()} == {
+        "Made-up GPU": 2,
+        "Made-up CPU, 2 cores, 2 threads": 1,
+        "Made-up CPU, 2 cores, 1 thread": 1,
+    }
+    assert [machine.is_cpu for machine in machines] == [False, True, True]
+
+
+def test_names_of_graphics_cards_are_no_cpus() -> None:
+    assert not Machine("NVIDIA H200", 0).is_cpu
+    assert Machine("AMD EPYC 9555 64-Core Processor, 2 cores", 2).is_cpu
+
+
+def test_the_newest_row_of_a_case_counts(tmp_path: Path) -> None:
+    first = selector_rows()[0]
+    later = replace(first, time="2026-11-21T11:00:00+00:00", num_runs=7)
+    other = replace(first, backend="triton")
+    for rows in ([first, later, other], [later, other, first]):
+        path = write(tmp_path / f"{rows[0].num_runs}.jsonl", rows)
+        assert {each.row.backend: each.row.num_runs for each in newest(read_results([path])[0])} == {
+            first.backend: 7,
+            "triton": first.num_runs,
+        }
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no \.jsonl file in "):
+        read_results([tmp_path])
+    with pytest.raises(ValueError, match="nowhere does not exist; expected a file of result rows, or a folder"):
+        read_results([tmp_path / "nowhere"])
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"there is no row in .*the measuring was ended before its first"):
+        read_results([tmp_path])

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from mmtok_deploy.bench.report.blocks import Part, Table
+from mmtok_deploy.bench.report.gather import Measurement
+from mmtok_deploy.bench.report.serve import serve_part
+from mmtok_deploy.bench.report.serve_plots import phases_ms
+from mmtok_deploy.bench.report.serve_rows import References, label_of, variant_of
+from mmtok_deploy.bench.results import ResultRow
+from tests.bench.report.rows import NEW, OLD, row, serve_case, serve_rows
+
+TTFT = {"ttft_p50_ms": 100.0, "image_tokens_in": 864, "image_tokens_kept": 864}
+
+
+def measured(rows: Sequence[ResultRow], file: str = "rows.jsonl") -> list[Measurement]:
+    return [Measurement(each, file) for each in rows]
+
+
+def serve(budget: str, method: str, kept: float, commit: str = NEW, **changes: str | int) -> ResultRow:
+    case = serve_case(budget, method, **changes)
+    return row("serve", case, {**TTFT, "image_tokens_kept": kept, "ttft_p50_ms": kept}, commit=commit)
+
+
+def headline(part: Part) -> Table:
+    assert part.headline is not None
+    return part.headline
+
+
+PRUNED = serve("10%", "mmtok", 86)
+UNPRUNED = serve("off", "none", 864)
+SMALLER = serve("10%", "downsample", 90)
+
+
+def test_names() -> None:
+    assert [label_of(each) for each in (UNPRUNED, PRUNED, SMALLER, serve("all", "none", 864))] == [
+        "unpruned",
+        "MMTok 10%",
+        "downsampled to 90",
+        "MMTok all",
+    ]
+    # Downsampling is done by a server without the plugin: whatever its budget is called, it is no reference.
+    assert variant_of(serve("off", "downsample", 90)) == "downsample"
+
+
+def test_references_are_of_the_same_run_and_case() -> None:
+    (pruned,) = measured([PRUNED])
+    assert References(measured([UNPRUNED, PRUNED, SMALLER])).unpruned(pruned) == UNPRUNED
+    assert References(measured([UNPRUNED, PRUNED, SMALLER])).downsampled(pruned) == SMALLER
+    strangers = [
+        *measured([UNPRUNED, SMALLER], "other.jsonl"),
+        *measured([replace(each, commit=OLD) for each in (UNPRUNED, SMALLER)]),
+        *measured([replace(each, num_threads=1) for each in (UNPRUNED, SMALLER)]),
+        *measured([serve("off", "none", 864, concurrency=4), serve("10%", "downsample", 90, concurrency=4)]),
+        *measured([serve("off", "none", 864, prefix_cache="on"), serve("10%", "downsample", 90, image_kind="random")]),
+    ]
+    references = References([pruned, *strangers])
+    assert references.unpruned(pruned) is None
+    assert references.downsampled(pruned) is None
+
+
+@pytest.mark.parametrize(("tokens", "is_equal"), [(78, True), (77, False), (94, True), (95, False)])
+def test_equal_tokens_are_within_a_tenth(tokens: int, is_equal: bool) -> None:
+    (pruned,) = measured([PRUNED])
+    found = References(measured([serve("off", "downsample", tokens)])).downsampled(pruned)
+    assert (found is not None) is is_equal
+
+
+def test_the_nearest_in_tokens_is_the_reference() -> None:
+    (pruned,) = measured([PRUNED])
+    others = measured([serve("off", "downsample", tokens) for tokens in (80, 87, 93)])
+    found = References(others).downsampled(pruned)
+    assert found is not None
+    assert found.metrics["image_tokens_kept"] == 87
+
+
+def test_the_headline_says_both_ratios() -> None:
+    part = serve_part(measured([UNPRUNED, PRUNED, SMALLER]))
+    table = headline(part)
+    assert table.columns == (
+        *("model", "budget", "at once", "TTFT vs unpruned", "TTFT vs downsampled", "TTFT p50, ms"),
+        *("image tokens", "image, px"),
+    )
+    assert table.rows == (
+        ("qwen2.5-vl-0.5b", "10%", "1", "10.05x faster", "1.05x faster", "864 → 86.0", "864 → 86", "1008x672"),
+    )
+
+
+def test_what_was_not_measured_is_said_and_has_no_column() -> None:
+    part = serve_part(measured([UNPRUNED, PRUNED]))
+    assert "TTFT vs downsampled" not in headline(part).columns
+    said = " ".join(part.sentences)
+    assert "Not measured in the same run: images downsampled to equal tokens." in said
+    assert "the unpruned server" not in said
+    assert "Not measured: TTFT p90, TTFT p99, inter-token p50" in said
+    assert all("requests/s" not in column for table in part.tables for column in table.columns)
+    assert [plot.title for plot in part.plots] == ["qwen2.5-vl-0.5b: time to first token against image tokens"]
+
+
+def test_failed_requests_are_said() -> None:
+    failed = replace(PRUNED, metrics={**PRUNED.metrics, "num_failed": 2})
+    assert any("Requests failed in MMTok 10% at 1 at once" in each for each in serve_part(measured([failed])).sentences)
+
+
+def test_other_keys_of_a_case_are_a_column_where_they_differ() -> None:
+    part = serve_part(measured([PRUNED, serve("10%", "mmtok", 86, text_tokens=500)]))
+    table = part.tables[0]
+    assert [each[table.columns.index("text tokens")] for each in table.rows] == ["30", "500"]
+    assert "output tokens" not in table.columns
+    assert any("output tokens 16" in sentence for sentence in part.sentences)
+
+
+def test_unpruned_rows_alone_have_no_headline() -> None:
+    assert serve_part(measured([UNPRUNED])).headline is None
+
+
+def test_the_parts_of_a_first_token_add_up() -> None:
+    metrics = {"ttft_p50_ms": 100.0, "vision_encoder_ms": 30.0, "selection_ms": 5.0, "language_prefill_ms": 50.0}
+    parts = phases_ms(row("serve", {}, metrics))
+    assert parts == {"vision encoder": 30.0, "selection": 5.0, "language prefill": 50.0, "rest of TTFT": 15.0}
+    assert phases_ms(row("serve", {}, {**metrics, "ttft_p50_ms": 84.0})) == {}
+    assert phases_ms(row("serve", {}, {"ttft_p50_ms": 84.0})) == {}
+
+
+def test_plots_of_every_metric() -> None:
+    part = serve_part(measured(serve_rows()))
+    traces = {plot.title.partition(": ")[2]: [trace.name for trace in plot.figure.data] for plot in part.plots}
+    sizes = ("504x336", "1008x672")
+    variants = ["unpruned", "MMTok all", "MMTok 20%", "downsampled to 174", "MMTok 10%", "downsampled to 88"]
+    assert traces == {
+        "time to first token against image tokens": [
+            f"{name}, {px}" for px in sizes for name in ("MMTok", "downsampled", "unpruned")
+        ],
+        "throughput against concurrency": variants,
+        "where the time goes": ["vision encoder", "selection", "language prefill", "rest of TTFT"],
+        "peak memory": ["peak memory, GiB"],
+        "KV tokens a request": ["KV tokens a request"],
+        "requests that fit at once": ["requests that fit at once"],
+    }
+    first = part.plots[0]
+    quiet = [each for each in serve_rows() if each.case["concurrency"] == 1]
+    assert sum(len(trace.x) for trace in first.figure.data) == len(quiet) == len(first.values.rows)
