@@ -21,6 +21,8 @@ class SelectionProblem:
         text: [M, D] language-model input embeddings of the guidance words; M may be 0.
         num_picks: K, at most the number of tokens that may be picked.
         excluded: [N] bool, tokens never to pick.
+        attention: [N] what the vision tower pays to each token, for methods that go by it (`methods/visionzip.py`).
+        seed: For methods that draw (`methods/random_tokens.py`).
     """
 
     vision: Tensor
@@ -28,6 +30,8 @@ class SelectionProblem:
     text: Tensor
     num_picks: int
     excluded: Tensor | None = None
+    attention: Tensor | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

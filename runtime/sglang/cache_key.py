@@ -23,7 +23,7 @@ def image_key(item: Any) -> int | None:
 
 
 class CacheKeys:
-    """Makes guidance, budget and constants part of each pruned image's hash; one a scheduler process."""
+    """Makes guidance, budget, method and constants part of each pruned image's hash; one a scheduler process."""
 
     def __init__(self, settings: Settings) -> None:
         self._config = settings.config
@@ -43,13 +43,13 @@ class CacheKeys:
                 shapes = [
                     item.model_specific_data[name].tolist() for name in _SHAPES if name in item.model_specific_data
                 ]
-                item.model_specific_data[_IMAGE_KEY] = _hash(item.hash, plan.num_tokens, shapes)
+                item.model_specific_data[_IMAGE_KEY] = _hash(item.hash, plan.num_tokens, shapes, plan.encoding)
                 item.set_hash(self.key(item.hash, plan))
         return inputs
 
     def key(self, image_hash: int, plan: ImagePlan) -> int:
         """Returns the 64-bit hash of an image under a plan."""
-        return _hash(image_hash, plan.num_tokens, plan.num_kept, self._config, plan.guidance)
+        return _hash(image_hash, plan.num_tokens, plan.num_kept, self._config, plan.guidance, plan.method, plan.seed)
 
 
 def _hash(*parts: Any) -> int:

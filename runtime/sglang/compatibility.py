@@ -14,7 +14,7 @@ from mmtok_deploy.runtime.sglang.engine_file import check_engine_file
 from mmtok_deploy.runtime.sglang.families import FAMILIES
 from mmtok_deploy.runtime.sglang.settings import Settings
 
-__all__ = ["UnsupportedServerError", "check_engine", "check_server", "family_of_server"]
+__all__ = ["UnsupportedServerError", "check_engine", "check_server", "check_server_method", "family_of_server"]
 
 
 class UnsupportedServerError(ValueError):
@@ -59,6 +59,14 @@ def check_engine(server_args: Any, settings: Settings) -> None:
     """Raises EngineMismatchError if the exported file is not for this model and budget, ArtifactError if not whole."""
     model_config = model_config_of(server_args)
     check_engine_file(settings, FAMILIES[settings.family](), model_config.hf_config, model_config.dtype)
+
+
+def check_server_method(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if the model cannot run the server's method."""
+    config = model_config_of(server_args).hf_config
+    obstacle = FAMILIES[settings.family]().obstacle_to(settings.method, config)
+    if obstacle is not None:
+        raise UnsupportedServerError(f"--mmtok-method {settings.method} does not run on this model: {obstacle}")
 
 
 def _problems(cfg: Any) -> Iterator[str]:

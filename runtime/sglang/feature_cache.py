@@ -24,15 +24,17 @@ class Features:
     Args:
         vision: [N, D] tokens after the projector ([tiles, n, D] where tiles are selected by themselves).
         keys: [N, d] features before it ([tiles, n, d]).
+        attention: [N] ([tiles, n]) what the encoder pays to each token, where the plan's method goes by it.
     """
 
     vision: Tensor
     keys: Tensor
+    attention: Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the two tensors."""
-        return self.vision.nbytes + self.keys.nbytes
+        """Bytes of the tensors."""
+        return self.vision.nbytes + self.keys.nbytes + (0 if self.attention is None else self.attention.nbytes)
 
 
 class FeatureCache:
@@ -110,7 +112,11 @@ class FeatureCache:
                 return
             while self.size_bytes + features.size_bytes > self._max_bytes:
                 self.size_bytes -= self._features.popitem(last=False)[1].size_bytes
-            self._features[name] = Features(_without_batch(features.vision), _without_batch(features.keys))
+            self._features[name] = Features(
+                _without_batch(features.vision),
+                _without_batch(features.keys),
+                None if features.attention is None else _without_batch(features.attention),
+            )
             self.size_bytes += features.size_bytes
         self._features.move_to_end(name)
 

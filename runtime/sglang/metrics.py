@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmtok_deploy.runtime.sglang.ranks import is_first_rank
 
-__all__ = ["Clock", "SelectionMetrics", "start_clock"]
+__all__ = ["Clock", "SelectionMetrics", "collectors", "start_clock"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,14 @@ _COUNTERS = {
     "encoded_images": "Images to be pruned that went through the vision encoder.",
     "feature_cache_hits": "Images whose features were held.",
     "feature_cache_misses": "Images whose features were not held.",
+    "vision_encoder_images": "Images that went through the vision encoder, pruned or not.",
+    "language_prefill_requests": "Requests in language model prefills; each chunk of a prompt counts.",
+    "language_prefill_tokens": "Tokens that the language model prefilled.",
+}
+_HISTOGRAMS = {
+    "selection_milliseconds": "Time of one selection call, which takes all images of a prefill batch.",
+    "vision_encoder_milliseconds": "Time of one call of the vision encoder and its projector, pruned or not.",
+    "language_prefill_milliseconds": "Time of one prefill batch in the language model, without encoder and selection.",
 }
 _LOG_INTERVAL_S = 60.0
 
@@ -105,7 +113,7 @@ class SelectionMetrics:
         self._count("feature_cache_misses", num_misses)
         self._held_bytes = held_bytes
         if is_first_rank():
-            _prometheus()["feature_cache_bytes"].set(held_bytes)
+            collectors()["feature_cache_bytes"].set(held_bytes)
         self._settle()
 
     def _settle(self) -> None:
@@ -121,7 +129,7 @@ class SelectionMetrics:
         self._count("selection_tokens_kept", sum(num_kept for _, num_kept in call.sizes))
         self._lately_ms.append(call.clock.elapsed_ms())
         if is_first_rank():
-            _prometheus()["selection_milliseconds"].observe(self._lately_ms[-1])
+            collectors()["selection_milliseconds"].observe(self._lately_ms[-1])
         for (num_tokens, num_kept), is_finite in zip(call.sizes, call.is_finite.tolist(), strict=True):
             if not is_finite:
                 self.count_fallback(num_tokens, num_kept, "its features are not finite")
@@ -143,7 +151,7 @@ class SelectionMetrics:
     def _count(self, name: str, amount: int) -> None:
         self._lately[name] += amount
         if amount and is_first_rank():
-            _prometheus()[name].inc(amount)
+            collectors()[name].inc(amount)
 
 
 class _HostClock:
@@ -176,18 +184,14 @@ class _CudaClock:
 
 
 @cache
-def _prometheus() -> dict[str, Any]:
+def collectors() -> dict[str, Any]:
+    """Returns this process's Prometheus collectors by name, without the `mmtok:` before it."""
     # Imported here: prometheus_client looks for SGLang's multi-process folder when it is first imported, and that
     # folder is set between the moment the hooks are installed and the start of the schedulers.
     from prometheus_client import Counter, Gauge, Histogram
 
-    collectors: dict[str, Any] = {name: Counter(f"mmtok:{name}", text) for name, text in _COUNTERS.items()}
-    collectors["selection_milliseconds"] = Histogram(
-        "mmtok:selection_milliseconds",
-        "Time of one selection call, which takes all images of a prefill batch.",
-        buckets=[step * 10.0**power for power in range(-1, 5) for step in (1, 2, 5)],
-    )
-    collectors["feature_cache_bytes"] = Gauge(
-        "mmtok:feature_cache_bytes", "Bytes of features held.", multiprocess_mode="sum"
-    )
-    return collectors
+    made: dict[str, Any] = {name: Counter(f"mmtok:{name}", text) for name, text in _COUNTERS.items()}
+    buckets = [step * 10.0**power for power in range(-1, 5) for step in (1, 2, 5)]
+    made |= {name: Histogram(f"mmtok:{name}", text, buckets=buckets) for name, text in _HISTOGRAMS.items()}
+    made["feature_cache_bytes"] = Gauge("mmtok:feature_cache_bytes", "Bytes of features held.", multiprocess_mode="sum")
+    return made

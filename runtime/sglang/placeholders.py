@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.methods import MethodName, reads_question
 from mmtok_deploy.runtime.executors import check_selection
-from mmtok_deploy.runtime.sglang.request import guidance_texts, requested_budget
+from mmtok_deploy.runtime.sglang.request import guidance_texts, requested_budget, requested_method, requested_seed
 from mmtok_deploy.runtime.sglang.settings import Settings
 
 __all__ = ["ImagePlan", "PlaceholderCutter", "plan_of"]
@@ -31,6 +32,8 @@ class ImagePlan:
         guidance: Token ids of the guidance words.
         excluded: [N] bool, tokens never to pick; None if all may be.
         positions: [3, N] int64, the M-RoPE positions of the N placeholders; None for models with 1-D positions.
+        method: What chooses the tokens.
+        seed: Of a method that draws; 0 for the others.
     """
 
     num_tokens: int
@@ -38,6 +41,15 @@ class ImagePlan:
     guidance: list[int]
     excluded: Tensor | None = None
     positions: Tensor | None = None
+    method: MethodName = "mmtok"
+    seed: int = 0
+
+    @property
+    def encoding(self) -> tuple[object, ...]:
+        """What sets the image's features apart from those under other methods."""
+        if self.method == "downsample":
+            return ("downsample", self.num_kept)
+        return ("attention",) if self.method == "visionzip" else ()
 
     def attach(self, item: Any) -> None:
         """Leaves the plan on SGLang's item, as plain values that its transport can carry."""
@@ -72,8 +84,13 @@ class PlaceholderCutter:
         request = kwargs["request_obj"]
         fields = getattr(request, "mm_processor_kwargs", None)
         budget = requested_budget(fields, self._settings.budget)
+        method = requested_method(fields, self._settings)
+        seed = requested_seed(fields, self._settings.seed) if method == "random" else 0
         if not budget.is_all:
             _refuse_what_cannot_be_pruned(request, image_data)
+            self._refuse_method(method, processor.hf_config)
+            if method == "downsample":
+                image_data = await self._family.shrink_images(image_data, budget, self._settings, processor, request)
         output = await original(processor, image_data, *args, **kwargs)
         if output is None or not output.mm_items:
             return output
@@ -86,17 +103,25 @@ class PlaceholderCutter:
                 fields, kwargs["input_text"], len(output.mm_items), self._family.placeholder, tokenizer.decode
             )
             for item, text in zip(output.mm_items, texts, strict=True):
-                guidance = _token_ids(tokenizer, guidance_words(text, self._settings.guidance))
+                words = guidance_words(text, self._settings.guidance) if reads_question(method) else []
+                guidance = _token_ids(tokenizer, words)
                 _refuse_endless_guidance(len(guidance), kwargs.get("max_req_input_len"))
-                self._plan(item, budget, guidance, processor.hf_config)
+                self._plan(item, budget, ImagePlan(0, 0, guidance, method=method, seed=seed), processor.hf_config)
             cut_placeholders(output)
         return output
 
-    def _plan(self, item: Any, budget: Budget, guidance: list[int], config: Any) -> None:
+    def _plan(self, item: Any, budget: Budget, request: ImagePlan, config: Any) -> None:
+        """Leaves a plan on the item of an image that is to be pruned: the request's, with the image's numbers."""
         ((start, end),) = item.offsets
         num_tokens = end - start + 1
         num_kept = self._family.num_kept(item, num_tokens, budget, config)
-        excluded = self._family.excluded(item)
+        if num_tokens < self._settings.min_tokens_in:
+            return
+        excluded = None
+        if request.method == "downsample":
+            num_kept = self._family.shrink_item(item, num_tokens, num_kept, config)
+        else:
+            excluded = self._family.excluded(item)
         if excluded is not None and num_kept < num_tokens:
             # Fewer tokens than the budget may be pickable; where none is, the budget stands and the scheduler
             # falls back to evenly spaced tokens.
@@ -104,8 +129,13 @@ class PlaceholderCutter:
         if num_kept < num_tokens:
             if self._engine is not None:
                 from_tokens, keeps = self._family.selection_size(item, num_tokens, num_kept, config)
-                check_selection(self._engine, from_tokens, keeps, len(guidance))
-            ImagePlan(num_tokens, num_kept, guidance, excluded).attach(item)
+                check_selection(self._engine, from_tokens, keeps, len(request.guidance))
+            replace(request, num_tokens=num_tokens, num_kept=num_kept, excluded=excluded).attach(item)
+
+    def _refuse_method(self, method: MethodName, config: Any) -> None:
+        obstacle = self._family.obstacle_to(method, config)
+        if obstacle is not None:
+            raise ValueError(f"mm_processor_kwargs.mmtok_method {method} does not run on this model: {obstacle}")
 
 
 def cut_placeholders(output: Any) -> None:

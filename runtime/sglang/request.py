@@ -8,10 +8,20 @@ from itertools import groupby
 from typing import Any
 
 from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName
+from mmtok_deploy.runtime.sglang.settings import Settings
 
-__all__ = ["add_chat_guidance", "guidance_texts", "message_guidance", "prompt_guidance", "requested_budget"]
+__all__ = [
+    "add_chat_guidance",
+    "guidance_texts",
+    "message_guidance",
+    "prompt_guidance",
+    "requested_budget",
+    "requested_method",
+    "requested_seed",
+]
 
-_BUDGET, _GUIDANCE = "mmtok_budget", "mmtok_guidance"
+_BUDGET, _GUIDANCE, _METHOD, _SEED = _FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed")
 
 # A user's turn in the prompts that the chat templates of the supported families render, up to the next role. The
 # first pattern that a prompt has is its format: "USER:" may be a word of the text in another one.
@@ -37,10 +47,10 @@ def requested_budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budge
         ValueError: A budget that is not understood, or an `mmtok_` field that does not exist (HTTP 400).
     """
     fields = kwargs or {}
-    unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in (_BUDGET, _GUIDANCE))
+    unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in _FIELDS)
     if unknown:
         raise ValueError(
-            f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {_BUDGET} and {_GUIDANCE}"
+            f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {', '.join(_FIELDS)}"
         )
     if fields.get(_BUDGET) is None:
         return default
@@ -48,6 +58,33 @@ def requested_budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budge
         return Budget.parse(fields[_BUDGET], minimum=default.minimum)
     except ValueError as error:
         raise ValueError(f"mm_processor_kwargs.{_BUDGET}: {error}") from None
+
+
+def requested_method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
+    """Returns the method of a request: its own, or the server's.
+
+    Raises:
+        ValueError: One that is not known, or that the server's backend does not run (HTTP 400).
+    """
+    given = (kwargs or {}).get(_METHOD)
+    try:
+        return settings.method if given is None else settings.check_method(given)
+    except ValueError as error:
+        raise ValueError(f"mm_processor_kwargs.{_METHOD}: {error}") from None
+
+
+def requested_seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
+    """Returns the seed of a request: its own, or the server's.
+
+    Raises:
+        ValueError: It is not a whole number of at least 0 (HTTP 400).
+    """
+    given = (kwargs or {}).get(_SEED)
+    if given is None:
+        return default
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ValueError(f"mm_processor_kwargs.{_SEED} is a whole number of at least 0, got {given!r:.200}")
+    return given
 
 
 def guidance_texts(

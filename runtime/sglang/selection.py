@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtok_deploy.methods import MethodName, comparator, coverage_of
+from mmtok_deploy.methods.evenly_spaced import evenly_spaced
 from mmtok_deploy.problem import Selection, SelectionProblem
 from mmtok_deploy.runtime.executors import EngineExecutor, Executor, make_executor
 from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics, start_clock
@@ -37,6 +40,7 @@ class ImageTokens:
         vision: [N, D] tokens after the projector.
         keys: [N, d] features before it.
         num_kept: K, the tokens to keep of these.
+        attention: [N] what the encoder pays to each token, where the plan's method goes by it.
     """
 
     key: object
@@ -44,6 +48,13 @@ class ImageTokens:
     vision: Tensor
     keys: Tensor
     num_kept: int
+    attention: Tensor | None = None
+
+    @property
+    def seed(self) -> int:
+        """The same wherever and whenever this image is selected from with this plan, and another for each question."""
+        drawn_by = repr((self.plan.seed, self.key)).encode()
+        return int.from_bytes(hashlib.sha256(drawn_by).digest()[:7], "big")
 
 
 class TokenSelector:
@@ -117,7 +128,7 @@ class TokenSelector:
         selections = [None] * len(images) if texts is None else self._run(images, texts)
         kept, made, is_finite = [], [], []
         for image, selection in zip(images, selections, strict=True):
-            indices = _evenly_spaced(len(image.vision), image.num_kept, image.vision.device)
+            indices = evenly_spaced(len(image.vision), image.num_kept, image.vision.device)
             if selection is not None:
                 # Decided on the device: the host would have to wait for the features' values.
                 is_finite.append(torch.isfinite(selection.total))
@@ -155,10 +166,15 @@ class TokenSelector:
                 excluded = image.plan.excluded
                 if excluded is not None:
                     excluded = excluded.to(image.vision.device, non_blocking=True)
-                problems[place] = SelectionProblem(image.vision, image.keys, text, image.num_kept, excluded)
+                problems[place] = SelectionProblem(
+                    *(image.vision, image.keys, text, image.num_kept, excluded), image.attention, image.seed
+                )
             else:
                 self._metrics.count_fallback(len(image.vision), image.num_kept, why)
-        made = dict(zip(problems, self._run_backend(list(problems.values())), strict=True))
+        made: dict[int, Selection | None] = {}
+        for method in {images[place].plan.method: None for place in problems}:
+            places = [place for place in problems if images[place].plan.method == method]
+            made.update(zip(places, self._run_method(method, [problems[place] for place in places]), strict=True))
         return [made.get(place) for place in range(len(images))]
 
     def _obstacle(self, image: ImageTokens, text: Tensor) -> str | None:
@@ -167,18 +183,19 @@ class TokenSelector:
         num_pickable = len(image.vision) - (0 if excluded is None else int(excluded.sum()))
         if num_pickable < image.num_kept:
             return f"only {num_pickable} of {image.num_kept} tokens may be picked"
-        if self._settings.config.coverage == "text" and not len(text):
+        if coverage_of(image.plan.method, self._settings.config) == "text" and not len(text):
             return "text coverage without guidance"
         return None
 
-    def _run_backend(self, problems: Sequence[SelectionProblem]) -> list[Selection | None]:
+    def _run_method(self, method: MethodName, problems: Sequence[SelectionProblem]) -> list[Selection | None]:
         """Returns each problem's selection from one call; if that fails, from one call each, None where that fails."""
-        if not problems:
-            return []
         if self._executor is None:
             raise RuntimeError("MMTok: an image is to be pruned before the model is loaded")
         try:
-            selections = self._executor.select(problems)
+            if method == "mmtok":
+                selections = self._executor.select(problems)
+            else:
+                selections = comparator(method)(problems, self._settings.config)
             if [len(selection) for selection in selections] != [problem.num_picks for problem in problems]:
                 raise RuntimeError("the backend returned another number of tokens than asked for")
             return list(selections)
@@ -186,11 +203,6 @@ class TokenSelector:
             why = f"{type(error).__name__}: {error}"
         # After the handler, to whose end the error holds the memory of the call that failed.
         if len(problems) > 1:
-            return [self._run_backend([problem])[0] for problem in problems]
+            return [self._run_method(method, [problem])[0] for problem in problems]
         self._metrics.count_fallback(len(problems[0].vision), problems[0].num_picks, why)
         return [None]
-
-
-def _evenly_spaced(num_tokens: int, num_kept: int, device: torch.device) -> Tensor:
-    # In integers: float32 repeats a token where there are more than 10,000.
-    return torch.arange(num_kept, device=device) * (num_tokens - 1) // max(num_kept - 1, 1)

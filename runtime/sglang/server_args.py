@@ -46,6 +46,14 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
     mmtok_min_tokens: A[
         int | None, Arg(help="MMTok: never keep fewer tokens of an image than this. Default: 1."), NS("mm")
     ] = None
+    mmtok_min_tokens_in: A[
+        int | None,
+        Arg(
+            help="MMTok: leave an image unpruned that takes fewer tokens than this in an unpruned prompt, where "
+            "pruning would cost more time than it saves. Default: 0, every image is pruned."
+        ),
+        NS("mm"),
+    ] = None
     mmtok_tv_temp: A[
         float | None,
         Arg(help="MMTok: temperature of the text-to-vision softmax. Default: the model family's preset."),
@@ -69,6 +77,21 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
     mmtok_guidance: A[
         Literal["keywords", "question"] | None,
         Arg(help="MMTok: which words of a question guide the selection. Default: the model family's preset."),
+        NS("mm"),
+    ] = None
+    mmtok_method: A[
+        Literal["mmtok", "text-coverage", "vision-coverage", "divprune", "visionzip", "random", "even", "downsample"]
+        | None,
+        Arg(
+            help="MMTok: what chooses the tokens, for comparisons. A request overrides it with "
+            'mm_processor_kwargs={"mmtok_method": ...}. One that the model cannot run is an error at start. '
+            "Default: mmtok."
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_seed: A[
+        int | None,
+        Arg(help="MMTok: seed of --mmtok-method random; a request overrides it with mmtok_seed. Default: 0."),
         NS("mm"),
     ] = None
     mmtok_backend: A[
@@ -120,7 +143,8 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         """Resolves the arguments, and installs the hooks if there is a budget.
 
         Raises:
-            UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all.
+            UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all,
+                or a method that the model cannot run.
             ArtifactError: The exported file is not whole.
             EngineMismatchError: It was exported for another model, budget or dtype.
             HookError: A hook point of SGLang is missing or has changed, or the process has hooks of other settings.
@@ -129,10 +153,16 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         if self.mmtok_budget is None:
             _install(None)
             return
-        from mmtok_deploy.runtime.sglang.compatibility import check_engine, check_server, family_of_server
+        from mmtok_deploy.runtime.sglang.compatibility import (
+            check_engine,
+            check_server,
+            check_server_method,
+            family_of_server,
+        )
 
         self._mmtok_settings = self._settings(family_of_server(self))
         check_server(self)
+        check_server_method(self, self._mmtok_settings)
         check_engine(self, self._mmtok_settings)
         _install(self._mmtok_settings)
 
@@ -166,6 +196,9 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             engine=None if self.mmtok_engine is None else Path(self.mmtok_engine).absolute(),
             provider=self.mmtok_onnxruntime_provider,
             feature_cache_mb=cache_mb,
+            min_tokens_in=self.mmtok_min_tokens_in or 0,
+            method=self.mmtok_method or "mmtok",
+            seed=self.mmtok_seed or 0,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.guidance import GuidanceRule
+from mmtok_deploy.methods import MethodName, check_method, coverage_of
 from mmtok_deploy.runtime.executors import ExecutorName
 
 __all__ = ["DEFAULT_FEATURE_CACHE_MB", "Settings"]
@@ -30,10 +31,13 @@ class Settings:
         engine: The exported file that does, if one does.
         provider: ONNX Runtime's, instead of the device's own.
         feature_cache_mb: MiB of vision features kept by image in each scheduler process; 0 keeps none.
+        min_tokens_in: An image that takes fewer tokens in an unpruned prompt is not pruned.
+        method: What chooses the tokens where the request names no method of its own.
+        seed: Of the method that draws.
 
     Raises:
-        ValueError: An unknown guidance rule, a backend without the file that it runs or the other way round, or a
-            negative size.
+        ValueError: An unknown guidance rule or method, a backend without the file that it runs or the other way
+            round, a method that the backend does not run, or a negative number.
     """
 
     family: str
@@ -44,6 +48,9 @@ class Settings:
     engine: Path | None = None
     provider: str | None = None
     feature_cache_mb: int = DEFAULT_FEATURE_CACHE_MB
+    min_tokens_in: int = 0
+    method: MethodName = "mmtok"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.guidance not in get_args(GuidanceRule):
@@ -58,17 +65,42 @@ class Settings:
             raise ValueError("--mmtok-onnxruntime-provider is for an exported file: add --mmtok-engine FILE.onnx")
         if self.feature_cache_mb < 0:
             raise ValueError(f"feature_cache_mb is at least 0, got {self.feature_cache_mb}")
+        if self.min_tokens_in < 0:
+            raise ValueError(f"min_tokens_in is at least 0, got {self.min_tokens_in}")
+        if self.seed < 0:
+            raise ValueError(f"seed is at least 0, got {self.seed}")
+        self.check_method(self.method)
+
+    def check_method(self, method: object) -> MethodName:
+        """Returns the method if this server's backend runs it.
+
+        Raises:
+            ValueError: It does not, there is none of that name, or it contradicts the server's coverage.
+        """
+        name = check_method(method)
+        if name != "mmtok" and (self.engine is not None or self.backend not in ("auto", "torch")):
+            runs = self.backend if self.engine is None else self.engine.name
+            raise ValueError(
+                f"{runs} runs the method mmtok alone, not {name}: start the server with --mmtok-backend torch"
+            )
+        covers = coverage_of(name, self.config)
+        if name != "mmtok" and covers not in (None, self.config.coverage) and self.config.coverage != "multimodal":
+            raise ValueError(f"{name} contradicts --mmtok-coverage {self.config.coverage}: drop one of the two")
+        return name
 
     def flags(self) -> dict[str, Any]:
         """Returns the settings as the values of the --mmtok-* flags, for `/server_info`."""
         return {
             "mmtok_budget": str(self.budget),
             "mmtok_min_tokens": self.budget.minimum,
+            "mmtok_min_tokens_in": self.min_tokens_in,
             "mmtok_tv_temp": self.config.tv_temp,
             "mmtok_vv_temp": self.config.vv_temp,
             "mmtok_alpha": self.config.alpha,
             "mmtok_coverage": self.config.coverage,
             "mmtok_guidance": self.guidance,
+            "mmtok_method": self.method,
+            "mmtok_seed": self.seed,
             "mmtok_backend": self.backend,
             "mmtok_engine": None if self.engine is None else str(self.engine),
             "mmtok_onnxruntime_provider": self.provider,

@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sglang.srt.managers import mm_utils
 from sglang.srt.managers.schedule_batch import MultimodalDataItem
 from torch import Tensor
 
+from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 
 __all__ = ["EncodedImage", "PROCESSOR_HOOK", "SelectFeatures", "backend_hooks", "separate_images"]
 
@@ -44,25 +47,27 @@ SelectFeatures = Callable[[Any, Sequence[EncodedImage]], list[Tensor]]
 _MIXIN = "models.transformers.MultiModalMixin"
 
 
-def backend_hooks(cache: FeatureCache, select: SelectFeatures) -> list[Hook]:
+def backend_hooks(cache: FeatureCache, select: SelectFeatures, stages: StageMetrics) -> list[Hook]:
     """Returns the hooks that lead images through the embedding path and prune them on it.
 
     Args:
         cache: Gives an image's features, encoded now or before.
         select: Picks the tokens of a batch's images from their features.
+        stages: Times calls of the vision encoder, one an image.
     """
 
     def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> list[Tensor]:
+        encode = partial(stages.encode, original)
         plans = {place: plan for place, item in enumerate(items) if (plan := plan_of(item)) is not None}
         features = cache.recall(
             [items[place] for place in plans],
-            lambda missing: [_encode_for_selection(original, model, item) for item in missing],
+            lambda missing: [_encode_for_selection(encode, model, item) for item in missing],
         )
         images = [
             EncodedImage(items[place], plan, each) for (place, plan), each in zip(plans.items(), features, strict=True)
         ]
         kept = dict(zip(plans, select(model, images), strict=True))
-        return [kept[place] if place in kept else _encode(original, model, item) for place, item in enumerate(items)]
+        return [kept[place] if place in kept else _encode(encode, model, item) for place, item in enumerate(items)]
 
     return [
         Hook(f"{_MIXIN}.pad_input_ids", "self input_ids mm_inputs", _pad_input_ids),
@@ -123,17 +128,38 @@ def _pad_input_ids(_original: Callable[..., Any], _model: Any, input_ids: Any, m
 
 
 def _encode_for_selection(original: Callable[..., Tensor], model: Any, item: Any) -> Features:
-    """Returns what goes into the projector and what comes out of it, tile by tile."""
-    projected: list[Features] = []
-    hook = model.model.multi_modal_projector.register_forward_hook(
-        lambda _, inputs, tokens: projected.append(Features(vision=tokens, keys=inputs[0]))
-    )
-    try:
+    """Returns what goes into the projector and what comes out of it, tile by tile; with attention where it is read."""
+    plan = plan_of(item)
+    with _calls_of(model.model.multi_modal_projector) as projected:
+        if plan is not None and plan.method == "visionzip":
+            attention = _encode_with_attention(original, model, item)
+        else:
+            attention = None
+            _encode(original, model, item)
+    ((keys, vision),) = projected
+    return Features(vision, keys, attention)
+
+
+def _encode_with_attention(original: Callable[..., Tensor], model: Any, item: Any) -> Tensor:
+    """Returns [tiles, n] what the class token pays to each patch in the layer whose features the projector reads."""
+    layer = model.config.vision_feature_layer
+    layer = layer if isinstance(layer, int) else layer[-1]
+    # Features are numbered from the embeddings on, which come before layer 0.
+    attention = model.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
+    with _calls_of(attention.q_proj) as queries, _calls_of(attention.k_proj) as keys:
         _encode(original, model, item)
+    return class_token_attention(queries[0][1], keys[0][1], attention.num_heads)
+
+
+@contextmanager
+def _calls_of(module: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Gives the first argument and the result of each call of a module, as they come."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = module.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+    try:
+        yield calls
     finally:
         hook.remove()
-    (features,) = projected
-    return features
 
 
 def _encode(original: Callable[..., Tensor], model: Any, item: Any) -> Tensor:

@@ -13,6 +13,8 @@ from tests.runtime.hand_pruned import HandPruned
 from tests.runtime.serving import Served, server_arguments
 
 FAMILIES = get_args(TinyFamily)
+MIN_TOKENS_IN = 8
+"""What the tests' images have, but for the smallest of Qwen2.5-VL."""
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
 
 
@@ -44,7 +46,8 @@ def family(request: pytest.FixtureRequest) -> TinyFamily:
 @pytest.fixture(scope="session")
 def servers(family: TinyFamily) -> Iterator[tuple[Served, Served]]:
     """A server with a budget of 10% and one without the flag, of the same checkpoint."""
-    pruned, plain = make_server(family, "--mmtok-budget=10%", "--enable-metrics"), make_server(family)
+    flags = ["--mmtok-budget=10%", f"--mmtok-min-tokens-in={MIN_TOKENS_IN}", "--enable-metrics"]
+    pruned, plain = make_server(family, *flags), make_server(family)
     with running(pruned, plain):
         yield Served(family, pruned, judge_of(family)), Served(family, plain, judge_of(family))
 

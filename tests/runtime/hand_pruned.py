@@ -7,7 +7,7 @@ reference that the golden answers hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from mmtok_deploy import select_tokens
+from mmtok_deploy.config import Coverage
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.presets import PRESETS
 
@@ -40,6 +41,7 @@ class HandPruned:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(path)
         self.preset = PRESETS[family]
+        self._config = self.preset.config
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -51,9 +53,10 @@ class HandPruned:
         prompt: str,
         images: Sequence[Image.Image],
         guidance: Sequence[str],
-        budget: float | int | None,
+        budget: float | int | Sequence[float | int] | None,
         *,
         kept: list[Tensor] | None = None,
+        coverage: Coverage = "multimodal",
         original_positions: bool = True,
     ) -> Pruned:
         """Prunes each image to `budget` (tokens, or a ratio; None for all), guided by its text.
@@ -62,8 +65,10 @@ class HandPruned:
             prompt: With one placeholder an image.
             images: In the order of the prompt.
             guidance: One text an image.
-            budget: int for tokens (of each tile, for tiles), float for a ratio, None for the unpruned prompt.
-            kept: Indices to keep of each image, in place of a selection.
+            budget: int for tokens (of each tile, for tiles), float for a ratio, None for the unpruned prompt; or a list
+                of one an image.
+            kept: Indices to keep of each image, or tokens to read, in place of a selection.
+            coverage: What the selection covers.
             original_positions: False gives kept tokens the first K positions of their image: the mistake to catch.
         """
         inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt")
@@ -76,9 +81,18 @@ class HandPruned:
             features, take = self._features(inputs, images)
             embeddings[is_image] = torch.cat([vision for vision, _ in features])
             if budget is not None:
-                taken = take(guidance, budget) if kept is None else kept
+                budgets = [budget] * len(images) if isinstance(budget, float | int) else budget
+                self._config = replace(self.preset.config, coverage=coverage)
+                taken = take(guidance, budgets) if kept is None else kept
                 return self._cut(ids, embeddings, positions, next_position, taken, original_positions)
         return Pruned(embeddings, positions, next_position, int(is_image.sum()))
+
+    @torch.no_grad()
+    def vision_tokens(self, prompt: str, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Returns the [N, D] tokens of each image, unpruned."""
+        inputs = self.processor(text=[prompt], images=list(images), return_tensors="pt")
+        features, _ = self._features(inputs, images)
+        return [vision for vision, _ in features]
 
     @torch.no_grad()
     def logprobs(self, pruned: Pruned, output_ids: Sequence[int]) -> Tensor:
@@ -112,7 +126,7 @@ class HandPruned:
     def _select(self, vision: Tensor, keys: Tensor, text: str, budget: float | int, excluded: Tensor | None) -> Tensor:
         kept = budget if isinstance(budget, int) else max(1, int(budget * len(vision)))
         guidance = self._embed_guidance(text)
-        return select_tokens(vision, keys, guidance, kept, config=self.preset.config, excluded=excluded).kept
+        return select_tokens(vision, keys, guidance, kept, config=self._config, excluded=excluded).kept
 
     def _positions(self, inputs: Any) -> tuple[Tensor, int]:
         if self.family != "qwen2.5-vl":
@@ -124,7 +138,7 @@ class HandPruned:
 
     def _features(
         self, inputs: Any, images: Sequence[Image.Image]
-    ) -> tuple[list[tuple[Tensor, Tensor]], Callable[[Sequence[str], float | int], list[Tensor]]]:
+    ) -> tuple[list[tuple[Tensor, Tensor]], Callable[[Sequence[str], Sequence[float | int]], list[Tensor]]]:
         """Returns each image's (unpruned tokens, _) and a function that picks from them.
 
         The function returns, for each image, either kept indices into its tokens (int64) or new tokens (float).
@@ -141,8 +155,9 @@ class HandPruned:
         keys[order] = groups
         sizes = (grids.prod(-1) // visual.spatial_merge_size**2).tolist()
         features = list(zip(outputs, keys.split(sizes), strict=True))
-        return features, lambda texts, budget: [
-            self._select(vision, key, text, budget, None) for (vision, key), text in zip(features, texts, strict=True)
+        return features, lambda texts, budgets: [
+            self._select(vision, key, text, budget, None)
+            for (vision, key), text, budget in zip(features, texts, budgets, strict=True)
         ]
 
     def _features_llava_1_5(self, inputs: Any, images: Sequence[Image.Image]) -> Any:
@@ -151,9 +166,9 @@ class HandPruned:
         features = list(zip([out.reshape(-1, out.shape[-1]) for out in outputs], keys, strict=True))
         pads = self.processor.image_processor.do_pad
         masks = [_outside(image.width, image.height) if pads else None for image in images]
-        return features, lambda texts, budget: [
+        return features, lambda texts, budgets: [
             self._select(vision, key, text, budget, mask)
-            for (vision, key), text, mask in zip(features, texts, masks, strict=True)
+            for (vision, key), text, budget, mask in zip(features, texts, budgets, masks, strict=True)
         ]
 
     def _features_llava_next(self, inputs: Any, _images: Any) -> Any:
@@ -164,9 +179,9 @@ class HandPruned:
         grids = [_grid(size.tolist()) for size in inputs["image_sizes"]]
         counts = [1 + rows * columns for rows, columns in grids]
 
-        def take(texts: Sequence[str], budget: float | int) -> list[Tensor]:
-            tiles = zip(after.split(counts), before.split(counts), texts, grids, strict=True)
-            return [self._join_tiles(vision, keys, text, budget, grid) for vision, keys, text, grid in tiles]
+        def take(texts: Sequence[str], budgets: Sequence[float | int]) -> list[Tensor]:
+            tiles = zip(after.split(counts), before.split(counts), texts, budgets, grids, strict=True)
+            return [self._join_tiles(*image) for image in tiles]
 
         return [(tokens, tokens) for tokens in outputs], take
 

@@ -81,7 +81,11 @@ class Served:
         self.post("/flush_cache?timeout=30")
 
     def check(
-        self, chat: Chat, account: dict[str, Any], budget: float | int | None = 0.1, guidance: list[str] | None = None
+        self,
+        chat: Chat,
+        account: dict[str, Any],
+        budget: float | int | list[float | int] | None = 0.1,
+        guidance: list[str] | None = None,
     ) -> None:
         """Holds an answer against the hand-pruned model: tokens read, and every logprob reported."""
         prompt = self.judge.prompt(chat.for_template())

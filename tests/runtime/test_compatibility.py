@@ -115,7 +115,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("qwen2.5-vl", {}), ("llava-1.5", {"model_impl": "transformers"}), ("llava-next", {})],
+    [
+        ("qwen2.5-vl", {}),
+        ("qwen2.5-vl", {"mmtok_method": "downsample"}),
+        ("llava-1.5", {"model_impl": "transformers"}),
+        ("llava-1.5", {"model_impl": "transformers", "mmtok_method": "downsample"}),
+        ("llava-next", {}),
+        ("llava-next", {"mmtok_method": "visionzip"}),
+    ],
 )
 def test_real_arguments_of_each_family_pass(
     installed: list[Settings | None],
@@ -136,6 +143,8 @@ def test_real_arguments_of_each_family_pass(
         ("llava-1.5", {}, "LlavaForConditionalGeneration.*: add --model-impl transformers$"),
         ("qwen2.5-vl", {"model_impl": "transformers"}, "Qwen2_5_VL.*: add --model-impl sglang$"),
         ("qwen2.5-vl", {"mm_enable_dp_encoder": True}, "cannot be combined with --mm-enable-dp-encoder"),
+        ("qwen2.5-vl", {"mmtok_method": "visionzip"}, "--mmtok-method visionzip does not run on this model: .*class"),
+        ("llava-next", {"mmtok_method": "downsample"}, "--mmtok-method downsample does not run on this .* tiles"),
     ],
 )
 def test_real_arguments_that_would_go_around_the_hooks_are_refused(

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 
 from mmtok_deploy import Budget
+from mmtok_deploy.methods import MethodName
+from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.families.llava_1_5 import Llava15, padding_mask
 from mmtok_deploy.runtime.sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
 from mmtok_deploy.runtime.sglang.families.qwen2_5_vl import Qwen25VL
 from mmtok_deploy.runtime.sglang.transformers_backend import separate_images
-from tests.runtime.stand_ins import image_item
+from tests.runtime.stand_ins import image_item, make_settings
 
 SIZES = [(1, 1), (1, 1000), (1000, 1), (336, 336), (400, 600), (600, 400), (337, 336), (35, 1000), (640, 427), (3, 7)]
 
@@ -176,3 +181,102 @@ def test_placeholders_of_another_number_than_a_qwen_image_has_are_refused(grids:
     # Two images and one placeholder in the prompt: the selection would point outside of the positions.
     with pytest.raises(ValueError, match=r"the prompt has 294 placeholders for an image of \d+ tokens"):
         Qwen25VL().num_kept(qwen_item(grids), 294, Budget(tokens=64), QWEN)
+
+
+CLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="clip_vision_model", image_size=336, patch_size=14))
+SIGLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="siglip_vision_model"))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "cannot"),
+    [
+        (Qwen25VL, QWEN, ["visionzip"]),
+        (Llava15, CLIP, []),
+        (Llava15, SIGLIP, ["visionzip", "downsample"]),
+        (LlavaNext, CLIP, ["downsample"]),
+        (LlavaNext, SIGLIP, ["visionzip", "downsample"]),
+    ],
+)
+def test_methods_that_a_model_cannot_run(family: type[Family], config: Any, cannot: list[str]) -> None:
+    assert [method for method in get_args(MethodName) if family().obstacle_to(method, config)] == cannot
+
+
+@pytest.mark.parametrize(("num_kept", "grid"), [(57, (7, 8)), (4, (2, 2)), (576, (24, 24)), (600, (24, 24))])
+def test_llava_scales_the_pixels_down(num_kept: int, grid: tuple[int, int]) -> None:
+    item = image_item((0, 575))
+    # A ramp from left to right: scaled, it is a ramp again.
+    item.feature = torch.linspace(-1, 1, 336).expand(1, 3, 336, 336)
+    assert Llava15().shrink_item(item, 576, num_kept, CLIP) == grid[0] * grid[1]
+    assert item.feature.shape == (1, 3, grid[0] * 14, grid[1] * 14)
+    assert ("interpolate_pos_encoding" in item.model_specific_data) is (num_kept < 576)
+    row = item.feature[0, 0, 0]
+    places = (torch.arange(len(row)) + 0.5) * 336 / len(row) - 0.5
+    inner = slice(2, -2)
+    assert torch.allclose(row[inner], (places / 335 * 2 - 1)[inner], atol=1e-3)
+
+
+PROCESSOR = SimpleNamespace(
+    image_config={},
+    _processor=SimpleNamespace(
+        image_processor=SimpleNamespace(
+            patch_size=14, merge_size=2, size={"shortest_edge": 4 * 784, "longest_edge": 1280 * 784}
+        )
+    ),
+)
+
+
+def shrunk(
+    image: Any, budget: str | int, *, processor: Any = PROCESSOR, min_tokens_in: int = 0, request: Any = None
+) -> Any:
+    settings = replace(make_settings(), min_tokens_in=min_tokens_in)
+    (smaller,) = asyncio.run(Qwen25VL().shrink_images([image], Budget.parse(budget), settings, processor, request))
+    return smaller
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "expected"),
+    [
+        ((336, 336), "10%", (112, 84)),
+        ((336, 252), 54, (252, 168)),
+        ((345, 330), 36, (168, 168)),
+        ((336, 336), 4, (56, 56)),
+    ],
+)
+def test_qwen_is_given_a_smaller_image(size: tuple[int, int], budget: str | int, expected: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, "red")
+    smaller = shrunk(image, budget)
+    assert (smaller.size, smaller.mode, smaller.getpixel((0, 0))) == (expected, "RGB", (255, 0, 0))
+
+
+def test_an_image_that_is_small_enough_is_not_scaled() -> None:
+    image = Image.new("RGB", (112, 112))
+    assert shrunk(image, 16) is image
+    assert shrunk(image, 4, min_tokens_in=17) is image
+    assert shrunk(image, 4, min_tokens_in=16) is not image
+
+
+def test_an_image_is_scaled_from_what_the_processor_would_make_of_it() -> None:
+    image = Image.new("RGB", (1120, 1120))
+    smaller = shrunk(
+        image, "25%", processor=SimpleNamespace(**vars(PROCESSOR) | {"image_config": {"max_pixels": 78400}})
+    )
+    assert smaller.size == (140, 140)
+
+
+def test_what_the_processor_would_enlarge_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 tokens of an image are below .* mmtok_budget of 4 tokens or more"):
+        shrunk(Image.new("RGB", (336, 336)), 3)
+
+
+@pytest.mark.parametrize("name", ["mm_hashes", "mm_content_hashes"])
+def test_images_named_by_the_caller_are_not_scaled(name: str) -> None:
+    image = Image.new("RGB", (336, 336))
+    with pytest.raises(ValueError, match=f"changes the images, which {name} names"):
+        shrunk(image, "10%", request=SimpleNamespace(**{name: ["00ff"]}))
+    shrunk(image, "10%", request=SimpleNamespace(**{name: [None]}))
+
+
+def test_a_transparent_image_stays_transparent() -> None:
+    palette = Image.new("RGBA", (336, 336), (255, 0, 0, 0)).convert("P")
+    assert shrunk(Image.new("L", (336, 336)), "10%").mode == "RGB"
+    assert shrunk(palette, "10%").mode == ("RGBA" if palette.has_transparency_data else "RGB")

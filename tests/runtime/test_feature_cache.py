@@ -147,6 +147,16 @@ def test_a_held_image_does_not_keep_its_batch() -> None:
     assert held.vision.untyped_storage().nbytes() + held.keys.untyped_storage().nbytes() == whole
 
 
+def test_attention_is_held_and_counted() -> None:
+    cache, plan = make_cache(), replace(PLAN, method="visionzip")
+    whole = Features(torch.zeros(4, 8), torch.zeros(4, 6), torch.arange(8.0).split(4)[1])
+    for _ in range(2):
+        (held,) = cache.recall([image(1, plan)], lambda items: [whole])
+    assert held.attention is not None
+    assert held.attention.tolist() == [4, 5, 6, 7]
+    assert cache.size_bytes == IMAGE_BYTES + 4 * 4
+
+
 def test_without_memory_for_a_copy_an_image_is_held_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one rank would encode it again, and the others would not."""
 
@@ -174,6 +184,10 @@ def test_it_is_flushed_with_sglangs_caches(flushed: bool) -> None:
     [
         (image(1), image(1), True),
         (image(1), image(1, replace(PLAN, guidance=[], num_kept=1)), True),
+        (image(1), image(1, replace(PLAN, method="divprune")), True),
+        (image(1), image(1, replace(PLAN, method="visionzip")), False),
+        (image(1), image(1, replace(PLAN, method="downsample")), False),
+        (image(1, replace(PLAN, method="downsample")), image(1, replace(PLAN, method="downsample", num_kept=1)), False),
         (image(1), image(2), False),
         # Of one colour, so that their pixels are the same in another shape.
         (image(1, image_grid_thw=torch.tensor([[1, 4, 8]])), image(1, image_grid_thw=torch.tensor([[1, 8, 4]])), False),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, msgpack_dec
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
+from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families import Family
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, PlaceholderCutter, cut_placeholders, plan_of
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 from tests.runtime.stand_ins import (
     IMAGE_ID,
     Request,
@@ -164,7 +167,7 @@ class StandInFamily(Family):
     def keys_width(self, config: Any) -> int:
         return 6
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         return []
 
 
@@ -178,6 +181,7 @@ def processed(
     videos: Sequence[Any] | None = None,
     prompt: str | list[int] = "<|image_pad|>",
     max_prompt_tokens: int | None = None,
+    min_tokens_in: int = 0,
 ) -> Any:
     """Runs the cutter around a processor that returns `output`."""
 
@@ -186,7 +190,8 @@ def processed(
         assert kwargs["input_text"] is prompt
         return output
 
-    cutter = PlaceholderCutter(make_settings(budget), StandInFamily(excluded))
+    settings = replace(make_settings(budget), min_tokens_in=min_tokens_in)
+    cutter = PlaceholderCutter(settings, StandInFamily(excluded))
     request = Request(mm_processor_kwargs=fields, video_data=videos)
     return asyncio.run(
         cutter.process_mm_data(
@@ -222,6 +227,43 @@ def test_the_servers_budget_is_cut_to() -> None:
 def test_a_requests_budget_is_cut_to(fields: Any, kept: tuple[int, int]) -> None:
     output = processed(prompt_output(TWO_IMAGES), 3, fields=fields)
     assert tuple(end - start + 1 for start, end in offsets(output)) == kept
+
+
+@pytest.mark.parametrize(
+    ("min_tokens_in", "kept"), [(0, (2, 2)), (3, (2, 2)), (4, (2, 3)), (5, (4, 3))], ids=["off", "both", "one", "none"]
+)
+@pytest.mark.parametrize("fields", [None, {"mmtok_budget": 2}])
+def test_an_image_of_fewer_tokens_than_asked_for_is_left_unpruned(
+    min_tokens_in: int, kept: tuple[int, int], fields: Any
+) -> None:
+    output = processed(prompt_output(TWO_IMAGES), 2, fields=fields, min_tokens_in=min_tokens_in)
+    assert tuple(end - start + 1 for start, end in offsets(output)) == kept
+    assert [plan_of(item) is None for item in output.mm_items] == [kept[0] == 4, kept[1] == 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "method", "seed", "reads"),
+    [
+        ({"mmtok_method": "divprune"}, "divprune", 0, False),
+        ({"mmtok_method": "even", "mmtok_seed": 5}, "even", 0, False),
+        ({"mmtok_method": "text-coverage"}, "text-coverage", 0, True),
+        ({"mmtok_method": "random", "mmtok_seed": 5}, "random", 5, True),
+        ({"mmtok_method": "mmtok"}, "mmtok", 0, True),
+    ],
+)
+def test_a_requests_method_is_in_the_plan(fields: Any, method: MethodName, seed: int, reads: bool) -> None:
+    output = processed(prompt_output(TWO_IMAGES), 2, fields=fields, prompt="<|image_pad|>ab<|image_pad|>")
+    question = [ord(letter) for letter in "Question:ab"] if reads else []
+    expected = [ImagePlan(tokens, 2, question, method=method, seed=seed) for tokens in (4, 3)]
+    assert [plan_of(item) for item in output.mm_items] == expected
+
+
+@pytest.mark.parametrize("method", ["visionzip", "downsample"])
+def test_a_method_that_the_model_cannot_run_is_refused(method: str) -> None:
+    fields = {"mmtok_method": method}
+    with pytest.raises(ValueError, match=rf"^mm_processor_kwargs.mmtok_method {method} does not run on this model: "):
+        processed(None, 2, fields=fields)
+    processed(prompt_output(TWO_IMAGES), 2, fields=fields | {"mmtok_budget": "all"})
 
 
 def test_texts_belong_to_images_in_the_order_of_the_prompt() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from mmtok_deploy.runtime.sglang.request import (
     message_guidance,
     prompt_guidance,
     requested_budget,
+    requested_method,
+    requested_seed,
 )
+from tests.runtime.stand_ins import make_settings
 
 SERVER = Budget.parse(64, minimum=4)
 IMAGE = {"type": "image_url", "image_url": {"url": "file:///cat.png"}}
@@ -58,8 +62,37 @@ def test_a_bad_budget_is_refused_and_named(value: Any) -> None:
 
 
 def test_an_unknown_field_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"no field mmtok_alpha, mmtok_budgets; .* mmtok_budget and mmtok_guidance"):
+    with pytest.raises(
+        ValueError, match=r"no field mmtok_alpha, mmtok_budgets; .* mmtok_budget, mmtok_guidance, mmtok_m"
+    ):
         requested_budget({"mmtok_budgets": 5, "mmtok_alpha": 1, "num_crops": 4}, SERVER)
+
+
+def test_a_requests_method_and_seed_go_before_the_servers() -> None:
+    settings = replace(make_settings(), method="even", seed=3)
+    fields = {"mmtok_method": "random", "mmtok_seed": 5}
+    assert (requested_method(fields, settings), requested_seed(fields, settings.seed)) == ("random", 5)
+    for without in (None, {}, {"mmtok_method": None, "mmtok_seed": None}):
+        assert (requested_method(without, settings), requested_seed(without, settings.seed)) == ("even", 3)
+
+
+@pytest.mark.parametrize("value", ["fastv", "", 3, ["even"], True])
+def test_a_bad_method_is_refused_and_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^mm_processor_kwargs\.mmtok_method: method is one of mmtok, "):
+        requested_method({"mmtok_method": value}, make_settings())
+
+
+def test_a_method_that_the_backend_does_not_run_is_refused() -> None:
+    settings = replace(make_settings(), backend="triton")
+    assert requested_method({"mmtok_method": "mmtok"}, settings) == "mmtok"
+    with pytest.raises(ValueError, match=r"mmtok_method: triton runs the method mmtok alone, not even"):
+        requested_method({"mmtok_method": "even"}, settings)
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, "1", True, [1]])
+def test_a_bad_seed_is_refused_and_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^mm_processor_kwargs\.mmtok_seed is a whole number of at least 0, got "):
+        requested_seed({"mmtok_seed": value}, 0)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,14 @@ from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
 FLAGS = [
     "--mmtok-budget",
     "--mmtok-min-tokens",
+    "--mmtok-min-tokens-in",
     "--mmtok-tv-temp",
     "--mmtok-vv-temp",
     "--mmtok-alpha",
     "--mmtok-coverage",
     "--mmtok-guidance",
+    "--mmtok-method",
+    "--mmtok-seed",
     "--mmtok-backend",
     "--mmtok-engine",
     "--mmtok-onnxruntime-provider",
@@ -64,6 +67,7 @@ def test_the_servers_help_lists_the_flags() -> None:
         *((["--mmtok-budget", value], "or 'all' for no pruning") for value in ("0", "-3", "1.5", "150%", "ten", "")),
         (["--mmtok-budget", "64", "--mmtok-coverage", "image"], "multimodal"),
         (["--mmtok-budget", "64", "--mmtok-guidance", "words"], "keywords"),
+        (["--mmtok-budget", "64", "--mmtok-method", "fastv"], "divprune"),
         (["--mmtok-budget", "64", "--mmtok-backend", "openvino"], "onnxruntime"),
         (["--mmtok-budget", "64", "--mmtok-onnxruntime-provider", "cpu"], "CPUExecutionProvider"),
         (["--mmtok-budget", "64", "--mmtok-alpha", "half"], "--mmtok-alpha"),
@@ -90,6 +94,21 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
         ({"mmtok_coverage": "image"}, "coverage is one of multimodal"),
         ({"mmtok_guidance": "words"}, "guidance is one of keywords, question, got 'words'"),
         ({"mmtok_min_tokens": 0}, "minimum is a whole number"),
+        ({"mmtok_method": "fastv"}, "method is one of mmtok, text-coverage, .* got 'fastv'"),
+        ({"mmtok_seed": -1}, "seed is at least 0, got -1"),
+        (
+            {"mmtok_method": "even", "mmtok_backend": "triton"},
+            "triton runs the method mmtok alone, not even: start the server with --mmtok-backend torch",
+        ),
+        (
+            {"mmtok_method": "divprune", "mmtok_engine": "/a/selection.onnx"},
+            "selection.onnx runs the method mmtok alone, not divprune",
+        ),
+        (
+            {"mmtok_method": "vision-coverage", "mmtok_coverage": "text"},
+            "vision-coverage contradicts --mmtok-coverage text",
+        ),
+        ({"mmtok_min_tokens_in": -1}, "min_tokens_in is at least 0, got -1"),
         ({"mmtok_feature_cache_mb": -1}, "feature_cache_mb is at least 0, got -1"),
     ],
 )
@@ -103,6 +122,7 @@ def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], na
     [
         ("--mmtok-alpha", "1"),
         ("--mmtok-min-tokens", "4"),
+        ("--mmtok-min-tokens-in", "0"),
         ("--mmtok-coverage", "text"),
         ("--mmtok-feature-cache-mb", "0"),
     ],
@@ -152,9 +172,21 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
             ),
         ),
         (
-            {"mmtok_budget": "all"},
+            {"mmtok_budget": "all", "mmtok_min_tokens_in": 300, "mmtok_method": "random", "mmtok_seed": 7},
             "llava-next",
-            Settings("llava-next", Budget(), SelectionConfig(0.02, 0.2, 0.5), "keywords"),
+            Settings(
+                *("llava-next", Budget(), SelectionConfig(0.02, 0.2, 0.5), "keywords"),
+                min_tokens_in=300,
+                method="random",
+                seed=7,
+            ),
+        ),
+        (
+            {"mmtok_budget": "all", "mmtok_method": "text-coverage", "mmtok_coverage": "text"},
+            "llava-1.5",
+            Settings(
+                *("llava-1.5", Budget(), SelectionConfig(0.02, 0.2, 0.5, "text"), "keywords"), method="text-coverage"
+            ),
         ),
     ],
 )
@@ -187,11 +219,14 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
     assert {name: value for name, value in shown.items() if name.startswith("mmtok_")} == {
         "mmtok_budget": "10%",
         "mmtok_min_tokens": 1,
+        "mmtok_min_tokens_in": 0,
         "mmtok_tv_temp": 0.01,
         "mmtok_vv_temp": 0.2,
         "mmtok_alpha": 1.0,
         "mmtok_coverage": "multimodal",
         "mmtok_guidance": "question",
+        "mmtok_method": "mmtok",
+        "mmtok_seed": 0,
         "mmtok_backend": "auto",
         "mmtok_engine": None,
         "mmtok_onnxruntime_provider": None,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.runtime.chats import Chat, small
+from tests.runtime.conftest import MIN_TOKENS_IN
 from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
 CUP = "What is in this cup?"
@@ -71,6 +72,17 @@ def test_a_request_sets_its_budget(served: Served, budget: float | str) -> None:
     count = 1 if served.family == "llava-next" else 5
     expected = {"5": count, 5: count, "20%": 0.2, 0.2: 0.2, "all": None}[budget]
     served.check(chat, served.ask(chat, mmtok_budget=budget), expected)
+
+
+def test_a_small_image_stays_whole_beside_a_large_one(served: Served) -> None:
+    if served.family != "qwen2.5-vl":
+        pytest.skip("no image of this family has fewer than 8 tokens")
+    icon, photograph = small("chelsea", 56, 56), small("coffee")
+    for images, budgets in (((icon, photograph), [1.0, 0.1]), ((photograph, icon), [0.1, 1.0])):
+        chat = Chat.ask(*images, CATS)
+        account = served.ask(chat)
+        assert account["image_tokens"] == 4 + 10
+        served.check(chat, account, budgets)
 
 
 def test_parallel_sampling(served: Served) -> None:
@@ -137,6 +149,8 @@ BAD_FIELDS: dict[str, dict[str, Any]] = {
     "true": {"mmtok_budget": True},
     "list": {"mmtok_budget": [10]},
     "unknown field": {"mmtok_bugdet": 10},
+    "method": {"mmtok_method": "fastv"},
+    "seed": {"mmtok_seed": "one", "mmtok_method": "random"},
     "guidance of another length": {"mmtok_guidance": ["a", "b", "c"]},
     "guidance of another type": {"mmtok_guidance": 7},
 }
@@ -173,10 +187,15 @@ def test_video_is_refused_with_a_budget(served: Served) -> None:
 def test_image_of_one_pixel(served: Served) -> None:
     chat = Chat.ask(Image.new("RGB", (1, 1), "red"), CUP)
     served.check(chat, served.ask(chat, mmtok_budget="all"), None)
+    account = served.ask(chat)
+    if served.family == "qwen2.5-vl":
+        # 4 tokens, where pruning begins at 8.
+        served.check(chat, account, None)
+        chat = Chat.ask(Image.new("RGB", (112, 112), "red"), CUP)
+        account = served.ask(chat)
     # Its tokens are equal but for rounding, so any of them may be kept: only their number is determined.
     prompt = served.judge.prompt(chat.for_template())
     pruned = served.judge.prune(prompt, chat.images, chat.guidance, 0.1)
-    account = served.ask(chat)
     assert (account["prompt_tokens"], account["image_tokens"]) == (len(pruned.embeddings), pruned.num_image_tokens)
     served.check(CHATS["one image"], served.ask(CHATS["one image"]))
 
@@ -228,11 +247,14 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
     assert {name: value for name, value in pruned.items() if name.startswith("mmtok")} == {
         "mmtok_budget": "10%",
         "mmtok_min_tokens": 1,
+        "mmtok_min_tokens_in": MIN_TOKENS_IN,
         "mmtok_tv_temp": preset.config.tv_temp,
         "mmtok_vv_temp": preset.config.vv_temp,
         "mmtok_alpha": preset.config.alpha,
         "mmtok_coverage": "multimodal",
         "mmtok_guidance": preset.guidance,
+        "mmtok_method": "mmtok",
+        "mmtok_seed": 0,
         "mmtok_backend": "auto",
         "mmtok_engine": None,
         "mmtok_onnxruntime_provider": None,

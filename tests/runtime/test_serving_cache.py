@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
@@ -96,6 +97,26 @@ def test_what_selection_did_is_in_the_metrics_and_in_the_log(cached: Served) -> 
     assert tokens_in > 9 * tokens_kept
     assert cached.metric("selection_milliseconds_sum") > 0
     assert re.search(r"MMTok: \d+ selections in 1 calls of .* tokens, 0 fallbacks; ", cached.server.log_text())
+
+
+PARTS = ("vision_encoder_milliseconds_sum", "selection_milliseconds_sum", "language_prefill_milliseconds_sum")
+COUNTS = ("vision_encoder_images_total", "language_prefill_requests_total", "language_prefill_tokens_total")
+
+
+@pytest.mark.parametrize("budget", ["10%", "all"])
+def test_the_parts_of_a_prefill_are_in_the_metrics(cached: Served, budget: str) -> None:
+    before = [cached.metric(name) for name in (*PARTS, *COUNTS)]
+    chat = Chat.ask(small("astronaut", 224, 252), CUP)
+    start_s = time.perf_counter()
+    account = cached.ask(chat, max_tokens=1, mmtok_budget=budget)
+    to_first_token_ms = (time.perf_counter() - start_s) * 1000
+    values = [cached.metric(name) - value for name, value in zip((*PARTS, *COUNTS), before, strict=True)]
+    encoder_ms, selection_ms, prefill_ms = values[:3]
+    assert encoder_ms > 0
+    assert prefill_ms > 0
+    assert (selection_ms > 0) is (budget != "all")
+    assert encoder_ms + selection_ms + prefill_ms < to_first_token_ms
+    assert values[3:] == [1, 1, account["prompt_tokens"]]
 
 
 def _tokens_before_the_image(served: Served, chat: Chat) -> int:

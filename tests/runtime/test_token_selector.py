@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sglang.srt.distributed import parallel_state
 from torch import Tensor
 
 from mmtok_deploy import select_tokens
+from mmtok_deploy.methods import MethodName, comparator
 from mmtok_deploy.problem import Selection, SelectionProblem
 from mmtok_deploy.runtime.executors import make_executor
 from mmtok_deploy.runtime.sglang import ranks, selection
@@ -70,6 +72,49 @@ def test_selects_what_the_reference_selects(guidance: list[int], excluded: list[
     selector = make_selector()
     assert selected(selector, plan) == expected.tolist()
     assert num_fallbacks(selector) == 0
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_each_method_is_asked_by_its_name(method: MethodName) -> None:
+    plan = replace(PLAN, method=method, num_kept=12 if method == "downsample" else 5)
+    image, embed = image_tokens(1, plan)
+    image = replace(image, attention=torch.arange(12).flip(0).float())
+    text = embed(torch.tensor(plan.guidance))
+    selector = make_selector()
+    (kept,) = selector.select([image], embed)
+    if method == "mmtok":
+        expected = select_tokens(image.vision, image.keys, text, 5, config=SETTINGS.config)
+    else:
+        asked = SelectionProblem(image.vision, image.keys, text, plan.num_kept, None, image.attention, image.seed)
+        (expected,) = comparator(method)([asked], SETTINGS.config)
+    assert kept.tolist() == expected.kept.tolist()
+    assert num_fallbacks(selector) == 0
+
+
+def test_methods_of_one_batch_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [PLAN, replace(PLAN, method="even"), replace(PLAN, method="vision-coverage"), PLAN]
+    images = [image_tokens(key, plan, seed=key)[0] for key, plan in enumerate(plans)]
+    embed = features(1)[2]
+    backend = WatchedExecutor(monkeypatch)
+    together = [kept.tolist() for kept in make_selector().select(images, embed)]
+    assert backend.batches == [[12, 12]]
+    assert together[1] == EVENLY_SPACED
+    assert together == [make_selector().select([image], embed)[0].tolist() for image in images]
+
+
+def test_random_tokens_are_of_the_image_the_question_and_the_seed() -> None:
+    plan = replace(PLAN, num_tokens=576, num_kept=30, method="random")
+    first = selected(make_selector(), plan, key=(5, 0))
+    assert selected(make_selector(), plan, key=(5, 0), seed=9) == first
+    others = [selected(make_selector(), plan, key=key) for key in ((6, 0), (5, 1))]
+    assert first not in [*others, selected(make_selector(), replace(plan, seed=1), key=(5, 0))]
+
+
+def test_a_method_that_fails_falls_back() -> None:
+    selector = make_selector()
+    assert selected(selector, replace(PLAN, method="visionzip")) == EVENLY_SPACED
+    assert selected(selector, replace(PLAN, method="text-coverage", guidance=[]), key=2) == EVENLY_SPACED
+    assert num_fallbacks(selector) == 2
 
 
 PLANS = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
@@ -17,6 +19,7 @@ from mmtok_deploy.runtime.sglang.placeholders import PlaceholderCutter
 from mmtok_deploy.runtime.sglang.request import add_chat_guidance
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
 from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 
 __all__ = ["Family"]
 
@@ -60,6 +63,42 @@ class Family(ABC):
         """Returns the [N] bool mask of an image's tokens that are never to be picked, None if there are none."""
         return None
 
+    def obstacle_to(self, method: MethodName, config: Any) -> str | None:
+        """Returns why the model cannot run a method, None if it can."""
+        if method == "visionzip":
+            return "its vision encoder has no class token whose attention could be read"
+        if method == "downsample":
+            return "its vision encoder takes no smaller image"
+        return None
+
+    async def shrink_images(
+        self, images: Sequence[Any], budget: Budget, settings: Settings, processor: Any, request: Any
+    ) -> Sequence[Any]:
+        """Returns the images for `downsample`, where the processor makes fewer tokens of smaller ones; else as given.
+
+        Args:
+            images: What SGLang can load: addresses, bytes, PIL images.
+            budget: The request's budget, of the tokens of each image at its own size.
+            settings: The server's.
+            processor: SGLang's processor.
+            request: SGLang's request.
+
+        Raises:
+            ValueError: A budget that the processor cannot be given (HTTP 400).
+        """
+        return images
+
+    def shrink_item(self, item: Any, num_tokens: int, num_kept: int, config: Any) -> int:
+        """Returns the tokens of an image after `downsample`; one that `shrink_images` has not made smaller is now.
+
+        Args:
+            item: SGLang's item of the image, after the processor.
+            num_tokens: Its placeholders.
+            num_kept: What the budget keeps of them.
+            config: The model's Hugging Face configuration.
+        """
+        return num_tokens
+
     keys_dtype: ClassVar[torch.dtype | None] = None
     """Of the features before the projector, where it is not the model's."""
 
@@ -84,12 +123,13 @@ class Family(ABC):
         return num_tokens, num_kept
 
     @abstractmethod
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on the family's model.
 
         Args:
             cache: Gives an image's features, encoded now or before.
             selector: Picks tokens from them.
+            stages: Times calls of the vision encoder.
         """
 
     @classmethod
@@ -100,6 +140,7 @@ class Family(ABC):
         metrics = SelectionMetrics()
         cache = FeatureCache(settings.feature_cache_mb << 20, metrics)
         selector = TokenSelector(settings, metrics)
+        stages = StageMetrics()
         return [
             Hook(
                 "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
@@ -114,5 +155,6 @@ class Family(ABC):
             ),
             Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", cache.flush),
             Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
-            *family.model_hooks(cache, selector),
+            *stages.hooks(),
+            *family.model_hooks(cache, selector, stages),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK
 
@@ -16,6 +17,12 @@ class Llava(Family):
     model_impl = "transformers"
     placeholder = "<image>"
     processor_hook = PROCESSOR_HOOK
+
+    def obstacle_to(self, method: MethodName, config: Any) -> str | None:
+        """Returns why the model cannot run a method: other towers than CLIP have no class token to read."""
+        if method == "visionzip" and config.vision_config.model_type == "clip_vision_model":
+            return None
+        return super().obstacle_to(method, config)
 
     def vision_width(self, config: Any) -> int:
         """Returns D: the projector's output is as wide as the language model."""

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from mmtok_deploy.methods import MethodName
+from mmtok_deploy.methods.downsample import grid_within
 from mmtok_deploy.runtime.sglang.families.llava import Llava
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 from mmtok_deploy.runtime.sglang.transformers_backend import (
     EncodedImage,
     backend_hooks,
@@ -48,13 +52,37 @@ class Llava15(Llava):
         mask = padding_mask(height, width, item.feature.shape[-1], int((end - start + 1) ** 0.5))
         return mask if mask.any() else None
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def obstacle_to(self, method: MethodName, config: Any) -> str | None:
+        """Returns why the model cannot run a method: CLIP alone is known to interpolate its positions."""
+        if method == "downsample" and config.vision_config.model_type == "clip_vision_model":
+            return None
+        return super().obstacle_to(method, config)
+
+    def shrink_item(self, item: Any, num_tokens: int, num_kept: int, config: Any) -> int:
+        """Returns the patches of the square after scaling its pixels down to a grid of at most `num_kept` patches.
+
+        Bicubic with antialiasing, as the processor scales; the encoder interpolates its position embeddings to the
+        grid (Transformers' `interpolate_pos_encoding`), since it was trained at one size alone.
+        """
+        patch = config.vision_config.patch_size
+        height, width = item.feature.shape[-2:]
+        rows, columns = grid_within(height // patch, width // patch, num_kept)
+        if rows * columns < num_tokens:
+            size = (rows * patch, columns * patch)
+            pixels = interpolate(item.feature.float(), size, mode="bicubic", antialias=True)
+            item.feature = pixels.to(item.feature.dtype)
+            item.model_specific_data["interpolate_pos_encoding"] = True
+        return rows * columns
+
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on the processor, which forgets the images' sizes, and on the backend."""
 
         def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
             squares = [
                 ImageTokens(
-                    image.item.hash, image.plan, image.features.vision[0], image.features.keys[0], image.plan.num_kept
+                    *(image.item.hash, image.plan, image.features.vision[0], image.features.keys[0]),
+                    image.plan.num_kept,
+                    None if image.features.attention is None else image.features.attention[0],
                 )
                 for image in images
             ]
@@ -67,7 +95,7 @@ class Llava15(Llava):
                 "self text images videos",
                 _keep_image_sizes,
             ),
-            *backend_hooks(cache, select),
+            *backend_hooks(cache, select, stages),
         ]
 
 

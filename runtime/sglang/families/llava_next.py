@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.llava import Llava
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 from mmtok_deploy.runtime.sglang.transformers_backend import (
     EncodedImage,
     backend_hooks,
@@ -56,7 +58,13 @@ class LlavaNext(Llava):
         """Returns N and K of a tile."""
         return self.num_selected_from(config), num_kept // _num_tiles(item.image_sizes[0].tolist(), config)
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def obstacle_to(self, method: MethodName, config: Any) -> str | None:
+        """Returns why the model cannot run a method: what joins the tiles' tokens counts on tiles of one size."""
+        if method == "downsample":
+            return "its image is cut into tiles of one size, however small it is"
+        return super().obstacle_to(method, config)
+
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on the backend."""
 
         def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
@@ -64,15 +72,16 @@ class LlavaNext(Llava):
             kept = iter(selector.select(tiles, model.model.get_input_embeddings()))
             return [_join(image, [next(kept) for _ in image.features.vision], model.config) for image in images]
 
-        return backend_hooks(cache, select)
+        return backend_hooks(cache, select, stages)
 
 
 def _tiles(image: EncodedImage) -> list[ImageTokens]:
     features = image.features
     num_kept = image.plan.num_kept // len(features.vision)
+    attention = [None] * len(features.vision) if features.attention is None else features.attention
     return [
-        ImageTokens((image.item.hash, tile), image.plan, vision, keys, num_kept)
-        for tile, (vision, keys) in enumerate(zip(features.vision, features.keys, strict=True))
+        ImageTokens((image.item.hash, tile), image.plan, vision, keys, num_kept, paid)
+        for tile, (vision, keys, paid) in enumerate(zip(features.vision, features.keys, attention, strict=True))
     ]
 
 

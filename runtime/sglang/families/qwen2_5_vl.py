@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
 from mmtok_deploy.runtime.sglang.positions import PositionWriter
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_deploy.runtime.sglang.smaller_images import ProcessorSizes
+from mmtok_deploy.runtime.sglang.stages import StageMetrics
 
 __all__ = ["Qwen25VL"]
 
@@ -53,14 +59,34 @@ class Qwen25VL(Family):
         """Returns d: the last block's output."""
         return int(config.vision_config.hidden_size)
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector) -> list[Hook]:
+    def obstacle_to(self, method: MethodName, config: Any) -> str | None:
+        """Returns why the model cannot run a method."""
+        return None if method == "downsample" else super().obstacle_to(method, config)
+
+    async def shrink_images(
+        self, images: Sequence[Any], budget: Budget, settings: Settings, processor: Any, request: Any
+    ) -> Sequence[Any]:
+        """Returns the images scaled down to the budget, before the processor: what a client would send instead.
+
+        Raises:
+            ValueError: Fewer tokens than the processor enlarges an image to, or images that the caller names by a hash
+                of their own: SGLang would take a smaller one for the whole (HTTP 400).
+        """
+        for name in ("mm_hashes", "mm_content_hashes"):
+            if any(getattr(request, name, None) or ()):
+                raise ValueError(f"mmtok_method downsample changes the images, which {name} names: send no {name}")
+        sizes = ProcessorSizes.of(processor)
+        return [await asyncio.to_thread(sizes.shrink, image, budget, settings.min_tokens_in) for image in images or ()]
+
+    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on encoder, position writing and pipeline hand-over."""
         positions = PositionWriter(selector)
 
         def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> Any:
+            encode = partial(stages.encode, original)
             if not any(plan_of(item) for item in items):
-                return original(model, items)
-            features = cache.recall(items, lambda missing: _encode(original, model, missing))
+                return encode(model, items)
+            features = cache.recall(items, lambda missing: _encode(encode, model, missing))
             return _select(selector, model, items, features)
 
         return [

@@ -1,0 +1,134 @@
+"""Methods to compare with, asked for by request: each against a Hugging Face model pruned by hand."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import openai
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmtok_deploy.config import Coverage
+from mmtok_deploy.methods import MethodName
+from tests.runtime.chats import Chat, small
+from tests.runtime.serving import LOGPROB_TOLERANCE, Served
+
+CUP = "What is in this cup?"
+# A square has no padding in LLaVA-1.5.
+IMAGE = small("coffee", 336, 336)
+CHAT = Chat.ask(IMAGE, CUP)
+CANNOT = {"qwen2.5-vl": ["visionzip"], "llava-1.5": [], "llava-next": ["downsample"]}
+NUM_KEPT = {"qwen2.5-vl": 14, "llava-1.5": 57, "llava-next": 3 * 57}
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_each_method_keeps_the_budget(served: Served, method: MethodName) -> None:
+    if method in CANNOT[served.family]:
+        with pytest.raises(openai.BadRequestError, match=f"mmtok_method {method} does not run on this model"):
+            served.ask(CHAT, mmtok_method=method)
+        return
+    before = served.metric("selection_fallbacks_total")
+    account = served.ask(CHAT, mmtok_method=method)
+    expected = {"qwen2.5-vl": 12, "llava-1.5": 56}[served.family] if method == "downsample" else NUM_KEPT[served.family]
+    assert account["image_tokens"] == expected
+    assert served.metric("selection_fallbacks_total") == before
+
+
+def test_the_answer_is_that_of_the_tokens_that_the_method_keeps(served: Served) -> None:
+    if served.family == "llava-next":
+        pytest.skip("tile by tile the same; the judge cuts whole images by hand")
+    (tokens,) = judged_tokens(served)
+    num_kept = NUM_KEPT[served.family]
+    even = torch.tensor([(len(tokens) - 1) * place // (num_kept - 1) for place in range(num_kept)])
+    assert error(served, even, "even") < LOGPROB_TOLERANCE
+    assert error(served, max_min_diverse(tokens, num_kept), "divprune") < LOGPROB_TOLERANCE
+    # The answers differ: these are not the tokens of the other method.
+    assert error(served, even, "divprune") > LOGPROB_TOLERANCE
+
+
+def test_coverage_of_one_half_is_mmtoks(served: Served) -> None:
+    halves: tuple[tuple[str, Coverage], ...] = (("text-coverage", "text"), ("vision-coverage", "vision"))
+    for method, coverage in halves:
+        prompt = served.judge.prompt(CHAT.for_template())
+        pruned = served.judge.prune(prompt, CHAT.images, CHAT.guidance, 0.1, coverage=coverage)
+        assert served.judge.max_error(pruned, served.ask(CHAT, mmtok_method=method)) < LOGPROB_TOLERANCE
+
+
+def test_visionzip_reads_the_towers_own_attention(served: Served) -> None:
+    if served.family != "llava-1.5":
+        pytest.skip("one tower of this kind is held against Hugging Face's attention")
+    tower = served.judge.model.model.vision_tower
+    pixels = served.judge.processor.image_processor(IMAGE, return_tensors="pt")["pixel_values"]
+    chosen = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            attentions = tower(pixels, output_attentions=True).attentions
+    finally:
+        tower.set_attn_implementation(chosen)
+    paid = attentions[-2][0, :, 0, 1:].sum(dim=0)
+    kept = paid.topk(NUM_KEPT[served.family]).indices.sort().values
+    assert error(served, kept, "visionzip") < LOGPROB_TOLERANCE
+
+
+def test_a_downsampled_image_is_read_as_a_smaller_one(served: Served) -> None:
+    if served.family == "llava-next":
+        pytest.skip("refused for this family")
+    account = served.ask(CHAT, mmtok_method="downsample")
+    judge = served.judge
+    prompt = judge.prompt(CHAT.for_template())
+    if served.family == "qwen2.5-vl":
+        smaller = IMAGE.resize((112, 84), Image.Resampling.BICUBIC)
+        pruned = judge.prune(prompt, [smaller], CHAT.guidance, None)
+    else:
+        pixels = judge.processor.image_processor(IMAGE, return_tensors="pt")["pixel_values"]
+        pixels = torch.nn.functional.interpolate(pixels, (98, 112), mode="bicubic", antialias=True)
+        with torch.no_grad():
+            (tokens,) = judge.model.model.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+        pruned = judge.prune(prompt, CHAT.images, CHAT.guidance, 0.1, kept=[tokens])
+    assert account["image_tokens"] == pruned.num_image_tokens
+    assert judge.max_error(pruned, account) < LOGPROB_TOLERANCE
+
+
+def test_random_tokens_are_the_same_again_and_others_with_another_seed(served: Served) -> None:
+    first = logprobs(served.ask(CHAT, mmtok_method="random"))
+    served.flush_cache()
+    assert logprobs(served.ask(CHAT, mmtok_method="random")) == pytest.approx(first, abs=LOGPROB_TOLERANCE)
+    other = logprobs(served.ask(CHAT, mmtok_method="random", mmtok_seed=1))
+    assert other != pytest.approx(first, abs=LOGPROB_TOLERANCE)
+
+
+def test_methods_share_no_cached_prefix_and_one_that_reads_no_question_shares_it_all(served: Served) -> None:
+    served.flush_cache()
+    first = served.ask(CHAT, mmtok_method="divprune")
+    other_question = served.ask(Chat.ask(IMAGE, "How many cats?"), mmtok_method="divprune")
+    other_method = served.ask(CHAT, mmtok_method="even")
+    assert first["cached_tokens"] == 0
+    assert other_question["cached_tokens"] > first["image_tokens"]
+    assert other_method["cached_tokens"] < 120
+
+
+def judged_tokens(served: Served) -> list[Tensor]:
+    return served.judge.vision_tokens(served.judge.prompt(CHAT.for_template()), CHAT.images)
+
+
+def error(served: Served, kept: Tensor, method: str) -> float:
+    prompt = served.judge.prompt(CHAT.for_template())
+    pruned = served.judge.prune(prompt, CHAT.images, CHAT.guidance, 0.1, kept=[kept])
+    return served.judge.max_error(pruned, served.ask(CHAT, mmtok_method=method))
+
+
+def max_min_diverse(tokens: Tensor, num_kept: int) -> Tensor:
+    """The published algorithm, from the whole matrix of distances."""
+    rows = tokens / tokens.norm(dim=1, keepdim=True)
+    distances = 1 - rows @ rows.T
+    kept = [int(distances.topk(2, dim=0, largest=False).values[1].argmax())]
+    while len(kept) < num_kept:
+        kept.append(int(distances[kept].amin(dim=0).argmax()))
+    return torch.tensor(sorted(kept))
+
+
+def logprobs(account: dict[str, Any]) -> list[float]:
+    return [logprob for logprob, _, _ in account["output_token_logprobs"]]
