@@ -10,12 +10,13 @@ from mmtok_deploy import Budget, __version__
 
 __all__ = ["main"]
 
-_EXTRAS = {"bench": "bench", "demo": "bench,sglang", "export": "export"}
+_EXTRAS = {"bench": "bench", "demo": "bench,sglang", "export": "export", "pocket": "bench"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage."""
     # Inside, so that every layer may start from here; light, so that --help is quick.
+    from mmtok_deploy.bench.pocket.command import add_pocket_parser
     from mmtok_deploy.exporters.command import add_export_parser
 
     parser = argparse.ArgumentParser(prog="mmtok", description="MMTok vision-token selection, made deployable.")
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     _add_bench(commands)
     add_export_parser(commands)
+    add_pocket_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         return _run(arguments)
@@ -56,6 +58,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from mmtok_deploy.exporters.command import run_export
 
             return run_export(arguments)
+        case "pocket":
+            from mmtok_deploy.bench.pocket.command import run_pocket
+
+            return run_pocket(arguments)
         case _:
             from mmtok_deploy.bench.demo import run_demo
 

@@ -20,11 +20,11 @@ _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = (
     *(*COLOR_RGB, *SHAPES, *(f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES), *SIZE_PX),
     *(*(character.lower() for character in CHARACTERS), "top", "bottom", "left", "right", "yes", "no"),
-    *("nothing", "middle", "is", "there", "the", "in", "image", "how", "many", "thing", "things", "are", "where", "what"),
+    *("nothing", "middle", "is", "there", "a", "the", "in", "image", "how", "many", "thing", "things", "are", "where", "what"),
     *("digit", "letter", "color", "shape", "size", "user", "assistant", "?", ":", ".", ",", "an", "of", "and", "it"),
     *("on", "do", "you", "see", "picture", "object", "answer", "question", "using", "single", "word", "or", "phrase"),
 )
-"""All words, lower case; the letter "a" is the article too, as in English."""
+"""All words, lower case."""
 
 # One template for chats and for training: a user's turn with the image first, then the assistant's.
 _TEMPLATE = (

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, Thing
 
-__all__ = ["KINDS", "Kind", "Negative", "Question", "ask", "ask_existence"]
+__all__ = ["KINDS", "NEGATIVES", "Kind", "Negative", "Question", "ask", "ask_existence"]
 
 Kind = Literal["existence", "simple", "count", "position", "reading", "attribute"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,8 +77,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("patches", 2600, 48, 1.5e-3),
-    Stage("answers", 3600, 32, 1.5e-3),
+    Stage("patches", 5000, 20, 1.2e-3),
+    Stage("answers", 6000, 12, 1.2e-3),
 )
 
 
@@ -232,7 +233,8 @@ class Training:
         else:
             learned += list(self.model.model.language_model.parameters())
         for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
+            # No gradient of an earlier stage is left to count in the norm that is clipped.
+            parameter.requires_grad_(False).grad = None
         for parameter in learned:
             parameter.requires_grad_(True)
         matrices = [parameter for parameter in learned if parameter.ndim > 1]
@@ -242,18 +244,8 @@ class Training:
             betas=(0.9, 0.98),
         )
 
-    def _image_tokens(self, pixels: Tensor) -> Tensor:
-        """Returns [B, 196, 192]: what the language model reads. The tower's last layer is not run."""
-        tower = self.model.model.vision_tower
-        hidden = tower.embeddings((pixels / 255 - _PIXEL_MEAN.to(pixels.device)) / _PIXEL_STD.to(pixels.device))
-        hidden = tower.pre_layrnorm(hidden)
-        for layer in tower.encoder.layers[:-1]:
-            hidden = layer(hidden, None)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return self.model.model.multi_modal_projector(hidden[:, 1:])
-
     def _patch_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        tokens = self._image_tokens(batch["pixels"])
+        tokens = self.model.model.multi_modal_projector(self._tower_features(batch["pixels"]))
         words = self.model.get_input_embeddings().weight
         total = tokens.new_zeros((), dtype=torch.float32)
         figures = {}
@@ -271,8 +263,8 @@ class Training:
 
     def _answer_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
-            tower = self._tower_features(batch["pixels"])
-        tokens = self.model.model.multi_modal_projector(tower)
+            features = self._tower_features(batch["pixels"])
+        tokens = self.model.model.multi_modal_projector(features)
         embed = self.model.get_input_embeddings()
         ids, labels, segments = batch["ids"], batch["labels"], batch["segments"]
         prefix = embed(self._prefix).expand(len(ids), -1, -1)
@@ -294,12 +286,12 @@ class Training:
         return loss, {"loss": loss.item(), **self._shares(right, target)}
 
     def _tower_features(self, pixels: Tensor) -> Tensor:
+        """Returns [B, 196, 128], as LLaVA reads them: before the tower's last layer, which is not run."""
         tower = self.model.model.vision_tower
         hidden = tower.embeddings((pixels / 255 - _PIXEL_MEAN.to(pixels.device)) / _PIXEL_STD.to(pixels.device))
         hidden = tower.pre_layrnorm(hidden)
         for layer in tower.encoder.layers[:-1]:
             hidden = layer(hidden, None)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return hidden[:, 1:]
 
     def _shares(self, right: Tensor, target: Tensor) -> dict[str, float]:
@@ -311,6 +303,14 @@ class Training:
             if chosen.any():
                 shares[name] = right[chosen].float().mean().item()
         return shares
+
+    def save_checkpoint(self) -> Path:
+        """Returns the folder of the checkpoint, in bfloat16, as Hugging Face and SGLang load it."""
+        folder = self._folder / "checkpoint"
+        model = copy.deepcopy(self.model).to("cpu", torch.bfloat16)
+        model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        return folder
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -327,6 +327,8 @@ class Training:
         if not path.exists():
             return None
         state: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
+        if state["seed"] != self._seed:
+            raise ValueError(f"{path} is of a training with seed {state['seed']}, not {self._seed}: name another folder")
         self.model.load_state_dict(state["model"])
         self.num_steps_done = state["steps"]
         return state
