@@ -26,7 +26,7 @@ def score_tables(rows: Sequence[ResultRow]) -> list[Table]:
     for kind in dict.fromkeys(str(row.case["kind"]) for row in pooled):
         chosen = [row for row in pooled if row.case["kind"] == kind]
         tables.append(_grid(_accuracy_title(kind, chosen), chosen, _accuracy_cell))
-    existence = [row for row in pooled if "pope_adversarial_f1" in row.metrics]
+    existence = [row for row in pooled if row.case["kind"] == "existence"]
     if existence:
         title = "existence: POPE's F1, %: random / popular / adversarial negatives"
         tables.append(_grid(title, existence, _pope_cell))
@@ -82,4 +82,5 @@ def _accuracy_cell(row: ResultRow) -> str:
 
 def _pope_cell(row: ResultRow) -> str:
     names = ("random", "popular", "adversarial")
-    return " / ".join(f"{100 * row.metrics.get(f'pope_{name}_f1', 0):.0f}" for name in names)
+    values = [row.metrics.get(f"pope_{name}_f1") for name in names]
+    return " / ".join("none" if value is None else f"{100 * value:.0f}" for value in values)

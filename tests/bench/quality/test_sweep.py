@@ -114,7 +114,7 @@ def test_going_on_with_other_questions_is_refused(tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_prune_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(NotPrunedError, match="with mmtok at 4, .* as many prompt tokens as unpruned"):
+    with pytest.raises(NotPrunedError, match=r"with mmtok at 4, .* as many prompt tokens as unpruned"):
         run(PLAN, path, lambda body: (200, completion("yes", 196)))
     assert {row.case["method"] for row in read_rows(path)} == {"unpruned"}
     assert {cell.method for cell in read_answers(answers_beside(path))} == {"unpruned"}
