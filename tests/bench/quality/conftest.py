@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ IS_TRAINED = (POCKET_CHECKPOINT / "config.json").is_file()
 def served_pocket_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
     """A server of the pocket model; of an untrained one, which answers at random, where its checkpoint is not there."""
     arguments: list[str] = []
-    folder = None
+    folder: Path | None = None
     if not IS_TRAINED:
         folder = tmp_path_factory.mktemp("pocket")
         processor = make_processor()
         make_model(processor, 0).to(torch.bfloat16).save_pretrained(folder)
         processor.save_pretrained(folder)
         arguments.append("--model-impl=transformers")
-    with pocket_server(folder and str(folder), torch.device("cpu"), *arguments) as server:
+    with pocket_server(None if folder is None else str(folder), torch.device("cpu"), *arguments) as server:
         yield server
