@@ -1,11 +1,13 @@
 """The SGLang plugin: what happens to a request between HTTP and the language model.
 
 1. `server_args` adds the flags; a server started with `--mmtok-budget` installs the `hooks`, all of them or none.
-2. `request` reads what a request asks for: its budget, and the text that guides the selection of each image.
+2. `request` reads what a request asks for: its budget, and the text that guides the selection of each image, which an
+   `agent` may add to.
 3. `placeholders` cuts an image's N placeholder tokens to K in the tokenizer process and leaves a plan on the image.
 4. `cache_key` makes guidance, budget and constants part of the image's identity in the prefix cache.
 5. `feature_cache` gives the image's features in the scheduler process, from the vision encoder or from before.
 6. `selection` picks the K tokens, for all images of a prefill batch at once; `metrics` counts what it did.
 7. `positions` gives the kept tokens their own M-RoPE positions back.
+`stages` times the encoder and the language model around it.
 `families` holds one file a model family; `cpu_platform` lets all of it run on a machine without a GPU.
 """

@@ -27,12 +27,15 @@ _COUNTERS = {
     "encoded_images": "Images to be pruned that went through the vision encoder.",
     "feature_cache_hits": "Images whose features were held.",
     "feature_cache_misses": "Images whose features were not held.",
+    "agent_timeouts": "Questions that the agent did not answer in time.",
+    "agent_errors": "Questions that the agent could not be asked.",
     "vision_encoder_images": "Images that went through the vision encoder, pruned or not.",
     "language_prefill_requests": "Requests in language model prefills; each chunk of a prompt counts.",
     "language_prefill_tokens": "Tokens that the language model prefilled.",
 }
 _HISTOGRAMS = {
     "selection_milliseconds": "Time of one selection call, which takes all images of a prefill batch.",
+    "agent_milliseconds": "Time that a request waited for an answer of the agent, or for the time limit.",
     "vision_encoder_milliseconds": "Time of one call of the vision encoder and its projector, pruned or not.",
     "language_prefill_milliseconds": "Time of one prefill batch in the language model, without encoder and selection.",
 }

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmtok_deploy.budget import Budget
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.manifest import Manifest
-from mmtok_deploy.methods import MethodName, reads_question
+from mmtok_deploy.methods import MethodName, coverage_of, reads_question
 from mmtok_deploy.runtime.executors import check_selection
-from mmtok_deploy.runtime.sglang.request import guidance_texts, requested_budget, requested_method, requested_seed
+from mmtok_deploy.runtime.sglang.agent import Agent
+from mmtok_deploy.runtime.sglang.request import Requested, guidance_texts, requested
 from mmtok_deploy.runtime.sglang.settings import Settings
 
 __all__ = ["ImagePlan", "PlaceholderCutter", "plan_of"]
@@ -69,6 +69,9 @@ class PlaceholderCutter:
         self._settings = settings
         self._family = family
         self._engine = None if settings.engine is None else Manifest.load(settings.engine)
+        self._agent = None
+        if settings.agent_url is not None:
+            self._agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
 
     async def process_mm_data(
         self, original: Callable[..., Awaitable[Any]], processor: Any, image_data: Any, *args: Any, **kwargs: Any
@@ -82,55 +85,72 @@ class PlaceholderCutter:
         checked, and what both of Qwen's paths return through. Can go when processors have a post-processing stage.
         """
         request = kwargs["request_obj"]
-        fields = getattr(request, "mm_processor_kwargs", None)
-        budget = requested_budget(fields, self._settings.budget)
-        method = requested_method(fields, self._settings)
-        seed = requested_seed(fields, self._settings.seed) if method == "random" else 0
-        if not budget.is_all:
+        asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
+        images = image_data
+        if not asked.budget.is_all:
             _refuse_what_cannot_be_pruned(request, image_data)
-            self._refuse_method(method, processor.hf_config)
-            if method == "downsample":
-                image_data = await self._family.shrink_images(image_data, budget, self._settings, processor, request)
-        output = await original(processor, image_data, *args, **kwargs)
+            self._refuse_method(asked.method, processor.hf_config)
+            if asked.method == "downsample":
+                images = await self._family.shrink_images(image_data, asked.budget, self._settings, processor, request)
+        output = await original(processor, images, *args, **kwargs)
         if output is None or not output.mm_items:
             return output
         self._family.separate_images(output, processor)
-        if not budget.is_all:
+        if not asked.budget.is_all:
             _refuse_scattered_placeholders(output.mm_items)
             output.mm_items.sort(key=lambda item: item.offsets[0])
-            tokenizer = getattr(processor._processor, "tokenizer", processor._processor)
-            texts = guidance_texts(
-                fields, kwargs["input_text"], len(output.mm_items), self._family.placeholder, tokenizer.decode
-            )
-            for item, text in zip(output.mm_items, texts, strict=True):
-                words = guidance_words(text, self._settings.guidance) if reads_question(method) else []
-                guidance = _token_ids(tokenizer, words)
-                _refuse_endless_guidance(len(guidance), kwargs.get("max_req_input_len"))
-                self._plan(item, budget, ImagePlan(0, 0, guidance, method=method, seed=seed), processor.hf_config)
+            await self._plan_images(output.mm_items, asked, processor, image_data, **kwargs)
             cut_placeholders(output)
         return output
 
-    def _plan(self, item: Any, budget: Budget, request: ImagePlan, config: Any) -> None:
-        """Leaves a plan on the item of an image that is to be pruned: the request's, with the image's numbers."""
+    async def _plan_images(
+        self, items: Sequence[Any], asked: Requested, processor: Any, image_data: Any, **kwargs: Any
+    ) -> None:
+        """Leaves a plan on the item of each image that is to be pruned."""
+        tokenizer = getattr(processor._processor, "tokenizer", processor._processor)
+        fields, prompt = getattr(kwargs["request_obj"], "mm_processor_kwargs", None), kwargs["input_text"]
+        texts = guidance_texts(fields, prompt, len(items), self._family.placeholder, tokenizer.decode)
+        if not reads_question(asked.method):
+            texts = [""] * len(items)
+        for text in dict.fromkeys(texts):
+            _refuse_endless_guidance(len(self._guidance(tokenizer, text)), kwargs.get("max_req_input_len"))
+        plans = [self._plan(item, asked, processor.hf_config) for item in items]
+        covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
+        if self._agent is not None and covers_text:
+            texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])
+        for item, text, plan in zip(items, texts, plans, strict=True):
+            if plan is not None:
+                guided = replace(plan, guidance=self._guidance(tokenizer, text))
+                self._check_engine(item, guided, processor.hf_config)
+                guided.attach(item)
+
+    def _plan(self, item: Any, asked: Requested, config: Any) -> ImagePlan | None:
+        """Returns an image's plan, its guidance aside; None for one that is not to be pruned."""
         ((start, end),) = item.offsets
         num_tokens = end - start + 1
-        num_kept = self._family.num_kept(item, num_tokens, budget, config)
+        num_kept = self._family.num_kept(item, num_tokens, asked.budget, config)
         if num_tokens < self._settings.min_tokens_in:
-            return
+            return None
         excluded = None
-        if request.method == "downsample":
+        if asked.method == "downsample":
             num_kept = self._family.shrink_item(item, num_tokens, num_kept, config)
         else:
             excluded = self._family.excluded(item)
-        if excluded is not None and num_kept < num_tokens:
+        if num_kept == num_tokens:
+            return None
+        if excluded is not None:
             # Fewer tokens than the budget may be pickable; where none is, the budget stands and the scheduler
             # falls back to evenly spaced tokens.
             num_kept = min(num_kept, num_tokens - int(excluded.sum())) or num_kept
-        if num_kept < num_tokens:
-            if self._engine is not None:
-                from_tokens, keeps = self._family.selection_size(item, num_tokens, num_kept, config)
-                check_selection(self._engine, from_tokens, keeps, len(request.guidance))
-            replace(request, num_tokens=num_tokens, num_kept=num_kept, excluded=excluded).attach(item)
+        return ImagePlan(num_tokens, num_kept, [], excluded, method=asked.method, seed=asked.seed)
+
+    def _guidance(self, tokenizer: Any, text: str) -> list[int]:
+        return _token_ids(tokenizer, guidance_words(text, self._settings.guidance))
+
+    def _check_engine(self, item: Any, plan: ImagePlan, config: Any) -> None:
+        if self._engine is not None:
+            from_tokens, keeps = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
+            check_selection(self._engine, from_tokens, keeps, len(plan.guidance))
 
     def _refuse_method(self, method: MethodName, config: Any) -> None:
         obstacle = self._family.obstacle_to(method, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,12 +17,27 @@ __all__ = [
     "guidance_texts",
     "message_guidance",
     "prompt_guidance",
-    "requested_budget",
-    "requested_method",
-    "requested_seed",
+    "Requested",
+    "requested",
 ]
 
 _BUDGET, _GUIDANCE, _METHOD, _SEED = _FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed")
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """How a request's images are to be pruned: as it says itself, else as the server says.
+
+    Args:
+        budget: Tokens that each keeps.
+        method: What chooses them.
+        seed: Of a method that draws; 0 for the others.
+    """
+
+    budget: Budget
+    method: MethodName
+    seed: int
+
 
 # A user's turn in the prompts that the chat templates of the supported families render, up to the next role. The
 # first pattern that a prompt has is its format: "USER:" may be a word of the text in another one.
@@ -36,16 +52,22 @@ _USER_TURNS = [
 ]
 
 
-def requested_budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
-    """Returns the budget of a request: its own, or the server's.
+def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested:
+    """Returns how a request is to be pruned.
 
     Args:
         kwargs: The request's `mm_processor_kwargs`.
-        default: The server's budget, whose minimum holds for requests as well.
+        settings: The server's.
 
     Raises:
-        ValueError: A budget that is not understood, or an `mmtok_` field that does not exist (HTTP 400).
+        ValueError: A field that does not exist, or a value that is not understood or cannot be served (HTTP 400).
     """
+    budget, method = _budget(kwargs, settings.budget), _method(kwargs, settings)
+    seed = _seed(kwargs, settings.seed)
+    return Requested(budget, method, seed if method == "random" else 0)
+
+
+def _budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
     fields = kwargs or {}
     unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in _FIELDS)
     if unknown:
@@ -60,12 +82,7 @@ def requested_budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budge
         raise ValueError(f"mm_processor_kwargs.{_BUDGET}: {error}") from None
 
 
-def requested_method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
-    """Returns the method of a request: its own, or the server's.
-
-    Raises:
-        ValueError: One that is not known, or that the server's backend does not run (HTTP 400).
-    """
+def _method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
     given = (kwargs or {}).get(_METHOD)
     try:
         return settings.method if given is None else settings.check_method(given)
@@ -73,12 +90,7 @@ def requested_method(kwargs: Mapping[str, Any] | None, settings: Settings) -> Me
         raise ValueError(f"mm_processor_kwargs.{_METHOD}: {error}") from None
 
 
-def requested_seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
-    """Returns the seed of a request: its own, or the server's.
-
-    Raises:
-        ValueError: It is not a whole number of at least 0 (HTTP 400).
-    """
+def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
     given = (kwargs or {}).get(_SEED)
     if given is None:
         return default

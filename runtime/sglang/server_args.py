@@ -13,7 +13,12 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
-from mmtok_deploy.runtime.sglang.settings import DEFAULT_FEATURE_CACHE_MB, Settings
+from mmtok_deploy.runtime.sglang.settings import (
+    DEFAULT_AGENT_MODEL,
+    DEFAULT_AGENT_TIMEOUT_MS,
+    DEFAULT_FEATURE_CACHE_MB,
+    Settings,
+)
 
 __all__ = ["MMTokServerArgs"]
 
@@ -92,6 +97,25 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
     mmtok_seed: A[
         int | None,
         Arg(help="MMTok: seed of --mmtok-method random; a request overrides it with mmtok_seed. Default: 0."),
+        NS("mm"),
+    ] = None
+    mmtok_agent_url: A[
+        str | None,
+        Arg(
+            help="MMTok: OpenAI-compatible endpoint (http://host:port/v1) of a small vision-language model that "
+            "answers first; its answer joins the text that guides the selection. Unset: the question alone guides."
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_agent_model: A[
+        str | None, Arg(help="MMTok: the agent's name at its endpoint. Default: default."), NS("mm")
+    ] = None
+    mmtok_agent_timeout_ms: A[
+        int | None,
+        Arg(
+            help="MMTok: milliseconds that a request waits for the agent; then the question alone guides. "
+            "Default: 1000."
+        ),
         NS("mm"),
     ] = None
     mmtok_backend: A[
@@ -186,6 +210,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         }
         minimum = 1 if self.mmtok_min_tokens is None else self.mmtok_min_tokens
         cache_mb = DEFAULT_FEATURE_CACHE_MB if self.mmtok_feature_cache_mb is None else self.mmtok_feature_cache_mb
+        timeout_ms = DEFAULT_AGENT_TIMEOUT_MS if self.mmtok_agent_timeout_ms is None else self.mmtok_agent_timeout_ms
         return Settings(
             family=family,
             budget=Budget.parse(self.mmtok_budget, minimum=minimum),
@@ -199,6 +224,9 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             min_tokens_in=self.mmtok_min_tokens_in or 0,
             method=self.mmtok_method or "mmtok",
             seed=self.mmtok_seed or 0,
+            agent_url=self.mmtok_agent_url,
+            agent_model=self.mmtok_agent_model or DEFAULT_AGENT_MODEL,
+            agent_timeout_ms=timeout_ms,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
@@ -12,7 +13,10 @@ from mmtok_deploy.guidance import GuidanceRule
 from mmtok_deploy.methods import MethodName, check_method, coverage_of
 from mmtok_deploy.runtime.executors import ExecutorName
 
-__all__ = ["DEFAULT_FEATURE_CACHE_MB", "Settings"]
+__all__ = ["DEFAULT_AGENT_MODEL", "DEFAULT_AGENT_TIMEOUT_MS", "DEFAULT_FEATURE_CACHE_MB", "Settings"]
+
+DEFAULT_AGENT_MODEL = "default"
+DEFAULT_AGENT_TIMEOUT_MS = 1000
 
 DEFAULT_FEATURE_CACHE_MB = 256
 """43 images of LLaVA-1.5 7B, 15 of a megapixel on Qwen2.5-VL 7B: those of the conversations at hand."""
@@ -34,6 +38,9 @@ class Settings:
         min_tokens_in: An image that takes fewer tokens in an unpruned prompt is not pruned.
         method: What chooses the tokens where the request names no method of its own.
         seed: Of the method that draws.
+        agent_url: Of the OpenAI-compatible endpoint that answers first, up to its `/v1`; None asks none.
+        agent_model: The agent's name there.
+        agent_timeout_ms: After which the question alone guides.
 
     Raises:
         ValueError: An unknown guidance rule or method, a backend without the file that it runs or the other way
@@ -51,6 +58,9 @@ class Settings:
     min_tokens_in: int = 0
     method: MethodName = "mmtok"
     seed: int = 0
+    agent_url: str | None = None
+    agent_model: str = DEFAULT_AGENT_MODEL
+    agent_timeout_ms: int = DEFAULT_AGENT_TIMEOUT_MS
 
     def __post_init__(self) -> None:
         if self.guidance not in get_args(GuidanceRule):
@@ -70,6 +80,7 @@ class Settings:
         if self.seed < 0:
             raise ValueError(f"seed is at least 0, got {self.seed}")
         self.check_method(self.method)
+        self._check_agent()
 
     def check_method(self, method: object) -> MethodName:
         """Returns the method if this server's backend runs it.
@@ -88,6 +99,18 @@ class Settings:
             raise ValueError(f"{name} contradicts --mmtok-coverage {self.config.coverage}: drop one of the two")
         return name
 
+    def _check_agent(self) -> None:
+        if self.agent_timeout_ms <= 0:
+            raise ValueError(f"agent_timeout_ms is above 0, got {self.agent_timeout_ms}")
+        if self.agent_url is None:
+            return
+        if urlsplit(self.agent_url).scheme not in ("http", "https") or not urlsplit(self.agent_url).hostname:
+            raise ValueError(f"agent_url is an address like http://host:30000/v1, got {self.agent_url!r}")
+        if self.engine is not None:
+            raise ValueError(
+                "--mmtok-agent-url makes guidance longer than an exported file may take: drop it, or --mmtok-engine"
+            )
+
     def flags(self) -> dict[str, Any]:
         """Returns the settings as the values of the --mmtok-* flags, for `/server_info`."""
         return {
@@ -101,6 +124,9 @@ class Settings:
             "mmtok_guidance": self.guidance,
             "mmtok_method": self.method,
             "mmtok_seed": self.seed,
+            "mmtok_agent_url": self.agent_url,
+            "mmtok_agent_model": self.agent_model,
+            "mmtok_agent_timeout_ms": self.agent_timeout_ms,
             "mmtok_backend": self.backend,
             "mmtok_engine": None if self.engine is None else str(self.engine),
             "mmtok_onnxruntime_provider": self.provider,

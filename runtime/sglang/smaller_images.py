@@ -48,9 +48,12 @@ class ProcessorSizes:
             min_tokens_in: An image of fewer tokens is returned as it is.
 
         Raises:
-            ValueError: The processor would enlarge an image so small.
+            ValueError: The processor would enlarge an image so small, or it cannot be read.
         """
-        image, _ = load_image(source, False)
+        try:
+            image, _ = load_image(source, False)
+        except (OSError, RuntimeError, SyntaxError) as error:
+            raise ValueError(f"an image cannot be read: {error}") from error
         height, width = smart_resize(image.height, image.width, self.token_px, self.min_pixels, self.max_pixels)
         rows, columns = height // self.token_px, width // self.token_px
         num_kept = budget.num_kept(rows * columns)

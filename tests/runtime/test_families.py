@@ -276,6 +276,12 @@ def test_images_named_by_the_caller_are_not_scaled(name: str) -> None:
     shrunk(image, "10%", request=SimpleNamespace(**{name: [None]}))
 
 
+@pytest.mark.parametrize("source", [b"no image", "data:image/png;base64,aGVsbG8=", "/no/such/file.png"])
+def test_an_image_that_cannot_be_read_is_refused(source: Any) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - SGLang's messages vary with the source
+        shrunk(source, "10%")
+
+
 def test_a_transparent_image_stays_transparent() -> None:
     palette = Image.new("RGBA", (336, 336), (255, 0, 0, 0)).convert("P")
     assert shrunk(Image.new("L", (336, 336)), "10%").mode == "RGB"

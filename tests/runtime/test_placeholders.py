@@ -182,6 +182,7 @@ def processed(
     prompt: str | list[int] = "<|image_pad|>",
     max_prompt_tokens: int | None = None,
     min_tokens_in: int = 0,
+    agent_url: str | None = None,
 ) -> Any:
     """Runs the cutter around a processor that returns `output`."""
 
@@ -190,7 +191,7 @@ def processed(
         assert kwargs["input_text"] is prompt
         return output
 
-    settings = replace(make_settings(budget), min_tokens_in=min_tokens_in)
+    settings = replace(make_settings(budget), min_tokens_in=min_tokens_in, agent_url=agent_url)
     cutter = PlaceholderCutter(settings, StandInFamily(excluded))
     request = Request(mm_processor_kwargs=fields, video_data=videos)
     return asyncio.run(

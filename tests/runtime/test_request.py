@@ -10,17 +10,16 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from mmtok_deploy import Budget
 from mmtok_deploy.runtime.sglang.request import (
+    Requested,
     add_chat_guidance,
     guidance_texts,
     message_guidance,
     prompt_guidance,
-    requested_budget,
-    requested_method,
-    requested_seed,
+    requested,
 )
 from tests.runtime.stand_ins import make_settings
 
-SERVER = Budget.parse(64, minimum=4)
+SERVER = replace(make_settings(), budget=Budget.parse(64, minimum=4))
 IMAGE = {"type": "image_url", "image_url": {"url": "file:///cat.png"}}
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 PLACEHOLDER = "<|image_pad|>"
@@ -41,16 +40,16 @@ def no_decoding(ids: Sequence[int]) -> str:
 
 @pytest.mark.parametrize("kwargs", [None, {}, {"mmtok_budget": None}, {"mmtok_guidance": "a cat"}, {"num_crops": 4}])
 def test_a_request_without_a_budget_has_the_servers(kwargs: dict[str, Any] | None) -> None:
-    assert requested_budget(kwargs, SERVER) is SERVER
+    assert requested(kwargs, SERVER) == Requested(SERVER.budget, "mmtok", 0)
 
 
 @pytest.mark.parametrize("value", [8, "8", "10%", 0.1, "all"])
 def test_a_requests_budget_goes_before_the_servers(value: str | int | float) -> None:
-    assert requested_budget({"mmtok_budget": value}, SERVER) == Budget.parse(value, minimum=4)
+    assert requested({"mmtok_budget": value}, SERVER).budget == Budget.parse(value, minimum=4)
 
 
 def test_the_servers_minimum_holds_for_requests() -> None:
-    assert requested_budget({"mmtok_budget": 1}, SERVER).num_kept(576) == 4
+    assert requested({"mmtok_budget": 1}, SERVER).budget.num_kept(576) == 4
 
 
 @pytest.mark.parametrize(
@@ -58,41 +57,43 @@ def test_the_servers_minimum_holds_for_requests() -> None:
 )
 def test_a_bad_budget_is_refused_and_named(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^mm_processor_kwargs\.mmtok_budget: "):
-        requested_budget({"mmtok_budget": value}, SERVER)
+        requested({"mmtok_budget": value}, SERVER)
 
 
 def test_an_unknown_field_is_refused_with_those_that_exist() -> None:
     with pytest.raises(
         ValueError, match=r"no field mmtok_alpha, mmtok_budgets; .* mmtok_budget, mmtok_guidance, mmtok_m"
     ):
-        requested_budget({"mmtok_budgets": 5, "mmtok_alpha": 1, "num_crops": 4}, SERVER)
+        requested({"mmtok_budgets": 5, "mmtok_alpha": 1, "num_crops": 4}, SERVER)
 
 
 def test_a_requests_method_and_seed_go_before_the_servers() -> None:
     settings = replace(make_settings(), method="even", seed=3)
     fields = {"mmtok_method": "random", "mmtok_seed": 5}
-    assert (requested_method(fields, settings), requested_seed(fields, settings.seed)) == ("random", 5)
-    for without in (None, {}, {"mmtok_method": None, "mmtok_seed": None}):
-        assert (requested_method(without, settings), requested_seed(without, settings.seed)) == ("even", 3)
+    assert requested(fields, settings) == Requested(settings.budget, "random", 5)
+    # Only what draws has a seed: others share what is cached under any.
+    for without in (None, {}, {"mmtok_method": None, "mmtok_seed": None}, {"mmtok_seed": 5}):
+        assert requested(without, settings) == Requested(settings.budget, "even", 0)
+    assert requested({"mmtok_method": "random"}, settings).seed == 3
 
 
 @pytest.mark.parametrize("value", ["fastv", "", 3, ["even"], True])
 def test_a_bad_method_is_refused_and_named(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^mm_processor_kwargs\.mmtok_method: method is one of mmtok, "):
-        requested_method({"mmtok_method": value}, make_settings())
+        requested({"mmtok_method": value}, make_settings())
 
 
 def test_a_method_that_the_backend_does_not_run_is_refused() -> None:
     settings = replace(make_settings(), backend="triton")
-    assert requested_method({"mmtok_method": "mmtok"}, settings) == "mmtok"
+    assert requested({"mmtok_method": "mmtok"}, settings).method == "mmtok"
     with pytest.raises(ValueError, match=r"mmtok_method: triton runs the method mmtok alone, not even"):
-        requested_method({"mmtok_method": "even"}, settings)
+        requested({"mmtok_method": "even"}, settings)
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, "1", True, [1]])
 def test_a_bad_seed_is_refused_and_named(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^mm_processor_kwargs\.mmtok_seed is a whole number of at least 0, got "):
-        requested_seed({"mmtok_seed": value}, 0)
+        requested({"mmtok_seed": value}, make_settings())
 
 
 @pytest.mark.parametrize(

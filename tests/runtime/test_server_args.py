@@ -32,6 +32,9 @@ FLAGS = [
     "--mmtok-guidance",
     "--mmtok-method",
     "--mmtok-seed",
+    "--mmtok-agent-url",
+    "--mmtok-agent-model",
+    "--mmtok-agent-timeout-ms",
     "--mmtok-backend",
     "--mmtok-engine",
     "--mmtok-onnxruntime-provider",
@@ -108,6 +111,15 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
             {"mmtok_method": "vision-coverage", "mmtok_coverage": "text"},
             "vision-coverage contradicts --mmtok-coverage text",
         ),
+        *(
+            ({"mmtok_agent_url": url}, "agent_url is an address like http://host:30000/v1, got ")
+            for url in ("", "agent:30000", "http://", "file:///agent")
+        ),
+        ({"mmtok_agent_timeout_ms": 0}, "agent_timeout_ms is above 0, got 0"),
+        (
+            {"mmtok_agent_url": "http://agent/v1", "mmtok_engine": "/a/selection.onnx"},
+            "longer than an exported file may take",
+        ),
         ({"mmtok_min_tokens_in": -1}, "min_tokens_in is at least 0, got -1"),
         ({"mmtok_feature_cache_mb": -1}, "feature_cache_mb is at least 0, got -1"),
     ],
@@ -124,6 +136,7 @@ def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], na
         ("--mmtok-min-tokens", "4"),
         ("--mmtok-min-tokens-in", "0"),
         ("--mmtok-coverage", "text"),
+        ("--mmtok-agent-url", "http://agent/v1"),
         ("--mmtok-feature-cache-mb", "0"),
     ],
 )
@@ -227,6 +240,9 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_guidance": "question",
         "mmtok_method": "mmtok",
         "mmtok_seed": 0,
+        "mmtok_agent_url": None,
+        "mmtok_agent_model": "default",
+        "mmtok_agent_timeout_ms": 1000,
         "mmtok_backend": "auto",
         "mmtok_engine": None,
         "mmtok_onnxruntime_provider": None,
