@@ -109,7 +109,8 @@ def _server_arguments(model_path: str | None, device: torch.device) -> list[str]
     small = cpu_arguments(max_total_tokens=65536, max_running_requests=64) if device.type == "cpu" else []
     # SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788).
     transformers = ["--model-impl=transformers"] if model_path is None else []
-    return [*small, *transformers, "--mmtok-budget=all", "--enable-cache-report"]
+    # Without a line for each of tens of thousands of requests.
+    return [*small, *transformers, "--mmtok-budget=all", "--enable-cache-report", "--log-level-http=warning"]
 
 
 def _environment() -> dict[str, str]:

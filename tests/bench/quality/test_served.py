@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mmtok_deploy.bench.quality.answers import read_answers
 from mmtok_deploy.bench.quality.lmms_eval import VERSION
 from mmtok_deploy.bench.quality.questions import make_scenes, picture_of
 from mmtok_deploy.bench.results import read_rows
@@ -98,8 +99,15 @@ def test_lmms_eval_on_local_task_files(
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert row["metrics"]["num_questions"] == 8
     assert row["metrics"]["score"] == row["metrics"]["lmms_exact_match"]
-    # The same questions by our own harness come to the same score.
+    # The same questions by our own harness have the same answers, and come to the same score.
     own = ["quality", f"--url={served_pocket_model.url}", "--tasks=existence", "--budgets=all", "--seeds=0"]
     assert main([*own, "--num-questions=8", f"--results-dir={tmp_path / 'own'}", "--json"]) == 0
     (expected,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert row["metrics"]["score"] == expected["metrics"]["accuracy"]
+    (path,) = (tmp_path / "own").glob("*.answers")
+    (own_answers,) = read_answers(path).values()
+    (samples,) = tmp_path.rglob("*_samples_pocket_existence.jsonl")
+    theirs = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert {each["input"] + each["filtered_resps"] for each in theirs} == {
+        each.question + each.said for each in own_answers
+    }
