@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 TARGET ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]' | head -n 1),8.6)
 SELECTION = $(BIN)/mmtok export selection --force --tensorrt --target $(TARGET)
 
-.PHONY: help install demo bench export test lint format constraints clean
+.PHONY: help install demo bench export quality test lint format constraints clean
 
 help:
 	@echo "make demo    serve a photograph with and without a budget, and show what changes"
 	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: under 20 minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
+	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality (about half an hour)"
 	@echo "make test    every test; no GPU needed"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff rewrite the code"
@@ -40,6 +41,10 @@ export: $(STAMP)
 	$(SELECTION) --preset llava-1.5 --tokens 576 --budget 64
 	$(SELECTION) --preset llava-next --tokens 576 --batch 1:5 --budget 32
 	$(SELECTION) --preset qwen2.5-vl --tokens 256:1024:2048 --budget 128 --dtype bfloat16
+
+quality: $(STAMP)
+	$(BIN)/mmtok quality --results-dir artifacts/quality --record
+	$(BIN)/mmtok bench report artifacts/quality --force --output artifacts/quality/report.html --markdown artifacts/quality/report.md
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

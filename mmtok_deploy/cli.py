@@ -10,12 +10,14 @@ from mmtok_deploy import Budget, __version__
 
 __all__ = ["main"]
 
-_EXTRAS = {"bench": "bench", "demo": "bench,sglang", "export": "export"}
+_EXTRAS = {"bench": "bench", "demo": "bench,sglang", "quality": "bench,sglang", "export": "export", "pocket": "bench"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage."""
     # Inside, so that every layer may start from here; light, so that --help is quick.
+    from mmtok_deploy.bench.pocket.command import add_pocket_parser
+    from mmtok_deploy.bench.quality.command import add_quality_parser
     from mmtok_deploy.exporters.command import add_export_parser
 
     parser = argparse.ArgumentParser(prog="mmtok", description="MMTok vision-token selection, made deployable.")
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         "--folder", default=Path("artifacts/demo"), type=Path, help="where to write (default artifacts/demo)"
     )
     _add_bench(commands)
+    add_quality_parser(commands)
     add_export_parser(commands)
+    add_pocket_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         return _run(arguments)
@@ -52,10 +56,18 @@ def _run(arguments: argparse.Namespace) -> int:
             return run_doctor(json_output=arguments.json)
         case "bench":
             return _bench(arguments)
+        case "quality":
+            from mmtok_deploy.bench.quality.command import run_quality
+
+            return run_quality(arguments)
         case "export":
             from mmtok_deploy.exporters.command import run_export
 
             return run_export(arguments)
+        case "pocket":
+            from mmtok_deploy.bench.pocket.command import run_pocket
+
+            return run_pocket(arguments)
         case _:
             from mmtok_deploy.bench.demo import run_demo
 

@@ -58,6 +58,19 @@ def test_reporting(folder: Path) -> None:
     assert (folder / "artifacts" / "bench" / "report.html").is_file()
 
 
+def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks("quality.md", "bash") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mmtok quality")]
+    plans = [command for command in commands if command != ["quality", "setup"]]
+    assert len(plans) == len(commands) - 1 == 5
+    for command in plans:
+        assert main([*command, "--dry-run"]) == 0, capsys.readouterr().err
+    # What the page says that `make quality` asks.
+    assert main(["quality", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("83640 requests")
+    assert "83,640 questions: 8 methods at 5 budgets" in (DOCS / "quality.md").read_text()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tensorrt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

@@ -14,6 +14,7 @@ __all__ = ["Chapter", "Report", "make_report"]
 
 _ABSENT = {
     "serve": "Not measured here: a served model (mmtok bench serve). Nothing on this page says what a server gains.",
+    "quality": "Not measured here: what pruning costs in answers (mmtok quality).",
     "selector": "Not measured here: the selection by itself (mmtok bench selector).",
 }
 

@@ -35,6 +35,11 @@ _METRICS = {
     "accuracy": Metric("accuracy, %", "share"),
     "accuracy_low": Metric("accuracy, low end, %", "share"),
     "accuracy_high": Metric("accuracy, high end, %", "share"),
+    "share": Metric("of the unpruned score, %", "share"),
+    "share_low": Metric("of the unpruned score, low end, %", "share"),
+    "share_high": Metric("of the unpruned score, high end, %", "share"),
+    "chance": Metric("chance, %", "share"),
+    "majority": Metric("commonest answer, %", "share"),
     "tokens_kept": Metric("tokens kept", None),
     "num_questions": Metric("questions", None),
 }

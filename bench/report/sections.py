@@ -7,12 +7,17 @@ from collections.abc import Callable, Sequence
 from mmtok_deploy.bench.report.blocks import Part, Table, without_empty_columns
 from mmtok_deploy.bench.report.gather import Measurement, newest
 from mmtok_deploy.bench.report.metrics import format_value, metric
+from mmtok_deploy.bench.report.quality import quality_part
 from mmtok_deploy.bench.report.selector import selector_part
 from mmtok_deploy.bench.report.serve import serve_part
 
 __all__ = ["SECTIONS", "make_parts"]
 
-SECTIONS: dict[str, Callable[[Sequence[Measurement]], Part]] = {"serve": serve_part, "selector": selector_part}
+SECTIONS: dict[str, Callable[[Sequence[Measurement]], Part]] = {
+    "serve": serve_part,
+    "quality": quality_part,
+    "selector": selector_part,
+}
 """In the order of the page; a bench that is not here comes after them."""
 
 

@@ -1,0 +1,64 @@
+"""The paper's public benchmarks, by lmms-eval's names, its budgets, and what of its figures can be quoted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["BENCHMARKS", "PRESET_BUDGETS", "PUBLISHED", "Benchmark", "Published"]
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A benchmark: lmms-eval's task, and the metrics whose sum is the score."""
+
+    task: str
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A figure of the paper: the share of the unpruned score that is kept.
+
+    Args:
+        preset: Whose budgets it is among.
+        model: That it is of.
+        benchmark: A key of `BENCHMARKS`.
+        tokens: Kept; None where the text does not say.
+        share: Of the unpruned score.
+    """
+
+    preset: str
+    model: str
+    benchmark: str
+    tokens: int | None
+    share: float
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "gqa": Benchmark("gqa", ("exact_match",)),
+    # The one of its kind that no other model has to judge.
+    "mmbench": Benchmark("mmbench_en_dev_static", ("gpt_eval_score",)),
+    "mme": Benchmark("mme", ("mme_perception_score", "mme_cognition_score")),
+    "pope": Benchmark("pope", ("pope_f1_score",)),
+    "scienceqa": Benchmark("scienceqa_img", ("exact_match",)),
+    "vqav2": Benchmark("vqav2_val", ("exact_match",)),
+    "textvqa": Benchmark("textvqa_val", ("exact_match",)),
+    "mmmu": Benchmark("mmmu_val", ("mmmu_acc",)),
+    "seedbench": Benchmark("seedbench", ("seed_image",)),
+    "ocrbench": Benchmark("ocrbench", ("ocrbench_accuracy",)),
+}
+"""Tasks and metrics of lmms-eval 0.7.3. VQAv2 is its validation split: the test split's answers are not public."""
+
+PRESET_BUDGETS: Mapping[str, tuple[str, ...]] = {
+    "llava-1.5": ("all", "192", "128", "64"),
+    "llava-next": ("all", "640", "320", "160"),
+    "qwen2.5-vl": ("all", "20%", "10%", "5%"),
+}
+"""Source: MMTok, arXiv 2508.18264, Figure 1."""
+
+PUBLISHED: tuple[Published, ...] = (
+    Published("llava-1.5", "LLaVA-1.5-7B", "pope", 4, 0.877),
+    Published("llava-next", "LLaVA-NeXT-13B", "pope", None, 0.987),
+)
+"""Source: MMTok, arXiv 2508.18264, abstract. Its tables are not quoted here."""

@@ -1,0 +1,221 @@
+"""Every method at every budget, seed by seed: what `mmtok quality` runs on the pocket tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from mmtok_deploy.bench.chat import image_url
+from mmtok_deploy.bench.pocket.questions import Kind
+from mmtok_deploy.bench.quality.answers import Answer, Cell, answers_beside, append_answers, read_answers
+from mmtok_deploy.bench.quality.asking import Asker, Request, Said
+from mmtok_deploy.bench.quality.questions import SCORED_KINDS, AskedScene, fingerprint, make_scenes, picture_of
+from mmtok_deploy.bench.quality.rows import ALL_SEEDS, UNPRUNED, rows_of
+from mmtok_deploy.bench.quality.scoring import is_right
+from mmtok_deploy.bench.results import ResultRow, append_row, read_rows
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName, check_method
+
+__all__ = ["METHODS", "NotPrunedError", "Plan", "Sweep"]
+
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
+
+
+class NotPrunedError(RuntimeError):
+    """A server that read as many image tokens at a budget as without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked.
+
+    Args:
+        methods: Of choosing the tokens.
+        budgets: As `Budget.parse` reads them; "all" is asked once, whatever the methods, and first.
+        seeds: Of the held-out scenes, and of the method `random`.
+        kinds: Of questions.
+        num_questions: Of each kind and seed.
+
+    Raises:
+        ValueError: Nothing to ask, something twice, or a method, a budget or a kind that is not there.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    budgets: tuple[str, ...] = ("all", "50%", "25%", "11%", "5%", "4")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    kinds: tuple[Kind, ...] = SCORED_KINDS
+    num_questions: int = 170
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "budgets", "seeds", "kinds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"expected at least one of {name}, each once, got {values or 'none'}")
+        for method in self.methods:
+            check_method(method)
+        for budget in self.budgets:
+            Budget.parse(budget)
+        if any(not 0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"a seed is between 0 and 2**32 - 1, got {self.seeds}")
+        unknown = [kind for kind in self.kinds if kind not in SCORED_KINDS]
+        if unknown or self.num_questions < 1:
+            got = unknown or self.num_questions
+            raise ValueError(f"expected kinds of {', '.join(SCORED_KINDS)} and at least 1 question, got {got}")
+
+    def settings(self) -> list[tuple[str, str]]:
+        """Returns methods and budgets in the order in which they are asked."""
+        pruned = [(method, budget) for budget in self.budgets if budget != "all" for method in self.methods]
+        return [*([(UNPRUNED, "all")] if "all" in self.budgets else []), *pruned]
+
+    @property
+    def num_requests(self) -> int:
+        """Questions of all cells together."""
+        return len(self.settings()) * len(self.seeds) * len(self.kinds) * self.num_questions
+
+
+@dataclass(slots=True)
+class Sweep:
+    """One run of a plan, whose rows and answers are written as they come.
+
+    Args:
+        plan: What is asked.
+        path: The file of rows; cells whose answers are beside it already are not asked again.
+        device: Where the server runs.
+    """
+
+    plan: Plan
+    path: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _scenes: dict[int, list[AskedScene]] = field(default_factory=dict)
+    _urls: dict[tuple[int, int], str] = field(default_factory=dict)
+    _answers: dict[Cell, list[Answer]] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Makes the questions, draws the scenes, and takes up the answers that are there.
+
+        Raises:
+            ValueError: The answers that are there are to other questions.
+        """
+        for seed in self.plan.seeds:
+            self._scenes[seed] = make_scenes(seed, self.plan.num_questions, self.plan.kinds)
+            for asked in self._scenes[seed]:
+                self._urls[seed, asked.index] = image_url(picture_of(asked.scene))
+        self._answers = read_answers(answers_beside(self.path))
+        for cell, answers in self._answers.items():
+            expected = fingerprint(self._scenes.get(cell.seed, []))
+            if answers[0].question_set != expected:
+                raise ValueError(
+                    f"{answers_beside(self.path)} holds answers to other questions (set {answers[0].question_set}, "
+                    f"here {expected}): go on with the same seeds, kinds, questions, NumPy and Pillow, or start anew"
+                )
+
+    @property
+    def num_done(self) -> int:
+        """Requests of this plan that were answered in an earlier run."""
+        return sum(len(self._answers.get(cell, ())) for cell in self._cells())
+
+    async def run(self, asker: Asker, on_answer: Callable[[], None], on_cell: Callable[[Cell], None]) -> None:
+        """Asks what is left of the plan.
+
+        Raises:
+            RequestError: A request failed; what was finished before it is kept.
+            NotPrunedError: The server does not prune.
+        """
+        written = {(row.case["method"], row.case["budget"], row.case["seed"]) for row in read_rows(self.path)}
+        for method, budget in self.plan.settings():
+            for seed in self.plan.seeds:
+                cell = Cell(method, budget, seed)
+                if cell not in self._answers:
+                    on_cell(cell)
+                    answers = await self._ask(asker, cell, on_answer)
+                    self._check_pruned(cell, answers)
+                    append_answers(answers_beside(self.path), answers)
+                    self._answers[cell] = answers
+                if (method, budget, str(seed)) not in written:
+                    self._write([cell], seed)
+            if len(self.plan.seeds) > 1 and (method, budget, ALL_SEEDS) not in written:
+                self._write([Cell(method, budget, seed) for seed in self.plan.seeds], ALL_SEEDS)
+
+    def rows(self) -> list[ResultRow]:
+        """Returns the rows of every setting that is finished: all seeds together, or the one that there is."""
+        pooled = ALL_SEEDS if len(self.plan.seeds) > 1 else str(self.plan.seeds[0])
+        settings = self.plan.settings()
+        return [
+            row
+            for row in read_rows(self.path)
+            if row.case["seed"] == pooled and (row.case["method"], row.case["budget"]) in settings
+        ]
+
+    def _cells(self) -> Iterator[Cell]:
+        for method, budget in self.plan.settings():
+            yield from (Cell(method, budget, seed) for seed in self.plan.seeds)
+
+    async def _ask(self, asker: Asker, cell: Cell, on_answer: Callable[[], None]) -> list[Answer]:
+        scenes = self._scenes[cell.seed]
+        places = [(asked, number) for asked in scenes for number in range(len(asked.questions))]
+        requests = [
+            Request(self._urls[cell.seed, asked.index], asked.questions[number], _fields(cell))
+            for asked, number in places
+        ]
+        started_s = time.perf_counter()
+        said = await asker.ask_all(requests, on_answer)
+        cell_s = time.perf_counter() - started_s
+        question_set = fingerprint(scenes)
+        return [
+            _answer(cell, asked, number, answer, cell_s, question_set)
+            for (asked, number), answer in zip(places, said, strict=True)
+        ]
+
+    def _check_pruned(self, cell: Cell, answers: Sequence[Answer]) -> None:
+        unpruned = self._answers.get(Cell(UNPRUNED, "all", cell.seed))
+        if cell.method == UNPRUNED or unpruned is None:
+            return
+        longer = [
+            pruned.question
+            for pruned, full in zip(answers, unpruned, strict=True)
+            if pruned.num_prompt_tokens >= full.num_prompt_tokens
+        ]
+        if longer:
+            raise NotPrunedError(
+                f"with {cell.method} at {cell.budget}, {longer[0]!r} took as many prompt tokens as unpruned: is the "
+                "server started with --mmtok-budget, and without --mmtok-min-tokens-in?"
+            )
+
+    def _write(self, cells: Sequence[Cell], seed: int | str) -> None:
+        answers = [answer for cell in cells for answer in self._answers[cell]]
+        unpruned = [answer for cell in cells for answer in self._answers.get(Cell(UNPRUNED, "all", cell.seed), ())]
+        question_set = fingerprint([asked for cell in cells for asked in self._scenes[cell.seed]])
+        for row in rows_of(answers, unpruned, seed=seed, question_set=question_set, device=self.device):
+            append_row(self.path, row)
+
+
+def _fields(cell: Cell) -> dict[str, str | int]:
+    if cell.method == UNPRUNED:
+        return {"mmtok_budget": "all"}
+    return {"mmtok_budget": cell.budget, "mmtok_method": cell.method, "mmtok_seed": cell.seed}
+
+
+def _answer(cell: Cell, asked: AskedScene, number: int, said: Said, cell_s: float, question_set: str) -> Answer:
+    question = asked.questions[number]
+    return Answer(
+        method=cell.method,
+        budget=cell.budget,
+        seed=cell.seed,
+        scene=asked.index,
+        kind=question.kind,
+        setting=asked.settings[number],
+        question=question.text,
+        expected=question.answer,
+        said=said.text,
+        is_right=is_right(question, said.text),
+        num_prompt_tokens=said.num_prompt_tokens,
+        num_image_tokens=said.num_image_tokens,
+        latency_ms=round(said.latency_ms, 1),
+        cell_s=round(cell_s, 2),
+        question_set=question_set,
+    )

@@ -1,0 +1,86 @@
+"""Scores as tables, a kind of question each: methods down, budgets across."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import rich.table
+
+from mmtok_deploy.bench.quality.rows import ALL_SEEDS, POCKET, UNPRUNED
+from mmtok_deploy.bench.report.blocks import Table
+from mmtok_deploy.bench.results import ResultRow
+
+__all__ = ["pooled_rows", "printable", "score_tables"]
+
+
+def pooled_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Returns the pocket rows of all seeds together, or all of them where each run had but one seed."""
+    pocket = [row for row in rows if row.case["task"] == POCKET]
+    return [row for row in pocket if row.case["seed"] == ALL_SEEDS] or pocket
+
+
+def score_tables(rows: Sequence[ResultRow]) -> list[Table]:
+    """Returns a table of accuracies for each kind, and one of POPE's F1 scores by setting."""
+    pooled = pooled_rows(rows)
+    tables = []
+    for kind in dict.fromkeys(str(row.case["kind"]) for row in pooled):
+        chosen = [row for row in pooled if row.case["kind"] == kind]
+        tables.append(_grid(_accuracy_title(kind, chosen), chosen, _accuracy_cell))
+    existence = [row for row in pooled if row.case["kind"] == "existence"]
+    if existence:
+        title = "existence: POPE's F1, %: random / popular / adversarial negatives"
+        tables.append(_grid(title, existence, _pope_cell))
+    return tables
+
+
+def printable(table: Table) -> rich.table.Table:
+    """Returns the table for a terminal."""
+    shown = rich.table.Table(title=table.title, title_justify="left")
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if number < table.num_texts else "right")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def _accuracy_title(kind: str, rows: Sequence[ResultRow]) -> str:
+    metrics = rows[0].metrics
+    return (
+        f"{kind}: accuracy, % (95% interval), {metrics['num_questions']:.0f} questions; chance "
+        f"{100 * metrics['chance']:.0f}, always the commonest answer {100 * metrics['majority']:.0f}"
+    )
+
+
+def _grid(title: str, rows: Sequence[ResultRow], cell_of: Callable[[ResultRow], str]) -> Table:
+    scores = {(str(row.case["method"]), str(row.case["budget"])): row for row in rows}
+    budgets = list(dict.fromkeys(budget for _, budget in scores))
+    methods = list(dict.fromkeys(method for method, _ in scores))
+    headings = [_heading(budget, [row for (_, other), row in scores.items() if other == budget]) for budget in budgets]
+    lines = tuple(
+        (method, *(cell_of(scores[method, budget]) if (method, budget) in scores else "" for budget in budgets))
+        for method in methods
+    )
+    return Table(title, ("method", *headings), lines)
+
+
+def _heading(budget: str, rows: Sequence[ResultRow]) -> str:
+    kept = {round(row.metrics["tokens_kept"]) for row in rows if "tokens_kept" in row.metrics}
+    # A smaller image may have fewer tokens than the budget allows.
+    return f"{budget} ({max(kept)} tokens)" if kept and budget != str(max(kept)) else f"{budget} tokens"
+
+
+def _accuracy_cell(row: ResultRow) -> str:
+    metrics = row.metrics
+    shown = f"{100 * metrics['accuracy']:.1f}"
+    if "accuracy_low" in metrics:
+        shown += f" ({100 * metrics['accuracy_low']:.1f} to {100 * metrics['accuracy_high']:.1f})"
+    if row.case["method"] != UNPRUNED and "share" in metrics:
+        shown += f", {100 * metrics['share']:.0f}% of unpruned"
+        shown += f" ({100 * metrics['share_low']:.0f} to {100 * metrics['share_high']:.0f})"
+    return shown
+
+
+def _pope_cell(row: ResultRow) -> str:
+    names = ("random", "popular", "adversarial")
+    values = [row.metrics.get(f"pope_{name}_f1") for name in names]
+    return " / ".join("none" if value is None else f"{100 * value:.0f}" for value in values)

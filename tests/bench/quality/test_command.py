@@ -1,0 +1,80 @@
+"""`mmtok quality` against a server that knows no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtok_deploy.bench.results import read_rows
+from mmtok_deploy.cli import main
+from tests.bench.quality.stand_in import budget_of, completion, says, serving
+
+PRUNES = {"mmtok_budget": "all"}
+
+
+def arguments(url: str, folder: Path, *more: str) -> list[str]:
+    few = ["--tasks=existence,count", "--methods=even", "--budgets=all,4", "--seeds=0,1", "--num-questions=8"]
+    return ["quality", f"--url={url}", *few, f"--results-dir={folder}", *more]
+
+
+def test_table_rows_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(says("yes"), PRUNES) as url:
+        assert main(arguments(url, tmp_path)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "existence: accuracy, % (95% interval), 16 questions; chance 50" in shown
+    assert "existence: POPE's F1, %" in shown
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".answers", ".png"}
+    report = tmp_path / "report.md"
+    assert main(["bench", "report", str(tmp_path), "--markdown", str(report)]) == 0
+    assert "## Quality" in report.read_text() or "# Quality" in report.read_text()
+
+
+def test_a_server_without_the_plugin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(says("yes"), {"mmtok_budget": None}) as url:
+        assert main(arguments(url, tmp_path)) == 1
+    assert "--mmtok-budget all" in capsys.readouterr().err
+
+
+def test_a_failed_request_keeps_what_was_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def reply(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        return (200, completion("no", 196)) if budget_of(body) == "all" else (503, {"error": {"message": "full"}})
+
+    with serving(reply, PRUNES) as url:
+        assert main(arguments(url, tmp_path)) == 1
+    assert "--resume" in capsys.readouterr().err
+    (path,) = tmp_path.glob("*.jsonl")
+    assert len(read_rows(path)) == 3 * 2
+    with serving(says("yes"), PRUNES) as url:
+        assert main(arguments(url, tmp_path, f"--resume={path}", "--json")) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["case"]["budget"] for row in rows] == ["all", "all", "4", "4"]
+
+
+def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
+    process: subprocess.Popen[bytes]
+    pruned: list[str] = []
+
+    def reply(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if budget_of(body) != "all":
+            pruned.append(budget_of(body))
+            if len(pruned) == 1:
+                process.send_signal(signal.SIGINT)
+        return says("yes")(body)
+
+    with serving(reply, PRUNES) as url:
+        command = [sys.executable, "-c", "import sys; from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"]
+        root = str(Path(__file__).parents[3])
+        environment = {**os.environ, "PYTHONPATH": root}
+        process = subprocess.Popen([*command, *arguments(url, tmp_path)], env=environment, stderr=subprocess.PIPE)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"Traceback" not in said
+    (path,) = tmp_path.glob("*.jsonl")
+    assert {row.case["budget"] for row in read_rows(path)} == {"all"}

@@ -1,0 +1,73 @@
+"""The pocket model still answers as well as it was recorded to, pruned to a quarter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from mmtok_deploy.bench.quality.answers import answers_beside, read_answers
+from mmtok_deploy.bench.quality.asking import Asker
+from mmtok_deploy.bench.quality.recorded import (
+    RECORDED_BUDGET,
+    RECORDED_METHOD,
+    Recorded,
+    read_recorded,
+    record,
+)
+from mmtok_deploy.bench.quality.sweep import Plan, Sweep
+from mmtok_deploy.bench.results import CaseValue
+from mmtok_deploy.bench.server import SglangServer
+from tests.bench.quality.conftest import IS_TRAINED
+from tests.bench.report.rows import row
+
+RECORDED = read_recorded()
+NUM_QUESTIONS = 100
+# One failure by chance in a thousand runs of a kind.
+LEVEL = 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_TRAINED, reason="the pocket model's checkpoint is not there yet")
+@pytest.mark.skipif(RECORDED is None, reason="nothing is recorded yet: `make quality` writes it")
+def test_accuracy_is_not_below_the_recorded_one(served_pocket_model: SglangServer, tmp_path: Path) -> None:
+    assert RECORDED is not None
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+    plan = Plan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=NUM_QUESTIONS)
+    sweep = Sweep(plan, path)
+    sweep.prepare()
+
+    async def ask() -> None:
+        async with Asker(served_pocket_model.url, num_at_once=32) as asker:
+            await sweep.run(asker, lambda: None, lambda cell: None)
+
+    asyncio.run(ask())
+    (answers,) = read_answers(answers_beside(path)).values()
+    right = Counter(str(answer.kind) for answer in answers if answer.is_right)
+    for kind, accuracy in RECORDED.accuracy.items():
+        found = stats.binomtest(right[kind], NUM_QUESTIONS, accuracy, alternative="less")
+        assert found.pvalue > LEVEL, f"{kind}: {right[kind]} of {NUM_QUESTIONS} right, {accuracy:.1%} recorded"
+
+
+def case(**changes: CaseValue) -> dict[str, CaseValue]:
+    set_out: dict[str, CaseValue] = {"task": "pocket", "kind": "count", "method": "mmtok", "budget": "25%"}
+    return {**set_out, "seed": "all", "question_set": "abc", **changes}
+
+
+def test_what_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "recorded.json"
+    assert read_recorded(path) is None
+    others = [
+        row("quality", case(**{key: other}), {"accuracy": 0.1}) for key, other in (("budget", "4"), ("seed", "0"))
+    ]
+    record([*others, row("quality", case(), {"accuracy": 0.81236})], path)
+    assert read_recorded(path) == Recorded({"count": 0.8124}, {"count": 20}, "abc", "bbbbbbb", others[0].time)
+
+
+def test_nothing_to_record(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to record"):
+        record([row("quality", case(method="even"), {"accuracy": 0.5})], tmp_path / "recorded.json")

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtok_deploy.bench.pocket.questions import Kind
+from mmtok_deploy.bench.quality.answers import Cell, answers_beside, read_answers
+from mmtok_deploy.bench.quality.asking import Asker, RequestError
+from mmtok_deploy.bench.quality.sweep import NotPrunedError, Plan, Sweep
+from mmtok_deploy.bench.results import read_rows
+from tests.bench.quality.stand_in import TOKENS, Reply, budget_of, completion, says, serving
+
+KINDS: tuple[Kind, ...] = ("existence", "count")
+PLAN = Plan(methods=("mmtok", "even"), budgets=("4", "all"), seeds=(0, 1), kinds=KINDS, num_questions=12)
+
+
+def run(plan: Plan, path: Path, reply: Reply) -> tuple[Sweep, int]:
+    """Returns the sweep, and how many requests it took."""
+    asked = 0
+
+    def on_answer() -> None:
+        nonlocal asked
+        asked += 1
+
+    async def ask(url: str) -> None:
+        async with Asker(url, num_at_once=8) as asker:
+            await sweep.run(asker, on_answer, lambda cell: None)
+
+    path.touch()
+    sweep = Sweep(plan, path)
+    sweep.prepare()
+    with serving(reply) as url:
+        asyncio.run(ask(url))
+    return sweep, asked
+
+
+def blind_below(num_tokens: int) -> Reply:
+    """Says "no" to whatever is asked below that many tokens, and "yes" from there on."""
+
+    def reply(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        kept = TOKENS[budget_of(body)]
+        return 200, completion("yes" if kept >= num_tokens else "no", kept)
+
+    return reply
+
+
+def test_every_setting_and_seed_has_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    sweep, asked = run(PLAN, path, says("yes"))
+    assert asked == PLAN.num_requests == 3 * 2 * 2 * 12
+    rows = read_rows(path)
+    cases = {tuple(row.case[key] for key in ("method", "budget", "seed", "kind")) for row in rows}
+    settings = [("unpruned", "all"), ("mmtok", "4"), ("even", "4")]
+    assert PLAN.settings() == settings
+    assert cases == {(*setting, seed, kind) for setting in settings for seed in ("0", "1", "all") for kind in KINDS}
+    assert [row.case["seed"] for row in sweep.rows()] == ["all"] * 6
+    assert set(read_answers(answers_beside(path))) == {Cell(*setting, seed) for setting in settings for seed in (0, 1)}
+
+
+def test_metrics_of_a_constant_answer(tmp_path: Path) -> None:
+    sweep, _ = run(PLAN, tmp_path / "rows.jsonl", says("yes"))
+    existence = next(row for row in sweep.rows() if row.case["kind"] == "existence" and row.case["method"] == "mmtok")
+    metrics = existence.metrics
+    assert (metrics["accuracy"], metrics["share"], metrics["majority"], metrics["chance"]) == (0.5, 1, 0.5, 0.5)
+    assert (metrics["pope_recall"], metrics["pope_precision"], metrics["pope_yes_share"]) == (1, 0.5, 1)
+    assert metrics["pope_adversarial_f1"] == pytest.approx(2 / 3)
+    assert (metrics["tokens_kept"], metrics["num_questions"], metrics["prompt_tokens"]) == (4, 24, 16)
+    count = next(row for row in sweep.rows() if row.case["kind"] == "count")
+    assert count.metrics["accuracy"] == 0
+    assert "share" not in count.metrics
+
+
+def test_share_of_the_unpruned_score(tmp_path: Path) -> None:
+    """Unpruned "yes" and pruned "no" are each right on half: the share is 1, and it is unsure."""
+    sweep, _ = run(PLAN, tmp_path / "rows.jsonl", blind_below(5))
+    metrics = next(
+        row for row in sweep.rows() if row.case["kind"] == "existence" and row.case["method"] == "even"
+    ).metrics
+    assert metrics["share"] == 1
+    assert metrics["accuracy"] == 0.5
+    assert metrics["pope_yes_share"] == 0
+
+
+def test_going_on_asks_only_what_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def refuses_even(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if body["mm_processor_kwargs"].get("mmtok_method") == "even":
+            return 500, {"error": {"message": "out of order"}}
+        return says("yes")(body)
+
+    with pytest.raises(RequestError, match="out of order"):
+        run(PLAN, path, refuses_even)
+    finished = path.read_text()
+    assert {row.case["method"] for row in read_rows(path)} == {"unpruned", "mmtok"}
+    sweep, asked = run(PLAN, path, says("yes"))
+    assert asked == 2 * 2 * 12
+    assert path.read_text().startswith(finished)
+    assert len(sweep.rows()) == 6
+    assert run(PLAN, path, says("yes"))[1] == 0
+    assert len(read_rows(path)) == 3 * 3 * 2
+
+
+def test_going_on_with_other_questions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    plan = Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=3)
+    run(plan, path, says("yes"))
+    with pytest.raises(ValueError, match="answers to other questions"):
+        run(Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=4), path, says("yes"))
+
+
+def test_a_server_that_does_not_prune_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(NotPrunedError, match=r"with mmtok at 4, .* as many prompt tokens as unpruned"):
+        run(PLAN, path, lambda body: (200, completion("yes", 196)))
+    assert {row.case["method"] for row in read_rows(path)} == {"unpruned"}
+    assert {cell.method for cell in read_answers(answers_beside(path))} == {"unpruned"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("fastv",)}, "method is one of"),
+        ({"budgets": ("150%",)}, "150%"),
+        ({"budgets": ("4", "4")}, "each once"),
+        ({"seeds": ()}, "at least one of seeds"),
+        ({"seeds": (-1,)}, "between 0 and"),
+        ({"kinds": ("simple",)}, "simple"),
+        ({"num_questions": 0}, "at least 1 question"),
+    ],
+)
+def test_plans_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan(**changes)

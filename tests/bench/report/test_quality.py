@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+
+from mmtok_deploy.bench.report.document import make_report
+from mmtok_deploy.bench.report.gather import Measurement
+from mmtok_deploy.bench.report.markdown import to_markdown
+from mmtok_deploy.bench.report.quality import quality_part
+from mmtok_deploy.bench.results import CaseValue, ResultRow
+from tests.bench.report.rows import row
+
+
+def scored(method: str, budget: str, kept: float, accuracy: float, **changes: CaseValue) -> ResultRow:
+    case: dict[str, CaseValue] = {"task": "pocket", "kind": "count", "method": method, "budget": budget}
+    case |= {"seed": "all", "question_set": "abc", **changes}
+    metrics = {"num_questions": 510.0, "accuracy": accuracy, "chance": 0.2, "majority": 0.25, "tokens_kept": kept}
+    metrics |= {"accuracy_low": accuracy - 0.04, "accuracy_high": accuracy + 0.03}
+    if method != "unpruned":
+        metrics |= {"share": accuracy / 0.8, "share_low": accuracy / 0.8 - 0.05, "share_high": accuracy / 0.8 + 0.05}
+    return row("quality", case, metrics)
+
+
+ROWS = [
+    scored("unpruned", "all", 196, 0.8),
+    scored("mmtok", "25%", 49, 0.72),
+    scored("even", "25%", 49, 0.6),
+    scored("mmtok", "4", 4, 0.4),
+    scored("even", "4", 4, 0.32),
+]
+
+
+def measured(rows: list[ResultRow]) -> list[Measurement]:
+    return [Measurement(each, "rows.jsonl") for each in rows]
+
+
+def test_a_line_for_each_method_against_tokens_kept() -> None:
+    (plot,) = quality_part(measured(ROWS)).plots
+    lines = {trace.name: (list(trace.x), list(trace.y)) for trace in plot.figure.data}
+    assert lines == {
+        "mmtok": ([4, 49], [0.4, 0.72]),
+        "even": ([4, 49], [0.32, 0.6]),
+        "unpruned": ([4, 196], [0.8, 0.8]),
+    }
+    assert plot.figure.data[0].error_y.array == pytest.approx((0.03, 0.03))
+    assert plot.figure.data[0].error_y.arrayminus == pytest.approx((0.04, 0.04))
+
+
+def test_methods_down_budgets_across() -> None:
+    (table,) = quality_part(measured(ROWS)).tables
+    assert table.title == (
+        "count: accuracy, % (95% interval), 510 questions; chance 20, always the commonest answer 25"
+    )
+    assert table.columns == ("method", "all (196 tokens)", "25% (49 tokens)", "4 tokens")
+    assert table.rows == (
+        ("unpruned", "80.0 (76.0 to 83.0)", "", ""),
+        (
+            "mmtok",
+            "",
+            "72.0 (68.0 to 75.0), 90% of unpruned (85 to 95)",
+            "40.0 (36.0 to 43.0), 50% of unpruned (45 to 55)",
+        ),
+        (
+            "even",
+            "",
+            "60.0 (56.0 to 63.0), 75% of unpruned (70 to 80)",
+            "32.0 (28.0 to 35.0), 40% of unpruned (35 to 45)",
+        ),
+    )
+
+
+def test_single_seeds_give_way_to_all_of_them() -> None:
+    one = scored("mmtok", "25%", 49, 0.1, seed="0")
+    assert quality_part(measured([one, *ROWS])).tables == quality_part(measured(ROWS)).tables
+    (table,) = quality_part(measured([one])).tables
+    assert table.rows[0][1].startswith("10.0")
+
+
+def test_in_the_report() -> None:
+    public: dict[str, CaseValue] = {"task": "pope", "kind": "public", "method": "mmtok", "budget": "64", "seed": "0"}
+    public |= {"preset": "llava-1.5", "model": "llava-hf/llava-1.5-7b-hf"}
+    rows = [*ROWS, row("quality", public, {"score": 0.8512, "num_questions": 9000.0, "share": 0.99})]
+    page = to_markdown(make_report(measured(rows), [], None))
+    assert "llava-hf/llava-1.5-7b-hf" in page
+    assert "0.8512" in page
+    assert "LLaVA-1.5-7B, the paper" in page
+    assert "87.7" in page
