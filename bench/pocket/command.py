@@ -68,7 +68,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         def show(step: int, stage: Stage, figures: dict[str, float]) -> None:
             shown = "  ".join(f"{name} {figure:.2f}" for name, figure in figures.items())
-            progress.update(bar, completed=step, description=stage.name, figures=shown)
+            progress.update(bar, completed=step, description=stage.task, figures=shown)
 
         training.run(show)
     print(training.save_checkpoint())

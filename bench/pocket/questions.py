@@ -149,4 +149,4 @@ def _plural(shape: str) -> str:
 
 
 def _one_of(rng: np.random.Generator, items: Sequence[_T]) -> _T:
-    return items[rng.integers(len(items))]
+    return items[int(rng.integers(len(items)))]

@@ -171,7 +171,9 @@ def _background(rng: np.random.Generator, side_px: int) -> Image.Image:
     return picture
 
 
-def _polygon(pen: ImageDraw.ImageDraw, thing: Thing, scale: int, fill: _Fill, points: Sequence[tuple[float, float]]) -> None:
+def _polygon(
+    pen: ImageDraw.ImageDraw, thing: Thing, scale: int, fill: _Fill, points: Sequence[tuple[float, float]]
+) -> None:
     """Fills the polygon of `points`, given in radii around the thing's middle."""
     radius = thing.size_px / 2
     pen.polygon([((thing.x + radius * dx) * scale, (thing.y + radius * dy) * scale) for dx, dy in points], fill=fill)

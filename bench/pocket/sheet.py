@@ -30,7 +30,9 @@ def draw_sheet(path: Path, *, seed: int) -> Path:
         top = _MARGIN_PX + number // _COLUMNS * cell_height
         sheet.paste(draw(scene, _SCALE), (left, top))
         if question := ask(rng, scene, KINDS[number % len(KINDS)]):
-            pen.text((left, top + SCENE_PX * _SCALE + 4), f"{question.text}  {question.answer}", fill="black", font=font)
+            pen.text(
+                (left, top + SCENE_PX * _SCALE + 4), f"{question.text}  {question.answer}", fill="black", font=font
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path

@@ -9,68 +9,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, PATCH_PX, make_model, make_processor
-from mmtok_deploy.bench.pocket.questions import Kind, Question, ask
-from mmtok_deploy.bench.pocket.scenes import (
-    CHARACTERS,
-    COLOR_RGB,
-    SCENE_PX,
-    SHAPES,
-    SIZE_PX,
-    Scene,
-    draw,
-    draw_mask,
-    make_scene,
-)
+from mmtok_deploy.bench.pocket.model import make_model, make_processor
+from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS
+from mmtok_deploy.bench.pocket.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task, TrainingScenes, collate
 
 __all__ = ["STAGES", "Stage", "Training"]
 
-_GRID = SCENE_PX // PATCH_PX
-_NOTHING = "nothing"
-# A patch shows a thing where at least this many of its 64 pixels do.
-_MIN_PIXELS = 7
-# What each patch is asked for, each a choice between words: the tower learns them as directions of the language
-# model's own word embeddings, as CLIP's image features come aligned with text.
-_PATCH_CHOICES: tuple[tuple[str, ...], ...] = (
-    (*COLOR_RGB, _NOTHING),
-    (*SHAPES, *(character.lower() for character in CHARACTERS), _NOTHING),
-    (*SIZE_PX, "digit", "letter", _NOTHING),
-    ("top", "bottom"),
-    ("left", "right"),
-    ("middle", _NOTHING),
-)
+# Stretches the products of image tokens and word embeddings: tokens need not be long to be told apart.
 _LOGIT_SCALE = 4.0
-# Most patches show nothing: they count for less.
-_NOTHING_WEIGHT = 0.15
-
-_KIND_WEIGHTS: dict[Kind, float] = {
-    "existence": 0.34,
-    "simple": 0.10,
-    "count": 0.16,
-    "position": 0.14,
-    "reading": 0.14,
-    "attribute": 0.12,
-}
-_NUM_QUESTIONS = 12
+# Most patches show nothing, and most of a thing's are not its middle: they count for less.
+_NOTHING_WEIGHTS = (0.15, 0.15, 0.15, 1.0, 1.0, 0.5)
 _PIXEL_MEAN, _PIXEL_STD = (
     torch.tensor(values)[:, None, None]
     for values in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 )
-_IGNORED = -100
+_SHOWN_WORDS = {
+    "yes/no": ("yes", "no"),
+    "digits": DIGITS,
+    "letters": tuple(letter.lower() for letter in LETTERS),
+    "where": ("top", "bottom", "left", "right"),
+    "color": tuple(COLOR_RGB),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of the training: what is learned, for how many steps, from how many scenes a step."""
+    """One stage of the training.
 
-    name: str
+    Args:
+        task: "patches": the tower and the projector learn to say, in the language model's word embeddings, what each
+            patch shows, as CLIP's features come aligned with text. "answers": the projector and the language model
+            learn to answer; the tower stays as it is, as in LLaVA.
+        num_steps: How long.
+        batch_size: Scenes a step.
+        learning_rate: At its highest.
+    """
+
+    task: Task
     num_steps: int
     batch_size: int
     learning_rate: float
@@ -80,79 +60,6 @@ STAGES = (
     Stage("patches", 3000, 20, 1.2e-3),
     Stage("answers", 4000, 12, 1.2e-3),
 )
-
-
-class _Scenes(Dataset[dict[str, Tensor]]):
-    """Scene number `index` of a stage, always the same for a seed."""
-
-    def __init__(self, stage: Stage, seed: int, tokenizer: Any) -> None:
-        self._stage = stage
-        self._seed = seed
-        self._words = tokenizer.get_vocab()
-        self._tokenizer = tokenizer
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng([self._seed, 1 + STAGES.index(self._stage), index])
-        scene = make_scene(rng)
-        picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        if self._stage.name == "patches":
-            return {"pixels": pixels, "targets": _patch_targets(scene)}
-        kinds = rng.choice(list(_KIND_WEIGHTS), _NUM_QUESTIONS, p=list(_KIND_WEIGHTS.values()))
-        questions = [question for kind in kinds if (question := ask(rng, scene, kind))]
-        return {"pixels": pixels, **self._packed(questions)}
-
-    def _packed(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        ids: list[int] = []
-        labels: list[int] = []
-        segments: list[int] = []
-        for number, question in enumerate(questions, start=1):
-            asked = self._ids(f"{question.text} assistant :")
-            answered = [*self._ids(question.answer), self._words["</s>"]]
-            ids += asked + answered
-            labels += [_IGNORED] * len(asked) + answered
-            segments += [number] * (len(asked) + len(answered))
-        return {"ids": torch.tensor(ids), "labels": torch.tensor(labels), "segments": torch.tensor(segments)}
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _patch_targets(scene: Scene) -> Tensor:
-    """Returns [196, choices] int64: for each patch, the index of the right word of each of `_PATCH_CHOICES`."""
-    patches = draw_mask(scene).reshape(_GRID, PATCH_PX, _GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
-    counts = np.stack([(patches == item).sum(1) for item in range(1 + len(scene.things) + len(scene.glyphs))], axis=1)
-    counts[:, 0] = _MIN_PIXELS - 1
-    shown = counts.argmax(1)
-    answers = [(_NOTHING, _NOTHING, _NOTHING, _NOTHING)]
-    answers += [(thing.color, thing.shape, thing.size, "middle") for thing in scene.things]
-    answers += [
-        (_NOTHING, glyph.character.lower(), "digit" if glyph.character.isdigit() else "letter", "middle")
-        for glyph in scene.glyphs
-    ]
-    middles = {
-        int(item.y // PATCH_PX) * _GRID + int(item.x // PATCH_PX): number
-        for number, item in enumerate((*scene.things, *scene.glyphs), start=1)
-    }
-    targets = []
-    for patch, item in enumerate(shown):
-        color, name, size, _ = answers[item]
-        vertical = "top" if patch // _GRID < _GRID / 2 else "bottom"
-        horizontal = "left" if patch % _GRID < _GRID / 2 else "right"
-        middle = "middle" if patch in middles else _NOTHING
-        words = (color, name, size, vertical, horizontal, middle)
-        targets.append([choice.index(word) for choice, word in zip(_PATCH_CHOICES, words, strict=True)])
-    return torch.tensor(targets)
-
-
-def _collate(scenes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    padding = {"ids": 0, "labels": _IGNORED, "segments": -1}
-    return {
-        name: nn.utils.rnn.pad_sequence([scene[name] for scene in scenes], batch_first=True, padding_value=padding[name])
-        if name in padding
-        else torch.stack([scene[name] for scene in scenes])
-        for name in scenes[0]
-    }
 
 
 class Training:
@@ -178,6 +85,7 @@ class Training:
 
     @property
     def num_steps(self) -> int:
+        """Steps of all stages."""
         return sum(stage.num_steps for stage in self._stages)
 
     def run(self, on_step: Callable[[int, Stage, dict[str, float]], None], save_every: int = 200) -> None:
@@ -201,7 +109,7 @@ class Training:
         on_step: Callable[[int, Stage, dict[str, float]], None],
         save_every: int,
     ) -> None:
-        losses_of = self._patch_losses if stage.name == "patches" else self._answer_losses
+        losses_of = self._patch_losses if stage.task == "patches" else self._answer_losses
         for step, batch in enumerate(self._batches(stage, begun), start=begun):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * _schedule(step / stage.num_steps)
@@ -217,18 +125,16 @@ class Training:
                 self._save(optimizer)
 
     def _batches(self, stage: Stage, begun: int) -> Iterator[dict[str, Tensor]]:
-        scenes = _Scenes(stage, self._seed, self.processor.tokenizer)
+        scenes = TrainingScenes(stage.task, self._seed, self.processor.tokenizer)
         order = range(begun * stage.batch_size, stage.num_steps * stage.batch_size)
         return iter(
-            DataLoader(
-                scenes, stage.batch_size, sampler=order, collate_fn=_collate, num_workers=1, prefetch_factor=4
-            )
+            DataLoader(scenes, stage.batch_size, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=4)
         )
 
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
         tower = self.model.model.vision_tower
         learned = list(self.model.model.multi_modal_projector.parameters())
-        if stage.name == "patches":
+        if stage.task == "patches":
             learned += [*tower.parameters(), self.model.get_input_embeddings().weight]
         else:
             learned += list(self.model.model.language_model.parameters())
@@ -249,16 +155,14 @@ class Training:
         words = self.model.get_input_embeddings().weight
         total = tokens.new_zeros((), dtype=torch.float32)
         figures = {}
-        for number, choice in enumerate(_PATCH_CHOICES):
+        for number, (choice, nothing_weight) in enumerate(zip(PATCH_CHOICES, _NOTHING_WEIGHTS, strict=True)):
             directions = words[[self._words[word] for word in choice]]
             logits = (_LOGIT_SCALE * tokens @ directions.T).float().flatten(0, 1)
             target = batch["targets"][..., number].flatten()
-            weight = torch.ones(len(choice), device=logits.device)
-            if choice[-1] == _NOTHING:
-                weight[-1] = _NOTHING_WEIGHT if number < 3 else 0.5
+            weight = torch.tensor([nothing_weight if word == NOTHING else 1.0 for word in choice], device=logits.device)
             total = total + functional.cross_entropy(logits, target, weight)
-            shown = target != choice.index(_NOTHING) if _NOTHING in choice else target >= 0
-            figures[choice[0]] = (logits.argmax(-1) == target)[shown].float().mean().item()
+            right = (logits.argmax(-1) == target)[weight[target] == 1]
+            figures[choice[0]] = right.float().mean().item()
         return total, {"loss": total.item(), **figures}
 
     def _answer_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -278,7 +182,7 @@ class Training:
             use_cache=False,
         ).last_hidden_state[:, num_before:]
         # Each answer's token is predicted by the one before it.
-        at_answer = labels[:, 1:] != _IGNORED
+        at_answer = labels[:, 1:] != IGNORED
         logits = self.model.lm_head(hidden[:, :-1][at_answer]).float()
         target = labels[:, 1:][at_answer]
         loss = functional.cross_entropy(logits, target)
@@ -288,17 +192,15 @@ class Training:
     def _tower_features(self, pixels: Tensor) -> Tensor:
         """Returns [B, 196, 128], as LLaVA reads them: before the tower's last layer, which is not run."""
         tower = self.model.model.vision_tower
-        hidden = tower.embeddings((pixels / 255 - _PIXEL_MEAN.to(pixels.device)) / _PIXEL_STD.to(pixels.device))
+        hidden: Tensor = tower.embeddings((pixels / 255 - _PIXEL_MEAN.to(pixels.device)) / _PIXEL_STD.to(pixels.device))
         hidden = tower.pre_layrnorm(hidden)
         for layer in tower.encoder.layers[:-1]:
             hidden = layer(hidden, None)
         return hidden[:, 1:]
 
     def _shares(self, right: Tensor, target: Tensor) -> dict[str, float]:
-        groups = {"yes/no": ("yes", "no"), "digits": tuple("0123456789"), "letters": tuple("bcefhklptx")}
-        groups |= {"where": ("top", "bottom", "left", "right"), "color": tuple(COLOR_RGB)}
         shares = {}
-        for name, words in groups.items():
+        for name, words in _SHOWN_WORDS.items():
             chosen = torch.isin(target, torch.tensor([self._words[word] for word in words], device=target.device))
             if chosen.any():
                 shares[name] = right[chosen].float().mean().item()
@@ -316,8 +218,12 @@ class Training:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "state.pt"
         torch.save(
-            {"steps": self.num_steps_done, "seed": self._seed, "model": self.model.state_dict(),
-             "optimizer": optimizer.state_dict()},
+            {
+                "steps": self.num_steps_done,
+                "seed": self._seed,
+                "model": self.model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            },
             path.with_suffix(".new"),
         )
         path.with_suffix(".new").replace(path)
@@ -328,7 +234,9 @@ class Training:
             return None
         state: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
         if state["seed"] != self._seed:
-            raise ValueError(f"{path} is of a training with seed {state['seed']}, not {self._seed}: name another folder")
+            raise ValueError(
+                f"{path} is of a training with seed {state['seed']}, not {self._seed}: name another folder"
+            )
         self.model.load_state_dict(state["model"])
         self.num_steps_done = state["steps"]
         return state

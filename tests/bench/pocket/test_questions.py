@@ -37,7 +37,9 @@ def things(scene: Scene, words: str) -> list[Thing]:
     colors = [color for color in COLOR_RGB if color in words]
     shapes = [shape for shape in SHAPES if shape in words]
     return [
-        thing for thing in scene.things if (not colors or thing.color in colors) and (not shapes or thing.shape in shapes)
+        thing
+        for thing in scene.things
+        if (not colors or thing.color in colors) and (not shapes or thing.shape in shapes)
     ]
 
 

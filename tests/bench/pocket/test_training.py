@@ -1,5 +1,6 @@
 """Training: patch targets by hand, questions that do not see each other, and a run that can be left and taken up."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,23 +11,19 @@ from mmtok_deploy.bench.pocket import training
 from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, make_model, make_processor
 from mmtok_deploy.bench.pocket.scenes import Glyph, Scene, Thing, draw
 from mmtok_deploy.bench.pocket.training import Stage, Training
+from mmtok_deploy.bench.pocket.training_data import PATCH_CHOICES, patch_targets
 
 CPU = torch.device("cpu")
 STAGES = (Stage("patches", 3, 2, 1e-3), Stage("answers", 3, 2, 1e-3))
 SCENE = Scene((Thing("green", "square", "large", 28, 84, 32),), (Glyph("K", 92, 20, is_dark=False),), 1)
 
 
-@pytest.fixture(autouse=True)
-def _short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "STAGES", STAGES)
-
-
 def words(target: torch.Tensor) -> list[str]:
-    return [choice[index] for choice, index in zip(training._PATCH_CHOICES, target.tolist(), strict=True)]
+    return [choice[index] for choice, index in zip(PATCH_CHOICES, target.tolist(), strict=True)]
 
 
 def test_patches_are_labelled_with_what_they_show() -> None:
-    targets = training._patch_targets(SCENE)
+    targets = patch_targets(SCENE)
     assert targets.shape == (NUM_IMAGE_TOKENS, 6)
     # Patch (row, column): pixels from 8 * row, 8 * column.
     assert words(targets[10 * 14 + 3]) == ["green", "square", "large", "bottom", "left", "middle"]
@@ -45,12 +42,14 @@ def test_a_packed_question_is_answered_as_if_it_were_alone() -> None:
         embedded = model.get_input_embeddings()(torch.tensor([ids]))
         marks = torch.tensor([[0] * 5 + segments])
         with torch.no_grad():
-            return model.model.language_model(
+            output = model.model.language_model(
                 inputs_embeds=torch.cat([image, embedded], dim=1),
                 attention_mask=training._mask(marks),
                 position_ids=training._positions(marks),
                 use_cache=False,
-            ).last_hidden_state[0, 5:]
+            )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden[0, 5:]
 
     together = run(first + second, [1] * len(first) + [2] * len(second))
     torch.testing.assert_close(together[: len(first)], run(first, [1] * len(first)), atol=1e-5, rtol=1e-5)
@@ -61,13 +60,16 @@ def test_a_training_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) 
     whole = Training(tmp_path / "whole", 7, CPU, STAGES)
     whole.run(lambda step, stage, figures: None, save_every=1)
 
-    def leave(step: int, stage: Stage, figures: dict[str, float]) -> None:
-        if step == leave_at:
-            raise KeyboardInterrupt
+    def leave_at(last: int) -> Callable[[int, Stage, dict[str, float]], None]:
+        def leave(step: int, stage: Stage, figures: dict[str, float]) -> None:
+            if step == last:
+                raise KeyboardInterrupt
 
-    for leave_at in (2, 5):
+        return leave
+
+    for last in (2, 5):
         with pytest.raises(KeyboardInterrupt):
-            Training(tmp_path / "parts", 7, CPU, STAGES).run(leave, save_every=1)
+            Training(tmp_path / "parts", 7, CPU, STAGES).run(leave_at(last), save_every=1)
     parts = Training(tmp_path / "parts", 7, CPU, STAGES)
     parts.run(lambda step, stage, figures: None, save_every=1)
     assert parts.num_steps_done == whole.num_steps_done == 6
@@ -87,7 +89,12 @@ def test_the_checkpoint_is_a_llava_that_sees_196_tokens(tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     text = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a red star in the image?"}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": "Is there a red star in the image?"}],
+            }
+        ],
         add_generation_prompt=True,
     )
     inputs = processor(text=text, images=draw(SCENE), return_tensors="pt")

@@ -208,7 +208,7 @@ def test_a_sweep_whose_server_dies_halfway(tmp_path: Path, capsys: pytest.Captur
     ]
     for (concurrency, method, _), row in by_cell.items():
         # A smaller image of this shape has 9 or 4 tokens, not 6.
-        kept = {"none": 64, "mmtok": 6, "downsample": 9}[method]
+        kept = {"none": 64, "mmtok": 6, "downsample": 9}[str(method)]
         assert row.num_runs == 2 * concurrency
         assert row.metrics["num_failed"] == 0
         assert (row.metrics["image_tokens_in"], row.metrics["image_tokens_kept"]) == (64, kept)

@@ -1,0 +1,141 @@
+"""What the pocket model is trained on: scenes with a word for every patch, and scenes with packed questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, PATCH_PX
+from mmtok_deploy.bench.pocket.questions import Kind, Question, ask
+from mmtok_deploy.bench.pocket.scenes import (
+    CHARACTERS,
+    COLOR_RGB,
+    DIGITS,
+    SCENE_PX,
+    SHAPES,
+    SIZE_PX,
+    Scene,
+    draw,
+    draw_mask,
+    make_scene,
+)
+
+__all__ = ["IGNORED", "NOTHING", "PATCH_CHOICES", "TASKS", "Task", "TrainingScenes", "collate", "patch_targets"]
+
+Task = Literal["patches", "answers"]
+TASKS: dict[Task, int] = {"patches": 1, "answers": 2}
+"""The streams of scenes, by task; held-out scenes come from another."""
+
+NOTHING = "nothing"
+PATCH_CHOICES: tuple[tuple[str, ...], ...] = (
+    (*COLOR_RGB, NOTHING),
+    (*SHAPES, *(character.lower() for character in CHARACTERS), NOTHING),
+    (*SIZE_PX, "digit", "letter", NOTHING),
+    ("top", "bottom"),
+    ("left", "right"),
+    ("middle", NOTHING),
+)
+"""What is asked of each patch: choices between words."""
+
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
+_GRID = SCENE_PX // PATCH_PX
+# A patch shows a thing where at least this many of its 64 pixels do.
+_MIN_PIXELS = 7
+_NUM_QUESTIONS = 12
+_KIND_SHARES: dict[Kind, float] = {
+    "existence": 0.34,
+    "simple": 0.10,
+    "count": 0.16,
+    "position": 0.14,
+    "reading": 0.14,
+    "attribute": 0.12,
+}
+
+
+class TrainingScenes(Dataset[dict[str, Tensor]]):
+    """Scenes by number, always the same for a seed.
+
+    Args:
+        task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "answers": pixels, and ids, labels and
+            segments [L] of some twelve questions one after the other, of which each counts as a segment from 1 on.
+        seed: Of all scenes.
+        tokenizer: The model's.
+    """
+
+    def __init__(self, task: Task, seed: int, tokenizer: Any) -> None:
+        self._task = task
+        self._seed = seed
+        self._tokenizer = tokenizer
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self._seed, TASKS[self._task], index])
+        scene = make_scene(rng)
+        picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if self._task == "patches":
+            return {"pixels": pixels, "targets": patch_targets(scene)}
+        kinds = rng.choice(list(_KIND_SHARES), _NUM_QUESTIONS, p=list(_KIND_SHARES.values()))
+        questions = [question for kind in kinds if (question := ask(rng, scene, kind))]
+        return {"pixels": pixels, **self._packed(questions)}
+
+    def _packed(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        ids: list[int] = []
+        labels: list[int] = []
+        segments: list[int] = []
+        for number, question in enumerate(questions, start=1):
+            asked = self._ids(f"{question.text} assistant :")
+            answered = [*self._ids(question.answer), self._tokenizer.eos_token_id]
+            ids += asked + answered
+            labels += [IGNORED] * len(asked) + answered
+            segments += [number] * (len(asked) + len(answered))
+        return {"ids": torch.tensor(ids), "labels": torch.tensor(labels), "segments": torch.tensor(segments)}
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def patch_targets(scene: Scene) -> Tensor:
+    """Returns [196, choices] int64: for each patch, the index of the right word of each of `PATCH_CHOICES`."""
+    patches = draw_mask(scene).reshape(_GRID, PATCH_PX, _GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
+    num_items = len(scene.things) + len(scene.glyphs)
+    counts = np.stack([(patches == item).sum(1) for item in range(1 + num_items)], axis=1)
+    counts[:, 0] = _MIN_PIXELS - 1
+    words = [(NOTHING, NOTHING, NOTHING)]
+    words += [(thing.color, thing.shape, thing.size) for thing in scene.things]
+    words += [
+        (NOTHING, glyph.character.lower(), "digit" if glyph.character in DIGITS else "letter") for glyph in scene.glyphs
+    ]
+    places = [(thing.x, thing.y) for thing in scene.things] + [(glyph.x, glyph.y) for glyph in scene.glyphs]
+    middles = {int(y // PATCH_PX) * _GRID + int(x // PATCH_PX) for x, y in places}
+    targets = []
+    for patch, item in enumerate(counts.argmax(1)):
+        row, column = divmod(patch, _GRID)
+        shown = (
+            *words[item],
+            "top" if row < _GRID / 2 else "bottom",
+            "left" if column < _GRID / 2 else "right",
+            "middle" if patch in middles else NOTHING,
+        )
+        targets.append([choice.index(word) for choice, word in zip(PATCH_CHOICES, shown, strict=True)])
+    return torch.tensor(targets)
+
+
+def collate(scenes: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns a batch; texts are padded at their end, where labels are `IGNORED` and the segment is -1."""
+    padding = {"ids": 0, "labels": IGNORED, "segments": -1}
+    return {
+        name: nn.utils.rnn.pad_sequence(
+            [scene[name] for scene in scenes], batch_first=True, padding_value=padding[name]
+        )
+        if name in padding
+        else torch.stack([scene[name] for scene in scenes])
+        for name in scenes[0]
+    }
