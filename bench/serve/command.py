@@ -184,8 +184,8 @@ def _run_part(
         if not progress.console.is_terminal:
             progress.console.print(text, markup=False, soft_wrap=True)
 
-    step(f"{part.model.name}: writing the model")
     if part.model.model_path is None:
+        step(f"{part.model.name}: writing the model")
         write_dummy_model(part.model.name, part.model_path)
 
     def make(side: Side) -> SglangServer:
