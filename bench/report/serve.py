@@ -20,6 +20,7 @@ from mmtok_deploy.bench.report.serve_rows import (
     variant_of,
 )
 from mmtok_deploy.bench.results import CaseValue, ResultRow
+from mmtok_deploy.bench.serve.breakeven import break_even
 
 __all__ = ["serve_part"]
 
@@ -45,8 +46,9 @@ _TEXTS = ("model", "images", "prefix cache", "budget")
 def serve_part(measurements: Sequence[Measurement]) -> Part:
     """Returns the section of one machine's rows, the newest of each case."""
     references = References(measurements)
-    shown = newest(measurements)
-    rows = [each.row for each in shown]
+    found = newest(measurements)
+    shown = _in_order(found)
+    rows = [each.row for each in found]
     models = dict.fromkeys(map(model_of, rows))
     return Part(
         title="Serving",
@@ -55,7 +57,23 @@ def serve_part(measurements: Sequence[Measurement]) -> Part:
         plots=tuple(
             plot for model in models for plot in plots_of_model(model, [row for row in rows if model_of(row) == model])
         ),
-        tables=(_gains(shown, references), *_all_details(rows)),
+        tables=(_gains(shown, references), *_all_details([each.row for each in shown])),
+    )
+
+
+def _in_order(shown: Sequence[Measurement]) -> list[Measurement]:
+    """Returns the rows model by model, then by image, load and tokens read: servers are measured in turns."""
+    models = list(dict.fromkeys(model_of(each.row) for each in shown))
+    variants = ("unpruned", "mmtok", "downsample")
+    return sorted(
+        shown,
+        key=lambda each: (
+            models.index(model_of(each.row)),
+            -pixels_of(each.row),
+            load_of(each.row),
+            variants.index(variant_of(each.row)),
+            -(tokens_read(each.row) or 0),
+        ),
     )
 
 
@@ -179,6 +197,8 @@ def _tokens(row: ResultRow) -> str:
 def _sentences(shown: Sequence[Measurement], references: References) -> list[str]:
     rows = [each.row for each in shown]
     sentences = []
+    for run in dict.fromkeys(each.run for each in shown):
+        sentences += break_even(each.row for each in shown if each.run == run)
     constant = _extra_keys(rows)[1]
     if constant:
         parts = [f"{_spoken(key)} {value}" for key, value in constant.items()]

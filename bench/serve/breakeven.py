@@ -9,6 +9,7 @@ from mmtok_deploy.bench.results import ResultRow
 
 __all__ = ["Gain", "break_even", "gains_of"]
 
+_NEEDED = {"ttft_p50_ms", "requests_per_s", "image_tokens_in"}
 _WORKLOAD = ("model", "image_kind", "image_px", "concurrency", "prefix_cache")
 
 
@@ -41,8 +42,11 @@ class Gain:
 
 
 def gains_of(rows: Iterable[ResultRow]) -> list[Gain]:
-    """Returns the gain of each row of a pruning server whose workload was also measured without the plugin."""
-    rows = list(rows)
+    """Returns the gain of each row of a pruning server whose workload was also measured without the plugin.
+
+    A row that lacks one of the figures that are compared says nothing of it.
+    """
+    rows = [row for row in rows if row.metrics.keys() >= _NEEDED]
     without = {_workload(row.case): row for row in rows if row.case["budget"] == "off"}
     gains = []
     for row in rows:
@@ -79,7 +83,7 @@ def break_even(rows: Iterable[ResultRow]) -> list[str]:
 
 
 def _workload(case: Mapping[str, int | float | str]) -> tuple[int | float | str, ...]:
-    return tuple(case[name] for name in _WORKLOAD)
+    return tuple(case.get(name, "") for name in _WORKLOAD)
 
 
 def _sentence(gains: Sequence[Gain]) -> str:

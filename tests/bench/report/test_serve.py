@@ -168,3 +168,24 @@ def test_plots_of_every_metric() -> None:
     first = part.plots[0]
     quiet = [each for each in serve_rows() if each.case["concurrency"] == 1]
     assert sum(len(trace.x) for trace in first.figure.data) == len(quiet) == len(first.values.rows)
+
+
+def test_tables_have_the_order_of_readers_not_of_turns() -> None:
+    rows = [
+        serve(budget, method, tokens, concurrency=concurrency)
+        for concurrency, turns in (
+            (4, [("5%", "mmtok", 43), ("10%", "mmtok", 86), ("off", "none", 864)]),
+            (1, [("off", "none", 864), ("10%", "mmtok", 86), ("5%", "mmtok", 43)]),
+        )
+        for budget, method, tokens in turns
+    ]
+    part = serve_part(measured(rows))
+    assert part.headline is not None
+    assert [row[1:3] for row in part.headline.rows] == [("10%", "1"), ("5%", "1"), ("10%", "4"), ("5%", "4")]
+    assert [row[3] for row in part.tables[0].rows[:3]] == ["unpruned", "MMTok 10%", "MMTok 5%"]
+
+
+def test_where_a_budget_pays_is_said() -> None:
+    part = serve_part(measured(serve_rows()))
+    said = [sentence for sentence in part.sentences if "budget 10%: it paid everywhere measured" in sentence]
+    assert len(said) == 1
