@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from mmtok_deploy.bench.chat import ask, image_url
 from mmtok_deploy.bench.photographs import PHOTOGRAPHS, photograph
+from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.results import ResultRow, append_row, latencies_ms, make_latency_row, new_result_file
 from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, running
 from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
@@ -44,13 +46,14 @@ def run_second_question_bench(
     transformers_logging.disable_progress_bar()
     console = Console(highlight=False, stderr=json_output)
     try:
-        with console.status("making the checkpoint") as status:
+        with progress_bar(console) as progress:
+            bar = progress.add_task("making the checkpoint", total=len(_images()))
             checkpoint = make_tiny_checkpoint("llava-1.5", folder / "checkpoint", real_encoder=True)
             servers = {cache_mb: _server(checkpoint, cache_mb, folder) for cache_mb in _CACHES_MB}
-            status.update("starting two servers")
+            progress.update(bar, description="starting two servers")
             with running(*servers.values()):
-                status.update("asking")
-                times_ms = _measure(servers, console)
+                progress.update(bar, description="asking about photographs")
+                times_ms = _measure(servers, lambda: progress.advance(bar))
     except (ServerError, openai.OpenAIError, OSError) as error:
         print(f"mmtok bench second-question: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -77,22 +80,25 @@ def _server(checkpoint: Path, cache_mb: int, folder: Path) -> SglangServer:
     )
 
 
-def _measure(servers: dict[int, SglangServer], console: Console) -> dict[tuple[int, int], list[float]]:
+def _images() -> list[Image.Image]:
+    return [photograph(name).resize((size, size)) for name in PHOTOGRAPHS for size in _SIZES_PX]
+
+
+def _measure(servers: dict[int, SglangServer], on_image: Callable[[], None]) -> dict[tuple[int, int], list[float]]:
     """Returns the milliseconds of every question, by the cache's size and the question's number."""
     clients = {cache_mb: server.client() for cache_mb, server in servers.items()}
     warm_up = image_url(photograph("coffee").resize((200, 200)))
     for client in clients.values():
         ask(client, warm_up, "What is this?", max_tokens=1)
     times_ms: dict[tuple[int, int], list[float]] = {}
-    images: list[Image.Image] = [photograph(name).resize((size, size)) for name in PHOTOGRAPHS for size in _SIZES_PX]
-    for done, image in enumerate(images):
+    for done, image in enumerate(_images()):
         # In turns, so that whatever else the machine does slows both.
         order = list(clients) if done % 2 == 0 else list(reversed(clients))
         for cache_mb in order:
             for number, question in enumerate(_QUESTIONS, start=1):
                 answer = ask(clients[cache_mb], image_url(image), question, max_tokens=1)
                 times_ms.setdefault((cache_mb, number), []).append(answer.ttft_ms)
-        console.print(f"[dim]{done + 1} of {len(images)} images[/dim]")
+        on_image()
     return times_ms
 
 

@@ -13,7 +13,6 @@ from typing import get_args
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mmtok_deploy.backends import Backend, BackendName, get_backend
@@ -21,6 +20,7 @@ from mmtok_deploy.bench.close_calls import first_wrong_pick
 from mmtok_deploy.bench.dense_loop import BASELINES, Baseline
 from mmtok_deploy.bench.exported_graph import EXPORTED_FORMS, exported_graph
 from mmtok_deploy.bench.made_up_features import NUM_WORDS, make_problem
+from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.results import ResultRow, append_row, make_latency_row, new_result_file
 from mmtok_deploy.bench.selector_report import latency_table
 from mmtok_deploy.bench.timing import time_in_turns
@@ -78,7 +78,7 @@ def run_selector_bench(
     console = Console(highlight=False, stderr=json_output)
     rows: list[ResultRow] = []
     cases = list(itertools.product(shapes, batches))
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("", total=len(cases) * num_runs * len(chosen))
         for (num_tokens, num_picks), batch in cases:
             progress.update(bar, description=f"{num_tokens} -> {num_picks}, batch {batch}")
@@ -165,15 +165,3 @@ def _plots(rows: Sequence[ResultRow], path: Path, device: torch.device) -> list[
         print(f"no plot: {error.name} is not installed: pip install 'mmtok-deploy[bench]'", file=sys.stderr)
         return []
     return [plot_latency(rows, path.with_suffix(".png"), device)]
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

@@ -53,17 +53,17 @@ def run_pocket(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Console
 
     from mmtok_deploy.bench.pocket.training import Stage, Training
+    from mmtok_deploy.bench.progress import progress_bar
 
     _keep_freed_memory()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     training = Training(arguments.folder, arguments.seed, device)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), speed_estimate_period=120) as progress:
+    with progress_bar(Console(highlight=False), "{task.fields[figures]}") as progress:
         bar = progress.add_task("", total=training.num_steps, completed=training.num_steps_done, figures="")
 
         def show(step: int, stage: Stage, figures: dict[str, float]) -> None:

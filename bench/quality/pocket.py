@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.quality.answers import Cell, answers_beside
 from mmtok_deploy.bench.quality.asking import Asker, RequestError
 from mmtok_deploy.bench.quality.plot import plot_scores
@@ -155,7 +155,7 @@ def _url(arguments: argparse.Namespace, device: torch.device, log_path: Path, co
 
 
 async def _run(sweep: Sweep, url: str, arguments: argparse.Namespace, console: Console) -> None:
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("", total=sweep.plan.num_requests, completed=sweep.num_done)
 
         def on_cell(cell: Cell) -> None:
@@ -178,10 +178,3 @@ def _show(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> None
         written.append(RECORDED)
     for path in written:
         console.print(f"Written: {path}", markup=False, soft_wrap=True)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(
-        TextColumn("{task.description}"), *columns, console=console, transient=True, speed_estimate_period=120
-    )

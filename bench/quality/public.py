@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PRESET_BUDGETS, Benchmark
 from mmtok_deploy.bench.quality.lmms_eval import LmmsEvalError, LmmsScore, command_line, program_of, run
 from mmtok_deploy.bench.quality.public_table import public_table
@@ -62,7 +62,7 @@ def run_public_tasks(arguments: argparse.Namespace) -> int:
     try:
         program_of(arguments.lmms_venv)
         path = new_result_file(arguments.results_dir, BENCH)
-        with _progress(console) as progress:
+        with progress_bar(console) as progress:
             bar = progress.add_task("", total=len(settings))
             for setting in settings:
                 progress.update(bar, description=f"{setting.method} at {setting.budget}")
@@ -193,8 +193,3 @@ def _print_plan(arguments: argparse.Namespace, benchmarks: Sequence[Benchmark], 
             print(shlex.join([*server, *setting.arguments(), *arguments.server_arg]))
         tasks = [benchmark.task for benchmark in benchmarks]
         print(shlex.join(_command(arguments, tasks, arguments.url or "http://127.0.0.1:30000", Path("OUTPUT"))))
-
-
-def _progress(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
+from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.results import ResultRow, append_row, new_result_file
 from mmtok_deploy.bench.serve.breakeven import break_even
 from mmtok_deploy.bench.serve.dummy_models import make_processor, write_dummy_model
@@ -151,7 +152,7 @@ def _run(sweep: Sweep, parts: list[_Part], results_dir: Path, *, json_output: bo
 
     interrupted = False
     try:
-        with _progress(console) as progress:
+        with progress_bar(console) as progress:
             bar = progress.add_task("", total=sum(part.num_steps for part in parts))
             for part in parts:
                 done_before = progress.tasks[0].completed
@@ -224,15 +225,3 @@ def _print_results(rows: list[ResultRow], console: Console, *, json_output: bool
         wide.print(table)
     for sentence in break_even(rows):
         console.print(sentence, markup=False, soft_wrap=True)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        transient=True,
-    )
