@@ -206,7 +206,7 @@ def test_a_sweep_whose_server_dies_halfway(tmp_path: Path, capsys: pytest.Captur
         (2, "none", "off"),
         (2, "downsample", "10%"),
     ]
-    for (concurrency, method, _), row in by_cell.items():
+    for (concurrency, method, budget), row in by_cell.items():
         # A smaller image of this shape has 9 or 4 tokens, not 6.
         kept = {"none": 64, "mmtok": 6, "downsample": 9}[str(method)]
         assert row.num_runs == 2 * concurrency
@@ -217,5 +217,10 @@ def test_a_sweep_whose_server_dies_halfway(tmp_path: Path, capsys: pytest.Captur
         assert 0 < row.metrics["ttft_p50_ms"] <= row.metrics["e2e_p50_ms"]
         assert row.metrics["peak_memory_bytes"] > 1e8
         assert row.metrics["max_requests_at_once"] > 1
-        assert ("selection_ms" in row.metrics) == (method == "mmtok")
+        # Only a server with the plugin knows its parts, and at `all` nothing is selected.
+        has_plugin = method == "mmtok" or budget == "all"
+        for stage in ("vision_encoder_ms", "language_prefill_ms"):
+            assert (row.metrics.get(stage, 0) > 0) == has_plugin
+        assert ("selection_ms" in row.metrics) == has_plugin
+        assert (row.metrics.get("selection_ms", 0) > 0) == (method == "mmtok")
     assert by_cell[1, "mmtok", "10%"].metrics["num_fallbacks"] == 0
