@@ -14,7 +14,7 @@ help:
 	@echo "make demo    serve a photograph with and without a budget, and show what changes"
 	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: under 20 minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
-	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality (about half an hour)"
+	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
 	@echo "make test    every test; no GPU needed"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff rewrite the code"
