@@ -46,14 +46,15 @@ def run_second_question_bench(
     transformers_logging.disable_progress_bar()
     console = Console(highlight=False, stderr=json_output)
     try:
+        images = [photograph(name).resize((size, size)) for name in PHOTOGRAPHS for size in _SIZES_PX]
         with progress_bar(console) as progress:
-            bar = progress.add_task("making the checkpoint", total=len(_images()))
+            bar = progress.add_task("making the checkpoint", total=len(images))
             checkpoint = make_tiny_checkpoint("llava-1.5", folder / "checkpoint", real_encoder=True)
             servers = {cache_mb: _server(checkpoint, cache_mb, folder) for cache_mb in _CACHES_MB}
             progress.update(bar, description="starting two servers")
             with running(*servers.values()):
                 progress.update(bar, description="asking about photographs")
-                times_ms = _measure(servers, lambda: progress.advance(bar))
+                times_ms = _measure(servers, images, lambda: progress.advance(bar))
     except (ServerError, openai.OpenAIError, OSError) as error:
         print(f"mmtok bench second-question: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -80,18 +81,16 @@ def _server(checkpoint: Path, cache_mb: int, folder: Path) -> SglangServer:
     )
 
 
-def _images() -> list[Image.Image]:
-    return [photograph(name).resize((size, size)) for name in PHOTOGRAPHS for size in _SIZES_PX]
-
-
-def _measure(servers: dict[int, SglangServer], on_image: Callable[[], None]) -> dict[tuple[int, int], list[float]]:
+def _measure(
+    servers: dict[int, SglangServer], images: list[Image.Image], on_image: Callable[[], None]
+) -> dict[tuple[int, int], list[float]]:
     """Returns the milliseconds of every question, by the cache's size and the question's number."""
     clients = {cache_mb: server.client() for cache_mb, server in servers.items()}
     warm_up = image_url(photograph("coffee").resize((200, 200)))
     for client in clients.values():
         ask(client, warm_up, "What is this?", max_tokens=1)
     times_ms: dict[tuple[int, int], list[float]] = {}
-    for done, image in enumerate(_images()):
+    for done, image in enumerate(images):
         # In turns, so that whatever else the machine does slows both.
         order = list(clients) if done % 2 == 0 else list(reversed(clients))
         for cache_mb in order:
