@@ -112,6 +112,8 @@ def make_model(processor: Any, seed: int) -> Any:
             num_key_value_heads=4,
             head_dim=64,
             max_position_embeddings=2048,
+            # Slow rotations: what a token is can be compared over the length of an image.
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, Thing
 
-__all__ = ["KINDS", "NEGATIVES", "Kind", "Negative", "Question", "ask", "ask_existence"]
+__all__ = ["KINDS", "NAMING_WORDS", "NEGATIVES", "Kind", "Negative", "Question", "ask", "ask_existence", "named_items"]
 
 Kind = Literal["existence", "simple", "count", "position", "reading", "attribute"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -23,6 +23,7 @@ _PAIRS = tuple(product(COLOR_RGB, SHAPES))
 # The most frequent pairs of the scenes: the first three colours and shapes by their weights.
 _POPULAR = tuple(product(list(COLOR_RGB)[:3], SHAPES[:3]))
 _MAX_COUNT = 4
+_CHARACTER_KINDS = ("digit", "letter")
 _T = TypeVar("_T")
 
 
@@ -69,6 +70,15 @@ def ask_existence(rng: np.random.Generator, scene: Scene, negative: Negative | N
     return Question(
         "existence", f"Is there a {color} {shape} in the image?", "yes" if negative is None else "no", negative
     )
+
+
+def named_items(scene: Scene, text: str) -> list[int]:
+    """Returns the indices, into things followed by glyphs, of what a question's words are true of, all together."""
+    words = set(text.lower().replace("?", " ").split())
+    named = {_SINGULAR.get(word, word) for word in words} & {*COLOR_RGB, *SHAPES, *_CHARACTER_KINDS}
+    items = [{thing.color, thing.shape} for thing in scene.things]
+    items += [{"digit" if glyph.character in DIGITS else "letter"} for glyph in scene.glyphs]
+    return [index for index, item in enumerate(items) if named and named <= item]
 
 
 def _ask_simple(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -150,3 +160,9 @@ def _plural(shape: str) -> str:
 
 def _one_of(rng: np.random.Generator, items: Sequence[_T]) -> _T:
     return items[int(rng.integers(len(items)))]
+
+
+_SINGULAR = {_plural(shape): shape for shape in SHAPES}
+
+NAMING_WORDS = (*COLOR_RGB, *SHAPES, *_SINGULAR, *_CHARACTER_KINDS)
+"""The words by which questions name things and characters."""

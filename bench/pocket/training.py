@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from transformers.models.llama.modeling_llama import rotate_half
 
 from mmtok_deploy.bench.pocket.model import make_model, make_processor
 from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS
 from mmtok_deploy.bench.pocket.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task, TrainingScenes, collate
 
-__all__ = ["STAGES", "Stage", "Training"]
+__all__ = ["STAGES", "Stage", "Training", "where_heads_look"]
 
 # Stretches the products of image tokens and word embeddings: tokens need not be long to be told apart.
 _LOGIT_SCALE = 4.0
 # Most patches show nothing, and most of a thing's are not its middle: they count for less.
 _NOTHING_WEIGHTS = (0.15, 0.15, 0.15, 1.0, 1.0, 0.5)
+# The second layer: the first has brought a thing's colour to its shape.
+_LOOKING_LAYER = 1
+_LOOKING_WEIGHT = 1.0
+_NAMING_WEIGHT = 0.3
 _PIXEL_MEAN, _PIXEL_STD = (
     torch.tensor(values)[:, None, None]
     for values in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -57,7 +63,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("patches", 3000, 20, 1.2e-3),
+    Stage("patches", 2200, 20, 1.2e-3),
     Stage("answers", 4000, 12, 1.2e-3),
 )
 
@@ -113,7 +119,8 @@ class Training:
         for step, batch in enumerate(self._batches(stage, begun), start=begun):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * _schedule(step / stage.num_steps)
-            with torch.autocast(self._device.type, torch.bfloat16):
+            # On a CPU without instructions for bfloat16 its products take some forty times longer than float32's.
+            with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
                 loss, figures = losses_of({name: value.to(self._device) for name, value in batch.items()})
             optimizer.zero_grad()
             loss.backward()
@@ -152,13 +159,17 @@ class Training:
 
     def _patch_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         tokens = self.model.model.multi_modal_projector(self._tower_features(batch["pixels"]))
+        return self._naming_loss(tokens, batch["targets"])
+
+    def _naming_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Returns how badly image tokens [B, 196, 192] say what their patches show, and the shares that are right."""
         words = self.model.get_input_embeddings().weight
         total = tokens.new_zeros((), dtype=torch.float32)
         figures = {}
         for number, (choice, nothing_weight) in enumerate(zip(PATCH_CHOICES, _NOTHING_WEIGHTS, strict=True)):
             directions = words[[self._words[word] for word in choice]]
             logits = (_LOGIT_SCALE * tokens @ directions.T).float().flatten(0, 1)
-            target = batch["targets"][..., number].flatten()
+            target = targets[..., number].flatten()
             weight = torch.tensor([nothing_weight if word == NOTHING else 1.0 for word in choice], device=logits.device)
             total = total + functional.cross_entropy(logits, target, weight)
             right = (logits.argmax(-1) == target)[weight[target] == 1]
@@ -175,19 +186,32 @@ class Training:
         embeddings = torch.cat([prefix, tokens.to(prefix.dtype), embed(ids)], dim=1)
         num_before = prefix.shape[1] + tokens.shape[1]
         segments = functional.pad(segments, (num_before, 0))
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=_mask(segments),
-            position_ids=_positions(segments),
-            use_cache=False,
-        ).last_hidden_state[:, num_before:]
+        attention = self.model.model.language_model.layers[_LOOKING_LAYER].self_attn
+        with _inputs_of(attention) as attended:
+            hidden = self.model.model.language_model(
+                inputs_embeds=embeddings,
+                attention_mask=_mask(segments),
+                position_ids=_positions(segments),
+                use_cache=False,
+            ).last_hidden_state[:, num_before:]
         # Each answer's token is predicted by the one before it.
         at_answer = labels[:, 1:] != IGNORED
         logits = self.model.lm_head(hidden[:, :-1][at_answer]).float()
         target = labels[:, 1:][at_answer]
         loss = functional.cross_entropy(logits, target)
         right = logits.argmax(-1) == target
-        return loss, {"loss": loss.item(), **self._shares(right, target)}
+        num_heads = batch["looks"].shape[1]
+        looking = _looking_loss(
+            where_heads_look(attention, *attended, num_heads, num_before),
+            looks=batch["looks"]
+            .transpose(1, 2)[torch.arange(len(ids))[:, None], batch["segments"] - 1]
+            .transpose(1, 2),
+            has_named=batch["has_named"],
+        )
+        naming, _ = self._naming_loss(tokens, batch["targets"])
+        figures = {"loss": loss.item(), "looking": looking.item(), "naming": naming.item()}
+        total = loss + _LOOKING_WEIGHT * looking + _NAMING_WEIGHT * naming
+        return total, {**figures, **self._shares(right, target)}
 
     def _tower_features(self, pixels: Tensor) -> Tensor:
         """Returns [B, 196, 128], as LLaVA reads them: before the tower's last layer, which is not run."""
@@ -245,6 +269,61 @@ class Training:
 def _schedule(share: float) -> float:
     """Returns the learning rate's factor after `share` of the steps: up over the first 4%, down by half a cosine."""
     return min(1.0, share / 0.04 + 0.01) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def where_heads_look(
+    attention: Any, hidden: Tensor, rotations: tuple[Tensor, Tensor], num_heads: int, num_before: int
+) -> Tensor:
+    """Returns [B, num_heads, L, num_before]: how much (logits) an attention's first heads look at what is before.
+
+    Args:
+        attention: Llama's, of any layer.
+        hidden: [B, num_before + L, width], its input.
+        rotations: cos and sin, [B, num_before + L, head_dim] each.
+        num_heads: How many heads.
+        num_before: Tokens before those that look.
+    """
+
+    def heads(layer: nn.Linear, part: slice) -> Tensor:
+        states = hidden[:, part] @ layer.weight[: num_heads * attention.head_dim].T
+        states = states.unflatten(-1, (num_heads, attention.head_dim)).transpose(1, 2)
+        cos, sin = (rotation[:, None, part] for rotation in rotations)
+        return states * cos + rotate_half(states) * sin
+
+    queries, keys = heads(attention.q_proj, slice(num_before, None)), heads(attention.k_proj, slice(num_before))
+    return (queries @ keys.mT * attention.scaling).float()
+
+
+def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor:
+    """Returns how far heads look, once a question has named something, from where it is to be seen.
+
+    Where nothing is, they look at the first token: so the share that they leave it also counts what there is.
+
+    Args:
+        logits: [B, heads, L, num_before]; what is before ends with the image.
+        looks: [B, heads, L, 196], 1 where to look.
+        has_named: [B, L].
+    """
+    wanted = functional.pad(looks, (logits.shape[-1] - looks.shape[-1], 0))
+    wanted[..., 0] = 1.0
+    wanted = wanted / wanted.sum(-1, keepdim=True)
+    apart = (torch.xlogy(wanted, wanted) - wanted * logits.log_softmax(-1)).sum(-1)
+    return apart.transpose(1, 2)[has_named].mean()
+
+
+@contextlib.contextmanager
+def _inputs_of(attention: nn.Module) -> Iterator[list[Any]]:
+    """Gives a list that then holds an attention's input and its rotations, once it has run."""
+    seen: list[Any] = []
+
+    def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen[:] = [keywords["hidden_states"], keywords["position_embeddings"]]
+
+    handle = attention.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _mask(segments: Tensor) -> Tensor:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from mmtok_deploy.bench.pocket.model import make_processor
-from mmtok_deploy.bench.pocket.questions import KINDS, NEGATIVES, Kind, Negative, Question, ask, ask_existence
+from mmtok_deploy.bench.pocket.questions import (
+    KINDS,
+    NEGATIVES,
+    Kind,
+    Negative,
+    Question,
+    ask,
+    ask_existence,
+    named_items,
+)
 from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Glyph, Scene, Thing, make_scene
 
 SCENE = Scene(
@@ -98,6 +107,23 @@ def test_a_negative_is_absent_and_of_its_sort(negative: Negative) -> None:
 def test_a_thing_that_is_not_alone_is_not_asked_for() -> None:
     texts = {ask(np.random.default_rng(seed), SCENE, "position") for seed in range(60)}
     assert not any("blue cross" in question.text for question in texts if question)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("Is there a red thing in the image?", [0, 2]),
+        ("Is there a blue cross in the image?", [1, 3]),
+        ("Is there a blue circle in the image?", []),
+        ("How many crosses are in the image?", [1, 3]),
+        ("What color is the square?", [2]),
+        ("What digit is in the image?", [4]),
+        ("What letter is in the image?", []),
+        ("What is in the image?", []),
+    ],
+)
+def test_what_a_question_names(text: str, named: list[int]) -> None:
+    assert named_items(SCENE, text) == named
 
 
 def test_a_scene_without_characters_has_nothing_to_read() -> None:

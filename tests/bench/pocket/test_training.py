@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from mmtok_deploy.bench.pocket import training
+from mmtok_deploy.bench.pocket import training, training_data
 from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, make_model, make_processor
+from mmtok_deploy.bench.pocket.questions import Question
 from mmtok_deploy.bench.pocket.scenes import Glyph, Scene, Thing, draw
 from mmtok_deploy.bench.pocket.training import Stage, Training
-from mmtok_deploy.bench.pocket.training_data import PATCH_CHOICES, patch_targets
+from mmtok_deploy.bench.pocket.training_data import PATCH_CHOICES, TrainingScenes, patch_targets
 
 CPU = torch.device("cpu")
 STAGES = (Stage("patches", 3, 2, 1e-3), Stage("answers", 3, 2, 1e-3))
@@ -30,6 +31,40 @@ def test_patches_are_labelled_with_what_they_show() -> None:
     assert words(targets[10 * 14 + 2]) == ["green", "square", "large", "bottom", "left", "nothing"]
     assert words(targets[2 * 14 + 11]) == ["nothing", "k", "letter", "top", "right", "middle"]
     assert words(targets[0]) == ["nothing", "nothing", "nothing", "top", "left", "nothing"]
+
+
+def test_what_is_named_is_looked_at_from_then_on() -> None:
+    questions = [
+        Question("position", "Where is the green square?", "bottom left"),
+        Question("reading", "What letter is in the image?", "K"),
+        Question("simple", "Is there a red thing in the image?", "no"),
+    ]
+    where, middles = training_data._looks(SCENE, questions)
+    is_green = torch.tensor(["green" in words(target) for target in patch_targets(SCENE)])
+    assert torch.equal(where[0].bool(), is_green)
+    assert [each.nonzero().flatten().tolist() for each in middles[:2]] == [[10 * 14 + 3], [2 * 14 + 11]]
+    assert where[1, 2 * 14 + 11] == 1
+    assert where[2:].sum() == middles[2:].sum() == 0
+
+    tokenizer = make_processor().tokenizer
+    packed = TrainingScenes("answers", 0, tokenizer)._packed(questions)
+    after = [tokenizer.decode(packed["ids"][(packed["segments"] == n) & packed["has_named"]]) for n in (1, 2, 3)]
+    assert [text.replace("?", " ?").split()[:2] for text in after] == [
+        ["square", "?"],
+        ["letter", "is"],
+        ["red", "thing"],
+    ]
+
+
+def test_where_heads_look_is_what_the_model_attends_to() -> None:
+    language_model = make_model(make_processor(), 0).eval().model.language_model
+    language_model.set_attn_implementation("eager")
+    attention = language_model.layers[1].self_attn
+    with torch.no_grad(), training._inputs_of(attention) as attended:
+        output = language_model(inputs_embeds=torch.randn(2, 9, 192), output_attentions=True, use_cache=False)
+        logits = training.where_heads_look(attention, *attended, num_heads=2, num_before=5)
+    attended_to = output.attentions[1][:, :2, 5:, :5]
+    torch.testing.assert_close(logits.softmax(-1), attended_to / attended_to.sum(-1, keepdim=True))
 
 
 def test_a_packed_question_is_answered_as_if_it_were_alone() -> None:
