@@ -64,7 +64,7 @@ class Stage:
 
 STAGES = (
     Stage("patches", 2200, 20, 1.2e-3),
-    Stage("answers", 4000, 12, 1.2e-3),
+    Stage("answers", 2000, 10, 1.2e-3),
 )
 
 

@@ -51,12 +51,12 @@ _GRID = SCENE_PX // PATCH_PX
 _MIN_PIXELS = 7
 _NUM_QUESTIONS = 12
 _KIND_SHARES: dict[Kind, float] = {
-    "existence": 0.34,
-    "simple": 0.10,
+    "existence": 0.24,
+    "simple": 0.08,
     "count": 0.16,
     "position": 0.14,
-    "reading": 0.14,
-    "attribute": 0.12,
+    "reading": 0.20,
+    "attribute": 0.18,
 }
 
 

@@ -32,7 +32,12 @@ def add_quality_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
         help=f"pocket, or some of its kinds ({', '.join(_KINDS)}); or public ones: gqa,mmbench,mme,pope,... "
         "(default pocket)",
     )
-    what.add_argument("--methods", type=_names, help=f"some of {','.join(get_args(MethodName))} (default: all)")
+    what.add_argument(
+        "--methods",
+        type=_names,
+        help=f"some of {','.join(get_args(MethodName))} (default: all of these), or mmtok+agent: a second server, to "
+        "whose guidance the first one's unpruned answer is added",
+    )
     what.add_argument("--budgets", type=_names, help="default all,50%%,25%%,11%%,5%%,4; public tasks: the preset's")
     what.add_argument("--seeds", type=_seeds, default=(0, 1, 2), help="of the pocket scenes (default 0,1,2)")
     what.add_argument(

@@ -17,6 +17,7 @@ __all__ = ["plot_scores"]
 
 _COLOURS = {
     "mmtok": "#0f8f89",
+    "mmtok+agent": "#b8323e",
     "text-coverage": "#7a5bd0",
     "vision-coverage": "#3d7fd6",
     "divprune": "#c14b7c",

@@ -25,12 +25,16 @@ from mmtok_deploy.bench.quality.plot import plot_scores
 from mmtok_deploy.bench.quality.questions import SCORED_KINDS
 from mmtok_deploy.bench.quality.recorded import RECORDED, record
 from mmtok_deploy.bench.quality.rows import BENCH
-from mmtok_deploy.bench.quality.sweep import METHODS, NotPrunedError, Plan, Sweep
+from mmtok_deploy.bench.quality.sweep import METHODS, WITH_AGENT, NotPrunedError, Plan, Sweep
 from mmtok_deploy.bench.quality.table import printable, score_tables
 from mmtok_deploy.bench.results import new_result_file
+from mmtok_deploy.bench.serve.server_counts import read_counts
 from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, started
 
 __all__ = ["POCKET_CHECKPOINT", "pocket_server", "run_pocket_tasks"]
+
+# As long as a server with many requests under way may take: a question that is not answered ends the run.
+_AGENT_TIMEOUT_MS = 60_000
 
 POCKET_CHECKPOINT = Path(__file__).resolve().parents[1] / "pocket" / "checkpoint"
 
@@ -43,6 +47,8 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
         KeyboardInterrupt: Ctrl-C; finished cells are kept.
     """
     plan = _plan(arguments, kinds)
+    if arguments.url and WITH_AGENT in plan.methods:
+        raise ValueError(f"{WITH_AGENT} needs two servers, which are started without --url: drop one of the two")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.dry_run:
         _print_plan(plan, arguments, device)
@@ -56,9 +62,11 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
     sweep.prepare()
     console = Console(highlight=False, stderr=arguments.json)
     try:
-        with _url(arguments, device, path.with_suffix(".log"), console) as url:
+        with _served(arguments, plan, device, path.with_suffix(".log"), console) as (url, guided):
             check_server(url)
-            asyncio.run(_run(sweep, url, arguments, console))
+            asyncio.run(_run(sweep, url, None if guided is None else guided.url, arguments, console))
+            if guided is not None:
+                console.print(_cost_of_agent(guided))
     except (ServerError, RequestError, NotPrunedError, OSError) as error:
         print(f"mmtok quality: {error}\nWhat was finished is in {path}; --resume goes on from it.", file=sys.stderr)
         return 1
@@ -135,34 +143,71 @@ def _print_plan(plan: Plan, arguments: argparse.Namespace, device: torch.device)
     else:
         given = [*_server_arguments(arguments.model_path, device), *arguments.server_arg]
         model = f"--model-path={arguments.model_path or POCKET_CHECKPOINT}"
-        print(shlex.join(["python", "-m", "sglang.launch_server", model, *given]))
+        command = ["python", "-m", "sglang.launch_server", model, *given]
+        print(shlex.join(command))
+        if WITH_AGENT in plan.methods:
+            print(shlex.join([*command, *_agent_arguments("http://127.0.0.1:PORT_OF_THE_FIRST/v1")]))
     for method, budget in plan.settings():
         print(f"{method} at {budget}: {', '.join(plan.kinds)}, {plan.num_questions} each, seeds {plan.seeds}")
     print(f"{plan.num_requests} requests, {arguments.concurrency} at a time")
 
 
 @contextlib.contextmanager
-def _url(arguments: argparse.Namespace, device: torch.device, log_path: Path, console: Console) -> Iterator[str]:
-    """Gives the address of the running server, or of one that is started for the block."""
+def _served(
+    arguments: argparse.Namespace, plan: Plan, device: torch.device, log_path: Path, console: Console
+) -> Iterator[tuple[str, SglangServer | None]]:
+    """Gives the address of the running server, or of one that is started for the block; and the one with an agent.
+
+    The agent is the first server, which prunes nothing unless it is asked to: the model is its own agent.
+    """
     if arguments.url:
-        yield arguments.url
+        yield arguments.url, None
         return
-    server = pocket_server(arguments.model_path, device, *arguments.server_arg, log_path=log_path)
-    with started(server):
-        with console.status("starting the server"):
-            server.wait_until_ready()
-        yield server.url
+    servers = [pocket_server(arguments.model_path, device, *arguments.server_arg, log_path=log_path)]
+    if WITH_AGENT in plan.methods:
+        with_agent = _agent_arguments(f"{servers[0].url}/v1")
+        log = log_path.with_suffix(".agent.log")
+        servers.append(pocket_server(arguments.model_path, device, *arguments.server_arg, *with_agent, log_path=log))
+    with started(*servers):
+        with console.status("starting the server" if len(servers) == 1 else "starting two servers"):
+            for server in servers:
+                server.wait_until_ready()
+        yield servers[0].url, servers[1] if len(servers) > 1 else None
 
 
-async def _run(sweep: Sweep, url: str, arguments: argparse.Namespace, console: Console) -> None:
+def _agent_arguments(url: str) -> list[str]:
+    return [f"--mmtok-agent-url={url}", f"--mmtok-agent-timeout-ms={_AGENT_TIMEOUT_MS}", "--enable-metrics"]
+
+
+def _cost_of_agent(server: SglangServer) -> str:
+    """Returns what the agent cost in a sentence.
+
+    Raises:
+        ServerError: A question was not answered by it, so that part of the scores is not that of an agent.
+    """
+    counts = read_counts(server)
+    num_asked = counts.get("mmtok:agent_milliseconds_count", 0)
+    num_missed = sum(counts.get(f"mmtok:agent_{name}_total", 0) for name in ("timeouts", "errors"))
+    if num_missed:
+        raise ServerError(f"{num_missed:.0f} of {num_asked:.0f} questions had no answer of the agent: see its log")
+    mean_ms = counts.get("mmtok:agent_milliseconds_sum", 0) / max(1, num_asked)
+    return f"The agent was asked {num_asked:.0f} times; a request waited {mean_ms:.1f} ms for it, on average."
+
+
+async def _run(sweep: Sweep, url: str, agent_url: str | None, arguments: argparse.Namespace, console: Console) -> None:
+    def asker_of(address: str) -> Asker:
+        return Asker(address, num_at_once=arguments.concurrency, max_tokens=arguments.max_tokens)
+
     with progress_bar(console) as progress:
         bar = progress.add_task("", total=sweep.plan.num_requests, completed=sweep.num_done)
 
         def on_cell(cell: Cell) -> None:
             progress.update(bar, description=f"{cell.method} at {cell.budget}, seed {cell.seed}")
 
-        async with Asker(url, num_at_once=arguments.concurrency, max_tokens=arguments.max_tokens) as asker:
-            await sweep.run(asker, lambda: progress.advance(bar), on_cell)
+        async with contextlib.AsyncExitStack() as askers:
+            asker = await askers.enter_async_context(asker_of(url))
+            agent_asker = None if agent_url is None else await askers.enter_async_context(asker_of(agent_url))
+            await sweep.run(asker, lambda: progress.advance(bar), on_cell, agent_asker=agent_asker)
 
 
 def _show(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> None:

@@ -21,9 +21,11 @@ from mmtok_deploy.bench.results import ResultRow, append_row, read_rows
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, check_method
 
-__all__ = ["METHODS", "NotPrunedError", "Plan", "Sweep"]
+__all__ = ["METHODS", "WITH_AGENT", "NotPrunedError", "Plan", "Sweep"]
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
+WITH_AGENT = "mmtok+agent"
+"""MMTok on another server, whose guidance an agent's answer joins."""
 
 
 class NotPrunedError(RuntimeError):
@@ -35,7 +37,7 @@ class Plan:
     """What is asked.
 
     Args:
-        methods: Of choosing the tokens.
+        methods: Of choosing the tokens; `WITH_AGENT` is one.
         budgets: As `Budget.parse` reads them; "all" is asked once, whatever the methods, and first.
         seeds: Of the held-out scenes, and of the method `random`.
         kinds: Of questions.
@@ -57,7 +59,8 @@ class Plan:
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"expected at least one of {name}, each once, got {values or 'none'}")
         for method in self.methods:
-            check_method(method)
+            if method != WITH_AGENT:
+                check_method(method)
         for budget in self.budgets:
             Budget.parse(budget)
         if any(not 0 <= seed < 2**32 for seed in self.seeds):
@@ -119,20 +122,37 @@ class Sweep:
         """Requests of this plan that were answered in an earlier run."""
         return sum(len(self._answers.get(cell, ())) for cell in self._cells())
 
-    async def run(self, asker: Asker, on_answer: Callable[[], None], on_cell: Callable[[Cell], None]) -> None:
+    async def run(
+        self,
+        asker: Asker,
+        on_answer: Callable[[], None],
+        on_cell: Callable[[Cell], None],
+        *,
+        agent_asker: Asker | None = None,
+    ) -> None:
         """Asks what is left of the plan.
 
+        Args:
+            asker: Of the server.
+            on_answer: Called after each answer.
+            on_cell: Called before the first question of a cell.
+            agent_asker: Of the server with an agent, for the method `WITH_AGENT`.
+
         Raises:
+            ValueError: The plan has `WITH_AGENT`, and there is no such server.
             RequestError: A request failed; what was finished before it is kept.
             NotPrunedError: The server does not prune.
         """
+        if WITH_AGENT in self.plan.methods and agent_asker is None:
+            raise ValueError(f"{WITH_AGENT} is asked of a server with --mmtok-agent-url, and there is none")
         written = {(row.case["method"], row.case["budget"], row.case["seed"]) for row in read_rows(self.path)}
         for method, budget in self.plan.settings():
             for seed in self.plan.seeds:
                 cell = Cell(method, budget, seed)
                 if cell not in self._answers:
                     on_cell(cell)
-                    answers = await self._ask(asker, cell, on_answer)
+                    of_agent = agent_asker if method == WITH_AGENT else None
+                    answers = await self._ask(of_agent or asker, cell, on_answer)
                     self._check_pruned(cell, answers)
                     append_answers(answers_beside(self.path), answers)
                     self._answers[cell] = answers
@@ -197,7 +217,8 @@ class Sweep:
 def _fields(cell: Cell) -> dict[str, str | int]:
     if cell.method == UNPRUNED:
         return {"mmtok_budget": "all"}
-    return {"mmtok_budget": cell.budget, "mmtok_method": cell.method, "mmtok_seed": cell.seed}
+    method = "mmtok" if cell.method == WITH_AGENT else cell.method
+    return {"mmtok_budget": cell.budget, "mmtok_method": method, "mmtok_seed": cell.seed}
 
 
 def _answer(cell: Cell, asked: AskedScene, number: int, said: Said, cell_s: float, question_set: str) -> Answer:

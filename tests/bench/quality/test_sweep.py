@@ -9,7 +9,7 @@ import pytest
 from mmtok_deploy.bench.pocket.questions import Kind
 from mmtok_deploy.bench.quality.answers import Cell, answers_beside, read_answers
 from mmtok_deploy.bench.quality.asking import Asker, RequestError
-from mmtok_deploy.bench.quality.sweep import NotPrunedError, Plan, Sweep
+from mmtok_deploy.bench.quality.sweep import WITH_AGENT, NotPrunedError, Plan, Sweep
 from mmtok_deploy.bench.results import read_rows
 from tests.bench.quality.stand_in import TOKENS, Reply, budget_of, completion, says, serving
 
@@ -110,6 +110,36 @@ def test_going_on_with_other_questions_is_refused(tmp_path: Path) -> None:
     run(plan, path, says("yes"))
     with pytest.raises(ValueError, match="answers to other questions"):
         run(Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=4), path, says("yes"))
+
+
+def test_the_server_with_an_agent_is_asked_what_is_its_part(tmp_path: Path) -> None:
+    plan = Plan(methods=("mmtok", WITH_AGENT), budgets=("4",), seeds=(0,), kinds=KINDS, num_questions=4)
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+    sweep = Sweep(plan, path)
+    sweep.prepare()
+    methods: list[str] = []
+
+    def no_by(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        methods.append(body["mm_processor_kwargs"]["mmtok_method"])
+        return says("no")(body)
+
+    async def ask(url: str, agent_url: str) -> None:
+        async with Asker(url, num_at_once=2) as asker, Asker(agent_url, num_at_once=2) as agent_asker:
+            await sweep.run(asker, lambda: None, lambda cell: None, agent_asker=agent_asker)
+
+    with serving(says("yes")) as url, serving(no_by) as agent_url:
+        asyncio.run(ask(url, agent_url))
+    said = {
+        cell.method: {answer.said for answer in found} for cell, found in read_answers(answers_beside(path)).items()
+    }
+    assert said == {"mmtok": {"yes"}, WITH_AGENT: {"no"}}
+    assert methods == ["mmtok"] * 8
+
+
+def test_an_agent_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="asked of a server with --mmtok-agent-url"):
+        run(Plan(methods=(WITH_AGENT,), budgets=("4",), seeds=(0,)), tmp_path / "rows.jsonl", says("yes"))
 
 
 def test_a_server_that_does_not_prune_is_an_error(tmp_path: Path) -> None:
