@@ -32,14 +32,15 @@ class Answer:
     num_cached_tokens: int
 
 
-def ask(client: openai.OpenAI, image: str, question: str, *, max_tokens: int = 16) -> Answer:
+def ask(client: openai.OpenAI, image: str, question: str, *, max_tokens: int = 16, ignore_eos: bool = True) -> Answer:
     """Returns a server's greedy answer to a question about an image.
 
     Args:
         client: Of a server started with `--enable-cache-report`, without which it does not count cached tokens.
         image: What `image_url` returns, or the address of an image.
         question: The user's text.
-        max_tokens: Length of the answer; it is not ended before by an end token.
+        max_tokens: Length of the answer.
+        ignore_eos: Whether it is not ended before by an end token.
 
     Raises:
         ValueError: The server reported no usage, or sent no text.
@@ -61,7 +62,7 @@ def ask(client: openai.OpenAI, image: str, question: str, *, max_tokens: int = 1
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True},
+        extra_body={"ignore_eos": ignore_eos},
     )
     pieces, ttft_ms, usage = [], None, None
     for chunk in stream:

@@ -202,7 +202,7 @@ class Training:
         right = logits.argmax(-1) == target
         num_heads = batch["looks"].shape[1]
         looking = _looking_loss(
-            where_heads_look(attention, *attended, num_heads, num_before),
+            where_heads_look(attention, **attended, num_heads=num_heads, num_before=num_before),
             looks=batch["looks"]
             .transpose(1, 2)[torch.arange(len(ids))[:, None], batch["segments"] - 1]
             .transpose(1, 2),
@@ -285,13 +285,14 @@ def where_heads_look(
     """
 
     def heads(layer: nn.Linear, part: slice) -> Tensor:
-        states = hidden[:, part] @ layer.weight[: num_heads * attention.head_dim].T
+        states: Tensor = hidden[:, part] @ layer.weight[: num_heads * attention.head_dim].T
         states = states.unflatten(-1, (num_heads, attention.head_dim)).transpose(1, 2)
         cos, sin = (rotation[:, None, part] for rotation in rotations)
-        return states * cos + rotate_half(states) * sin
+        turned: Tensor = rotate_half(states)
+        return states * cos + turned * sin
 
     queries, keys = heads(attention.q_proj, slice(num_before, None)), heads(attention.k_proj, slice(num_before))
-    return (queries @ keys.mT * attention.scaling).float()
+    return (queries @ keys.mT).float() * float(attention.scaling)
 
 
 def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor:
@@ -312,12 +313,12 @@ def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor
 
 
 @contextlib.contextmanager
-def _inputs_of(attention: nn.Module) -> Iterator[list[Any]]:
-    """Gives a list that then holds an attention's input and its rotations, once it has run."""
-    seen: list[Any] = []
+def _inputs_of(attention: nn.Module) -> Iterator[dict[str, Any]]:
+    """Gives a dictionary that holds an attention's `hidden` input and its `rotations`, once it has run."""
+    seen: dict[str, Any] = {}
 
     def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen[:] = [keywords["hidden_states"], keywords["position_embeddings"]]
+        seen.update(hidden=keywords["hidden_states"], rotations=keywords["position_embeddings"])
 
     handle = attention.register_forward_pre_hook(see, with_kwargs=True)
     try:

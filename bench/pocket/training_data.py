@@ -137,7 +137,8 @@ def _patch_items(scene: Scene) -> np.ndarray:
     num_items = len(scene.things) + len(scene.glyphs)
     counts = np.stack([(patches == item).sum(1) for item in range(1 + num_items)], axis=1)
     counts[:, 0] = _MIN_PIXELS - 1
-    return counts.argmax(1)
+    most: np.ndarray = counts.argmax(1)
+    return most
 
 
 def _middles(scene: Scene) -> list[int]:

@@ -62,7 +62,7 @@ def test_where_heads_look_is_what_the_model_attends_to() -> None:
     attention = language_model.layers[1].self_attn
     with torch.no_grad(), training._inputs_of(attention) as attended:
         output = language_model(inputs_embeds=torch.randn(2, 9, 192), output_attentions=True, use_cache=False)
-        logits = training.where_heads_look(attention, *attended, num_heads=2, num_before=5)
+        logits = training.where_heads_look(attention, **attended, num_heads=2, num_before=5)
     attended_to = output.attentions[1][:, :2, 5:, :5]
     torch.testing.assert_close(logits.softmax(-1), attended_to / attended_to.sum(-1, keepdim=True))
 
