@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from mmtok_deploy.bench.chat import Answer, ask, image_url
 from mmtok_deploy.bench.picture import draw_kept
+from mmtok_deploy.bench.pocket.model import pocket_checkpoint
 from mmtok_deploy.bench.pocket.questions import Question
 from mmtok_deploy.bench.pocket.scenes import draw
-from mmtok_deploy.bench.quality.pocket import POCKET_CHECKPOINT
 from mmtok_deploy.bench.quality.questions import make_scenes, picture_of
 from mmtok_deploy.bench.quality.scoring import is_right, normalise
 from mmtok_deploy.bench.selected_patches import select_patches
@@ -31,6 +31,7 @@ _SCENE_SEED = 107
 _NUM_QUESTIONS = 8
 _SHOWN_KINDS = ("position", "reading")
 _PICTURE_SCALE = 8
+_CHECKPOINT = pocket_checkpoint("llava-1.5")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def _run(budget: str, folder: Path, console: Console) -> list[Path]:
     with console.status("starting two servers") as status:
         servers = [
             SglangServer(
-                POCKET_CHECKPOINT,
+                _CHECKPOINT,
                 *cpu_arguments(),
                 # SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788).
                 "--model-impl=transformers",
@@ -180,7 +181,7 @@ def _token_table(without: _Measured, with_budget: _Measured, budget: str) -> Tab
 
 def _draw(shown: Image.Image, image: Image.Image, question: Question, budget: str, folder: Path) -> Path:
     """Returns the picture of what a question keeps, on the scene in the size of the page."""
-    selected = select_patches("llava-1.5", POCKET_CHECKPOINT, image, question.text, budget)
+    selected = select_patches("llava-1.5", _CHECKPOINT, image, question.text, budget)
     return draw_kept(
         shown,
         selected.grid,

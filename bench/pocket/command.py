@@ -15,14 +15,12 @@ _INTERRUPTED = 130
 
 def add_pocket_parser(commands: Any) -> None:
     """Adds `mmtok pocket` and its subcommands to the command line's parser."""
-    pocket = commands.add_parser("pocket", help="the small LLaVA-1.5 that really sees: train it, look at its scenes")
+    pocket = commands.add_parser("pocket", help="the small models that really see: train one, look at their scenes")
     kinds = pocket.add_subparsers(dest="pocket", required=True, metavar="WHAT")
     train = kinds.add_parser("train", help="from scratch to a checkpoint; goes on where an earlier run stopped")
+    train.add_argument("--family", choices=("llava-1.5", "qwen2.5-vl"), default="llava-1.5", help="default llava-1.5")
     train.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("artifacts/pocket"),
-        help="for the training's state and the checkpoint (default artifacts/pocket)",
+        "--folder", type=Path, help="for the training's state and the checkpoint (default artifacts/pocket/FAMILY)"
     )
     train.add_argument("--seed", type=int, default=0, help="of the weights and of all scenes (default 0)")
     train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -47,7 +45,7 @@ def run_pocket(arguments: argparse.Namespace) -> int:
         print(f"mmtok pocket train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Stopped; the same command goes on from the last state in {arguments.folder}.", file=sys.stderr)
+        print(f"Stopped; the same command goes on from the last state in {_folder(arguments)}.", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -62,7 +60,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    training = Training(arguments.folder, arguments.seed, device)
+    training = Training(_folder(arguments), arguments.family, arguments.seed, device)
     with progress_bar(Console(highlight=False), "{task.fields[figures]}") as progress:
         bar = progress.add_task("", total=training.num_steps, completed=training.num_steps_done, figures="")
 
@@ -73,6 +71,11 @@ def _train(arguments: argparse.Namespace) -> int:
         training.run(show)
     print(training.save_checkpoint())
     return 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    folder: Path | None = arguments.folder
+    return folder or Path("artifacts/pocket") / arguments.family
 
 
 def _keep_freed_memory() -> None:

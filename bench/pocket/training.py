@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import rotate_half
 
-from mmtok_deploy.bench.pocket.model import make_model, make_processor
+from mmtok_deploy.bench.pocket.model import PocketFamily, make_pocket_model
 from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS
 from mmtok_deploy.bench.pocket.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task, TrainingScenes, collate
 
@@ -30,10 +30,6 @@ _NOTHING_WEIGHTS = (0.15, 0.15, 0.15, 1.0, 1.0, 0.5)
 _LOOKING_LAYER = 1
 _LOOKING_WEIGHT = 1.0
 _NAMING_WEIGHT = 0.3
-_PIXEL_MEAN, _PIXEL_STD = (
-    torch.tensor(values)[:, None, None]
-    for values in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-)
 _SHOWN_WORDS = {
     "yes/no": ("yes", "no"),
     "digits": DIGITS,
@@ -62,10 +58,10 @@ class Stage:
     learning_rate: float
 
 
-STAGES = (
-    Stage("patches", 2200, 20, 1.2e-3),
-    Stage("answers", 2000, 10, 1.2e-3),
-)
+STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
+    "llava-1.5": (Stage("patches", 2200, 20, 1.2e-3), Stage("answers", 2000, 10, 1.2e-3)),
+    "qwen2.5-vl": (Stage("patches", 1800, 12, 1.2e-3), Stage("answers", 1500, 8, 1.2e-3)),
+}
 
 
 class Training:
@@ -73,21 +69,34 @@ class Training:
 
     Args:
         folder: Where the state is kept between runs.
+        family: Whose architecture.
         seed: Of the weights and of every scene.
         device: Where the model is trained.
+        stages: One after the other; those of the family unless given.
     """
 
-    def __init__(self, folder: Path, seed: int, device: torch.device, stages: Sequence[Stage] = STAGES) -> None:
-        self.processor = make_processor()
-        self.model = make_model(self.processor, seed).to(device)
+    def __init__(
+        self,
+        folder: Path,
+        family: PocketFamily,
+        seed: int,
+        device: torch.device,
+        stages: Sequence[Stage] | None = None,
+    ) -> None:
+        self.pocket = make_pocket_model(family, seed)
+        self.pocket.model.to(device)
         self.num_steps_done = 0
         self._folder = folder
+        self._family = family
         self._seed = seed
         self._device = device
-        self._stages = stages
-        self._words = self.processor.tokenizer.get_vocab()
-        prefix = self.processor.tokenizer("user : <image>")["input_ids"]
-        self._prefix = torch.tensor([*prefix[:-1]], device=device)
+        self._stages = STAGES[family] if stages is None else stages
+        tokenizer = self.pocket.processor.tokenizer
+        self._words = tokenizer.get_vocab()
+        self._before, self._after = (
+            torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device=device)
+            for text in (self.pocket.before, self.pocket.after)
+        )
 
     @property
     def num_steps(self) -> int:
@@ -124,7 +133,7 @@ class Training:
                 loss, figures = losses_of({name: value.to(self._device) for name, value in batch.items()})
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(self.pocket.model.parameters(), 1.0)
             optimizer.step()
             self.num_steps_done += 1
             on_step(self.num_steps_done, stage, figures)
@@ -132,20 +141,19 @@ class Training:
                 self._save(optimizer)
 
     def _batches(self, stage: Stage, begun: int) -> Iterator[dict[str, Tensor]]:
-        scenes = TrainingScenes(stage.task, self._seed, self.processor.tokenizer)
+        scenes = TrainingScenes(stage.task, self._seed, self.pocket.processor.tokenizer, self.pocket.asked)
         order = range(begun * stage.batch_size, stage.num_steps * stage.batch_size)
         return iter(
             DataLoader(scenes, stage.batch_size, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=4)
         )
 
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
-        tower = self.model.model.vision_tower
-        learned = list(self.model.model.multi_modal_projector.parameters())
+        learned: list[Tensor] = list(self.pocket.projector.parameters())
         if stage.task == "patches":
-            learned += [*tower.parameters(), self.model.get_input_embeddings().weight]
+            learned += [*self.pocket.tower, self.pocket.embedding.weight]
         else:
-            learned += list(self.model.model.language_model.parameters())
-        for parameter in self.model.parameters():
+            learned += list(self.pocket.language_model.parameters())
+        for parameter in self.pocket.model.parameters():
             # No gradient of an earlier stage is left to count in the norm that is clipped.
             parameter.requires_grad_(False).grad = None
         for parameter in learned:
@@ -158,12 +166,12 @@ class Training:
         )
 
     def _patch_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        tokens = self.model.model.multi_modal_projector(self._tower_features(batch["pixels"]))
+        tokens = self.pocket.image_tokens(self.pocket.features(batch["pixels"]))
         return self._naming_loss(tokens, batch["targets"])
 
     def _naming_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Returns how badly image tokens [B, 196, 192] say what their patches show, and the shares that are right."""
-        words = self.model.get_input_embeddings().weight
+        words = self.pocket.embedding.weight
         total = tokens.new_zeros((), dtype=torch.float32)
         figures = {}
         for number, (choice, nothing_weight) in enumerate(zip(PATCH_CHOICES, _NOTHING_WEIGHTS, strict=True)):
@@ -177,35 +185,20 @@ class Training:
         return total, {"loss": total.item(), **figures}
 
     def _answer_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        with torch.no_grad():
-            features = self._tower_features(batch["pixels"])
-        tokens = self.model.model.multi_modal_projector(features)
-        embed = self.model.get_input_embeddings()
-        ids, labels, segments = batch["ids"], batch["labels"], batch["segments"]
-        prefix = embed(self._prefix).expand(len(ids), -1, -1)
-        embeddings = torch.cat([prefix, tokens.to(prefix.dtype), embed(ids)], dim=1)
-        num_before = prefix.shape[1] + tokens.shape[1]
-        segments = functional.pad(segments, (num_before, 0))
-        attention = self.model.model.language_model.layers[_LOOKING_LAYER].self_attn
+        attention = self.pocket.language_model.layers[_LOOKING_LAYER].self_attn
+        labels = batch["labels"]
         with _inputs_of(attention) as attended:
-            hidden = self.model.model.language_model(
-                inputs_embeds=embeddings,
-                attention_mask=_mask(segments),
-                position_ids=_positions(segments),
-                use_cache=False,
-            ).last_hidden_state[:, num_before:]
+            tokens, hidden = self.read(batch["pixels"], batch["ids"], batch["segments"])
         # Each answer's token is predicted by the one before it.
         at_answer = labels[:, 1:] != IGNORED
-        logits = self.model.lm_head(hidden[:, :-1][at_answer]).float()
+        logits = self.pocket.model.lm_head(hidden[:, :-1][at_answer]).float()
         target = labels[:, 1:][at_answer]
         loss = functional.cross_entropy(logits, target)
         right = logits.argmax(-1) == target
-        num_heads = batch["looks"].shape[1]
+        looks = functional.pad(_looks_of_tokens(batch), (len(self._before), len(self._after)))
         looking = _looking_loss(
-            where_heads_look(attention, **attended, num_heads=num_heads, num_before=num_before),
-            looks=batch["looks"]
-            .transpose(1, 2)[torch.arange(len(ids))[:, None], batch["segments"] - 1]
-            .transpose(1, 2),
+            where_heads_look(attention, **attended, num_heads=looks.shape[1], num_before=looks.shape[-1]),
+            looks=looks,
             has_named=batch["has_named"],
         )
         naming, _ = self._naming_loss(tokens, batch["targets"])
@@ -213,14 +206,28 @@ class Training:
         total = loss + _LOOKING_WEIGHT * looking + _NAMING_WEIGHT * naming
         return total, {**figures, **self._shares(right, target)}
 
-    def _tower_features(self, pixels: Tensor) -> Tensor:
-        """Returns [B, 196, 128], as LLaVA reads them: before the tower's last layer, which is not run."""
-        tower = self.model.model.vision_tower
-        hidden: Tensor = tower.embeddings((pixels / 255 - _PIXEL_MEAN.to(pixels.device)) / _PIXEL_STD.to(pixels.device))
-        hidden = tower.pre_layrnorm(hidden)
-        for layer in tower.encoder.layers[:-1]:
-            hidden = layer(hidden, None)
-        return hidden[:, 1:]
+    def read(self, pixels: Tensor, ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the image tokens [B, 196, width] and the language model's output [B, L, width] at the texts.
+
+        Args:
+            pixels: [B, 3, 112, 112], 0 to 255; the tower has no gradient.
+            ids: [B, L], what comes after the image.
+            segments: [B, L], the number of each token's question, from 1; none reads another's.
+        """
+        with torch.no_grad():
+            features = self.pocket.features(pixels)
+        tokens, embed = self.pocket.image_tokens(features), self.pocket.embedding
+        before, after = (embed(part).expand(len(ids), -1, -1) for part in (self._before, self._after))
+        embeddings = torch.cat([before, tokens.to(before.dtype), after, embed(ids)], dim=1)
+        num_before = embeddings.shape[1] - ids.shape[1]
+        segments = functional.pad(segments, (num_before, 0))
+        output = self.pocket.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=_mask(segments),
+            position_ids=self.pocket.positions(_numbers(segments), len(self._before)),
+            use_cache=False,
+        )
+        return tokens, output.last_hidden_state[:, num_before:]
 
     def _shares(self, right: Tensor, target: Tensor) -> dict[str, float]:
         shares = {}
@@ -233,9 +240,9 @@ class Training:
     def save_checkpoint(self) -> Path:
         """Returns the folder of the checkpoint, in bfloat16, as Hugging Face and SGLang load it."""
         folder = self._folder / "checkpoint"
-        model = copy.deepcopy(self.model).to("cpu", torch.bfloat16)
+        model = copy.deepcopy(self.pocket.model).to("cpu", torch.bfloat16)
         model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        self.pocket.processor.save_pretrained(folder)
         return folder
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
@@ -244,8 +251,9 @@ class Training:
         torch.save(
             {
                 "steps": self.num_steps_done,
+                "family": self._family,
                 "seed": self._seed,
-                "model": self.model.state_dict(),
+                "model": self.pocket.model.state_dict(),
                 "optimizer": optimizer.state_dict(),
             },
             path.with_suffix(".new"),
@@ -257,11 +265,12 @@ class Training:
         if not path.exists():
             return None
         state: dict[str, Any] = torch.load(path, map_location=self._device, weights_only=True)
-        if state["seed"] != self._seed:
+        if (state["family"], state["seed"]) != (self._family, self._seed):
             raise ValueError(
-                f"{path} is of a training with seed {state['seed']}, not {self._seed}: name another folder"
+                f"{path} is of a training of {state['family']} with seed {state['seed']}, not of {self._family} with "
+                f"{self._seed}: name another folder"
             )
-        self.model.load_state_dict(state["model"])
+        self.pocket.model.load_state_dict(state["model"])
         self.num_steps_done = state["steps"]
         return state
 
@@ -277,7 +286,7 @@ def where_heads_look(
     """Returns [B, num_heads, L, num_before]: how much (logits) an attention's first heads look at what is before.
 
     Args:
-        attention: Llama's, of any layer.
+        attention: Llama's or Qwen2.5-VL's, of any layer.
         hidden: [B, num_before + L, width], its input.
         rotations: cos and sin, [B, num_before + L, head_dim] each.
         num_heads: How many heads.
@@ -285,11 +294,13 @@ def where_heads_look(
     """
 
     def heads(layer: nn.Linear, part: slice) -> Tensor:
-        states: Tensor = hidden[:, part] @ layer.weight[: num_heads * attention.head_dim].T
+        rows = num_heads * attention.head_dim
+        bias = None if layer.bias is None else layer.bias[:rows]
+        states = functional.linear(hidden[:, part], layer.weight[:rows], bias)
         states = states.unflatten(-1, (num_heads, attention.head_dim)).transpose(1, 2)
         cos, sin = (rotation[:, None, part] for rotation in rotations)
-        turned: Tensor = rotate_half(states)
-        return states * cos + turned * sin
+        rotated: Tensor = states * cos + rotate_half(states) * sin
+        return rotated
 
     queries, keys = heads(attention.q_proj, slice(num_before, None)), heads(attention.k_proj, slice(num_before))
     return (queries @ keys.mT).float() * float(attention.scaling)
@@ -301,15 +312,22 @@ def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor
     Where nothing is, they look at the first token: so the share that they leave it also counts what there is.
 
     Args:
-        logits: [B, heads, L, num_before]; what is before ends with the image.
-        looks: [B, heads, L, 196], 1 where to look.
+        logits: [B, heads, L, num_before].
+        looks: [B, heads, L, num_before], 1 where to look.
         has_named: [B, L].
     """
-    wanted = functional.pad(looks, (logits.shape[-1] - looks.shape[-1], 0))
+    wanted = looks.clone()
     wanted[..., 0] = 1.0
     wanted = wanted / wanted.sum(-1, keepdim=True)
     apart = (torch.xlogy(wanted, wanted) - wanted * logits.log_softmax(-1)).sum(-1)
     return apart.transpose(1, 2)[has_named].mean()
+
+
+def _looks_of_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """Returns [B, heads, L, 196]: for each token, where its question looks."""
+    of_questions = batch["looks"].transpose(1, 2)
+    rows = torch.arange(len(of_questions), device=of_questions.device)[:, None]
+    return of_questions[rows, batch["segments"] - 1].transpose(1, 2)
 
 
 @contextlib.contextmanager
@@ -334,7 +352,7 @@ def _mask(segments: Tensor) -> Tensor:
     return (((column == 0) | (row == column)) & causal)[:, None]
 
 
-def _positions(segments: Tensor) -> Tensor:
+def _numbers(segments: Tensor) -> Tensor:
     """Returns [B, L]: as if each question followed the image alone."""
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))

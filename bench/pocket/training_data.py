@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, PATCH_PX
+from mmtok_deploy.bench.pocket.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX
 from mmtok_deploy.bench.pocket.questions import NAMING_WORDS, Kind, Question, ask, named_items
 from mmtok_deploy.bench.pocket.scenes import (
     CHARACTERS,
@@ -46,7 +46,6 @@ PATCH_CHOICES: tuple[tuple[str, ...], ...] = (
 IGNORED = -100
 """The label of a token that is not to be predicted."""
 
-_GRID = SCENE_PX // PATCH_PX
 # A patch shows a thing where at least this many of its 64 pixels do.
 _MIN_PIXELS = 7
 _NUM_QUESTIONS = 12
@@ -70,9 +69,11 @@ class TrainingScenes(Dataset[dict[str, Tensor]]):
             patches that show it, and their middles.
         seed: Of all scenes.
         tokenizer: The model's.
+        asked: A question up to its answer, in the model's chat template.
     """
 
-    def __init__(self, task: Task, seed: int, tokenizer: Any) -> None:
+    def __init__(self, task: Task, seed: int, tokenizer: Any, asked: str) -> None:
+        self._asked = asked
         self._task = task
         self._seed = seed
         self._tokenizer = tokenizer
@@ -96,7 +97,7 @@ class TrainingScenes(Dataset[dict[str, Tensor]]):
         segments: list[int] = []
         has_named: list[bool] = []
         for number, question in enumerate(questions, start=1):
-            asked = self._ids(f"{question.text} assistant :")
+            asked = self._ids(self._asked.format(question.text))
             answered = [*self._ids(question.answer), self._tokenizer.eos_token_id]
             named_at = max(index for index, token in enumerate(asked) if token in self._naming_ids)
             ids += asked + answered
@@ -120,11 +121,11 @@ def patch_targets(scene: Scene) -> Tensor:
     middles = set(_middles(scene))
     targets = []
     for patch, item in enumerate(_patch_items(scene)):
-        row, column = divmod(patch, _GRID)
+        row, column = divmod(patch, GRID)
         shown = (
             *words[item],
-            "top" if row < _GRID / 2 else "bottom",
-            "left" if column < _GRID / 2 else "right",
+            "top" if row < GRID / 2 else "bottom",
+            "left" if column < GRID / 2 else "right",
             "middle" if patch in middles else NOTHING,
         )
         targets.append([choice.index(word) for choice, word in zip(PATCH_CHOICES, shown, strict=True)])
@@ -133,7 +134,7 @@ def patch_targets(scene: Scene) -> Tensor:
 
 def _patch_items(scene: Scene) -> np.ndarray:
     """Returns [196]: for each patch, 0 or 1 + the index of the thing or glyph that it shows most of."""
-    patches = draw_mask(scene).reshape(_GRID, PATCH_PX, _GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
+    patches = draw_mask(scene).reshape(GRID, PATCH_PX, GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
     num_items = len(scene.things) + len(scene.glyphs)
     counts = np.stack([(patches == item).sum(1) for item in range(1 + num_items)], axis=1)
     counts[:, 0] = _MIN_PIXELS - 1
@@ -144,7 +145,7 @@ def _patch_items(scene: Scene) -> np.ndarray:
 def _middles(scene: Scene) -> list[int]:
     """Returns the patch that each thing's, then each glyph's middle is in."""
     places = [(thing.x, thing.y) for thing in scene.things] + [(glyph.x, glyph.y) for glyph in scene.glyphs]
-    return [int(y // PATCH_PX) * _GRID + int(x // PATCH_PX) for x, y in places]
+    return [int(y // PATCH_PX) * GRID + int(x // PATCH_PX) for x, y in places]
 
 
 def _looks(scene: Scene, questions: Sequence[Question]) -> Tensor:

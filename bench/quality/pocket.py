@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mmtok_deploy.bench.pocket.model import PocketFamily, pocket_checkpoint
 from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.quality.answers import Cell, answers_beside
 from mmtok_deploy.bench.quality.asking import Asker, RequestError
@@ -31,12 +32,10 @@ from mmtok_deploy.bench.results import new_result_file
 from mmtok_deploy.bench.serve.server_counts import read_counts
 from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, started
 
-__all__ = ["POCKET_CHECKPOINT", "pocket_server", "run_pocket_tasks"]
+__all__ = ["pocket_server", "run_pocket_tasks"]
 
 # As long as a server with many requests under way may take: a question that is not answered ends the run.
 _AGENT_TIMEOUT_MS = 60_000
-
-POCKET_CHECKPOINT = Path(__file__).resolve().parents[1] / "pocket" / "checkpoint"
 
 
 def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> int:
@@ -53,12 +52,10 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
     if arguments.dry_run:
         _print_plan(plan, arguments, device)
         return 0
-    if not arguments.url:
-        _checkpoint(arguments.model_path)
     if arguments.resume is not None and not arguments.resume.is_file():
         raise ValueError(f"--resume names an earlier run's file of rows, and {arguments.resume} is none")
     path = arguments.resume or new_result_file(arguments.results_dir, BENCH)
-    sweep = Sweep(plan, path, device)
+    sweep = Sweep(plan, path, _model_name(arguments), device)
     sweep.prepare()
     console = Console(highlight=False, stderr=arguments.json)
     try:
@@ -75,17 +72,10 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
 
 
 def pocket_server(
-    model_path: str | None, device: torch.device, *arguments: str, log_path: Path | None = None
+    family: PocketFamily, device: torch.device, *arguments: str, log_path: Path | None = None
 ) -> SglangServer:
-    """Returns a server, not yet started, whose requests each choose method and budget.
-
-    Raises:
-        ValueError: No model is named, and the pocket model's checkpoint is not there.
-    """
-    environment = _environment() if device.type == "cpu" else None
-    return SglangServer(
-        _checkpoint(model_path), *_server_arguments(model_path, device), *arguments, env=environment, log_path=log_path
-    )
+    """Returns a server of a pocket model, not yet started, whose requests each choose method and budget."""
+    return _server(pocket_checkpoint(family), device, *_family_arguments(family), *arguments, log_path=log_path)
 
 
 def check_server(url: str) -> None:
@@ -94,31 +84,51 @@ def check_server(url: str) -> None:
     Raises:
         ServerError: It does not answer, or runs without `--mmtok-budget`.
     """
+    if _server_info(url).get("mmtok_budget") is None:
+        raise ServerError(f"the server at {url} does not prune: start it with --mmtok-budget all")
+
+
+def _server_info(url: str) -> dict[str, Any]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url.rstrip('/')}/server_info", timeout=30) as answer:
             info: dict[str, Any] = json.load(answer)
     except (OSError, ValueError, urllib.error.URLError) as error:
         raise ServerError(f"{url} does not say what it is ({error}): expected an SGLang server there") from error
-    if info.get("mmtok_budget") is None:
-        raise ServerError(f"the server at {url} does not prune: start it with --mmtok-budget all")
+    return info
 
 
-def _checkpoint(model_path: str | None) -> str:
-    if model_path is None and not (POCKET_CHECKPOINT / "config.json").is_file():
-        raise ValueError(
-            f"the pocket model is not there: expected its checkpoint in {POCKET_CHECKPOINT}; name another model's "
-            "folder by --model-path, or train it by `mmtok pocket train`"
-        )
-    return model_path or str(POCKET_CHECKPOINT)
+def _model_name(arguments: argparse.Namespace) -> str:
+    """Returns what rows call the model."""
+    if arguments.url:
+        return str(_server_info(arguments.url).get("model_path", arguments.url))
+    return arguments.model_path or f"pocket {arguments.pocket_model}"
 
 
-def _server_arguments(model_path: str | None, device: torch.device) -> list[str]:
-    small = cpu_arguments(max_total_tokens=65536, max_running_requests=64) if device.type == "cpu" else []
+def _server(
+    model_path: str | Path, device: torch.device, *arguments: str, log_path: Path | None = None
+) -> SglangServer:
+    environment = _environment() if device.type == "cpu" else None
+    return SglangServer(model_path, *_server_arguments(device), *arguments, env=environment, log_path=log_path)
+
+
+def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, list[str]]:
+    """Returns the checkpoint that is to be served, and the server arguments that go with it."""
+    if arguments.model_path is not None:
+        return arguments.model_path, arguments.server_arg
+    family: PocketFamily = arguments.pocket_model
+    return pocket_checkpoint(family), [*_family_arguments(family), *arguments.server_arg]
+
+
+def _family_arguments(family: PocketFamily) -> list[str]:
     # SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788).
-    transformers = ["--model-impl=transformers"] if model_path is None else []
+    return ["--model-impl=transformers"] if family == "llava-1.5" else []
+
+
+def _server_arguments(device: torch.device) -> list[str]:
+    small = cpu_arguments(max_total_tokens=65536, max_running_requests=64) if device.type == "cpu" else []
     # Without a line for each of tens of thousands of requests.
-    return [*small, *transformers, "--mmtok-budget=all", "--enable-cache-report", "--log-level-http=warning"]
+    return [*small, "--mmtok-budget=all", "--enable-cache-report", "--log-level-http=warning"]
 
 
 def _environment() -> dict[str, str]:
@@ -129,7 +139,7 @@ def _environment() -> dict[str, str]:
 def _plan(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> Plan:
     default = Plan()
     return Plan(
-        methods=arguments.methods or METHODS,
+        methods=arguments.methods or _default_methods(arguments),
         budgets=arguments.budgets or default.budgets,
         seeds=arguments.seeds,
         kinds=tuple(kind for kind in SCORED_KINDS if kind in kinds),
@@ -137,13 +147,20 @@ def _plan(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> Plan:
     )
 
 
+def _default_methods(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if arguments.model_path or arguments.url or arguments.pocket_model == "llava-1.5":
+        return METHODS
+    # Its attention within windows has no class token to rank patches by.
+    return tuple(method for method in METHODS if method != "visionzip")
+
+
 def _print_plan(plan: Plan, arguments: argparse.Namespace, device: torch.device) -> None:
     if arguments.url:
         print(f"a running server at {arguments.url}")
     else:
-        given = [*_server_arguments(arguments.model_path, device), *arguments.server_arg]
-        model = f"--model-path={arguments.model_path or POCKET_CHECKPOINT}"
-        command = ["python", "-m", "sglang.launch_server", model, *given]
+        model_path, given = _chosen(arguments)
+        given = [f"--model-path={model_path}", *_server_arguments(device), *given]
+        command = ["python", "-m", "sglang.launch_server", *given]
         print(shlex.join(command))
         if WITH_AGENT in plan.methods:
             print(shlex.join([*command, *_agent_arguments("http://127.0.0.1:PORT_OF_THE_FIRST/v1")]))
@@ -163,11 +180,12 @@ def _served(
     if arguments.url:
         yield arguments.url, None
         return
-    servers = [pocket_server(arguments.model_path, device, *arguments.server_arg, log_path=log_path)]
+    model_path, given = _chosen(arguments)
+    servers = [_server(model_path, device, *given, log_path=log_path)]
     if WITH_AGENT in plan.methods:
         with_agent = _agent_arguments(f"{servers[0].url}/v1")
         log = log_path.with_suffix(".agent.log")
-        servers.append(pocket_server(arguments.model_path, device, *arguments.server_arg, *with_agent, log_path=log))
+        servers.append(_server(model_path, device, *given, *with_agent, log_path=log))
     with started(*servers):
         with console.status("starting the server" if len(servers) == 1 else "starting two servers"):
             for server in servers:

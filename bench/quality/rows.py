@@ -31,6 +31,7 @@ def rows_of(
     answers: Sequence[Answer],
     unpruned: Sequence[Answer],
     *,
+    model: str,
     seed: int | str,
     question_set: str,
     device: torch.device,
@@ -41,6 +42,7 @@ def rows_of(
     Args:
         answers: Of one method and budget; of one seed, or of all.
         unpruned: Those to the same questions at budget "all"; empty leaves the share out.
+        model: What rows call it.
         seed: A seed's number, or `ALL_SEEDS`.
         question_set: `fingerprint` of the questions.
         device: Where the server runs.
@@ -53,6 +55,7 @@ def rows_of(
             continue
         case: dict[str, CaseValue] = {
             "task": POCKET,
+            "model": model,
             "kind": kind,
             "method": chosen[0].method,
             "budget": chosen[0].budget,

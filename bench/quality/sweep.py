@@ -88,11 +88,13 @@ class Sweep:
     Args:
         plan: What is asked.
         path: The file of rows; cells whose answers are beside it already are not asked again.
+        model: What rows call it.
         device: Where the server runs.
     """
 
     plan: Plan
     path: Path
+    model: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _scenes: dict[int, list[AskedScene]] = field(default_factory=dict)
     _urls: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -210,7 +212,9 @@ class Sweep:
         answers = [answer for cell in cells for answer in self._answers[cell]]
         unpruned = [answer for cell in cells for answer in self._answers.get(Cell(UNPRUNED, "all", cell.seed), ())]
         question_set = fingerprint([asked for cell in cells for asked in self._scenes[cell.seed]])
-        for row in rows_of(answers, unpruned, seed=seed, question_set=question_set, device=self.device):
+        for row in rows_of(
+            answers, unpruned, model=self.model, seed=seed, question_set=question_set, device=self.device
+        ):
             append_row(self.path, row)
 
 

@@ -10,7 +10,7 @@ from mmtok_deploy.bench.quality.rows import ALL_SEEDS, POCKET, UNPRUNED
 from mmtok_deploy.bench.report.blocks import Table
 from mmtok_deploy.bench.results import ResultRow
 
-__all__ = ["pooled_rows", "printable", "score_tables"]
+__all__ = ["by_model", "pooled_rows", "printable", "score_tables"]
 
 
 def pooled_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
@@ -19,17 +19,25 @@ def pooled_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
     return [row for row in pocket if row.case["seed"] == ALL_SEEDS] or pocket
 
 
+def by_model(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
+    """Returns the pooled pocket rows of each model."""
+    models: dict[str, list[ResultRow]] = {}
+    for row in pooled_rows(rows):
+        models.setdefault(str(row.case["model"]), []).append(row)
+    return models
+
+
 def score_tables(rows: Sequence[ResultRow]) -> list[Table]:
-    """Returns a table of accuracies for each kind, and one of POPE's F1 scores by setting."""
-    pooled = pooled_rows(rows)
+    """Returns for each model a table of accuracies for each kind, and one of POPE's F1 scores by setting."""
     tables = []
-    for kind in dict.fromkeys(str(row.case["kind"]) for row in pooled):
-        chosen = [row for row in pooled if row.case["kind"] == kind]
-        tables.append(_grid(_accuracy_title(kind, chosen), chosen, _accuracy_cell))
-    existence = [row for row in pooled if row.case["kind"] == "existence"]
-    if existence:
-        title = "existence: POPE's F1, %: random / popular / adversarial negatives"
-        tables.append(_grid(title, existence, _pope_cell))
+    for model, chosen in by_model(rows).items():
+        for kind in dict.fromkeys(str(row.case["kind"]) for row in chosen):
+            of_kind = [row for row in chosen if row.case["kind"] == kind]
+            tables.append(_grid(f"{model}: {_accuracy_title(kind, of_kind)}", of_kind, _accuracy_cell))
+        existence = [row for row in chosen if row.case["kind"] == "existence"]
+        if existence:
+            title = f"{model}: existence, POPE's F1, %: random / popular / adversarial negatives"
+            tables.append(_grid(title, existence, _pope_cell))
     return tables
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mmtok_deploy.bench.quality.public_table import public_table
 from mmtok_deploy.bench.quality.rows import POCKET, UNPRUNED
-from mmtok_deploy.bench.quality.table import pooled_rows, score_tables
+from mmtok_deploy.bench.quality.table import by_model, pooled_rows, score_tables
 from mmtok_deploy.bench.report.blocks import Part, Plot
 from mmtok_deploy.bench.report.gather import Measurement, newest
 from mmtok_deploy.bench.report.plots import DOWNSAMPLED, PALETTE, new_figure, plot_of
@@ -33,14 +33,15 @@ def quality_part(measurements: Sequence[Measurement]) -> Part:
 
 def _plots(rows: Sequence[ResultRow]) -> list[Plot]:
     plots = []
-    for kind in dict.fromkeys(str(row.case["kind"]) for row in rows):
-        chosen = [row for row in rows if row.case["kind"] == kind and "tokens_kept" in row.metrics]
-        if len({row.case["budget"] for row in chosen}) > 1:
-            plots.append(_plot(kind, chosen))
+    for model, of_model in by_model(rows).items():
+        for kind in dict.fromkeys(str(row.case["kind"]) for row in of_model):
+            chosen = [row for row in of_model if row.case["kind"] == kind and "tokens_kept" in row.metrics]
+            if len({row.case["budget"] for row in chosen}) > 1:
+                plots.append(_plot(f"{model}, {kind}", chosen))
     return plots
 
 
-def _plot(kind: str, rows: Sequence[ResultRow]) -> Plot:
+def _plot(name: str, rows: Sequence[ResultRow]) -> Plot:
     figure = new_figure("tokens kept", "accuracy, %")
     methods = list(dict.fromkeys(str(row.case["method"]) for row in rows if row.case["method"] != UNPRUNED))
     for number, method in enumerate(methods):
@@ -66,7 +67,7 @@ def _plot(kind: str, rows: Sequence[ResultRow]) -> Plot:
     figure.update_yaxes(tickformat=".0%", title="accuracy")
     note = f"{rows[0].metrics['num_questions']:.0f} questions; bars are 95% intervals; higher is better"
     return plot_of(
-        f"Quality: {kind}, accuracy against tokens kept", note, figure, {"x": "tokens_kept", "y": "accuracy"}
+        f"Quality: {name}, accuracy against tokens kept", note, figure, {"x": "tokens_kept", "y": "accuracy"}
     )
 
 

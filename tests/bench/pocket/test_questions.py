@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 
-from mmtok_deploy.bench.pocket.model import make_processor
 from mmtok_deploy.bench.pocket.questions import (
     KINDS,
     NEGATIVES,
@@ -17,6 +16,7 @@ from mmtok_deploy.bench.pocket.questions import (
     named_items,
 )
 from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Glyph, Scene, Thing, make_scene
+from mmtok_deploy.bench.pocket.words import word_tokenizer
 
 SCENE = Scene(
     things=(
@@ -131,7 +131,7 @@ def test_a_scene_without_characters_has_nothing_to_read() -> None:
 
 
 def test_the_tokenizer_knows_every_word() -> None:
-    tokenizer = make_processor().tokenizer
+    tokenizer = word_tokenizer(["<unk>"])
     for kind in KINDS:
         for _, question in questions(kind):
             assert tokenizer.unk_token_id not in tokenizer(f"{question.text} {question.answer}")["input_ids"]

@@ -2,21 +2,31 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_deploy.bench.pocket import training, training_data
-from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, make_model, make_processor
+from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, PocketFamily, make_pocket_model
 from mmtok_deploy.bench.pocket.questions import Question
 from mmtok_deploy.bench.pocket.scenes import Glyph, Scene, Thing, draw
 from mmtok_deploy.bench.pocket.training import Stage, Training
 from mmtok_deploy.bench.pocket.training_data import PATCH_CHOICES, TrainingScenes, patch_targets
 
 CPU = torch.device("cpu")
+FAMILIES: tuple[PocketFamily, ...] = get_args(PocketFamily)
 STAGES = (Stage("patches", 3, 2, 1e-3), Stage("answers", 3, 2, 1e-3))
 SCENE = Scene((Thing("green", "square", "large", 28, 84, 32),), (Glyph("K", 92, 20, is_dark=False),), 1)
+
+
+def inputs_of_chat(processor: Any, picture: Image.Image, text: str) -> Any:
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    return processor(text=prompt, images=picture, return_tensors="pt")
 
 
 def words(target: torch.Tensor) -> list[str]:
@@ -46,8 +56,9 @@ def test_what_is_named_is_looked_at_from_then_on() -> None:
     assert where[1, 2 * 14 + 11] == 1
     assert where[2:].sum() == middles[2:].sum() == 0
 
-    tokenizer = make_processor().tokenizer
-    packed = TrainingScenes("answers", 0, tokenizer)._packed(questions)
+    pocket = make_pocket_model("llava-1.5")
+    tokenizer = pocket.processor.tokenizer
+    packed = TrainingScenes("answers", 0, tokenizer, pocket.asked)._packed(questions)
     after = [tokenizer.decode(packed["ids"][(packed["segments"] == n) & packed["has_named"]]) for n in (1, 2, 3)]
     assert [text.replace("?", " ?").split()[:2] for text in after] == [
         ["square", "?"],
@@ -56,8 +67,9 @@ def test_what_is_named_is_looked_at_from_then_on() -> None:
     ]
 
 
-def test_where_heads_look_is_what_the_model_attends_to() -> None:
-    language_model = make_model(make_processor(), 0).eval().model.language_model
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_heads_look_is_what_the_model_attends_to(family: PocketFamily) -> None:
+    language_model = make_pocket_model(family).language_model.eval()
     language_model.set_attn_implementation("eager")
     attention = language_model.layers[1].self_attn
     with torch.no_grad(), training._inputs_of(attention) as attended:
@@ -67,32 +79,30 @@ def test_where_heads_look_is_what_the_model_attends_to() -> None:
     torch.testing.assert_close(logits.softmax(-1), attended_to / attended_to.sum(-1, keepdim=True))
 
 
-def test_a_packed_question_is_answered_as_if_it_were_alone() -> None:
-    processor = make_processor()
-    model = make_model(processor, 0).eval()
-    first, second = (processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("is it red ?", "no"))
-    image = torch.randn(1, 5, 192)
-
-    def run(ids: list[int], segments: list[int]) -> torch.Tensor:
-        embedded = model.get_input_embeddings()(torch.tensor([ids]))
-        marks = torch.tensor([[0] * 5 + segments])
-        with torch.no_grad():
-            output = model.model.language_model(
-                inputs_embeds=torch.cat([image, embedded], dim=1),
-                attention_mask=training._mask(marks),
-                position_ids=training._positions(marks),
-                use_cache=False,
-            )
-        hidden: torch.Tensor = output.last_hidden_state
-        return hidden[0, 5:]
-
-    together = run(first + second, [1] * len(first) + [2] * len(second))
-    torch.testing.assert_close(together[: len(first)], run(first, [1] * len(first)), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(together[len(first) :], run(second, [1] * len(second)), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_are_read_as_hugging_face_reads_each_by_itself(family: PocketFamily, tmp_path: Path) -> None:
+    """The image, the template and the positions are those of a chat, and packed questions do not see each other."""
+    trained = Training(tmp_path, family, 0, CPU)
+    processor, model = trained.pocket.processor, trained.pocket.model.eval()
+    picture = draw(SCENE).resize((112, 112))
+    texts = ["Is there a red star in the image?", "Where is the green square?"]
+    asked = [
+        processor.tokenizer(trained.pocket.asked.format(text), add_special_tokens=False)["input_ids"] for text in texts
+    ]
+    with torch.no_grad():
+        _, hidden = trained.read(
+            torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None],
+            torch.tensor([asked[0] + asked[1]]),
+            torch.tensor([[1] * len(asked[0]) + [2] * len(asked[1])]),
+        )
+        found = model.lm_head(hidden[0, [len(asked[0]) - 1, -1]])
+        for text, logits in zip(texts, found, strict=True):
+            expected = model(**inputs_of_chat(processor, picture, text)).logits[0, -1]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_training_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = Training(tmp_path / "whole", 7, CPU, STAGES)
+    whole = Training(tmp_path / "whole", "llava-1.5", 7, CPU, STAGES)
     whole.run(lambda step, stage, figures: None, save_every=1)
 
     def leave_at(last: int) -> Callable[[int, Stage, dict[str, float]], None]:
@@ -104,34 +114,31 @@ def test_a_training_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) 
 
     for last in (2, 5):
         with pytest.raises(KeyboardInterrupt):
-            Training(tmp_path / "parts", 7, CPU, STAGES).run(leave_at(last), save_every=1)
-    parts = Training(tmp_path / "parts", 7, CPU, STAGES)
+            Training(tmp_path / "parts", "llava-1.5", 7, CPU, STAGES).run(leave_at(last), save_every=1)
+    parts = Training(tmp_path / "parts", "llava-1.5", 7, CPU, STAGES)
     parts.run(lambda step, stage, figures: None, save_every=1)
     assert parts.num_steps_done == whole.num_steps_done == 6
-    for name, weight in whole.model.state_dict().items():
-        torch.testing.assert_close(parts.model.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+    for name, weight in whole.pocket.model.state_dict().items():
+        torch.testing.assert_close(parts.pocket.model.state_dict()[name], weight, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_a_state_of_another_seed_is_refused(tmp_path: Path) -> None:
-    Training(tmp_path, 7, CPU, STAGES[:1]).run(lambda step, stage, figures: None)
-    with pytest.raises(ValueError, match="seed 7, not 8"):
-        Training(tmp_path, 8, CPU, STAGES[:1]).run(lambda step, stage, figures: None)
+def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    Training(tmp_path, "llava-1.5", 7, CPU, STAGES[:1]).run(lambda step, stage, figures: None)
+    for family, seed in (("llava-1.5", 8), ("qwen2.5-vl", 7)):
+        with pytest.raises(ValueError, match=f"llava-1.5 with seed 7, not of {family} with {seed}"):
+            Training(tmp_path, family, seed, CPU, STAGES[:1]).run(lambda step, stage, figures: None)  # type: ignore[arg-type]
 
 
-def test_the_checkpoint_is_a_llava_that_sees_196_tokens(tmp_path: Path) -> None:
-    folder = Training(tmp_path, 0, CPU, STAGES).save_checkpoint()
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_checkpoint_is_of_the_family_and_sees_196_tokens(family: PocketFamily, tmp_path: Path) -> None:
+    trained = Training(tmp_path, family, 0, CPU, STAGES)
+    trained.run(lambda step, stage, figures: None)
+    folder = trained.save_checkpoint()
+    assert 4e6 < sum(file.stat().st_size for file in folder.iterdir()) < 8e6
     processor = AutoProcessor.from_pretrained(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    text = processor.apply_chat_template(
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": "Is there a red star in the image?"}],
-            }
-        ],
-        add_generation_prompt=True,
-    )
-    inputs = processor(text=text, images=draw(SCENE), return_tensors="pt")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.model_type == {"llava-1.5": "llava", "qwen2.5-vl": "qwen2_5_vl"}[family]
+    # A square image of another size, as the demonstration's servers may be sent.
+    inputs = inputs_of_chat(processor, draw(SCENE), "Is there a red star in the image?")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == NUM_IMAGE_TOKENS
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] <= inputs["input_ids"].shape[1] + 2

@@ -16,7 +16,7 @@ from mmtok_deploy.bench.results import read_rows
 from mmtok_deploy.cli import main
 from tests.bench.quality.stand_in import budget_of, completion, says, serving
 
-PRUNES = {"mmtok_budget": "all"}
+PRUNES = {"mmtok_budget": "all", "model_path": "made up"}
 
 
 def arguments(url: str, folder: Path, *more: str) -> list[str]:
@@ -28,8 +28,8 @@ def test_table_rows_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with serving(says("yes"), PRUNES) as url:
         assert main(arguments(url, tmp_path)) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "existence: accuracy, % (95% interval), 16 questions; chance 50" in shown
-    assert "existence: POPE's F1, %" in shown
+    assert "made up: existence: accuracy, % (95% interval), 16 questions; chance 50" in shown
+    assert "made up: existence, POPE's F1, %" in shown
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".answers", ".png"}
     report = tmp_path / "report.md"
     assert main(["bench", "report", str(tmp_path), "--markdown", str(report)]) == 0

@@ -21,7 +21,6 @@ from mmtok_deploy.bench.quality.recorded import (
 from mmtok_deploy.bench.quality.sweep import Plan, Sweep
 from mmtok_deploy.bench.results import CaseValue
 from mmtok_deploy.bench.server import SglangServer
-from tests.bench.quality.conftest import IS_TRAINED
 from tests.bench.report.rows import row
 
 RECORDED = read_recorded()
@@ -31,14 +30,13 @@ LEVEL = 0.001
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_TRAINED, reason="the pocket model's checkpoint is not there yet")
 @pytest.mark.skipif(RECORDED is None, reason="nothing is recorded yet: `make quality` writes it")
 def test_accuracy_is_not_below_the_recorded_one(served_pocket_model: SglangServer, tmp_path: Path) -> None:
     assert RECORDED is not None
     path = tmp_path / "rows.jsonl"
     path.touch()
     plan = Plan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=NUM_QUESTIONS)
-    sweep = Sweep(plan, path)
+    sweep = Sweep(plan, path, "pocket")
     sweep.prepare()
 
     async def ask() -> None:

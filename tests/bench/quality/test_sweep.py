@@ -30,7 +30,7 @@ def run(plan: Plan, path: Path, reply: Reply) -> tuple[Sweep, int]:
             await sweep.run(asker, on_answer, lambda cell: None)
 
     path.touch()
-    sweep = Sweep(plan, path)
+    sweep = Sweep(plan, path, "pocket")
     sweep.prepare()
     with serving(reply) as url:
         asyncio.run(ask(url))
@@ -116,7 +116,7 @@ def test_the_server_with_an_agent_is_asked_what_is_its_part(tmp_path: Path) -> N
     plan = Plan(methods=("mmtok", WITH_AGENT), budgets=("4",), seeds=(0,), kinds=KINDS, num_questions=4)
     path = tmp_path / "rows.jsonl"
     path.touch()
-    sweep = Sweep(plan, path)
+    sweep = Sweep(plan, path, "pocket")
     sweep.prepare()
     methods: list[str] = []
 

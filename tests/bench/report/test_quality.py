@@ -12,7 +12,7 @@ from tests.bench.report.rows import row
 
 def scored(method: str, budget: str, kept: float, accuracy: float, **changes: CaseValue) -> ResultRow:
     case: dict[str, CaseValue] = {"task": "pocket", "kind": "count", "method": method, "budget": budget}
-    case |= {"seed": "all", "question_set": "abc", **changes}
+    case |= {"model": "pocket llava-1.5", "seed": "all", "question_set": "abc", **changes}
     metrics = {"num_questions": 510.0, "accuracy": accuracy, "chance": 0.2, "majority": 0.25, "tokens_kept": kept}
     metrics |= {"accuracy_low": accuracy - 0.04, "accuracy_high": accuracy + 0.03}
     if method != "unpruned":
@@ -48,7 +48,7 @@ def test_a_line_for_each_method_against_tokens_kept() -> None:
 def test_methods_down_budgets_across() -> None:
     (table,) = quality_part(measured(ROWS)).tables
     assert table.title == (
-        "count: accuracy, % (95% interval), 510 questions; chance 20, always the commonest answer 25"
+        "pocket llava-1.5: count: accuracy, % (95% interval), 510 questions; chance 20, always the commonest answer 25"
     )
     assert table.columns == ("method", "all (196 tokens)", "25% (49 tokens)", "4 tokens")
     assert table.rows == (
@@ -73,6 +73,18 @@ def test_single_seeds_give_way_to_all_of_them() -> None:
     assert quality_part(measured([one, *ROWS])).tables == quality_part(measured(ROWS)).tables
     (table,) = quality_part(measured([one])).tables
     assert table.rows[0][1].startswith("10.0")
+
+
+def test_models_are_apart() -> None:
+    others = [
+        scored(*given, model="pocket qwen2.5-vl") for given in (("mmtok", "25%", 49, 0.5), ("mmtok", "4", 4, 0.3))
+    ]
+    part = quality_part(measured([*ROWS, *others]))
+    assert [table.title.split(":")[0] for table in part.tables] == ["pocket llava-1.5", "pocket qwen2.5-vl"]
+    assert [plot.title.split(",")[0] for plot in part.plots] == [
+        "Quality: pocket llava-1.5",
+        "Quality: pocket qwen2.5-vl",
+    ]
 
 
 def test_in_the_report() -> None:

@@ -1,0 +1,148 @@
+"""The pocket Qwen2.5-VL: 2.3 million parameters, M-RoPE, and as many image tokens as the pocket LLaVA-1.5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
+
+from mmtok_deploy.bench.model_configs import qwen_config
+from mmtok_deploy.bench.pocket.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX, PocketModel, attend_to_the_like
+from mmtok_deploy.bench.pocket.scenes import SCENE_PX
+from mmtok_deploy.bench.pocket.words import word_tokenizer
+
+__all__ = ["PocketQwen"]
+
+_MERGE = 2
+# Qwen2.5-VL's own template, without a system turn.
+_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}"
+    "{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class PocketQwen(PocketModel):
+    """`Qwen2_5_VLForConditionalGeneration` with a vision encoder of three blocks and a Qwen2.5 of four layers.
+
+    A patch is 4 pixels wide and an image token 8. The first two blocks attend within quarters of the scene, the third
+    to all of it.
+    """
+
+    before = "<|im_start|>user <|vision_start|>"
+    after = "<|vision_end|>"
+    asked = "{} <|im_end|> <|im_start|>assistant"
+
+    def __init__(self, seed: int) -> None:
+        self.processor = _make_processor()
+        torch.manual_seed(seed)
+        self.model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer))
+        for layer in self.language_model.layers:
+            attend_to_the_like(layer.self_attn)
+
+    @property
+    def projector(self) -> nn.Module:
+        """The merger of four patches into a token."""
+        merger: nn.Module = self.model.model.visual.merger
+        return merger
+
+    @property
+    def tower(self) -> list[nn.Parameter]:
+        """The vision encoder's parameters but for the merger's."""
+        visual = self.model.model.visual
+        return [parameter for part in (visual.patch_embed, visual.blocks) for parameter in part.parameters()]
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Returns [B * 784, 96]: the four patches of each token one after the other, tokens in raster order."""
+        image_processor = self.processor.image_processor
+        mean, std = (
+            torch.tensor(values, device=pixels.device)[:, None, None]
+            for values in (image_processor.image_mean, image_processor.image_std)
+        )
+        grid_thw = torch.tensor([[1, GRID * _MERGE, GRID * _MERGE]], device=pixels.device).expand(len(pixels), -1)
+        encoded = self.model.model.visual(_patches((pixels / 255 - mean) / std), grid_thw=grid_thw)
+        features: Tensor = encoded.last_hidden_state
+        in_window_order = features.unflatten(0, (-1, _MERGE**2))
+        config = self.model.config.vision_config
+        window_index, _ = get_vision_window_index(grid_thw, _MERGE, config.window_size, config.patch_size)
+        return in_window_order[torch.argsort(window_index)].flatten(0, 1)
+
+    def positions(self, index: Tensor, image_at: int) -> Tensor:
+        """Returns [3, B, L]: time, row and column; the image takes as many positions as it has rows."""
+        rows, columns = (
+            (torch.arange(NUM_IMAGE_TOKENS, device=index.device) // GRID),
+            (torch.arange(NUM_IMAGE_TOKENS, device=index.device) % GRID),
+        )
+        end = image_at + NUM_IMAGE_TOKENS
+        positions = torch.where(index >= end, index - NUM_IMAGE_TOKENS + GRID, index).repeat(3, 1, 1)
+        positions[:, :, image_at:end] = image_at
+        positions[1, :, image_at:end] += rows
+        positions[2, :, image_at:end] += columns
+        return positions
+
+
+def _patches(pixels: Tensor) -> Tensor:
+    """Returns [B * 784, 96], as Qwen2.5-VL's image processor cuts images [B, 3, 112, 112]: a still image twice."""
+    side_px = PATCH_PX // _MERGE
+    cut = pixels.unflatten(3, (GRID, _MERGE, side_px)).unflatten(2, (GRID, _MERGE, side_px))
+    # [B, 3, row, row in token, y, column, column in token, x] to tokens, their patches, and the pixels of each.
+    patches = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
+    return patches[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
+
+
+def _make_processor() -> Any:
+    vision_tokens = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vision_tokens]
+    tokenizer = word_tokenizer(
+        ("<unk>", *special), eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special
+    )
+    # A square image of any size has 196 tokens.
+    sizes = {"shortest_edge": SCENE_PX**2, "longest_edge": SCENE_PX**2}
+    cut = {"patch_size": PATCH_PX // _MERGE, "merge_size": _MERGE}
+    return transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=sizes, **cut),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(size=sizes, **cut),
+        chat_template=_TEMPLATE,
+    )
+
+
+def _config(tokenizer: Any) -> Any:
+    return qwen_config(
+        tokenizer,
+        text={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 192,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.05,
+            "tie_word_embeddings": True,
+        },
+        vision={
+            "depth": 3,
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_heads": 3,
+            "patch_size": PATCH_PX // _MERGE,
+            "spatial_merge_size": _MERGE,
+            "window_size": SCENE_PX // 2,
+            "fullatt_block_indexes": [2],
+            "initializer_range": 0.05,
+        },
+    )
