@@ -74,11 +74,11 @@ class PocketQwen(PocketModel):
         )
         grid_thw = torch.tensor([[1, GRID * _MERGE, GRID * _MERGE]], device=pixels.device).expand(len(pixels), -1)
         encoded = self.model.model.visual(_patches((pixels / 255 - mean) / std), grid_thw=grid_thw)
-        features: Tensor = encoded.last_hidden_state
-        in_window_order = features.unflatten(0, (-1, _MERGE**2))
+        in_window_order = encoded.last_hidden_state.unflatten(0, (-1, _MERGE**2))
         config = self.model.config.vision_config
         window_index, _ = get_vision_window_index(grid_thw, _MERGE, config.window_size, config.patch_size)
-        return in_window_order[torch.argsort(window_index)].flatten(0, 1)
+        features: Tensor = in_window_order[torch.argsort(window_index)].flatten(0, 1)
+        return features
 
     def positions(self, index: Tensor, image_at: int) -> Tensor:
         """Returns [3, B, L]: time, row and column; the image takes as many positions as it has rows."""
@@ -99,7 +99,7 @@ def _patches(pixels: Tensor) -> Tensor:
     side_px = PATCH_PX // _MERGE
     cut = pixels.unflatten(3, (GRID, _MERGE, side_px)).unflatten(2, (GRID, _MERGE, side_px))
     # [B, 3, row, row in token, y, column, column in token, x] to tokens, their patches, and the pixels of each.
-    patches = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
+    patches: Tensor = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
     return patches[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
 
 
