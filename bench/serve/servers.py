@@ -78,15 +78,16 @@ class ServerPool:
             if not self._side_by_side:
                 self._stop_all()
             self._start(side)
+        server = self._servers[side]
         try:
-            server = self._servers[side]
-            if not server.is_alive():
-                raise ServerError(f"the server at budget {side.budget} died.\n{server.log_end()}")
             server.wait_until_ready()
         except ServerError as error:
-            self.dead[side] = str(error)
+            # A process that is being killed counts as alive for a moment more: whether it is gone is asked afterwards.
+            has_died = server.start_s is not None and not server.is_alive()
+            died = f"the server at budget {side.budget} died.\n{server.log_end()}"
+            self.dead[side] = died if has_died else str(error)
             self._servers.pop(side).stop()
-            raise
+            raise ServerError(self.dead[side]) from error
         return server
 
     def _start(self, side: Side) -> None:

@@ -33,6 +33,17 @@ def test_a_server_that_cannot_start_is_told_once_and_not_started_again(tmp_path:
     assert not any(server.is_alive() for server in made)
 
 
+def test_a_server_that_was_ready_and_is_just_dying_has_died(tmp_path: Path) -> None:
+    server = make_server(SWEEP, SWEEP.models[0], SIDES[0], tmp_path / "nowhere", tmp_path / "it.log")
+    with ServerPool(lambda side: server, side_by_side=True) as pool:
+        pool.start_all(SIDES[:1])
+        # As if it had taken requests; it is alive still when it is asked for, and then ends.
+        server.start_s = 1.0
+        with pytest.raises(ServerError, match=r"^the server at budget off died\.\nThe end of its log:"):
+            pool.get(SIDES[0])
+        assert list(pool.dead) == SIDES[:1]
+
+
 def test_one_at_a_time_none_is_started_before_it_is_asked_for(tmp_path: Path) -> None:
     made: list[Side] = []
 
