@@ -11,7 +11,7 @@ SELECTION = $(BIN)/mmtok export selection --force --tensorrt --target $(TARGET)
 .PHONY: help install demo bench export quality test lint format constraints clean
 
 help:
-	@echo "make demo    serve a photograph with and without a budget, and show what changes"
+	@echo "make demo    ask a small model about a picture, with and without a budget, and show what changes"
 	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: under 20 minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"

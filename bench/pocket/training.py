@@ -60,7 +60,7 @@ class Stage:
 
 STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
     "llava-1.5": (Stage("patches", 2200, 20, 1.2e-3), Stage("answers", 2000, 10, 1.2e-3)),
-    "qwen2.5-vl": (Stage("patches", 1800, 12, 1.2e-3), Stage("answers", 1500, 8, 1.2e-3)),
+    "qwen2.5-vl": (Stage("patches", 1800, 12, 1.2e-3), Stage("answers", 1000, 8, 1.2e-3)),
 }
 
 
