@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    demo = commands.add_parser("demo", help="a small model that sees, served with and without a budget: its answers, tokens and picks")
+    demo = commands.add_parser("demo", help="ask a small model about a picture, with and without a budget")
     demo.add_argument(
         "--budget", default="10%", type=_budget, help="vision tokens to keep: 64, 10%%, 0.1 (default 10%%)"
     )

@@ -90,13 +90,19 @@ class Scene:
     background_seed: int
 
 
-def make_scene(rng: np.random.Generator) -> Scene:
-    """Returns a scene of 2 to 6 things, at most one digit and at most one letter, none of which overlap."""
+def make_scene(rng: np.random.Generator, *, num_each: int = 1, share: float = _GLYPH_SHARE) -> Scene:
+    """Returns a scene of 2 to 6 things, a few digits and letters, none of which overlap.
+
+    Args:
+        rng: Draws it.
+        num_each: At most so many digits, and so many letters.
+        share: How likely each of them is.
+    """
     boxes: list[tuple[float, float, float]] = []
     things: list[Thing] = []
     glyphs: list[Glyph] = []
-    for characters in (DIGITS, LETTERS):
-        if rng.random() < _GLYPH_SHARE and (place := _free_place(rng, boxes, _GLYPH_PX)):
+    for characters in (DIGITS, LETTERS) * num_each:
+        if rng.random() < share and (place := _free_place(rng, boxes, _GLYPH_PX)):
             glyphs.append(Glyph(characters[rng.integers(len(characters))], *place, bool(rng.random() < 0.5)))
     for _ in range(rng.integers(_NUM_THINGS[0], _NUM_THINGS[1] + 1)):
         size = "small" if rng.random() < 0.5 else "large"

@@ -46,7 +46,8 @@ class Stage:
     Args:
         task: "patches": the tower and the projector learn to say, in the language model's word embeddings, what each
             patch shows, as CLIP's features come aligned with text. "answers": the projector and the language model
-            learn to answer; the tower stays as it is, as in LLaVA.
+            learn to answer; the tower stays as it is, as in LLaVA. "characters": as "patches", on scenes that have more
+            of them, and the words stay as they are.
         num_steps: How long.
         batch_size: Scenes a step.
         learning_rate: At its highest.
@@ -59,7 +60,12 @@ class Stage:
 
 
 STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
-    "llava-1.5": (Stage("patches", 2200, 20, 1.2e-3), Stage("answers", 2000, 10, 1.2e-3)),
+    "llava-1.5": (
+        Stage("patches", 2200, 20, 1.2e-3),
+        Stage("answers", 2000, 10, 1.2e-3),
+        Stage("characters", 1000, 20, 1.0e-3),
+        Stage("answers", 500, 10, 6e-4),
+    ),
     "qwen2.5-vl": (Stage("patches", 1800, 12, 1.2e-3), Stage("answers", 1000, 8, 1.2e-3)),
 }
 
@@ -124,7 +130,7 @@ class Training:
         on_step: Callable[[int, Stage, dict[str, float]], None],
         save_every: int,
     ) -> None:
-        losses_of = self._patch_losses if stage.task == "patches" else self._answer_losses
+        losses_of = self._answer_losses if stage.task == "answers" else self._patch_losses
         for step, batch in enumerate(self._batches(stage, begun), start=begun):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * _schedule(step / stage.num_steps)
@@ -149,10 +155,12 @@ class Training:
 
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
         learned: list[Tensor] = list(self.pocket.projector.parameters())
-        if stage.task == "patches":
-            learned += [*self.pocket.tower, self.pocket.embedding.weight]
+        if stage.task == "answers":
+            learned += self.pocket.language_model.parameters()
         else:
-            learned += list(self.pocket.language_model.parameters())
+            learned += self.pocket.tower
+        if stage.task == "patches":
+            learned.append(self.pocket.embedding.weight)
         for parameter in self.pocket.model.parameters():
             # No gradient of an earlier stage is left to count in the norm that is clipped.
             parameter.requires_grad_(False).grad = None

@@ -28,8 +28,8 @@ from mmtok_deploy.bench.pocket.scenes import (
 
 __all__ = ["IGNORED", "NOTHING", "PATCH_CHOICES", "TASKS", "Task", "TrainingScenes", "collate", "patch_targets"]
 
-Task = Literal["patches", "answers"]
-TASKS: dict[Task, int] = {"patches": 1, "answers": 2}
+Task = Literal["patches", "answers", "characters"]
+TASKS: dict[Task, int] = {"patches": 1, "answers": 2, "characters": 3}
 """The streams of scenes, by task; held-out scenes come from another."""
 
 NOTHING = "nothing"
@@ -49,6 +49,7 @@ IGNORED = -100
 # A patch shows a thing where at least this many of its 64 pixels do.
 _MIN_PIXELS = 7
 _NUM_QUESTIONS = 12
+_MANY_CHARACTERS: dict[str, Any] = {"num_each": 4, "share": 0.9}
 _KIND_SHARES: dict[Kind, float] = {
     "existence": 0.24,
     "simple": 0.08,
@@ -63,7 +64,8 @@ class TrainingScenes(Dataset[dict[str, Tensor]]):
     """Scenes by number, always the same for a seed.
 
     Args:
-        task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "answers": both, and ids, labels and
+        task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "characters": the same, of scenes that
+            have more of them. "answers": both, and ids, labels and
             segments [L] of some twelve questions one after the other, of which each counts as a segment from 1 on;
             has_named [L], whether a token's question has named by then what it asks for, and looks [2, 12, 196], the
             patches that show it, and their middles.
@@ -81,11 +83,11 @@ class TrainingScenes(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self._seed, TASKS[self._task], index])
-        scene = make_scene(rng)
+        scene = make_scene(rng, **(_MANY_CHARACTERS if self._task == "characters" else {}))
         picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         seen = {"pixels": pixels, "targets": patch_targets(scene)}
-        if self._task == "patches":
+        if self._task != "answers":
             return seen
         kinds = rng.choice(list(_KIND_SHARES), _NUM_QUESTIONS, p=list(_KIND_SHARES.values()))
         questions = [question for kind in kinds if (question := ask(rng, scene, kind))]

@@ -48,13 +48,7 @@ def add_quality_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
     what.add_argument("--preset", choices=("llava-1.5", "llava-next", "qwen2.5-vl"), help="the paper's budgets")
     served = quality.add_argument_group("what is asked of")
     served.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start one")
-    served.add_argument(
-        "--pocket-model",
-        choices=("llava-1.5", "qwen2.5-vl"),
-        default="llava-1.5",
-        help="which of the models that come along the started server serves (default llava-1.5)",
-    )
-    served.add_argument("--model-path", help="what it serves instead")
+    served.add_argument("--model-path", help="what the started server serves (default: the pocket LLaVA-1.5)")
     served.add_argument(
         "--server-arg", action="append", default=[], metavar="ARG", help="of the started server; once for each argument"
     )

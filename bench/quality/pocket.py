@@ -34,6 +34,9 @@ from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, 
 
 __all__ = ["pocket_server", "run_pocket_tasks"]
 
+_FAMILY: PocketFamily = "llava-1.5"
+# SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788).
+_MODEL_IMPL = "--model-impl=transformers"
 # As long as a server with many requests under way may take: a question that is not answered ends the run.
 _AGENT_TIMEOUT_MS = 60_000
 
@@ -71,11 +74,9 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
     return 0
 
 
-def pocket_server(
-    family: PocketFamily, device: torch.device, *arguments: str, log_path: Path | None = None
-) -> SglangServer:
-    """Returns a server of a pocket model, not yet started, whose requests each choose method and budget."""
-    return _server(pocket_checkpoint(family), device, *_family_arguments(family), *arguments, log_path=log_path)
+def pocket_server(device: torch.device, *arguments: str, log_path: Path | None = None) -> SglangServer:
+    """Returns a server of the pocket model, not yet started, whose requests each choose method and budget."""
+    return _server(pocket_checkpoint(_FAMILY), device, _MODEL_IMPL, *arguments, log_path=log_path)
 
 
 def check_server(url: str) -> None:
@@ -102,7 +103,7 @@ def _model_name(arguments: argparse.Namespace) -> str:
     """Returns what rows call the model."""
     if arguments.url:
         return str(_server_info(arguments.url).get("model_path", arguments.url))
-    return arguments.model_path or f"pocket {arguments.pocket_model}"
+    return arguments.model_path or f"pocket {_FAMILY}"
 
 
 def _server(
@@ -116,13 +117,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, list[str]]:
     """Returns the checkpoint that is to be served, and the server arguments that go with it."""
     if arguments.model_path is not None:
         return arguments.model_path, arguments.server_arg
-    family: PocketFamily = arguments.pocket_model
-    return pocket_checkpoint(family), [*_family_arguments(family), *arguments.server_arg]
-
-
-def _family_arguments(family: PocketFamily) -> list[str]:
-    # SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788).
-    return ["--model-impl=transformers"] if family == "llava-1.5" else []
+    return pocket_checkpoint(_FAMILY), [_MODEL_IMPL, *arguments.server_arg]
 
 
 def _server_arguments(device: torch.device) -> list[str]:
@@ -139,19 +134,12 @@ def _environment() -> dict[str, str]:
 def _plan(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> Plan:
     default = Plan()
     return Plan(
-        methods=arguments.methods or _default_methods(arguments),
+        methods=arguments.methods or METHODS,
         budgets=arguments.budgets or default.budgets,
         seeds=arguments.seeds,
         kinds=tuple(kind for kind in SCORED_KINDS if kind in kinds),
         num_questions=arguments.num_questions or default.num_questions,
     )
-
-
-def _default_methods(arguments: argparse.Namespace) -> tuple[str, ...]:
-    if arguments.model_path or arguments.url or arguments.pocket_model == "llava-1.5":
-        return METHODS
-    # Its attention within windows has no class token to rank patches by.
-    return tuple(method for method in METHODS if method != "visionzip")
 
 
 def _print_plan(plan: Plan, arguments: argparse.Namespace, device: torch.device) -> None:

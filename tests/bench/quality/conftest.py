@@ -11,5 +11,5 @@ from mmtok_deploy.bench.server import SglangServer
 
 @pytest.fixture(scope="session")
 def served_pocket_model() -> Iterator[SglangServer]:
-    with pocket_server("llava-1.5", torch.device("cpu")) as server:
+    with pocket_server(torch.device("cpu")) as server:
         yield server
