@@ -1,1 +1,5 @@
-"""A pocket model: a small LLaVA-1.5 that really sees, trained from scratch on scenes drawn here."""
+"""Pocket models: small vision-language models that really see, trained from scratch on scenes drawn here.
+
+`scenes` draws them and `questions` asks about them; `model` is what `llava` and `qwen`, a file a family, have in common,
+and `words` their vocabulary; `training_data` and `training` train one. `checkpoints` holds what was trained.
+"""

@@ -65,8 +65,17 @@ def _draw(axes: Axes, rows: Sequence[ResultRow]) -> None:
         100 * rows[0].metrics["majority"], color="#30343b", linestyle=":", linewidth=1, label="commonest answer"
     )
     axes.set_xscale("log", base=2)
-    ticks = sorted({round(row.metrics["tokens_kept"]) for row in rows})
+    ticks = _apart(sorted({round(row.metrics["tokens_kept"]) for row in rows}, reverse=True))
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _apart(counts: Sequence[int]) -> list[int]:
+    """Returns those of falling counts whose labels do not touch: a smaller image may have a few tokens less."""
+    kept: list[int] = []
+    for count in counts:
+        if not kept or count < 0.8 * kept[-1]:
+            kept.append(count)
+    return kept

@@ -64,6 +64,24 @@ def test_pocket_tasks(served_pocket_model: SglangServer, tmp_path: Path, capsys:
     assert [row["metrics"]["accuracy"] for row in again] == before
 
 
+@pytest.mark.slow
+def test_the_model_as_its_own_agent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quality", "--methods=mmtok,mmtok+agent", "--budgets=4", "--tasks=reading", "--seeds=0"]
+    assert main([*command, "--num-questions=40", f"--results-dir={tmp_path}", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "The agent was asked 40 times" in printed.err
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert [(row["case"]["model"], row["case"]["method"]) for row in rows] == [
+        ("pocket llava-1.5", "mmtok"),
+        ("pocket llava-1.5", "mmtok+agent"),
+    ]
+    assert [row["metrics"]["tokens_kept"] for row in rows] == [4, 4]
+    (path,) = tmp_path.glob("*.answers")
+    by_question, by_agent = ([answer.said for answer in answers] for answers in read_answers(path).values())
+    # What the agent says changes what is kept, and so some of the answers.
+    assert by_question != by_agent
+
+
 @pytest.fixture
 def local_task(tmp_path: Path) -> Path:
     folder = tmp_path / "tasks"
