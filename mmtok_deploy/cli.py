@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     demo = commands.add_parser("demo", help="ask a small model about a picture, with and without a budget")
     demo.add_argument(
-        "--budget", default="10%", type=_budget, help="vision tokens to keep: 64, 10%%, 0.1 (default 10%%)"
+        "--budget", default="25%", type=_budget, help="vision tokens to keep: 64, 25%%, 0.25 (default 25%%)"
     )
     demo.add_argument(
         "--folder", default=Path("artifacts/demo"), type=Path, help="where to write (default artifacts/demo)"
