@@ -67,12 +67,7 @@ class PocketLlava(PocketModel):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns [B, 196, 128], as LLaVA reads them: before the tower's last layer, which is not run."""
-        image_processor = self.processor.image_processor
-        mean, std = (
-            torch.tensor(values, device=pixels.device)[:, None, None]
-            for values in (image_processor.image_mean, image_processor.image_std)
-        )
-        hidden: Tensor = self._vision_tower.embeddings((pixels / 255 - mean) / std)
+        hidden: Tensor = self._vision_tower.embeddings(self.normalised(pixels))
         hidden = self._vision_tower.pre_layrnorm(hidden)
         for layer in self._vision_tower.encoder.layers[:-1]:
             hidden = layer(hidden, None)

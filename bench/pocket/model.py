@@ -73,6 +73,15 @@ class PocketModel(ABC):
     def features(self, pixels: Tensor) -> Tensor:
         """Returns what the projector is given of images [B, 3, 112, 112], 0 to 255."""
 
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Returns images [B, 3, 112, 112], 0 to 255, as the family's image processor normalises them."""
+        image_processor = self.processor.image_processor
+        mean, std = (
+            torch.tensor(values, device=pixels.device)[:, None, None]
+            for values in (image_processor.image_mean, image_processor.image_std)
+        )
+        return (pixels / 255 - mean) / std
+
     def image_tokens(self, features: Tensor) -> Tensor:
         """Returns [B, 196, width]: what the language model reads of the images."""
         tokens: Tensor = self.projector(features)

@@ -1,4 +1,4 @@
-"""The pocket Qwen2.5-VL: 2.3 million parameters, M-RoPE, and as many image tokens as the pocket LLaVA-1.5."""
+"""The pocket Qwen2.5-VL: 2.0 million parameters, M-RoPE, and as many image tokens as the pocket LLaVA-1.5."""
 
 from __future__ import annotations
 
@@ -67,13 +67,8 @@ class PocketQwen(PocketModel):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns [B * 784, 96]: the four patches of each token one after the other, tokens in raster order."""
-        image_processor = self.processor.image_processor
-        mean, std = (
-            torch.tensor(values, device=pixels.device)[:, None, None]
-            for values in (image_processor.image_mean, image_processor.image_std)
-        )
         grid_thw = torch.tensor([[1, GRID * _MERGE, GRID * _MERGE]], device=pixels.device).expand(len(pixels), -1)
-        encoded = self.model.model.visual(_patches((pixels / 255 - mean) / std), grid_thw=grid_thw)
+        encoded = self.model.model.visual(_patches(self.normalised(pixels)), grid_thw=grid_thw)
         in_window_order = encoded.last_hidden_state.unflatten(0, (-1, _MERGE**2))
         config = self.model.config.vision_config
         window_index, _ = get_vision_window_index(grid_thw, _MERGE, config.window_size, config.patch_size)
@@ -82,15 +77,12 @@ class PocketQwen(PocketModel):
 
     def positions(self, index: Tensor, image_at: int) -> Tensor:
         """Returns [3, B, L]: time, row and column; the image takes as many positions as it has rows."""
-        rows, columns = (
-            (torch.arange(NUM_IMAGE_TOKENS, device=index.device) // GRID),
-            (torch.arange(NUM_IMAGE_TOKENS, device=index.device) % GRID),
-        )
+        patch = torch.arange(NUM_IMAGE_TOKENS, device=index.device)
         end = image_at + NUM_IMAGE_TOKENS
         positions = torch.where(index >= end, index - NUM_IMAGE_TOKENS + GRID, index).repeat(3, 1, 1)
         positions[:, :, image_at:end] = image_at
-        positions[1, :, image_at:end] += rows
-        positions[2, :, image_at:end] += columns
+        positions[1, :, image_at:end] += patch // GRID
+        positions[2, :, image_at:end] += patch % GRID
         return positions
 
 

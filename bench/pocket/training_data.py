@@ -65,10 +65,9 @@ class TrainingScenes(Dataset[dict[str, Tensor]]):
 
     Args:
         task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "characters": the same, of scenes that
-            have more of them. "answers": both, and ids, labels and
-            segments [L] of some twelve questions one after the other, of which each counts as a segment from 1 on;
-            has_named [L], whether a token's question has named by then what it asks for, and looks [2, 12, 196], the
-            patches that show it, and their middles.
+            have more of them. "answers": both, and ids, labels and segments [L] of some twelve questions one after the
+            other, of which each counts as a segment from 1 on; has_named [L], whether a token's question has named by
+            then what it asks for, and looks [2, 12, 196], the patches that show it, and their middles.
         seed: Of all scenes.
         tokenizer: The model's.
         asked: A question up to its answer, in the model's chat template.
