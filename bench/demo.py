@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from mmtok_deploy.bench.chat import Answer, ask, image_url
+from mmtok_deploy.bench.families import family_arguments
 from mmtok_deploy.bench.picture import draw_kept
-from mmtok_deploy.bench.pocket.model import pocket_checkpoint
+from mmtok_deploy.bench.pocket.model import PocketFamily, pocket_checkpoint
 from mmtok_deploy.bench.pocket.questions import Question
 from mmtok_deploy.bench.pocket.scenes import draw
 from mmtok_deploy.bench.quality.questions import make_scenes, picture_of
@@ -31,7 +32,10 @@ _SCENE_SEED = 107
 _NUM_QUESTIONS = 8
 _SHOWN_KINDS = ("position", "reading")
 _PICTURE_SCALE = 8
-_CHECKPOINT = pocket_checkpoint("llava-1.5")
+_MODELS: Mapping[PocketFamily, str] = {
+    "llava-1.5": "a LLaVA-1.5 of 2.8 million parameters",
+    "qwen2.5-vl": "a Qwen2.5-VL of 2.0 million parameters",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,11 @@ class _Measured:
     ttft_ms: float
 
 
-def run_demo(*, budget: str = "25%", folder: Path = Path("artifacts/demo")) -> int:
+def run_demo(*, family: PocketFamily = "llava-1.5", budget: str = "25%", folder: Path = Path("artifacts/demo")) -> int:
     """Returns the exit code of `mmtok demo`: 0, 1 if a server failed, or 130 after Ctrl-C. No server outlives it.
 
     Args:
+        family: Of the pocket model.
         budget: What `--mmtok-budget` is given.
         folder: Where logs and pictures go.
 
@@ -59,13 +64,13 @@ def run_demo(*, budget: str = "25%", folder: Path = Path("artifacts/demo")) -> i
     console = Console(highlight=False)
     console.print(
         "[bold]A picture, asked about without and with a budget[/bold]\n\n"
-        "Two real SGLang servers, and the pocket model: a LLaVA-1.5 of 2.8 million parameters, which this project "
-        "trained from scratch on scenes like this one. What it answers over thousands of them is in docs/quality.md. "
+        f"Two real SGLang servers, and a pocket model: {_MODELS[family]}, which this project trained from scratch on "
+        "scenes like this one. What it answers over thousands of them is in docs/quality.md. "
         "Its language model is so small that reading a token costs next to nothing: look at the tokens, not at the "
         "times.\n"
     )
     try:
-        written = _run(budget, folder, console)
+        written = _run(family, budget, folder, console)
     except (ServerError, openai.OpenAIError, OSError) as error:
         console.print(f"[bold red]The demonstration failed:[/bold red] {type(error).__name__}")
         console.print(str(error), markup=False)
@@ -80,17 +85,16 @@ def run_demo(*, budget: str = "25%", folder: Path = Path("artifacts/demo")) -> i
     return 0
 
 
-def _run(budget: str, folder: Path, console: Console) -> list[Path]:
+def _run(family: PocketFamily, budget: str, folder: Path, console: Console) -> list[Path]:
     asked = make_scenes(_SCENE_SEED, _NUM_QUESTIONS)[0]
     image = picture_of(asked.scene)
     logs = [folder / "logs" / f"{name}.log" for name in ("without-budget", "with-budget")]
     with console.status("starting two servers") as status:
         servers = [
             SglangServer(
-                _CHECKPOINT,
+                pocket_checkpoint(family),
                 *cpu_arguments(),
-                # SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788).
-                "--model-impl=transformers",
+                *family_arguments(family),
                 "--enable-cache-report",
                 *arguments,
                 env=cpu_environment(),
@@ -102,7 +106,7 @@ def _run(budget: str, folder: Path, console: Console) -> list[Path]:
         # Side by side: for half of a start, one server has one core's worth of work.
         with started(*servers):
             pictures = [
-                _draw(draw(asked.scene, _PICTURE_SCALE), image, question, budget, folder)
+                _draw(family, draw(asked.scene, _PICTURE_SCALE), image, question, budget, folder)
                 for kind in _SHOWN_KINDS
                 for question in [next(question for question in asked.questions if question.kind == kind)]
             ]
@@ -113,10 +117,11 @@ def _run(budget: str, folder: Path, console: Console) -> list[Path]:
             status.update("stopping both")
     console.print(_answer_table(asked.questions, without, with_budget, budget))
     console.print(_token_table(without, with_budget, budget))
-    console.print(
-        "[dim]SGLang serves LLaVA-1.5 by its Transformers backend, for which it turns the prefix cache off; with a "
-        "budget, the plugin leaves it on.[/dim]"
-    )
+    if family == "llava-1.5":
+        console.print(
+            "[dim]SGLang serves LLaVA-1.5 by its Transformers backend, for which it turns the prefix cache off; with a "
+            "budget, the plugin leaves it on.[/dim]"
+        )
     starts = " and ".join(f"{server.start_s:.0f}" for server in servers)
     console.print(f"[dim]The servers were ready after {starts} s.[/dim]\n")
     return [*pictures, *logs]
@@ -183,9 +188,11 @@ def _token_table(without: _Measured, with_budget: _Measured, budget: str) -> Tab
     return table
 
 
-def _draw(shown: Image.Image, image: Image.Image, question: Question, budget: str, folder: Path) -> Path:
+def _draw(
+    family: PocketFamily, shown: Image.Image, image: Image.Image, question: Question, budget: str, folder: Path
+) -> Path:
     """Returns the picture of what a question keeps, on the scene in the size of the page."""
-    selected = select_patches("llava-1.5", _CHECKPOINT, image, question.text, budget)
+    selected = select_patches(family, pocket_checkpoint(family), image, question.text, budget)
     return draw_kept(
         shown,
         selected.grid,

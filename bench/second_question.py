@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from mmtok_deploy.bench.chat import ask, image_url
+from mmtok_deploy.bench.families import family_arguments
 from mmtok_deploy.bench.photographs import PHOTOGRAPHS, photograph
 from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.results import ResultRow, append_row, latencies_ms, make_latency_row, new_result_file
@@ -74,7 +75,8 @@ def _server(checkpoint: Path, cache_mb: int, folder: Path) -> SglangServer:
     return SglangServer(
         checkpoint,
         *device,
-        *("--model-impl=transformers", "--enable-cache-report", "--mmtok-budget=64"),
+        *family_arguments("llava-1.5"),
+        *("--enable-cache-report", "--mmtok-budget=64"),
         f"--mmtok-feature-cache-mb={cache_mb}",
         env={} if torch.cuda.is_available() else cpu_environment(),
         log_path=folder / "logs" / f"cache-{cache_mb}.log",

@@ -7,17 +7,16 @@ import shutil
 import string
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import transformers
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.model_configs import llava_config, llava_next_config, qwen_config
 from mmtok_deploy.bench.tiny_processors import llava_next_processor, llava_processor, qwen_processor
 
-__all__ = ["TinyFamily", "make_tiny_checkpoint"]
-
-TinyFamily = Literal["qwen2.5-vl", "llava-1.5", "llava-next"]
+__all__ = ["make_tiny_checkpoint"]
 
 # Raised with every change of what is written, so that folders of an older maker are made again.
 _MAKER_VERSION = 3
@@ -61,7 +60,7 @@ _REAL_CLIP = {
 
 
 def make_tiny_checkpoint(
-    family: TinyFamily, folder: Path, *, seed: int = 0, pad_to_square: bool = True, real_encoder: bool = False
+    family: Family, folder: Path, *, seed: int = 0, pad_to_square: bool = True, real_encoder: bool = False
 ) -> Path:
     """Returns `folder`, which then holds a tiny checkpoint that Transformers and SGLang load like the real one.
 
@@ -83,8 +82,8 @@ def make_tiny_checkpoint(
         ValueError: An unknown family.
         FileExistsError: `folder` holds something else than a tiny checkpoint.
     """
-    if family not in get_args(TinyFamily):
-        raise ValueError(f"family is one of {', '.join(get_args(TinyFamily))}, got {family!r}")
+    if family not in get_args(Family):
+        raise ValueError(f"family is one of {', '.join(get_args(Family))}, got {family!r}")
     folder = Path(folder)
     marker = {
         "maker_version": _MAKER_VERSION,
@@ -129,7 +128,7 @@ def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
             raise
 
 
-def _build(family: TinyFamily, seed: int, pad_to_square: bool, clip: dict[str, int]) -> tuple[Any, Any]:
+def _build(family: Family, seed: int, pad_to_square: bool, clip: dict[str, int]) -> tuple[Any, Any]:
     if family == "qwen2.5-vl":
         processor = qwen_processor()
         config = qwen_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_QWEN_VISION)

@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     demo = commands.add_parser("demo", help="ask a small model about a picture, with and without a budget")
     demo.add_argument(
+        "--family", default="llava-1.5", choices=("llava-1.5", "qwen2.5-vl"), help="of the model (default llava-1.5)"
+    )
+    demo.add_argument(
         "--budget", default="25%", type=_budget, help="vision tokens to keep: 64, 25%%, 0.25 (default 25%%)"
     )
     demo.add_argument(
@@ -71,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
         case _:
             from mmtok_deploy.bench.demo import run_demo
 
-            return run_demo(budget=arguments.budget, folder=arguments.folder)
+            return run_demo(family=arguments.family, budget=arguments.budget, folder=arguments.folder)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.pocket.scenes import SCENE_PX
 
 __all__ = [
@@ -97,8 +98,14 @@ class PocketModel(ABC):
         return index
 
 
-def pocket_checkpoint(family: PocketFamily) -> Path:
-    """Returns the folder of the trained model that this package brings along."""
+def pocket_checkpoint(family: Family) -> Path:
+    """Returns the folder of the trained model that this package brings along.
+
+    Raises:
+        ValueError: There is none of the family.
+    """
+    if family not in get_args(PocketFamily):
+        raise ValueError(f"there is no pocket model of {family}, only of {', '.join(get_args(PocketFamily))}")
     return Path(__file__).resolve().parent / "checkpoints" / family
 
 

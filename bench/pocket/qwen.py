@@ -101,8 +101,8 @@ def _make_processor() -> Any:
     tokenizer = word_tokenizer(
         ("<unk>", *special), eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special
     )
-    # A square image of any size has 196 tokens.
-    sizes = {"shortest_edge": SCENE_PX**2, "longest_edge": SCENE_PX**2}
+    # A larger image has some 196 tokens, as the scenes that it is trained on; smaller ones have fewer, down to 4.
+    sizes = {"shortest_edge": 4 * PATCH_PX**2, "longest_edge": SCENE_PX**2}
     cut = {"patch_size": PATCH_PX // _MERGE, "merge_size": _MERGE}
     return transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=sizes, **cut),

@@ -66,7 +66,12 @@ STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
         Stage("characters", 1000, 20, 1.0e-3),
         Stage("answers", 500, 10, 6e-4),
     ),
-    "qwen2.5-vl": (Stage("patches", 1800, 12, 1.2e-3), Stage("answers", 1000, 8, 1.2e-3)),
+    "qwen2.5-vl": (
+        Stage("patches", 1800, 12, 1.2e-3),
+        Stage("answers", 1600, 10, 1.2e-3),
+        Stage("characters", 1000, 16, 1.0e-3),
+        Stage("answers", 500, 10, 6e-4),
+    ),
 }
 
 

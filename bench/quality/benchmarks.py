@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["BENCHMARKS", "PRESET_BUDGETS", "PUBLISHED", "Benchmark", "Published"]
+from mmtok_deploy.bench.families import Family
+
+__all__ = ["BENCHMARKS", "PAPER_BUDGETS", "PUBLISHED", "Benchmark", "Published"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +23,14 @@ class Published:
     """A figure of the paper: the share of the unpruned score that is kept.
 
     Args:
-        preset: Whose budgets it is among.
-        model: That it is of.
+        family: Of the model.
+        model: The very one.
         benchmark: A key of `BENCHMARKS`.
         tokens: Kept; None where the text does not say.
         share: Of the unpruned score.
     """
 
-    preset: str
+    family: Family
     model: str
     benchmark: str
     tokens: int | None
@@ -50,7 +52,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 """Tasks and metrics of lmms-eval 0.7.3. VQAv2 is its validation split: the test split's answers are not public."""
 
-PRESET_BUDGETS: Mapping[str, tuple[str, ...]] = {
+PAPER_BUDGETS: Mapping[Family, tuple[str, ...]] = {
     "llava-1.5": ("all", "192", "128", "64"),
     "llava-next": ("all", "640", "320", "160"),
     "qwen2.5-vl": ("all", "20%", "10%", "5%"),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.methods import MethodName
 
 __all__ = ["add_quality_parser", "run_quality"]
@@ -35,20 +36,25 @@ def add_quality_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
     what.add_argument(
         "--methods",
         type=_names,
-        help=f"some of {','.join(get_args(MethodName))} (default: all of these), or mmtok+agent: a second server, to "
-        "whose guidance the first one's unpruned answer is added",
+        help=f"some of {','.join(get_args(MethodName))} (default: all that the family can run), or mmtok+agent: a "
+        "second server, to whose guidance the first one's unpruned answer is added",
     )
-    what.add_argument("--budgets", type=_names, help="default all,50%%,25%%,11%%,5%%,4; public tasks: the preset's")
+    what.add_argument("--budgets", type=_names, help="default all,50%%,25%%,11%%,5%%,4; public tasks: the family's")
     what.add_argument("--seeds", type=_seeds, default=(0, 1, 2), help="of the pocket scenes (default 0,1,2)")
     what.add_argument(
         "--num-questions",
         type=_count,
         help="of each kind and seed (default 170), or of each public task (default: all of them)",
     )
-    what.add_argument("--preset", choices=("llava-1.5", "llava-next", "qwen2.5-vl"), help="the paper's budgets")
     served = quality.add_argument_group("what is asked of")
     served.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start one")
-    served.add_argument("--model-path", help="what the started server serves (default: the pocket LLaVA-1.5)")
+    served.add_argument(
+        "--family",
+        choices=get_args(Family),
+        help="of the model: which pocket model is served (default llava-1.5), or what the server of --model-path "
+        "needs; which methods are run; for public tasks, the paper's budgets",
+    )
+    served.add_argument("--model-path", help="what the started server serves (default: a pocket model)")
     served.add_argument(
         "--server-arg", action="append", default=[], metavar="ARG", help="of the started server; once for each argument"
     )

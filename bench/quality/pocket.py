@@ -10,7 +10,7 @@ import shlex
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mmtok_deploy.bench.pocket.model import PocketFamily, pocket_checkpoint
+from mmtok_deploy.bench.families import Family, family_arguments
+from mmtok_deploy.bench.pocket.model import pocket_checkpoint
 from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.quality.answers import Cell, answers_beside
 from mmtok_deploy.bench.quality.asking import Asker, RequestError
@@ -31,12 +32,13 @@ from mmtok_deploy.bench.quality.table import printable, score_tables
 from mmtok_deploy.bench.results import new_result_file
 from mmtok_deploy.bench.serve.server_counts import read_counts
 from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, started
+from mmtok_deploy.methods import MethodName
 
 __all__ = ["pocket_server", "run_pocket_tasks"]
 
-_FAMILY: PocketFamily = "llava-1.5"
-# SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788).
-_MODEL_IMPL = "--model-impl=transformers"
+_DEFAULT_FAMILY: Family = "llava-1.5"
+# Qwen2.5-VL has no class token, whose attention VisionZip ranks by; LLaVA-NeXT's tiles have one size.
+_IMPOSSIBLE: Mapping[Family, MethodName] = {"qwen2.5-vl": "visionzip", "llava-next": "downsample"}
 # As long as a server with many requests under way may take: a question that is not answered ends the run.
 _AGENT_TIMEOUT_MS = 60_000
 
@@ -49,6 +51,8 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
         KeyboardInterrupt: Ctrl-C; finished cells are kept.
     """
     plan = _plan(arguments, kinds)
+    if arguments.record and (arguments.url or arguments.model_path):
+        raise ValueError("--record is for the pocket models that this package brings along: drop it")
     if arguments.url and WITH_AGENT in plan.methods:
         raise ValueError(f"{WITH_AGENT} needs two servers, which are started without --url: drop one of the two")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -74,9 +78,9 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
     return 0
 
 
-def pocket_server(device: torch.device, *arguments: str, log_path: Path | None = None) -> SglangServer:
+def pocket_server(family: Family, device: torch.device) -> SglangServer:
     """Returns a server of the pocket model, not yet started, whose requests each choose method and budget."""
-    return _server(pocket_checkpoint(_FAMILY), device, _MODEL_IMPL, *arguments, log_path=log_path)
+    return _server(pocket_checkpoint(family), device, *family_arguments(family))
 
 
 def check_server(url: str) -> None:
@@ -103,7 +107,7 @@ def _model_name(arguments: argparse.Namespace) -> str:
     """Returns what rows call the model."""
     if arguments.url:
         return str(_server_info(arguments.url).get("model_path", arguments.url))
-    return arguments.model_path or f"pocket {_FAMILY}"
+    return arguments.model_path or f"pocket {arguments.family or _DEFAULT_FAMILY}"
 
 
 def _server(
@@ -115,9 +119,11 @@ def _server(
 
 def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, list[str]]:
     """Returns the checkpoint that is to be served, and the server arguments that go with it."""
-    if arguments.model_path is not None:
-        return arguments.model_path, arguments.server_arg
-    return pocket_checkpoint(_FAMILY), [_MODEL_IMPL, *arguments.server_arg]
+    if arguments.model_path is None:
+        family: Family = arguments.family or _DEFAULT_FAMILY
+        return pocket_checkpoint(family), [*family_arguments(family), *arguments.server_arg]
+    needed = family_arguments(arguments.family) if arguments.family else ()
+    return arguments.model_path, [*needed, *arguments.server_arg]
 
 
 def _server_arguments(device: torch.device) -> list[str]:
@@ -134,7 +140,7 @@ def _environment() -> dict[str, str]:
 def _plan(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> Plan:
     default = Plan()
     return Plan(
-        methods=arguments.methods or METHODS,
+        methods=arguments.methods or tuple(name for name in METHODS if name != _IMPOSSIBLE.get(arguments.family)),
         budgets=arguments.budgets or default.budgets,
         seeds=arguments.seeds,
         kinds=tuple(kind for kind in SCORED_KINDS if kind in kinds),
@@ -225,7 +231,7 @@ def _show(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> None
             console.print(printable(table))
     written = [sweep.path, answers_beside(sweep.path), plot_scores(rows, sweep.path.with_suffix(".png"))]
     if arguments.record:
-        record(rows, RECORDED)
+        record(rows, arguments.family or _DEFAULT_FAMILY, RECORDED)
         written.append(RECORDED)
     for path in written:
         console.print(f"Written: {path}", markup=False, soft_wrap=True)

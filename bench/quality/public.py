@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from mmtok_deploy.bench.families import family_arguments
 from mmtok_deploy.bench.progress import progress_bar
-from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PRESET_BUDGETS, Benchmark
+from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PAPER_BUDGETS, Benchmark
 from mmtok_deploy.bench.quality.lmms_eval import LmmsEvalError, LmmsScore, command_line, program_of, run
 from mmtok_deploy.bench.quality.public_table import public_table
 from mmtok_deploy.bench.quality.rows import BENCH, UNPRUNED
@@ -97,9 +98,9 @@ def _settings(arguments: argparse.Namespace) -> list[_Setting]:
             "lmms-eval cannot ask for a budget with each request: say which one the server at --url runs with, by one "
             "--budgets (and --methods, if it is not mmtok)"
         )
-    budgets = arguments.budgets or PRESET_BUDGETS.get(arguments.preset or "")
+    budgets = arguments.budgets or PAPER_BUDGETS.get(arguments.family)
     if budgets is None:
-        raise ValueError("public tasks need --budgets, or a --preset for the paper's")
+        raise ValueError("public tasks need --budgets, or a --family for the paper's")
     for budget in budgets:
         Budget.parse(budget)
     methods = [check_method(method) for method in arguments.methods or ("mmtok",)]
@@ -132,7 +133,7 @@ def _measure(
             metrics["share"] = metrics["score"] / unpruned[-1].metrics["score"]
         case = {
             **{"task": name, "kind": "public", "method": setting.method, "budget": setting.budget, "seed": "0"},
-            **{"preset": arguments.preset or "", "model": arguments.model_path or ""},
+            **{"family": arguments.family or "", "model": arguments.model_path or ""},
         }
         named = {f"lmms_{metric}": value for metric, value in score.metrics.items()}
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -177,7 +178,7 @@ def _server(arguments: argparse.Namespace, setting: _Setting, output: Path) -> I
         arguments.model_path,
         *(cpu_arguments(max_total_tokens=65536) if on_cpu else ()),
         *setting.arguments(),
-        *arguments.server_arg,
+        *_server_arguments(arguments),
         env=cpu_environment() if on_cpu else None,
         log_path=output / "server.log",
     )
@@ -186,10 +187,14 @@ def _server(arguments: argparse.Namespace, setting: _Setting, output: Path) -> I
         yield server.url
 
 
+def _server_arguments(arguments: argparse.Namespace) -> list[str]:
+    return [*(family_arguments(arguments.family) if arguments.family else ()), *arguments.server_arg]
+
+
 def _print_plan(arguments: argparse.Namespace, benchmarks: Sequence[Benchmark], settings: Sequence[_Setting]) -> None:
     for setting in settings:
         if arguments.url is None:
             server = ["python", "-m", "sglang.launch_server", f"--model-path={arguments.model_path}"]
-            print(shlex.join([*server, *setting.arguments(), *arguments.server_arg]))
+            print(shlex.join([*server, *setting.arguments(), *_server_arguments(arguments)]))
         tasks = [benchmark.task for benchmark in benchmarks]
         print(shlex.join(_command(arguments, tasks, arguments.url or "http://127.0.0.1:30000", Path("OUTPUT"))))

@@ -21,9 +21,9 @@ def public_table(rows: Sequence[ResultRow]) -> Table:
             who = str(row.case["model"]) or "measured"
             cells = (f"{row.metrics['score']:.4g}", share, f"{row.metrics['num_questions']:.0f}")
             lines.append((task, who, str(row.case["method"]), str(row.case["budget"]), *cells))
-        preset = str(chosen[0].case["preset"])
+        family = chosen[0].case["family"]
         for quoted in PUBLISHED:
-            if (quoted.preset, quoted.benchmark) == (preset, task):
+            if (quoted.family, quoted.benchmark) == (family, task):
                 budget = "" if quoted.tokens is None else str(quoted.tokens)
                 lines.append((task, f"{quoted.model}, the paper", "mmtok", budget, "", f"{100 * quoted.share:.1f}", ""))
     columns = ("benchmark", "model", "method", "budget", "score", "% of unpruned", "questions")

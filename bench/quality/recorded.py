@@ -1,4 +1,4 @@
-"""What the pocket model reached at one budget, committed: `make test` asks a part of it again."""
+"""What the pocket models reached at one budget, committed: `make test` asks a part of it again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.quality.rows import ALL_SEEDS
 from mmtok_deploy.bench.results import ResultRow
 
@@ -35,8 +36,8 @@ class Recorded:
     time: str
 
 
-def record(rows: Sequence[ResultRow], path: Path) -> None:
-    """Writes the scores of MMTok at 25%, of all seeds.
+def record(rows: Sequence[ResultRow], family: Family, path: Path) -> None:
+    """Writes a family's scores of MMTok at 25%, of all seeds; other families' stay.
 
     Raises:
         ValueError: The rows have none.
@@ -55,11 +56,13 @@ def record(rows: Sequence[ResultRow], path: Path) -> None:
         commit=chosen[0].commit,
         time=chosen[0].time,
     )
-    path.write_text(json.dumps(asdict(recorded), indent=2) + "\n", encoding="utf-8")
+    families = {**read_recorded(path), family: recorded}
+    text = json.dumps({name: asdict(families[name]) for name in sorted(families)}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
-def read_recorded(path: Path = RECORDED) -> Recorded | None:
-    """Returns what was recorded, or None before anything was."""
+def read_recorded(path: Path = RECORDED) -> dict[Family, Recorded]:
+    """Returns what was recorded of each family; nothing before anything was."""
     if not path.exists():
-        return None
-    return Recorded(**json.loads(path.read_text(encoding="utf-8")))
+        return {}
+    return {family: Recorded(**fields) for family, fields in json.loads(path.read_text(encoding="utf-8")).items()}

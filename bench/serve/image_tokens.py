@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from mmtok_deploy.bench.serve.presets import Family, Size
+from mmtok_deploy.bench.families import Family
+from mmtok_deploy.bench.serve.presets import Size
 
 __all__ = ["count_image_tokens", "downsampled_px"]
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from mmtok_deploy.bench.serve.presets import PRESETS, Family, ImageKind, PrefixCache, ServedModel, Size, Sweep
+from mmtok_deploy.bench.families import Family
+from mmtok_deploy.bench.serve.presets import PRESETS, ImageKind, PrefixCache, ServedModel, Size, Sweep
 from mmtok_deploy.budget import Budget
 
 __all__ = ["add_serve_parser", "sweep_of"]

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["PRESETS", "Family", "ImageKind", "PrefixCache", "ServedModel", "Size", "Sweep", "preset_for_device"]
+from mmtok_deploy.bench.families import Family
 
-Family = Literal["qwen2.5-vl", "llava-1.5", "llava-next"]
+__all__ = ["PRESETS", "ImageKind", "PrefixCache", "ServedModel", "Size", "Sweep", "preset_for_device"]
+
 ImageKind = Literal["photograph", "random"]
 PrefixCache = Literal["off", "on"]
 Size = tuple[int, int]
 """Width and height in pixels."""
-
-# SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788), and LLaVA-NeXT has no other.
-_TRANSFORMERS = ("--model-impl=transformers",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +25,6 @@ class ServedModel:
         family: Decides how an image can be sent smaller.
         sizes_px: Image sizes that are sent.
         budgets: Values of `--mmtok-budget` beside `all`.
-        arguments: What its servers need beyond the preset's.
         model_path: A checkpoint; None for the model without weights of this name.
     """
 
@@ -35,7 +32,6 @@ class ServedModel:
     family: Family
     sizes_px: tuple[Size, ...]
     budgets: tuple[str, ...]
-    arguments: tuple[str, ...] = ()
     model_path: str | None = None
 
 
@@ -56,7 +52,6 @@ class Sweep:
         rounds: How often the servers take turns.
         side_by_side: All servers of a model run at once, and idle ones sleep. Otherwise one runs at a time.
         arguments: Of every server.
-        environment: Of every server.
     """
 
     preset: str
@@ -80,10 +75,10 @@ class Sweep:
 # to 64. The smaller images say where pruning stops to pay.
 _QWEN_7B = ServedModel("qwen2.5-vl-7b", "qwen2.5-vl", ((1008, 672), (448, 448), (224, 224)), ("20%", "10%", "5%"))
 _NEXT_SIZES: tuple[Size, ...] = ((672, 672), (672, 336))
-_NEXT_7B = ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",), _TRANSFORMERS)
-_NEXT_13B = ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",), _TRANSFORMERS)
-_LLAVA_7B = ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",), _TRANSFORMERS)
-_LLAVA_13B = ServedModel("llava-1.5-13b", "llava-1.5", ((336, 336),), ("64",), _TRANSFORMERS)
+_NEXT_7B = ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",))
+_NEXT_13B = ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",))
+_LLAVA_7B = ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",))
+_LLAVA_13B = ServedModel("llava-1.5-13b", "llava-1.5", ((336, 336),), ("64",))
 
 _GPU_MODELS = (_QWEN_7B, _NEXT_7B, _NEXT_13B, _LLAVA_7B, _LLAVA_13B)
 
@@ -109,7 +104,7 @@ PRESETS: Mapping[str, Sweep] = {
         "cpu",
         (
             ServedModel("qwen2.5-vl-0.5b", "qwen2.5-vl", ((1008, 784), (224, 224)), ("10%", "5%")),
-            ServedModel("llava-1.5-0.5b", "llava-1.5", ((448, 448),), ("10%", "5%"), _TRANSFORMERS),
+            ServedModel("llava-1.5-0.5b", "llava-1.5", ((448, 448),), ("10%", "5%")),
         ),
         concurrencies=(1, 4),
         num_requests=6,

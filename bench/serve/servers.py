@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from mmtok_deploy.bench.families import family_arguments
 from mmtok_deploy.bench.process_tree import sigterm_raises_exit
 from mmtok_deploy.bench.serve.dummy_models import DUMMY_ARGUMENTS
 from mmtok_deploy.bench.serve.plan import Side
@@ -26,7 +27,7 @@ def make_server(sweep: Sweep, model: ServedModel, side: Side, model_path: Path, 
         *(cpu_arguments() if on_cpu else ()),
         *("--enable-metrics", "--enable-cache-report"),
         *sweep.arguments,
-        *model.arguments,
+        *family_arguments(model.family),
         *(DUMMY_ARGUMENTS if model.model_path is None else ()),
         *side.arguments,
         env=cpu_environment() if on_cpu else {},

@@ -9,10 +9,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_deploy.bench import tiny_checkpoints
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.photographs import photograph
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily, make_tiny_checkpoint
+from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 
-FAMILIES: list[TinyFamily] = ["qwen2.5-vl", "llava-1.5", "llava-next"]
+FAMILIES: list[Family] = ["qwen2.5-vl", "llava-1.5", "llava-next"]
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 
 
@@ -41,9 +42,7 @@ def read(checkpoint: Path, image: Image.Image) -> tuple[Any, Any]:
         ("llava-next", "astronaut", 576 + 48 * (48 + 1)),
     ],
 )
-def test_transformers_reads_it_and_counts_the_tokens(
-    folder: Path, family: TinyFamily, name: str, num_tokens: int
-) -> None:
+def test_transformers_reads_it_and_counts_the_tokens(folder: Path, family: Family, name: str, num_tokens: int) -> None:
     model, inputs = read(make_tiny_checkpoint(family, folder / family), photograph(name))
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == num_tokens
     with torch.inference_mode():

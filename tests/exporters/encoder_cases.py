@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_window_index
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.photographs import photograph
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily, make_tiny_checkpoint
+from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.exporters.encoders import ExportedEncoder
 
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
@@ -30,12 +31,12 @@ TOLERANCE = {
 }
 
 
-def checkpoint(family: TinyFamily) -> Path:
+def checkpoint(family: Family) -> Path:
     return make_tiny_checkpoint(family, CHECKPOINTS / family)
 
 
 @cache
-def pixels_of(family: TinyFamily, image_size: tuple[int, int], batch_size: int = 1) -> Tensor:
+def pixels_of(family: Family, image_size: tuple[int, int], batch_size: int = 1) -> Tensor:
     """Returns photographs of that size as the family's own image processor yields them."""
     processor = AutoImageProcessor.from_pretrained(checkpoint(family))
     images = [photograph(name).resize(image_size) for name in PHOTOGRAPHS[:batch_size]]
@@ -44,7 +45,7 @@ def pixels_of(family: TinyFamily, image_size: tuple[int, int], batch_size: int =
 
 
 @torch.inference_mode()
-def hugging_face(family: TinyFamily, pixels: Tensor, image_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+def hugging_face(family: Family, pixels: Tensor, image_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
     """Returns vision [B, N, D] and keys [B, N, d], float32, of Hugging Face's encoder."""
     model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint(family), dtype=dtype).eval()
     pixels = pixels.to(dtype)

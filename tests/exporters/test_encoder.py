@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmtok_deploy import select_tokens
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.exporters.encoder import build_joined_encoder
@@ -24,7 +24,7 @@ from tests.runtime.conftest import checkpoint, judge_of
 BUDGET = 12
 
 
-def export(path: Path, family: TinyFamily, *arguments: str) -> Manifest:
+def export(path: Path, family: Family, *arguments: str) -> Manifest:
     common = ["--budget", str(BUDGET), "--text-tokens=1:4:16", f"--output={path}"]
     assert main(["export", "encoder", f"--model={checkpoint(family)}", *common, *arguments]) == 0
     return Manifest.load(path)
@@ -47,7 +47,7 @@ def question(width: int = 256, num_tokens: int = 576) -> dict[str, Tensor]:
 
 
 def assert_hugging_faces(
-    family: TinyFamily, outputs: dict[str, Tensor], asked: dict[str, Tensor], size: tuple[int, int]
+    family: Family, outputs: dict[str, Tensor], asked: dict[str, Tensor], size: tuple[int, int]
 ) -> None:
     judge = judge_of(family)
     image = small("astronaut", *size)

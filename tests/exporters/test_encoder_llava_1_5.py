@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.exporters.encoders import EncoderError, build_encoder, export_encoder
 from mmtok_deploy.presets import PRESETS
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
 
-FAMILY: TinyFamily = "llava-1.5"
+FAMILY: Family = "llava-1.5"
 IMAGE_SIZE = (336, 336)
 
 

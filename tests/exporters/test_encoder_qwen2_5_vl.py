@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.exporters.encoders import EncoderError, build_encoder, export_encoder
 from mmtok_deploy.presets import PRESETS
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
 
-FAMILY: TinyFamily = "qwen2.5-vl"
+FAMILY: Family = "qwen2.5-vl"
 FULL_WINDOWS = (448, 336)
 CUT_WINDOWS = (392, 252)
 

@@ -7,44 +7,46 @@ from typing import get_args
 
 import pytest
 
+from mmtok_deploy.bench.families import Family, family_arguments
 from mmtok_deploy.bench.server import SglangServer, cpu_arguments, cpu_environment, running
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily, make_tiny_checkpoint
+from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 from tests.runtime.hand_pruned import HandPruned
-from tests.runtime.serving import Served, server_arguments
+from tests.runtime.serving import Served
 
-FAMILIES = get_args(TinyFamily)
+FAMILIES = get_args(Family)
 MIN_TOKENS_IN = 8
 """What the tests' images have, but for the smallest of Qwen2.5-VL."""
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
 
 
-def checkpoint(family: TinyFamily) -> Path:
+def checkpoint(family: Family) -> Path:
     return make_tiny_checkpoint(family, CHECKPOINTS / family)
 
 
 @cache
-def judge_of(family: TinyFamily) -> HandPruned:
+def judge_of(family: Family) -> HandPruned:
     return HandPruned(family, checkpoint(family))
 
 
-def make_server(family: TinyFamily, *arguments: str, num_ranks: int = 1, **environment: str) -> SglangServer:
+def make_server(family: Family, *arguments: str, num_ranks: int = 1, **environment: str) -> SglangServer:
     return SglangServer(
         checkpoint(family),
         *cpu_arguments(),
-        *server_arguments(family),
+        *family_arguments(family),
+        "--enable-cache-report",
         *arguments,
         env=cpu_environment(num_ranks=num_ranks) | environment,
     )
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> TinyFamily:
-    chosen: TinyFamily = request.param
+def family(request: pytest.FixtureRequest) -> Family:
+    chosen: Family = request.param
     return chosen
 
 
 @pytest.fixture(scope="session")
-def servers(family: TinyFamily) -> Iterator[tuple[Served, Served]]:
+def servers(family: Family) -> Iterator[tuple[Served, Served]]:
     """A server with a budget of 10% and one without the flag, of the same checkpoint."""
     flags = ["--mmtok-budget=10%", f"--mmtok-min-tokens-in={MIN_TOKENS_IN}", "--enable-metrics"]
     pruned, plain = make_server(family, *flags), make_server(family)

@@ -12,15 +12,10 @@ from mmtok_deploy.bench.server import SglangServer
 from tests.runtime.chats import Chat
 from tests.runtime.hand_pruned import HandPruned
 
-__all__ = ["LOGPROB_TOLERANCE", "Served", "server_arguments"]
+__all__ = ["LOGPROB_TOLERANCE", "Served"]
 
 # float32 on both sides; what was seen is below 5e-6, a wrong position moves logprobs by more than 1e-2.
 LOGPROB_TOLERANCE = 1e-4
-
-
-def server_arguments(family: str) -> list[str]:
-    """Returns what a server of this family needs, beyond size limits: LLaVA runs on the Transformers backend."""
-    return ["--enable-cache-report", *([] if family == "qwen2.5-vl" else ["--model-impl=transformers"])]
 
 
 @dataclass(frozen=True)

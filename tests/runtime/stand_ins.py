@@ -17,7 +17,8 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, Mul
 from torch import Tensor
 
 from mmtok_deploy import Budget
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily, make_tiny_checkpoint
+from mmtok_deploy.bench.families import Family
+from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
 from mmtok_deploy.runtime.sglang.selection import ImageTokens
@@ -88,7 +89,7 @@ def image_tokens(key: object, plan: ImagePlan, seed: int = 0) -> tuple[ImageToke
     return ImageTokens(key, plan, vision, keys, plan.num_kept), embed
 
 
-def tiny_checkpoint(factory: pytest.TempPathFactory, family: TinyFamily) -> str:
+def tiny_checkpoint(factory: pytest.TempPathFactory, family: Family) -> str:
     """Returns a tiny checkpoint's folder, made once a test run."""
     return str(make_tiny_checkpoint(family, factory.getbasetemp() / "checkpoints" / family))
 

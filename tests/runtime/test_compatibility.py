@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sglang.srt.model_executor.cuda_graph_config import Backend
 
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.runtime.sglang import compatibility, server_args
 from mmtok_deploy.runtime.sglang.compatibility import (
     UnsupportedServerError,
@@ -127,7 +127,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
 def test_real_arguments_of_each_family_pass(
     installed: list[Settings | None],
     tmp_path_factory: pytest.TempPathFactory,
-    family: TinyFamily,
+    family: Family,
     options: dict[str, Any],
 ) -> None:
     path = tiny_checkpoint(tmp_path_factory, family)
@@ -150,7 +150,7 @@ def test_real_arguments_of_each_family_pass(
 def test_real_arguments_that_would_go_around_the_hooks_are_refused(
     installed: list[Settings | None],
     tmp_path_factory: pytest.TempPathFactory,
-    family: TinyFamily,
+    family: Family,
     options: dict[str, Any],
     message: str,
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmtok_deploy import SelectionConfig
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import EngineError
 from mmtok_deploy.manifest import ArtifactError, Manifest
@@ -40,7 +40,7 @@ def qwen_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_for("qwen2.5-vl", tmp_path_factory.mktemp("qwen") / "selection.onnx", 64)
 
 
-def resolve(paths: pytest.TempPathFactory, family: TinyFamily, engine: Path, budget: str, **flags: Any) -> None:
+def resolve(paths: pytest.TempPathFactory, family: Family, engine: Path, budget: str, **flags: Any) -> None:
     implementation = {} if family == "qwen2.5-vl" else {"model_impl": "transformers"}
     MMTokServerArgs(
         model_path=tiny_checkpoint(paths, family),

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.server import running
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import make_server
 from tests.runtime.serving import Served
 
 # Guided by whole texts: whatever noise the agent answers, it counts.
-FAMILY: TinyFamily = "qwen2.5-vl"
+FAMILY: Family = "qwen2.5-vl"
 CUP = "What is in this cup?"
 CATS = "How many cats are on the red table?"
 TIMEOUT_MS = 15_000

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.bench.families import Family
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.serving import Served
@@ -30,7 +30,7 @@ ENVIRONMENT: dict[str, Any] = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def chunked(request: pytest.FixtureRequest) -> Iterator[Served]:
     """Chunks of 32 tokens, no cache of embeddings, a cache of one image's features, retractions."""
-    family: TinyFamily = request.param
+    family: Family = request.param
     arguments = (
         f"--mmtok-budget={BUDGET[family]}",
         "--chunked-prefill-size=32",

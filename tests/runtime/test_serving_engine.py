@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.server import ServerError, running
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.engine_files import export_for
@@ -19,7 +19,7 @@ BUDGETS = {"qwen2.5-vl": 51, "llava-1.5": 57, "llava-next": 57}
 
 
 @pytest.fixture(scope="module")
-def exported(family: TinyFamily, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def exported(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with the budget of the session's, which selects by PyTorch."""
     file = export_for(family, tmp_path_factory.mktemp("engine") / "selection.onnx", BUDGETS[family])
     server = make_server(

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mmtok_deploy.bench.tiny_checkpoints import TinyFamily
+from mmtok_deploy.bench.families import Family
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.serving import Served
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
 @pytest.mark.parametrize("parallelism", ["--tp-size=2", "--pp-size=2"])
 @pytest.mark.parametrize("ranks_family", FAMILIES)
-def test_two_ranks(ranks_family: TinyFamily, parallelism: str) -> None:
+def test_two_ranks(ranks_family: Family, parallelism: str) -> None:
     _check(ranks_family, parallelism, num_ranks=2)
 
 
@@ -39,7 +39,7 @@ def test_two_tokenizer_workers() -> None:
     _check("qwen2.5-vl", "--tokenizer-worker-num=2")
 
 
-def _check(family: TinyFamily, *arguments: str, num_ranks: int = 1) -> None:
+def _check(family: Family, *arguments: str, num_ranks: int = 1) -> None:
     with make_server(family, "--mmtok-budget=10%", "--enable-metrics", *arguments, num_ranks=num_ranks) as server:
         served = Served(family, server, judge_of(family))
         with ThreadPoolExecutor(len(CHATS)) as pool:

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.quality.pocket import pocket_server
 from mmtok_deploy.bench.server import SglangServer
 
 
 @pytest.fixture(scope="session")
-def served_pocket_model() -> Iterator[SglangServer]:
-    with pocket_server(torch.device("cpu")) as server:
-        yield server
+def pocket_model_of() -> Iterator[Callable[[Family], SglangServer]]:
+    """Gives the running server of a family's pocket model, started when it is first asked for."""
+    with contextlib.ExitStack() as servers:
+        yield cache(lambda family: servers.enter_context(pocket_server(family, torch.device("cpu"))))
+
+
+@pytest.fixture
+def served_pocket_model(pocket_model_of: Callable[[Family], SglangServer]) -> SglangServer:
+    """The pocket LLaVA-1.5."""
+    return pocket_model_of("llava-1.5")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PRESET_BUDGETS, PUBLISHED
+from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PAPER_BUDGETS, PUBLISHED
 from mmtok_deploy.bench.quality.lmms_eval import LmmsEvalError, command_line, program_of, run
 from mmtok_deploy.bench.results import read_rows
 from mmtok_deploy.cli import main
@@ -105,7 +105,7 @@ def test_not_installed(tmp_path: Path) -> None:
 
 def test_rows_of_a_running_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_program(tmp_path / "venv", ANSWERED)
-    command = ["quality", "--tasks=pope", "--url=http://127.0.0.1:9", "--budgets=64", "--preset=llava-1.5"]
+    command = ["quality", "--tasks=pope", "--url=http://127.0.0.1:9", "--budgets=64", "--family=llava-1.5"]
     assert main([*command, f"--lmms-venv={tmp_path / 'venv'}", f"--results-dir={tmp_path / 'results'}"]) == 0
     (path,) = (tmp_path / "results").glob("*.jsonl")
     (row,) = read_rows(path)
@@ -116,11 +116,12 @@ def test_rows_of_a_running_server(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_dry_run_starts_a_server_for_each_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["quality", "--tasks=gqa,mme", "--preset=llava-1.5", "--model-path=llava-hf/llava-1.5-7b-hf", "--dry-run"]
+    command = ["quality", "--tasks=gqa,mme", "--family=llava-1.5", "--model-path=llava-hf/llava-1.5-7b-hf", "--dry-run"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     servers = [line.partition("--mmtok-budget=")[2] for line in lines[::2]]
-    assert servers == ["all", *(f"{budget} --mmtok-method=mmtok" for budget in ("192", "128", "64"))]
+    settings = ["all", *(f"{budget} --mmtok-method=mmtok" for budget in ("192", "128", "64"))]
+    assert servers == [f"{setting} --model-impl=transformers" for setting in settings]
     assert all("--tasks gqa,mme " in line for line in lines[1::2])
 
 
@@ -128,7 +129,7 @@ def test_dry_run_starts_a_server_for_each_budget(capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         (["--tasks=vqa2", "--budgets=64", "--model-path=m"], "got vqa2"),
-        (["--tasks=pope", "--model-path=m"], "--preset"),
+        (["--tasks=pope", "--model-path=m"], "--family"),
         (["--tasks=pope", "--budgets=64"], "--model-path"),
         (["--tasks=pope", "--budgets=64,32", "--url=http://127.0.0.1:9"], "one --budgets"),
         (["--tasks=pope", "--budgets=64", "--model-path=m", "--resume=x.jsonl"], "--resume"),
@@ -143,6 +144,6 @@ def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_is_quoted_has_a_benchmark_and_a_preset() -> None:
+def test_what_is_quoted_has_a_benchmark_and_a_budget() -> None:
     assert {quoted.benchmark for quoted in PUBLISHED} <= set(BENCHMARKS)
-    assert {quoted.preset for quoted in PUBLISHED} <= set(PRESET_BUDGETS)
+    assert {quoted.family for quoted in PUBLISHED} <= set(PAPER_BUDGETS)

@@ -1,14 +1,17 @@
-"""The pocket model still answers as well as it was recorded to, pruned to a quarter."""
+"""The pocket models still answer as well as it was recorded to, pruned to a quarter."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.quality.answers import answers_beside, read_answers
 from mmtok_deploy.bench.quality.asking import Asker
 from mmtok_deploy.bench.quality.recorded import (
@@ -30,9 +33,10 @@ LEVEL = 0.001
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RECORDED is None, reason="nothing is recorded yet: `make quality` writes it")
-def test_accuracy_is_not_below_the_recorded_one(served_pocket_model: SglangServer, tmp_path: Path) -> None:
-    assert RECORDED is not None
+@pytest.mark.parametrize("family", RECORDED)
+def test_accuracy_is_not_below_the_recorded_one(
+    family: Family, pocket_model_of: Callable[[Family], SglangServer], tmp_path: Path
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.touch()
     plan = Plan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=NUM_QUESTIONS)
@@ -40,13 +44,13 @@ def test_accuracy_is_not_below_the_recorded_one(served_pocket_model: SglangServe
     sweep.prepare()
 
     async def ask() -> None:
-        async with Asker(served_pocket_model.url, num_at_once=32) as asker:
+        async with Asker(pocket_model_of(family).url, num_at_once=32) as asker:
             await sweep.run(asker, lambda: None, lambda cell: None)
 
     asyncio.run(ask())
     (answers,) = read_answers(answers_beside(path)).values()
     right = Counter(str(answer.kind) for answer in answers if answer.is_right)
-    for kind, accuracy in RECORDED.accuracy.items():
+    for kind, accuracy in RECORDED[family].accuracy.items():
         found = stats.binomtest(right[kind], NUM_QUESTIONS, accuracy, alternative="less")
         assert found.pvalue > LEVEL, f"{kind}: {right[kind]} of {NUM_QUESTIONS} right, {accuracy:.1%} recorded"
 
@@ -58,14 +62,17 @@ def case(**changes: CaseValue) -> dict[str, CaseValue]:
 
 def test_what_is_recorded(tmp_path: Path) -> None:
     path = tmp_path / "recorded.json"
-    assert read_recorded(path) is None
+    assert read_recorded(path) == {}
     others = [
         row("quality", case(**{key: other}), {"accuracy": 0.1}) for key, other in (("budget", "4"), ("seed", "0"))
     ]
-    record([*others, row("quality", case(), {"accuracy": 0.81236})], path)
-    assert read_recorded(path) == Recorded({"count": 0.8124}, {"count": 20}, "abc", "bbbbbbb", others[0].time)
+    record([*others, row("quality", case(), {"accuracy": 0.81236})], "qwen2.5-vl", path)
+    recorded = Recorded({"count": 0.8124}, {"count": 20}, "abc", "bbbbbbb", others[0].time)
+    assert read_recorded(path) == {"qwen2.5-vl": recorded}
+    record([row("quality", case(), {"accuracy": 0.5})], "llava-1.5", path)
+    assert read_recorded(path) == {"llava-1.5": replace(recorded, accuracy={"count": 0.5}), "qwen2.5-vl": recorded}
 
 
 def test_nothing_to_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to record"):
-        record([row("quality", case(method="even"), {"accuracy": 0.5})], tmp_path / "recorded.json")
+        record([row("quality", case(method="even"), {"accuracy": 0.5})], "llava-1.5", tmp_path / "recorded.json")

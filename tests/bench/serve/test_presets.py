@@ -29,7 +29,6 @@ def test_presets_can_be_served(name: str) -> None:
     for model in sweep.models:
         assert model.name in DUMMY_MODELS
         assert all(not Budget.parse(budget).is_all for budget in model.budgets)
-        assert ("--model-impl=transformers" in model.arguments) == (model.family != "qwen2.5-vl")
 
 
 def test_requests_keep_every_client_busy_twice() -> None:
