@@ -1,6 +1,7 @@
 # make demo | make bench | make export | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
 PYTHON ?= python3
 VENV := .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -15,7 +16,7 @@ help:
 	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: under 20 minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
-	@echo "make test    every test; no GPU needed"
+	@echo "make test    every test, two at a time (JOBS=1: one by one); no GPU needed"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make constraints   resolve all versions anew (slow)"
@@ -46,8 +47,9 @@ quality: $(STAMP)
 	$(BIN)/mmtok quality --results-dir artifacts/quality --record
 	$(BIN)/mmtok bench report artifacts/quality --force --output artifacts/quality/report.html --markdown artifacts/quality/report.md
 
+# Two at a time, however many cores there are: each may start servers of a few GB.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

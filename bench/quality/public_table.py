@@ -21,10 +21,12 @@ def public_table(rows: Sequence[ResultRow]) -> Table:
             who = str(row.case["model"]) or "measured"
             cells = (f"{row.metrics['score']:.4g}", share, f"{row.metrics['num_questions']:.0f}")
             lines.append((task, who, str(row.case["method"]), str(row.case["budget"]), *cells))
-        family = chosen[0].case["family"]
+        measured = {(row.case["method"], row.case["budget"]) for row in chosen}
         for quoted in PUBLISHED:
-            if (quoted.family, quoted.benchmark) == (family, task):
-                budget = "" if quoted.tokens is None else str(quoted.tokens)
-                lines.append((task, f"{quoted.model}, the paper", "mmtok", budget, "", f"{100 * quoted.share:.1f}", ""))
+            budget = "" if quoted.tokens is None else str(quoted.tokens)
+            is_beside = quoted.tokens is None or (quoted.method, budget) in measured
+            if is_beside and (quoted.family, quoted.benchmark) == (chosen[0].case["family"], task):
+                share = f"about {100 * quoted.share:.0f}" if quoted.is_read_off else f"{100 * quoted.share:.1f}"
+                lines.append((task, f"{quoted.model}, the paper", quoted.method, budget, "", share, ""))
     columns = ("benchmark", "model", "method", "budget", "score", "% of unpruned", "questions")
     return without_empty_columns(Table("Public benchmarks, by lmms-eval", columns, tuple(lines), num_texts=4))

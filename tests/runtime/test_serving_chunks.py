@@ -26,6 +26,8 @@ ENVIRONMENT: dict[str, Any] = {
     "SGLANG_TEST_RETRACT_INTERVAL": "11",
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def chunked(request: pytest.FixtureRequest) -> Iterator[Served]:

@@ -11,6 +11,8 @@ import pytest
 from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_environment
 from tests.runtime.conftest import checkpoint, make_server
 
+pytestmark = pytest.mark.slow
+
 
 def _refusal(server: SglangServer) -> str:
     with pytest.raises(ServerError) as refusal, server:

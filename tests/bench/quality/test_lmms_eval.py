@@ -11,8 +11,10 @@ import pytest
 
 from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PAPER_BUDGETS, PUBLISHED
 from mmtok_deploy.bench.quality.lmms_eval import LmmsEvalError, command_line, program_of, run
-from mmtok_deploy.bench.results import read_rows
+from mmtok_deploy.bench.quality.public_table import public_table
+from mmtok_deploy.bench.results import CaseValue, read_rows
 from mmtok_deploy.cli import main
+from tests.bench.report.rows import row
 
 # As lmms-eval 0.7.3 writes them.
 RESULTS = {
@@ -105,14 +107,15 @@ def test_not_installed(tmp_path: Path) -> None:
 
 def test_rows_of_a_running_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_program(tmp_path / "venv", ANSWERED)
-    command = ["quality", "--tasks=pope", "--url=http://127.0.0.1:9", "--budgets=64", "--family=llava-1.5"]
+    command = ["quality", "--tasks=pope", "--url=http://127.0.0.1:9", "--budgets=4", "--family=llava-1.5"]
     assert main([*command, f"--lmms-venv={tmp_path / 'venv'}", f"--results-dir={tmp_path / 'results'}"]) == 0
     (path,) = (tmp_path / "results").glob("*.jsonl")
     (row,) = read_rows(path)
     assert row.metrics["score"] == 0.5
-    assert (row.case["task"], row.case["method"], row.case["budget"]) == ("pope", "mmtok", "64")
-    quoted = next(line for line in capsys.readouterr().out.splitlines() if "87.7" in line)
-    assert "LLaVA-1.5" in quoted
+    assert (row.case["task"], row.case["method"], row.case["budget"]) == ("pope", "mmtok", "4")
+    (quoted,) = (line for line in capsys.readouterr().out.splitlines() if "the paper" in line)
+    assert "LLaVA-1.5-7B" in quoted
+    assert "87.7" in quoted
 
 
 def test_dry_run_starts_a_server_for_each_budget(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +145,20 @@ def test_dry_run_starts_a_server_for_each_budget(capsys: pytest.CaptureFixture[s
 def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quality", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_read_off_a_plot_says_so() -> None:
+    case: dict[str, CaseValue] = {
+        "task": "mme",
+        "model": "",
+        "family": "llava-1.5",
+        "method": "divprune",
+        "budget": "8",
+    }
+    table = public_table([row("quality", case, {"score": 1100.0, "num_questions": 10})])
+    ours, theirs = table.rows
+    assert ours[0] == theirs[0] == "mme"
+    assert "about 69" in theirs
 
 
 def test_what_is_quoted_has_a_benchmark_and_a_budget() -> None:
