@@ -91,5 +91,5 @@ PUBLISHED: tuple[Published, ...] = (
         if percent is not None
     ),
 )
-"""Source: MMTok, arXiv 2508.18264, abstract and Figure 1 (a). The figure does not name its model; its POPE at 4 tokens is
-the abstract's of LLaVA-1.5-7B."""
+"""Source: MMTok, arXiv 2508.18264, abstract and Figure 1 (a). The figure does not name its model; its POPE at 4 tokens
+is the abstract's of LLaVA-1.5-7B."""
