@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import openai
 from PIL import Image
@@ -32,7 +34,15 @@ class Answer:
     num_cached_tokens: int
 
 
-def ask(client: openai.OpenAI, image: str, question: str, *, max_tokens: int = 16, ignore_eos: bool = True) -> Answer:
+def ask(
+    client: openai.OpenAI,
+    image: str,
+    question: str,
+    *,
+    max_tokens: int = 16,
+    ignore_eos: bool = True,
+    fields: Mapping[str, Any] | None = None,
+) -> Answer:
     """Returns a server's greedy answer to a question about an image.
 
     Args:
@@ -41,6 +51,7 @@ def ask(client: openai.OpenAI, image: str, question: str, *, max_tokens: int = 1
         question: The user's text.
         max_tokens: Length of the answer.
         ignore_eos: Whether it is not ended before by an end token.
+        fields: Further ones of the request's body, as `mm_processor_kwargs`.
 
     Raises:
         ValueError: The server reported no usage, or sent no text.
@@ -62,7 +73,7 @@ def ask(client: openai.OpenAI, image: str, question: str, *, max_tokens: int = 1
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": ignore_eos},
+        extra_body={"ignore_eos": ignore_eos, **(fields or {})},
     )
     pieces, ttft_ms, usage = [], None, None
     for chunk in stream:

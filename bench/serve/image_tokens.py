@@ -30,7 +30,7 @@ def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: in
 
     Qwen2.5-VL: the count nearest to `num_tokens` at about the same shape. LLaVA-NeXT: the nearest count of the image
     shrunk as it is, which is far from small budgets: two tiles are the fewest. LLaVA-1.5 reads every image as the same
-    square, so no size has fewer.
+    square: it is sent at its own size, and the plugin's method `downsample` makes that square smaller.
 
     Args:
         processor: Of the model.
@@ -39,7 +39,7 @@ def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: in
         num_tokens: Tokens wanted.
     """
     if family == "llava-1.5":
-        return None
+        return size_px
     if family == "qwen2.5-vl":
         return _qwen_px(size_px, num_tokens)
     width, height = size_px

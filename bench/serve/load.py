@@ -158,7 +158,7 @@ def load_command(
         # Servers are warmed up by others, with images that are not asked about here.
         "--warmup-requests=0",
         # So that the prompt's length is the server's count.
-        '--extra-request-body={"stream_options": {"include_usage": true}}',
+        f"--extra-request-body={json.dumps({'stream_options': {'include_usage': True}, **cell.request_fields})}",
         *("--disable-tqdm", "--output-details", f"--output-file={output}"),
     ]
 

@@ -19,7 +19,7 @@ from mmtok_deploy.bench.serve.load import (
     run_load,
     write_chats,
 )
-from mmtok_deploy.bench.serve.plan import OFF, Cell, Side, Turn
+from mmtok_deploy.bench.serve.plan import OFF, Cell, Method, Side, Turn
 from mmtok_deploy.bench.serve.presets import ServedModel, Size, Sweep
 from mmtok_deploy.bench.serve.questions import QUESTIONS
 from mmtok_deploy.bench.serve.rows import Sample, serve_row
@@ -84,7 +84,7 @@ class ModelRun:
         self._on_done = on_done
         self._samples: dict[Cell, list[Sample]] = {}
         self._tokens: dict[Size, int] = {}
-        self._warm: dict[Side, tuple[SglangServer, dict[Size, int]]] = {}
+        self._warm: dict[Side, tuple[SglangServer, dict[tuple[Size, Method], int]]] = {}
 
     def run(self, sides: Sequence[Side], turns: Sequence[Turn]) -> bool:
         """Returns whether answers at budget `all` equal those of the server without the plugin; only then it measures.
@@ -162,19 +162,20 @@ class ModelRun:
         if known is None or known[0] is not server:
             known = self._warm[side] = (server, {})
         counts = known[1]
-        if cell.sent_px not in counts:
+        warmed_up = cell.sent_px, cell.method
+        if warmed_up not in counts:
             # On a CPU a request takes seconds, and there is nothing to compile or tune for more of them.
             num_requests = 1 if self._sweep.device == "cpu" else max(self._sweep.concurrencies)
             seeds = [f"warm-up {cell.sent_px} {number}" for number in range(num_requests)]
-            counts[cell.sent_px] = self._ask_all(server, seeds, cell.sent_px, cell.sent_px, num_requests)
-        return counts[cell.sent_px]
+            counts[warmed_up] = self._ask_all(server, seeds, cell, cell.sent_px, num_requests)
+        return counts[warmed_up]
 
-    def _ask_all(self, server: SglangServer, seeds: Sequence[str], image_px: Size, sent_px: Size, at_once: int) -> int:
+    def _ask_all(self, server: SglangServer, seeds: Sequence[str], cell: Cell, image_px: Size, at_once: int) -> int:
         client = server.client()
 
         def ask_about(seed: str) -> int:
-            url = photograph_url(image_px, sent_px, seed)
-            return ask(client, url, QUESTIONS[0], max_tokens=2).num_image_tokens
+            url = photograph_url(image_px, cell.sent_px, seed)
+            return ask(client, url, QUESTIONS[0], max_tokens=2, fields=cell.request_fields).num_image_tokens
 
         with ThreadPoolExecutor(at_once) as threads:
             return max(threads.map(ask_about, seeds))
@@ -187,7 +188,7 @@ class ModelRun:
             questions = QUESTIONS if cell.side.prefix_cache == "off" else QUESTIONS[1:]
             write_chats(chats, cell.image_px, cell.sent_px, seeds_of(self._sweep, turn, cell), questions)
         if cell.side.prefix_cache == "on":
-            self._ask_all(server, seeds_of(self._sweep, turn, cell), cell.image_px, cell.sent_px, cell.concurrency)
+            self._ask_all(server, seeds_of(self._sweep, turn, cell), cell, cell.image_px, cell.concurrency)
         stem = f"{cell.method}-{cell.budget.replace('%', 'pct')}-{cell.image_kind}-{chats.stem}"
         output, log = self._folder / "load" / f"{stem}.jsonl", self._folder / "load" / f"{stem}.log"
         command = load_command(
@@ -216,7 +217,9 @@ class ModelRun:
 
 def _describe(model: ServedModel, cell: Cell) -> str:
     size, sent = ("x".join(map(str, each)) for each in (cell.image_px, cell.sent_px))
-    sending = f" sent as {sent}" if cell.method == "downsample" else ""
+    sending = ""
+    if cell.method == "downsample":
+        sending = " made smaller" if cell.request_fields else f" sent as {sent}"
     cache = f", prefix cache {cell.side.prefix_cache}"
     return (
         f"{model.name}: budget {cell.side.budget}, {cell.image_kind} {size}{sending}, "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mmtok_deploy.bench.serve.presets import ImageKind, PrefixCache, ServedModel, Size, Sweep
 
-__all__ = ["OFF", "Cell", "Side", "Turn", "plan_cells", "plan_turns", "sides_of"]
+__all__ = ["OFF", "Cell", "Method", "Side", "Turn", "plan_cells", "plan_turns", "sides_of"]
 
 OFF = "off"
 """The budget of a server without the plugin's flags."""
@@ -37,11 +37,11 @@ class Cell:
 
     Args:
         side: The server that answers.
-        method: How image tokens are saved: not at all, by the plugin, or by sending a smaller image.
+        method: How image tokens are saved: not at all, by the plugin, or by a smaller image.
         budget: What `--mmtok-budget` is, or for a smaller image the budget that it is to be compared with.
         image_kind: What the images show.
         image_px: The image's size.
-        sent_px: The size at which it is sent; `image_px` but for a smaller image.
+        sent_px: The size at which it is sent; `image_px` but for an image that the client makes smaller.
         concurrency: Requests under way at a time.
     """
 
@@ -57,6 +57,13 @@ class Cell:
     def workload(self) -> tuple[str, Size, int]:
         """What all sides are given alike."""
         return self.image_kind, self.image_px, self.concurrency
+
+    @property
+    def request_fields(self) -> dict[str, Any]:
+        """What its requests carry beside the chat: the plugin's method, where the server makes images smaller."""
+        if self.method == "downsample" and self.side.budget != OFF:
+            return {"mm_processor_kwargs": {"mmtok_method": "downsample"}}
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,8 @@ def plan_cells(
         model: The model.
         sweep: Loads and kinds of images.
         prefix_cache: Off or on.
-        downsample: The size at which an image of this size has about the tokens that this budget keeps, or None.
+        downsample: The size at which an image of this size has about the tokens that this budget keeps; its own where
+            the client cannot send it so, but the plugin can make it; or None.
     """
     kinds = [kind for kind in sweep.image_kinds if prefix_cache == "off" or kind == "photograph"]
     cells = []
@@ -100,7 +108,8 @@ def plan_cells(
         for side in sides[2:]:
             sent_px = downsample(size_px, side.budget)
             if sent_px is not None:
-                cells.append(Cell(sides[0], "downsample", side.budget, kind, size_px, sent_px, concurrency))
+                asked = side if sent_px == size_px else sides[0]
+                cells.append(Cell(asked, "downsample", side.budget, kind, size_px, sent_px, concurrency))
     return cells
 
 

@@ -82,11 +82,13 @@ class TestDryRun:
             folder=tmp_path,
             capsys=capsys,
         )
-        *servers, off, at_all, pruned = commands
+        *servers, off, at_all, pruned, smaller = commands
         assert len(servers) == 3
         for server in servers:
             assert server[server.index("--attention-backend") + 1] == "triton"
-        for load in (off, at_all, pruned):
+        methods = ['"mmtok_method": "downsample"' in " ".join(load) for load in (off, at_all, pruned, smaller)]
+        assert methods == [False, False, False, True]
+        for load in (off, at_all, pruned, smaller):
             # Twice the concurrency, so that every client is busy twice.
             assert {"--num-prompts=4", "--max-concurrency=2", "--random-output-len=5"} <= set(load)
             assert "--image-resolution=336x336" in load

@@ -41,5 +41,5 @@ def test_llava_next_reads_two_tiles_at_least() -> None:
 
 def test_llava_1_5_reads_every_image_as_the_same_square() -> None:
     processor = make_processor("llava-1.5-7b")
-    assert downsampled_px(processor, "llava-1.5", (672, 672), 64) is None
+    assert downsampled_px(processor, "llava-1.5", (672, 672), 64) == (672, 672)
     assert count_image_tokens(processor, (100, 100)) == count_image_tokens(processor, (672, 672))

@@ -49,6 +49,16 @@ def test_every_workload_is_measured_on_every_side_and_with_a_smaller_image() -> 
     assert {cell.image_kind for cell in cells} == {"photograph", "random"}
 
 
+def test_where_only_the_server_can_make_images_smaller_it_is_asked_to() -> None:
+    cells = plan_cells(MODEL, SWEEP, "off", lambda size_px, budget: size_px)
+    smaller = [cell for cell in cells if cell.method == "downsample"]
+    assert len(smaller) == 2 * 2
+    assert {(cell.side.budget, cell.sent_px) for cell in smaller} == {("10%", (1008, 784))}
+    for cell in cells:
+        asks = {"mm_processor_kwargs": {"mmtok_method": "downsample"}} if cell in smaller else {}
+        assert cell.request_fields == asks
+
+
 def test_where_no_smaller_image_has_fewer_tokens_there_is_no_such_row() -> None:
     cells = plan_cells(MODEL, SWEEP, "off", lambda size_px, budget: None)
     assert {cell.method for cell in cells} == {"none", "mmtok"}
