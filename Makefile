@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 JOBS ?= 2
+# Of the pocket model: llava-1.5 or qwen2.5-vl.
+FAMILY ?= llava-1.5
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -21,6 +23,7 @@ help:
 	@echo "make format  let ruff rewrite the code"
 	@echo "make constraints   resolve all versions anew (slow)"
 	@echo "make clean   remove .venv and artifacts"
+	@echo "demo and quality take FAMILY=qwen2.5-vl for the other pocket model"
 
 install: $(STAMP)
 
@@ -33,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/mmtok demo
+	$(BIN)/mmtok demo --family $(FAMILY)
 
 bench: $(STAMP)
 	$(BIN)/mmtok bench serve --dummy-weights
@@ -44,7 +47,7 @@ export: $(STAMP)
 	$(SELECTION) --preset qwen2.5-vl --tokens 256:1024:2048 --budget 128 --dtype bfloat16
 
 quality: $(STAMP)
-	$(BIN)/mmtok quality --results-dir artifacts/quality --record
+	$(BIN)/mmtok quality --family $(FAMILY) --results-dir artifacts/quality --record
 	$(BIN)/mmtok bench report artifacts/quality --force --output artifacts/quality/report.html --markdown artifacts/quality/report.md
 
 # Two at a time, however many cores there are: each may start servers of a few GB.
