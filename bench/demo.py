@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from mmtok_deploy.bench.chat import Answer, ask, image_url
 from mmtok_deploy.bench.families import family_arguments
 from mmtok_deploy.bench.picture import draw_kept
-from mmtok_deploy.bench.pocket.model import PocketFamily, pocket_checkpoint
+from mmtok_deploy.bench.pocket.model import PICTURE_PX, PocketFamily, pocket_checkpoint
 from mmtok_deploy.bench.pocket.questions import Question
 from mmtok_deploy.bench.pocket.scenes import draw
 from mmtok_deploy.bench.quality.questions import make_scenes, picture_of
@@ -87,7 +87,7 @@ def run_demo(*, family: PocketFamily = "llava-1.5", budget: str = "25%", folder:
 
 def _run(family: PocketFamily, budget: str, folder: Path, console: Console) -> list[Path]:
     asked = make_scenes(_SCENE_SEED, _NUM_QUESTIONS)[0]
-    image = picture_of(asked.scene)
+    image = picture_of(asked.scene, PICTURE_PX[family])
     logs = [folder / "logs" / f"{name}.log" for name in ("without-budget", "with-budget")]
     with console.status("starting two servers") as status:
         servers = [

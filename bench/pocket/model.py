@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,6 +18,7 @@ __all__ = [
     "GRID",
     "NUM_IMAGE_TOKENS",
     "PATCH_PX",
+    "PICTURE_PX",
     "PocketFamily",
     "PocketModel",
     "attend_to_the_like",
@@ -25,8 +28,11 @@ __all__ = [
 
 PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
 
+PICTURE_PX: Mapping[Family, int] = {"llava-1.5": SCENE_PX, "qwen2.5-vl": 392}
+"""Side of the square pictures that a served model is sent, so that it reads 196 tokens of them."""
+
 PATCH_PX = 8
-"""Side of what an image token shows."""
+"""Side of what an image token shows, in a scene of 112 px."""
 GRID = SCENE_PX // PATCH_PX
 """Image tokens a side."""
 NUM_IMAGE_TOKENS = GRID**2
@@ -58,6 +64,10 @@ class PocketModel(ABC):
     @abstractmethod
     def tower(self) -> list[nn.Parameter]:
         """The vision encoder's parameters, without the projector's."""
+
+    def served(self) -> Any:
+        """Returns a copy of the model in the form in which it is saved and served."""
+        return copy.deepcopy(self.model)
 
     @property
     def language_model(self) -> Any:

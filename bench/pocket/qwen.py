@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
+from tokenizers import Regex, decoders
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from mmtok_deploy.bench.model_configs import qwen_config
-from mmtok_deploy.bench.pocket.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX, PocketModel, attend_to_the_like
+from mmtok_deploy.bench.pocket.model import (
+    GRID,
+    NUM_IMAGE_TOKENS,
+    PATCH_PX,
+    PICTURE_PX,
+    PocketModel,
+    attend_to_the_like,
+)
 from mmtok_deploy.bench.pocket.scenes import SCENE_PX
 from mmtok_deploy.bench.pocket.words import word_tokenizer
 
 __all__ = ["PocketQwen"]
 
 _MERGE = 2
+_PATCH_PX = PATCH_PX // _MERGE
+# SGLang 0.5.23 takes patches of 14 px alone (models/qwen2_5_vl.py, line 780), and others for finished features.
+_SERVED_PATCH_PX = PICTURE_PX["qwen2.5-vl"] // (GRID * _MERGE)
 # Qwen2.5-VL's own template, without a system turn.
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -38,8 +51,8 @@ _TEMPLATE = (
 class PocketQwen(PocketModel):
     """`Qwen2_5_VLForConditionalGeneration` with a vision encoder of three blocks and a Qwen2.5 of four layers.
 
-    A patch is 4 pixels wide and an image token 8. The first two blocks attend within quarters of the scene, the third
-    to all of it.
+    In training a patch is 4 pixels wide and an image token 8. The first two blocks attend within quarters of the scene,
+    the third to all of it.
     """
 
     before = "<|im_start|>user <|vision_start|>"
@@ -49,9 +62,19 @@ class PocketQwen(PocketModel):
     def __init__(self, seed: int) -> None:
         self.processor = _make_processor()
         torch.manual_seed(seed)
-        self.model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer))
+        self.model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer, _PATCH_PX))
         for layer in self.language_model.layers:
             attend_to_the_like(layer.self_attn)
+
+    def served(self) -> Any:
+        """Returns the model with patches of 14 px: it reads a scene enlarged to 392 px as this one does at 112."""
+        model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer, _SERVED_PATCH_PX))
+        weights = {name: weight.detach().cpu() for name, weight in self.model.state_dict().items()}
+        shrink = _undo_enlarging()
+        kernel = "model.visual.patch_embed.proj.weight"
+        weights[kernel] = torch.einsum("oithw,hy,wx->oityx", weights[kernel], shrink, shrink)
+        model.load_state_dict(weights)
+        return model
 
     @property
     def projector(self) -> nn.Module:
@@ -88,11 +111,22 @@ class PocketQwen(PocketModel):
 
 def _patches(pixels: Tensor) -> Tensor:
     """Returns [B * 784, 96], as Qwen2.5-VL's image processor cuts images [B, 3, 112, 112]: a still image twice."""
-    side_px = PATCH_PX // _MERGE
-    cut = pixels.unflatten(3, (GRID, _MERGE, side_px)).unflatten(2, (GRID, _MERGE, side_px))
+    cut = pixels.unflatten(3, (GRID, _MERGE, _PATCH_PX)).unflatten(2, (GRID, _MERGE, _PATCH_PX))
     # [B, 3, row, row in token, y, column, column in token, x] to tokens, their patches, and the pixels of each.
     patches: Tensor = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
     return patches[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
+
+
+def _undo_enlarging() -> Tensor:
+    """Returns [4, 14]: which 4 pixels of a row the 14 of a patch were made of, by Pillow's bicubic enlarging.
+
+    14 pixels come of 8, those 4 and their neighbours, so the 4 are found exactly, but for rounding to whole numbers.
+    """
+    every_pixel = Image.fromarray(np.eye(SCENE_PX, dtype=np.float32))
+    enlarging = np.asarray(every_pixel.resize((SCENE_PX, PICTURE_PX["qwen2.5-vl"]), Image.Resampling.BICUBIC))
+    patch = GRID
+    made = enlarging[patch * _SERVED_PATCH_PX :][:_SERVED_PATCH_PX]
+    return torch.from_numpy(np.linalg.pinv(made, rcond=1e-3)[patch * _PATCH_PX :][:_PATCH_PX])
 
 
 def _make_processor() -> Any:
@@ -101,9 +135,12 @@ def _make_processor() -> Any:
     tokenizer = word_tokenizer(
         ("<unk>", *special), eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special
     )
+    # SGLang reads prompts as text again, and looks there for the vision tokens without spaces between.
+    backend = tokenizer.backend_tokenizer
+    backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace(Regex(r"^ <\|"), "<|")])
     # A larger image has some 196 tokens, as the scenes that it is trained on; smaller ones have fewer, down to 4.
-    sizes = {"shortest_edge": 4 * PATCH_PX**2, "longest_edge": SCENE_PX**2}
-    cut = {"patch_size": PATCH_PX // _MERGE, "merge_size": _MERGE}
+    sizes = {"shortest_edge": 4 * (_MERGE * _SERVED_PATCH_PX) ** 2, "longest_edge": PICTURE_PX["qwen2.5-vl"] ** 2}
+    cut = {"patch_size": _SERVED_PATCH_PX, "merge_size": _MERGE}
     return transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=sizes, **cut),
         tokenizer=tokenizer,
@@ -112,7 +149,7 @@ def _make_processor() -> Any:
     )
 
 
-def _config(tokenizer: Any) -> Any:
+def _config(tokenizer: Any, patch_px: int) -> Any:
     return qwen_config(
         tokenizer,
         text={
@@ -131,9 +168,9 @@ def _config(tokenizer: Any) -> Any:
             "hidden_size": 96,
             "intermediate_size": 192,
             "num_heads": 3,
-            "patch_size": PATCH_PX // _MERGE,
+            "patch_size": patch_px,
             "spatial_merge_size": _MERGE,
-            "window_size": SCENE_PX // 2,
+            "window_size": GRID // 2 * _MERGE * patch_px,
             "fullatt_block_indexes": [2],
             "initializer_range": 0.05,
         },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -253,7 +252,7 @@ class Training:
     def save_checkpoint(self) -> Path:
         """Returns the folder of the checkpoint, in bfloat16, as Hugging Face and SGLang load it."""
         folder = self._folder / "checkpoint"
-        model = copy.deepcopy(self.pocket.model).to("cpu", torch.bfloat16)
+        model = self.pocket.served().to("cpu", torch.bfloat16)
         model.save_pretrained(folder)
         self.pocket.processor.save_pretrained(folder)
         return folder

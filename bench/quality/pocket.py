@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 
 from mmtok_deploy.bench.families import Family, family_arguments
-from mmtok_deploy.bench.pocket.model import pocket_checkpoint
+from mmtok_deploy.bench.pocket.model import PICTURE_PX, pocket_checkpoint
+from mmtok_deploy.bench.pocket.scenes import SCENE_PX
 from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.quality.answers import Cell, answers_beside
 from mmtok_deploy.bench.quality.asking import Asker, RequestError
@@ -62,7 +63,8 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
     if arguments.resume is not None and not arguments.resume.is_file():
         raise ValueError(f"--resume names an earlier run's file of rows, and {arguments.resume} is none")
     path = arguments.resume or new_result_file(arguments.results_dir, BENCH)
-    sweep = Sweep(plan, path, _model_name(arguments), device)
+    picture_px = PICTURE_PX.get(arguments.family or _DEFAULT_FAMILY, SCENE_PX)
+    sweep = Sweep(plan, path, _model_name(arguments), device, picture_px)
     sweep.prepare()
     console = Console(highlight=False, stderr=arguments.json)
     try:

@@ -83,9 +83,15 @@ def scene_at(seed: int, index: int) -> Scene:
     return make_scene(np.random.default_rng([seed, HELD_OUT, index]))
 
 
-def picture_of(scene: Scene) -> Image.Image:
-    """Returns the scene as the pocket model learns to see it: 112 x 112 px, drawn at twice that and made smaller."""
-    return draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
+def picture_of(scene: Scene, side_px: int = SCENE_PX) -> Image.Image:
+    """Returns the scene as the pocket models learn to see it: 112 x 112 px, drawn at twice that and made smaller.
+
+    Args:
+        scene: What is to be seen.
+        side_px: What those 112 px are enlarged to, for a model that is served so.
+    """
+    picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
+    return picture if side_px == SCENE_PX else picture.resize((side_px, side_px), Image.Resampling.BICUBIC)
 
 
 def fingerprint(scenes: Sequence[AskedScene]) -> str:

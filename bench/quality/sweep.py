@@ -12,6 +12,7 @@ import torch
 
 from mmtok_deploy.bench.chat import image_url
 from mmtok_deploy.bench.pocket.questions import Kind
+from mmtok_deploy.bench.pocket.scenes import SCENE_PX
 from mmtok_deploy.bench.quality.answers import Answer, Cell, answers_beside, append_answers, read_answers
 from mmtok_deploy.bench.quality.asking import Asker, Request, Said
 from mmtok_deploy.bench.quality.questions import SCORED_KINDS, AskedScene, fingerprint, make_scenes, picture_of
@@ -90,12 +91,14 @@ class Sweep:
         path: The file of rows; cells whose answers are beside it already are not asked again.
         model: What rows call it.
         device: Where the server runs.
+        picture_px: Side of the pictures that are sent.
     """
 
     plan: Plan
     path: Path
     model: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    picture_px: int = SCENE_PX
     _scenes: dict[int, list[AskedScene]] = field(default_factory=dict)
     _urls: dict[tuple[int, int], str] = field(default_factory=dict)
     _answers: dict[Cell, list[Answer]] = field(default_factory=dict)
@@ -109,7 +112,7 @@ class Sweep:
         for seed in self.plan.seeds:
             self._scenes[seed] = make_scenes(seed, self.plan.num_questions, self.plan.kinds)
             for asked in self._scenes[seed]:
-                self._urls[seed, asked.index] = image_url(picture_of(asked.scene))
+                self._urls[seed, asked.index] = image_url(picture_of(asked.scene, self.picture_px))
         self._answers = read_answers(answers_beside(self.path))
         for cell, answers in self._answers.items():
             expected = fingerprint(self._scenes.get(cell.seed, []))

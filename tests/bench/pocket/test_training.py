@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_deploy.bench.pocket import training, training_data
-from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, PocketFamily, make_pocket_model
+from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, PICTURE_PX, PocketFamily, make_pocket_model
 from mmtok_deploy.bench.pocket.questions import Question
 from mmtok_deploy.bench.pocket.scenes import Glyph, Scene, Thing, draw
 from mmtok_deploy.bench.pocket.training import Stage, Training
@@ -83,8 +83,11 @@ def test_where_heads_look_is_what_the_model_attends_to(family: PocketFamily) -> 
 def test_questions_are_read_as_hugging_face_reads_each_by_itself(family: PocketFamily, tmp_path: Path) -> None:
     """The image, the template and the positions are those of a chat, and packed questions do not see each other."""
     trained = Training(tmp_path, family, 0, CPU)
-    processor, model = trained.pocket.processor, trained.pocket.model.eval()
+    processor, model = trained.pocket.processor, trained.pocket.served().eval()
     picture = draw(SCENE).resize((112, 112))
+    sent = picture.resize((PICTURE_PX[family],) * 2, Image.Resampling.BICUBIC)
+    # What is enlarged is rounded to whole numbers again.
+    atol = 1e-4 if sent.size == picture.size else 1e-2
     texts = ["Is there a red star in the image?", "Where is the green square?"]
     asked = [
         processor.tokenizer(trained.pocket.asked.format(text), add_special_tokens=False)["input_ids"] for text in texts
@@ -97,8 +100,8 @@ def test_questions_are_read_as_hugging_face_reads_each_by_itself(family: PocketF
         )
         found = model.lm_head(hidden[0, [len(asked[0]) - 1, -1]])
         for text, logits in zip(texts, found, strict=True):
-            expected = model(**inputs_of_chat(processor, picture, text)).logits[0, -1]
-            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            expected = model(**inputs_of_chat(processor, sent, text)).logits[0, -1]
+            torch.testing.assert_close(logits, expected, atol=atol, rtol=1e-4)
 
 
 def test_a_training_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_the_checkpoint_is_of_the_family_and_sees_196_tokens(family: PocketFamil
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     assert model.config.model_type == {"llava-1.5": "llava", "qwen2.5-vl": "qwen2_5_vl"}[family]
-    # A square image of another size, as the demonstration's servers may be sent.
-    inputs = inputs_of_chat(processor, draw(SCENE), "Is there a red star in the image?")
+    picture = draw(SCENE, scale=4)
+    inputs = inputs_of_chat(processor, picture, "Is there a red star in the image?")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == NUM_IMAGE_TOKENS
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] <= inputs["input_ids"].shape[1] + 2

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from mmtok_deploy.bench.families import Family
+from mmtok_deploy.bench.pocket.model import PICTURE_PX
 from mmtok_deploy.bench.quality.answers import answers_beside, read_answers
 from mmtok_deploy.bench.quality.asking import Asker
 from mmtok_deploy.bench.quality.recorded import (
@@ -40,7 +41,7 @@ def test_accuracy_is_not_below_the_recorded_one(
     path = tmp_path / "rows.jsonl"
     path.touch()
     plan = Plan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=NUM_QUESTIONS)
-    sweep = Sweep(plan, path, "pocket")
+    sweep = Sweep(plan, path, "pocket", picture_px=PICTURE_PX[family])
     sweep.prepare()
 
     async def ask() -> None:
