@@ -18,7 +18,7 @@ help:
 	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: under 20 minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
-	@echo "make test    every test, two at a time (JOBS=1: one by one); no GPU needed"
+	@echo "make test    every test, two at a time (JOBS=0: one by one); no GPU needed"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make constraints   resolve all versions anew (slow)"
@@ -52,7 +52,7 @@ quality: $(STAMP)
 
 # Two at a time, however many cores there are: each may start servers of a few GB.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,39 +5,48 @@ machine's cores, where more threads than cores only wait for one another: set be
 """
 
 import os
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from mmtok_deploy.bench.families import Family
+
 settings.register_profile("mmtok", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("mmtok")
 
-# Fixtures that start servers for several tests, and the parameter of which each value has servers of its own.
-_SHARED_SERVERS = {"servers": "family", "chunked": "chunked", "pocket_model_of": ""}
+# Where several processes work (`pytest -n 2`).
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes work (`-n 2`): long tests begin, and those that share a server stay together."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=lambda item: not (_shared_servers(item) or item.get_closest_marker("slow")))
+    """Long tests begin, so that no process is left with them in the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not (_is_served(item.nodeid) or item.get_closest_marker("slow")))
 
 
-def _group(item: pytest.Item) -> str:
-    """Returns the name that all tests have in common that one process runs."""
-    if shared := _shared_servers(item):
-        return shared
-    return item.nodeid if item.get_closest_marker("slow") else item.nodeid.partition("::")[0]
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Returns what gives tests that share a server to the same process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByServer(config, log)
 
 
-def _shared_servers(item: pytest.Item) -> str | None:
-    callspec = getattr(item, "callspec", None)
-    for fixture, parameter in _SHARED_SERVERS.items():
-        if fixture in getattr(item, "fixturenames", ()):
-            return f"{fixture} {callspec.params.get(parameter, '') if callspec else ''}"
-    return None
+def _group(nodeid: str) -> str:
+    """Returns the name that all tests have in common that one process runs: their servers' family, or their file."""
+    path = nodeid.partition("::")[0]
+    if _is_served(nodeid):
+        return next((family for family in get_args(Family) if family in nodeid), nodeid)
+    return "pocket models" if Path(path).name in ("test_served.py", "test_recorded.py") else path
+
+
+def _is_served(nodeid: str) -> bool:
+    return Path(nodeid.partition("::")[0]).name.startswith("test_serving")

@@ -5,12 +5,15 @@ import pytest
 
 from mmtok_deploy.bench.quality.intervals import accuracy_interval, share_interval
 
-RNG = np.random.default_rng(5)
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)
 
 
-def test_interval_is_as_wide_as_the_normal_one() -> None:
+def test_interval_is_as_wide_as_the_normal_one(rng: np.random.Generator) -> None:
     # One question a scene: the interval is that of a binomial share.
-    right = (RNG.random(900) < 0.7).astype(float)
+    right = (rng.random(900) < 0.7).astype(float)
     interval = accuracy_interval(right, np.ones(900))
     half = 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 900)
     assert interval.value == right.mean()
@@ -18,19 +21,19 @@ def test_interval_is_as_wide_as_the_normal_one() -> None:
     assert interval.high == pytest.approx(right.mean() + half, abs=0.005)
 
 
-def test_questions_on_one_scene_are_not_independent() -> None:
-    right = (RNG.random(100) < 0.5).astype(float)
+def test_questions_on_one_scene_are_not_independent(rng: np.random.Generator) -> None:
+    right = (rng.random(100) < 0.5).astype(float)
     one, five = accuracy_interval(right, np.ones(100)), accuracy_interval(5 * right, np.full(100, 5.0))
     assert (five.low, five.high) == (one.low, one.high)
 
 
-def test_share_is_drawn_in_pairs() -> None:
+def test_share_is_drawn_in_pairs(rng: np.random.Generator) -> None:
     # Where pruning changes no answer, no draw changes the share, however unsure the accuracy is.
-    right = (RNG.random(60) < 0.5).astype(float)
+    right = (rng.random(60) < 0.5).astype(float)
     same = share_interval(right, right)
     assert same is not None
     assert (same.value, same.low, same.high) == (1, 1, 1)
-    fewer = right * (RNG.random(60) < 0.8)
+    fewer = right * (rng.random(60) < 0.8)
     share = share_interval(fewer, right)
     assert share is not None
     assert share.low < share.value == fewer.sum() / right.sum() < share.high < 1
