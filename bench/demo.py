@@ -34,7 +34,7 @@ _SHOWN_KINDS = ("position", "reading")
 _PICTURE_SCALE = 8
 _MODELS: Mapping[PocketFamily, str] = {
     "llava-1.5": "a LLaVA-1.5 of 2.8 million parameters",
-    "qwen2.5-vl": "a Qwen2.5-VL of 2.0 million parameters",
+    "qwen2.5-vl": "a Qwen2.5-VL of 2.1 million parameters",
 }
 
 

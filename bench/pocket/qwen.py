@@ -1,4 +1,4 @@
-"""The pocket Qwen2.5-VL: 2.0 million parameters, M-RoPE, and as many image tokens as the pocket LLaVA-1.5."""
+"""The pocket Qwen2.5-VL: 2.1 million parameters, M-RoPE, and as many image tokens as the pocket LLaVA-1.5."""
 
 from __future__ import annotations
 

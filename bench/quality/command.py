@@ -59,7 +59,9 @@ def add_quality_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
         "--server-arg", action="append", default=[], metavar="ARG", help="of the started server; once for each argument"
     )
     served.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    served.add_argument("--concurrency", type=_count, default=32, help="requests under way at a time (default 32)")
+    served.add_argument(
+        "--concurrency", type=_count, help="requests under way at a time (default 32; 8 for the family qwen2.5-vl)"
+    )
     served.add_argument(
         "--max-tokens", type=_count, help="of a pocket answer (default: as many words as the right one)"
     )
@@ -74,13 +76,16 @@ def add_quality_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
         help="for a new file of rows, the answers and the server's log (default artifacts/quality)",
     )
     written.add_argument("--resume", type=Path, metavar="FILE.jsonl", help="go on with an earlier run's file of rows")
-    written.add_argument("--record", action="store_true", help="write what `make test` holds the pocket model to")
+    written.add_argument("--record", action="store_true", help="write what `make test` holds the pocket models to")
     written.add_argument("--json", action="store_true", help="print the rows, a JSON object a line")
     written.add_argument("--dry-run", action="store_true", help="print what would be started and asked, and stop")
 
 
 def run_quality(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok quality`: 0, 1 where it failed, 2 for a wrong argument, 130 after Ctrl-C."""
+    if arguments.concurrency is None:
+        # On a CPU, SGLang's encoder of Qwen2.5-VL computes attention between all patches of all images of a batch.
+        arguments.concurrency = 8 if arguments.family == "qwen2.5-vl" else 32
     try:
         if arguments.action == "setup":
             from mmtok_deploy.bench.quality.lmms_eval import install

@@ -104,6 +104,19 @@ def test_questions_are_read_as_hugging_face_reads_each_by_itself(family: PocketF
             torch.testing.assert_close(logits, expected, atol=atol, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "image"), [("llava-1.5", "<image>"), ("qwen2.5-vl", "<|vision_start|><|image_pad|><|vision_end|>")]
+)
+def test_a_prompt_is_found_again_in_the_text_of_its_tokens(family: PocketFamily, image: str) -> None:
+    """SGLang makes text of a prompt's tokens, looks there for the image's, and makes tokens of it again."""
+    processor = make_pocket_model(family).processor
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it red?"}]}]
+    ids = processor.tokenizer(processor.apply_chat_template(chat, add_generation_prompt=True))["input_ids"]
+    text = processor.tokenizer.decode(ids)
+    assert image in text
+    assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+
+
 def test_a_training_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole = Training(tmp_path / "whole", "llava-1.5", 7, CPU, STAGES)
     whole.run(lambda step, stage, figures: None, save_every=1)
