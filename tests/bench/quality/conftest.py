@@ -12,9 +12,12 @@ from mmtok_deploy.bench.quality.pocket import pocket_server
 from mmtok_deploy.bench.server import SglangServer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pocket_model_of() -> Iterator[Callable[[Family], SglangServer]]:
-    """Gives the running server of a family's pocket model, started when it is first asked for."""
+    """Gives the running server of a family's pocket model, started when it is first asked for.
+
+    Not kept for the session: servers take gigabytes, and other tests start theirs.
+    """
     with contextlib.ExitStack() as servers:
         yield cache(lambda family: servers.enter_context(pocket_server(family, torch.device("cpu"))))
 
