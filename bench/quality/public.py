@@ -133,7 +133,7 @@ def _measure(
             metrics["share"] = metrics["score"] / unpruned[-1].metrics["score"]
         case = {
             **{"task": name, "kind": "public", "method": setting.method, "budget": setting.budget, "seed": "0"},
-            **{"family": arguments.family or "", "model": arguments.model_path or ""},
+            **{"preset": arguments.family or "", "model": arguments.model_path or ""},
         }
         named = {f"lmms_{metric}": value for metric, value in score.metrics.items()}
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -25,7 +25,7 @@ def public_table(rows: Sequence[ResultRow]) -> Table:
         for quoted in PUBLISHED:
             budget = "" if quoted.tokens is None else str(quoted.tokens)
             is_beside = quoted.tokens is None or (quoted.method, budget) in measured
-            if is_beside and (quoted.family, quoted.benchmark) == (chosen[0].case["family"], task):
+            if is_beside and (quoted.family, quoted.benchmark) == (chosen[0].case["preset"], task):
                 share = f"about {100 * quoted.share:.0f}" if quoted.is_read_off else f"{100 * quoted.share:.1f}"
                 lines.append((task, f"{quoted.model}, the paper", quoted.method, budget, "", share, ""))
     columns = ("benchmark", "model", "method", "budget", "score", "% of unpruned", "questions")

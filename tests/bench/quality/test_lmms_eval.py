@@ -151,7 +151,7 @@ def test_what_is_read_off_a_plot_says_so() -> None:
     case: dict[str, CaseValue] = {
         "task": "mme",
         "model": "",
-        "family": "llava-1.5",
+        "preset": "llava-1.5",
         "method": "divprune",
         "budget": "8",
     }

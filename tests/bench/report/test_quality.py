@@ -88,7 +88,7 @@ def test_models_are_apart() -> None:
 
 
 def test_in_the_report() -> None:
-    public: dict[str, CaseValue] = {"task": "pope", "kind": "public", "method": "mmtok", "budget": "64", "seed": "0"}
+    public: dict[str, CaseValue] = {"task": "pope", "kind": "public", "method": "mmtok", "budget": "4", "seed": "0"}
     public |= {"preset": "llava-1.5", "model": "llava-hf/llava-1.5-7b-hf"}
     rows = [*ROWS, row("quality", public, {"score": 0.8512, "num_questions": 9000.0, "share": 0.99})]
     page = to_markdown(make_report(measured(rows), [], None))
