@@ -14,9 +14,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from mmtok_deploy.bench.chat import Answer, ask, image_url
-from mmtok_deploy.bench.families import family_arguments
+from mmtok_deploy.bench.families import PocketFamily, family_arguments
 from mmtok_deploy.bench.picture import draw_kept
-from mmtok_deploy.bench.pocket.model import PICTURE_PX, PocketFamily, pocket_checkpoint
+from mmtok_deploy.bench.pocket.model import PICTURE_PX, pocket_checkpoint
 from mmtok_deploy.bench.pocket.questions import Question
 from mmtok_deploy.bench.pocket.scenes import draw
 from mmtok_deploy.bench.quality.questions import make_scenes, picture_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from mmtok_deploy import Budget, __version__
 
@@ -16,6 +17,7 @@ _EXTRAS = {"bench": "bench", "demo": "bench,sglang", "quality": "bench,sglang", 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage."""
     # Inside, so that every layer may start from here; light, so that --help is quick.
+    from mmtok_deploy.bench.families import PocketFamily
     from mmtok_deploy.bench.pocket.command import add_pocket_parser
     from mmtok_deploy.bench.quality.command import add_quality_parser
     from mmtok_deploy.exporters.command import add_export_parser
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     demo = commands.add_parser("demo", help="ask a small model about a picture, with and without a budget")
     demo.add_argument(
-        "--family", default="llava-1.5", choices=("llava-1.5", "qwen2.5-vl"), help="of the model (default llava-1.5)"
+        "--family", default="llava-1.5", choices=get_args(PocketFamily), help="of the model (default llava-1.5)"
     )
     demo.add_argument(
         "--budget", default="25%", type=_budget, help="vision tokens to keep: 64, 25%%, 0.25 (default 25%%)"

@@ -6,7 +6,9 @@ import argparse
 import ctypes
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from mmtok_deploy.bench.families import PocketFamily
 
 __all__ = ["add_pocket_parser", "run_pocket"]
 
@@ -18,7 +20,7 @@ def add_pocket_parser(commands: Any) -> None:
     pocket = commands.add_parser("pocket", help="the small models that really see: train one, look at their scenes")
     kinds = pocket.add_subparsers(dest="pocket", required=True, metavar="WHAT")
     train = kinds.add_parser("train", help="from scratch to a checkpoint; goes on where an earlier run stopped")
-    train.add_argument("--family", choices=("llava-1.5", "qwen2.5-vl"), default="llava-1.5", help="default llava-1.5")
+    train.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
     train.add_argument(
         "--folder", type=Path, help="for the training's state and the checkpoint (default artifacts/pocket/FAMILY)"
     )

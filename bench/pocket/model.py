@@ -6,12 +6,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mmtok_deploy.bench.families import Family
+from mmtok_deploy.bench.families import Family, PocketFamily
 from mmtok_deploy.bench.pocket.scenes import SCENE_PX
 
 __all__ = [
@@ -19,14 +19,11 @@ __all__ = [
     "NUM_IMAGE_TOKENS",
     "PATCH_PX",
     "PICTURE_PX",
-    "PocketFamily",
     "PocketModel",
     "attend_to_the_like",
     "make_pocket_model",
     "pocket_checkpoint",
 ]
-
-PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
 
 PICTURE_PX: Mapping[Family, int] = {"llava-1.5": SCENE_PX, "qwen2.5-vl": 392}
 """Side of the square pictures that a served model is sent, so that it reads 196 tokens of them."""

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import rotate_half
 
-from mmtok_deploy.bench.pocket.model import PocketFamily, make_pocket_model
+from mmtok_deploy.bench.families import PocketFamily
+from mmtok_deploy.bench.pocket.model import make_pocket_model
 from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS
 from mmtok_deploy.bench.pocket.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task, TrainingScenes, collate
 

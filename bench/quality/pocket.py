@@ -124,8 +124,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, list[str]]:
     if arguments.model_path is None:
         family: Family = arguments.family or _DEFAULT_FAMILY
         return pocket_checkpoint(family), [*family_arguments(family), *arguments.server_arg]
-    needed = family_arguments(arguments.family) if arguments.family else ()
-    return arguments.model_path, [*needed, *arguments.server_arg]
+    return arguments.model_path, [*family_arguments(arguments.family), *arguments.server_arg]
 
 
 def _server_arguments(device: torch.device) -> list[str]:

@@ -188,7 +188,7 @@ def _server(arguments: argparse.Namespace, setting: _Setting, output: Path) -> I
 
 
 def _server_arguments(arguments: argparse.Namespace) -> list[str]:
-    return [*(family_arguments(arguments.family) if arguments.family else ()), *arguments.server_arg]
+    return [*family_arguments(arguments.family), *arguments.server_arg]
 
 
 def _print_plan(arguments: argparse.Namespace, benchmarks: Sequence[Benchmark], settings: Sequence[_Setting]) -> None:

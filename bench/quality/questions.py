@@ -91,7 +91,7 @@ def picture_of(scene: Scene, side_px: int = SCENE_PX) -> Image.Image:
         side_px: What those 112 px are enlarged to, for a model that is served so.
     """
     picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
-    return picture if side_px == SCENE_PX else picture.resize((side_px, side_px), Image.Resampling.BICUBIC)
+    return picture.resize((side_px, side_px), Image.Resampling.BICUBIC)
 
 
 def fingerprint(scenes: Sequence[AskedScene]) -> str:
