@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmtok_deploy.bench.quality.benchmarks import PUBLISHED
+from mmtok_deploy.bench.quality.published import PUBLISHED
+from mmtok_deploy.bench.quality.rows import UNPRUNED
 from mmtok_deploy.bench.report.blocks import Table, without_empty_columns
 from mmtok_deploy.bench.results import ResultRow
 
@@ -21,12 +22,12 @@ def public_table(rows: Sequence[ResultRow]) -> Table:
             who = str(row.case["model"]) or "measured"
             cells = (f"{row.metrics['score']:.4g}", share, f"{row.metrics['num_questions']:.0f}")
             lines.append((task, who, str(row.case["method"]), str(row.case["budget"]), *cells))
-        measured = {(row.case["method"], row.case["budget"]) for row in chosen}
+        budgets = {row.case["budget"] for row in chosen if row.case["method"] in ("mmtok", UNPRUNED)}
         for quoted in PUBLISHED:
-            budget = "" if quoted.tokens is None else str(quoted.tokens)
-            is_beside = quoted.tokens is None or (quoted.method, budget) in measured
-            if is_beside and (quoted.family, quoted.benchmark) == (chosen[0].case["preset"], task):
-                share = f"about {100 * quoted.share:.0f}" if quoted.is_read_off else f"{100 * quoted.share:.1f}"
-                lines.append((task, f"{quoted.model}, the paper", quoted.method, budget, "", share, ""))
+            if (quoted.family, quoted.benchmark) == (chosen[0].case["preset"], task) and quoted.budget in budgets:
+                score = "" if quoted.score is None else f"{quoted.score:.4g}"
+                method = UNPRUNED if quoted.budget == "all" else "mmtok"
+                share = "" if quoted.budget == "all" else f"{100 * quoted.share:.1f}"
+                lines.append((task, f"{quoted.model}, the paper", method, quoted.budget, score, share, ""))
     columns = ("benchmark", "model", "method", "budget", "score", "% of unpruned", "questions")
     return without_empty_columns(Table("Public benchmarks, by lmms-eval", columns, tuple(lines), num_texts=4))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PAPER_BUDGETS, PUBLISHED
+from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PAPER_BUDGETS
 from mmtok_deploy.bench.quality.lmms_eval import LmmsEvalError, command_line, program_of, run
 from mmtok_deploy.bench.quality.public_table import public_table
+from mmtok_deploy.bench.quality.published import PUBLISHED
 from mmtok_deploy.bench.results import CaseValue, read_rows
 from mmtok_deploy.cli import main
 from tests.bench.report.rows import row
@@ -147,18 +148,19 @@ def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_is_read_off_a_plot_says_so() -> None:
-    case: dict[str, CaseValue] = {
-        "task": "mme",
-        "model": "",
-        "preset": "llava-1.5",
-        "method": "divprune",
-        "budget": "8",
-    }
-    table = public_table([row("quality", case, {"score": 1100.0, "num_questions": 10})])
-    ours, theirs = table.rows
-    assert ours[0] == theirs[0] == "mme"
-    assert "about 69" in theirs
+def test_the_papers_rows_of_the_same_budget_stand_below_ours() -> None:
+    case: dict[str, CaseValue] = {"task": "mme", "model": "", "preset": "llava-1.5", "method": "mmtok", "budget": "64"}
+    ours, *theirs = public_table([row("quality", case, {"score": 1100.0, "num_questions": 10})]).rows
+    assert ours[0] == "mme"
+    assert theirs == [
+        ("mme", "LLaVA-1.5-7B, the paper", "mmtok", "64", "1715", "92.1", ""),
+        ("mme", "LLaVA-1.5-13B, the paper", "mmtok", "64", "1763", "97.0", ""),
+    ]
+
+
+def test_every_budget_of_the_paper_has_its_rows() -> None:
+    quoted = {(each.family, each.budget) for each in PUBLISHED if each.benchmark == "gqa"}
+    assert {(family, budget) for family, budgets in PAPER_BUDGETS.items() for budget in budgets} <= quoted
 
 
 def test_what_is_quoted_has_a_benchmark_and_a_budget() -> None:
