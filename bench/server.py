@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +28,9 @@ _POLL_INTERVAL_S = 0.25
 # Short: what SIGTERM leaves undone is nothing but SGLang's wait for a crash diagnosis, which takes 5 s.
 _STOP_GRACE_S = 1.0
 _LOG_END_LINES = 40
-# Below the range that outgoing connections take their ports from, where a port could be lost before the server binds.
-_PORTS = range(20000, 31000)
+# Below the ports that SGLang takes for its ranks (from 22000) and the system for outgoing connections (from 32768): a
+# server binds its port only when it is ready.
+_PORTS = range(20000, 22000)
 # Requests go to this machine: a proxy named in the environment is not asked.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -110,7 +112,9 @@ class SglangServer:
     ) -> None:
         self.model_path = os.fspath(model_path)
         self.args = args
-        self.port = _free_port()
+        reservation = _reserve_port()
+        self.port: int = reservation.getsockname()[1]
+        weakref.finalize(self, reservation.close)
         self.start_s: float | None = None
         self._env = dict(env or {})
         self._log_path = log_path
@@ -214,21 +218,23 @@ class SglangServer:
         )
 
     def wait_until_ready(self) -> None:
-        """Returns when the server takes requests.
+        """Returns when the server takes requests; one that has started is given as long again to answer.
 
         Raises:
-            ServerError: It died, or did not start in time; the message ends with the log's end.
+            ServerError: It died, or did not start or answer in time; the message ends with the log's end.
         """
+        since_s = self._started_at_s if self.start_s is None else time.monotonic()
         while not self._is_ready():
-            waited_s = time.monotonic() - self._started_at_s
+            waited_s = time.monotonic() - since_s
             if not self.is_alive():
                 raise ServerError(
                     f"the server for {self.model_path} ended while starting (exit status {self._exit_status()}).\n"
                     f"{self.log_end()}"
                 )
             if waited_s > self._start_timeout_s:
+                missed = "start" if self.start_s is None else "answer"
                 raise ServerError(
-                    f"the server for {self.model_path} did not start within {self._start_timeout_s:.0f} s: "
+                    f"the server for {self.model_path} did not {missed} within {self._start_timeout_s:.0f} s: "
                     f"see why below, or give it a longer start_timeout_s.\n{self.log_end()}"
                 )
             if self._on_progress is not None:
@@ -302,12 +308,19 @@ def running(*servers: SglangServer) -> Iterator[None]:
         yield
 
 
-def _free_port() -> int:
-    for port in random.sample(_PORTS, 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
+def _reserve_port() -> socket.socket:
+    """Returns a socket that keeps its port from other reservations, in any process, but not from a server.
+
+    Servers bind with SO_REUSEADDR, which shares a port that nobody listens at if its holder allows it; the next
+    reservation binds without, which does not.
+    """
+    for port in random.sample(_PORTS, 200):
+        reservation = socket.socket()
+        try:
+            reservation.bind(("127.0.0.1", port))
+        except OSError:
+            reservation.close()
+            continue
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return reservation
     raise ServerError(f"found no free port between {_PORTS.start} and {_PORTS.stop - 1}: are too many servers running?")

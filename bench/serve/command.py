@@ -148,7 +148,7 @@ def _run(sweep: Sweep, parts: list[_Part], results_dir: Path, *, json_output: bo
 
     def report(failure: str) -> None:
         failures.append(failure)
-        console.print(failure, style="red", markup=False)
+        console.print(failure, style="red", markup=False, soft_wrap=True)
 
     interrupted = False
     try:

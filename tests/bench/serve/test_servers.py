@@ -37,8 +37,9 @@ def test_a_server_that_was_ready_and_is_just_dying_has_died(tmp_path: Path) -> N
     server = make_server(SWEEP, SWEEP.models[0], SIDES[0], tmp_path / "nowhere", tmp_path / "it.log")
     with ServerPool(lambda side: server, side_by_side=True) as pool:
         pool.start_all(SIDES[:1])
-        # As if it had taken requests; it is alive still when it is asked for, and then ends.
+        # As if it had taken requests for hours; it is alive still when it is asked for, and then ends.
         server.start_s = 1.0
+        server._started_at_s -= 10_000.0
         with pytest.raises(ServerError, match=r"^the server at budget off died\.\nThe end of its log:"):
             pool.get(SIDES[0])
         assert list(pool.dead) == SIDES[:1]
