@@ -1,4 +1,8 @@
-"""M-RoPE positions of kept tokens: each token keeps the (t, h, w) position it has without pruning."""
+"""M-RoPE positions of kept tokens: each token keeps the (t, h, w) position it has without pruning.
+
+Text goes on where it would without pruning, too. So a request may have fewer tokens than positions, of which the model
+has as many as its context is long, while SGLang counts tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from torch import Tensor
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
 
-__all__ = ["PositionWriter"]
+__all__ = ["PositionWriter", "bound_by_positions"]
 
 _PROXY_KEY = "mmtok_mrope_positions"
 
@@ -24,12 +28,15 @@ class _Span:
     Args:
         key: The image's cache key.
         plan: Its plan, with the original positions.
+        first: [3, 1] int64, where the image's first token stands in the request. A later turn of a session counts on
+            from the turns before it, which the plan does not know.
         kept: Which of the K kept tokens are in the chunk.
         batch: Where they stand in the batch's tokens.
     """
 
     key: int
     plan: ImagePlan
+    first: Tensor
     kept: slice
     batch: slice
 
@@ -67,7 +74,9 @@ class PositionWriter:
             if kept is None or span.plan.positions is None:
                 raise RuntimeError(f"MMTok: the image {span.key:#x} is in this batch, but was not selected")
             # Neither copy waits: the kept indices are on the device, the N positions on the host.
-            original = span.plan.positions.to(positions.device, non_blocking=True)
+            original = (span.plan.positions - span.plan.positions[:, :1] + span.first).to(
+                positions.device, non_blocking=True
+            )
             positions[:, span.batch] = original[:, kept[span.kept]]
         return embeddings
 
@@ -89,6 +98,30 @@ class PositionWriter:
         return result
 
 
+def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) -> None:
+    """Bounds what a request generates as SGLang does, and so that its positions end with the model's context, too.
+
+    A prompt whose positions leave it is refused (HTTP 400): looked up in the rotary embedding's table, they would end
+    the server.
+
+    Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.init_req_max_new_tokens, which every request goes through
+    once its images and, in a session, the turns before are known. Can go when SGLang bounds positions.
+    """
+    inputs, params = req.multimodal_inputs, req.sampling_params
+    if inputs is not None and inputs.mrope_position_delta is not None:
+        context = scheduler.model_config.context_len
+        end = len(req.origin_input_ids) + int(inputs.mrope_position_delta.max())
+        if end >= context:
+            req.set_finish_with_abort(
+                f"MMTok: the request's images and text span {end} positions, more than the model's context of "
+                f"{context}: send fewer or smaller images"
+            )
+        else:
+            room = context - 1 - end
+            params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+    original(scheduler, req)
+
+
 def _spans(forward_batch: Any) -> Iterator[_Span]:
     mode = forward_batch.forward_mode
     if mode.is_decode() or mode.is_target_verify() or not forward_batch.contains_mm_inputs():
@@ -105,7 +138,11 @@ def _spans(forward_batch: Any) -> Iterator[_Span]:
             first, stop = max(start, chunk_start), min(end + 1, chunk_start + chunk_len)
             if first < stop:
                 shift = batch_start - chunk_start
-                yield _Span(item.hash, plan, slice(first - start, stop - start), slice(first + shift, stop + shift))
+                yield _Span(
+                    *(item.hash, plan, inputs.mrope_positions[:, start : start + 1]),
+                    kept=slice(first - start, stop - start),
+                    batch=slice(first + shift, stop + shift),
+                )
         batch_start += chunk_len
 
 

@@ -39,8 +39,10 @@ class Served:
         account: dict[str, Any] = choice.meta_info  # type: ignore[attr-defined]
         return {**account, "text": choice.message.content}
 
-    def generate(self, prompt: str, chat: Chat, **fields: Any) -> dict[str, Any]:
-        """Returns the account of SGLang's own endpoint for a rendered prompt."""
+    def generate(
+        self, prompt: str, chat: Chat, *, session: dict[str, Any] | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Returns the account of SGLang's own endpoint for a rendered prompt, with `text` added."""
         from tests.runtime.chats import data_url
 
         body = {
@@ -50,9 +52,10 @@ class Served:
             "return_logprob": True,
             "top_logprobs_num": 5,
             "mm_processor_kwargs": fields or None,
+            "session_params": session,
         }
-        account: dict[str, Any] = self.post("/generate", body)["meta_info"]
-        return account
+        answer = self.post("/generate", body)
+        return {**answer["meta_info"], "text": answer["text"]}
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(

@@ -26,8 +26,15 @@ def pruned_image(start: int, key: int, *, with_positions: bool = True) -> Any:
     return image_item((start, start + NUM_KEPT - 1), plan, hash=key)
 
 
-def mm_inputs(*items: Any) -> Any:
-    return SimpleNamespace(mm_items=list(items))
+def mm_inputs(*items: Any, shift: int = 0) -> Any:
+    """Returns a request's inputs, whose images stand where they were planned to, or behind `shift` earlier tokens."""
+    positions = torch.zeros(3, 100, dtype=torch.int64)
+    for item in items:
+        ((start, _),) = item.offsets
+        planned = (item.model_specific_data.get("mmtok") or {}).get("positions")
+        if planned is not None:
+            positions[:, start] = planned[:, 0] + shift
+    return SimpleNamespace(mm_items=list(items), mrope_positions=positions)
 
 
 def make_batch(*chunks: tuple[Any, int, int], mode: ForwardMode = ForwardMode.EXTEND) -> Any:
@@ -95,6 +102,12 @@ def test_chunks_through_the_middle_of_an_image_add_up(chunk_len: int) -> None:
     chunks = [(start, min(chunk_len, length - start)) for start in range(0, length, chunk_len)]
     written = torch.cat([encoder.run(make_batch((mm_inputs(item), *chunk))) for chunk in chunks], dim=1)
     assert torch.equal(written, torch.cat([untouched(2), encoder.kept_positions(item), untouched(3)], dim=1))
+
+
+def test_a_later_turn_of_a_session_counts_on() -> None:
+    encoder, item = Encoder(), pruned_image(2, key=1)
+    written = encoder.run(make_batch((mm_inputs(item, shift=50), 0, 2 + NUM_KEPT)))
+    assert torch.equal(written, torch.cat([untouched(2), encoder.kept_positions(item) + 50], dim=1))
 
 
 def test_requests_of_a_batch_are_told_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -83,6 +84,38 @@ def test_a_small_image_stays_whole_beside_a_large_one(served: Served) -> None:
         account = served.ask(chat)
         assert account["image_tokens"] == 4 + 10
         served.check(chat, account, budgets)
+
+
+def test_session(served: Served) -> None:
+    """SGLang numbers a later turn's tokens by themselves, and shifts them behind the turns before."""
+    first = Chat.ask(small("coffee"), CUP)
+    prompt = served.judge.prompt(first.for_template())
+    session = json.loads(served.post("/open_session", {"capacity_of_str_len": 10_000}))
+    answer = served.generate(prompt, first, session={"id": session})
+    served.check(first, answer)
+
+    second = Chat.ask(small("chelsea"), CATS)
+    turn = served.judge.prompt(second.for_template())
+    account = served.generate(turn, second, session={"id": session, "rid": answer["id"]})
+    both = served.judge.prune(prompt + answer["text"] + turn, [*first.images, *second.images], [CUP, CATS], 0.1)
+    assert account["prompt_tokens"] == len(both.embeddings)
+    assert served.judge.max_error(both, account) < LOGPROB_TOLERANCE
+    served.post("/close_session", {"session_id": session})
+
+
+def test_more_positions_than_the_context(served: Served) -> None:
+    """A token is kept of each column of 200, after which the text goes on 200 positions later."""
+    if served.family != "qwen2.5-vl":
+        pytest.skip("positions of this family are those of its tokens")
+    columns = [Image.new("RGB", (28, 5600), (red, 99, 9)) for red in range(45)]
+    with pytest.raises(openai.BadRequestError, match=r"span 9\d\d\d positions, more than the model's context of 8192"):
+        served.ask(Chat.ask(*columns, CUP), mmtok_budget=1)
+    chat = Chat.ask(*columns[:4], "x " * 3600)
+    account = served.ask(chat, max_tokens=900, mmtok_budget=1)
+    prompt = served.judge.prune(served.judge.prompt(chat.for_template()), chat.images, chat.guidance, None)
+    assert account["prompt_tokens"] < prompt.next_position - 700
+    assert account["completion_tokens"] == 8191 - prompt.next_position < 200
+    served.check(CHATS["one image"], served.ask(CHATS["one image"]))
 
 
 def test_parallel_sampling(served: Served) -> None:

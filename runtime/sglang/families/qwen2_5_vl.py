@@ -16,7 +16,7 @@ from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
-from mmtok_deploy.runtime.sglang.positions import PositionWriter
+from mmtok_deploy.runtime.sglang.positions import PositionWriter, bound_by_positions
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
 from mmtok_deploy.runtime.sglang.settings import Settings
 from mmtok_deploy.runtime.sglang.smaller_images import ProcessorSizes
@@ -91,6 +91,7 @@ class Qwen25VL(Family):
 
         return [
             Hook(f"{_MODEL}.get_image_feature", "self items", get_image_feature),
+            Hook("managers.scheduler.Scheduler.init_req_max_new_tokens", "self req", bound_by_positions),
             Hook(
                 "managers.mm_utils.prepare_mm_inputs",
                 "input_ids forward_batch language_model kwargs multimodal_model data_embedding_funcs "
