@@ -95,17 +95,6 @@ class FeatureCache:
         self.size_bytes = 0
         self._metrics.count_encoding(num_encoded=0, num_hits=0, num_misses=0, held_bytes=0)
 
-    def flush(self, original: Callable[..., bool], scheduler: Any, *args: Any, **kwargs: Any) -> bool:
-        """Flushes SGLang's caches and, if it does, this one.
-
-        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.flush_cache, which answers /flush_cache and ends an
-        update of the weights. Can go when plugins are told of a flush.
-        """
-        flushed = original(scheduler, *args, **kwargs)
-        if flushed:
-            self.clear()
-        return flushed
-
     def _hold(self, name: object, features: Features) -> None:
         if name not in self._features:
             if features.size_bytes > self._max_bytes:

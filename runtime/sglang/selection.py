@@ -25,9 +25,9 @@ __all__ = ["ImageTokens", "TokenSelector"]
 
 logger = logging.getLogger(__name__)
 
-# Remembered selections: 8 bytes a kept token, so about 20 MB at 160 tokens; SGLang's own cache of embeddings (100 MB
-# by default) holds far fewer images.
-_MAX_REMEMBERED = 16384
+# Of remembered selections, 8 bytes a kept token: of more tokens than a KV cache holds, and so of every running request;
+# SGLang's own cache of embeddings (100 MB by default) holds far fewer images.
+_MAX_REMEMBERED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +69,7 @@ class TokenSelector:
         self._executor: Executor | None = None
         self._metrics = metrics
         self._kept: OrderedDict[object, Tensor] = OrderedDict()
+        self._kept_bytes = 0
 
     def init_model_worker(self, original: Callable[..., None], scheduler: Any) -> None:
         """Makes what runs the selection as soon as the model is on its device: what cannot run ends the server here.
@@ -110,22 +111,30 @@ class TokenSelector:
             if image.key not in self._kept:
                 new.setdefault(image.key, image)
         if new:
-            self._kept.update(zip(new, self._select(list(new.values()), embed), strict=True))
+            selected = self._select(list(new.values()), embed)
+            self._kept.update(zip(new, selected, strict=True))
+            self._kept_bytes += sum(kept.nbytes for kept in selected)
         for image in images:
             self._kept.move_to_end(image.key)
         kept = [self._kept[image.key] for image in images]
-        while len(self._kept) > _MAX_REMEMBERED:
-            self._kept.popitem(last=False)
+        while self._kept_bytes > _MAX_REMEMBERED_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return kept
 
     def remembered(self, key: object) -> Tensor | None:
         """Returns the selection under `key`, None if there is none (any more)."""
         return self._kept.get(key)
 
+    def clear(self) -> None:
+        """Forgets every selection; only while no request runs, whose images must not change their mind."""
+        self._kept.clear()
+        self._kept_bytes = 0
+
     def _select(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor]:
         clock = start_clock(images[0].vision.device)
-        texts = self._embed_guidance(images, embed)
-        selections = [None] * len(images) if texts is None else self._run(images, texts)
+        # Images of one turn share their text.
+        texts = _embed_guidance(list({tuple(image.plan.guidance): None for image in images}), images[0].vision, embed)
+        selections = self._run(images, [texts[tuple(image.plan.guidance)] for image in images])
         kept, made, is_finite = [], [], []
         for image, selection in zip(images, selections, strict=True):
             indices = evenly_spaced(len(image.vision), image.num_kept, image.vision.device)
@@ -139,30 +148,16 @@ class TokenSelector:
             self._metrics.count_call(clock, made, torch.stack(is_finite))
         return of_first_rank(kept)
 
-    def _embed_guidance(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor] | None:
-        """Returns each image's [M, D] guidance embeddings, from one call; None without the memory for it."""
-        # Images of one turn share their text.
-        lengths = {tuple(image.plan.guidance): len(image.plan.guidance) for image in images}
-        ids = torch.tensor([token for guidance in lengths for token in guidance], dtype=torch.int64)
-        vision = images[0].vision
-        try:
-            rows = embed(ids.to(vision.device, non_blocking=True)) if len(ids) else vision.new_empty(0, vision.shape[1])
-        except torch.OutOfMemoryError as error:
-            if num_ranks() > 1:
-                # The other ranks are in the embedding's collective; going on would pair it with another one.
-                raise
-            for image in images:
-                self._metrics.count_fallback(len(image.vision), image.num_kept, f"{len(ids)} guidance tokens: {error}")
-            return None
-        texts = dict(zip(lengths, rows.split(list(lengths.values())), strict=True))
-        return [texts[tuple(image.plan.guidance)] for image in images]
-
-    def _run(self, images: Sequence[ImageTokens], texts: Sequence[Tensor]) -> list[Selection | None]:
+    def _run(self, images: Sequence[ImageTokens], texts: Sequence[Tensor | None]) -> list[Selection | None]:
         """Returns each image's selection, None where it cannot be made."""
         problems: dict[int, SelectionProblem] = {}
         for place, (image, text) in enumerate(zip(images, texts, strict=True)):
-            why = self._obstacle(image, text)
-            if why is None:
+            if text is None:
+                why = f"no memory for the embeddings of {len(image.plan.guidance)} guidance tokens"
+                self._metrics.count_fallback(len(image.vision), image.num_kept, why)
+                continue
+            obstacle = self._obstacle(image, text)
+            if obstacle is None:
                 excluded = image.plan.excluded
                 if excluded is not None:
                     excluded = excluded.to(image.vision.device, non_blocking=True)
@@ -170,7 +165,7 @@ class TokenSelector:
                     *(image.vision, image.keys, text, image.num_kept, excluded), image.attention, image.seed
                 )
             else:
-                self._metrics.count_fallback(len(image.vision), image.num_kept, why)
+                self._metrics.count_fallback(len(image.vision), image.num_kept, obstacle)
         made: dict[int, Selection | None] = {}
         for method in {images[place].plan.method: None for place in problems}:
             places = [place for place in problems if images[place].plan.method == method]
@@ -206,3 +201,24 @@ class TokenSelector:
             return [self._run_method(method, [problem])[0] for problem in problems]
         self._metrics.count_fallback(len(problems[0].vision), problems[0].num_picks, why)
         return [None]
+
+
+def _embed_guidance(
+    texts: Sequence[tuple[int, ...]], vision: Tensor, embed: Callable[[Tensor], Tensor]
+) -> dict[tuple[int, ...], Tensor | None]:
+    """Returns the [M, D] embeddings of each text of M token ids, from one call; None where there is no memory for it.
+
+    Without the memory for all, each is embedded by itself: one request's long text is not another's loss.
+    """
+    ids = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
+    try:
+        rows = embed(ids.to(vision.device, non_blocking=True)) if len(ids) else vision.new_empty(0, vision.shape[1])
+        return dict(zip(texts, rows.split([len(text) for text in texts]), strict=True))
+    except torch.OutOfMemoryError:
+        if num_ranks() > 1:
+            # The other ranks are in the embedding's collective; going on would pair it with another one.
+            raise
+    # After the handler, to whose end the error holds the memory of the call that failed.
+    if len(texts) == 1:
+        return {texts[0]: None}
+    return {text: rows for each in texts for text, rows in _embed_guidance([each], vision, embed).items()}

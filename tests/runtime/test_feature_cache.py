@@ -171,12 +171,11 @@ def test_without_memory_for_a_copy_an_image_is_held_all_the_same(monkeypatch: py
     assert cache.size_bytes == 2 * IMAGE_BYTES
 
 
-@pytest.mark.parametrize("flushed", [True, False])
-def test_it_is_flushed_with_sglangs_caches(flushed: bool) -> None:
+def test_it_forgets_every_image() -> None:
     cache, encoder = make_cache(), Encoder()
     recalled(cache, encoder, image(1))
-    assert cache.flush(lambda scheduler, empty_cache: flushed, None, empty_cache=False) is flushed
-    assert (len(cache), cache.size_bytes) == ((0, 0) if flushed else (1, IMAGE_BYTES))
+    cache.clear()
+    assert (len(cache), cache.size_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,18 @@ def test_guidance_that_there_is_no_memory_for() -> None:
     assert num_fallbacks(selector) == 2
 
 
+def test_one_texts_length_is_not_anothers_loss(caplog: pytest.LogCaptureFixture) -> None:
+    endless = [3] * 40
+    images = [image_tokens(key, replace(PLAN, guidance=ids))[0] for key, ids in enumerate((PLAN.guidance, endless))]
+    embed = image_tokens(0, PLAN)[1]
+    selector = make_selector()
+    with caplog.at_level(logging.WARNING):
+        kept = selector.select(images, lambda ids: no_memory(ids) if len(ids) > 20 else embed(ids))
+    assert [each.tolist() for each in kept] == [selected(make_selector(), key=0), EVENLY_SPACED]
+    assert num_fallbacks(selector) == 1
+    assert "no memory for the embeddings of 40 guidance tokens" in caplog.messages[0]
+
+
 class TensorParallel:
     """This process as one of two ranks, where the first rank's indices are `first`."""
 
@@ -305,11 +317,21 @@ def test_the_first_selection_stands_under_its_key() -> None:
 
 
 def test_what_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_MAX_REMEMBERED", 2)
+    # Two selections of 5 tokens.
+    monkeypatch.setattr(selection, "_MAX_REMEMBERED_BYTES", 80)
     selector = make_selector()
     for key in (1, 2, 1, 3):
         selected(selector, key=key)
     assert [selector.remembered(key) is not None for key in (1, 2, 3)] == [True, False, True]
+    selected(selector, replace(PLAN, num_kept=10), key=4)
+    assert [selector.remembered(key) is not None for key in (1, 2, 3, 4)] == [False, False, False, True]
+
+
+def test_after_a_flush_another_selection_may_be_made() -> None:
+    selector = make_selector()
+    first = selected(selector, seed=0)
+    selector.clear()
+    assert selected(selector, seed=1) == selected(make_selector(), seed=1) != first
 
 
 def test_text_is_embedded_even_where_nothing_can_be_selected() -> None:

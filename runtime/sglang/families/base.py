@@ -13,6 +13,7 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
+from mmtok_deploy.runtime.sglang.flush import flushing
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import PlaceholderCutter
@@ -61,6 +62,10 @@ class Family(ABC):
 
     def excluded(self, item: Any) -> Tensor | None:
         """Returns the [N] bool mask of an image's tokens that are never to be picked, None if there are none."""
+        return None
+
+    def obstacle(self, config: Any) -> str | None:
+        """Returns why a model of this architecture cannot be pruned, None if it can."""
         return None
 
     def obstacle_to(self, method: MethodName, config: Any) -> str | None:
@@ -153,7 +158,7 @@ class Family(ABC):
                 "obj requires_mm_token_modalities",
                 CacheKeys(settings).from_processor_output,
             ),
-            Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", cache.flush),
+            Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", flushing(cache, selector)),
             Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
             *stages.hooks(),
             *family.model_hooks(cache, selector, stages),
