@@ -25,7 +25,7 @@ def family_of_server(server_args: Any) -> str:
     """Returns the model family (a key of FAMILIES) that these resolved arguments serve.
 
     Raises:
-        UnsupportedServerError: Another model, or a supported one on the other of SGLang's model implementations.
+        UnsupportedServerError: Another model, another vision encoder, or the other of SGLang's model implementations.
     """
     model_config = model_config_of(server_args)
     architecture = model_config.hf_config.architectures[0]
@@ -38,6 +38,9 @@ def family_of_server(server_args: Any) -> str:
                 f"--mmtok-budget prunes {architecture} on the {family.model_impl!r} implementation only, this server "
                 f"would use {found!r}: add --model-impl {family.model_impl}"
             )
+        obstacle = family().obstacle(model_config.hf_config)
+        if obstacle is not None:
+            raise UnsupportedServerError(f"--mmtok-budget does not support this {architecture}: {obstacle}")
         return name
     supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
     raise UnsupportedServerError(
@@ -84,6 +87,8 @@ def _problems(cfg: Any) -> Iterator[str]:
         yield "attention data parallelism (--attn-dp-size, --enable-dp-attention): not verified"
     if cfg.skip_tokenizer_init:
         yield "--skip-tokenizer-init: guidance text must be tokenised"
+    if cfg.rl_on_policy_target is not None:
+        yield f"--rl-on-policy-target {cfg.rl_on_policy_target}: it numbers image tokens as text"
     if cfg.enable_mm_global_cache:
         yield "--enable-mm-global-cache: it would share pruned embeddings without their positions"
     if cfg.cuda_graph_config is not None and cfg.cuda_graph_config.prefill.backend == Backend.FULL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -112,15 +113,17 @@ class PlaceholderCutter:
         texts = guidance_texts(fields, prompt, len(items), self._family.placeholder, tokenizer.decode)
         if not reads_question(asked.method):
             texts = [""] * len(items)
-        for text in dict.fromkeys(texts):
-            _refuse_endless_guidance(len(self._guidance(tokenizer, text)), kwargs.get("max_req_input_len"))
+        # Images of one turn share their text, and tokenising keeps every other request waiting.
+        words_of = cache(partial(self._guidance, tokenizer))
+        num_words = sum(len(words_of(text)) for text in dict.fromkeys(texts))
+        _refuse_endless_guidance(num_words, kwargs.get("max_req_input_len"))
         plans = [self._plan(item, asked, processor.hf_config) for item in items]
         covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
         if self._agent is not None and covers_text:
             texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])
         for item, text, plan in zip(items, texts, plans, strict=True):
             if plan is not None:
-                guided = replace(plan, guidance=self._guidance(tokenizer, text))
+                guided = replace(plan, guidance=words_of(text))
                 self._check_engine(item, guided, processor.hf_config)
                 guided.attach(item)
 
@@ -203,7 +206,7 @@ def _refuse_endless_guidance(num_tokens: int, max_prompt_tokens: int | None) -> 
     # the scheduler's memory. Words on their own may take more tokens than in their text, but not four times as many.
     if max_prompt_tokens is not None and num_tokens > 4 * max_prompt_tokens:
         raise ValueError(
-            f"the guidance of an image has {num_tokens} tokens, more than any prompt of this server "
+            f"the guidance of the images has {num_tokens} tokens, more than any prompt of this server "
             f"({max_prompt_tokens}): shorten mm_processor_kwargs.mmtok_guidance"
         )
 

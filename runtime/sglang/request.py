@@ -39,6 +39,9 @@ class Requested:
     seed: int
 
 
+# What SGLang puts the model's own placeholder in place of, after the plugin has read the prompt.
+_ANY_IMAGE = "<image>"
+
 # A user's turn in the prompts that the chat templates of the supported families render, up to the next role. The
 # first pattern that a prompt has is its format: "USER:" may be a word of the text in another one.
 _USER_TURNS = [
@@ -130,7 +133,7 @@ def guidance_texts(
             f"{num_images} images, got {given!r:.200}"
         )
     text = prompt if isinstance(prompt, str) else decode(prompt)
-    texts = prompt_guidance(text, placeholder)
+    texts = prompt_guidance(text, placeholder) or prompt_guidance(text, _ANY_IMAGE)
     # A prompt of ids may come with its placeholders expanded: then every image is in the same text or none is told
     # apart, and the whole conversation's user text is the nearest to the rule.
     return texts if len(texts) == num_images else [" ".join(dict.fromkeys(texts))] * num_images

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.model_executor.cuda_graph_config import Backend
+from transformers import LlavaConfig, PixtralVisionConfig
 
 from mmtok_deploy.bench.families import Family
 from mmtok_deploy.runtime.sglang import compatibility, server_args
@@ -30,6 +31,7 @@ SUPPORTED: dict[str, Any] = {
     "mm_enable_dp_encoder": False,
     "attn_dp_size": 1,
     "skip_tokenizer_init": False,
+    "rl_on_policy_target": None,
     "enable_mm_global_cache": False,
     "cuda_graph_config": None,
     "smg_grpc_mode": False,
@@ -52,6 +54,7 @@ REFUSED = [
     ("mm_enable_dp_encoder", True, "--mm-enable-dp-encoder"),
     ("attn_dp_size", 2, "--enable-dp-attention"),
     ("skip_tokenizer_init", True, "--skip-tokenizer-init"),
+    ("rl_on_policy_target", "fsdp", "--rl-on-policy-target fsdp"),
     ("enable_mm_global_cache", True, "--enable-mm-global-cache"),
     ("cuda_graph_config", prefill_graphs(Backend.FULL), "--cuda-graph-backend-prefill full"),
     ("smg_grpc_mode", True, "--smg-grpc-mode"),
@@ -103,6 +106,16 @@ def test_another_model_is_refused_with_those_that_are_supported(monkeypatch: pyt
         family_of_server(None)
     for name, family in FAMILIES.items():
         assert f"{family.architecture} ({name})" in str(error.value)
+
+
+def test_a_llava_of_another_vision_encoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixtral has the architecture of LLaVA-1.5, and tokens between its rows of patches."""
+    config = LlavaConfig(vision_config=PixtralVisionConfig().to_dict(), architectures=["LlavaForConditionalGeneration"])
+    model_config = SimpleNamespace(hf_config=config)
+    monkeypatch.setattr(compatibility, "model_config_of", lambda arguments: model_config)
+    monkeypatch.setattr(compatibility, "get_resolved_model_impl", lambda _: SimpleNamespace(value="transformers"))
+    with pytest.raises(UnsupportedServerError, match=r"this LlavaFor.*: its vision encoder is pixtral"):
+        family_of_server(None)
 
 
 @pytest.fixture

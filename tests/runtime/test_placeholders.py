@@ -352,3 +352,19 @@ def test_endless_guidance_is_refused() -> None:
     with pytest.raises(ValueError, match=r"209 tokens, more than any prompt of this server \(50\)"):
         processed(output, 2, fields={"mmtok_guidance": "x" * 200}, max_prompt_tokens=50)
     processed(output, 2, fields={"mmtok_guidance": "x" * 191}, max_prompt_tokens=50)
+    with pytest.raises(ValueError, match=r"218 tokens, more than any prompt of this server \(50\)"):
+        processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": ["x" * 100, "y" * 100]}, max_prompt_tokens=50)
+
+
+def test_one_text_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = stand_in_processor()._processor.tokenizer
+    tokenised: list[list[str]] = []
+    original = type(tokenizer).__call__
+
+    def watched(self: Any, words: list[str], **options: Any) -> Any:
+        tokenised.append(words)
+        return original(self, words, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", watched)
+    processed(prompt_output(TWO_IMAGES), 2, prompt="<|image_pad|>ab<|image_pad|>", max_prompt_tokens=50)
+    assert len(tokenised) == 1

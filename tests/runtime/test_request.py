@@ -176,6 +176,14 @@ def test_an_image_outside_the_user_turns_has_the_text_around_it() -> None:
     assert prompt_guidance(prompt, PLACEHOLDER) == ["before", "in", "after"]
 
 
+def test_an_image_may_stand_under_sglangs_own_name() -> None:
+    prompt = CHATML.replace(QWEN_IMAGE, "<image>")
+    expected = ["A cat?", "A dog or a cow?", "A dog or a cow?"]
+    assert guidance_texts(None, prompt, 3, PLACEHOLDER, no_decoding) == expected
+    # Beside the model's it is the user's word.
+    assert guidance_texts(None, f"{QWEN_IMAGE} <image>?", 1, PLACEHOLDER, no_decoding) == ["<image>?"]
+
+
 def test_given_guidance_goes_before_the_prompt() -> None:
     one_for_all = guidance_texts({"mmtok_guidance": "a cat"}, CHATML, 3, PLACEHOLDER, no_decoding)
     one_each = guidance_texts({"mmtok_guidance": ["a", "", "c"]}, CHATML, 3, PLACEHOLDER, no_decoding)

@@ -11,12 +11,20 @@ from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK
 __all__ = ["Llava"]
 
 
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
 class Llava(Family):
     """A LLaVA on SGLang's Transformers backend."""
 
     model_impl = "transformers"
     placeholder = "<image>"
     processor_hook = PROCESSOR_HOOK
+
+    def obstacle(self, config: Any) -> str | None:
+        """Returns why a model of this architecture cannot be pruned: Pixtral's has tokens that end rows of patches."""
+        tower = config.vision_config.model_type
+        return None if tower in _TOWERS else f"its vision encoder is {tower}, not one of {', '.join(_TOWERS)}"
 
     def obstacle_to(self, method: MethodName, config: Any) -> str | None:
         """Returns why the model cannot run a method: other towers than CLIP have no class token to read."""
