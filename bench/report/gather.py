@@ -68,6 +68,8 @@ class Measurement:
 def read_results(paths: Sequence[Path]) -> tuple[list[Measurement], list[str]]:
     """Returns the rows of files, and of the .jsonl files below folders; and a sentence on each line that was cut off.
 
+    What a run left in a folder of its own, `x/` beside `x.jsonl`, is another program's output: only its rows are read.
+
     Raises:
         ValueError: A file that is missing or holds something else, or not one row in all of them.
     """
@@ -104,9 +106,18 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} does not exist; expected a file of result rows, or a folder of them")
-        found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        found = _rows_below(path) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"there is no .jsonl file in {path}")
         # A file named twice counts once.
         files.update({each.resolve(): each for each in found})
     return list(files.values())
+
+
+def _rows_below(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.rglob("*.jsonl")):
+        between = path.parents[: len(path.relative_to(folder).parts) - 1]
+        if not any(each.with_name(f"{each.name}.jsonl").is_file() for each in between):
+            found.append(path)
+    return found

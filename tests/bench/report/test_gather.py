@@ -52,6 +52,19 @@ def test_the_newest_row_of_a_case_counts(tmp_path: Path) -> None:
         }
 
 
+def test_what_lies_in_a_runs_own_folder_are_no_rows(tmp_path: Path) -> None:
+    write(tmp_path / "serve" / "serve-1.jsonl", selector_rows())
+    load = tmp_path / "serve" / "serve-1" / "load" / "off.jsonl"
+    load.parent.mkdir(parents=True)
+    load.write_text('{"backend": "sglang-oai", "completed": 8}\n')
+    write(tmp_path / "serve" / "kept" / "serve-0.jsonl", selector_rows(GPU))
+    measurements, notes = read_results([tmp_path])
+    assert {each.machine.device for each in measurements} == {CPU, GPU}
+    assert notes == []
+    with pytest.raises(ValueError, match=r"off\.jsonl:1 is no result row"):
+        read_results([tmp_path, load])
+
+
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no \.jsonl file in "):
         read_results([tmp_path])
