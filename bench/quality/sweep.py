@@ -16,7 +16,7 @@ from mmtok_deploy.bench.pocket.scenes import SCENE_PX
 from mmtok_deploy.bench.quality.answers import Answer, Cell, answers_beside, append_answers, read_answers
 from mmtok_deploy.bench.quality.asking import Asker, Request, Said
 from mmtok_deploy.bench.quality.questions import SCORED_KINDS, AskedScene, fingerprint, make_scenes, picture_of
-from mmtok_deploy.bench.quality.rows import ALL_SEEDS, UNPRUNED, rows_of
+from mmtok_deploy.bench.quality.rows import ALL_SEEDS, POCKET, UNPRUNED, rows_of
 from mmtok_deploy.bench.quality.scoring import is_right
 from mmtok_deploy.bench.results import ResultRow, append_row, read_rows
 from mmtok_deploy.budget import Budget
@@ -107,12 +107,13 @@ class Sweep:
         """Makes the questions, draws the scenes, and takes up the answers that are there.
 
         Raises:
-            ValueError: The answers that are there are to other questions.
+            ValueError: The rows that are there are of another model or other seeds, or the answers to other questions.
         """
         for seed in self.plan.seeds:
             self._scenes[seed] = make_scenes(seed, self.plan.num_questions, self.plan.kinds)
             for asked in self._scenes[seed]:
                 self._urls[seed, asked.index] = image_url(picture_of(asked.scene, self.picture_px))
+        self._check_rows(read_rows(self.path))
         self._answers = read_answers(answers_beside(self.path))
         for cell, answers in self._answers.items():
             expected = fingerprint(self._scenes.get(cell.seed, []))
@@ -175,6 +176,23 @@ class Sweep:
             for row in read_rows(self.path)
             if row.case["seed"] == pooled and (row.case["method"], row.case["budget"]) in settings
         ]
+
+    def _check_rows(self, rows: Sequence[ResultRow]) -> None:
+        pooled = fingerprint([asked for seed in self.plan.seeds for asked in self._scenes[seed]])
+        for row in rows:
+            found = row.case.get("task", row.bench), row.case.get("model", "no model")
+            if found != (POCKET, self.model):
+                raise ValueError(
+                    f"{self.path} holds rows of {found[0]} tasks on {found[1]}, here are {POCKET} tasks on "
+                    f"{self.model}: go on with the model that it was begun with, or start anew"
+                )
+            # Rows of all seeds together are not written again.
+            if row.case["seed"] == ALL_SEEDS and row.case["question_set"] != pooled:
+                seeds = ", ".join(map(str, self.plan.seeds))
+                raise ValueError(
+                    f"{self.path} holds scores over other seeds or questions than those of {seeds}: go on with the "
+                    "same --seeds in the same order, or start anew"
+                )
 
     def _cells(self) -> Iterator[Cell]:
         for method, budget in self.plan.settings():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from mmtok_deploy.bench.quality.asking import Asker, RequestError
 from mmtok_deploy.bench.quality.sweep import WITH_AGENT, NotPrunedError, Plan, Sweep
 from mmtok_deploy.bench.results import read_rows
 from tests.bench.quality.stand_in import TOKENS, Reply, budget_of, completion, says, serving
+from tests.bench.report.rows import selector_rows, write
 
 KINDS: tuple[Kind, ...] = ("existence", "count")
 PLAN = Plan(methods=("mmtok", "even"), budgets=("4", "all"), seeds=(0, 1), kinds=KINDS, num_questions=12)
 
 
-def run(plan: Plan, path: Path, reply: Reply) -> tuple[Sweep, int]:
+def run(plan: Plan, path: Path, reply: Reply, model: str = "pocket") -> tuple[Sweep, int]:
     """Returns the sweep, and how many requests it took."""
     asked = 0
 
@@ -30,7 +32,7 @@ def run(plan: Plan, path: Path, reply: Reply) -> tuple[Sweep, int]:
             await sweep.run(asker, on_answer, lambda cell: None)
 
     path.touch()
-    sweep = Sweep(plan, path, "pocket")
+    sweep = Sweep(plan, path, model)
     sweep.prepare()
     with serving(reply) as url:
         asyncio.run(ask(url))
@@ -110,6 +112,25 @@ def test_going_on_with_other_questions_is_refused(tmp_path: Path) -> None:
     run(plan, path, says("yes"))
     with pytest.raises(ValueError, match="answers to other questions"):
         run(Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=4), path, says("yes"))
+
+
+def test_going_on_with_another_model_or_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    plan = Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=3)
+    run(plan, path, says("yes"))
+    with pytest.raises(ValueError, match="holds rows of pocket tasks on pocket, here are pocket tasks on other: go on"):
+        run(plan, path, says("yes"), model="other")
+    with pytest.raises(ValueError, match="holds rows of selector tasks on no model"):
+        run(plan, write(tmp_path / "selector.jsonl", selector_rows()), says("yes"))
+
+
+def test_going_on_with_other_seeds_than_the_pooled_rows_are_of_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    two = replace(PLAN, methods=("even",), num_questions=3)
+    run(replace(two, seeds=(0,)), path, says("yes"))
+    assert run(two, path, says("yes"))[1] == two.num_requests // 2
+    with pytest.raises(ValueError, match=r"scores over other seeds or questions than those of 0, 1, 2: .* --seeds"):
+        run(replace(two, seeds=(0, 1, 2)), path, says("yes"))
 
 
 def test_the_server_with_an_agent_is_asked_what_is_its_part(tmp_path: Path) -> None:
