@@ -8,15 +8,30 @@ import rich.table
 
 from mmtok_deploy.bench.quality.rows import ALL_SEEDS, POCKET, UNPRUNED
 from mmtok_deploy.bench.report.blocks import Table
-from mmtok_deploy.bench.results import ResultRow
+from mmtok_deploy.bench.results import CaseValue, ResultRow
 
-__all__ = ["by_model", "pooled_rows", "printable", "score_tables"]
+__all__ = ["by_model", "left_out", "pooled_rows", "printable", "score_tables"]
 
 
 def pooled_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Returns the pocket rows of all seeds together, or all of them where each run had but one seed."""
-    pocket = [row for row in rows if row.case["task"] == POCKET]
-    return [row for row in pocket if row.case["seed"] == ALL_SEEDS] or pocket
+    """Returns the pocket rows to show: for each model and kind those over one set of questions.
+
+    All seeds together go before a single one, then the most questions, then the newest.
+    """
+    shown = _shown_sets(rows)
+    return [row for row in _pocket(rows) if _set_of(row) == shown[_place(row)]]
+
+
+def left_out(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Returns the pocket rows over other questions, but for single seeds of what is shown for all of them."""
+    shown = _shown_sets(rows)
+    settings = {(_place(row), row.case["method"], row.case["budget"]) for row in pooled_rows(rows)}
+    return [
+        row
+        for row in _pocket(rows)
+        if _set_of(row) != shown[_place(row)]
+        and (row.case["seed"] == ALL_SEEDS or (_place(row), row.case["method"], row.case["budget"]) not in settings)
+    ]
 
 
 def by_model(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
@@ -49,6 +64,30 @@ def printable(table: Table) -> rich.table.Table:
     for row in table.rows:
         shown.add_row(*row)
     return shown
+
+
+def _pocket(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    return [row for row in rows if row.case["task"] == POCKET]
+
+
+def _place(row: ResultRow) -> tuple[CaseValue, CaseValue]:
+    return row.case["model"], row.case["kind"]
+
+
+def _set_of(row: ResultRow) -> tuple[bool, CaseValue]:
+    return row.case["seed"] == ALL_SEEDS, row.case["question_set"]
+
+
+def _shown_sets(rows: Sequence[ResultRow]) -> dict[tuple[CaseValue, CaseValue], tuple[bool, CaseValue]]:
+    best: dict[tuple[CaseValue, CaseValue], ResultRow] = {}
+    for row in _pocket(rows):
+        place = _place(row)
+        best[place] = max(best.get(place, row), row, key=_rank)
+    return {place: _set_of(row) for place, row in best.items()}
+
+
+def _rank(row: ResultRow) -> tuple[bool, float, str]:
+    return row.case["seed"] == ALL_SEEDS, row.metrics["num_questions"], row.time
 
 
 def _accuracy_title(kind: str, rows: Sequence[ResultRow]) -> str:

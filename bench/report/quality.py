@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from mmtok_deploy.bench.quality.public_table import public_table
 from mmtok_deploy.bench.quality.rows import POCKET, UNPRUNED
-from mmtok_deploy.bench.quality.table import by_model, pooled_rows, score_tables
-from mmtok_deploy.bench.report.blocks import Part, Plot
+from mmtok_deploy.bench.quality.table import by_model, left_out, pooled_rows, score_tables
+from mmtok_deploy.bench.report.blocks import Part, Plot, in_words
 from mmtok_deploy.bench.report.gather import Measurement, newest
 from mmtok_deploy.bench.report.plots import DOWNSAMPLED, PALETTE, new_figure, plot_of
 from mmtok_deploy.bench.report.plots import UNPRUNED as GREY
@@ -27,8 +28,22 @@ def quality_part(measurements: Sequence[Measurement]) -> Part:
             "Pocket tasks: held-out scenes, exact match; the 95% intervals are bootstrapped over scenes, and a share "
             "of the unpruned score over both runs' answers to the same questions."
         )
+    others = left_out(rows)
+    if others:
+        sentences.append(
+            "A table is of one set of questions, that of all seeds together where there is one, else the largest, of "
+            f"those the newest; left out are {in_words(_counted(others))}."
+        )
     tables = (*score_tables(rows), *([public_table(public)] if public else ()))
     return Part("Quality", sentences=tuple(sentences), plots=tuple(_plots(pocket)), tables=tables)
+
+
+def _counted(rows: Sequence[ResultRow]) -> list[str]:
+    groups = Counter((str(row.case["model"]), row.metrics["num_questions"]) for row in rows)
+    return [
+        f"{number} row{'s' if number > 1 else ''} of {model} over {num_questions:.0f} questions"
+        for (model, num_questions), number in groups.items()
+    ]
 
 
 def _plots(rows: Sequence[ResultRow]) -> list[Plot]:

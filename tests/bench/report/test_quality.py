@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mmtok_deploy.bench.report.document import make_report
@@ -85,6 +87,39 @@ def test_models_are_apart() -> None:
         "Quality: pocket llava-1.5",
         "Quality: pocket qwen2.5-vl",
     ]
+
+
+def fewer(row: ResultRow, **changes: CaseValue) -> ResultRow:
+    return replace(row, case={**row.case, **changes}, metrics={**row.metrics, "num_questions": 10.0, "accuracy": 0.1})
+
+
+def test_a_table_is_of_one_set_of_questions() -> None:
+    later = [replace(fewer(each, question_set="few"), time="2026-11-22T10:00:00+00:00") for each in ROWS[:2]]
+    part = quality_part(measured([*ROWS, *later]))
+    assert part.tables == quality_part(measured(ROWS)).tables
+    assert part.sentences[1].endswith("; left out are 2 rows of pocket llava-1.5 over 10 questions.")
+    assert quality_part(measured(later)).sentences[1:] == ()
+
+
+def test_of_sets_as_large_the_newest_counts() -> None:
+    other = replace(scored("mmtok", "25%", 49, 0.9, question_set="new"), time="2026-11-22T10:00:00+00:00")
+    for rows in ([*ROWS, other], [other, *ROWS]):
+        (table,) = quality_part(measured(rows)).tables
+        assert [line[0] for line in table.rows] == ["mmtok"]
+        assert table.rows[0][1].startswith("90.0")
+
+
+def test_a_model_of_one_seed_stands_beside_one_of_several() -> None:
+    single = [scored(*given, model="one", seed="0", question_set="s0") for given in (("mmtok", "4", 4, 0.5),)]
+    part = quality_part(measured([*ROWS, *single]))
+    assert [table.title.split(":")[0] for table in part.tables] == ["pocket llava-1.5", "one"]
+    assert part.sentences[1:] == ()
+
+
+def test_single_seeds_of_what_is_not_shown_are_told() -> None:
+    seeds = [scored(method, "4", 4, 0.3, seed="0", question_set="s0") for method in ("mmtok", "divprune")]
+    part = quality_part(measured([*ROWS, *seeds]))
+    assert part.sentences[1].endswith("left out are 1 row of pocket llava-1.5 over 510 questions.")
 
 
 def test_in_the_report() -> None:
