@@ -27,6 +27,7 @@ __all__ = [
     "UnfinishedRowWarning",
     "append_row",
     "device_name",
+    "drop_unfinished_line",
     "latencies_ms",
     "make_latency_row",
     "make_row",
@@ -157,6 +158,15 @@ def append_row(path: Path, row: ResultRow) -> None:
         file.write(json.dumps(asdict(row)) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def drop_unfinished_line(path: Path) -> bool:
+    """Returns whether the file's last line had no end, and was cut off: the next one would have been joined to it."""
+    text = path.read_bytes()
+    num_whole = text.rfind(b"\n") + 1
+    if num_whole < len(text):
+        os.truncate(path, num_whole)
+    return num_whole < len(text)
 
 
 def read_rows(path: Path) -> list[ResultRow]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmtok_deploy.bench.pocket.questions import Kind
 
-__all__ = ["Answer", "Cell", "answers_beside", "append_answers", "read_answers"]
+__all__ = ["Answer", "Cell", "answers_beside", "append_answers", "read_answers", "replace_answers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,14 @@ def answers_beside(rows: Path) -> Path:
 def append_answers(path: Path, answers: Sequence[Answer]) -> None:
     """Writes a finished cell's answers, a JSON object a line."""
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+        file.write(_lines(answers))
+
+
+def replace_answers(path: Path, answers: Iterable[Answer]) -> None:
+    """Writes the answers in place of those that are there, which stay as they are until all are written."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(_lines(answers), encoding="utf-8")
+    partial.replace(path)
 
 
 def read_answers(path: Path) -> dict[Cell, list[Answer]]:
@@ -90,3 +97,7 @@ def read_answers(path: Path) -> dict[Cell, list[Answer]]:
             raise ValueError(f"{path}:{number} is no answer of mmtok quality: {error}") from error
         cells.setdefault(answer.cell, []).append(answer)
     return cells
+
+
+def _lines(answers: Iterable[Answer]) -> str:
+    return "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)

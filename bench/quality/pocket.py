@@ -65,7 +65,8 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
     path = arguments.resume or new_result_file(arguments.results_dir, BENCH)
     picture_px = PICTURE_PX.get(arguments.family or _DEFAULT_FAMILY, SCENE_PX)
     sweep = Sweep(plan, path, _model_name(arguments), device, picture_px)
-    sweep.prepare()
+    for note in sweep.prepare():
+        print(f"mmtok quality: {note}", file=sys.stderr)
     console = Console(highlight=False, stderr=arguments.json)
     try:
         with _served(arguments, plan, device, path.with_suffix(".log"), console) as (url, guided):

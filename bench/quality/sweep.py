@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -13,12 +14,26 @@ import torch
 from mmtok_deploy.bench.chat import image_url
 from mmtok_deploy.bench.pocket.questions import Kind
 from mmtok_deploy.bench.pocket.scenes import SCENE_PX
-from mmtok_deploy.bench.quality.answers import Answer, Cell, answers_beside, append_answers, read_answers
+from mmtok_deploy.bench.quality.answers import (
+    Answer,
+    Cell,
+    answers_beside,
+    append_answers,
+    read_answers,
+    replace_answers,
+)
 from mmtok_deploy.bench.quality.asking import Asker, Request, Said
 from mmtok_deploy.bench.quality.questions import SCORED_KINDS, AskedScene, fingerprint, make_scenes, picture_of
 from mmtok_deploy.bench.quality.rows import ALL_SEEDS, POCKET, UNPRUNED, rows_of
 from mmtok_deploy.bench.quality.scoring import is_right
-from mmtok_deploy.bench.results import ResultRow, append_row, read_rows
+from mmtok_deploy.bench.results import (
+    CaseValue,
+    ResultRow,
+    UnfinishedRowWarning,
+    append_row,
+    drop_unfinished_line,
+    read_rows,
+)
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, check_method
 
@@ -27,6 +42,8 @@ __all__ = ["METHODS", "WITH_AGENT", "NotPrunedError", "Plan", "Sweep"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 WITH_AGENT = "mmtok+agent"
 """MMTok on another server, whose guidance an agent's answer joins."""
+
+_Written = tuple[CaseValue, CaseValue, CaseValue, CaseValue]
 
 
 class NotPrunedError(RuntimeError):
@@ -103,8 +120,11 @@ class Sweep:
     _urls: dict[tuple[int, int], str] = field(default_factory=dict)
     _answers: dict[Cell, list[Answer]] = field(default_factory=dict)
 
-    def prepare(self) -> None:
+    def prepare(self) -> list[str]:
         """Makes the questions, draws the scenes, and takes up the answers that are there.
+
+        Returns:
+            A sentence on each thing that an earlier run was killed over, and that is dropped.
 
         Raises:
             ValueError: The rows that are there are of another model or other seeds, or the answers to other questions.
@@ -113,15 +133,22 @@ class Sweep:
             self._scenes[seed] = make_scenes(seed, self.plan.num_questions, self.plan.kinds)
             for asked in self._scenes[seed]:
                 self._urls[seed, asked.index] = image_url(picture_of(asked.scene, self.picture_px))
-        self._check_rows(read_rows(self.path))
-        self._answers = read_answers(answers_beside(self.path))
+        beside = answers_beside(self.path)
+        self._check_rows()
+        notes = [
+            f"the last line of {path} was cut off and is dropped"
+            for path in (self.path, beside)
+            if path.exists() and drop_unfinished_line(path)
+        ]
+        self._answers = read_answers(beside)
         for cell, answers in self._answers.items():
             expected = fingerprint(self._scenes.get(cell.seed, []))
             if answers[0].question_set != expected:
                 raise ValueError(
-                    f"{answers_beside(self.path)} holds answers to other questions (set {answers[0].question_set}, "
-                    f"here {expected}): go on with the same seeds, kinds, questions, NumPy and Pillow, or start anew"
+                    f"{beside} holds answers to other questions (set {answers[0].question_set}, here {expected}): "
+                    "go on with the same seeds, kinds, questions, NumPy and Pillow, or start anew"
                 )
+        return notes + self._drop_unfinished_cells()
 
     @property
     def num_done(self) -> int:
@@ -151,7 +178,7 @@ class Sweep:
         """
         if WITH_AGENT in self.plan.methods and agent_asker is None:
             raise ValueError(f"{WITH_AGENT} is asked of a server with --mmtok-agent-url, and there is none")
-        written = {(row.case["method"], row.case["budget"], row.case["seed"]) for row in read_rows(self.path)}
+        written = {_written(row) for row in read_rows(self.path)}
         for method, budget in self.plan.settings():
             for seed in self.plan.seeds:
                 cell = Cell(method, budget, seed)
@@ -162,10 +189,9 @@ class Sweep:
                     self._check_pruned(cell, answers)
                     append_answers(answers_beside(self.path), answers)
                     self._answers[cell] = answers
-                if (method, budget, str(seed)) not in written:
-                    self._write([cell], seed)
-            if len(self.plan.seeds) > 1 and (method, budget, ALL_SEEDS) not in written:
-                self._write([Cell(method, budget, seed) for seed in self.plan.seeds], ALL_SEEDS)
+                self._write([cell], seed, written)
+            if len(self.plan.seeds) > 1:
+                self._write([Cell(method, budget, seed) for seed in self.plan.seeds], ALL_SEEDS, written)
 
     def rows(self) -> list[ResultRow]:
         """Returns the rows of every setting that is finished: all seeds together, or the one that there is."""
@@ -177,7 +203,11 @@ class Sweep:
             if row.case["seed"] == pooled and (row.case["method"], row.case["budget"]) in settings
         ]
 
-    def _check_rows(self, rows: Sequence[ResultRow]) -> None:
+    def _check_rows(self) -> None:
+        with warnings.catch_warnings():
+            # A row that was cut off is told when it is dropped.
+            warnings.simplefilter("ignore", UnfinishedRowWarning)
+            rows = read_rows(self.path)
         pooled = fingerprint([asked for seed in self.plan.seeds for asked in self._scenes[seed]])
         for row in rows:
             found = row.case.get("task", row.bench), row.case.get("model", "no model")
@@ -193,6 +223,21 @@ class Sweep:
                     f"{self.path} holds scores over other seeds or questions than those of {seeds}: go on with the "
                     "same --seeds in the same order, or start anew"
                 )
+
+    def _drop_unfinished_cells(self) -> list[str]:
+        unfinished = [cell for cell in self._answers if len(self._answers[cell]) != self._num_questions(cell.seed)]
+        for cell in unfinished:
+            del self._answers[cell]
+        if unfinished:
+            kept = (answer for answers in self._answers.values() for answer in answers)
+            replace_answers(answers_beside(self.path), kept)
+        return [
+            f"not all answers of {cell.method} at {cell.budget}, seed {cell.seed}, were written: it is asked again"
+            for cell in unfinished
+        ]
+
+    def _num_questions(self, seed: int) -> int:
+        return sum(len(asked.questions) for asked in self._scenes[seed])
 
     def _cells(self) -> Iterator[Cell]:
         for method, budget in self.plan.settings():
@@ -229,14 +274,23 @@ class Sweep:
                 "server started with --mmtok-budget, and without --mmtok-min-tokens-in?"
             )
 
-    def _write(self, cells: Sequence[Cell], seed: int | str) -> None:
+    def _write(self, cells: Sequence[Cell], seed: int | str, written: Set[_Written]) -> None:
+        """Writes the cells' rows, a kind each, but for those that an earlier run wrote."""
+        method, budget = cells[0].method, cells[0].budget
+        if all((method, budget, str(seed), kind) in written for kind in self.plan.kinds):
+            return
         answers = [answer for cell in cells for answer in self._answers[cell]]
         unpruned = [answer for cell in cells for answer in self._answers.get(Cell(UNPRUNED, "all", cell.seed), ())]
         question_set = fingerprint([asked for cell in cells for asked in self._scenes[cell.seed]])
         for row in rows_of(
             answers, unpruned, model=self.model, seed=seed, question_set=question_set, device=self.device
         ):
-            append_row(self.path, row)
+            if _written(row) not in written:
+                append_row(self.path, row)
+
+
+def _written(row: ResultRow) -> _Written:
+    return row.case["method"], row.case["budget"], row.case["seed"], row.case["kind"]
 
 
 def _fields(cell: Cell) -> dict[str, str | int]:

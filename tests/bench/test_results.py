@@ -14,6 +14,7 @@ from mmtok_deploy.bench.results import (
     SCHEMA,
     UnfinishedRowWarning,
     append_row,
+    drop_unfinished_line,
     latencies_ms,
     make_latency_row,
     make_row,
@@ -119,3 +120,12 @@ def test_a_last_row_cut_off_is_skipped_with_a_warning(tmp_path: Path) -> None:
 
 def test_a_last_row_that_lacks_only_its_end_of_line_is_whole(tmp_path: Path) -> None:
     assert read_rows(write(tmp_path / "rows.jsonl", WRITTEN, json.dumps(WRITTEN))) == [ROW, ROW]
+
+
+def test_a_last_line_without_its_end_is_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", WRITTEN, json.dumps(WRITTEN)[:100])
+    assert drop_unfinished_line(path)
+    append_row(path, ROW)
+    assert read_rows(path) == [ROW, ROW]
+    assert not drop_unfinished_line(path)
+    assert read_rows(path) == [ROW, ROW]

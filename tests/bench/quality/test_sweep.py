@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,53 @@ def test_going_on_with_other_questions_is_refused(tmp_path: Path) -> None:
     run(plan, path, says("yes"))
     with pytest.raises(ValueError, match="answers to other questions"):
         run(Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=4), path, says("yes"))
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "of_next_row", "num_answers", "of_next_answer"),
+    [(7, 0, 48, 0), (7, 60, 48, 0), (8, 0, 43, 0), (8, 0, 43, 100), (0, 30, 30, 30)],
+    ids=["rows", "in a row", "answers", "in an answer", "all but one cell"],
+)
+def test_going_on_after_a_kill_loses_nothing_and_has_nothing_twice(
+    num_rows: int, of_next_row: int, num_answers: int, of_next_answer: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    answers = answers_beside(path)
+    plan = replace(PLAN, methods=("even",), num_questions=6)
+    run(plan, path, says("yes"))
+    rows, said = lines_of(path), lines_of(answers)
+    assert (len(rows), len(said)) == (12, 48)
+    path.write_text("".join(rows[:num_rows]) + "".join(rows[num_rows:])[:of_next_row])
+    answers.write_text("".join(said[:num_answers]) + "".join(said[num_answers:])[:of_next_answer])
+    asked = run(plan, path, says("yes"))[1]
+    assert asked == 48 - 12 * (num_answers // 12)
+    assert len(lines_of(answers)) == len(said)
+    assert {cell: len(each) for cell, each in read_answers(answers).items()} == {
+        Cell(method, budget, seed): 12 for method, budget in plan.settings() for seed in plan.seeds
+    }
+    cases = [row.case for row in read_rows(path)]
+    assert sorted(map(str, cases)) == sorted(str(json.loads(line)["case"]) for line in rows)
+    assert run(plan, path, says("yes"))[1] == 0
+
+
+def test_what_a_killed_run_left_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    plan = Plan(methods=("even",), budgets=("4",), seeds=(0,), kinds=KINDS, num_questions=6)
+    run(plan, path, says("yes"))
+    for each in (path, answers_beside(path)):
+        each.write_text(each.read_text()[:-9])
+    sweep = Sweep(plan, path, "pocket")
+    assert sweep.prepare() == [
+        f"the last line of {path} was cut off and is dropped",
+        f"the last line of {answers_beside(path)} was cut off and is dropped",
+        "not all answers of even at 4, seed 0, were written: it is asked again",
+    ]
+    assert Sweep(plan, path, "pocket").prepare() == []
+    assert sweep.num_done == 0
 
 
 def test_going_on_with_another_model_or_file_is_refused(tmp_path: Path) -> None:
