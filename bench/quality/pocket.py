@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ _DEFAULT_FAMILY: Family = "llava-1.5"
 _IMPOSSIBLE: Mapping[Family, MethodName] = {"qwen2.5-vl": "visionzip", "llava-next": "downsample"}
 # As long as a server with many requests under way may take: a question that is not answered ends the run.
 _AGENT_TIMEOUT_MS = 60_000
+_NUM_ASKED = "mmtok:agent_milliseconds_count"
 
 
 def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> int:
@@ -71,7 +73,7 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
     try:
         with _served(arguments, plan, device, path.with_suffix(".log"), console) as (url, guided):
             check_server(url)
-            asyncio.run(_run(sweep, url, None if guided is None else guided.url, arguments, console))
+            asyncio.run(_run(sweep, url, guided, arguments, console))
             if guided is not None:
                 console.print(_cost_of_agent(guided))
     except (ServerError, RequestError, NotPrunedError, OSError) as error:
@@ -193,22 +195,29 @@ def _agent_arguments(url: str) -> list[str]:
     return [f"--mmtok-agent-url={url}", f"--mmtok-agent-timeout-ms={_AGENT_TIMEOUT_MS}", "--enable-metrics"]
 
 
-def _cost_of_agent(server: SglangServer) -> str:
-    """Returns what the agent cost in a sentence.
+def _check_agent(server: SglangServer) -> None:
+    """Returns if the agent answered every question so far.
 
     Raises:
-        ServerError: A question was not answered by it, so that part of the scores is not that of an agent.
+        ServerError: It did not, so that the scores would not be those of an agent.
     """
     counts = read_counts(server)
-    num_asked = counts.get("mmtok:agent_milliseconds_count", 0)
     num_missed = sum(counts.get(f"mmtok:agent_{name}_total", 0) for name in ("timeouts", "errors"))
     if num_missed:
+        num_asked = counts.get(_NUM_ASKED, 0)
         raise ServerError(f"{num_missed:.0f} of {num_asked:.0f} questions had no answer of the agent: see its log")
+
+
+def _cost_of_agent(server: SglangServer) -> str:
+    counts = read_counts(server)
+    num_asked = counts.get(_NUM_ASKED, 0)
     mean_ms = counts.get("mmtok:agent_milliseconds_sum", 0) / max(1, num_asked)
     return f"The agent was asked {num_asked:.0f} times; a request waited {mean_ms:.1f} ms for it, on average."
 
 
-async def _run(sweep: Sweep, url: str, agent_url: str | None, arguments: argparse.Namespace, console: Console) -> None:
+async def _run(
+    sweep: Sweep, url: str, guided: SglangServer | None, arguments: argparse.Namespace, console: Console
+) -> None:
     def asker_of(address: str) -> Asker:
         return Asker(address, num_at_once=arguments.concurrency, max_tokens=arguments.max_tokens)
 
@@ -220,8 +229,13 @@ async def _run(sweep: Sweep, url: str, agent_url: str | None, arguments: argpars
 
         async with contextlib.AsyncExitStack() as askers:
             asker = await askers.enter_async_context(asker_of(url))
-            agent_asker = None if agent_url is None else await askers.enter_async_context(asker_of(agent_url))
-            await sweep.run(asker, lambda: progress.advance(bar), on_cell, agent_asker=agent_asker)
+            if guided is None:
+                await sweep.run(asker, lambda: progress.advance(bar), on_cell)
+                return
+            agent_asker = await askers.enter_async_context(asker_of(guided.url))
+            # Cell by cell: a server that is started for --resume has counted nothing of what was missed before.
+            check = partial(_check_agent, guided)
+            await sweep.run(asker, lambda: progress.advance(bar), on_cell, agent_asker=agent_asker, check_agent=check)
 
 
 def _show(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> None:

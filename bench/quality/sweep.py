@@ -162,6 +162,7 @@ class Sweep:
         on_cell: Callable[[Cell], None],
         *,
         agent_asker: Asker | None = None,
+        check_agent: Callable[[], None] = lambda: None,
     ) -> None:
         """Asks what is left of the plan.
 
@@ -170,6 +171,8 @@ class Sweep:
             on_answer: Called after each answer.
             on_cell: Called before the first question of a cell.
             agent_asker: Of the server with an agent, for the method `WITH_AGENT`.
+            check_agent: Called before the answers of a cell of `WITH_AGENT` are kept; raises where they are not an
+                agent's.
 
         Raises:
             ValueError: The plan has `WITH_AGENT`, and there is no such server.
@@ -187,6 +190,8 @@ class Sweep:
                     of_agent = agent_asker if method == WITH_AGENT else None
                     answers = await self._ask(of_agent or asker, cell, on_answer)
                     self._check_pruned(cell, answers)
+                    if of_agent is not None:
+                        check_agent()
                     append_answers(answers_beside(self.path), answers)
                     self._answers[cell] = answers
                 self._write([cell], seed, written)

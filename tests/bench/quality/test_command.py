@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mmtok_deploy.bench.quality import pocket
 from mmtok_deploy.bench.results import read_rows
 from mmtok_deploy.cli import main
 from tests.bench.quality.stand_in import budget_of, completion, says, serving
@@ -55,6 +58,26 @@ def test_a_failed_request_keeps_what_was_finished(tmp_path: Path, capsys: pytest
         assert main(arguments(url, tmp_path, f"--resume={path}", "--json")) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["case"]["budget"] for row in rows] == ["all", "all", "4", "4"]
+
+
+def test_what_the_agent_did_not_answer_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"mmtok:agent_milliseconds_count": 8.0, "mmtok:agent_timeouts_total": 1.0}
+    command = ["quality", "--tasks=count", "--methods=mmtok,mmtok+agent", "--budgets=4", "--seeds=0"]
+    command += ["--num-questions=8", f"--results-dir={tmp_path}"]
+    with serving(says("2"), PRUNES) as url:
+        servers = contextlib.nullcontext((url, SimpleNamespace(url=url)))
+        monkeypatch.setattr(pocket, "_served", lambda *arguments: servers)
+        monkeypatch.setattr(pocket, "read_counts", lambda server: counts)
+        assert main(command) == 1
+        assert "1 of 8 questions had no answer of the agent" in capsys.readouterr().err
+        (path,) = tmp_path.glob("*.jsonl")
+        assert [row.case["method"] for row in read_rows(path)] == ["mmtok"]
+        counts["mmtok:agent_timeouts_total"] = 0.0
+        assert main([*command, f"--resume={path}"]) == 0
+    assert "The agent was asked 8 times" in capsys.readouterr().out
+    assert [row.case["method"] for row in read_rows(path)] == ["mmtok", "mmtok+agent"]
 
 
 def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
