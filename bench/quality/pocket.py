@@ -25,11 +25,12 @@ from mmtok_deploy.bench.pocket.scenes import SCENE_PX
 from mmtok_deploy.bench.progress import progress_bar
 from mmtok_deploy.bench.quality.answers import Cell, answers_beside
 from mmtok_deploy.bench.quality.asking import Asker, RequestError
+from mmtok_deploy.bench.quality.plan import METHODS, WITH_AGENT, Plan
 from mmtok_deploy.bench.quality.plot import plot_scores
 from mmtok_deploy.bench.quality.questions import SCORED_KINDS
 from mmtok_deploy.bench.quality.recorded import RECORDED, record
 from mmtok_deploy.bench.quality.rows import BENCH
-from mmtok_deploy.bench.quality.sweep import METHODS, WITH_AGENT, NotPrunedError, Plan, Sweep
+from mmtok_deploy.bench.quality.sweep import NotPrunedError, Sweep
 from mmtok_deploy.bench.quality.table import printable, score_tables
 from mmtok_deploy.bench.results import new_result_file
 from mmtok_deploy.bench.serve.server_counts import read_counts

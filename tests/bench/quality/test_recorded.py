@@ -15,6 +15,7 @@ from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.pocket.model import PICTURE_PX
 from mmtok_deploy.bench.quality.answers import answers_beside, read_answers
 from mmtok_deploy.bench.quality.asking import Asker
+from mmtok_deploy.bench.quality.plan import Plan
 from mmtok_deploy.bench.quality.recorded import (
     RECORDED_BUDGET,
     RECORDED_METHOD,
@@ -22,7 +23,7 @@ from mmtok_deploy.bench.quality.recorded import (
     read_recorded,
     record,
 )
-from mmtok_deploy.bench.quality.sweep import Plan, Sweep
+from mmtok_deploy.bench.quality.sweep import Sweep
 from mmtok_deploy.bench.results import CaseValue
 from mmtok_deploy.bench.server import SglangServer
 from tests.bench.report.rows import row
