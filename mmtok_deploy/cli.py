@@ -15,7 +15,7 @@ _EXTRAS = {"bench": "bench", "demo": "bench,sglang", "quality": "bench,sglang", 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage."""
+    """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage, 130 Ctrl-C."""
     # Inside, so that every layer may start from here; light, so that --help is quick.
     from mmtok_deploy.bench.families import PocketFamily
     from mmtok_deploy.bench.pocket.command import add_pocket_parser
@@ -156,6 +156,9 @@ def _bench_selector(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"mmtok bench selector: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"Stopped; the rows of finished cases are kept in {arguments.output}.", file=sys.stderr)
+        return 130
 
 
 def _bench_report(arguments: argparse.Namespace) -> int:

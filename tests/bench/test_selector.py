@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,19 @@ class TestBench:
         assert run(folder=tmp_path) == 1
         assert "dense is wrong at 24 -> 3: pick 0 is token 0" in capsys.readouterr().out
         assert [read_rows(path) for path in tmp_path.glob("*.jsonl")] == [[]]
+
+    def test_ctrl_c_keeps_finished_cases(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def problem_of_24(num_tokens: int, *rest: Any) -> SelectionProblem:
+            if num_tokens == 40:
+                raise KeyboardInterrupt
+            return make_problem(num_tokens, *rest)
+
+        monkeypatch.setattr(selector, "make_problem", problem_of_24)
+        assert run("--backends=lazy", folder=tmp_path) == 130
+        assert f"Stopped; the rows of finished cases are kept in {tmp_path}." in capsys.readouterr().err
+        assert [[row.case["num_tokens"] for row in read_rows(path)] for path in tmp_path.glob("*.jsonl")] == [[24]]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
