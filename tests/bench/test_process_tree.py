@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -39,9 +40,8 @@ def started(code: str, num_processes: int) -> Iterator[subprocess.Popen[bytes]]:
         (f"{START.format(child=SLEEP, session=False)}; {SLEEP}", 2),
         (f"{START.format(child=SLEEP, session=True)}; {SLEEP}", 2),
         (f"{START.format(child=STUBBORN, session=False)}; {STUBBORN}", 2),
-        (START.format(child=SLEEP, session=False), 1),
     ],
-    ids=["one", "child", "child in another session", "deaf to SIGTERM", "orphan"],
+    ids=["one", "child", "child in another session", "deaf to SIGTERM"],
 )
 def test_everything_ends(code: str, num_processes: int) -> None:
     with started(code, num_processes) as process:
@@ -49,6 +49,17 @@ def test_everything_ends(code: str, num_processes: int) -> None:
         end_process_tree(process.pid, grace_s=0.3)
         assert process_tree(process.pid) == []
         assert [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_an_orphan_ends() -> None:
+    with started(START.format(child=SLEEP, session=False), 1) as process:
+        # Ended, and not yet reaped: its number is still its own.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        (orphan,) = process_tree(process.pid)
+        assert orphan.pid != process.pid
+        end_process_tree(process.pid, grace_s=0.3)
+        assert process_tree(process.pid) == []
+        assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 
 def test_ctrl_c_while_ending_ends_everything_first(monkeypatch: pytest.MonkeyPatch) -> None:
