@@ -92,7 +92,12 @@ def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
         return says("yes")(body)
 
     with serving(reply, PRUNES) as url:
-        command = [sys.executable, "-c", "import sys; from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"]
+        # A shell's background jobs ignore SIGINT, and hand that down.
+        program = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", program]
         root = str(Path(__file__).parents[3])
         environment = {**os.environ, "PYTHONPATH": root}
         process = subprocess.Popen([*command, *arguments(url, tmp_path)], env=environment, stderr=subprocess.PIPE)
