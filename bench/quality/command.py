@@ -103,8 +103,16 @@ def run_quality(arguments: argparse.Namespace) -> int:
         print(f"mmtok quality: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped; what was finished is kept, and --resume goes on from it.", file=sys.stderr)
+        print(f"Stopped; {_way_on(arguments)}", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _way_on(arguments: argparse.Namespace) -> str:
+    if arguments.action == "setup":
+        return "the same command installs what is missing."
+    if _pocket_kinds(arguments.tasks):
+        return "what was finished is kept, and --resume goes on from it."
+    return "the rows of finished budgets are kept: name those that are left by --budgets."
 
 
 def _pocket_kinds(tasks: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.bench.quality import pocket
+from mmtok_deploy.bench.quality import lmms_eval, pocket, public
 from mmtok_deploy.bench.results import read_rows
 from mmtok_deploy.cli import main
 from tests.bench.quality.stand_in import budget_of, completion, says, serving
@@ -106,3 +106,24 @@ def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
     assert b"Traceback" not in said
     (path,) = tmp_path.glob("*.jsonl")
     assert {row.case["budget"] for row in read_rows(path)} == {"all"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["setup"], "the same command installs what is missing"),
+        (["--tasks=pope", "--budgets=64", "--model-path=m"], "name those that are left by --budgets"),
+        (["--tasks=count"], "--resume goes on from it"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lmms_eval, "install", interrupt)
+    monkeypatch.setattr(public, "run_public_tasks", interrupt)
+    monkeypatch.setattr(pocket, "run_pocket_tasks", interrupt)
+    assert main(["quality", *arguments]) == 130
+    assert said in capsys.readouterr().err
