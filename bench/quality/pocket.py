@@ -28,7 +28,7 @@ from mmtok_deploy.bench.quality.asking import Asker, RequestError
 from mmtok_deploy.bench.quality.plan import METHODS, WITH_AGENT, Plan
 from mmtok_deploy.bench.quality.plot import plot_scores
 from mmtok_deploy.bench.quality.questions import SCORED_KINDS
-from mmtok_deploy.bench.quality.recorded import RECORDED, record
+from mmtok_deploy.bench.quality.recorded import RECORDED, RECORDED_BUDGET, RECORDED_METHOD, record
 from mmtok_deploy.bench.quality.rows import BENCH
 from mmtok_deploy.bench.quality.sweep import NotPrunedError, Sweep
 from mmtok_deploy.bench.quality.table import printable, score_tables
@@ -57,6 +57,11 @@ def run_pocket_tasks(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> i
     plan = _plan(arguments, kinds)
     if arguments.record and (arguments.url or arguments.model_path):
         raise ValueError("--record is for the pocket models that this package brings along: drop it")
+    if arguments.record and not _can_be_recorded(plan):
+        raise ValueError(
+            f"--record writes {RECORDED_METHOD} at {RECORDED_BUDGET} over several seeds: have them among --methods, "
+            "--budgets and --seeds, or drop it"
+        )
     if arguments.url and WITH_AGENT in plan.methods:
         raise ValueError(f"{WITH_AGENT} needs two servers, which are started without --url: drop one of the two")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -151,6 +156,10 @@ def _plan(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> Plan:
         kinds=tuple(kind for kind in SCORED_KINDS if kind in kinds),
         num_questions=arguments.num_questions or default.num_questions,
     )
+
+
+def _can_be_recorded(plan: Plan) -> bool:
+    return (RECORDED_METHOD, RECORDED_BUDGET) in plan.settings() and len(plan.seeds) > 1
 
 
 def _print_plan(plan: Plan, arguments: argparse.Namespace, device: torch.device) -> None:

@@ -127,3 +127,11 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(pocket, "run_pocket_tasks", interrupt)
     assert main(["quality", *arguments]) == 130
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--methods=even,random", "--budgets=all,4", "--seeds=1"])
+def test_what_cannot_be_recorded_is_refused_before_it_is_asked(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quality", "--record", "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["quality", "--record", "--dry-run", given]) == 2
+    assert "--record writes mmtok at 25% over several seeds" in capsys.readouterr().err
