@@ -12,24 +12,35 @@ __all__ = ["BENCHMARKS", "PAPER_BUDGETS", "Benchmark"]
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A benchmark: lmms-eval's task, and the metrics whose sum is the score."""
+    """A benchmark.
+
+    Args:
+        task: lmms-eval's name.
+        metrics: Whose sum is the score; none for a task that is not the paper's.
+        factor: By which the score is multiplied to be in the paper's unit.
+    """
 
     task: str
     metrics: tuple[str, ...]
+    factor: float = 1.0
 
+
+# What lmms-eval gives as a fraction, and the paper in percent.
+_PERCENT = 100.0
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "gqa": Benchmark("gqa", ("exact_match",)),
-    # The one of its kind that no other model has to judge.
+    "gqa": Benchmark("gqa", ("exact_match",), _PERCENT),
+    # The one of its kind that no other model has to judge; lmms-eval gives it in percent.
     "mmbench": Benchmark("mmbench_en_dev_static", ("gpt_eval_score",)),
+    # In points.
     "mme": Benchmark("mme", ("mme_perception_score", "mme_cognition_score")),
-    "pope": Benchmark("pope", ("pope_f1_score",)),
-    "scienceqa": Benchmark("scienceqa_img", ("exact_match",)),
-    "vqav2": Benchmark("vqav2_val", ("exact_match",)),
-    "textvqa": Benchmark("textvqa_val", ("exact_match",)),
-    "mmmu": Benchmark("mmmu_val", ("mmmu_acc",)),
-    "seedbench": Benchmark("seedbench", ("seed_image",)),
-    "ocrbench": Benchmark("ocrbench", ("ocrbench_accuracy",)),
+    "pope": Benchmark("pope", ("pope_f1_score",), _PERCENT),
+    "scienceqa": Benchmark("scienceqa_img", ("exact_match",), _PERCENT),
+    "vqav2": Benchmark("vqav2_val", ("exact_match",), _PERCENT),
+    "textvqa": Benchmark("textvqa_val", ("exact_match",), _PERCENT),
+    "mmmu": Benchmark("mmmu_val", ("mmmu_acc",), _PERCENT),
+    "seedbench": Benchmark("seedbench", ("seed_image",), _PERCENT),
+    "ocrbench": Benchmark("ocrbench", ("ocrbench_accuracy",), _PERCENT),
 }
 """Tasks and metrics of lmms-eval 0.7.3. VQAv2 is its validation split: the test split's answers are not public."""
 

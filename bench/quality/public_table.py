@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS
 from mmtok_deploy.bench.quality.published import PUBLISHED
 from mmtok_deploy.bench.quality.rows import UNPRUNED
 from mmtok_deploy.bench.report.blocks import Table, without_empty_columns
 from mmtok_deploy.bench.results import ResultRow
 
 __all__ = ["public_table"]
+
+_TITLE = "Public benchmarks, by lmms-eval: scores in %, MME's in points, those of other tasks as lmms-eval gives them"
 
 
 def public_table(rows: Sequence[ResultRow]) -> Table:
@@ -20,7 +23,7 @@ def public_table(rows: Sequence[ResultRow]) -> Table:
         for row in chosen:
             share = f"{100 * row.metrics['share']:.1f}" if "share" in row.metrics else ""
             who = str(row.case["model"]) or "measured"
-            cells = (f"{row.metrics['score']:.4g}", share, f"{row.metrics['num_questions']:.0f}")
+            cells = (f"{_score(row):.4g}", share, f"{row.metrics['num_questions']:.0f}")
             lines.append((task, who, str(row.case["method"]), str(row.case["budget"]), *cells))
         budgets = {row.case["budget"] for row in chosen if row.case["method"] in ("mmtok", UNPRUNED)}
         for quoted in PUBLISHED:
@@ -30,4 +33,10 @@ def public_table(rows: Sequence[ResultRow]) -> Table:
                 share = "" if quoted.budget == "all" else f"{100 * quoted.share:.1f}"
                 lines.append((task, f"{quoted.model}, the paper", method, quoted.budget, score, share, ""))
     columns = ("benchmark", "model", "method", "budget", "score", "% of unpruned", "questions")
-    return without_empty_columns(Table("Public benchmarks, by lmms-eval", columns, tuple(lines), num_texts=4))
+    return without_empty_columns(Table(_TITLE, columns, tuple(lines), num_texts=4))
+
+
+def _score(row: ResultRow) -> float:
+    """Returns the row's score, which is lmms-eval's, in the unit that the paper has it in."""
+    benchmark = BENCHMARKS.get(str(row.case["task"]))
+    return row.metrics["score"] * (benchmark.factor if benchmark else 1)

@@ -128,6 +128,6 @@ def test_in_the_report() -> None:
     rows = [*ROWS, row("quality", public, {"score": 0.8512, "num_questions": 9000.0, "share": 0.99})]
     page = to_markdown(make_report(measured(rows), [], None))
     assert "llava-hf/llava-1.5-7b-hf" in page
-    assert "0.8512" in page
+    assert "| 85.12 |" in page
     assert "LLaVA-1.5-7B, the paper" in page
     assert "87.7" in page
