@@ -29,6 +29,9 @@ class Interval:
 def accuracy_interval(num_right: _Counts, num_asked: _Counts) -> Interval:
     """Returns the accuracy with its interval; scenes are drawn, as the questions about one are not independent.
 
+    Where all answers are right or all are wrong, every draw is alike and says nothing: the interval is the exact one
+    (Clopper-Pearson) of as many trials as there are scenes.
+
     Args:
         num_right: [scenes], right answers.
         num_asked: [scenes], questions.
@@ -36,7 +39,12 @@ def accuracy_interval(num_right: _Counts, num_asked: _Counts) -> Interval:
     Raises:
         ValueError: Shapes that differ, or fewer than two scenes.
     """
-    return _ratio_interval(num_right, num_asked)
+    drawn = _ratio_interval(num_right, num_asked)
+    if drawn.value not in (0, 1):
+        return drawn
+    num_scenes = len(num_asked)
+    exact = stats.binomtest(num_scenes if drawn.value else 0, num_scenes).proportion_ci(_LEVEL, method="exact")
+    return Interval(drawn.value, float(exact.low), float(exact.high))
 
 
 def share_interval(num_right: _Counts, num_right_unpruned: _Counts) -> Interval | None:

@@ -45,9 +45,15 @@ def test_share_of_nearly_nothing_is_left_out() -> None:
     assert share_interval(right, right) is None
 
 
-def test_all_right_has_an_interval() -> None:
-    interval = accuracy_interval(np.full(30, 2.0), np.full(30, 2.0))
-    assert (interval.low, interval.high) == (1, 1)
+def test_all_right_or_all_wrong_is_not_certain() -> None:
+    # Two questions a scene: they are no more trials than the scenes are.
+    asked = np.full(30, 2.0)
+    interval = accuracy_interval(asked, asked)
+    assert (interval.value, interval.high) == (1, 1)
+    assert interval.low == pytest.approx(0.025 ** (1 / 30))
+    interval = accuracy_interval(np.zeros(30), asked)
+    assert (interval.value, interval.low) == (0, 0)
+    assert interval.high == pytest.approx(1 - 0.025 ** (1 / 30))
 
 
 def test_counts_that_do_not_fit() -> None:
