@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -28,8 +29,8 @@ _POLL_INTERVAL_S = 0.25
 # Short: what SIGTERM leaves undone is nothing but SGLang's wait for a crash diagnosis, which takes 5 s.
 _STOP_GRACE_S = 1.0
 _LOG_END_LINES = 40
-# Below the ports that SGLang takes for its ranks (from 22000) and the system for outgoing connections (from 32768): a
-# server binds its port only when it is ready.
+# Below those that SGLang takes by itself (from 22000) and the system for outgoing connections (from 32768): a server
+# binds its ports long after it is told them.
 _PORTS = range(20000, 22000)
 # Requests go to this machine: a proxy named in the environment is not asked.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -112,9 +113,8 @@ class SglangServer:
     ) -> None:
         self.model_path = os.fspath(model_path)
         self.args = args
-        reservation = _reserve_port()
-        self.port: int = reservation.getsockname()[1]
-        weakref.finalize(self, reservation.close)
+        self.port = self._reserved_port()
+        self._ranks_port = self._reserved_port()
         self.start_s: float | None = None
         self._env = dict(env or {})
         self._log_path = log_path
@@ -137,6 +137,7 @@ class SglangServer:
         return [
             *(sys.executable, "-m", "sglang.launch_server"),
             *(f"--model-path={self.model_path}", "--host=127.0.0.1", f"--port={self.port}"),
+            f"--nccl-port={self._ranks_port}",
             *self.args,
         ]
 
@@ -174,7 +175,7 @@ class SglangServer:
         try:
             with _OPENER.open(f"{self.url}/server_info", timeout=30) as answer:
                 info: dict[str, Any] = json.load(answer)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ServerError(f"{self.url}/server_info does not answer: {error}.\n{self.log_end()}") from error
         return info
 
@@ -224,13 +225,16 @@ class SglangServer:
             ServerError: It died, or did not start or answer in time; the message ends with the log's end.
         """
         since_s = self._started_at_s if self.start_s is None else time.monotonic()
-        while not self._is_ready():
-            waited_s = time.monotonic() - since_s
+        while True:
+            # First whether it lives: were it gone, another server might answer at its port.
             if not self.is_alive():
                 raise ServerError(
                     f"the server for {self.model_path} ended while starting (exit status {self._exit_status()}).\n"
                     f"{self.log_end()}"
                 )
+            if self._is_ready():
+                break
+            waited_s = time.monotonic() - since_s
             if waited_s > self._start_timeout_s:
                 missed = "start" if self.start_s is None else "answer"
                 raise ServerError(
@@ -265,6 +269,11 @@ class SglangServer:
     ) -> None:
         self._block.close()
 
+    def _reserved_port(self) -> int:
+        reservation = _reserve_port()
+        weakref.finalize(self, reservation.close)
+        return int(reservation.getsockname()[1])
+
     def _exit_status(self) -> int | None:
         if self._process is None or self._process.returncode is not None:
             return None if self._process is None else self._process.returncode
@@ -278,7 +287,7 @@ class SglangServer:
         try:
             with _OPENER.open(f"{self.url}/ready", timeout=5) as answer:
                 return bool(answer.status == 200)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def _log_lines(self, num_lines: int) -> str:

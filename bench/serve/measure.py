@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ from mmtok_deploy.bench.server import ServerError, SglangServer
 
 __all__ = ["ModelRun", "chats_file", "seeds_of"]
 
-_FAILURES = (ServerError, LoadError, openai.OpenAIError, OSError, ValueError)
+_FAILURES = (ServerError, LoadError, openai.OpenAIError, http.client.HTTPException, OSError, ValueError)
 
 
 def seeds_of(sweep: Sweep, turn: Turn, cell: Cell) -> list[str]:

@@ -5,7 +5,9 @@ import socket
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -64,12 +66,30 @@ def test_a_signal_while_starting_leaves_no_process(number: signal.Signals, statu
 def test_no_two_servers_are_given_the_same_port(tmp_path: Path) -> None:
     # A tenth of all ports: drawn without a look at one another, some would be equal.
     servers = [SglangServer(tmp_path) for _ in range(200)]
-    assert len({server.port for server in servers}) == 200
+    assert len({server.port for server in servers} | {server._ranks_port for server in servers}) == 400
     # SGLang binds like this.
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", servers[0].port))
         listener.listen()
+
+
+def test_a_dead_server_is_not_ready_though_another_answers_at_its_port(tmp_path: Path) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    server = SglangServer(tmp_path / "no-checkpoint", env=cpu_environment())
+    with ThreadingHTTPServer(("127.0.0.1", server.port), Ready) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        server.start()
+        while server.is_alive():
+            time.sleep(0.1)
+        with pytest.raises(ServerError, match="ended while starting"):
+            server.wait_until_ready()
+        other.shutdown()
+    server.stop()
 
 
 def test_a_server_starts_once(tmp_path: Path) -> None:

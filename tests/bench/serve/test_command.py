@@ -54,7 +54,8 @@ class TestDryRun:
         budgets = [[word for word in server if word.startswith("--mmtok-budget=")] for server in servers]
         assert budgets == [[], ["--mmtok-budget=all"], ["--mmtok-budget=10%"], ["--mmtok-budget=5%"]]
         rest = {
-            tuple(word for word in server if not word.startswith(("--mmtok-budget=", "--port="))) for server in servers
+            tuple(word for word in server if not word.startswith(("--mmtok-budget=", "--port=", "--nccl-port=")))
+            for server in servers
         }
         assert len(rest) == 1
         (words,) = map(set, rest)
