@@ -72,7 +72,7 @@ def add_export_parser(commands: Any) -> None:
     selection.add_argument(
         "--keys-dtype", choices=_DTYPES, help="of the features before the projector (qwen2.5-vl: float32, else --dtype)"
     )
-    _add_common(selection)
+    _add_common(selection, "default llava-1.5")
 
     encoder = kinds.add_parser("encoder", help="a vision encoder with the selection: pixels in, kept tokens out")
     encoder.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
@@ -82,7 +82,7 @@ def add_export_parser(commands: Any) -> None:
     encoder.add_argument(
         "--random-weights", action="store_true", help="from config.json alone, to try sizes and engines"
     )
-    _add_common(encoder)
+    _add_common(encoder, "default: the model's")
 
     attach = kinds.add_parser("attach", help="the selection at the end of an encoder that is an ONNX file already")
     attach.add_argument("--onnx", type=Path, required=True, help="the encoder")
@@ -97,7 +97,7 @@ def add_export_parser(commands: Any) -> None:
     attach.add_argument(
         "--dim", type=_named_range, action="append", default=[], metavar="NAME=RANGE", help="range of another open size"
     )
-    _add_common(attach)
+    _add_common(attach, "needed where a temperature or alpha is not given")
 
     check = kinds.add_parser("check", help="hold an exported file against the reference again")
     check.add_argument("file", type=Path, help="an ONNX file or an engine, with its manifest beside it")
@@ -198,7 +198,7 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         budget=_num_kept(arguments.budget, arguments.tokens),
         num_tokens=arguments.tokens,
         num_words=arguments.text_tokens,
-        config=_config(arguments, "llava-1.5"),
+        config=_config(arguments, None),
         form=arguments.form,
         grid_width=arguments.grid_width,
     )
@@ -291,7 +291,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
     parser.add_argument("--budget", type=_budget, required=True, help="tokens to keep: 64, or 10%% of a fixed number")
     parser.add_argument(
         "--text-tokens",
@@ -301,7 +301,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help=f"rows of text: {_SIZES} (default 1:32:256)",
     )
     parser.add_argument("--form", choices=_FORMS, default="lazy", help="how the picks are made (default lazy)")
-    parser.add_argument("--preset", choices=PRESETS, help="whose constants (default: the model's, or llava-1.5)")
+    parser.add_argument("--preset", choices=PRESETS, help=f"whose constants ({default_preset})")
     parser.add_argument("--tv-temp", type=float, help="temperature of the text-to-vision softmax")
     parser.add_argument("--vv-temp", type=float, help="temperature of the vision-to-vision softmax")
     parser.add_argument("--alpha", type=float, help="weight of covering the image against covering the text")
@@ -321,9 +321,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _config(arguments: argparse.Namespace, family: str) -> SelectionConfig:
+def _config(arguments: argparse.Namespace, family: str | None) -> SelectionConfig:
+    """Returns the constants of the flags, and for what they leave out those of the preset or the family."""
+    named = arguments.preset or family
+    if named is None and None in (arguments.tv_temp, arguments.vv_temp, arguments.alpha):
+        raise ValueError(
+            f"the file does not say which constants its encoder needs: name a --preset ({', '.join(PRESETS)}), or "
+            "give --tv-temp, --vv-temp and --alpha"
+        )
     given = {name: getattr(arguments, name) for name in ("tv_temp", "vv_temp", "alpha", "coverage")}
-    preset = PRESETS[arguments.preset or family].config
+    preset = PRESETS[named].config if named else SelectionConfig()
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -49,6 +49,16 @@ def test_exporting_and_onnx_runtime(folder: Path, capsys: pytest.CaptureFixture[
     assert printed.startswith("(1, 64) (1, 64, 4096)\nonnxruntime ")
 
 
+def test_attaching(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks("export.md", "bash") for line in block.replace("\\\n", "").splitlines()]
+    commands = [line for line in lines if line.startswith("mmtok export attach")]
+    assert len(commands) == 2
+    for command in commands:
+        # As far as it can go here: everything is said but for the file itself.
+        assert main(shlex.split(command)[1:]) == 2
+        assert capsys.readouterr().err == "mmtok export: visual.onnx is not there\n"
+
+
 def test_reporting(folder: Path) -> None:
     pytest.importorskip("plotly", reason="plotly is not installed")
     (first, *_) = blocks("report.md", "bash")

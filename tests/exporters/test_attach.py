@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtok_deploy import SelectionConfig, select_tokens
+from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.exporters.artifact import export_model
 from mmtok_deploy.exporters.attach import Attachment, attach_selection, open_dimensions
@@ -243,3 +244,33 @@ def test_an_old_opset(onnx_file: Path, tmp_path: Path) -> None:
     ir.save(model, tmp_path / "visual.onnx", external_data="visual.data")
     with pytest.raises(ValueError, match="has opset 13, the selection needs 18 or later"):
         attach_selection(tmp_path / "visual.onnx", attachment())
+
+
+def command(onnx_file: Path, output: Path, *arguments: str) -> list[str]:
+    where = [f"--onnx={onnx_file}", "--vision=output", "--keys=linear", f"--keys-per-token={GROUP}", "--grid-width=6"]
+    index = "--keys-index=reverse_window_index"
+    return ["export", "attach", *where, index, f"--budget={BUDGET}", f"--output={output}", *arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config"),
+    [
+        (["--preset=qwen2.5-vl"], SelectionConfig(0.01, 0.2, 0.5)),
+        (["--preset=qwen2.5-vl", "--alpha=2"], SelectionConfig(0.01, 0.2, 2)),
+        (["--tv-temp=0.1", "--vv-temp=0.3", "--alpha=2"], SelectionConfig(0.1, 0.3, 2)),
+    ],
+)
+def test_constants_are_a_presets_or_the_users(
+    onnx_file: Path, tmp_path: Path, arguments: list[str], config: SelectionConfig
+) -> None:
+    assert main(command(onnx_file, tmp_path / "a.onnx", *arguments)) == 0
+    assert Manifest.load(tmp_path / "a.onnx").constants == config
+
+
+@pytest.mark.parametrize("arguments", [[], ["--tv-temp=0.1", "--vv-temp=0.3"]])
+def test_constants_are_nobodys_by_themselves(
+    onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert main(command(onnx_file, tmp_path / "a.onnx", *arguments)) == 2
+    assert "name a --preset (llava-1.5, llava-next, qwen2.5-vl), or give --tv-temp" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
