@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmtok_deploy.coverage import coverage_curve, coverage_matrix
 from mmtok_deploy.engines import Engine, open_engine
+from mmtok_deploy.engines.tensorrt import compute_capability
 from mmtok_deploy.manifest import Check, Manifest, TensorInfo
 
 __all__ = ["CheckFailedError", "check_artifact"]
@@ -54,6 +55,14 @@ def check_artifact(file: Path, manifest: Manifest, *, on_case: Callable[[str], N
         return Check("not run", "", "no NVIDIA GPU was at hand: run mmtok export check where the engine will run")
     if manifest.format != "onnx" and manifest.kind != "selection":
         return Check("not run", "", "an engine with an encoder is checked by its ONNX file alone")
+    if manifest.format != "onnx" and compute_capability() not in manifest.details["compute_capabilities"]:
+        built_for = ", ".join(manifest.details["compute_capabilities"])
+        return Check(
+            "not run",
+            "",
+            f"built for compute capability {built_for}, the GPU at hand has {compute_capability()}: run mmtok export "
+            "check where the engine will run",
+        )
     device = torch.device("cpu" if manifest.format == "onnx" else "cuda")
     if manifest.kind == "selection":
         return _check_engine(open_engine(file, device), device, on_case)

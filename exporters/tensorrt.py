@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.engines.tensorrt import tensorrt_module
+from mmtok_deploy.engines.tensorrt import compute_capability, tensorrt_module
 from mmtok_deploy.exporters.artifact import file_infos, new_artifact, now
 from mmtok_deploy.exporters.check import check_artifact
 from mmtok_deploy.manifest import ArtifactError, Check, Manifest, TensorInfo
@@ -50,7 +50,7 @@ def choose_library(targets: list[str]) -> Library:
     wanted = _wanted(targets)
     if set(wanted) <= RTX_TARGETS:
         return "tensorrt-rtx"
-    if wanted == [_compute_capability()]:
+    if wanted == [_at_hand()]:
         return "tensorrt"
     raise _no_engine_for(wanted)
 
@@ -60,7 +60,7 @@ def check_targets(library: Library, targets: list[str], budget: int) -> None:
     wanted = _wanted(targets)
     if library == "tensorrt-rtx" and not set(wanted) <= RTX_TARGETS:
         raise _no_engine_for(wanted)
-    if library == "tensorrt" and wanted != [_compute_capability()]:
+    if library == "tensorrt" and wanted != [_at_hand()]:
         raise ValueError(f"TensorRT builds for the GPU at hand alone, not for {', '.join(wanted)}: leave --target out")
     if budget > _MAX_BUDGET:
         raise ValueError(f"TensorRT keeps at most {_MAX_BUDGET} tokens (its TopK), asked for were {budget}")
@@ -97,7 +97,7 @@ def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[st
         ArtifactError: The ONNX file is not what was exported.
         EngineBuildError: TensorRT does not build it; its own messages are in the error.
         EngineError: The library is not installed.
-        CheckFailedError: A GPU is at hand, and the engine's answer is not the reference's.
+        CheckFailedError: A GPU that it is built for is at hand, and the engine's answer is not the reference's.
     """
     source = Manifest.load(onnx_file)
     module = tensorrt_module(library)
@@ -119,14 +119,14 @@ def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[st
 
 
 def _wanted(targets: list[str]) -> list[str]:
-    at_hand = _compute_capability()
+    at_hand = _at_hand()
     if targets or at_hand:
         return targets or [str(at_hand)]
     raise ValueError("there is no NVIDIA GPU here to build for: name one, such as --target 8.6 (RTX A6000)")
 
 
-def _compute_capability() -> str | None:
-    return ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
+def _at_hand() -> str | None:
+    return compute_capability() if torch.cuda.is_available() else None
 
 
 def _serialized(module: Any, onnx_file: Path, source: Manifest, library: Library, targets: list[str]) -> bytes:

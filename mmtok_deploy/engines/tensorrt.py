@@ -12,7 +12,7 @@ from torch import Tensor
 from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs
 from mmtok_deploy.manifest import Manifest
 
-__all__ = ["TensorRTEngine", "tensorrt_module"]
+__all__ = ["TensorRTEngine", "compute_capability", "tensorrt_module"]
 
 
 class TensorRTEngine:
@@ -84,11 +84,16 @@ def tensorrt_module(name: str) -> Any:
         raise EngineError(f"{name} is not installed ({error}): pip install 'mmtok-deploy[{name}]'") from error
 
 
+def compute_capability(device: torch.device | None = None) -> str:
+    """Returns a GPU's compute capability, by default of the one at hand: "8.6"."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
 def _check_compute_capability(file: Path, manifest: Manifest, device: torch.device) -> None:
-    major, minor = torch.cuda.get_device_capability(device)
+    found = compute_capability(device)
     built_for = manifest.details["compute_capabilities"]
-    if f"{major}.{minor}" not in built_for:
+    if found not in built_for:
         raise EngineError(
             f"{file.name} was built for compute capability {', '.join(built_for)}, "
-            f"{torch.cuda.get_device_name(device)} has {major}.{minor}: build one for it"
+            f"{torch.cuda.get_device_name(device)} has {found}: build one for it"
         )

@@ -67,6 +67,14 @@ def test_one_engine_for_several_gpus(exported: Path) -> None:
     assert manifest.details["compute_capabilities"] == [A6000, RTX_4090]
 
 
+@pytest.mark.usefixtures("hopper")
+def test_for_another_gpu_than_the_one_at_hand(exported: Path) -> None:
+    path, manifest = build(exported, A6000)
+    assert manifest.check.status == "not run"
+    assert "built for compute capability 8.6, the GPU at hand has 9.0: run mmtok export check" in manifest.check.detail
+    assert Manifest.load(path) == manifest
+
+
 def test_what_is_there_stays_unless_forced(exported: Path) -> None:
     path, _ = build(exported, A6000)
     with pytest.raises(FileExistsError, match="--force"):
