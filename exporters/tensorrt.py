@@ -24,8 +24,12 @@ __all__ = [
     "engine_path",
 ]
 
-RTX_TARGETS = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
-"""What TensorRT-RTX 1.7 builds for: Turing, Ampere, Ada and Blackwell, but neither Hopper nor datacenter Blackwell."""
+RTX_TARGETS = frozenset({"8.0", "8.6", "8.9", "12.0", "12.1"})
+"""What TensorRT-RTX 1.7 builds a selection for: Ampere, Ada, Blackwell, but neither Hopper nor datacenter Blackwell."""
+
+# In TensorRT-RTX's list, but it builds no float32 matrix product for it (1.7: "FP32 GEMM is not supported"), and the
+# selection is float32 inside whatever its features are.
+_WITHOUT_FLOAT32 = "7.5"
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -68,10 +72,11 @@ def check_targets(library: Library, targets: list[str], budget: int) -> None:
 
 def _no_engine_for(wanted: list[str]) -> ValueError:
     others = ", ".join(target for target in wanted if target not in RTX_TARGETS)
+    reason = f" (for {_WITHOUT_FLOAT32} it multiplies no float32 matrices)" if _WITHOUT_FLOAT32 in wanted else ""
     return ValueError(
-        f"TensorRT-RTX has no engines for compute capability {others}, and TensorRT builds on the GPU itself: on a "
-        "machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there; or run the ONNX file by "
-        "ONNX Runtime's CUDA provider"
+        f"TensorRT-RTX has no engines for compute capability {others}{reason}, and TensorRT builds on the GPU itself: "
+        "on a machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there; or run the ONNX file "
+        "by ONNX Runtime's CUDA provider"
     )
 
 

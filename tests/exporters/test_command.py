@@ -81,6 +81,7 @@ def test_where_it_goes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--target=8.6"], "--target is for an engine: add --tensorrt"),
         (["--tensorrt", "--target=x"], "a compute capability is written 8.6 or sm86, got 'x'"),
         (["--tensorrt", "--target=10.0"], "no engines for compute capability 10.0"),
+        (["--tensorrt", "--target=7.5"], "no engines for compute capability 7.5 (for 7.5 it multiplies no float32"),
         (["--tensorrt=tensorrt-rtx", "--target=9.0"], "no engines for compute capability 9.0"),
         (["--tensorrt=tensorrt", "--target=8.6"], "TensorRT builds for the GPU at hand alone, not for 8.6"),
         (["--tensorrt", "--target=8.6", "--tokens=4000", "--budget=4000"], "TensorRT keeps at most 3840 tokens"),

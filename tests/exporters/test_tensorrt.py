@@ -15,7 +15,14 @@ from mmtok_deploy.engines.tensorrt import tensorrt_module
 from mmtok_deploy.exporters import tensorrt
 from mmtok_deploy.exporters.artifact import export_model
 from mmtok_deploy.exporters.selection_graph import FORMS, FeatureDtype, Form, SelectionSpec, build_selection
-from mmtok_deploy.exporters.tensorrt import EngineBuildError, Library, build_engine, choose_library, engine_path
+from mmtok_deploy.exporters.tensorrt import (
+    EngineBuildError,
+    Library,
+    build_engine,
+    check_targets,
+    choose_library,
+    engine_path,
+)
 from mmtok_deploy.manifest import ArtifactError, Manifest, describe_file
 from tests.exporters.graphs import batch_of
 from tests.mmtok_deploy.problems import random_problem
@@ -115,7 +122,7 @@ def test_a_graph_that_tensorrt_does_not_know(exported: Path) -> None:
 
 class TestChoosing:
     @pytest.mark.usefixtures("no_gpu")
-    @pytest.mark.parametrize("targets", [["8.6"], ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]])
+    @pytest.mark.parametrize("targets", [["8.6"], ["8.0", "8.6", "8.9", "12.0", "12.1"]])
     def test_rtx_builds_for_gpus_that_are_not_here(self, targets: list[str]) -> None:
         assert choose_library(targets) == "tensorrt-rtx"
 
@@ -124,6 +131,14 @@ class TestChoosing:
     def test_datacenter_gpus_need_tensorrt_on_the_machine(self, targets: list[str]) -> None:
         with pytest.raises(ValueError, match=rf"no engines for .*{targets[-1]}.*\[tensorrt\].*CUDA provider"):
             choose_library(targets)
+
+    @pytest.mark.usefixtures("no_gpu")
+    @pytest.mark.parametrize("targets", [["7.5"], ["7.5", "8.6"]])
+    def test_turing_has_no_float32_products(self, targets: list[str]) -> None:
+        with pytest.raises(ValueError, match=r"capability 7\.5 \(for 7\.5 it multiplies no float32 matrices"):
+            choose_library(targets)
+        with pytest.raises(ValueError, match=r"no float32 matrices"):
+            check_targets("tensorrt-rtx", targets, 4)
 
     @pytest.mark.usefixtures("no_gpu")
     def test_without_a_gpu_a_target_must_be_named(self) -> None:
@@ -149,7 +164,14 @@ class TestChoosing:
 
 def test_the_targets_are_those_of_the_library() -> None:
     known = {name for name in dir(tensorrt_module("tensorrt-rtx").ComputeCapability) if name.startswith("SM")}
-    assert known == {f"SM{target.replace('.', '')}" for target in tensorrt.RTX_TARGETS}
+    assert known - {"SM75"} == {f"SM{target.replace('.', '')}" for target in tensorrt.RTX_TARGETS}
+
+
+def test_why_one_of_its_targets_is_left_out(exported: Path) -> None:
+    # Once the library builds for Turing, it belongs to the targets.
+    with pytest.raises(EngineBuildError, match="FP32 GEMM is not supported"):
+        build(exported, "7.5")
+    assert not list(exported.parent.glob("*.engine*"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
