@@ -9,7 +9,10 @@ STAMP := $(VENV)/.installed
 
 # What engines are built for: the GPU at hand, or an RTX A6000.
 TARGET ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]' | head -n 1),8.6)
-SELECTION = $(BIN)/mmtok export selection --force --tensorrt --target $(TARGET)
+# What TensorRT-RTX builds for, which is installed; for others ENGINES=--tensorrt takes TensorRT, on the GPU itself.
+RTX_TARGETS := 8.0 8.6 8.9 12.0 12.1
+ENGINES = $(if $(filter $(TARGET),$(RTX_TARGETS)),--tensorrt --target $(TARGET))
+SELECTION = $(BIN)/mmtok export selection --force $(ENGINES)
 
 .PHONY: help install demo bench export quality test lint format constraints clean
 
@@ -45,6 +48,8 @@ export: $(STAMP)
 	$(SELECTION) --preset llava-1.5 --tokens 576 --budget 64
 	$(SELECTION) --preset llava-next --tokens 576 --batch 1:5 --budget 32
 	$(SELECTION) --preset qwen2.5-vl --tokens 256:1024:2048 --budget 128 --dtype bfloat16
+	@test -n "$(ENGINES)" || echo "No engines: TensorRT-RTX builds none for $(TARGET). On that GPU:" \
+	  "$(BIN)/pip install -e '.[tensorrt]' && make export ENGINES=--tensorrt"
 
 quality: $(STAMP)
 	$(BIN)/mmtok quality --family $(FAMILY) --results-dir artifacts/quality --record
