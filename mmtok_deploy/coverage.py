@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.precision import float32_products
 
 __all__ = ["coverage_curve", "coverage_matrix", "unit_rows"]
 
 
+@float32_products()
 def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: SelectionConfig) -> Tensor:
     """Returns C = [P; alpha Q], the matrix whose row-wise maxima over a set of columns add up to the set's coverage.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import unit_rows
+from mmtok_deploy.precision import float32_products
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["MAX_BYTES", "MAX_HOST_BYTES", "select", "within_memory"]
@@ -194,6 +195,7 @@ class _Columns:
     def _compute(self, wanted: Sequence[int]) -> Tensor:
         return self._logits(wanted).sub_(self._highest).exp_().mul_(self._scale)
 
+    @float32_products()
     def _logits(self, wanted: Sequence[int]) -> Tensor:
         """Returns [b, R] float32: the similarities of these columns over the temperature."""
         padded = [*wanted, *[wanted[-1]] * (self.block - len(wanted))]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import unit_rows
+from mmtok_deploy.precision import float32_products
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["LazyAnswer", "lazy_maximum_coverage", "select"]
@@ -175,6 +176,7 @@ def _write_image_logits(keys: Tensor, temperature: float, logits: Tensor) -> Non
         logits[stop:, start:stop] = logits[start:stop, stop:].T
 
 
+@float32_products()
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Returns a b^T of two float32 matrices."""
     if torch.backends.mkldnn.is_available():

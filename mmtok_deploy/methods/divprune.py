@@ -10,6 +10,7 @@ from torch import Tensor
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import unit_rows
 from mmtok_deploy.methods.picks import bar, selection_of
+from mmtok_deploy.precision import float32_products
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["select"]
@@ -30,6 +31,7 @@ def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> lis
     return [_select_one(problem) for problem in problems]
 
 
+@float32_products()
 def _select_one(problem: SelectionProblem) -> Selection:
     tokens = unit_rows(problem.vision)
     order = torch.empty(problem.num_picks, dtype=torch.int64, device=tokens.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.methods.picks import highest, selection_of
+from mmtok_deploy.precision import float32_products
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["class_token_attention", "select"]
@@ -35,6 +36,7 @@ def _select_one(problem: SelectionProblem) -> Selection:
     return selection_of(order, problem.attention[order].cumsum(dim=0))
 
 
+@float32_products()
 def class_token_attention(queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
     """Returns [B, N] float32: what the class token, the first of N + 1, pays to each other token, over all heads.
 
