@@ -109,6 +109,8 @@ def new_artifact(path: Path, *, force: bool) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder / path.name
+        # Minutes may have passed, in which another export wrote it.
+        check_output(path, force=force)
         # The manifest comes last: without it nothing loads the file.
         written = sorted(folder.iterdir(), key=lambda file: file == Manifest.path_of(folder / path.name))
         for file in _files_of(path):

@@ -49,6 +49,19 @@ def test_what_is_there_stays_unless_forced(exported: Path, spec: SelectionSpec) 
     assert Manifest.load(exported).budget == 4
 
 
+def test_what_another_export_wrote_meanwhile_stays_unless_forced(tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    with pytest.raises(FileExistsError, match="--force"), new_artifact(path, force=False) as late:  # noqa: PT012
+        late.write_text("late")
+        with new_artifact(path, force=False) as early:
+            early.write_text("early")
+    assert path.read_text() == "early"
+    assert list(tmp_path.iterdir()) == [path]
+    with new_artifact(path, force=True) as forced:
+        forced.write_text("forced")
+    assert path.read_text() == "forced"
+
+
 def test_weights_of_another_file_are_not_overwritten(spec: SelectionSpec, tmp_path: Path) -> None:
     weights = tmp_path / "a.onnx.data"
     weights.write_bytes(b"somebody's")
