@@ -47,6 +47,7 @@ def export_model(
     *,
     details: Mapping[str, Any] | None = None,
     dimensions: Mapping[str, DimRange] | None = None,
+    source: Path | None = None,
     force: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
@@ -59,6 +60,7 @@ def export_model(
         spec: Its selection.
         details: For the manifest.
         dimensions: Ranges of further named sizes.
+        source: The file that the model was read from, which stays; so do its weights.
         force: Whether it may replace a file.
         on_step: Called with what is done next.
 
@@ -67,6 +69,7 @@ def export_model(
         OSError: It could not be written.
         CheckFailedError: The graph does not give the reference's answer.
     """
+    _check_source(path, model, source)
     with new_artifact(path, force=force) as file:
         on_step(f"writing {path.name}")
         _save_model(model, file)
@@ -130,6 +133,19 @@ def check_output(path: Path, *, force: bool) -> None:
             raise FileExistsError(f"{existing} is there already: choose another --output, or --force to replace it")
 
 
+def _check_source(path: Path, model: ir.Model, source: Path | None) -> None:
+    """Raises FileExistsError if one of the files to write is one that the model is read from."""
+    weights = {Path(tensor.path) for tensor in _weights(model) if isinstance(tensor, ir.ExternalTensor)}
+    for read in [*weights, *([source] if source else [])]:
+        for written in _files_of(path):
+            if written.exists() and written.samefile(read):
+                raise FileExistsError(f"{written} is what is exported from: choose another --output")
+
+
+def _weights(model: ir.Model) -> list[ir.TensorProtocol]:
+    return [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+
+
 def _files_of(path: Path) -> list[Path]:
     return [path, path.with_name(f"{path.name}{_WEIGHTS_SUFFIX}"), Manifest.path_of(path)]
 
@@ -141,7 +157,7 @@ def _save_model(model: ir.Model, path: Path) -> None:
         ValueError: The model is not valid, shapes and types included.
         OSError: It could not be written.
     """
-    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    weights = _weights(model)
     is_large = sum(tensor.nbytes for tensor in weights) > _MAX_INLINE_BYTES
     # Weights that stand in a file beside another graph come along.
     is_elsewhere = any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)

@@ -214,6 +214,7 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         spec,
         details=details,
         dimensions=dict(arguments.dim),
+        source=arguments.onnx,
         force=arguments.force,
         on_step=on_step,
     )

@@ -274,3 +274,17 @@ def test_constants_are_nobodys_by_themselves(
     assert main(command(onnx_file, tmp_path / "a.onnx", *arguments)) == 2
     assert "name a --preset (llava-1.5, llava-next, qwen2.5-vl), or give --tv-temp" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["visual.onnx", "link.onnx", "weights.onnx"])
+def test_the_encoder_is_never_replaced(
+    onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    visual = tmp_path / "visual.onnx"
+    # Its weights have a name that another output's would have.
+    ir.save(ir.load(onnx_file), visual, external_data="weights.onnx.data")
+    (tmp_path / "link.onnx").symlink_to(visual)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(command(visual, tmp_path / output, "--preset=qwen2.5-vl", "--force")) == 2
+    assert "is what is exported from: choose another --output" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
