@@ -11,8 +11,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript import GraphBuilder
 
+from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.exporters.budget import num_kept
 from mmtok_deploy.exporters.join import builder_on, join_selection
 from mmtok_deploy.exporters.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 
@@ -34,7 +36,7 @@ class Attachment:
         keys_per_token: Features that the projector merges into one token: consecutive ones, whose mean is its key.
         keys_index: Integer tensor [N]: which merged feature belongs to each token, where the encoder works in another
             order than it answers in (Qwen2.5-VL's `reverse_window_index`).
-        budget: K.
+        budget: K, or a share of N where that is fixed.
         num_tokens: N; None to read it from the graph.
         num_words: M.
         config: Temperatures, weight, coverage.
@@ -46,7 +48,7 @@ class Attachment:
     keys: str
     keys_per_token: int
     keys_index: str | None
-    budget: int
+    budget: Budget
     num_tokens: DimRange | None
     num_words: DimRange
     config: SelectionConfig
@@ -198,7 +200,7 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
     if not isinstance(batch, int):
         raise ValueError(f"the batch must be fixed, got {_shape_text(vision)}")
     return SelectionSpec(
-        budget=attachment.budget,
+        budget=num_kept(attachment.budget, num_tokens),
         num_tokens=num_tokens,
         num_words=attachment.num_words,
         batch=DimRange.fixed(batch),

@@ -133,11 +133,12 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_deploy.exporters.artifact import export_model
+    from mmtok_deploy.exporters.budget import num_kept
     from mmtok_deploy.exporters.selection_graph import SelectionSpec, build_selection
 
     widths = _WIDTHS[arguments.preset or "llava-1.5"]
     spec = SelectionSpec(
-        budget=_num_kept(arguments.budget, arguments.tokens),
+        budget=num_kept(arguments.budget, arguments.tokens),
         num_tokens=arguments.tokens,
         num_words=arguments.text_tokens,
         batch=arguments.batch,
@@ -160,10 +161,11 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
 
 def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_deploy.exporters.artifact import export_model
-    from mmtok_deploy.exporters.encoder import build_joined_encoder
+    from mmtok_deploy.exporters.budget import num_kept
+    from mmtok_deploy.exporters.encoder import build_joined_encoder, num_tokens_of
     from mmtok_deploy.exporters.encoders import family_of
 
-    budget = _num_kept(arguments.budget, None)
+    budget = num_kept(arguments.budget, DimRange.fixed(num_tokens_of(arguments.model, arguments.image_size)))
     name = f"encoder-{arguments.model.resolve().name}-k{budget}.onnx"
     path = arguments.output or _FOLDER / name
     engine = _planned_engine(path, budget, arguments)
@@ -195,17 +197,17 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         keys=arguments.keys,
         keys_per_token=arguments.keys_per_token,
         keys_index=arguments.keys_index,
-        budget=_num_kept(arguments.budget, arguments.tokens),
+        budget=arguments.budget,
         num_tokens=arguments.tokens,
         num_words=arguments.text_tokens,
         config=_config(arguments, None),
         form=arguments.form,
         grid_width=arguments.grid_width,
     )
-    path = arguments.output or _FOLDER / f"{arguments.onnx.stem}-k{attachment.budget}.onnx"
-    engine = _planned_engine(path, attachment.budget, arguments)
     on_step(f"reading {arguments.onnx}")
     model, spec, details = attach_selection(arguments.onnx, attachment)
+    path = arguments.output or _FOLDER / f"{arguments.onnx.stem}-k{spec.budget}.onnx"
+    engine = _planned_engine(path, spec.budget, arguments)
     _check_dimensions(open_dimensions(model), dict(arguments.dim), has_engine=engine is not None)
     manifest = export_model(
         model,
@@ -333,16 +335,6 @@ def _config(arguments: argparse.Namespace, family: str | None) -> SelectionConfi
     given = {name: getattr(arguments, name) for name in ("tv_temp", "vv_temp", "alpha", "coverage")}
     preset = PRESETS[named].config if named else SelectionConfig()
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
-
-
-def _num_kept(budget: Budget, num_tokens: DimRange | None) -> int:
-    if budget.tokens is not None:
-        return budget.tokens
-    if budget.is_all:
-        raise ValueError("a budget of all tokens needs no selection: name a count or a share")
-    if num_tokens is None or not num_tokens.is_fixed:
-        raise ValueError(f"a budget of {budget} needs a fixed number of tokens, got {num_tokens}: name a count")
-    return budget.num_kept(num_tokens.minimum)
 
 
 def _in_name(size: DimRange) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import torch
 
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.exporters.encoders import EncoderError, export_encoder, native_image_size
+from mmtok_deploy.exporters.encoders import EncoderError, describe_encoder, export_encoder, native_image_size
 from mmtok_deploy.exporters.join import builder_on, join_selection
 from mmtok_deploy.exporters.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 from mmtok_deploy.presets import PRESETS
 
-__all__ = ["JoinedEncoder", "build_joined_encoder"]
+__all__ = ["JoinedEncoder", "build_joined_encoder", "num_tokens_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,7 @@ def build_joined_encoder(
         EncoderError: A checkpoint, image size or dtype that no encoder can be exported from.
         ValueError: A budget above the image's number of tokens.
     """
-    size = image_size or native_image_size(checkpoint)
-    if size is None:
-        raise EncoderError(f"{checkpoint} takes images of many sizes: name one, --image-size WIDTHxHEIGHT")
+    size = _size(checkpoint, image_size)
     encoder = export_encoder(
         checkpoint, size, dtype=getattr(torch, dtype), batch_size=batch_size, random_weights=random_weights
     )
@@ -95,3 +94,23 @@ def build_joined_encoder(
         "edges": edges,
     }
     return JoinedEncoder(encoder.model, spec, details)
+
+
+def num_tokens_of(checkpoint: Path, image_size: tuple[int, int] | None) -> int:
+    """Returns N, the tokens that the checkpoint's encoder makes of one image; no weights are read.
+
+    Args:
+        checkpoint: Hugging Face checkpoint directory.
+        image_size: (width, height) in pixels; None for a model that has one size.
+
+    Raises:
+        EncoderError: As `build_joined_encoder`.
+    """
+    return math.prod(describe_encoder(checkpoint, _size(checkpoint, image_size)).grid)
+
+
+def _size(checkpoint: Path, image_size: tuple[int, int] | None) -> tuple[int, int]:
+    size = image_size or native_image_size(checkpoint)
+    if size is None:
+        raise EncoderError(f"{checkpoint} takes images of many sizes: name one, --image-size WIDTHxHEIGHT")
+    return size

@@ -1,13 +1,21 @@
 """A checkpoint's vision tower and projector as an ONNX model, one file a model family."""
 
 from mmtok_deploy.exporters.encoders.base import EncoderError, ExportedEncoder
-from mmtok_deploy.exporters.encoders.export import FAMILIES, build_encoder, export_encoder, family_of, native_image_size
+from mmtok_deploy.exporters.encoders.export import (
+    FAMILIES,
+    build_encoder,
+    describe_encoder,
+    export_encoder,
+    family_of,
+    native_image_size,
+)
 
 __all__ = [
     "FAMILIES",
     "EncoderError",
     "ExportedEncoder",
     "build_encoder",
+    "describe_encoder",
     "export_encoder",
     "family_of",
     "native_image_size",

@@ -14,7 +14,7 @@ from mmtok_deploy.exporters.encoders.checkpoint import fill_with_noise, load_wei
 from mmtok_deploy.exporters.encoders.llava_1_5 import Llava15Encoder
 from mmtok_deploy.exporters.encoders.qwen2_5_vl import Qwen25VLEncoder
 
-__all__ = ["FAMILIES", "build_encoder", "export_encoder", "family_of", "native_image_size"]
+__all__ = ["FAMILIES", "build_encoder", "describe_encoder", "export_encoder", "family_of", "native_image_size"]
 
 FAMILIES: dict[str, type[Encoder]] = {"llava": Llava15Encoder, "qwen2_5_vl": Qwen25VLEncoder}
 """By the model_type of config.json; add a file and its line here to support another."""
@@ -88,23 +88,28 @@ def build_encoder(
     """Returns the PyTorch module that `export_encoder` exports; the same arguments and errors."""
     if dtype not in _DTYPES:
         raise EncoderError(f"dtype is one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    if batch_size < 1:
-        raise EncoderError(f"batch_size is at least 1, got {batch_size}")
-    family = _family(checkpoint)
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-        with torch.device("meta"):
-            encoder = family(config, image_size, batch_size)
-    except EncoderError:
-        raise
-    except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
-        raise EncoderError(f"{checkpoint / 'config.json'} describes no {family.family} model: {error}") from error
+    encoder = describe_encoder(checkpoint, image_size, batch_size)
     if random_weights:
         fill_with_noise(encoder, dtype)
     else:
         load_weights(encoder, checkpoint, dtype)
     encoder.prepare()
     return encoder.eval().requires_grad_(False)
+
+
+def describe_encoder(checkpoint: Path, image_size: tuple[int, int], batch_size: int = 1) -> Encoder:
+    """Returns the PyTorch module with its sizes and without weights; the same errors as `export_encoder`."""
+    if batch_size < 1:
+        raise EncoderError(f"batch_size is at least 1, got {batch_size}")
+    family = _family(checkpoint)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        with torch.device("meta"):
+            return family(config, image_size, batch_size)
+    except EncoderError:
+        raise
+    except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
+        raise EncoderError(f"{checkpoint / 'config.json'} describes no {family.family} model: {error}") from error
 
 
 def family_of(checkpoint: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtok_deploy import SelectionConfig, select_tokens
+from mmtok_deploy import Budget, SelectionConfig, select_tokens
 from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.exporters.artifact import export_model
@@ -72,7 +72,7 @@ def attachment(**change: Any) -> Attachment:
         "keys": "linear",
         "keys_per_token": GROUP,
         "keys_index": "reverse_window_index",
-        "budget": BUDGET,
+        "budget": Budget(tokens=BUDGET),
         "num_tokens": None,
         "num_words": DimRange(1, 3, 8),
         "config": SelectionConfig(),
@@ -194,7 +194,7 @@ def test_an_encoder_with_a_plugins_operators(onnx_file: Path, tmp_path: Path) ->
         ({"keys_index": "linear"}, r"--keys-index is a row of integers, got linear \[96, 10\]"),
         ({"grid_width": 0}, "--grid-width is at least 1, got 0"),
         ({"grid_width": 7}, "24 tokens are no grid 7 wide"),
-        ({"budget": 25}, "keeps 25 tokens needs images of at least as many"),
+        ({"budget": Budget(tokens=25)}, "keeps 25 tokens needs images of at least as many"),
     ],
 )
 def test_refused(onnx_file: Path, change: dict[str, Any], message: str) -> None:
@@ -208,6 +208,22 @@ def test_an_open_number_of_tokens_needs_a_range(encoder: WindowedEncoder, tmp_pa
         attach_selection(visual, attachment(grid_width=None))
     with pytest.raises(ValueError, match="--grid-width is for images of one size"):
         attach_selection(visual, attachment(num_tokens=DimRange(BUDGET, 24, 64)))
+
+
+def test_a_share_of_the_graphs_own_number_of_tokens(
+    encoder: WindowedEncoder,
+    onnx_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command(onnx_file, "--preset=qwen2.5-vl", "--budget=25%")) == 0
+    assert Manifest.load(tmp_path / "artifacts/export/visual-k6.onnx").budget == 6
+    visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
+    open_size = [argument for argument in command(visual, "--preset=qwen2.5-vl") if "grid" not in argument]
+    assert main([*open_size, "--budget=25%", f"--tokens={BUDGET}:64"]) == 2
+    assert "a budget of 25% needs a fixed number of tokens, got 6:64" in capsys.readouterr().err
 
 
 def test_an_open_size_that_is_called_as_ours(encoder: WindowedEncoder, tmp_path: Path) -> None:
@@ -246,10 +262,10 @@ def test_an_old_opset(onnx_file: Path, tmp_path: Path) -> None:
         attach_selection(tmp_path / "visual.onnx", attachment())
 
 
-def command(onnx_file: Path, output: Path, *arguments: str) -> list[str]:
+def command(onnx_file: Path, *arguments: str) -> list[str]:
     where = [f"--onnx={onnx_file}", "--vision=output", "--keys=linear", f"--keys-per-token={GROUP}", "--grid-width=6"]
     index = "--keys-index=reverse_window_index"
-    return ["export", "attach", *where, index, f"--budget={BUDGET}", f"--output={output}", *arguments]
+    return ["export", "attach", *where, index, f"--budget={BUDGET}", *arguments]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +279,7 @@ def command(onnx_file: Path, output: Path, *arguments: str) -> list[str]:
 def test_constants_are_a_presets_or_the_users(
     onnx_file: Path, tmp_path: Path, arguments: list[str], config: SelectionConfig
 ) -> None:
-    assert main(command(onnx_file, tmp_path / "a.onnx", *arguments)) == 0
+    assert main(command(onnx_file, f"--output={tmp_path}/a.onnx", *arguments)) == 0
     assert Manifest.load(tmp_path / "a.onnx").constants == config
 
 
@@ -271,7 +287,7 @@ def test_constants_are_a_presets_or_the_users(
 def test_constants_are_nobodys_by_themselves(
     onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    assert main(command(onnx_file, tmp_path / "a.onnx", *arguments)) == 2
+    assert main(command(onnx_file, f"--output={tmp_path}/a.onnx", *arguments)) == 2
     assert "name a --preset (llava-1.5, llava-next, qwen2.5-vl), or give --tv-temp" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -285,6 +301,6 @@ def test_the_encoder_is_never_replaced(
     ir.save(ir.load(onnx_file), visual, external_data="weights.onnx.data")
     (tmp_path / "link.onnx").symlink_to(visual)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert main(command(visual, tmp_path / output, "--preset=qwen2.5-vl", "--force")) == 2
+    assert main(command(visual, f"--output={tmp_path}/{output}", "--preset=qwen2.5-vl", "--force")) == 2
     assert "is what is exported from: choose another --output" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

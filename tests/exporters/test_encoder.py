@@ -127,6 +127,14 @@ def test_half_precision_is_of_weights_and_tokens(tmp_path: Path, dtype: str) -> 
     assert manifest.details["edges"]["keys"]["dtype"] == "float32"
 
 
+def test_a_share_of_the_images_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = checkpoint("qwen2.5-vl").resolve()
+    assert main(["export", "encoder", f"--model={model}", "--image-size=112x112", "--budget=25%"]) == 0
+    manifest = Manifest.load(tmp_path / f"artifacts/export/encoder-{model.name}-k4.onnx")
+    assert (manifest.budget, manifest.dimensions["N"]) == (4, DimRange.fixed(16))
+
+
 def test_random_weights_from_a_configuration_alone(tmp_path: Path) -> None:
     folder = tmp_path / "sizes"
     folder.mkdir()
