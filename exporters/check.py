@@ -51,10 +51,10 @@ def check_artifact(file: Path, manifest: Manifest, *, on_case: Callable[[str], N
         CheckFailedError: Another token, another order, another value of coverage.
         EngineError: The file cannot run here, though it should.
     """
-    if manifest.format != "onnx" and not torch.cuda.is_available():
-        return Check("not run", "", "no NVIDIA GPU was at hand: run mmtok export check where the engine will run")
     if manifest.format != "onnx" and manifest.kind != "selection":
         return Check("not run", "", "an engine with an encoder is checked by its ONNX file alone")
+    if manifest.format != "onnx" and not torch.cuda.is_available():
+        return Check("not run", "", "no NVIDIA GPU was at hand: run mmtok export check where the engine will run")
     if manifest.format != "onnx" and compute_capability() not in manifest.details["compute_capabilities"]:
         built_for = ", ".join(manifest.details["compute_capabilities"])
         return Check(

@@ -88,3 +88,12 @@ def test_an_engine_is_not_checked_without_a_gpu(exported: Path) -> None:
     check = check_artifact(exported, replace(Manifest.load(exported), format="tensorrt-rtx"))
     assert check.status == "not run"
     assert "no NVIDIA GPU" in check.detail
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_an_engine_with_an_encoder_is_not_sent_to_a_gpu(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    check = check_artifact(exported, replace(Manifest.load(exported), format="tensorrt-rtx", kind="encoder"))
+    assert (check.status, check.detail) == ("not run", "an engine with an encoder is checked by its ONNX file alone")
