@@ -32,6 +32,10 @@ def check_engine_file(settings: Settings, family: Family, config: Any, dtype: to
     if settings.engine is None:
         return
     manifest = Manifest.load(settings.engine)
+    if manifest.kind != "selection":
+        raise EngineMismatchError(
+            f"--mmtok-engine {settings.engine} holds an encoder as well, the server has its own: mmtok export selection"
+        )
     problems = [*_size_problems(manifest, settings, family, config), *_dtype_problems(manifest, family, dtype)]
     if manifest.constants != settings.config:
         problems.append(f"was exported with {manifest.constants}, the server has {settings.config}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mmtok_deploy import SelectionConfig
 from mmtok_deploy.bench.families import Family
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import EngineError
-from mmtok_deploy.manifest import ArtifactError, Manifest
+from mmtok_deploy.manifest import ArtifactError, Kind, Manifest, TensorInfo
 from mmtok_deploy.runtime.executors import check_selection
 from mmtok_deploy.runtime.sglang import server_args
 from mmtok_deploy.runtime.sglang.engine_file import EngineMismatchError
@@ -99,6 +100,21 @@ def test_a_file_for_another_server(
     file = export_for("llava-1.5", tmp_path / "a.onnx", **{"budget": 64} | change)
     with pytest.raises(EngineMismatchError, match=rf"(?s)--mmtok-engine .*{message}.*Export one that fits"):
         resolve(tmp_path_factory, "llava-1.5", file, "64", **flags)
+    assert installed == []
+
+
+@pytest.mark.parametrize("kind", ["encoder", "attached"])
+def test_a_file_with_an_encoder(
+    installed: list[Settings | None], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, kind: Kind
+) -> None:
+    file = export_for("llava-1.5", tmp_path / "a.onnx", 64)
+    manifest = Manifest.load(file)
+    # Pixels in place of vision and keys, as such a file has.
+    _, _, *others = manifest.inputs
+    described = replace(manifest, kind=kind, inputs=(TensorInfo("pixels", "float32", (1, 3, 336, 336)), *others))
+    Manifest.path_of(file).write_text(described.to_json())
+    with pytest.raises(EngineMismatchError, match="holds an encoder as well, the server has its own: mmtok export sel"):
+        resolve(tmp_path_factory, "llava-1.5", file, "64")
     assert installed == []
 
 
