@@ -54,7 +54,7 @@ class FileInfo:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The last comparison with the float32 reference.
+    """A comparison with the float32 reference.
 
     Args:
         status: "passed", or "not run" where the file cannot run on the machine that made it.
@@ -85,7 +85,7 @@ class Manifest:
             selection is attached to; an engine's compute capabilities.
         versions: Of the libraries that made it.
         created: UTC time, ISO 8601.
-        check: The last comparison with the reference.
+        check: The comparison with the reference at export.
     """
 
     kind: Kind
