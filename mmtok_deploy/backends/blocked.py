@@ -40,7 +40,7 @@ def select(
     of them: a gain only falls as tokens are picked, so an old one is an upper bound, and only columns whose bound is
     among the highest are evaluated again.
 
-    The host waits for the device at every pick. Ties go to the lowest index.
+    The host waits for the device at every pick. Ties of gains, as they are rounded, go to the lowest index.
 
     Args:
         problems: As for every backend.
@@ -145,7 +145,8 @@ class _Columns:
     """The columns of one problem's C, a block at a time; the latest ones computed are held, within the bound.
 
     Every block is computed in one shape, so that a column has the same bits each time: else an old gain would not be
-    an upper bound, and equal tokens would not tie.
+    an upper bound, and equal tokens would not tie. So it is at the widths of models; at those of no whole vectors (33)
+    the last bit depends on a column's place in the block.
     """
 
     def __init__(self, problem: SelectionProblem, config: SelectionConfig, max_bytes: int) -> None:

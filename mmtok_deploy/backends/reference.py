@@ -29,8 +29,8 @@ def _select_one(problem: SelectionProblem, config: SelectionConfig) -> Selection
 def greedy_maximum_coverage(matrix: Tensor, num_picks: int, excluded: Tensor | None = None) -> Tensor:
     """Returns the columns as picked.
 
-    With f(S) = sum_i max_{s in S} C[i, s], each pick adds the column s with the largest f(S + s) - f(S). Ties go to
-    the lowest index; excluded and picked columns never win.
+    With f(S) = sum_i max_{s in S} C[i, s], each pick adds the column s with the largest f(S + s) - f(S). Ties of
+    these gains, as they are rounded, go to the lowest index; excluded and picked columns never win.
 
     Args:
         matrix: [R, N] float32, C; non-negative.
