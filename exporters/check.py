@@ -51,23 +51,27 @@ def check_artifact(file: Path, manifest: Manifest, *, on_case: Callable[[str], N
         CheckFailedError: Another token, another order, another value of coverage.
         EngineError: The file cannot run here, though it should.
     """
-    if manifest.format != "onnx" and manifest.kind != "selection":
-        return Check("not run", "", "an engine with an encoder is checked by its ONNX file alone")
-    if manifest.format != "onnx" and not torch.cuda.is_available():
-        return Check("not run", "", "no NVIDIA GPU was at hand: run mmtok export check where the engine will run")
-    if manifest.format != "onnx" and compute_capability() not in manifest.details["compute_capabilities"]:
-        built_for = ", ".join(manifest.details["compute_capabilities"])
-        return Check(
-            "not run",
-            "",
-            f"built for compute capability {built_for}, the GPU at hand has {compute_capability()}: run mmtok export "
-            "check where the engine will run",
-        )
+    obstacle = None if manifest.format == "onnx" else _obstacle_here(manifest)
+    if obstacle is not None:
+        return Check("not run", "", obstacle)
     device = torch.device("cpu" if manifest.format == "onnx" else "cuda")
     if manifest.kind == "selection":
         return _check_engine(open_engine(file, device), device, on_case)
     with tempfile.TemporaryDirectory() as folder:
         return _check_engine(_selection_alone(file, manifest, Path(folder)), device, on_case)
+
+
+def _obstacle_here(manifest: Manifest) -> str | None:
+    """Returns why an engine is not checked on this machine, None if it is."""
+    if manifest.kind != "selection":
+        return "an engine with an encoder is checked by its ONNX file alone"
+    where = "run mmtok export check where the engine will run"
+    if not torch.cuda.is_available():
+        return f"no NVIDIA GPU was at hand: {where}"
+    found, built_for = compute_capability(), manifest.details["compute_capabilities"]
+    if found not in built_for:
+        return f"built for compute capability {', '.join(built_for)}, the GPU at hand has {found}: {where}"
+    return None
 
 
 def _check_engine(engine: Engine, device: torch.device, on_case: Callable[[str], None]) -> Check:
