@@ -14,7 +14,7 @@ RTX_TARGETS := 8.0 8.6 8.9 12.0 12.1
 ENGINES = $(if $(filter $(TARGET),$(RTX_TARGETS)),--tensorrt --target $(TARGET))
 SELECTION = $(BIN)/mmtok export selection --force $(ENGINES)
 
-.PHONY: help install demo bench export quality test lint format constraints clean
+.PHONY: help install demo bench export quality test test-cpus lint format constraints clean
 
 help:
 	@echo "make demo    ask a small model about a picture, with and without a budget, and show what changes"
@@ -22,6 +22,7 @@ help:
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
 	@echo "make test    every test, two at a time (JOBS=0: one by one); no GPU needed"
+	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make constraints   resolve all versions anew (slow)"
@@ -58,6 +59,12 @@ quality: $(STAMP)
 # Two at a time, however many cores there are: each may start servers of a few GB.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# CPU_TESTS=tests/mmtok_deploy takes the selection's alone.
+CPUS ?= native avx2 sse4 threads perturbed-1 perturbed-2
+CPU_TESTS ?= tests/mmtok_deploy tests/exporters tests/runtime
+test-cpus: $(STAMP)
+	tests/cpus.sh "$(CPUS)" $(CPU_TESTS) --ignore=tests/mmtok_deploy/triton -m "not slow" -k "not serving"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

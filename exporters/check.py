@@ -11,15 +11,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from mmtok_deploy.coverage import coverage_curve, coverage_matrix
+from mmtok_deploy.coverage import coverage_matrix
 from mmtok_deploy.engines import Engine, open_engine
 from mmtok_deploy.engines.tensorrt import compute_capability
+from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
 from mmtok_deploy.manifest import Check, Manifest, TensorInfo
+from mmtok_deploy.problem import SelectionProblem
 
 __all__ = ["CheckFailedError", "check_artifact"]
 
-# Two gains closer than this, relative, may be ordered either way in float32.
-_CLOSE_CALL = 1e-5
 # Relative. Matrix products and sums of thousands of terms, in another order; 1.1e-5 was seen.
 _COVERAGE_TOLERANCE = 1e-4
 _NUM_CLUSTERS = 24
@@ -37,10 +37,11 @@ class _Sizes:
 
 
 def check_artifact(file: Path, manifest: Manifest, *, on_case: Callable[[str], None] = lambda _: None) -> Check:
-    """Returns the result of running a file's selection on made-up features beside the reference.
+    """Returns the result of running a file's selection on synthetic features and replaying it in double precision.
 
-    Smallest, optimal and largest sizes, each without and with padded text and excluded tokens. Every pick must be the
-    reference's after the same picks before. The selection of a graph with an encoder is cut out of it first.
+    Smallest, optimal and largest sizes, each without and with padded text and excluded tokens. Every pick must gain
+    the most after the picks before it, up to what float32 rounds (`greedy_replay.py`). The selection of a graph with
+    an encoder is cut out of it first.
 
     Args:
         file: The file; it is what its manifest says.
@@ -109,48 +110,30 @@ def _check_case(engine: Engine, sizes: _Sizes, device: torch.device, is_padded: 
 def _check_image(inputs: dict[str, Tensor], outputs: dict[str, Tensor], manifest: Manifest) -> tuple[int, int]:
     text = inputs["text"][inputs["text_mask"]]
     vision, excluded = inputs["vision"], inputs["excluded"]
-    matrix = coverage_matrix(vision, inputs["keys"], text, manifest.constants)
     num_picks = min(manifest.budget, len(vision) - int(excluded.sum()))
+    problem = SelectionProblem(vision, inputs["keys"], text, num_picks, excluded)
     order, missing = outputs["order"][:num_picks], outputs["order"][num_picks:]
     if (missing != -1).any():
         raise CheckFailedError(f"only {num_picks} tokens may be picked, got {outputs['order'].tolist()}")
-    num_close = _replay(matrix, order, excluded)
+    try:
+        replay = replay_greedy(problem, manifest.constants, order.tolist())
+    except WrongPickError as error:
+        raise CheckFailedError(str(error)) from error
     kept = order.sort().values
     if outputs["kept"].tolist() != [*kept.tolist(), *missing.tolist()]:
         raise CheckFailedError(f"kept is not order sorted: {outputs['kept'].tolist()}, {order.tolist()}")
     if not torch.equal(outputs["visual_tokens"][:num_picks], vision[kept]):
         raise CheckFailedError("visual_tokens are not the rows that kept names")
     for name, found, wanted in (
-        ("coverage", outputs["coverage"][:num_picks], coverage_curve(matrix, order)),
-        ("total", outputs["total"], matrix.amax(dim=1).sum()),
+        ("coverage", outputs["coverage"][:num_picks].double(), replay.coverage),
+        ("total", outputs["total"].double(), replay.total),
     ):
         if not torch.allclose(found, wanted, rtol=_COVERAGE_TOLERANCE, atol=0):
-            error = ((found - wanted).abs() / wanted).max()
-            raise CheckFailedError(f"{name} differs from the reference by {error:.1e}, allowed {_COVERAGE_TOLERANCE}")
-    return num_picks, num_close
-
-
-def _replay(matrix: Tensor, order: Tensor, excluded: Tensor) -> int:
-    """Returns how many picks are not the reference's own after the same picks before, but within rounding of it.
-
-    Args:
-        matrix: [R, N] float32, C.
-        order: [K] int64, as picked by what is checked.
-        excluded: [N] bool.
-    """
-    covered = matrix.new_zeros(len(matrix))
-    is_open = ~excluded
-    num_close = 0
-    for pick, token in enumerate(order.tolist()):
-        gains = (matrix - covered[:, None]).clamp_min_(0).sum(dim=0).masked_fill_(~is_open, -1)
-        best = int(gains.argmax())
-        may_be_picked = 0 <= token < len(gains) and bool(is_open[token])
-        if not may_be_picked or gains[token] < gains[best] * (1 - _CLOSE_CALL):
-            raise CheckFailedError(f"pick {pick} is token {token}, expected {best}")
-        num_close += token != best
-        covered = torch.maximum(covered, matrix[:, token])
-        is_open[token] = False
-    return num_close
+            largest = ((found - wanted).abs() / wanted).max()
+            raise CheckFailedError(
+                f"{name} differs from double precision by {largest:.1e}, allowed {_COVERAGE_TOLERANCE}"
+            )
+    return num_picks, replay.num_close_calls
 
 
 def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, Tensor]:

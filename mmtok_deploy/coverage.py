@@ -12,7 +12,9 @@ __all__ = ["coverage_curve", "coverage_matrix", "unit_rows"]
 
 
 @float32_products()
-def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: SelectionConfig) -> Tensor:
+def coverage_matrix(
+    vision: Tensor, keys: Tensor, text: Tensor, config: SelectionConfig, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Returns C = [P; alpha Q], the matrix whose row-wise maxima over a set of columns add up to the set's coverage.
 
     With x, c, t the unit rows of `vision`, `keys` and `text`:
@@ -24,18 +26,19 @@ def coverage_matrix(vision: Tensor, keys: Tensor, text: Tensor, config: Selectio
         keys: [N, d] vision features before the projector; any of the three dtypes.
         text: [M, D] input embeddings of the guidance words; M may be 0 unless coverage is "text".
         config: Temperatures, weight, coverage.
+        dtype: What to compute in: float32, or float64 to judge a selection by.
 
     Returns:
-        [M + N, N] float32 (or [M, N], or [N, N]) on the features' device.
+        [M + N, N] in `dtype` (or [M, N], or [N, N]) on the features' device.
 
     Source: MMTok, arXiv 2508.18264, sections 3.1 to 3.3.
     """
     blocks = []
     if config.coverage != "vision" and len(text):
-        similarity = unit_rows(text) @ unit_rows(vision).T
+        similarity = unit_rows(text, dtype) @ unit_rows(vision, dtype).T
         blocks.append(torch.softmax(similarity / config.tv_temp, dim=1) / len(text))
     if config.coverage != "text":
-        unit_keys = unit_rows(keys)
+        unit_keys = unit_rows(keys, dtype)
         image_rows = torch.softmax(unit_keys @ unit_keys.T / config.vv_temp, dim=1) / len(keys)
         # Without text rows alpha would only scale every gain: left out, so that alpha = 0 still covers the image.
         blocks.append(image_rows * config.alpha if blocks else image_rows)
@@ -57,9 +60,9 @@ def coverage_curve(matrix: Tensor, order: Tensor) -> Tensor:
     return coverage.cummax(dim=0).values
 
 
-def unit_rows(rows: Tensor) -> Tensor:
-    """Returns the rows [n, w] in float32 and of length 1; those shorter than 1e-8 are divided by that."""
-    # float32 first: a norm in float16 overflows at 65504, and the clamp's 1e-8 would be 0.
-    rows = rows.float()
+def unit_rows(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns the rows [n, w] in `dtype` and of length 1; those shorter than 1e-8 are divided by that."""
+    # Converted first: a norm in float16 overflows at 65504, and the clamp's 1e-8 would be 0.
+    rows = rows.to(dtype)
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / lengths.clamp(min=1e-8)

@@ -62,8 +62,9 @@ def select_tokens(
     """Returns the vision tokens that best cover the text and the image: MMTok's greedy maximum coverage.
 
     One problem is given as tensors; a batch as lists of tensors, one a problem, whose N, M and budgets may differ.
-    All arithmetic is float32. Ties of gains go to the lowest index; tokens that are equal tie up to the rounding of the
-    matrix product only, which depends on their place in it. Without text (M = 0) the image alone is covered.
+    All arithmetic is float32. Gains that differ by less than float32 rounds, such as those of equal tokens, are picked
+    in either order, which may depend on the processor and the number of threads. Without text (M = 0) the image alone
+    is covered.
 
     Args:
         vision: [N, D] vision tokens after the projector, float32, float16 or bfloat16.
@@ -73,8 +74,7 @@ def select_tokens(
         config: Temperatures, weight, coverage.
         excluded: [N] bool, tokens never to pick, such as padding. If fewer tokens than the budget remain, those are
             returned; a budget of N or more returns every token untouched (`order` then ends with the excluded ones).
-        backend: What computes it. Every backend gives the same tokens, but for gains that differ by such rounding; they
-            differ in speed.
+        backend: What computes it. Backends differ in speed, and give the same tokens but for such gains.
 
     Raises:
         TypeError: Tensors and lists mixed, or a dtype that is not one of the three.

@@ -5,6 +5,8 @@ machine's cores, where more threads than cores only wait for one another: set be
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,9 +16,27 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from mmtok_deploy.bench.families import Family
+from tests.rounding import PerturbedProducts
 
 settings.register_profile("mmtok", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("mmtok")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--perturb-products",
+        type=int,
+        metavar="SEED",
+        help="give matrix products on the CPU other last bits, as another processor would",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _perturbed_products(request: pytest.FixtureRequest) -> Iterator[None]:
+    seed = request.config.getoption("--perturb-products")
+    with nullcontext() if seed is None else PerturbedProducts(seed):
+        yield
+
 
 # Where several processes work (`pytest -n 2`).
 

@@ -1,4 +1,4 @@
-"""The selection's backends, one file each: the same problems, the same answer, at different speeds."""
+"""The selection's backends, one file each: the same problems, the same picks up to rounding, at different speeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ BackendName = Literal["auto", "blocked", "lazy", "reference", "triton"]
 `blocked` states: `lazy` on a CPU, `reference` elsewhere."""
 
 Backend = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
-"""Selects for a batch of problems on one device; answers in their order, and is exact: the reference's picks."""
+"""Selects for a batch of problems on one device; answers in their order. Picks are greedy up to what float32 rounds
+(`greedy_replay.py`)."""
 
 _AUTO_ON_CPU = blocked.within_memory(lazy.select, max_bytes=blocked.MAX_HOST_BYTES)
 _AUTO_ELSEWHERE = blocked.within_memory(reference.select)

@@ -32,7 +32,7 @@ _BLOCKS_AT_WORK = 4
 def select(
     problems: Sequence[SelectionProblem], config: SelectionConfig, *, max_bytes: int = MAX_BYTES
 ) -> list[Selection]:
-    """Returns the selection of each problem, made one after another; the reference's picks.
+    """Returns the selection of each problem, made one after another; the reference's picks, but for close calls.
 
     The coverage matrix C = [P; alpha Q] of M + N rows and N columns is never held as a whole: at most `max_bytes` of
     it (one column times five, if that is more), beside float32 copies of `keys` and `text`. Its columns are computed
@@ -40,7 +40,7 @@ def select(
     of them: a gain only falls as tokens are picked, so an old one is an upper bound, and only columns whose bound is
     among the highest are evaluated again.
 
-    The host waits for the device at every pick. Ties of gains, as they are rounded, go to the lowest index.
+    The host waits for the device at every pick.
 
     Args:
         problems: As for every backend.
@@ -144,9 +144,9 @@ def _gains(columns: Tensor, covered: Tensor) -> Tensor:
 class _Columns:
     """The columns of one problem's C, a block at a time; the latest ones computed are held, within the bound.
 
-    Every block is computed in one shape, so that a column has the same bits each time: else an old gain would not be
-    an upper bound, and equal tokens would not tie. So it is at the widths of models; at those of no whole vectors (33)
-    the last bit depends on a column's place in the block.
+    Every block is computed in one shape, so that a column has nearly the same bits each time: else an old gain would
+    not be an upper bound. A column's last bits may still depend on its place in the block, so an old gain is an upper
+    bound up to rounding, which can decide close calls only.
     """
 
     def __init__(self, problem: SelectionProblem, config: SelectionConfig, max_bytes: int) -> None:

@@ -42,7 +42,8 @@ class LazyAnswer(NamedTuple):
 def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
     """Returns the selection of each problem, made one after another; the features are on the CPU.
 
-    The picks are the reference's. Values agree to float32's rounding: products are summed in another order.
+    The picks are the reference's, but for close calls: values agree to float32's rounding, since products are summed in
+    another order.
 
     Memory: one problem at a time holds the coverage matrix, 4 N (M + N) bytes, and while that is made twice the keys in
     float32 and two blocks of 384 x N: 33 MB and 32 MB for 2,880 tokens of LLaVA, 1.08 GB and 0.19 GB for 16,384.

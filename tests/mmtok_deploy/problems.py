@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mmtok_deploy import Selection, SelectionConfig, select_tokens
 from mmtok_deploy.backends import BackendName
+from mmtok_deploy.greedy_replay import GreedyReplay, replay_greedy
+from mmtok_deploy.problem import SelectionProblem
 from mmtok_deploy.selection import BudgetLike
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "GOLDEN_NAMES",
     "Golden",
     "Problem",
+    "assert_greedy",
     "golden",
     "mask_of",
     "problems",
@@ -62,6 +65,13 @@ class Problem:
         excluded = None if self.excluded is None else self.excluded[tokens]
         return Problem(self.vision[tokens], self.keys[tokens], self.text, excluded)
 
+    def picking(self, num_picks: int, device: str = "cpu") -> SelectionProblem:
+        """Returns the problem as a backend is given it: of the tokens that may be picked, at most `num_picks`."""
+        vision, keys, text = (tensor.to(device) for tensor in (self.vision, self.keys, self.text))
+        excluded = None if self.excluded is None else self.excluded.to(device)
+        num_pickable = len(self) - (0 if excluded is None else int(excluded.sum()))
+        return SelectionProblem(vision, keys, text, min(num_picks, num_pickable), excluded)
+
     def to(self, dtype: torch.dtype) -> Problem:
         return Problem(self.vision.to(dtype), self.keys.to(dtype), self.text.to(dtype), self.excluded)
 
@@ -75,6 +85,25 @@ class Golden:
     budget: int
     order: list[int]
     kept: list[int]
+
+    def given(self, device: str = "cpu") -> SelectionProblem:
+        """Returns the problem as a backend is given it."""
+        return self.problem.picking(self.budget, device)
+
+
+def assert_greedy(
+    selection: Selection, problem: SelectionProblem, config: SelectionConfig = SelectionConfig()
+) -> GreedyReplay:
+    """Returns the replay of a backend's answer, which is greedy up to what float32 rounds, in all its fields."""
+    assert (selection.order.dtype, selection.kept.dtype) == (torch.int64, torch.int64)
+    assert (selection.coverage.dtype, selection.total.dtype) == (torch.float32, torch.float32)
+    replay = replay_greedy(problem, config, selection.order.tolist())
+    assert selection.kept.tolist() == sorted(selection.order.tolist())
+    assert (selection.coverage.diff() >= 0).all()
+    # An entry of C is good to 6e-5 at a temperature of 0.01 (greedy_replay.py).
+    torch.testing.assert_close(selection.coverage.double(), replay.coverage, rtol=1e-4, atol=0)
+    torch.testing.assert_close(selection.total.double(), replay.total, rtol=1e-4, atol=0)
+    return replay
 
 
 @contextmanager

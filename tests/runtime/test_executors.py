@@ -11,10 +11,9 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import EngineError
 from mmtok_deploy.exporters.artifact import export_model
 from mmtok_deploy.exporters.selection_graph import SelectionSpec, build_selection
-from mmtok_deploy.problem import SelectionProblem
 from mmtok_deploy.runtime.executors import EngineExecutor, TorchExecutor, make_executor
 from tests.exporters.graphs import spec_for
-from tests.mmtok_deploy.problems import Problem, random_problem
+from tests.mmtok_deploy.problems import assert_greedy, random_problem
 
 CPU = torch.device("cpu")
 SPEC = replace(
@@ -35,25 +34,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tmp_path_factory.mktemp("executors") / "selection.onnx", SPEC)
 
 
-def problem_of(case: Problem, num_picks: int) -> SelectionProblem:
-    return SelectionProblem(case.vision, case.keys, case.text, num_picks, case.excluded)
-
-
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
 def test_a_batch_of_many_sizes(name: str, exported: Path) -> None:
     executor = make_executor(
         "torch" if name == "torch" else "onnxruntime", CPU, SPEC.config, None if name == "torch" else exported
     )
     cases = [random_problem(20), random_problem(8, 0), random_problem(20, 5, [0, 3]), random_problem(20, 1, seed=4)]
-    selections = executor.select(
-        [problem_of(case, num_picks) for case, num_picks in zip(cases, (5, 3, 4, 5), strict=True)]
-    )
-    for case, selection, num_picks in zip(cases, selections, (5, 3, 4, 5), strict=True):
-        expected = case.select(num_picks)
-        assert selection.order.tolist() == expected.order.tolist()
-        assert selection.kept.tolist() == expected.kept.tolist()
-        torch.testing.assert_close(selection.coverage, expected.coverage, rtol=1e-4, atol=0)
-        torch.testing.assert_close(selection.total, expected.total, rtol=1e-4, atol=0)
+    problems = [case.picking(num_picks) for case, num_picks in zip(cases, (5, 3, 4, 5), strict=True)]
+    for problem, selection in zip(problems, executor.select(problems), strict=True):
+        assert_greedy(selection, problem, SPEC.config)
 
 
 def test_nothing_to_do(exported: Path) -> None:
@@ -70,26 +59,26 @@ def test_features_that_would_be_rounded_are_refused(tmp_path: Path) -> None:
     half = export(tmp_path / "half.onnx", replace(SPEC, dtype="float16", keys_dtype="float16"))
     executor = make_executor("onnxruntime", CPU, SPEC.config, half)
     with pytest.raises(EngineError, match=r"takes torch\.float16, and torch\.float32 would be rounded"):
-        executor.select([problem_of(random_problem(20), 5)])
+        executor.select([random_problem(20).picking(5)])
 
 
 def test_half_features_in_a_float32_file(exported: Path) -> None:
     case = random_problem(20).to(torch.float16)
-    (selection,) = make_executor("onnxruntime", CPU, SPEC.config, exported).select([problem_of(case, 5)])
-    assert selection.order.tolist() == case.select(5).order.tolist()
+    (selection,) = make_executor("onnxruntime", CPU, SPEC.config, exported).select([case.picking(5)])
+    assert_greedy(selection, case.picking(5), SPEC.config)
 
 
 def test_more_picks_than_the_file_makes(exported: Path) -> None:
     executor = make_executor("onnxruntime", CPU, SPEC.config, exported)
     with pytest.raises(EngineError, match="keeps 5 tokens, asked for were 6"):
-        executor.select([problem_of(random_problem(20), 6)])
+        executor.select([random_problem(20).picking(6)])
 
 
 @pytest.mark.parametrize(("num_tokens", "num_words"), [(41, 3), (20, 10)])
 def test_sizes_that_the_file_does_not_take(exported: Path, num_tokens: int, num_words: int) -> None:
     executor = make_executor("onnxruntime", CPU, SPEC.config, exported)
     with pytest.raises(EngineError, match="export a file for these sizes"):
-        executor.select([problem_of(random_problem(num_tokens, num_words), 5)])
+        executor.select([random_problem(num_tokens, num_words).picking(5)])
 
 
 def test_another_constant_is_refused(exported: Path) -> None:

@@ -15,12 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtok_deploy import Selection, SelectionConfig, select_tokens
-from mmtok_deploy.backends import reference
 from mmtok_deploy.config import Coverage
+from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.problem import SelectionProblem
 from tests.mmtok_deploy.naive import naive_greedy, naive_matrix
-from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, golden, problems, random_problem
-from tests.mmtok_deploy.triton.answers import assert_same, problem_of, problems_of
+from tests.mmtok_deploy.problems import (
+    GOLDEN_NAMES,
+    Problem,
+    assert_greedy,
+    golden,
+    mask_of,
+    problems,
+    random_problem,
+)
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter
@@ -46,8 +53,9 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "PICK_TILE", 2**16)
 
 
-def assert_as_reference(problems: Sequence[SelectionProblem], config: SelectionConfig = DEFAULT) -> None:
-    assert_same(backend.select(problems, config), reference.select(problems, config))
+def assert_all_greedy(problems: Sequence[SelectionProblem], config: SelectionConfig = DEFAULT) -> None:
+    for selection, problem in zip(backend.select(problems, config), problems, strict=True):
+        assert_greedy(selection, problem, config)
 
 
 class TestGolden:
@@ -64,11 +72,11 @@ class TestGolden:
     @pytest.mark.parametrize("name", ["llava_n100_k20", "qwen_n64_k8"])
     def test_half_precision(self, name: str, dtype: torch.dtype) -> None:
         case = golden(name)
-        assert_as_reference([problem_of(case.problem.to(dtype), case.budget)], case.config)
+        assert_all_greedy([case.problem.to(dtype).picking(case.budget)], case.config)
 
     def _check(self, name: str) -> None:
         case = golden(name)
-        (selection,) = backend.select(problems_of([case]), case.config)
+        (selection,) = backend.select([case.given()], case.config)
         assert selection.order.tolist() == case.order
         assert selection.kept.tolist() == case.kept
 
@@ -83,14 +91,14 @@ class TestAnswer:
         num_picks = data.draw(st.integers(0, len(problem) - len(barred)))
         expected = naive_greedy(naive_matrix(problem.vision, problem.keys, problem.text, config), num_picks, barred)
         assume(expected.lead > SMALLEST_LEAD)
-        (selection,) = backend.select([problem_of(problem, num_picks)], config)
+        (selection,) = backend.select([problem.picking(num_picks)], config)
         assert selection.order.tolist() == expected.order
         assert selection.kept.tolist() == sorted(expected.order)
 
     @pytest.mark.parametrize("coverage", COVERAGES)
     def test_every_token(self, coverage: Coverage) -> None:
         # 70 words: two tiles of them; 131 tokens: three tiles, the last one all but empty.
-        problem = problem_of(random_problem(131, 70), 131)
+        problem = random_problem(131, 70).picking(131)
         (selection,) = backend.select([problem], SelectionConfig(coverage=coverage))
         assert selection.kept.tolist() == list(range(131))
         assert (selection.coverage.diff() >= 0).all()
@@ -98,23 +106,23 @@ class TestAnswer:
 
     def test_by_name(self) -> None:
         case = random_problem(9, excluded=[2])
-        for budget in (4, "all"):
-            features = (case.vision, case.keys, case.text, budget)
-            selection, expected = (
-                select_tokens(*features, excluded=case.excluded, backend=name) for name in ("triton", "reference")
-            )
-            assert_same([selection], [expected])
+        some, every = (
+            select_tokens(case.vision, case.keys, case.text, budget, excluded=case.excluded, backend="triton")
+            for budget in (4, "all")
+        )
+        assert_greedy(some, case.picking(4))
+        replay_greedy(case.picking(8), DEFAULT, every.order[:8].tolist())
+        assert every.order[8] == 2
 
     @pytest.mark.parametrize("num_words", [0, 1])
     def test_one_token(self, num_words: int) -> None:
-        assert_as_reference([problem_of(random_problem(1, num_words), 1)])
+        assert_all_greedy([random_problem(1, num_words).picking(1)])
 
     def test_strides_and_dtypes_do_not_matter(self) -> None:
-        problem = problem_of(random_problem(40), 20)
-        (expected,) = backend.select([problem], DEFAULT)
+        problem = random_problem(40).picking(20)
         strided = dataclasses.replace(problem, vision=problem.vision.T.contiguous().T, keys=_every_other(problem.keys))
-        assert_same(backend.select([strided], DEFAULT), [expected])
-        assert_as_reference([dataclasses.replace(problem, vision=problem.vision.half(), keys=problem.keys.bfloat16())])
+        assert_all_greedy([strided])
+        assert_all_greedy([dataclasses.replace(problem, vision=problem.vision.half(), keys=problem.keys.bfloat16())])
 
 
 class TestTies:
@@ -123,21 +131,22 @@ class TestTies:
     @pytest.mark.parametrize("value", [0.0, 1.0])
     @pytest.mark.parametrize("num_words", [0, 3])
     def test_all_tokens_equal(self, value: float, num_words: int) -> None:
-        case = random_problem(70, num_words, excluded=[0, 5])
-        same = Problem(torch.full_like(case.vision, value), torch.full_like(case.keys, value), case.text, case.excluded)
-        (selection,) = backend.select([problem_of(same, 68)], DEFAULT)
+        # Unit rows of quarters and halves: every product is exact in float32.
+        mask = mask_of([0, 5], 70)
+        same = Problem(torch.full((70, 16), value), torch.full((70, 4), value), torch.ones(num_words, 16), mask)
+        (selection,) = backend.select([same.picking(68)], DEFAULT)
         assert selection.order.tolist() == [token for token in range(70) if token not in (0, 5)]
 
     def test_duplicates(self) -> None:
         # Each token twice: one of each two is picked before any is picked again, for no gain but rounding.
         case = random_problem(50).take(torch.arange(100) % 50)
-        (selection,) = backend.select([problem_of(case, 100)], DEFAULT)
+        (selection,) = backend.select([case.picking(100)], DEFAULT)
         assert sorted((selection.order[:50] % 50).tolist()) == list(range(50))
         assert selection.kept.tolist() == list(range(100))
 
     def test_covered_words_leave_nothing_to_gain(self) -> None:
         config = SelectionConfig(tv_temp=0.001, coverage="text")
-        (selection,) = backend.select([problem_of(random_problem(80, 2), 80)], config)
+        (selection,) = backend.select([random_problem(80, 2).picking(80)], config)
         assert sorted(selection.order.tolist()) == list(range(80))
         assert selection.coverage[2] == selection.coverage[-1]
 
@@ -146,7 +155,7 @@ class TestNotFinite:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("name", ["vision", "keys", "text"])
     def test_ends_with_valid_indices_and_says_so(self, name: str, value: float) -> None:
-        problem = problem_of(random_problem(70, excluded=[4]), 30)
+        problem = random_problem(70, excluded=[4]).picking(30)
         getattr(problem, name)[1, 2] = value
         (selection,) = backend.select([problem], DEFAULT)
         assert not torch.isfinite(selection.total)
@@ -157,20 +166,20 @@ class TestNotFinite:
 
 class TestBatch:
     CASES = (
-        problem_of(random_problem(9), 4),
-        problem_of(random_problem(5, 1, [1, 2]), 2),
-        problem_of(random_problem(0, 2), 0),
-        problem_of(random_problem(130, 40, [5]), 129),
-        problem_of(random_problem(1, 1), 1),
-        problem_of(random_problem(70, 33), 0),
+        random_problem(9).picking(4),
+        random_problem(5, 1, [1, 2]).picking(2),
+        random_problem(0, 2).picking(0),
+        random_problem(130, 40, [5]).picking(129),
+        random_problem(1, 1).picking(1),
+        random_problem(70, 33).picking(0),
     )
 
     @pytest.mark.parametrize("coverage", COVERAGES)
     def test_ragged(self, coverage: Coverage) -> None:
-        assert_as_reference(self.CASES, SelectionConfig(coverage=coverage))
+        assert_all_greedy(self.CASES, SelectionConfig(coverage=coverage))
 
     def test_some_without_words(self) -> None:
-        assert_as_reference([*self.CASES, problem_of(random_problem(20, 0), 7)])
+        assert_all_greedy([*self.CASES, random_problem(20, 0).picking(7)])
 
     def test_equals_one_by_one(self) -> None:
         alone = [backend.select([case], DEFAULT)[0] for case in self.CASES]
@@ -181,7 +190,7 @@ class TestBatch:
     def test_widths_may_differ(self) -> None:
         wide = random_problem(30)
         wide = dataclasses.replace(wide, keys=torch.cat([wide.keys, wide.keys.flip(1)], dim=1))
-        assert_as_reference([self.CASES[0], problem_of(wide, 9), self.CASES[1]])
+        assert_all_greedy([self.CASES[0], wide.picking(9), self.CASES[1]])
 
     def test_slices_of_one_tensor(self) -> None:
         cases = [random_problem(num_tokens, seed=num_tokens) for num_tokens in (9, 40, 3)]
@@ -190,19 +199,19 @@ class TestBatch:
         parts = {name: flat[name].split([len(getattr(case, name)) for case in cases]) for name in names}
         assert flattened(parts["keys"]).data_ptr() == flat["keys"].data_ptr()
         sliced = [SelectionProblem(parts["vision"][i], parts["keys"][i], parts["text"][i], 3) for i in range(3)]
-        assert_same(backend.select(sliced, DEFAULT), backend.select([problem_of(case, 3) for case in cases], DEFAULT))
+        assert_all_greedy(sliced)
 
     def test_an_empty_batch(self) -> None:
         assert backend.select([], DEFAULT) == []
 
 
 class TestTeam:
-    CASES = (problem_of(random_problem(40, 5, [7]), 39), problem_of(random_problem(23, 2, seed=1), 6))
+    CASES = (random_problem(40, 5, [7]).picking(39), random_problem(23, 2, seed=1).picking(6))
 
     @pytest.mark.parametrize("name", ["llava_n100_k20", "qwen_n144_k143", "alpha2_n256_k16"])
     def test_of_one_meets_itself(self, name: str) -> None:
         case = golden(name)
-        (selection,) = backend._select_together(problems_of([case]), case.config, Team(1, 16, is_meeting=True))
+        (selection,) = backend._select_together([case.given()], case.config, Team(1, 16, is_meeting=True))
         assert selection.order.tolist() == case.order
         assert selection.kept.tolist() == case.kept
 
@@ -210,8 +219,9 @@ class TestTeam:
     def test_of_several_processes(self, team: Team) -> None:
         """The interpreter runs one program after another; here each has a process, and they share the tensors."""
         case = golden("llava_n100_k20")
-        for batch, config in ((problems_of([case]), case.config), (self.CASES, DEFAULT)):
-            assert_same(_select_in_processes(batch, config, team), reference.select(batch, config))
+        for batch, config in (([case.given()], case.config), (self.CASES, DEFAULT)):
+            for selection, problem in zip(_select_in_processes(batch, config, team), batch, strict=True):
+                assert_greedy(selection, problem, config)
 
 
 def _select_in_processes(problems: Sequence[SelectionProblem], config: SelectionConfig, team: Team) -> list[Selection]:

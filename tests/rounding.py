@@ -1,0 +1,53 @@
+"""Matrix products whose last bits are other ones, as another processor's are: for `pytest --perturb-products`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["PerturbedProducts"]
+
+_PRODUCTS = {"mm", "bmm", "mv", "addmm", "mkldnn_linear"}
+# Cosines of unit vectors are 1 at most, and were seen to be off by up to 5e-7.
+_LARGEST_ERROR = 3e-7
+
+
+class PerturbedProducts(TorchDispatchMode):
+    """Adds rounding errors to every inexact entry of a float32 matrix product on the CPU, within this context.
+
+    An entry's error depends on its place and the product's shape alone: as on a real processor, the same product
+    gives the same bits twice, and equal rows at two places may give different ones. Entries that are exact in float32
+    have the same bits on every processor, and stay.
+
+    Args:
+        seed: Draws the errors.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seed = seed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in _PRODUCTS or not isinstance(result, Tensor):
+            return result
+        dense = result.to_dense() if result.is_mkldnn else result
+        if dense.dtype != torch.float32 or dense.device.type != "cpu" or not dense.numel():
+            return result
+        operands = [(each.to_dense() if each.is_mkldnn else each) for each in args if isinstance(each, Tensor)]
+        exact = _exact(func.overloadpacket.__name__, operands)
+        generator = torch.Generator().manual_seed(hash((self._seed, *dense.shape)) & 0xFFFF_FFFF)
+        draws = torch.rand(dense.shape, generator=generator, dtype=torch.float32)
+        error = (2 * draws - 1) * _LARGEST_ERROR * dense.abs().amax()
+        perturbed = torch.where(dense == exact, dense, dense + error)
+        return perturbed.to_mkldnn() if result.is_mkldnn else dense.copy_(perturbed)
+
+
+def _exact(name: str, operands: list[Tensor]) -> Tensor:
+    doubles = [each.double() for each in operands]
+    if name == "mkldnn_linear":
+        return doubles[0] @ doubles[1].T
+    return doubles[0] + doubles[1] @ doubles[2] if name == "addmm" else doubles[0] @ doubles[1]
