@@ -80,7 +80,7 @@ def select_tokens(
         TypeError: Tensors and lists mixed, or a dtype that is not one of the three.
         ValueError: Shapes that do not belong together, lists of different lengths, a budget that is not understood,
             coverage "text" without text, or a backend that cannot run where the features are.
-        SelectionError: NaN or infinite features.
+        SelectionError: NaN or infinite features, or a Triton kernel that gave up.
 
     Source: MMTok (ICLR 2026), arXiv 2508.18264, Algorithms 1 and 2.
     """
@@ -131,10 +131,19 @@ def _select(
     selections = get_backend(backend, device)(problems, config)
     for idx, (problem, budget) in enumerate(zip(problems, budgets, strict=True)):
         if not torch.isfinite(selections[idx].total):
-            raise SelectionError("vision, keys and text must be finite, got NaN or infinite values")
+            raise SelectionError(_why_not_finite(problem))
         if budget.num_kept(len(problem.vision)) == len(problem.vision) and problem.excluded is not None:
             selections[idx] = _every_token(selections[idx], problem, config)
     return selections
+
+
+def _why_not_finite(problem: SelectionProblem) -> str:
+    if all(bool(torch.isfinite(each).all()) for each in (problem.vision, problem.keys, problem.text)):
+        return (
+            "the coverage is not finite though the features are: their norms are too large for float32, or the "
+            "programs of a Triton kernel did not run at once on this GPU: choose backend 'reference'"
+        )
+    return "vision, keys and text must be finite, got NaN or infinite values"
 
 
 def _every_token(selection: Selection, problem: SelectionProblem, config: SelectionConfig) -> Selection:

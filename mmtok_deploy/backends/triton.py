@@ -11,6 +11,7 @@ differ from the reference's where two gains are as good as equal. So may they, b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -42,6 +43,10 @@ LONE_CANDIDATES = 64
 TEAM_CANDIDATES = 256  # of all programs together
 TEAM_MAX_PROGRAMS = 64
 TEAM_MIN_TOKENS = 512
+
+MAX_SPINS = 1 << 22
+"""How often a program of a team looks whether the others have arrived, before the selection is given up: seconds, if a
+look takes about a microsecond. That has not been measured."""
 
 FLOAT32_PRODUCTS: Literal["ieee", "tf32x3"] = "ieee"
 """How float32 features are multiplied. "ieee" is float32. "tf32x3", three products on tensor cores, keeps the golden
@@ -223,14 +228,15 @@ def _finish_columns(
 
 def _new_picks(layout: Layout, team: Team, like: Tensor) -> _Picks:
     num_problems, total_picks = len(layout.num_picks), sum(layout.num_picks)
-    order, kept = like.new_empty((2, total_picks), dtype=torch.int64)
+    # What a team that gives up leaves as they are: valid indices, and a total that says that they are no selection.
+    order, kept = like.new_zeros((2, total_picks), dtype=torch.int64)
     return _Picks(
         covered=like.new_zeros((team.num_programs, layout.total_rows)),
         meeting=like.new_zeros((num_problems, MEETING_WORDS), dtype=torch.int64),
         order=order,
         kept=kept,
         curve=like.new_empty(total_picks),
-        totals=like.new_empty(num_problems),
+        totals=like.new_full((num_problems,), math.nan),
     )
 
 
@@ -256,6 +262,7 @@ def _launch_picks(
         TURNS=triton.next_power_of_2(max(1, triton.cdiv(layout.max_tokens, groups))),
         ROWS=PICK_TILE // team.num_candidates,
         STAGES=3,
+        MAX_SPINS=MAX_SPINS,
         num_warps=8,
         maxnreg=255,  # Else ptxas spills, so that a second program fits on the multiprocessor.
         launch_cooperative_grid=team.is_meeting,

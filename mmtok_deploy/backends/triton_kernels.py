@@ -40,6 +40,8 @@ _PICKED = tl.constexpr(-2.0)
 _OUT = tl.constexpr(-1)
 _SIGN = tl.constexpr(-(2**31))
 _MAX_INDEX = tl.constexpr(2**31 - 1)
+# In place of how many have arrived: a program of the team has waited too long, and all of them stop waiting.
+_GIVEN_UP = tl.constexpr(2**62)
 
 
 @triton.jit
@@ -295,6 +297,7 @@ def greedy_picks(
     TURNS: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    MAX_SPINS: tl.constexpr,
 ):
     """Picks one problem's columns: lazy greedy maximum coverage, by one program or by a team of them.
 
@@ -306,7 +309,9 @@ def greedy_picks(
     also where all gains are equal.
 
     A team's programs own different columns and keep their own `covered`; what they share is the largest key of a
-    round. They wait for each other, so all of them must run at once: a cooperative launch.
+    round. They wait for each other, so all of them must run at once: a cooperative launch. A program that has looked
+    MAX_SPINS times in vain gives up for all of them: the launch ends, the total stays NaN, and what is in `order` and
+    `kept` is no selection, though every entry is an index of a token.
 
     Args:
         coverage: C, by column.
@@ -314,12 +319,13 @@ def greedy_picks(
         row_weight: [total rows of C] float32, each row's largest entry.
         covered: [NUM_PROGRAMS, total rows of C] float32 zeros, workspace: each row's maximum over the picks.
         meeting: [B, MEETING_WORDS] int64 zeros, workspace of a team.
-        order: [total picks] int64.
-        kept: [total picks] int64, `order` in raster order.
+        order: [total picks] int64 zeros.
+        kept: [total picks] int64 zeros, receives `order` in raster order.
         curve: [total picks] float32, f after each pick.
-        totals: [B] float32, f of all columns.
+        totals: [B] float32 NaN, receives f of all columns once all picks are made.
         CANDIDATES: Groups a program; group g of all owns columns g, g + groups, g + 2 groups ...
         TURNS: Columns a group, up to a power of two.
+        MAX_SPINS: How often a program looks whether the rest of its team has arrived.
 
     Grid: (NUM_PROGRAMS, B).
     """
@@ -334,9 +340,6 @@ def greedy_picks(
     covered += rank * total_rows + first_row
     bounds += tl.load(problem + _FIRST_TOKEN)
     first_pick = tl.load(problem + _FIRST_PICK)
-
-    if rank == 0:
-        _write_total(totals + tl.program_id(1), row_weight + first_row, num_rows, ROWS)
 
     # Of each column the bits of its bound, which rank as the bound does: negative once fresh, _OUT if not to be picked.
     num_groups: tl.constexpr = CANDIDATES * NUM_PROGRAMS
@@ -379,9 +382,9 @@ def greedy_picks(
             offer, turn = tl.max(state, axis=1, return_indices=True)
             top = tl.maximum(best, tl.max(_key(offer, groups + turn * num_groups, 0), axis=0))
             if IS_TEAM:
-                top = _largest_of_team(meeting, top, rank, num_rounds, NUM_PROGRAMS)
+                top = _largest_of_team(meeting, top, rank, num_rounds, NUM_PROGRAMS, MAX_SPINS)
             num_rounds += 1
-            # Where nothing is left to pick, no key is above 0: that ends the loop as well.
+            # Where nothing is left to pick, no key is above 0: that ends the loop as well, as giving up does.
             is_decided = ((top & 1) == 1) | (top <= 0)
 
         pick = tl.minimum(_index(top), num_tokens - 1)
@@ -397,6 +400,11 @@ def greedy_picks(
     if rank == 0:
         tl.debug_barrier()
         _write_kept(kept + first_pick, bounds, num_tokens, 1024)
+        if IS_TEAM:  # noqa: SIM108 - known when compiling
+            is_whole = tl.atomic_add(meeting + 3, 0, sem="acquire") < _GIVEN_UP
+        else:
+            is_whole = True
+        _write_total(totals + tl.program_id(1), row_weight + first_row, num_rows, is_whole, ROWS)
 
 
 @triton.jit
@@ -414,28 +422,35 @@ def _index(key):
 
 
 @triton.jit
-def _largest_of_team(meeting, key, rank, turn, NUM_PROGRAMS: tl.constexpr):
-    """Returns the largest key of the team's programs, after all of them have brought theirs."""
+def _largest_of_team(meeting, key, rank, turn, NUM_PROGRAMS: tl.constexpr, MAX_SPINS: tl.constexpr):
+    """Returns the largest key of the team's programs, after all of them have brought theirs; 0 if one has given up."""
     slot = meeting + turn % 3
     arrived = meeting + 3
     tl.atomic_max(slot, key, sem="relaxed")
     tl.atomic_add(arrived, 1, sem="release")
-    while tl.atomic_add(arrived, 0, sem="acquire") < (turn + 1) * NUM_PROGRAMS:
-        pass
+    all_here = (turn + 1) * NUM_PROGRAMS
+    num_here = tl.atomic_add(arrived, 0, sem="acquire")
+    num_spins = 0
+    while (num_here < all_here) & (num_spins < MAX_SPINS):
+        num_here = tl.atomic_add(arrived, 0, sem="acquire")
+        num_spins += 1
+    if num_here < all_here:
+        tl.atomic_max(arrived, _GIVEN_UP, sem="release")
+        num_here = tl.full((), _GIVEN_UP, tl.int64)
     largest = tl.load(slot, volatile=True)
     if rank == 0:
         # The slot of the turn before was read by all before they arrived, and is next used after the next meeting.
         tl.atomic_xchg(meeting + (turn + 2) % 3, 0, sem="relaxed")
-    return largest
+    return tl.where(num_here < _GIVEN_UP, largest, 0)
 
 
 @triton.jit
-def _write_total(total, row_weight, num_rows, ROWS: tl.constexpr):
+def _write_total(total, row_weight, num_rows, is_whole, ROWS: tl.constexpr):
     sums = tl.zeros([ROWS], tl.float32)
     for start in range(0, num_rows, ROWS):
         rows = start + tl.arange(0, ROWS)
         sums += tl.load(row_weight + rows, mask=rows < num_rows, other=0.0)
-    tl.store(total, tl.sum(sums, axis=0))
+    tl.store(total, tl.sum(sums, axis=0), mask=is_whole)
 
 
 @triton.jit

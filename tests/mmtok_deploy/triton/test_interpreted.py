@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
+import time
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmtok_deploy import Selection, SelectionConfig, select_tokens
+from mmtok_deploy import Selection, SelectionConfig, SelectionError, select_tokens
 from mmtok_deploy.config import Coverage
 from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.problem import SelectionProblem
@@ -33,6 +36,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from mmtok_deploy.backends import triton as backend
+from mmtok_deploy.backends import triton_kernels
 from mmtok_deploy.backends.triton import Team
 from mmtok_deploy.backends.triton_layout import flattened, layout_of
 
@@ -223,8 +227,52 @@ class TestTeam:
             for selection, problem in zip(_select_in_processes(batch, config, team), batch, strict=True):
                 assert_greedy(selection, problem, config)
 
+    @pytest.mark.parametrize(
+        ("absent", "first_turn"), [(0, 0), (1, 0), (2, 0), (1, 3), (0, 9)], ids=lambda value: str(value)
+    )
+    def test_a_program_that_stops_is_given_up(
+        self, monkeypatch: pytest.MonkeyPatch, absent: int, first_turn: int
+    ) -> None:
+        """One program never starts, or ends before a round: the others end, and say that there is no selection."""
+        monkeypatch.setattr(backend, "MAX_SPINS", 500)
+        selections = _select_in_processes(self.CASES, DEFAULT, Team(3, 4, is_meeting=True), (absent, first_turn))
+        for selection, problem in zip(selections, self.CASES, strict=True):
+            assert selection.total.isnan()
+            for indices in (selection.order, selection.kept):
+                assert len(indices) == problem.num_picks
+                assert 0 <= indices.min() <= indices.max() < len(problem.vision)
 
-def _select_in_processes(problems: Sequence[SelectionProblem], config: SelectionConfig, team: Team) -> list[Selection]:
+    def test_a_program_that_comes_late_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backend, "MAX_SPINS", 10**9)
+        team = Team(3, 4, is_meeting=True)
+        for selection, problem in zip(_select_in_processes(self.CASES, DEFAULT, team, late=1), self.CASES, strict=True):
+            assert_greedy(selection, problem, DEFAULT)
+
+    def test_given_up_is_an_error_of_select_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # The one program of two that the interpreter runs first waits for the other.
+        monkeypatch.setattr(backend, "MAX_SPINS", 50)
+        monkeypatch.setattr(backend, "_choose_team", lambda layout, device: Team(2, 4, is_meeting=True))
+        case = self.CASES[1]
+        with pytest.raises(SelectionError, match="programs of a Triton kernel did not run at once"):
+            select_tokens(case.vision, case.keys, case.text, case.num_picks, backend="triton")
+
+
+def _select_in_processes(
+    problems: Sequence[SelectionProblem],
+    config: SelectionConfig,
+    team: Team,
+    absent: tuple[int, int] | None = None,
+    late: int | None = None,
+) -> list[Selection]:
+    """Returns what a team of processes selects.
+
+    Args:
+        problems: A batch.
+        config: Temperatures, weight, coverage.
+        team: A process each.
+        absent: A rank, and the meeting that it ends before, of each problem.
+        late: A rank that starts after the others.
+    """
     shapes = tuple((len(each.vision), len(each.text), each.num_picks) for each in problems)
     layout = layout_of(shapes, config.coverage, torch.device("cpu"))
     coverage, row_max, row_weight = backend._weighted_logits(problems, layout, config)
@@ -236,7 +284,12 @@ def _select_in_processes(problems: Sequence[SelectionProblem], config: Selection
 
     context = multiprocessing.get_context("fork")
     programs = [
-        context.Process(target=_run_program, args=(rank, launch), daemon=True) for rank in range(team.num_programs)
+        context.Process(
+            target=_run_program,
+            args=(rank, launch, absent[1] if absent and absent[0] == rank else None, 0.5 if rank == late else 0),
+            daemon=True,
+        )
+        for rank in range(team.num_programs)
     ]
     for program in programs:
         program.start()
@@ -249,8 +302,11 @@ def _select_in_processes(problems: Sequence[SelectionProblem], config: Selection
     return backend._split(layout, picks)
 
 
-def _run_program(rank: int, launch: tuple[Any, ...]) -> None:
-    """Runs the one program of that rank, for every problem."""
+def _run_program(rank: int, launch: tuple[Any, ...], last_turn: int | None, delay_s: float) -> None:
+    """Runs the one program of that rank, for every problem; one with a last turn ends before that meeting."""
+    time.sleep(delay_s)
+    if last_turn is not None:
+        _leave_before(last_turn)
     builder = interpreter.interpreter_builder
     builder.set_grid_idx = lambda x, y, z: setattr(builder, "grid_idx", (rank, y, z))
     make = interpreter.GridExecutor.__init__
@@ -264,6 +320,17 @@ def _run_program(rank: int, launch: tuple[Any, ...]) -> None:
     # It would copy each tensor onto itself, and with it what another program is writing.
     interpreter.GridExecutor._restore_args_dev = lambda *args: None
     backend._launch_picks(*launch)
+
+
+def _leave_before(last_turn: int) -> None:
+    meet = triton_kernels._largest_of_team
+
+    def leave(meeting: Any, key: Any, rank: Any, turn: Any, *rest: Any) -> Any:
+        if int(getattr(turn, "handle", SimpleNamespace(data=turn)).data) >= last_turn:
+            os._exit(0)
+        return meet(meeting, key, rank, turn, *rest)
+
+    triton_kernels._largest_of_team = leave
 
 
 def _tensors(picks: object) -> Iterator[Tensor]:
