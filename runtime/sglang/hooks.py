@@ -1,4 +1,4 @@
-"""Hooks on SGLang's functions: checked first, then installed, all of them or none."""
+"""Hooks on SGLang's functions: checked first, then installed; a process that could not install all serves nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-__all__ = ["Hook", "HookError", "install_hooks"]
+__all__ = ["Hook", "HookError", "install_hooks", "refuse_half_hooked"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,10 @@ class Hook:
 
     Args:
         target: Dotted path below `sglang.srt`.
-        parameters: The target's parameter names in the supported version: a change means that the hook must be read
-            again, so it is found at start and not in mid-forward.
-        around: Called as `around(original, *args, **kwargs)` in the target's place.
+        parameters: The target's parameter names in the supported version, those that collect others as `*args` and
+            `**kwargs`: a change means that the hook must be read again, so it is found at start and not in mid-forward.
+        around: Called as `around(original, *args, **kwargs)` in the target's place; a coroutine function if the target
+            is one.
     """
 
     target: str
@@ -42,17 +43,22 @@ class Hook:
         return f"sglang.srt.{self.target}"
 
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
 _installed = False
+_is_half_hooked = False
 
 
 def install_hooks(hooks: Sequence[Hook]) -> None:
     """Installs every hook in this process, once.
 
     Raises:
-        HookError: A target is missing, has other parameters than expected, or is taken by another plugin. Nothing is
-            installed if a target is missing or changed.
+        HookError: A target is missing, has other parameters than expected, or is taken by another plugin; or an earlier
+            call failed half way. Nothing is installed if a target is missing or changed. If a hook fails later, those
+            before it stay, since SGLang's registry takes none back: the process is marked, and serves nothing.
     """
-    global _installed
+    global _installed, _is_half_hooked
+    refuse_half_hooked()
     if _installed:
         return
     load_plugins()
@@ -60,23 +66,55 @@ def install_hooks(hooks: Sequence[Hook]) -> None:
     if problems:
         raise HookError("MMTok cannot hook this SGLang, so nothing would be pruned: " + "; ".join(problems))
     originals = {hook.path: pkgutil.resolve_name(hook.path) for hook in hooks}
+    # Until every target is seen to be hooked: whatever is raised in between leaves the process marked.
+    _is_half_hooked = True
     for hook in hooks:
         HookRegistry.register(hook.path, hook.around, HookType.AROUND)
     HookRegistry.apply_hooks()
     # The registry logs a failure and goes on: look whether each target is now our wrapper of what it was.
-    for path, original in originals.items():
-        if getattr(pkgutil.resolve_name(path), "__wrapped__", None) is not original:
-            raise HookError(f"MMTok could not hook {path} (is it hooked by another plugin?): see the log above")
+    failed = [
+        path
+        for path, original in originals.items()
+        if getattr(pkgutil.resolve_name(path), "__wrapped__", None) is not original
+    ]
+    if failed:
+        raise HookError(
+            f"MMTok could not hook {', '.join(failed)} (hooked by another plugin?): see the log above. This process "
+            "is half hooked and serves nothing"
+        )
+    _is_half_hooked = False
     _installed = True
     logger.info("MMTok: installed %d hooks", len(hooks))
 
 
+def refuse_half_hooked() -> None:
+    """Raises HookError if an earlier `install_hooks` of this process failed half way: no server may run in it."""
+    if _is_half_hooked:
+        raise HookError(
+            "MMTok could not install all of its hooks in this process before, and some of them are in place: start "
+            "the server in a new process"
+        )
+
+
 def _problem(hook: Hook) -> str | None:
+    path, _, name = hook.path.rpartition(".")
     try:
-        target = pkgutil.resolve_name(hook.path)
+        parent = pkgutil.resolve_name(path)
+        target = getattr(parent, name)
     except (ImportError, AttributeError) as error:
         return f"{hook.path} is missing ({error})"
-    found = " ".join(inspect.signature(inspect.unwrap(target)).parameters)
+    # As it is written in its class: a static method that becomes a class method gets one more argument, and a method
+    # that is inherited may be an abstract one.
+    written = vars(parent).get(name)
+    if written is None:
+        return f"{hook.path} is inherited, expected in the class itself"
+    function = inspect.unwrap(getattr(written, "__func__", written))
+    if not inspect.isfunction(function):
+        return f"{hook.path} is a {type(function).__name__}, expected a function"
+    found = " ".join(_STARS.get(each.kind, "") + each.name for each in inspect.signature(function).parameters.values())
     if found != hook.parameters:
         return f"{hook.path} takes ({found}), expected ({hook.parameters})"
+    is_coroutine = inspect.iscoroutinefunction(target)
+    if is_coroutine != inspect.iscoroutinefunction(hook.around):
+        return f"{hook.path} is {'a' if is_coroutine else 'no'} coroutine function, expected the opposite"
     return None

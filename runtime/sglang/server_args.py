@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,10 @@ def _budget_text(value: str) -> str:
 class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ignore[call-arg]
     """SGLang's ServerArgs with the flags of the selection; they reach every process of a server by pickling.
 
-    A process in which arguments with a budget are resolved or arrive installs the hooks, all of them or none, so that
-    no process of a pruning server can run unhooked, and none of another server is touched.
+    A process in which arguments with a budget are resolved installs the hooks, all of them or none, and every process
+    of a server resolves them before it does anything else: none of a pruning server can run unhooked, and none of
+    another server is touched. (sglang 0.5.23 srt/runtime_context.py `publish`, which `TokenizerManager` insists on and
+    `run_scheduler_process` begins with, calls `resolve_once`.)
 
     Replaces: sglang 0.5.23 srt/server_args.py ServerArgs. Can go when SGLang lets plugins declare flags.
     """
@@ -174,6 +176,8 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             HookError: A hook point of SGLang is missing or has changed, or the process has hooks of other settings.
         """
         super().resolve_once()
+        if _in_detokenizer():
+            return
         if self.mmtok_budget is None:
             _install(None)
             return
@@ -195,10 +199,6 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         resolved: dict[str, Any] = super().resolved_dict()
         settings = self.__dict__.get("_mmtok_settings")
         return resolved | settings.flags() if settings else resolved
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as SGLang does, but installs the hooks in the process that unpickles."""
-        return _rebuild, super().__reduce__()[1]
 
     def _settings(self, family: str) -> Settings:
         preset = PRESETS[family]
@@ -230,44 +230,36 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         )
 
 
-def _rebuild(cls: type[MMTokServerArgs], fields: dict[str, Any], bookkeeping: dict[str, Any]) -> MMTokServerArgs:
-    arguments = cls(**fields)
-    arguments.__dict__.update(bookkeeping)
-    settings = bookkeeping.get("_mmtok_settings")
-    if settings is not None and not _in_detokenizer():
-        _install(settings)
-    return arguments
-
-
 def _in_detokenizer() -> bool:
-    # It handles no images: importing processors and models for the hooks would only cost it seconds at start.
-    detokenizes, schedules, tokenizes = (
-        f"sglang.srt.managers.{name}" in sys.modules
-        for name in ("detokenizer_manager", "scheduler", "tokenizer_manager")
-    )
-    return detokenizes and not (schedules or tokenizes)
+    # It handles no images: importing processors and models for the hooks would only cost it seconds at start. Known by
+    # what the process was started to run; whatever else it is, the hooks are installed.
+    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+
+    return getattr(multiprocessing.current_process(), "_target", None) is run_detokenizer_process
 
 
-_installed: Settings | None = None
+_served: list[Settings | None] = []
+"""The settings of the one server that this process may be part of, None for one without a budget; empty before."""
 
 
 def _install(settings: Settings | None) -> None:
     """Installs the hooks of a server with these settings in this process; None is a server without a budget.
 
     Raises:
-        HookError: The process has the hooks of another server (two `sgl.Engine` after one another): they would cut
-            placeholders by its budget, and the new server's scheduler would not know.
+        HookError: The process is or was part of another server (two `sgl.Engine`, at once or after one another): the
+            hooks of one would cut the placeholders of both, and the scheduler of the other would not know. Or an
+            earlier attempt left the process half hooked.
     """
-    global _installed
-    from mmtok_deploy.runtime.sglang.hooks import HookError, install_hooks
+    from mmtok_deploy.runtime.sglang.hooks import HookError, install_hooks, refuse_half_hooked
 
-    if _installed is not None and settings != _installed:
+    refuse_half_hooked()
+    if _served and _served[0] != settings:
         raise HookError(
-            "this process has run a server with other MMTok settings, and its hooks stay: start each server in a "
-            "process of its own"
+            "this process has run a server with other MMTok settings, and hooks stay: start each server in a process "
+            "of its own"
         )
     if settings is not None:
         from mmtok_deploy.runtime.sglang.families import FAMILIES
 
         install_hooks(FAMILIES[settings.family].hooks(settings))
-        _installed = settings
+    _served[:] = [settings]

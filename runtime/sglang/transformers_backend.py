@@ -28,7 +28,7 @@ __all__ = ["EncodedImage", "PROCESSOR_HOOK", "SelectFeatures", "backend_hooks", 
 
 PROCESSOR_HOOK = (
     "multimodal.processors.transformers_auto.TransformersAutoMultimodalProcessor.process_mm_data_async",
-    "self image_data audio_data input_text request_obj kwargs",
+    "self image_data audio_data input_text request_obj **kwargs",
 )
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import inspect
+import pkgutil
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -48,6 +51,7 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
     monkeypatch.setattr(HookRegistry, "_patched", set())
     monkeypatch.setattr(hooks, "_installed", False)
+    monkeypatch.setattr(hooks, "_is_half_hooked", False)
     monkeypatch.setattr(hooks, "load_plugins", lambda: None)
     return module
 
@@ -108,11 +112,87 @@ def test_a_target_of_another_plugin_is_refused(upstream: ModuleType) -> None:
     assert not hooks._installed
 
 
-def test_a_hook_that_sglang_cannot_apply_is_refused(upstream: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(target: str, hooks: list[Any]) -> None:
-        raise TypeError(target)
+@pytest.mark.parametrize("failing", range(len(GOOD)))
+def test_a_hook_that_fails_late_leaves_a_process_that_serves_nothing(
+    upstream: ModuleType, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    apply = HookRegistry._apply_target
 
-    # SGLang logs the failure and goes on.
+    def fail(target: str, hooks: list[Any]) -> None:
+        # SGLang logs the failure and goes on.
+        if target == GOOD[failing].path:
+            raise TypeError(target)
+        apply(target, hooks)
+
     monkeypatch.setattr(HookRegistry, "_apply_target", fail)
-    with pytest.raises(HookError, match="could not hook"):
+    with pytest.raises(HookError, match=rf"could not hook {re.escape(GOOD[failing].path)} .*serves nothing"):
         install_hooks(GOOD)
+    monkeypatch.setattr(HookRegistry, "_apply_target", apply)
+    with pytest.raises(HookError, match="start the server in a new process"):
+        install_hooks(GOOD)
+    with pytest.raises(HookError, match="start the server in a new process"):
+        hooks.refuse_half_hooked()
+
+
+def test_an_exception_while_hooking_marks_the_process(upstream: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HookRegistry, "apply_hooks", lambda: sys.exit(1))
+    with pytest.raises(SystemExit):
+        install_hooks(GOOD)
+    with pytest.raises(HookError, match="new process"):
+        hooks.refuse_half_hooked()
+
+
+def drifted(function: Callable[..., Any], drift: str) -> Callable[..., Any]:
+    """Returns a function that takes other parameters than `function`, or is called otherwise."""
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    another = inspect.Parameter("another", inspect.Parameter.KEYWORD_ONLY, default=None)
+    if drift == "more":
+        has_rest = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        parameters.insert(len(parameters) - bool(has_rest), another)
+    elif drift == "fewer":
+        parameters.pop()
+    elif drift == "renamed":
+        parameters[-1] = parameters[-1].replace(name="another")
+    is_coroutine = inspect.iscoroutinefunction(function) != (drift == "coroutine")
+
+    async def coroutine(*args: Any, **kwargs: Any) -> None: ...
+
+    def plain(*args: Any, **kwargs: Any) -> None: ...
+
+    changed: Any = coroutine if is_coroutine else plain
+    changed.__signature__ = signature.replace(parameters=parameters)
+    return changed  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("drift", ["more", "fewer", "renamed", "coroutine", "gone", "class method"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_target_that_changes_is_found_before_anything_is_hooked(
+    name: str, drift: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
+    for state in ("_installed", "_is_half_hooked"):
+        monkeypatch.setattr(hooks, state, False)
+    monkeypatch.setattr(hooks, "load_plugins", lambda: None)
+    family_hooks = FAMILIES[name].hooks(make_settings(family=name))
+    for hook in family_hooks:
+        path, _, attribute = hook.path.rpartition(".")
+        parent = pkgutil.resolve_name(path)
+        written = inspect.getattr_static(parent, attribute)
+        function = inspect.unwrap(getattr(written, "__func__", written))
+        if drift == "class method" and not isinstance(written, staticmethod):
+            continue
+        with monkeypatch.context() as upstream:
+            is_static = isinstance(written, staticmethod)
+            if drift == "gone":
+                upstream.delattr(parent, attribute)
+            elif drift == "class method":
+                upstream.setattr(parent, attribute, classmethod(lambda cls, obj, **kwargs: None))
+            else:
+                changed = drifted(function, drift)
+                upstream.setattr(parent, attribute, staticmethod(changed) if is_static else changed)
+            with pytest.raises(HookError, match=rf"MMTok cannot hook this SGLang.*{re.escape(hook.path)} (takes|is)"):
+                install_hooks(family_hooks)
+        assert hooks._problem(hook) is None
+    assert not HookRegistry._hooks
+    hooks.refuse_half_hooked()

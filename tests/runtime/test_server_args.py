@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import msgspec
 import pytest
+from sglang.srt.managers.data_parallel_controller import run_data_parallel_controller_process
+from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.server_args import ServerArgs
 
 from mmtok_deploy import Budget, SelectionConfig
@@ -212,8 +215,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Hook]]]:
     """The hooks that were to be installed; none are."""
     lists: list[list[Hook]] = []
     monkeypatch.setattr(hooks, "install_hooks", lists.append)
-    monkeypatch.setattr(server_args, "_installed", None)
-    monkeypatch.setattr(server_args, "_in_detokenizer", lambda: False)
+    monkeypatch.setattr(server_args, "_served", [])
     with unchanged_environment():
         yield lists
 
@@ -264,32 +266,19 @@ def test_a_process_that_receives_the_arguments_installs_the_hooks(
     arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="64")
     arguments.resolve_once()
     sent = pickle.dumps(arguments)
-    monkeypatch.setattr(server_args, "_installed", None)
+    monkeypatch.setattr(server_args, "_served", [])
     received = pickle.loads(sent)
-    here, there = ([hook.target for hook in hooks] for hooks in installed)
-    assert here == there
     assert type(received) is MMTokServerArgs
     assert received.resolved_dict() == arguments.resolved_dict()
+    received.resolve_once()  # which every process of a server begins with: sglang's `publish`
+    here, there = ([hook.target for hook in hooks] for hooks in installed)
+    assert here == there
 
 
-@pytest.mark.parametrize(
-    ("managers", "is_detokenizer"),
-    [
-        (["detokenizer_manager"], True),
-        (["detokenizer_manager", "scheduler"], False),
-        (["detokenizer_manager", "tokenizer_manager"], False),
-        (["scheduler"], False),
-        ([], False),
-    ],
-)
-def test_a_process_that_only_detokenizes_is_told_by_its_modules(
-    monkeypatch: pytest.MonkeyPatch, managers: list[str], is_detokenizer: bool
-) -> None:
-    for name in ("detokenizer_manager", "scheduler", "tokenizer_manager"):
-        monkeypatch.delitem(sys.modules, f"sglang.srt.managers.{name}", raising=False)
-    for name in managers:
-        monkeypatch.setitem(sys.modules, f"sglang.srt.managers.{name}", ModuleType(name))
-    assert server_args._in_detokenizer() is is_detokenizer
+@pytest.mark.parametrize("target", [run_scheduler_process, run_data_parallel_controller_process, print, None])
+def test_a_process_that_runs_anything_else_is_no_detokenizer(monkeypatch: pytest.MonkeyPatch, target: object) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_target", target, raising=False)
+    assert not server_args._in_detokenizer()
 
 
 def test_a_detokenizer_installs_nothing(
@@ -297,16 +286,36 @@ def test_a_detokenizer_installs_nothing(
 ) -> None:
     arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="64")
     arguments.resolve_once()
-    monkeypatch.setattr(server_args, "_in_detokenizer", lambda: True)
-    pickle.loads(pickle.dumps(arguments))
+    monkeypatch.setattr(server_args, "_served", [])
+    monkeypatch.setattr(multiprocessing.current_process(), "_target", run_detokenizer_process, raising=False)
+    pickle.loads(pickle.dumps(arguments)).resolve_once()
     assert len(installed) == 1
+    assert server_args._served == []
 
 
-@pytest.mark.parametrize("flags", [{"mmtok_budget": "32"}, {"mmtok_budget": "64", "mmtok_alpha": 1.0}, {}])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"mmtok_budget": "64"}, {"mmtok_budget": "32"}),
+        ({"mmtok_budget": "64"}, {"mmtok_budget": "64", "mmtok_alpha": 1.0}),
+        ({"mmtok_budget": "64"}, {}),
+        ({}, {"mmtok_budget": "64"}),
+    ],
+)
 def test_another_server_in_the_same_process_is_refused(
-    installed: list[list[Hook]], model_path: str, flags: dict[str, Any]
+    installed: list[list[Hook]], model_path: str, first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    MMTokServerArgs(model_path=model_path, mmtok_budget="64").resolve_once()
-    MMTokServerArgs(model_path=model_path, mmtok_budget=64).resolve_once()
+    for _ in range(2):
+        MMTokServerArgs(model_path=model_path, **first).resolve_once()
     with pytest.raises(HookError, match="a process of its own"):
+        MMTokServerArgs(model_path=model_path, **second).resolve_once()
+
+
+@pytest.mark.parametrize("flags", [{"mmtok_budget": "64"}, {}])
+def test_a_half_hooked_process_serves_nothing(
+    installed: list[list[Hook]], monkeypatch: pytest.MonkeyPatch, model_path: str, flags: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(hooks, "_is_half_hooked", True)
+    with pytest.raises(HookError, match="start the server in a new process"):
         MMTokServerArgs(model_path=model_path, **flags).resolve_once()
+    assert installed == []

@@ -35,7 +35,7 @@ class Qwen25VL(Family):
     placeholder = "<|image_pad|>"
     processor_hook = (
         "multimodal.processors.qwen_vl.QwenVLImageProcessor.process_mm_data_async",
-        "self image_data input_text request_obj args kwargs",
+        "self image_data input_text request_obj *args **kwargs",
     )
 
     keys_dtype = torch.float32  # means over 2x2 merge groups
