@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmtok_deploy.runtime.sglang.ranks import is_first_rank
+from mmtok_deploy.runtime.sglang.repeated_warnings import RepeatedWarning
 
 __all__ = ["Clock", "SelectionMetrics", "collectors", "start_clock"]
 
@@ -76,6 +77,7 @@ class SelectionMetrics:
 
     def __init__(self) -> None:
         self.num_fallbacks = 0
+        self._fallback_warning = RepeatedWarning(logger)
         self._calls: deque[_Call] = deque()
         self._lately: Counter[str] = Counter()
         self._lately_ms: list[float] = []
@@ -100,7 +102,7 @@ class SelectionMetrics:
         """Counts and logs an image that kept evenly spaced tokens."""
         self.num_fallbacks += 1
         self._count("selection_fallbacks", 1)
-        logger.warning(
+        self._fallback_warning.log(
             "MMTok: no selection for an image of %d tokens (%s); %d evenly spaced tokens instead, the %d. time since "
             "the start",
             num_tokens,
