@@ -212,7 +212,7 @@ def _check_agent(server: SglangServer) -> None:
         ServerError: It did not, so that the scores would not be those of an agent.
     """
     counts = read_counts(server)
-    num_missed = sum(counts.get(f"mmtok:agent_{name}_total", 0) for name in ("timeouts", "errors"))
+    num_missed = sum(counts.get(f"mmtok:agent_{name}_total", 0) for name in ("timeouts", "errors", "skips"))
     if num_missed:
         num_asked = counts.get(_NUM_ASKED, 0)
         raise ServerError(f"{num_missed:.0f} of {num_asked:.0f} questions had no answer of the agent: see its log")

@@ -10,11 +10,19 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_loader.utils import get_resolved_model_impl
 
+from mmtok_deploy.runtime.sglang.agent_address import AgentAddress
 from mmtok_deploy.runtime.sglang.engine_file import check_engine_file
 from mmtok_deploy.runtime.sglang.families import FAMILIES
 from mmtok_deploy.runtime.sglang.settings import Settings
 
-__all__ = ["UnsupportedServerError", "check_engine", "check_server", "check_server_method", "family_of_server"]
+__all__ = [
+    "UnsupportedServerError",
+    "check_agent",
+    "check_engine",
+    "check_server",
+    "check_server_method",
+    "family_of_server",
+]
 
 
 class UnsupportedServerError(ValueError):
@@ -62,6 +70,19 @@ def check_engine(server_args: Any, settings: Settings) -> None:
     """Raises EngineMismatchError if the exported file is not for this model and budget, ArtifactError if not whole."""
     model_config = model_config_of(server_args)
     check_engine_file(settings, FAMILIES[settings.family](), model_config.hf_config, model_config.dtype)
+
+
+def check_agent(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if the server would be its own agent, as far as its address tells."""
+    if settings.agent_url is None:
+        return
+    address = AgentAddress(settings.agent_url)
+    if address.is_served_by(server_args.host, server_args.port):
+        raise UnsupportedServerError(
+            f"--mmtok-agent-url {address.shown} is this server itself (--host {server_args.host} --port "
+            f"{server_args.port}), which would wait for its own answer: name another one. (An sgl.Engine listens on no "
+            "port: give it another port=.)"
+        )
 
 
 def check_server_method(server_args: Any, settings: Settings) -> None:

@@ -30,6 +30,7 @@ _COUNTERS = {
     "feature_cache_misses": "Images whose features were not held.",
     "agent_timeouts": "Questions that the agent did not answer in time.",
     "agent_errors": "Questions that the agent could not be asked.",
+    "agent_skips": "Questions that the agent was not asked, since it had failed several times.",
     "vision_encoder_images": "Images that went through the vision encoder, pruned or not.",
     "language_prefill_requests": "Requests in language model prefills; each chunk of a prompt counts.",
     "language_prefill_tokens": "Tokens that the language model prefilled.",

@@ -70,9 +70,9 @@ class PlaceholderCutter:
         self._settings = settings
         self._family = family
         self._engine = None if settings.engine is None else Manifest.load(settings.engine)
-        self._agent = None
+        self.agent = None
         if settings.agent_url is not None:
-            self._agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
+            self.agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
 
     async def process_mm_data(
         self, original: Callable[..., Awaitable[Any]], processor: Any, image_data: Any, *args: Any, **kwargs: Any
@@ -119,8 +119,8 @@ class PlaceholderCutter:
         _refuse_endless_guidance(num_words, kwargs.get("max_req_input_len"))
         plans = [self._plan(item, asked, processor.hf_config) for item in items]
         covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
-        if self._agent is not None and covers_text:
-            texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])
+        if self.agent is not None and covers_text:
+            texts = await self.agent.join(image_data, texts, [plan is not None for plan in plans])
         for item, text, plan in zip(items, texts, plans, strict=True):
             if plan is not None:
                 guided = replace(plan, guidance=words_of(text))

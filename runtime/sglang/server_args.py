@@ -13,6 +13,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
+from mmtok_deploy.runtime.sglang.agent_address import AgentAddress
 from mmtok_deploy.runtime.sglang.settings import (
     DEFAULT_AGENT_MODEL,
     DEFAULT_AGENT_TIMEOUT_MS,
@@ -154,6 +155,10 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             ValueError: A value that is not understood, or a --mmtok flag without --mmtok-budget.
         """
         super().__post_init__()
+        if self.mmtok_agent_url is not None:
+            # SGLang shows the fields in the log and in `/server_info`; beside them the address is whole.
+            self._mmtok_agent_url = self.mmtok_agent_url
+            self.mmtok_agent_url = AgentAddress(self.mmtok_agent_url).shown
         if self.mmtok_budget is not None:
             # Any preset serves: this checks the user's values, and the family is not known yet.
             self._settings("qwen2.5-vl")
@@ -182,6 +187,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             _install(None)
             return
         from mmtok_deploy.runtime.sglang.compatibility import (
+            check_agent,
             check_engine,
             check_server,
             check_server_method,
@@ -191,8 +197,19 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         self._mmtok_settings = self._settings(family_of_server(self))
         check_server(self)
         check_server_method(self, self._mmtok_settings)
+        check_agent(self, self._mmtok_settings)
         check_engine(self, self._mmtok_settings)
         _install(self._mmtok_settings)
+
+    @property
+    def launch_command(self) -> str | None:
+        """The command line or the call of `sgl.Engine`, as SGLang shows it, without credentials of the agent."""
+        command: str | None = super().launch_command
+        url = self.__dict__.get("_mmtok_agent_url")
+        if command is None or url is None:
+            return command
+        address = AgentAddress(url)
+        return address.hide(command.replace(url, address.shown))
 
     def resolved_dict(self) -> dict[str, Any]:
         """Returns the resolved values, those of the selection included, for `/server_info`."""
@@ -224,7 +241,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             min_tokens_in=self.mmtok_min_tokens_in or 0,
             method=self.mmtok_method or "mmtok",
             seed=self.mmtok_seed or 0,
-            agent_url=self.mmtok_agent_url,
+            agent_url=self.__dict__.get("_mmtok_agent_url"),
             agent_model=self.mmtok_agent_model or DEFAULT_AGENT_MODEL,
             agent_timeout_ms=timeout_ms,
         )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import urlsplit
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.guidance import GuidanceRule
 from mmtok_deploy.methods import MethodName, check_method, coverage_of
 from mmtok_deploy.runtime.executors import ExecutorName
+from mmtok_deploy.runtime.sglang.agent_address import AgentAddress
 
 __all__ = ["DEFAULT_AGENT_MODEL", "DEFAULT_AGENT_TIMEOUT_MS", "DEFAULT_FEATURE_CACHE_MB", "Settings"]
 
@@ -38,7 +38,8 @@ class Settings:
         min_tokens_in: An image that takes fewer tokens in an unpruned prompt is not pruned.
         method: What chooses the tokens where the request names no method of its own.
         seed: Of the method that draws.
-        agent_url: Of the OpenAI-compatible endpoint that answers first, up to its `/v1`; None asks none.
+        agent_url: Of the OpenAI-compatible endpoint that answers first, up to its `/v1`, with its credentials, which
+            are never shown; None asks none.
         agent_model: The agent's name there.
         agent_timeout_ms: After which the question alone guides.
 
@@ -58,7 +59,7 @@ class Settings:
     min_tokens_in: int = 0
     method: MethodName = "mmtok"
     seed: int = 0
-    agent_url: str | None = None
+    agent_url: str | None = field(default=None, repr=False)
     agent_model: str = DEFAULT_AGENT_MODEL
     agent_timeout_ms: int = DEFAULT_AGENT_TIMEOUT_MS
 
@@ -104,8 +105,7 @@ class Settings:
             raise ValueError(f"agent_timeout_ms is above 0, got {self.agent_timeout_ms}")
         if self.agent_url is None:
             return
-        if urlsplit(self.agent_url).scheme not in ("http", "https") or not urlsplit(self.agent_url).hostname:
-            raise ValueError(f"agent_url is an address like http://host:30000/v1, got {self.agent_url!r}")
+        AgentAddress(self.agent_url)
         if self.engine is not None:
             raise ValueError(
                 "--mmtok-agent-url makes guidance longer than an exported file may take: drop it, or --mmtok-engine"
@@ -124,7 +124,7 @@ class Settings:
             "mmtok_guidance": self.guidance,
             "mmtok_method": self.method,
             "mmtok_seed": self.seed,
-            "mmtok_agent_url": self.agent_url,
+            "mmtok_agent_url": None if self.agent_url is None else AgentAddress(self.agent_url).shown,
             "mmtok_agent_model": self.agent_model,
             "mmtok_agent_timeout_ms": self.agent_timeout_ms,
             "mmtok_backend": self.backend,

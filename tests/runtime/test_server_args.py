@@ -19,6 +19,7 @@ from sglang.srt.server_args import ServerArgs
 
 from mmtok_deploy import Budget, SelectionConfig
 from mmtok_deploy.runtime.sglang import hooks, server_args
+from mmtok_deploy.runtime.sglang.compatibility import UnsupportedServerError
 from mmtok_deploy.runtime.sglang.hooks import Hook, HookError
 from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
 from mmtok_deploy.runtime.sglang.settings import Settings
@@ -130,6 +131,31 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
 def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         MMTokServerArgs(**{"model_path": "model", "mmtok_budget": "64", **flags})
+
+
+def test_the_agents_credentials_are_in_nothing_that_sglang_shows(installed: list[list[Hook]], model_path: str) -> None:
+    url = "http://me:s3cret-word@127.0.0.1:9/v1?key=t0ken-abc"
+    arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="64", mmtok_agent_url=url)
+    arguments._launch_command = f"python -m sglang.launch_server --mmtok-agent-url '{url}' --port 30000"
+    shown = [repr(arguments), str(arguments.resolved_dict()), str(arguments.launch_command)]
+    arguments.resolve_once()
+    received = pickle.loads(pickle.dumps(arguments))
+    for each in (arguments, received):
+        assert each._mmtok_settings.agent_url == url
+        shown += [repr(each), str(each.resolved_dict()), str(each.launch_command), repr(each._mmtok_settings)]
+    assert "--mmtok-agent-url 'http://***@127.0.0.1:9/v1?***' --port 30000" in shown[2]
+    assert received.resolved_dict()["mmtok_agent_url"] == "http://***@127.0.0.1:9/v1?***"
+    for text in shown:
+        assert "s3cret" not in text
+        assert "t0ken" not in text
+
+
+def test_a_server_that_would_be_its_own_agent_does_not_start(installed: list[list[Hook]], model_path: str) -> None:
+    url = "http://me:s3cret@localhost:30007/v1"
+    arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="64", mmtok_agent_url=url, port=30007)
+    with pytest.raises(UnsupportedServerError, match=r"http://\*\*\*@localhost:30007/v1 is this server itself"):
+        arguments.resolve_once()
+    assert installed == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import openai
 import pytest
 
 from mmtok_deploy.bench.families import Family
@@ -35,7 +36,7 @@ def guided(agent: Served) -> Iterator[Served]:
     server = make_server(
         FAMILY,
         "--mmtok-budget=10%",
-        f"--mmtok-agent-url={agent.server.url}/v1",
+        f"--mmtok-agent-url={agent.server.url.replace('//', '//me:s3cret-word@')}/v1?key=t0ken-abc",
         f"--mmtok-agent-timeout-ms={TIMEOUT_MS}",
         "--enable-metrics",
     )
@@ -93,6 +94,31 @@ def test_only_what_the_text_guides_is_asked_about(guided: Served) -> None:
     without_text = Chat.ask(small("chelsea"))
     guided.check(without_text, guided.ask(without_text))
     assert num_asked(guided) == before
+
+
+def test_a_flush_forgets_the_answers(guided: Served, agent: Served) -> None:
+    chat = Chat.ask(small("rocket"), CATS)
+    guided.ask(chat)
+    before = num_asked(guided)
+    guided.flush_cache()
+    guided.check(chat, guided.ask(chat), guidance=[f"{CATS} {answer_of(agent, chat)}"])
+    assert num_asked(guided) - before == 1
+
+
+def test_a_question_for_an_agent_is_refused(guided: Served) -> None:
+    client = guided.server.client().with_options(default_headers={"X-MMTok-Agent": "1"})
+    with pytest.raises(openai.BadRequestError, match="answers no question that is for an agent"):
+        client.chat.completions.create(
+            model="default",
+            messages=Chat.ask(small("rocket"), CATS).for_server(),  # type: ignore[arg-type]
+        )
+
+
+def test_credentials_are_shown_nowhere(guided: Served) -> None:
+    shown = guided.get("/server_info") + guided.server.log_text()
+    assert "//***@127.0.0.1:" in shown
+    assert "s3cret" not in shown
+    assert "t0ken" not in shown
 
 
 def test_an_agent_that_hangs_is_not_waited_for(guided: Served, agent: Served) -> None:

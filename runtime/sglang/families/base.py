@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.runtime.sglang.agent import Agent, refuse_chains
 from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.flush import flushing
@@ -146,13 +147,15 @@ class Family(ABC):
         cache = FeatureCache(settings.feature_cache_mb << 20, metrics)
         selector = TokenSelector(settings, metrics)
         stages = StageMetrics()
+        cutter = PlaceholderCutter(settings, family)
         return [
             Hook(
                 "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
                 "self request raw_request",
-                add_chat_guidance,
+                add_chat_guidance if cutter.agent is None else refuse_chains(add_chat_guidance),
             ),
-            Hook(target, parameters, PlaceholderCutter(settings, family).process_mm_data),
+            Hook(target, parameters, cutter.process_mm_data),
+            *_agent_hooks(cutter.agent),
             Hook(
                 "managers.schedule_batch.MultimodalInputs.from_processor_output",
                 "obj requires_mm_token_modalities",
@@ -163,3 +166,10 @@ class Family(ABC):
             *stages.hooks(),
             *family.model_hooks(cache, selector, stages),
         ]
+
+
+def _agent_hooks(agent: Agent | None) -> list[Hook]:
+    if agent is None:
+        return []
+    target = "multimodal.processors.base_processor.BaseMultimodalProcessor.clear_preprocess_cache"
+    return [Hook(target, "self", agent.clearing)]
