@@ -6,6 +6,8 @@ JOBS ?= 2
 FAMILY ?= llava-1.5
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# constraints.txt names everything: nothing is resolved, and nothing that it does not name is installed.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
 # What engines are built for: the GPU at hand, or an RTX A6000.
 TARGET ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]' | head -n 1),8.6)
@@ -36,7 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  "mmtok-deploy needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (SGLang and PyTorch: about 11 GB; minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) --require-hashes -r constraints.txt
+	$(PIP) --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP)
@@ -75,11 +78,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The versions of a fresh resolution; run the tests before committing what it writes.
+# The versions of a fresh resolution; run the tests before committing what it writes. uv lists the hashes of the files for
+# every platform and Python, where pip knows those at hand. Nothing of the large packages is downloaded but their metadata.
 constraints:
 	rm -rf $(VENV).new && $(PYTHON) -m venv $(VENV).new
-	$(VENV).new/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	(head -n 1 constraints.txt; $(VENV).new/bin/python -m pip freeze --exclude-editable) > constraints.new
+	$(VENV).new/bin/python -m pip install --quiet --disable-pip-version-check uv
+	(grep '^#' constraints.txt; $(VENV).new/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate --extra dev pyproject.toml) > constraints.new
 	mv constraints.new constraints.txt && rm -rf $(VENV).new
 
 clean:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,3 +64,45 @@ def test_wheel_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
     place, entry_points = run.stdout.splitlines()
     assert Path(place).is_relative_to(site)
     assert entry_points == "['console_scripts mmtok', 'sglang.srt.platforms torch_cpu', 'sglang.srt.plugins mmtok']"
+
+
+def pinned() -> dict[str, tuple[Requirement, list[str]]]:
+    """Returns what constraints.txt holds: a requirement and its hashes by name."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8").replace("\\\n", " ")
+    entries = [line.split("--hash=sha256:") for line in text.splitlines() if line and not line.startswith("#")]
+    parsed = [(Requirement(requirement), [each.strip() for each in hashes]) for requirement, *hashes in entries]
+    found: dict[str, tuple[Requirement, list[str]]]
+    found = {canonicalize_name(requirement.name): (requirement, hashes) for requirement, hashes in parsed}
+    assert len(found) == len(parsed)
+    return found
+
+
+def test_constraints_name_one_version_and_its_hashes_and_no_place() -> None:
+    for requirement, hashes in pinned().values():
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "=="
+        assert hashes
+        assert all(re.fullmatch("[0-9a-f]{64}", each) for each in hashes)
+        assert requirement.url is None
+    # No index, no folder of the machine that wrote it.
+    assert "/" not in "".join(
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
+
+
+def test_constraints_are_complete() -> None:
+    """Nothing that the project or a package of it needs is left to be resolved: pip is told to install no more."""
+    found = pinned()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    for extra in ("sglang", "bench", "export", "tensorrt-rtx", "dev"):
+        needed += [each for each in extras[extra] if not each.startswith("mmtok-deploy[")]
+    for name in found:
+        with contextlib.suppress(PackageNotFoundError):
+            needed += [each for each in requires(name) or [] if "extra ==" not in each]
+    for each in map(Requirement, needed):
+        if each.marker is None or each.marker.evaluate():
+            requirement, _ = found[canonicalize_name(each.name)]
+            (specifier,) = requirement.specifier
+            assert each.specifier.contains(specifier.version, prereleases=True), each
