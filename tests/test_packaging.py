@@ -66,19 +66,15 @@ def test_wheel_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
     assert entry_points == "['console_scripts mmtok', 'sglang.srt.platforms torch_cpu', 'sglang.srt.plugins mmtok']"
 
 
-def pinned() -> dict[str, tuple[Requirement, list[str]]]:
-    """Returns what constraints.txt holds: a requirement and its hashes by name."""
+def pinned() -> list[tuple[Requirement, list[str]]]:
+    """Returns what constraints.txt holds: requirements with their hashes."""
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8").replace("\\\n", " ")
     entries = [line.split("--hash=sha256:") for line in text.splitlines() if line and not line.startswith("#")]
-    parsed = [(Requirement(requirement), [each.strip() for each in hashes]) for requirement, *hashes in entries]
-    found: dict[str, tuple[Requirement, list[str]]]
-    found = {canonicalize_name(requirement.name): (requirement, hashes) for requirement, hashes in parsed}
-    assert len(found) == len(parsed)
-    return found
+    return [(Requirement(requirement), [each.strip() for each in hashes]) for requirement, *hashes in entries]
 
 
 def test_constraints_name_one_version_and_its_hashes_and_no_place() -> None:
-    for requirement, hashes in pinned().values():
+    for requirement, hashes in pinned():
         (specifier,) = requirement.specifier
         assert specifier.operator == "=="
         assert hashes
@@ -92,7 +88,9 @@ def test_constraints_name_one_version_and_its_hashes_and_no_place() -> None:
 
 def test_constraints_are_complete() -> None:
     """Nothing that the project or a package of it needs is left to be resolved: pip is told to install no more."""
-    found = pinned()
+    here = [each for each, _ in pinned() if each.marker is None or each.marker.evaluate()]
+    found = {canonicalize_name(each.name): each for each in here}
+    assert len(found) == len(here)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
     needed = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
@@ -103,6 +101,5 @@ def test_constraints_are_complete() -> None:
             needed += [each for each in requires(name) or [] if "extra ==" not in each]
     for each in map(Requirement, needed):
         if each.marker is None or each.marker.evaluate():
-            requirement, _ = found[canonicalize_name(each.name)]
-            (specifier,) = requirement.specifier
+            (specifier,) = found[canonicalize_name(each.name)].specifier
             assert each.specifier.contains(specifier.version, prereleases=True), each
