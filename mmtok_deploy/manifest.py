@@ -18,6 +18,9 @@ SCHEMA = 1
 Kind = Literal["selection", "encoder", "attached"]
 """The selection by itself, joined to a vision encoder of ours, or to an encoder that somebody else exported."""
 Format = Literal["onnx", "tensorrt", "tensorrt-rtx"]
+CheckStatus = Literal["passed", "not run"]
+
+_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 
 
 class ArtifactError(ValueError):
@@ -38,6 +41,15 @@ class TensorInfo:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or self.dtype not in _DTYPES:
+            raise ValueError(
+                f"a tensor has a name and is of {', '.join(_DTYPES)}, got {self.name!r:.100}, {self.dtype!r:.100}"
+            )
+        for size in self.shape:
+            if not isinstance(size, str) and not (_is_count(size) and size >= 1):
+                raise ValueError(f"a size of {self.name} is a number of at least 1 or a name, got {size!r:.100}")
+
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
@@ -48,8 +60,10 @@ class FileInfo:
     sha256: str
 
     def __post_init__(self) -> None:
-        if Path(self.name).name != self.name:
-            raise ValueError(f"a file's name is one without folders, got {self.name!r}")
+        if not isinstance(self.name, str) or Path(self.name).name != self.name:
+            raise ValueError(f"a file's name is one without folders, got {self.name!r:.100}")
+        if not _is_count(self.size_bytes) or not isinstance(self.sha256, str):
+            raise ValueError(f"a file has size_bytes and sha256, got {self.size_bytes!r:.100}, {self.sha256!r:.100}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +76,15 @@ class Check:
         detail: What was compared, or why nothing was.
     """
 
-    status: Literal["passed", "not run"]
+    status: CheckStatus
     runtime: str
     detail: str
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(CheckStatus):
+            raise ValueError(f"a check is one of {', '.join(get_args(CheckStatus))}, got {self.status!r:.100}")
+        if not isinstance(self.runtime, str) or not isinstance(self.detail, str):
+            raise ValueError("a check has texts that say what ran it and what was compared")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +128,18 @@ class Manifest:
                 raise ValueError(f"{name} is one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
         if not self.files:
             raise ValueError("files names at least the file itself")
+        if not _is_count(self.budget) or self.budget < 1:
+            raise ValueError(f"budget is a number of at least 1, got {self.budget!r:.100}")
+        for name in ("form", "created"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is a text, got {getattr(self, name)!r:.100}")
+        if not all(isinstance(each, str) for each in (*self.versions, *self.versions.values())):
+            raise ValueError("versions holds a text for each library")
+        if not isinstance(self.details, dict):
+            raise ValueError(f"details is an object, got {self.details!r:.100}")
+        for size in self.dimensions.values():
+            if not all(_is_count(each) for each in (size.minimum, size.optimum, size.maximum)):
+                raise ValueError(f"a dimension has whole numbers, got {size!r:.200}")
 
     def input(self, name: str) -> TensorInfo:
         """Returns the input of that name.
@@ -154,7 +186,7 @@ class Manifest:
             )
         except ArtifactError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"not a manifest of an exported file: {type(error).__name__}: {error}") from error
 
     @staticmethod
@@ -184,6 +216,26 @@ class Manifest:
             _check_file(file.with_name(expected.name), expected)
         return manifest
 
+    def read_file(self, file: Path, sha256: str | None = None) -> bytes:
+        """Returns the bytes of the exported file, which are what its manifest describes: load these, not the file.
+
+        Args:
+            file: The file.
+            sha256: What the bytes must hash to besides, lower case; None asks for nothing.
+
+        Raises:
+            ArtifactError: The file has changed, or is not the one that `sha256` names.
+        """
+        content = file.read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if sha256 is not None and found != sha256:
+            raise ArtifactError(
+                f"{file} has the SHA-256 {found}, expected {sha256}: it is not the file that was pinned"
+            )
+        if found != self.files[0].sha256:
+            raise ArtifactError(f"{file} is not what was exported (its checksum differs): export it again")
+        return content
+
 
 def describe_file(path: Path) -> FileInfo:
     """Returns a file's name, size and checksum."""
@@ -204,3 +256,7 @@ def _check_file(path: Path, expected: FileInfo) -> None:
 
 def _tensors(values: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
     return tuple(TensorInfo(each["name"], each["dtype"], tuple(each["shape"])) for each in values)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

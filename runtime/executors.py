@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,8 +16,11 @@ from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.engines import Engine, EngineError, open_engine
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.problem import Selection, SelectionProblem
+from mmtok_deploy.runtime.engine_check import sample_problems, what_is_wrong
 
 __all__ = ["EngineExecutor", "Executor", "ExecutorName", "TorchExecutor", "check_selection", "make_executor"]
+
+logger = logging.getLogger(__name__)
 
 ExecutorName = Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"]
 
@@ -42,6 +46,7 @@ def make_executor(
     config: SelectionConfig,
     engine_file: Path | None = None,
     provider: str | None = None,
+    engine_sha256: str | None = None,
 ) -> Executor:
     """Returns the executor of that name, ready to run.
 
@@ -51,9 +56,10 @@ def make_executor(
         config: Temperatures, weight, coverage; an exported file has its own, which must be these.
         engine_file: For "onnxruntime" and "tensorrt".
         provider: ONNX Runtime's, instead of the device's.
+        engine_sha256: What the exported file must hash to; None takes any that its manifest describes.
 
     Raises:
-        ArtifactError: The exported file is not whole.
+        ArtifactError: The exported file is not whole, or not the one that `engine_sha256` names.
         EngineError: It cannot run here, or was exported for something else.
         ValueError: A name without a file, a file without the name, or Triton where it cannot run.
     """
@@ -63,7 +69,7 @@ def make_executor(
         if engine_file is not None or provider is not None:
             raise ValueError(f"the backend {name} runs no exported file")
         return TorchExecutor("triton" if name == "triton" else "auto", device, config)
-    engine = open_engine(engine_file, device, provider)
+    engine = open_engine(engine_file, device, provider, engine_sha256)
     runs = "onnxruntime" if engine.manifest.format == "onnx" else "tensorrt"
     if name not in ("auto", runs):
         raise ValueError(f"{engine_file.name} is run by {runs}, not by {name}")
@@ -127,22 +133,31 @@ class EngineExecutor:
                 selections[idx] = _selection(image, problems[idx].num_picks, self.manifest.budget)
         return [selections[idx] for idx in range(len(problems))]
 
-    def warm_up(self) -> None:
-        """Selects once, so that what cannot run shows at once.
+    def check(self) -> None:
+        """Selects from features like a model's, together and one by one, and holds the picks against the reference.
 
         Raises:
-            EngineError: It does not run.
+            EngineError: It does not run, or selects other tokens.
         """
-        inputs = {tensor.name: tensor for tensor in self.manifest.inputs}
-        num_tokens = self.manifest.dimensions["N"].optimum
-        vision, keys, text = (
-            torch.ones(size, int(inputs[name].shape[-1]), dtype=getattr(torch, inputs[name].dtype), device=self._device)
-            for name, size in (("vision", num_tokens), ("keys", num_tokens), ("text", 1))
-        )
-        (selection,) = self.select([SelectionProblem(vision, keys, text, self.manifest.budget)])
-        kept = selection.kept.tolist()
-        if kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < num_tokens:
-            raise EngineError(f"{self.name} keeps {kept} of {num_tokens} tokens")
+        export = self.manifest.check
+        if export.status != "passed":
+            logger.warning(
+                "MMTok: %s was not checked at export (%s); it is checked now, on one sample",
+                self.manifest.files[0].name,
+                export.detail,
+            )
+        try:
+            problems = sample_problems(self.manifest, self._device)
+            runs = [problems, *([problem] for problem in problems)]
+            results = [result for each in runs for result in zip(each, self.select(each), strict=True)]
+        except EngineError:
+            raise
+        except Exception as error:  # whatever a file that is not what it says may raise
+            raise EngineError(f"{self.name} does not run: {type(error).__name__}: {error}") from error
+        for problem, selection in results:
+            wrong = what_is_wrong(problem, self.manifest.constants, selection)
+            if wrong is not None:
+                raise EngineError(f"{self.name} does not select as the reference does ({wrong}): export it again")
 
     def _groups(self, problems: Sequence[SelectionProblem]) -> list[list[int]]:
         """Returns which problems run together: as many of one size as the file takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
 
-__all__ = ["Engine", "EngineError", "allocate_outputs", "check_inputs", "open_engine"]
+__all__ = ["Engine", "EngineError", "allocate_outputs", "check_inputs", "check_tensors", "open_engine"]
 
 
 class EngineError(RuntimeError):
@@ -36,7 +37,7 @@ class Engine(Protocol):
         """
 
 
-def open_engine(file: Path, device: torch.device, provider: str | None = None) -> Engine:
+def open_engine(file: Path, device: torch.device, provider: str | None = None, sha256: str | None = None) -> Engine:
     """Returns the exported file, loaded for tensors on `device`.
 
     Args:
@@ -44,21 +45,66 @@ def open_engine(file: Path, device: torch.device, provider: str | None = None) -
         device: Where inputs and outputs are.
         provider: ONNX Runtime's provider; by default that of the device, CUDAExecutionProvider or
             CPUExecutionProvider.
+        sha256: What the file must hash to, lower case; None takes any that its manifest describes.
 
     Raises:
-        ArtifactError: The file is not whole, or not ours.
+        ArtifactError: The file is not whole, not ours, not the one that `sha256` names, or has other inputs and outputs
+            than its manifest says.
         EngineError: It cannot run on the device, and why.
     """
     manifest = Manifest.load(file)
+    content = manifest.read_file(file, sha256)
     if manifest.format == "onnx":
         from mmtok_deploy.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(file, manifest, device, provider)
+        return OnnxRuntimeEngine(file, manifest, device, provider, content)
     if provider is not None:
         raise EngineError(f"{file.name} is a TensorRT engine, which has no providers to choose {provider} from")
     from mmtok_deploy.engines.tensorrt import TensorRTEngine
 
-    return TensorRTEngine(file, manifest, device)
+    return TensorRTEngine(file, manifest, device, content)
+
+
+def check_tensors(manifest: Manifest, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> None:
+    """Raises ArtifactError if an engine's own inputs and outputs are not those that its manifest names.
+
+    Args:
+        manifest: The manifest.
+        inputs: As the library reports them; a size that it leaves open is a name, "" where it has none.
+        outputs: The same.
+    """
+    for kind, described, found in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
+        expected = {tensor.name: tensor for tensor in described}
+        if len(expected) != len(described) or set(expected) != {tensor.name for tensor in found}:
+            raise _not_described(manifest, f"{kind} {', '.join(each.name for each in found)}", ", ".join(expected))
+        for tensor in found:
+            wanted = expected[tensor.name]
+            fits = len(tensor.shape) == len(wanted.shape) and all(
+                _may_be(manifest, size, name) for size, name in zip(tensor.shape, wanted.shape, strict=True)
+            )
+            if tensor.dtype != wanted.dtype or not fits:
+                raise _not_described(
+                    manifest,
+                    f"{tensor.name} as {tensor.dtype} {_shape(tensor)}",
+                    f"{wanted.dtype} {_shape(wanted)}",
+                )
+
+
+def _may_be(manifest: Manifest, found: int | str, described: int | str) -> bool:
+    if isinstance(described, int):
+        return found == described
+    allowed = manifest.dimensions.get(described)
+    if allowed is None:
+        return False
+    # An engine with a fixed size takes that one only.
+    return isinstance(found, str) or (allowed.is_fixed and found == allowed.minimum)
+
+
+def _not_described(manifest: Manifest, found: str, described: str) -> ArtifactError:
+    return ArtifactError(
+        f"{manifest.files[0].name} has {found}, its manifest says {described}: they do not belong "
+        "together, export it again"
+    )
 
 
 def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.device) -> dict[str, int]:

@@ -9,9 +9,9 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs
+from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs, check_tensors
 from mmtok_deploy.environment import tf32_is_forbidden
-from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
 
 __all__ = ["VERSION", "OnnxRuntimeEngine"]
 
@@ -34,6 +34,17 @@ _ELEMENT_TYPES = {
 }
 
 
+# What ONNX Runtime calls them.
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
+
 class OnnxRuntimeEngine:
     """An ONNX file in one ONNX Runtime session; see `Engine`.
 
@@ -42,12 +53,22 @@ class OnnxRuntimeEngine:
         manifest: Its manifest.
         device: Where inputs and outputs are.
         provider: CPUExecutionProvider, CUDAExecutionProvider or TensorrtExecutionProvider; by default the device's.
+        content: The file's bytes, which are what is loaded; None reads the file. One with weights in files of their own
+            is always read from its folder.
 
     Raises:
+        ArtifactError: Its inputs and outputs are not those of the manifest.
         EngineError: The provider is not in this build of ONNX Runtime, is for another device, or does not start.
     """
 
-    def __init__(self, file: Path, manifest: Manifest, device: torch.device, provider: str | None = None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        manifest: Manifest,
+        device: torch.device,
+        provider: str | None = None,
+        content: bytes | None = None,
+    ) -> None:
         provider = provider or (_CUDA if device.type == "cuda" else _CPU)
         _check_provider(provider, device)
         # Of its own: the stream that PyTorch computes on changes from call to call, a session's never does.
@@ -59,7 +80,9 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
-                file, options, providers=_providers(provider, device, self._stream)
+                file if content is None or len(manifest.files) > 1 else content,
+                options,
+                providers=_providers(provider, device, self._stream),
             )
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise EngineError(f"ONNX Runtime cannot load {file.name}: {error}") from error
@@ -70,6 +93,7 @@ class OnnxRuntimeEngine:
                 "are the libraries that it needs (CUDA, cuDNN, TensorRT) installed?"
             )
         self._session.disable_fallback()
+        check_tensors(manifest, _tensors(self._session.get_inputs()), _tensors(self._session.get_outputs()))
         self.name = f"onnxruntime {VERSION}, {provider}"
         self.manifest = manifest
         self._device = device
@@ -101,6 +125,17 @@ class OnnxRuntimeEngine:
         current.wait_stream(self._stream)
         for tensor in tensors:
             tensor.record_stream(self._stream)
+
+
+def _tensors(described: Any) -> list[TensorInfo]:
+    """Returns what ONNX Runtime says of inputs or outputs."""
+    tensors = []
+    for each in described:
+        if each.type not in _DTYPES:
+            raise ArtifactError(f"{each.name} is a {each.type}, which no exported file has: export it again")
+        # A size that has no name is None.
+        tensors.append(TensorInfo(each.name, _DTYPES[each.type], tuple(size or "" for size in each.shape)))
+    return tensors
 
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:

@@ -9,10 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs
-from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs, check_tensors
+from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
 
-__all__ = ["TensorRTEngine", "compute_capability", "tensorrt_module"]
+__all__ = ["TensorRTEngine", "compute_capability", "engine_tensors", "tensorrt_module"]
+
+
+# What TensorRT calls them.
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+}
 
 
 class TensorRTEngine:
@@ -22,18 +33,20 @@ class TensorRTEngine:
         file: The engine.
         manifest: Its manifest.
         device: A CUDA device.
+        content: The file's bytes, which are what is loaded; None reads the file.
 
     Raises:
+        ArtifactError: Its inputs and outputs are not those of the manifest.
         EngineError: No GPU, another compute capability than the engine was built for, the library is not installed or
             another version, or TensorRT does not take the file.
     """
 
-    def __init__(self, file: Path, manifest: Manifest, device: torch.device) -> None:
+    def __init__(self, file: Path, manifest: Manifest, device: torch.device, content: bytes | None = None) -> None:
         if device.type != "cuda":
             raise EngineError(f"{file.name} is a TensorRT engine, which runs on an NVIDIA GPU, not on {device}")
         _check_compute_capability(file, manifest, device)
         library = tensorrt_module(manifest.format)
-        built_with = manifest.versions[manifest.format]
+        built_with = manifest.versions.get(manifest.format, "of an unknown version")
         if library.__version__ != built_with:
             raise EngineError(
                 f"{file.name} was built by {manifest.format} {built_with}, installed is {library.__version__}: "
@@ -42,9 +55,10 @@ class TensorRTEngine:
         self._log = library.Logger(library.Logger.ERROR)
         with torch.cuda.device(device):
             self._runtime = library.Runtime(self._log)
-            self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+            self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes() if content is None else content)
             if self._engine is None:
                 raise EngineError(f"TensorRT does not take {file.name}: its messages are above")
+            check_tensors(manifest, *engine_tensors(self._engine))
             self._context = self._engine.create_execution_context()
         self.name = f"{manifest.format} {library.__version__} on {torch.cuda.get_device_name(device)}"
         self.manifest = manifest
@@ -53,17 +67,42 @@ class TensorRTEngine:
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Engine.run`."""
         sizes = check_inputs(self.manifest, inputs, self._device)
-        outputs = allocate_outputs(self.manifest, sizes, self._device)
         # On the same stream as the run, so PyTorch gives the copies' memory to nobody who would write it earlier.
         contiguous = {name: tensor.contiguous() for name, tensor in inputs.items()}
         for name, tensor in contiguous.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
                 raise EngineError(f"TensorRT does not take {name} of shape {tuple(tensor.shape)}")
+        outputs = allocate_outputs(self.manifest, sizes, self._device)
+        for name, tensor in outputs.items():
+            # What the engine will write, whatever the manifest says.
+            writes = tuple(self._context.get_tensor_shape(name))
+            if writes != tuple(tensor.shape):
+                raise EngineError(
+                    f"TensorRT would write {name} of shape {writes}, its manifest says {tuple(tensor.shape)}: "
+                    "export it again"
+                )
         for name, tensor in (contiguous | outputs).items():
             self._context.set_tensor_address(name, tensor.data_ptr())
         if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise EngineError("TensorRT did not run: its messages are above")
         return outputs
+
+
+def engine_tensors(engine: Any) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Returns what a TensorRT engine says of its inputs and outputs; an open size is "".
+
+    Raises:
+        ArtifactError: A tensor of a type that no exported file has.
+    """
+    tensors: dict[str, list[TensorInfo]] = {"INPUT": [], "OUTPUT": []}
+    for idx in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(idx)
+        dtype = engine.get_tensor_dtype(name).name
+        if dtype not in _DTYPES:
+            raise ArtifactError(f"{name} is a {dtype}, which no exported file has: export it again")
+        shape = tuple("" if size < 0 else size for size in engine.get_tensor_shape(name))
+        tensors[engine.get_tensor_mode(name).name].append(TensorInfo(name, _DTYPES[dtype], shape))
+    return tensors["INPUT"], tensors["OUTPUT"]
 
 
 def tensorrt_module(name: str) -> Any:
@@ -91,7 +130,8 @@ def compute_capability(device: torch.device | None = None) -> str:
 
 def _check_compute_capability(file: Path, manifest: Manifest, device: torch.device) -> None:
     found = compute_capability(device)
-    built_for = manifest.details["compute_capabilities"]
+    named = manifest.details.get("compute_capabilities")
+    built_for = [str(each) for each in named] if isinstance(named, list) else []
     if found not in built_for:
         raise EngineError(
             f"{file.name} was built for compute capability {', '.join(built_for)}, "

@@ -32,6 +32,12 @@ def check_engine_file(settings: Settings, family: Family, config: Any, dtype: to
     if settings.engine is None:
         return
     manifest = Manifest.load(settings.engine)
+    pinned, found = settings.engine_sha256, manifest.files[0].sha256
+    if pinned not in (None, found):
+        raise EngineMismatchError(
+            f"--mmtok-engine {settings.engine} has the SHA-256 {found}, --mmtok-engine-sha256 names {pinned}: it is "
+            "not the file that was pinned"
+        )
     if manifest.kind != "selection":
         raise EngineMismatchError(
             f"--mmtok-engine {settings.engine} holds an encoder as well, the server has its own: mmtok export selection"
@@ -47,9 +53,12 @@ def _size_problems(manifest: Manifest, settings: Settings, family: Family, confi
     problems = []
     widths = {"vision": family.vision_width(config), "keys": family.keys_width(config)}
     for name, width in widths.items():
-        found = manifest.input(name).shape[-1]
+        *_, found = (None, *manifest.input(name).shape)
         if found != width:
             problems.append(f"takes {name} of width {found}, the model's have {width}")
+    missing = [name for name in ("B", "N", "M") if name not in manifest.dimensions]
+    if missing:
+        return [*problems, f"says nothing of its dimensions {', '.join(missing)}"]
     sizes = manifest.dimensions["N"]
     fixed = family.num_selected_from(config)
     if fixed is not None and fixed not in sizes:

@@ -81,16 +81,18 @@ class TokenSelector:
         self.start(next(scheduler.tp_worker.model_runner.model.parameters()).device)
 
     def start(self, device: torch.device) -> None:
-        """Makes what runs the selection, and has an exported file select once.
+        """Makes what runs the selection, and holds an exported file against the reference once.
 
         Raises:
             ArtifactError: The exported file is not whole.
             EngineError: It cannot run on the device.
         """
         settings = self._settings
-        self._executor = make_executor(settings.backend, device, settings.config, settings.engine, settings.provider)
+        self._executor = make_executor(
+            *(settings.backend, device, settings.config, settings.engine, settings.provider, settings.engine_sha256)
+        )
         if isinstance(self._executor, EngineExecutor):
-            self._executor.warm_up()
+            self._executor.check()
         logger.info("MMTok: tokens are selected by %s", self._executor.name)
 
     def select(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor]:

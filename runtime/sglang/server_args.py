@@ -134,6 +134,14 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         Arg(help="MMTok: an ONNX file or TensorRT engine written by mmtok export selection, to run the selection."),
         NS("mm"),
     ] = None
+    mmtok_engine_sha256: A[
+        str | None,
+        Arg(
+            help="MMTok: SHA-256 that the file of --mmtok-engine must have (sha256sum), or the server does not start. "
+            "Unset: any file that its manifest describes."
+        ),
+        NS("mm"),
+    ] = None
     mmtok_onnxruntime_provider: A[
         Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] | None,
         Arg(help="MMTok: ONNX Runtime's execution provider for an ONNX file. Default: the device's."),
@@ -236,6 +244,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             backend=self.mmtok_backend or "auto",
             # Absolute: the server's processes need not share a folder.
             engine=None if self.mmtok_engine is None else Path(self.mmtok_engine).absolute(),
+            engine_sha256=None if self.mmtok_engine_sha256 is None else self.mmtok_engine_sha256.lower(),
             provider=self.mmtok_onnxruntime_provider,
             feature_cache_mb=cache_mb,
             min_tokens_in=self.mmtok_min_tokens_in or 0,

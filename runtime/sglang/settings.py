@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -34,6 +35,7 @@ class Settings:
         backend: What runs the selection.
         engine: The exported file that does, if one does.
         provider: ONNX Runtime's, instead of the device's own.
+        engine_sha256: What the exported file must hash to, lower case; None takes any that its manifest describes.
         feature_cache_mb: MiB of vision features kept by image in each scheduler process; 0 keeps none.
         min_tokens_in: An image that takes fewer tokens in an unpruned prompt is not pruned.
         method: What chooses the tokens where the request names no method of its own.
@@ -55,6 +57,7 @@ class Settings:
     backend: ExecutorName = "auto"
     engine: Path | None = None
     provider: str | None = None
+    engine_sha256: str | None = None
     feature_cache_mb: int = DEFAULT_FEATURE_CACHE_MB
     min_tokens_in: int = 0
     method: MethodName = "mmtok"
@@ -74,6 +77,11 @@ class Settings:
             )
         if self.provider is not None and self.engine is None:
             raise ValueError("--mmtok-onnxruntime-provider is for an exported file: add --mmtok-engine FILE.onnx")
+        if self.engine_sha256 is not None:
+            if self.engine is None:
+                raise ValueError("--mmtok-engine-sha256 is for an exported file: add --mmtok-engine FILE")
+            if not re.fullmatch("[0-9a-f]{64}", self.engine_sha256):
+                raise ValueError(f"engine_sha256 is 64 hexadecimal digits (sha256sum), got {self.engine_sha256!r:.100}")
         if self.feature_cache_mb < 0:
             raise ValueError(f"feature_cache_mb is at least 0, got {self.feature_cache_mb}")
         if self.min_tokens_in < 0:
@@ -129,6 +137,7 @@ class Settings:
             "mmtok_agent_timeout_ms": self.agent_timeout_ms,
             "mmtok_backend": self.backend,
             "mmtok_engine": None if self.engine is None else str(self.engine),
+            "mmtok_engine_sha256": self.engine_sha256,
             "mmtok_onnxruntime_provider": self.provider,
             "mmtok_feature_cache_mb": self.feature_cache_mb,
         }

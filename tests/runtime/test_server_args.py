@@ -41,6 +41,7 @@ FLAGS = [
     "--mmtok-agent-timeout-ms",
     "--mmtok-backend",
     "--mmtok-engine",
+    "--mmtok-engine-sha256",
     "--mmtok-onnxruntime-provider",
     "--mmtok-feature-cache-mb",
 ]
@@ -123,6 +124,11 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
         (
             {"mmtok_agent_url": "http://agent/v1", "mmtok_engine": "/a/selection.onnx"},
             "longer than an exported file may take",
+        ),
+        ({"mmtok_engine_sha256": "0" * 64}, "--mmtok-engine-sha256 is for an exported file"),
+        (
+            {"mmtok_engine": "/a/selection.onnx", "mmtok_engine_sha256": "0" * 63},
+            "engine_sha256 is 64 hexadecimal digits",
         ),
         ({"mmtok_min_tokens_in": -1}, "min_tokens_in is at least 0, got -1"),
         ({"mmtok_feature_cache_mb": -1}, "feature_cache_mb is at least 0, got -1"),
@@ -273,6 +279,7 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_agent_timeout_ms": 1000,
         "mmtok_backend": "auto",
         "mmtok_engine": None,
+        "mmtok_engine_sha256": None,
         "mmtok_onnxruntime_provider": None,
         "mmtok_feature_cache_mb": 256,
     }
