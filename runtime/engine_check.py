@@ -1,19 +1,17 @@
-"""Whether an exported file selects as the float32 reference does, on the device that it will run on."""
+"""Whether an exported file selects as the reference does, on the device that it will run on."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from mmtok_deploy.config import SelectionConfig
-from mmtok_deploy.coverage import coverage_curve, coverage_matrix
+from mmtok_deploy.coverage import coverage_matrix
+from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["sample_problems", "what_is_wrong"]
 
-# As bench/close_calls.py: leads of up to 3e-6 of a gain were seen to go either way in float32.
-_CLOSE_CALL = 2e-5
 # As exporters/check.py: products and sums of thousands of terms in another order; 1.1e-5 was seen.
 _COVERAGE_TOLERANCE = 1e-4
 _NUM_CLUSTERS = 24
@@ -67,39 +65,18 @@ def sample_problems(manifest: Manifest, device: torch.device) -> list[SelectionP
 
 
 def what_is_wrong(problem: SelectionProblem, config: SelectionConfig, selection: Selection) -> str | None:
-    """Returns what is not as in the float32 reference, None if nothing is.
-
-    Each pick is held against the largest gain after the picks before it: two gains closer than float32 tells apart may
-    be ordered either way.
-    """
+    """Returns what is not as in the reference, None if nothing is; picks as `replay_greedy` judges them."""
     order: list[int] = selection.order.tolist()
-    if selection.kept.tolist() != sorted(set(order)) or len(order) != problem.num_picks:
-        return f"it keeps {selection.kept.tolist()} by the order {order}, expected {problem.num_picks} tokens"
-    if order and not 0 <= min(order) <= max(order) < len(problem.vision):
-        return f"it picks {order} of {len(problem.vision)} tokens"
-    matrix = coverage_matrix(problem.vision, problem.keys, problem.text, config)
-    wrong = _wrong_pick(matrix.double(), problem.excluded, order)
-    if wrong is not None:
-        return wrong
+    try:
+        replay = replay_greedy(problem, config, order)
+    except WrongPickError as error:
+        return str(error)
+    if selection.kept.tolist() != sorted(order):
+        return f"it keeps {selection.kept.tolist()}, and picks {order}"
     for name, found, expected in (
-        ("coverage", selection.coverage, coverage_curve(matrix, selection.order)),
-        ("total", selection.total, matrix.amax(dim=1).sum()),
+        ("coverage", selection.coverage.double(), replay.coverage),
+        ("total", selection.total.double(), replay.total),
     ):
         if not torch.allclose(found, expected, rtol=_COVERAGE_TOLERANCE, atol=0):
             return f"its {name} differs by more than {_COVERAGE_TOLERANCE} of it"
-    return None
-
-
-def _wrong_pick(matrix: Tensor, excluded: Tensor | None, order: list[int]) -> str | None:
-    covered = matrix.new_zeros(len(matrix))
-    barred = torch.zeros(matrix.shape[1], dtype=torch.bool, device=matrix.device)
-    if excluded is not None:
-        barred |= excluded
-    for pick, token in enumerate(order):
-        gains = (matrix - covered[:, None]).clamp_(min=0).sum(dim=0).masked_fill_(barred, -torch.inf)
-        best = int(gains.argmax())
-        if not gains[token] >= gains[best] * (1 - _CLOSE_CALL):
-            return f"pick {pick} is token {token}, which gains {gains[token]:.3g}; token {best} gains {gains[best]:.3g}"
-        barred[token] = True
-        covered = torch.maximum(covered, matrix[:, token])
     return None
