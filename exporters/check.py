@@ -69,7 +69,7 @@ def _obstacle_here(manifest: Manifest) -> str | None:
     where = "run mmtok export check where the engine will run"
     if not torch.cuda.is_available():
         return f"no NVIDIA GPU was at hand: {where}"
-    found, built_for = compute_capability(), manifest.details["compute_capabilities"]
+    found, built_for = compute_capability(), manifest.details.get("compute_capabilities", [])
     if found not in built_for:
         return f"built for compute capability {', '.join(built_for)}, the GPU at hand has {found}: {where}"
     return None
