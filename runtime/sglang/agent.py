@@ -79,7 +79,7 @@ class Agent:
         self._breaker = _Breaker(now_s)
         self._warnings = {name: RepeatedWarning(logger) for name in ("agent_errors", "agent_timeouts", "agent_skips")}
 
-    async def join(self, images: Sequence[Any], texts: Sequence[str], wanted: Sequence[bool]) -> list[str]:
+    async def join(self, images: Sequence[Any] | None, texts: Sequence[str], wanted: Sequence[bool]) -> list[str]:
         """Returns each image's text with the agent's answer to it after it, or as it was.
 
         Images of one text are asked about together, different texts side by side, and all within the time limit.
@@ -89,11 +89,12 @@ class Agent:
             texts: One an image; without words there is nothing to ask.
             wanted: Whether the image is to be pruned; others are not sent.
         """
-        if len(images) != len(texts):
-            self._count("agent_errors", f"{len(images)} images came for {len(texts)} in the prompt")
+        num_images = len(images or ())
+        if num_images != len(texts):
+            self._count("agent_errors", f"{num_images} images came for {len(texts)} in the prompt")
             return list(texts)
         asked: dict[str, list[Any]] = {}
-        for image, text, want in zip(images, texts, wanted, strict=True):
+        for image, text, want in zip(images or (), texts, wanted, strict=True):
             if want and text.strip():
                 asked.setdefault(text, []).append(image)
         found = await asyncio.gather(*(self._answer(text, group) for text, group in asked.items()))

@@ -190,9 +190,10 @@ def test_what_is_no_answer_is_an_error_that_is_counted(caplog: pytest.LogCapture
     assert re.search(why, caplog.messages[0])
 
 
-def test_images_that_are_not_one_a_text_are_not_sent() -> None:
+@pytest.mark.parametrize("images", [[CAT], [CAT, CAT, CAT], [], None])
+def test_images_that_are_not_one_a_text_are_not_sent(images: Any) -> None:
     endpoint, before = Endpoint(), counted()
-    assert joined(endpoint, [CAT], ["A cat?", "A dog?"], [True, True]) == ["A cat?", "A dog?"]
+    assert joined(endpoint, images, ["A cat?", "A dog?"], [True, True]) == ["A cat?", "A dog?"]
     assert endpoint.requests == []
     assert since(before) == [0, 0, 1]
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,12 +16,19 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from mmtok_deploy.runtime.sglang import hooks
 from mmtok_deploy.runtime.sglang.families import FAMILIES
 from mmtok_deploy.runtime.sglang.hooks import Hook, HookError, install_hooks
+from mmtok_deploy.runtime.sglang.settings import Settings
 from tests.runtime.stand_ins import make_settings
+
+
+def with_everything(family: str) -> Settings:
+    """Settings with which every hook is there."""
+    return replace(make_settings(family=family), agent_url="http://agent/v1")
+
 
 FAMILY_HOOKS = [
     pytest.param(hook, id=f"{name}-{hook.target}")
     for name, family in FAMILIES.items()
-    for hook in family.hooks(make_settings(family=name))
+    for hook in family.hooks(with_everything(name))
 ]
 
 
@@ -31,7 +39,7 @@ def test_every_target_is_in_this_sglang_as_recorded(hook: Hook) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_target_is_hooked_twice(name: str) -> None:
-    targets = [hook.target for hook in FAMILIES[name].hooks(make_settings(family=name))]
+    targets = [hook.target for hook in FAMILIES[name].hooks(with_everything(name))]
     assert len(targets) == len(set(targets))
 
 
@@ -174,7 +182,7 @@ def test_a_target_that_changes_is_found_before_anything_is_hooked(
     for state in ("_installed", "_is_half_hooked"):
         monkeypatch.setattr(hooks, state, False)
     monkeypatch.setattr(hooks, "load_plugins", lambda: None)
-    family_hooks = FAMILIES[name].hooks(make_settings(family=name))
+    family_hooks = FAMILIES[name].hooks(with_everything(name))
     for hook in family_hooks:
         path, _, attribute = hook.path.rpartition(".")
         parent = pkgutil.resolve_name(path)
