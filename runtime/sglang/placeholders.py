@@ -70,9 +70,14 @@ class PlaceholderCutter:
         self._settings = settings
         self._family = family
         self._engine = None if settings.engine is None else Manifest.load(settings.engine)
-        self.agent = None
+        self._agent = None
         if settings.agent_url is not None:
-            self.agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
+            self._agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
+
+    @property
+    def agent(self) -> Agent | None:
+        """The agent that is asked, None if none is."""
+        return self._agent
 
     async def process_mm_data(
         self, original: Callable[..., Awaitable[Any]], processor: Any, image_data: Any, *args: Any, **kwargs: Any
@@ -119,8 +124,8 @@ class PlaceholderCutter:
         _refuse_endless_guidance(num_words, kwargs.get("max_req_input_len"))
         plans = [self._plan(item, asked, processor.hf_config) for item in items]
         covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
-        if self.agent is not None and covers_text:
-            texts = await self.agent.join(image_data, texts, [plan is not None for plan in plans])
+        if self._agent is not None and covers_text:
+            texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])
         for item, text, plan in zip(items, texts, plans, strict=True):
             if plan is not None:
                 guided = replace(plan, guidance=words_of(text))
