@@ -1,8 +1,9 @@
-"""The same examples on every run, as many threads as there is room for, and who works beside whom.
+"""The same examples on every run, and who works beside whom.
 
-Hypothesis draws the same examples each time and keeps none between runs. Tests and the servers they start share the
-machine's cores, where more threads than cores only wait for one another: set before PyTorch is imported.
+Hypothesis draws the same examples each time and keeps none between runs.
 """
+
+from tests import environment  # noqa: F401, I001 - first: it sets variables that PyTorch and SGLang read
 
 import os
 from collections.abc import Iterator
@@ -12,8 +13,6 @@ from typing import Any, get_args
 
 import pytest
 from hypothesis import settings
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from mmtok_deploy.bench.families import Family
 from tests.rounding import PerturbedProducts
