@@ -1,9 +1,12 @@
-# make demo | make bench | make export | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
+# make demo | make bench | make export | make soak | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
 PYTHON ?= python3
 VENV := .venv
 JOBS ?= 2
 # Of the pocket model: llava-1.5 or qwen2.5-vl.
 FAMILY ?= llava-1.5
+# Of make soak: 30 runs every row in full; ROWS=fuzz,storm runs those alone.
+MINUTES ?= 5
+ROWS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # constraints.txt names everything: nothing is resolved, and nothing that it does not name is installed.
@@ -16,13 +19,14 @@ RTX_TARGETS := 8.0 8.6 8.9 12.0 12.1
 ENGINES = $(if $(filter $(TARGET),$(RTX_TARGETS)),--tensorrt --target $(TARGET))
 SELECTION = $(BIN)/mmtok export selection --force $(ENGINES)
 
-.PHONY: help install demo bench export quality test test-cpus lint format constraints clean
+.PHONY: help install demo bench export quality soak test test-cpus lint format constraints clean
 
 help:
 	@echo "make demo    ask a small model about a picture, with and without a budget, and show what changes"
 	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: under 20 minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
+	@echo "make soak    inject faults into servers and see what holds (MINUTES=30 runs all of it, ROWS=fuzz,storm a part)"
 	@echo "make test    every test, two at a time (JOBS=0: one by one); no GPU needed"
 	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
 	@echo "make lint    ruff and mypy --strict"
@@ -58,6 +62,9 @@ export: $(STAMP)
 quality: $(STAMP)
 	$(BIN)/mmtok quality --family $(FAMILY) --results-dir artifacts/quality --record
 	$(BIN)/mmtok bench report artifacts/quality --force --output artifacts/quality/report.html --markdown artifacts/quality/report.md
+
+soak: $(STAMP)
+	$(BIN)/mmtok soak --minutes $(MINUTES) $(if $(ROWS),--rows $(ROWS))
 
 # Two at a time, however many cores there are: each may start servers of a few GB.
 test: $(STAMP)

@@ -11,7 +11,14 @@ from mmtok_deploy import Budget, __version__
 
 __all__ = ["main"]
 
-_EXTRAS = {"bench": "bench", "demo": "bench,sglang", "quality": "bench,sglang", "export": "export", "pocket": "bench"}
+_EXTRAS = {
+    "bench": "bench",
+    "demo": "bench,sglang",
+    "quality": "bench,sglang",
+    "export": "export",
+    "pocket": "bench",
+    "soak": "dev",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     from mmtok_deploy.bench.families import PocketFamily
     from mmtok_deploy.bench.pocket.command import add_pocket_parser
     from mmtok_deploy.bench.quality.command import add_quality_parser
+    from mmtok_deploy.bench.soak.command import add_soak_parser
     from mmtok_deploy.exporters.command import add_export_parser
 
     parser = argparse.ArgumentParser(prog="mmtok", description="MMTok vision-token selection, made deployable.")
@@ -41,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     add_quality_parser(commands)
     add_export_parser(commands)
     add_pocket_parser(commands)
+    add_soak_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         return _run(arguments)
@@ -73,6 +82,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from mmtok_deploy.bench.pocket.command import run_pocket
 
             return run_pocket(arguments)
+        case "soak":
+            from mmtok_deploy.bench.soak.command import run_soak
+
+            return run_soak(arguments)
         case _:
             from mmtok_deploy.bench.demo import run_demo
 

@@ -1,0 +1,149 @@
+"""A second SGLang plugin, installed only by the soak's servers: makes the hooks of the first one meet faults.
+
+SGLang loads it by the entry point that `injected.install_fault_plugin` writes into a folder on PYTHONPATH. It wraps
+what the plugin under test registers; nothing in the product knows of it. A file says which fault comes next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["CONTROL", "register"]
+
+CONTROL = "MMTOK_SOAK_FAULTS"
+"""Environment variable: the folder with `fault.json`, which is written by the soak, and `met.json`, its answer."""
+
+_VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+def register() -> None:
+    """Wraps SGLang's hook registry, so that hooks of the plugin under test are registered with faults around them."""
+    folder = os.environ.get(CONTROL)
+    if folder is None:
+        return
+    registry = pkgutil.resolve_name("sglang.srt.plugins.hook_registry.HookRegistry")
+    original = registry.register
+
+    def register_with_faults(path: str, hook: Callable[..., Any], hook_type: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(hook_type, "name", "") == "AROUND":
+            hook = _with_faults(path.rpartition(".")[2], hook, Path(folder))
+        return original(path, hook, hook_type, *args, **kwargs)
+
+    registry.register = register_with_faults
+
+
+def _with_faults(name: str, around: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    def faulty(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        fault = _read(folder / "fault.json")
+        if fault is None or fault["hook"] != name:
+            return around(original, *args, **kwargs)
+        # Once only: the next call is one without a fault.
+        (folder / "fault.json").unlink(missing_ok=True)
+        if fault["kind"] == "memory":
+            return _without_memory(fault, folder, around, original, *args, **kwargs)
+        if fault["kind"] == "raise":
+            _write(folder, fault, 1, met=True)
+            raise RuntimeError("injected: the hook fails")
+        return _with_values(fault, folder, around, original, *args, **kwargs)
+
+    return faulty
+
+
+def _without_memory(
+    fault: dict[str, Any],
+    folder: Path,
+    around: Callable[..., Any],
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    mode = _Allocations(fault["at"])
+
+    def outside(*inner_args: Any, **inner_kwargs: Any) -> Any:
+        # What SGLang does inside is not the hook's own.
+        mode.is_paused = True
+        try:
+            return original(*inner_args, **inner_kwargs)
+        finally:
+            mode.is_paused = False
+
+    try:
+        with mode:
+            return around(outside, *args, **kwargs)
+    finally:
+        _write(folder, fault, mode.num_seen, met=mode.num_seen >= fault["at"])
+
+
+def _with_values(
+    fault: dict[str, Any],
+    folder: Path,
+    around: Callable[..., Any],
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    num_poisoned = 0
+
+    def poisoned(*inner_args: Any, **inner_kwargs: Any) -> Any:
+        nonlocal num_poisoned
+        result = original(*inner_args, **inner_kwargs)
+        for features in result if isinstance(result, list | tuple) else [result]:
+            num_poisoned += 1
+            values = features.view(-1)
+            step = {"one": max(1, values.numel()), "some": 97, "all": 1}[fault["where"]]
+            # In place: the hook reads the features before and after the projector where they were computed.
+            values[::step] = _VALUES[fault["value"]]
+        return result
+
+    try:
+        return around(poisoned, *args, **kwargs)
+    finally:
+        _write(folder, fault, num_poisoned, met=num_poisoned > 0)
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts operations whose result is new memory, and raises in place of the result of one of them."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_seen = 0
+        self.is_paused = False
+        self._at = at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.is_paused or not _is_new(func, result):
+            return result
+        self.num_seen += 1
+        if self.num_seen == self._at:
+            raise torch.OutOfMemoryError(f"injected: no memory at allocation {self._at}, {func}")
+        return result
+
+
+def _is_new(func: Any, result: Any) -> bool:
+    if func.is_view or func._schema.is_mutable:
+        return False
+    results = result if isinstance(result, list | tuple) else [result]
+    return any(isinstance(each, torch.Tensor) and each.numel() > 0 for each in results)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        fault: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return fault
+
+
+def _write(folder: Path, fault: dict[str, Any], num_seen: int, *, met: bool) -> None:
+    written = folder / f".met-{os.getpid()}.json"
+    written.write_text(json.dumps({"id": fault["id"], "num_seen": num_seen, "met": met}), encoding="utf-8")
+    written.replace(folder / "met.json")
