@@ -159,6 +159,8 @@ def _run_row(
             trial.fail("a server does not start or answer", str(error)[-1500:])
         except Exception as error:  # a row that breaks is a row that does not hold; the others are run
             trial.fail("the row broke off", f"{type(error).__name__}: {error}"[:1000])
+    if not trial.failures and not set(trial.counts) - {"fixed_chats"}:
+        trial.fail("nothing was run", f"within {trial.minutes:g} minutes: give the run more")
     result = make_row(
         BENCH,
         {"row": row.name, "family": family, "seed": arguments.seed, "minutes": arguments.minutes, "lost": _lost(trial)},

@@ -188,7 +188,10 @@ class Trial:
         """Gives a server with these flags; after the block it is held against what it was before."""
         if self._pool is None:
             raise RuntimeError("a trial without a pool has no servers of its own: use checked()")
+        start_s = time.monotonic()
         server = self._pool.get(self.family, self.folder, *flags, on_start=self.step, **environment)
+        # The row's time is that of its faults.
+        self._deadline_s += time.monotonic() - start_s
         with self.checked(server):
             yield server
         if not server.is_alive():

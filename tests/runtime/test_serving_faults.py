@@ -1,0 +1,50 @@
+"""A few seconds of `make soak` on the servers of the other tests: docs/reliability.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmtok_deploy.bench.soak.fuzz import fuzz, judge_failed
+from mmtok_deploy.bench.soak.images import send_odd_images
+from mmtok_deploy.bench.soak.storm import storm
+from mmtok_deploy.bench.soak.trial import Trial
+from tests.runtime.serving import Served
+
+FAULTS_FAMILIES = ("qwen2.5-vl", "llava-1.5")
+
+
+@pytest.fixture
+def trial(servers: tuple[Served, Served], tmp_path: Path) -> Iterator[Trial]:
+    """A trial on the session's server with a budget, which must be as it was afterwards."""
+    pruned = servers[0]
+    if pruned.family not in FAULTS_FAMILIES:
+        pytest.skip("its path is the one of LLaVA-1.5")
+    trial = Trial(pruned.family, tmp_path)
+    with trial.checked(pruned.server):
+        yield trial
+    assert not trial.failures
+    assert trial.counts["fixed_chats"] == 20
+
+
+def test_fuzzed_bodies(trial: Trial, servers: tuple[Served, Served]) -> None:
+    pruned, plain = (served.server for served in servers)
+    judge_failed(trial, plain, fuzz(trial, pruned, 60))
+    assert trial.counts["bodies"] == 60
+    assert trial.counts["answers_2xx"]
+    assert trial.counts["answers_4xx"]
+
+
+def test_odd_images(trial: Trial, servers: tuple[Served, Served]) -> None:
+    send_odd_images(trial, servers[0].server, 6, with_large=False)
+    assert trial.counts["answers_2xx"]
+    assert trial.counts["answers_4xx"]
+
+
+def test_a_small_storm(trial: Trial, servers: tuple[Served, Served]) -> None:
+    storm(trial, servers[0].server, 40, num_clients=8)
+    assert trial.counts["requests"] == 40
+    assert trial.counts["answered"]
+    assert trial.counts["aborted"]
