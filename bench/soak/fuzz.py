@@ -6,12 +6,11 @@ import copy
 import json
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmtok_deploy.bench.server import SglangServer
 from mmtok_deploy.bench.soak.fixed_chats import small_image
-from mmtok_deploy.bench.soak.trial import Reply, Trial, send
+from mmtok_deploy.bench.soak.trial import Reply, Trial, in_parallel, send
 
 __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
 
@@ -94,6 +93,8 @@ def fuzz(trial: Trial, server: SglangServer, num_bodies: int, *, plain: SglangSe
     def one(number: int) -> None:
         if trial.is_over() or not server.is_alive():
             return
+        if number % 500 == 499:
+            trial.step(f"{number + 1} of {num_bodies} bodies")
         path, body = fuzzed_body(trial, number)
         reply = send(server, path, body, timeout_s=_TIMEOUT_S)
         trial.count("bodies")
@@ -107,10 +108,7 @@ def fuzz(trial: Trial, server: SglangServer, num_bodies: int, *, plain: SglangSe
             else:
                 _judge(trial, number, plain, what)
 
-    with ThreadPoolExecutor(_PARALLEL) as pool:
-        for done, _ in enumerate(pool.map(one, range(num_bodies)), start=1):
-            if done % 500 == 0:
-                trial.step(f"{done} of {num_bodies} bodies")
+    in_parallel(_PARALLEL, one, range(num_bodies))
     return sorted(failed)
 
 

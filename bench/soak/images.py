@@ -7,7 +7,6 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,7 @@ from PIL import Image
 from mmtok_deploy.bench.photographs import photograph
 from mmtok_deploy.bench.server import SglangServer
 from mmtok_deploy.bench.soak.fixed_chats import chat_body
-from mmtok_deploy.bench.soak.trial import Trial, resident_bytes, send
+from mmtok_deploy.bench.soak.trial import Trial, in_parallel, resident_bytes, send
 
 __all__ = ["odd_images", "send_odd_images"]
 
@@ -55,8 +54,7 @@ def send_odd_images(trial: Trial, server: SglangServer, num_cut: int, *, with_la
             trial.fail(f"an image was answered by 5xx: {name.partition(' at ')[0]}", what)
 
     small = [case for case in cases if not case[0].startswith("large")]
-    with ThreadPoolExecutor(_PARALLEL) as pool:
-        list(pool.map(one, small))
+    in_parallel(_PARALLEL, one, small)
     for case in cases:
         if not case[0].startswith("large"):
             continue

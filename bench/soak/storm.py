@@ -7,7 +7,6 @@ import re
 import statistics
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -16,7 +15,7 @@ from mmtok_deploy.bench.photographs import PHOTOGRAPHS
 from mmtok_deploy.bench.process_tree import process_tree
 from mmtok_deploy.bench.server import SglangServer
 from mmtok_deploy.bench.soak.fixed_chats import Account, ask_for_logprobs, chat_body, largest_difference, small_image
-from mmtok_deploy.bench.soak.trial import Trial, resident_bytes, send
+from mmtok_deploy.bench.soak.trial import Trial, in_parallel, resident_bytes, send
 
 __all__ = ["STORM_ENVIRONMENT", "STORM_FLAGS", "leak", "storm"]
 
@@ -93,8 +92,7 @@ def storm(trial: Trial, server: SglangServer, num_requests: int, *, num_clients:
                 trial.step(f"{done} of {num_requests} requests")
 
     start_s = time.monotonic()
-    with ThreadPoolExecutor(num_clients) as pool:
-        list(pool.map(one, range(num_requests)))
+    in_parallel(num_clients, one, range(num_requests))
     trial.count("requests", done)
     trial.numbers["requests_per_s"] = round(done / (time.monotonic() - start_s), 1)
     trial.numbers["retractions"] = _metric(server, "sglang:num_retracted_requests") - trial.numbers.pop(

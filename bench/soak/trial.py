@@ -7,9 +7,11 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil  # type: ignore[import-untyped]
@@ -20,7 +22,7 @@ from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_arguments, 
 from mmtok_deploy.bench.soak.fixed_chats import TOLERANCE, ask_fixed_chats, largest_difference
 from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 
-__all__ = ["Failure", "Reply", "ServerPool", "Trial", "make_server", "send"]
+__all__ = ["Failure", "Reply", "ServerPool", "Trial", "in_parallel", "make_server", "resident_bytes", "send"]
 
 _FULL_MINUTES = 30.0
 _MAX_SERVER_BYTES = 8 << 30
@@ -68,6 +70,21 @@ def send(
         return Reply(0, f"no answer within {timeout_s:g} s", time.monotonic() - start_s)
     except httpx.HTTPError as error:
         return Reply(0, f"{type(error).__name__}: {error}", time.monotonic() - start_s)
+
+
+def in_parallel(num_threads: int, work: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Calls `work` with each item, so many at a time; on Ctrl-C those that have not begun are dropped.
+
+    Those that have begun end with their server, which is stopped soon after: nobody waits for their answers here.
+    """
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        for done in [pool.submit(work, item) for item in items]:
+            done.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def make_server(family: Family, folder: Path, *flags: str, seed: int = 0, **environment: str) -> SglangServer:

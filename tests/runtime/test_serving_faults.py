@@ -7,22 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.soak.fuzz import fuzz, judge_failed
 from mmtok_deploy.bench.soak.images import send_odd_images
 from mmtok_deploy.bench.soak.storm import storm
 from mmtok_deploy.bench.soak.trial import Trial
 from tests.runtime.serving import Served
 
-FAULTS_FAMILIES = ("qwen2.5-vl", "llava-1.5")
-
 
 @pytest.fixture
-def trial(servers: tuple[Served, Served], tmp_path: Path) -> Iterator[Trial]:
+def trial(family: Family, servers: tuple[Served, Served], tmp_path: Path) -> Iterator[Trial]:
     """A trial on the session's server with a budget, which must be as it was afterwards."""
     pruned = servers[0]
-    if pruned.family not in FAULTS_FAMILIES:
+    if family == "llava-next":
         pytest.skip("its path is the one of LLaVA-1.5")
-    trial = Trial(pruned.family, tmp_path)
+    trial = Trial(family, tmp_path)
     with trial.checked(pruned.server):
         yield trial
     assert not trial.failures
