@@ -32,6 +32,7 @@ def kill_processes(trial: Trial, num_trials: int, *flags: str) -> None:
         server = make_server(trial.family, trial.folder, *flags)
         try:
             with server:
+                trial.not_counted(server.start_s or 0)
                 _kill_one(trial, number, server)
         except ServerError as error:
             trial.fail("a server does not start", str(error)[-600:])

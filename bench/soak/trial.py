@@ -144,6 +144,7 @@ class Trial:
         family: Of the served model.
         folder: For logs and checkpoints.
         minutes: Of the whole run; 30 runs every row's full count.
+        num_families: How many families share that count.
         seed: Of everything that is drawn.
         on_step: Called with a line of progress.
         pool: Gives the servers.
@@ -155,6 +156,7 @@ class Trial:
         folder: Path,
         *,
         minutes: float = _FULL_MINUTES,
+        num_families: int = 1,
         seed: int = 0,
         on_step: Callable[[str], None] = lambda text: None,
         pool: ServerPool | None = None,
@@ -162,6 +164,7 @@ class Trial:
         self.family = family
         self.folder = folder
         self.minutes = minutes
+        self._part = minutes / _FULL_MINUTES / num_families
         self.seed = seed
         self.step = on_step
         self.counts: Counter[str] = Counter()
@@ -172,12 +175,16 @@ class Trial:
         self._lock = threading.Lock()
 
     def scaled(self, full: int, *, at_least: int = 1) -> int:
-        """Returns the part of a full count that is run in this trial's minutes."""
-        return max(min(full, at_least), min(full, round(full * self.minutes / _FULL_MINUTES)))
+        """Returns the part of a full count that is this trial's, by the run's minutes and families."""
+        return max(min(full, at_least), min(full, round(full * self._part)))
 
     def limit(self, duration_s: float) -> None:
         """Ends the row's loops after this long; each row says with its counts how far it came."""
         self._deadline_s = time.monotonic() + duration_s
+
+    def not_counted(self, duration_s: float) -> None:
+        """Gives the row this much longer: the time went into the start of a server."""
+        self._deadline_s += duration_s
 
     def is_over(self) -> bool:
         """True once the row's time is used up."""
@@ -207,8 +214,7 @@ class Trial:
             raise RuntimeError("a trial without a pool has no servers of its own: use checked()")
         start_s = time.monotonic()
         server = self._pool.get(self.family, self.folder, *flags, on_start=self.step, **environment)
-        # The row's time is that of its faults.
-        self._deadline_s += time.monotonic() - start_s
+        self.not_counted(time.monotonic() - start_s)
         with self.checked(server):
             yield server
         if not server.is_alive():
