@@ -52,3 +52,14 @@ def test_engines_on_such_a_gpu() -> None:
     lines = recipe("export", "TARGET=9.0", "ENGINES=--tensorrt")
     assert all("--tensorrt --preset" in line for line in exports(lines))
     assert said(lines) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ([], ".venv/bin/mmtok soak --minutes 5"),
+        (["MINUTES=30", "ROWS=fuzz,storm"], ".venv/bin/mmtok soak --minutes 30 --rows fuzz,storm"),
+    ],
+)
+def test_soak_takes_minutes_and_rows(arguments: list[str], command: str) -> None:
+    assert recipe("soak", *arguments)[-1].strip() == command

@@ -189,7 +189,7 @@ def _run_row(
     _write_failures(trial, path.with_suffix("") / "failures.txt", row)
     verdict = "holds" if not trial.failures else f"{len(trial.failures)} FAILURES: {result.case['lost']}"
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in trial.counts.items())
-    console.print(f"{family} {row.name}: {verdict} ({counts})", markup=False, soft_wrap=True)
+    console.print(f"{family} {row.name}, seed {arguments.seed}: {verdict} ({counts})", markup=False, soft_wrap=True)
     return result, len(trial.failures)
 
 

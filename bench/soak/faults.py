@@ -26,7 +26,7 @@ __all__ = ["ROWS", "Row"]
 
 _SERVED = ("--mmtok-budget=10%", "--enable-metrics")
 # The property test of the keys, which draws 10,000 pairs: its files, and what its name has in it.
-_KEY_TESTS, _KEY_PAIRS = "tests/runtime/test_*key*.py", "pairs"
+_KEY_TESTS, _KEY_PAIRS = "tests/runtime/test_*key*.py", "never_share_a_key"
 
 
 @dataclass(frozen=True, slots=True)
