@@ -18,7 +18,7 @@ _PARALLEL = 8
 _TIMEOUT_S = 30.0
 _PLACEHOLDERS = {"qwen2.5-vl": "<|image_pad|>", "llava-1.5": "<image>", "llava-next": "<image>"}
 # What makes SGLang itself work for minutes, or sample at random, is left as it is.
-_FIXED_FIELDS = ("max_tokens", "max_new_tokens", "temperature", "n", "stream", "model")
+_FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
 _KWARGS = "mm_processor_kwargs"
 _OUR_FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed", "mmtok_bugdet", "mmtok", "images_kwargs")
 _METHODS = ("mmtok", "divprune", "even", "random", "visionzip", "downsample", "text-coverage", "vision-coverage", "")

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from mmtok_deploy.bench.soak.fuzz import ENDPOINTS, fuzzed_body
 from mmtok_deploy.bench.soak.trial import Trial
 
@@ -38,11 +36,16 @@ def test_bodies_are_of_many_kinds() -> None:
         assert sum(mark in body for body in bodies) > 2, mark
 
 
-@pytest.mark.parametrize("number", range(40))
-def test_no_body_asks_for_a_long_answer(number: int) -> None:
-    try:
-        body = json.loads(fuzzed_body(trial(), number)[1])
-    except (ValueError, RecursionError):
-        return
-    if isinstance(body, dict):
-        assert body.get("max_tokens", 2) in (2, [2])
+def test_no_valid_body_asks_for_a_long_answer() -> None:
+    """A few whose bytes were changed may: their fields have other names then."""
+    num_long = 0
+    for number in range(600):
+        path, text = fuzzed_body(trial(), number)
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        limits = body.get("sampling_params") if path == "/generate" else body
+        if not isinstance(limits, dict) or limits.get("max_new_tokens", limits.get("max_tokens")) != 2:
+            num_long += 1
+    assert num_long < 12
