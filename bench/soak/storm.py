@@ -48,7 +48,7 @@ _BUDGETS: tuple[dict[str, Any], ...] = (
     {"mmtok_method": "random", "mmtok_seed": 5},
     {"mmtok_method": "even"},
     {"mmtok_method": "vision-coverage"},
-    {"mmtok_method": "downsample"},
+    {"mmtok_budget": "50%", "mmtok_method": "downsample"},
 )
 _SIZES = ((168, 168), (224, 168), (112, 252), (224, 224))
 
