@@ -197,7 +197,7 @@ ROWS: dict[str, Row] = {
             "fuzz",
             "Fuzzed bodies on `/v1/chat/completions`, `/generate`, `/v1/completions`, `/v1/messages`",
             "drawn from a seed: our fields, texts with placeholders and role marks, any node of the body, its bytes",
-            "each is answered within 30 s; 5xx only where SGLang without a budget gives one",
+            "each is answered within 60 s; 5xx only where SGLang without a budget gives one",
             5,
             _fuzz,
         ),

@@ -15,7 +15,7 @@ from mmtok_deploy.bench.soak.trial import Reply, Trial, in_parallel, send
 __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
 
 _PARALLEL = 8
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 60.0
 _PLACEHOLDERS = {"qwen2.5-vl": "<|image_pad|>", "llava-1.5": "<image>", "llava-next": "<image>"}
 # What makes SGLang itself work for minutes, or sample at random, is left as it is.
 _FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
