@@ -139,12 +139,16 @@ def _points_of(trial: Trial, server: SglangServer, faults: _Faults, hook: str, m
 def _one(trial: Trial, server: SglangServer, faults: _Faults, what: str, kind_of: str, **fault: Any) -> None:
     """Asks with one fault, then without: it is answered, the server lives, and what comes after is exact."""
     body = _body(trial, what)
+    # Without it the image's features are those that are held, and its encoder is not called.
+    send(server, "/flush_cache?timeout=30", b"")
     faults.next(**fault)
     reply = _ask(server, body)
     met = faults.met()
     trial.count("faults")
     if met is None or not met.met:
         trial.count("faults_not_met")
+        if fault["kind"] != "memory":
+            trial.fail(f"the fault did not come about: {kind_of}", what)
     if not _lives(server):
         trial.fail(f"the server ended: {kind_of}", f"{what}: {_error_line(server)}")
         return
