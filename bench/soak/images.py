@@ -6,7 +6,7 @@ import base64
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -21,22 +21,30 @@ __all__ = ["odd_images", "send_odd_images"]
 _TIMEOUT_S = 60.0
 _PARALLEL = 4
 _MAX_GROWTH_BYTES = 2 << 30
-_BUDGETS: tuple[dict[str, object], ...] = ({}, {"mmtok_budget": "all"}, {"mmtok_method": "downsample"})
+_SETTINGS: tuple[Mapping[str, object], ...] = ({}, {"mmtok_budget": "all"}, {"mmtok_method": "downsample"})
 
 
-def send_odd_images(trial: Trial, server: SglangServer, num_cut: int, *, with_large: bool = True) -> None:
-    """Sends each odd image with three settings; holds that it is answered by 2xx or 4xx within 2 GB more of memory.
+def send_odd_images(
+    trial: Trial,
+    server: SglangServer,
+    num_cut: int,
+    *,
+    settings: Sequence[Mapping[str, object]] = _SETTINGS,
+    with_large: bool = True,
+) -> None:
+    """Sends each odd image with each setting; holds that it is answered by 2xx or 4xx within 2 GB more of memory.
 
     Args:
         trial: Counts and reports.
         server: What they are sent to.
         num_cut: How many of the files are cut off or changed at a drawn place.
+        settings: Our fields of the requests.
         with_large: Whether those come too that would expand to gigabytes.
     """
     images = [*_odd_modes(), *_cut(trial, num_cut), *(_large() if with_large else ())]
-    cases = [(name, data, fields) for name, data in images for fields in _BUDGETS]
+    cases = [(name, data, fields) for name, data in images for fields in settings]
 
-    def one(case: tuple[str, bytes, dict[str, object]]) -> None:
+    def one(case: tuple[str, bytes, Mapping[str, object]]) -> None:
         name, data, fields = case
         if trial.is_over() or not server.is_alive():
             return
