@@ -183,7 +183,7 @@ class Trial:
         self._deadline_s = time.monotonic() + duration_s
 
     def not_counted(self, duration_s: float) -> None:
-        """Gives the row this much longer: the time went into the start of a server."""
+        """Gives the row this much longer: the time went into the start of a server, or into the fixed chats."""
         self._deadline_s += duration_s
 
     def is_over(self) -> bool:
@@ -227,7 +227,9 @@ class Trial:
         It must be alive, its logprobs of the fixed chats within 5e-6 of before, and no request be left in it. Its
         memory is watched meanwhile: a server that takes more than 8 GB is ended, and that is a failure.
         """
+        start_s = time.monotonic()
         before = ask_fixed_chats(server, self.family)
+        self.not_counted(time.monotonic() - start_s)
         with self._watched(server):
             yield
         if not server.is_alive():
