@@ -25,7 +25,18 @@ from mmtok_deploy.bench.soak.trial import Trial, make_server, resident_bytes, se
 __all__ = ["MODES", "TIMEOUT_MS", "Agent", "abuse_the_agent", "agent_itself"]
 
 TIMEOUT_MS = 2000
-MODES = ("redirect", "endless body", "gzip bomb", "deep JSON", "no JSON", "HTTP 500", "slow", "drip", "reset")
+MODES = (
+    "redirect 302",
+    "redirect 308",
+    "endless body",
+    "gzip bomb",
+    "deep JSON",
+    "no JSON",
+    "HTTP 500",
+    "slow",
+    "drip",
+    "reset",
+)
 _MAX_GROWTH_BYTES = 256 << 20
 _MAX_SENT_BYTES = 8 << 20
 _AWAKE_WITHIN_S = 60.0
@@ -70,19 +81,21 @@ class Agent:
 
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                agent.asked["redirected" if self.path.endswith("/elsewhere") else agent.mode] += 1
+                is_redirected = self.path.endswith("/elsewhere")
+                agent.asked["redirected" if is_redirected else agent.mode] += 1
                 with contextlib.suppress(OSError):
-                    self._answer(agent.mode)
+                    self._answer("good" if is_redirected else agent.mode)
 
             def _answer(self, mode: str) -> None:
                 good = json.dumps({"choices": [{"message": {"content": "a red cat"}}]}).encode()
                 match mode:
                     case "good":
                         self._say(200, good)
-                    case "redirect":
-                        self.send_response(307)
+                    case "redirect 302" | "redirect 308":
+                        self.send_response(int(mode[-3:]))
                         self.send_header("Location", agent.url + "/elsewhere")
                         self.send_header("Content-Length", "0")
+                        self.send_header("Connection", "close")
                         self.end_headers()
                     case "endless body":
                         self.send_response(200)
@@ -118,6 +131,7 @@ class Agent:
                 if encoding:
                     self.send_header("Content-Encoding", encoding)
                 self.send_header("Content-Length", str(len(body)))
+                self.send_header("Connection", "close")
                 self.end_headers()
                 self.wfile.write(body)
 
