@@ -20,7 +20,7 @@ def agent() -> Iterator[Agent]:
 
 def ask(agent: Agent, mode: str, *, follow: bool = False) -> httpx.Response:
     agent.mode = mode
-    with httpx.Client(trust_env=False, timeout=1.0, follow_redirects=follow) as client:
+    with httpx.Client(trust_env=False, timeout=30, follow_redirects=follow) as client:
         return client.post(agent.url + "/chat/completions", json={"messages": []})
 
 
