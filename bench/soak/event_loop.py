@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +22,21 @@ _MAX_HEALTH_S = 0.25
 _GUIDANCE_BYTES = 10 << 20
 _TIMEOUT_S = 120.0
 _POLL_S = 0.02
+# Prints the seconds of each answer, "nan" for another status than 200 or none within a minute, until it reads a line.
+_POLL = """
+import http.client, select, sys, time
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], float(sys.argv[2]))[0]:
+    start_s, status = time.monotonic(), 0
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=60)
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+        connection.close()
+    except OSError:
+        pass
+    print(time.monotonic() - start_s if status == 200 else "nan")
+"""
 
 
 def block_the_event_loop(trial: Trial, server: SglangServer, num_rounds: int, *, num_urls: int = 32) -> None:
@@ -35,20 +54,7 @@ def block_the_event_loop(trial: Trial, server: SglangServer, num_rounds: int, *,
 
 
 def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_urls: int, *, with_guidance: bool) -> None:
-    done = threading.Event()
-    slowest_s = 0.0
-    num_asked = 0
-
-    def poll() -> None:
-        nonlocal slowest_s, num_asked
-        while not done.wait(_POLL_S):
-            reply = send(server, "/health", b"", method="GET", timeout_s=60)
-            slowest_s = max(slowest_s, reply.duration_s)
-            num_asked += 1
-            if reply.status != 200:
-                trial.fail("/health does not answer 200", f"{what}: {reply.status} {reply.text[:200]}")
-
-    def ask(body: dict[str, object]) -> None:
+    def ask(body: bytes) -> None:
         reply = send(server, "/v1/chat/completions", body, timeout_s=_TIMEOUT_S)
         trial.count("requests")
         trial.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
@@ -61,22 +67,42 @@ def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_url
             words = "word " * (_GUIDANCE_BYTES // 5)
             bodies.append(chat_body([small_image("coffee")], "What is it?", {"mmtok_guidance": words}))
             bodies.append(chat_body([small_image("coffee")], words, {}))
-        poller = threading.Thread(target=poll)
-        poller.start()
-        clients = [threading.Thread(target=ask, args=(body,)) for body in bodies]
-        try:
+        texts = [json.dumps(body).encode() for body in bodies]
+        with _polled(server) as times_s:
+            clients = [threading.Thread(target=ask, args=(text,), daemon=True) for text in texts]
             for client in clients:
                 client.start()
             for client in clients:
                 client.join()
-        finally:
-            done.set()
-            poller.join()
-    trial.count("health_checks", num_asked)
+    trial.count("health_checks", len(times_s))
+    if any(math.isnan(time_s) for time_s in times_s):
+        trial.fail("/health does not answer 200", what)
+    slowest_s = max((time_s for time_s in times_s if not math.isnan(time_s)), default=0.0)
     name = "slowest_health_ms_" + kind.replace(" ", "_")
     trial.numbers[name] = round(max(1000 * slowest_s, trial.numbers.get(name, 0.0)))
     if slowest_s > _MAX_HEALTH_S:
         trial.fail(f"/health takes longer than 250 ms: {kind}", f"{what}: {1000 * slowest_s:.0f} ms")
+
+
+@contextlib.contextmanager
+def _polled(server: SglangServer) -> Iterator[list[float]]:
+    """Gives the seconds of each answer of /health during the block, once it ends; NaN is another answer than 200.
+
+    A process of its own asks: this one is busy with the requests, and would wait for itself.
+    """
+    times_s: list[float] = []
+    command = [sys.executable, "-c", _POLL, str(server.port), str(_POLL_S)]
+    poller = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert poller.stdout is not None
+        poller.stdout.readline()
+        yield times_s
+        # It ends when it is told so.
+        said, _ = poller.communicate("end\n", timeout=_TIMEOUT_S)
+        times_s += map(float, said.split())
+    finally:
+        poller.kill()
+        poller.wait()
 
 
 @contextlib.contextmanager

@@ -33,7 +33,10 @@ def write_table(files: Sequence[Path], page: Path) -> None:
 
 
 def fault_table(rows: Sequence[ResultRow]) -> str:
-    """Returns the table as Markdown: a line a fault, with what was run of each family and what did not hold."""
+    """Returns the table as Markdown: a line a fault, with what was run of each family and what did not hold.
+
+    A fault of which no row is given stands in it as not run.
+    """
     newest = {(str(row.case["row"]), str(row.case["family"])): row for row in rows}
     lines = [
         "| row | fault | how it is injected | what holds afterwards | what was run | what was lost |",
@@ -41,9 +44,7 @@ def fault_table(rows: Sequence[ResultRow]) -> str:
     ]
     for name, row in ROWS.items():
         found = {family: result for (of_row, family), result in newest.items() if of_row == name}
-        if not found:
-            continue
-        run = "<br>".join(f"{family}: {_counts(result)}" for family, result in found.items())
+        run = "<br>".join(f"{family}: {_counts(result)}" for family, result in found.items()) or "not run"
         lost = "<br>".join(f"{family}: {result.case['lost'] or 'nothing'}" for family, result in found.items())
         lines.append(f"| `{name}` | {row.fault} | {row.injected} | {row.holds} | {run} | {_plain(lost)} |")
     return "\n".join([*lines, "", _machines(list(newest.values()))])

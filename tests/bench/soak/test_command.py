@@ -126,7 +126,9 @@ def test_the_table_is_written_between_its_marks(rows: dict[str, Row], tmp_path: 
     assert text.startswith(f"before\n{marks[0]}\n\n| row |")
     assert text.endswith(f"\n\n{marks[1]}\nafter\n")
     assert "of before" not in text
-    holds, fails = (line for line in text.splitlines() if line.startswith("| `"))
+    holds, fails, *others = (line for line in text.splitlines() if line.startswith("| `"))
+    assert len(others) == len(rows) - 2
+    assert all(line.endswith("| not run |  |") for line in others)
     assert "qwen2.5-vl: 50 requests | qwen2.5-vl: nothing |" in holds
     assert fails.endswith("qwen2.5-vl: an answer is wrong (3) |")
 

@@ -1,20 +1,10 @@
-"""The rows that have no server: signatures and exported files."""
+"""Exported files as the soak changes them."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from mmtok_deploy.bench.soak.artifacts import changed_manifests
-
-
-def test_every_changed_signature_is_found() -> None:
-    command = [sys.executable, "-m", "mmtok_deploy.bench.soak.drift", "qwen2.5-vl"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["failures"] == []
-    assert result["num_tried"] > 3 * result["num_hooks"] > 15
 
 
 def test_each_value_of_a_manifest_is_changed_in_turn() -> None:
