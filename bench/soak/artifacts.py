@@ -146,7 +146,7 @@ def _selection(family: str, config: Any, file: Path) -> dict[str, Any]:
     check_engine_file(settings, FAMILIES[family](), config, torch.float32)
     executor = make_executor("auto", torch.device("cpu"), preset.config, file)
     assert isinstance(executor, EngineExecutor)
-    executor.warm_up()
+    executor.check()
     generator = torch.Generator().manual_seed(0)
     num_tokens = 64 if family == "qwen2.5-vl" else 576
     vision, keys, text = (

@@ -6,10 +6,11 @@ mmtok_deploy.bench.soak.drift FAMILY` prints one JSON object.
 
 from __future__ import annotations
 
+import inspect
 import json
 import pkgutil
 import sys
-from collections.abc import Callable
+import types
 from typing import Any
 from unittest import mock
 
@@ -34,12 +35,9 @@ def drift_of(family: str) -> dict[str, Any]:
         owner = pkgutil.resolve_name(hook.path.rpartition(".")[0])
         name = hook.path.rpartition(".")[2]
         for change in _CHANGES:
-            if change == "missing" and any(name in vars(base) for base in getattr(owner, "__mro__", ())[1:]):
-                # What is inherited then takes its place, with the parameters that are expected.
-                continue
             before = {each.path: pkgutil.resolve_name(each.path) for each in hooks}
             num_tried += 1
-            with _changed(owner, name, hook.parameters.split(), change):
+            with _changed(owner, name, change):
                 try:
                     install_hooks(hooks)
                     failures.append(f"{hook.path} with {change}: the hooks are installed all the same")
@@ -54,17 +52,34 @@ def drift_of(family: str) -> dict[str, Any]:
     return {"num_tried": num_tried, "num_hooks": len(hooks), "failures": failures}
 
 
-def _changed(owner: Any, name: str, parameters: list[str], change: str) -> Any:
+def _changed(owner: Any, name: str, change: str) -> Any:
+    """Returns what changes a function of SGLang for as long as a `with` block runs."""
     if change == "missing":
         return _missing(owner, name)
-    names = list(parameters)
+    target = inspect.unwrap(getattr(owner, name))
+    signature = inspect.signature(getattr(target, "__func__", target))
+    parameters = list(signature.parameters.values())
     if change == "a new parameter":
-        names.append("added_since")
+        added = inspect.Parameter("added_since", inspect.Parameter.KEYWORD_ONLY)
+        is_last = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        parameters.insert(len(parameters) - is_last, added)
     elif change == "a parameter less":
-        names.pop()
+        parameters.pop()
     else:
-        names[-1] = "renamed_since"
-    return mock.patch.object(owner, name, _function(names))
+        parameters[-1] = parameters[-1].replace(name="renamed_since")
+    stand_in = _coroutine if inspect.iscoroutinefunction(target) else _function
+    # A function of its own each time: the stand-ins stay as they are.
+    changed: Any = types.FunctionType(stand_in.__code__, stand_in.__globals__, name)
+    changed.__signature__ = signature.replace(parameters=parameters)
+    return mock.patch.object(owner, name, changed)
+
+
+def _function() -> None:
+    """Stands in for a changed function of SGLang."""
+
+
+async def _coroutine() -> None:
+    """Stands in for a changed coroutine function of SGLang."""
 
 
 class _missing:  # noqa: N801 - used as a context manager
@@ -79,14 +94,6 @@ class _missing:  # noqa: N801 - used as a context manager
 
     def __exit__(self, *error: object) -> None:
         setattr(self._owner, self._name, self._value)
-
-
-def _function(names: list[str]) -> Callable[..., None]:
-    """Returns a function with these parameters."""
-    made: dict[str, Any] = {}
-    exec(f"def changed({', '.join(names)}): pass", made)
-    function: Callable[..., None] = made["changed"]
-    return function
 
 
 if __name__ == "__main__":
