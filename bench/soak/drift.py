@@ -28,7 +28,8 @@ def drift_of(family: str) -> dict[str, Any]:
     from mmtok_deploy.runtime.sglang.settings import Settings
 
     preset = PRESETS[family]
-    settings = Settings(family, Budget.parse("10%"), preset.config, preset.guidance)
+    # With an agent, which has a hook of its own.
+    settings = Settings(family, Budget.parse("10%"), preset.config, preset.guidance, agent_url="http://127.0.0.1:9/v1")
     hooks = FAMILIES[family].hooks(settings)
     failures, num_tried = [], 0
     for hook in hooks:

@@ -81,6 +81,10 @@ def _kill_one(trial: Trial, number: int, server: SglangServer) -> None:
     orphans = [pid for pid, created in marks.items() if _runs(pid, created)]
     if orphans:
         trial.fail("orphans run on after the server has ended", f"{what}: {orphans}")
+    for pid in orphans:
+        # Nothing of the soak outlives it.
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(pid).kill()
 
 
 def _name(process: psutil.Process) -> str:

@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 port, wrongs = int(sys.argv[1]), set(sys.argv[2:])
 die_with_parent = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 child = subprocess.Popen(
-    [sys.executable, "-c", "import time; time.sleep(600)", "scheduler"],
+    [sys.executable, "-c", "import time; time.sleep(600)", "scheduler", str(port)],
     preexec_fn=None if "leaves its child" in wrongs else die_with_parent,
     start_new_session="leaves its child" in wrongs,
 )

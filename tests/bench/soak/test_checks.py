@@ -82,12 +82,21 @@ def test_killing(trial: Trial, monkeypatch: pytest.MonkeyPatch, wrongs: list[str
     monkeypatch.setattr(killing, "_GONE_WITHIN_S", 1.0)
     kill_processes(trial, 3, *wrongs)
     assert trial.counts["kills"] == 3
+    children = [["scheduler", str(server.port)] for server in made]
+    assert not any(_arguments(process)[-2:] in children for process in psutil.process_iter())
     # A process that leaves its session is looked for by its parent, which is gone: it is an orphan.
     expected = {"orphans run on", failure} if failure else set()
     assert all(any(mark in kind for mark in expected) for kind in kinds(trial))
     assert bool(trial.failures) is (failure is not None)
     if not wrongs:
         assert trial.numbers["gone_after_s"] < 1
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else []
+    except psutil.Error:
+        return []
 
 
 @pytest.mark.parametrize("wrongs", [[], ["blocks"]])
