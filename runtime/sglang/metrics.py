@@ -199,5 +199,6 @@ def collectors() -> dict[str, Any]:
     made: dict[str, Any] = {name: Counter(f"mmtok:{name}", text) for name, text in _COUNTERS.items()}
     buckets = [step * 10.0**power for power in range(-1, 5) for step in (1, 2, 5)]
     made |= {name: Histogram(f"mmtok:{name}", text, buckets=buckets) for name, text in _HISTOGRAMS.items()}
+    made["refused_requests"] = Counter("mmtok:refused_requests", "Requests that were refused, by kind.", ["kind"])
     made["feature_cache_bytes"] = Gauge("mmtok:feature_cache_bytes", "Bytes of features held.", multiprocess_mode="sum")
     return made

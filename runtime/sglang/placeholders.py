@@ -15,6 +15,7 @@ from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.methods import MethodName, coverage_of, reads_question
 from mmtok_deploy.runtime.executors import check_selection
 from mmtok_deploy.runtime.sglang.agent import Agent
+from mmtok_deploy.runtime.sglang.refusals import refusal
 from mmtok_deploy.runtime.sglang.request import Requested, guidance_texts, requested
 from mmtok_deploy.runtime.sglang.settings import Settings
 
@@ -158,12 +159,15 @@ class PlaceholderCutter:
     def _check_engine(self, item: Any, plan: ImagePlan, config: Any) -> None:
         if self._engine is not None:
             from_tokens, keeps = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
-            check_selection(self._engine, from_tokens, keeps, len(plan.guidance))
+            try:
+                check_selection(self._engine, from_tokens, keeps, len(plan.guidance))
+            except ValueError as error:
+                raise refusal("engine", error) from None
 
     def _refuse_method(self, method: MethodName, config: Any) -> None:
         obstacle = self._family.obstacle_to(method, config)
         if obstacle is not None:
-            raise ValueError(f"mm_processor_kwargs.mmtok_method {method} does not run on this model: {obstacle}")
+            raise refusal("method", f"mm_processor_kwargs.mmtok_method {method} does not run on this model: {obstacle}")
 
 
 def cut_placeholders(output: Any) -> None:
@@ -201,27 +205,31 @@ def cut_placeholders(output: Any) -> None:
 def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
     advice = 'send mm_processor_kwargs={"mmtok_budget": "all"} to have it read unpruned'
     if getattr(request, "video_data", None):
-        raise ValueError(f"MMTok prunes images, this request brings a video: {advice}")
+        raise refusal("video", f"MMTok prunes images, this request brings a video: {advice}")
     if any(isinstance(image, dict) for image in image_data or []):
-        raise ValueError(f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}")
+        raise refusal(
+            "features", f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}"
+        )
 
 
 def _refuse_endless_guidance(num_tokens: int, max_prompt_tokens: int | None) -> None:
     # A question is bounded by the prompt that it stands in, `mmtok_guidance` by nothing, and its embeddings would take
     # the scheduler's memory. Words on their own may take more tokens than in their text, but not four times as many.
     if max_prompt_tokens is not None and num_tokens > 4 * max_prompt_tokens:
-        raise ValueError(
+        raise refusal(
+            "guidance",
             f"the guidance of the images has {num_tokens} tokens, more than any prompt of this server "
-            f"({max_prompt_tokens}): shorten mm_processor_kwargs.mmtok_guidance"
+            f"({max_prompt_tokens}): shorten mm_processor_kwargs.mmtok_guidance",
         )
 
 
 def _refuse_scattered_placeholders(items: list[Any]) -> None:
     for item in items:
         if len(item.offsets or ()) != 1:
-            raise ValueError(
+            raise refusal(
+                "placeholders",
                 f"each image has one run of placeholders in the prompt, one here has {len(item.offsets or ())}: "
-                "write one placeholder for each image"
+                "write one placeholder for each image",
             )
 
 

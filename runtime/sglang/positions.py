@@ -14,6 +14,7 @@ from sglang.srt.managers import mm_schedule
 from torch import Tensor
 
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
+from mmtok_deploy.runtime.sglang.refusals import count_refusal
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
 
 __all__ = ["PositionWriter", "bound_by_positions"]
@@ -112,6 +113,7 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
         context = scheduler.model_config.context_len
         end = len(req.origin_input_ids) + int(inputs.mrope_position_delta.max())
         if end >= context:
+            count_refusal("positions")
             req.set_finish_with_abort(
                 f"MMTok: the request's images and text span {end} positions, more than the model's context of "
                 f"{context}: send fewer or smaller images"

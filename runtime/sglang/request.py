@@ -10,6 +10,7 @@ from typing import Any
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.runtime.sglang.refusals import refusal
 from mmtok_deploy.runtime.sglang.settings import Settings
 
 __all__ = [
@@ -74,15 +75,15 @@ def _budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
     fields = kwargs or {}
     unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in _FIELDS)
     if unknown:
-        raise ValueError(
-            f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {', '.join(_FIELDS)}"
+        raise refusal(
+            "field", f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {', '.join(_FIELDS)}"
         )
     if fields.get(_BUDGET) is None:
         return default
     try:
         return Budget.parse(fields[_BUDGET], minimum=default.minimum)
     except ValueError as error:
-        raise ValueError(f"mm_processor_kwargs.{_BUDGET}: {error}") from None
+        raise refusal("field", f"mm_processor_kwargs.{_BUDGET}: {error}") from None
 
 
 def _method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
@@ -90,7 +91,7 @@ def _method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
     try:
         return settings.method if given is None else settings.check_method(given)
     except ValueError as error:
-        raise ValueError(f"mm_processor_kwargs.{_METHOD}: {error}") from None
+        raise refusal("method", f"mm_processor_kwargs.{_METHOD}: {error}") from None
 
 
 def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
@@ -98,7 +99,7 @@ def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
     if given is None:
         return default
     if isinstance(given, bool) or not isinstance(given, int) or given < 0:
-        raise ValueError(f"mm_processor_kwargs.{_SEED} is a whole number of at least 0, got {given!r:.200}")
+        raise refusal("field", f"mm_processor_kwargs.{_SEED} is a whole number of at least 0, got {given!r:.200}")
     return given
 
 
@@ -128,9 +129,10 @@ def guidance_texts(
     if given is not None:
         if isinstance(given, list) and len(given) == num_images and all(isinstance(text, str) for text in given):
             return given
-        raise ValueError(
+        raise refusal(
+            "field",
             f"mm_processor_kwargs.{_GUIDANCE} is one text, or a list of one text for each of the request's "
-            f"{num_images} images, got {given!r:.200}"
+            f"{num_images} images, got {given!r:.200}",
         )
     text = prompt if isinstance(prompt, str) else decode(prompt)
     texts = prompt_guidance(text, placeholder) or prompt_guidance(text, _ANY_IMAGE)

@@ -11,6 +11,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods.downsample import grid_within
+from mmtok_deploy.runtime.sglang.refusals import refusal
 
 __all__ = ["ProcessorSizes"]
 
@@ -53,7 +54,7 @@ class ProcessorSizes:
         try:
             image, _ = load_image(source, False)
         except (OSError, RuntimeError, SyntaxError) as error:
-            raise ValueError(f"an image cannot be read: {error}") from error
+            raise refusal("image", f"an image cannot be read: {error}") from error
         height, width = smart_resize(image.height, image.width, self.token_px, self.min_pixels, self.max_pixels)
         rows, columns = height // self.token_px, width // self.token_px
         num_kept = budget.num_kept(rows * columns)
@@ -61,10 +62,11 @@ class ProcessorSizes:
             return source
         smaller = grid_within(rows, columns, num_kept)
         if smaller[0] * smaller[1] * self.token_px**2 < self.min_pixels:
-            raise ValueError(
+            raise refusal(
+                "downsample",
                 f"mmtok_method downsample: {num_kept} tokens of an image are below the {self.min_pixels} pixels that "
                 f"the processor enlarges it to: ask for an mmtok_budget of {-(-self.min_pixels // self.token_px**2)} "
-                "tokens or more"
+                "tokens or more",
             )
         if image.mode not in ("RGB", "RGBA"):
             # What transparency becomes is the processor's to say.

@@ -22,6 +22,7 @@ from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
+from mmtok_deploy.runtime.sglang.refusals import refusal
 from mmtok_deploy.runtime.sglang.stages import StageMetrics
 
 __all__ = ["EncodedImage", "PROCESSOR_HOOK", "SelectFeatures", "backend_hooks", "separate_images"]
@@ -100,15 +101,16 @@ def separate_images(output: Any, num_placeholders: Sequence[int]) -> None:
     (bundle,) = output.mm_items
     places = [place for start, end in bundle.offsets for place in range(start, end + 1)]
     if len(places) != sum(num_placeholders):
-        raise ValueError(
+        raise refusal(
+            "placeholders",
             f"the prompt has {len(places)} image placeholders, its {len(num_placeholders)} images have "
-            f"{sum(num_placeholders)}"
+            f"{sum(num_placeholders)}",
         )
     items, first = [], 0
     for index, count in enumerate(num_placeholders):
         span = places[first : first + count]
         if span[-1] - span[0] != count - 1:
-            raise ValueError(f"the placeholders of image {index} are not in one piece")
+            raise refusal("placeholders", f"the placeholders of image {index} are not in one piece")
         data = {name: value[index : index + 1] for name, value in bundle.model_specific_data.items()}
         items.append(
             MultimodalDataItem(

@@ -17,6 +17,7 @@ from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
 from mmtok_deploy.runtime.sglang.positions import PositionWriter, bound_by_positions
+from mmtok_deploy.runtime.sglang.refusals import refusal
 from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
 from mmtok_deploy.runtime.sglang.settings import Settings
 from mmtok_deploy.runtime.sglang.smaller_images import ProcessorSizes
@@ -48,7 +49,7 @@ class Qwen25VL(Family):
         """
         expected = int(item.image_grid_thw.prod(-1).sum()) // config.vision_config.spatial_merge_size**2
         if num_tokens != expected:
-            raise ValueError(f"the prompt has {num_tokens} placeholders for an image of {expected} tokens")
+            raise refusal("placeholders", f"the prompt has {num_tokens} placeholders for an image of {expected} tokens")
         return budget.num_kept(num_tokens)
 
     def vision_width(self, config: Any) -> int:
@@ -74,7 +75,12 @@ class Qwen25VL(Family):
         """
         for name in ("mm_hashes", "mm_content_hashes"):
             if any(getattr(request, name, None) or ()):
-                raise ValueError(f"mmtok_method downsample changes the images, which {name} names: send no {name}")
+                # SGLang moves the `content_hash` of an image to the request.
+                in_images = name == "mm_content_hashes" and any(getattr(each, "content_hash", None) for each in images)
+                sent = "content_hash" if in_images else name
+                raise refusal(
+                    "downsample", f"mmtok_method downsample changes the images, which {sent} names: send no {sent}"
+                )
         sizes = ProcessorSizes.of(processor)
         return [await asyncio.to_thread(sizes.shrink, image, budget, settings.min_tokens_in) for image in images or ()]
 

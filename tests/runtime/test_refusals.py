@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+from prometheus_client import REGISTRY
+
+from mmtok_deploy.runtime.sglang import refusals
+from mmtok_deploy.runtime.sglang.refusals import Kind, refusal
+from mmtok_deploy.runtime.sglang.request import requested
+from tests.runtime.stand_ins import make_settings
+
+
+def count(kind: str) -> float:
+    return REGISTRY.get_sample_value("mmtok:refused_requests_total", {"kind": kind}) or 0.0
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_a_refusal_has_its_message_and_is_counted_under_its_kind(kind: Kind) -> None:
+    others = [other for other in get_args(Kind) if other != kind]
+    before, before_others = count(kind), [count(other) for other in others]
+    assert str(refusal(kind, ValueError("send fewer"))) == "send fewer"
+    assert count(kind) - before == 1
+    assert [count(other) for other in others] == before_others
+
+
+def test_one_rank_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "is_first_rank", lambda: False)
+    before = count("field")
+    refusal("field", "no")
+    assert count("field") == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("field", {"mmtok_budget": 0}),
+        ("field", {"mmtok_alpha": 1}),
+        ("field", {"mmtok_seed": -1}),
+        ("method", {"mmtok_method": "fastv"}),
+        ("method", {"mmtok_method": "even"}),
+    ],
+)
+def test_what_a_request_asks_for_is_refused_once(kind: Kind, fields: dict[str, Any]) -> None:
+
+    before = count(kind)
+    with pytest.raises(ValueError, match="mmtok_"):
+        requested(fields, replace(make_settings(), backend="triton"))
+    assert count(kind) - before == 1
