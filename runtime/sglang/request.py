@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
@@ -54,6 +54,7 @@ _USER_TURNS = [
         r"\bUSER:(.*?)(?:\bASSISTANT:|\Z)",  # Vicuna: LLaVA-1.5, LLaVA-NeXT
     )
 ]
+_TOOL_RESULT = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
 
 
 def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested:
@@ -144,31 +145,65 @@ def guidance_texts(
 def prompt_guidance(prompt: str, placeholder: str) -> list[str]:
     """Returns, for each placeholder in a rendered prompt, the text of the user turn that it stands in.
 
-    A prompt without known role markers is one turn.
+    Elsewhere (in a system text or a tool's result) it has the text of the nearest user turn before it, else of the
+    first after it. A prompt without known role markers is one turn.
     """
-    texts: list[str] = []
+    pieces: list[_Piece] = []
     end = 0
     formats = ([(match.start(), match.end(), match[1]) for match in turn.finditer(prompt)] for turn in _USER_TURNS)
-    for start, stop, turn in next(filter(None, formats), [(0, len(prompt), prompt)]):
-        # Images between turns (in a system text, say) have the text around them as guidance.
-        texts += _per_placeholder(prompt[end:start], placeholder) + _per_placeholder(turn, placeholder)
+    for turn, (start, stop, text) in enumerate(next(filter(None, formats), [(0, len(prompt), prompt)])):
+        pieces.append(_piece(None, prompt[end:start], placeholder))
+        # Templates without a role of tools render their results as parts of a user's turn.
+        for index, part in enumerate(_TOOL_RESULT.split(text)):
+            pieces.append(_piece(None if index % 2 else turn, part, placeholder))
         end = stop
-    return texts + _per_placeholder(prompt[end:], placeholder)
+    return _texts_of_images([*pieces, _piece(None, prompt[end:], placeholder)])
 
 
 def message_guidance(messages: Sequence[Any]) -> list[str]:
-    """Returns, for each image of a chat, the text of the turn that brought it.
+    """Returns, for each image of a chat, the text of the user turn that brought it.
 
-    A turn is a run of messages of one role, so that an image and its question may come as two user messages.
+    A turn is a run of user messages, so that an image and its question may come as two. An image of another role (a
+    system message, a tool's result) has the text of the nearest user turn before it, else of the first after it: a
+    later turn of the conversation does not change that, and so keeps the selection and the prefix cache.
 
     Args:
         messages: SGLang's chat messages, with `role` and `content` (a text, or a list of parts).
     """
-    texts = []
-    for _, turn in groupby(messages, key=lambda message: message.role):
-        parts = [part for message in turn for part in _parts(message.content)]
+    pieces = []
+    for turn, (role, group) in enumerate(groupby(messages, key=lambda message: message.role)):
+        parts = [part for message in group for part in _parts(message.content)]
         words = " ".join(text for kind, text in parts if kind == "text").strip()
-        texts += [words] * sum(kind in ("image_url", "input_image") for kind, _ in parts)
+        num_images = sum(kind in ("image_url", "input_image") for kind, _ in parts)
+        pieces.append(_Piece(turn if role == "user" else None, words, num_images))
+    return _texts_of_images(pieces)
+
+
+class _Piece(NamedTuple):
+    """A piece of a conversation: the user turn that it is a part of (None for another role), its words and images."""
+
+    turn: int | None
+    words: str
+    num_images: int
+
+
+def _piece(turn: int | None, text: str, placeholder: str) -> _Piece:
+    # Markers around a placeholder (<|vision_start|>) and names of roles are no words of the user's.
+    words = re.sub(r"<\|im_start\|>\w+|<\|[a-z_]+\|>", " ", text.replace(placeholder, " "))
+    return _Piece(turn, " ".join(words.split()), text.count(placeholder))
+
+
+def _texts_of_images(pieces: Sequence[_Piece]) -> list[str]:
+    said: dict[int, str] = {}
+    for turn, words, _ in pieces:
+        if turn is not None:
+            said[turn] = f"{said.get(turn, '')} {words}".strip()
+    first, last = next(filter(None, said.values()), ""), ""
+    texts: list[str] = []
+    for turn, words, num_images in pieces:
+        if turn is not None and words:
+            last = said[turn]
+        texts += [said[turn] if turn is not None else last or first or words] * num_images
     return texts
 
 
@@ -190,10 +225,3 @@ def _parts(content: Any) -> list[tuple[str, str]]:
     if content is None or isinstance(content, str):
         return [("text", content or "")]
     return [(part.type, getattr(part, "text", None) or "") for part in content]
-
-
-def _per_placeholder(text: str, placeholder: str) -> list[str]:
-    count = text.count(placeholder)
-    # Markers around a placeholder (<|vision_start|>) are no words of the user's.
-    words = re.sub(r"<\|[a-z_]+\|>", " ", text.replace(placeholder, " "))
-    return [" ".join(words.split())] * count

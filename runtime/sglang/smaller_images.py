@@ -53,7 +53,10 @@ class ProcessorSizes:
         """
         try:
             image, _ = load_image(source, False)
-        except (OSError, RuntimeError, SyntaxError) as error:
+            # As SGLang converts images before the processor, and before scaling: Pillow scales RGBA by its alpha, which
+            # makes the colour of transparent pixels black.
+            image = image if image.mode == "RGB" else image.convert("RGB")
+        except (OSError, RuntimeError, SyntaxError, ValueError) as error:
             raise refusal("image", f"an image cannot be read: {error}") from error
         height, width = smart_resize(image.height, image.width, self.token_px, self.min_pixels, self.max_pixels)
         rows, columns = height // self.token_px, width // self.token_px
@@ -68,7 +71,4 @@ class ProcessorSizes:
                 f"the processor enlarges it to: ask for an mmtok_budget of {-(-self.min_pixels // self.token_px**2)} "
                 "tokens or more",
             )
-        if image.mode not in ("RGB", "RGBA"):
-            # What transparency becomes is the processor's to say.
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         return image.resize((smaller[1] * self.token_px, smaller[0] * self.token_px), Image.Resampling.BICUBIC)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from PIL import Image
+from sglang.srt.utils import ImageData
 
 from mmtok_deploy import Budget
 from mmtok_deploy.methods import MethodName
@@ -282,7 +283,8 @@ def test_an_image_that_cannot_be_read_is_refused(source: Any) -> None:
         shrunk(source, "10%")
 
 
-def test_a_transparent_image_stays_transparent() -> None:
-    palette = Image.new("RGBA", (336, 336), (255, 0, 0, 0)).convert("P")
-    assert shrunk(Image.new("L", (336, 336)), "10%").mode == "RGB"
-    assert shrunk(palette, "10%").mode == ("RGBA" if palette.has_transparency_data else "RGB")
+def test_a_hash_that_came_with_the_image_is_named_as_it_was_sent() -> None:
+    # SGLang moves it to the request before the plugin sees it.
+    image = ImageData("data:,", content_hash="sha256:" + 64 * "0")
+    with pytest.raises(ValueError, match=r"which content_hash names: send no content_hash$"):
+        shrunk(image, "10%", request=SimpleNamespace(mm_content_hashes=[image.content_hash]))

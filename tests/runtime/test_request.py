@@ -117,12 +117,31 @@ def test_a_bad_seed_is_refused_and_named(value: Any) -> None:
             ],
             ["A cat?", "A dog?"],
         ),
-        ([("assistant", [IMAGE, text_part("Look.")]), ("user", "What?")], ["Look."]),
-        ([("tool", [IMAGE]), ("user", "What?")], [""]),
+        # Another role's image has the nearest user text before it, else the first after it.
+        ([("assistant", [IMAGE, text_part("Look.")]), ("user", "What?")], ["What?"]),
+        (
+            [("tool", [IMAGE]), ("user", "What?"), ("user", "Which?"), ("assistant", "x"), ("user", "So?")],
+            ["What? Which?"],
+        ),
+        ([("user", "What?"), ("tool", [IMAGE, text_part('{"ok": true}')])], ["What?"]),
+        ([("user", "A?"), ("assistant", "x"), ("user", "B?"), ("tool", [IMAGE]), ("user", "C?")], ["B?"]),
+        ([("user", "A?"), ("assistant", "x"), ("user", [IMAGE]), ("tool", [IMAGE]), ("user", "C?")], ["", "A?"]),
+        ([("system", [IMAGE, text_part("Be brief.")]), ("user", [IMAGE]), ("user", "A?")], ["A?", "A?"]),
+        ([("system", [IMAGE]), ("user", [IMAGE]), ("assistant", "x"), ("user", "B?")], ["B?", ""]),
+        ([("system", [IMAGE, text_part("Describe it.")])], ["Describe it."]),
+        ([("tool", [IMAGE])], [""]),
     ],
 )
 def test_guidance_of_a_chat(messages: list[tuple[str, Any]], expected: list[str]) -> None:
     assert message_guidance(chat(*messages).messages) == expected
+
+
+def test_later_turns_do_not_change_what_guides_a_tools_image() -> None:
+    turns: list[tuple[str, Any]] = [("system", [IMAGE]), ("user", "Open the shop."), ("tool", [IMAGE])]
+    for later in [("assistant", "Done."), ("user", "Now buy a cup."), ("tool", [IMAGE]), ("user", "Thanks.")]:
+        turns.append(later)
+        assert message_guidance(chat(*turns).messages)[:2] == ["Open the shop.", "Open the shop."]
+    assert message_guidance(chat(*turns).messages)[2] == "Now buy a cup."
 
 
 CHATML = (
@@ -171,9 +190,21 @@ def test_guidance_of_a_prompt(prompt: str, placeholder: str, expected: list[str]
     assert prompt_guidance(prompt, placeholder) == expected
 
 
-def test_an_image_outside_the_user_turns_has_the_text_around_it() -> None:
-    prompt = f"{QWEN_IMAGE} before <|im_start|>user\n{QWEN_IMAGE} in <|im_end|> after {QWEN_IMAGE}"
-    assert prompt_guidance(prompt, PLACEHOLDER) == ["before", "in", "after"]
+def test_an_image_outside_the_user_turns_has_the_nearest_one() -> None:
+    turns = f"<|im_start|>user\n{QWEN_IMAGE} A? <|im_end|> then {QWEN_IMAGE} <|im_start|>user\nB?<|im_end|>{QWEN_IMAGE}"
+    assert prompt_guidance(f"{QWEN_IMAGE} before {turns}", PLACEHOLDER) == ["A?", "A?", "A?", "B?"]
+    no_words = f"<|im_start|>system\n{QWEN_IMAGE} Be brief.<|im_end|><|im_start|>user\n{QWEN_IMAGE}<|im_end|>"
+    assert prompt_guidance(no_words, PLACEHOLDER) == ["Be brief.", ""]
+
+
+def test_a_tools_result_in_a_users_turn_is_no_user_text() -> None:
+    asked = "<|im_start|>user\nOpen the shop.<|im_end|>\n<|im_start|>assistant\n<tool_call>x</tool_call><|im_end|>\n"
+    result = f"<tool_response>\nloaded {QWEN_IMAGE}\n</tool_response>"
+    answered = f"<|im_start|>user\n{result}\n{result}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_guidance(asked + answered, PLACEHOLDER) == ["Open the shop."] * 2
+    mixed = f"<|im_start|>user\n{result} {QWEN_IMAGE} Which one?<|im_end|>"
+    assert prompt_guidance(asked + mixed, PLACEHOLDER) == ["Open the shop.", "Which one?"]
+    assert prompt_guidance(mixed, PLACEHOLDER) == ["Which one?", "Which one?"]
 
 
 def test_an_image_may_stand_under_sglangs_own_name() -> None:
