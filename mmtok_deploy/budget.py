@@ -69,9 +69,14 @@ class Budget:
             return cls(tokens=int(text), minimum=minimum)
         if re.fullmatch(f"{_NUMBER}%", text) and 0 < Fraction(text[:-1]) <= 100:
             return cls(ratio=Fraction(text[:-1]) / 100, minimum=minimum)
-        # 1.0 is refused on purpose: one token and every token are both fair readings of it.
         if re.fullmatch(_NUMBER, text) and 0 < Fraction(text) < 1:
             return cls(ratio=Fraction(text), minimum=minimum)
+        if re.fullmatch(_NUMBER, text) and Fraction(text) == 1:
+            # JavaScript writes the number 1.0 as 1, which is one token.
+            raise ValueError(
+                f'budget {value!r} is not understood: it may be every token or one, write "100%" or 1; '
+                f"expected {_ACCEPTED}"
+            )
         raise ValueError(f"budget {value!r} is not understood: expected {_ACCEPTED}")
 
     @property

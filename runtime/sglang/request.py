@@ -217,7 +217,9 @@ def add_chat_guidance(original: Callable[..., Any], serving: Any, request: Any, 
     images = adapted.image_data
     texts = message_guidance(request.messages) if images else []
     if texts and len(texts) == len(images):
-        adapted.mm_processor_kwargs = {_GUIDANCE: texts} | (adapted.mm_processor_kwargs or {})
+        given = adapted.mm_processor_kwargs or {}
+        if given.get(_GUIDANCE) is None:
+            adapted.mm_processor_kwargs = {**given, _GUIDANCE: texts}
     return adapted, request
 
 

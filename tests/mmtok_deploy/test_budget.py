@@ -59,6 +59,13 @@ def test_parse_refuses_nonsense_and_lists_what_is_accepted(value: Any) -> None:
     assert repr(value) in str(refusal.value)
 
 
+@pytest.mark.parametrize("value", [1.0, "1.0", "1.00", "1.", "1e0"])
+def test_one_point_zero_is_refused_with_both_of_its_readings(value: Any) -> None:
+    with pytest.raises(ValueError, match='it may be every token or one, write "100%" or 1;'):
+        Budget.parse(value)
+    assert (Budget.parse("100%").is_all, Budget.parse(1).tokens) == (True, 1)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.runtime.sglang.account import account_hook
 from mmtok_deploy.runtime.sglang.agent import Agent, refuse_chains
 from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
+from mmtok_deploy.runtime.sglang.entry_points import entry_point_hooks
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.flush import flushing
 from mmtok_deploy.runtime.sglang.hooks import Hook
@@ -156,6 +158,7 @@ class Family(ABC):
             ),
             Hook(target, parameters, cutter.process_mm_data),
             *_agent_hooks(cutter.agent),
+            *entry_point_hooks(),
             Hook(
                 "managers.schedule_batch.MultimodalInputs.from_processor_output",
                 "obj requires_mm_token_modalities",
@@ -163,6 +166,7 @@ class Family(ABC):
             ),
             Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", flushing(cache, selector)),
             Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
+            account_hook(lambda item: None),
             *stages.hooks(),
             *family.model_hooks(cache, selector, stages),
         ]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmtok_deploy.runtime.sglang.account import account_hook, image_account
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
+from tests.runtime.stand_ins import image_item
+
+PRUNED = image_item((3, 12), ImagePlan(num_tokens=100, num_kept=10, guidance=[5]))
+DRAWN = image_item((20, 24), ImagePlan(num_tokens=50, num_kept=5, guidance=[], method="random", seed=3))
+WHOLE = image_item((30, 37))
+OUTCOMES = {id(PRUNED): SimpleNamespace(coverage=0.75, fallback=None)}
+
+
+def outcome_of(item: Any) -> Any:
+    return OUTCOMES.get(id(item))
+
+
+def a_request(*items: Any, output_ids: tuple[int, ...] = (7,), customized_info: Any = None) -> Any:
+    inputs = SimpleNamespace(mm_items=list(items)) if items else None
+    return SimpleNamespace(multimodal_inputs=inputs, output_ids=output_ids, customized_info=customized_info)
+
+
+def output(request: Any, outcomes: Any = outcome_of) -> Any:
+    """Returns what a request has for its answer's metadata when SGLang sends its tokens."""
+    seen = []
+    account_hook(outcomes).around(lambda accumulator, *, req: seen.append(req.customized_info), "acc", req=request)
+    assert len(seen) == 1
+    return seen[0]
+
+
+def test_the_account_of_images() -> None:
+    account = image_account([PRUNED, WHOLE], outcome_of)
+    assert json.loads(json.dumps(account)) == {
+        "image_tokens_in": 108,
+        "image_tokens_kept": 18,
+        "num_fallbacks": 0,
+        "images": [
+            {"tokens_in": 100, "tokens_kept": 10, "method": "mmtok", "coverage": 0.75, "is_fallback": False},
+            {"tokens_in": 8, "tokens_kept": 8, "method": None, "coverage": None, "is_fallback": False},
+        ],
+    }
+
+
+def test_a_fallback_is_told() -> None:
+    outcomes = {id(PRUNED): SimpleNamespace(coverage=None, fallback="its features are not finite")}
+    account = image_account([PRUNED, WHOLE], lambda item: outcomes[id(item)])
+    assert (account["num_fallbacks"], account["images"][0]["is_fallback"]) == (1, True)
+
+
+def test_what_is_not_known_is_null() -> None:
+    account = image_account([PRUNED, DRAWN], outcome_of)
+    assert (account["image_tokens_in"], account["image_tokens_kept"], account["num_fallbacks"]) == (150, 15, None)
+    assert account["images"][1] == {
+        "tokens_in": 50,
+        "tokens_kept": 5,
+        "method": "random",
+        "coverage": None,
+        "is_fallback": None,
+    }
+
+
+def test_the_account_goes_with_the_first_token() -> None:
+    request = a_request(PRUNED, output_ids=())
+    assert output(request) is None
+    request.output_ids = (7,)
+    first = output(request)
+    assert first == {"mmtok": [image_account([PRUNED], outcome_of)]}
+    request.output_ids = (7, 8)
+    assert output(request, lambda item: pytest.fail("the account is made once")) == first
+
+
+def test_a_request_without_images_has_no_account() -> None:
+    assert output(a_request()) is None
+
+
+def test_what_the_model_reports_stays() -> None:
+    assert output(a_request(WHOLE, customized_info={"entropy": [1.0]}))["entropy"] == [1.0]
+
+
+def test_an_error_costs_the_account_and_not_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(item: Any) -> Any:
+        raise KeyError(item)
+
+    hook = account_hook(broken)
+    for _ in range(2):
+        sent: list[Any] = []
+        hook.around(
+            lambda _, *, req, sent=sent: sent.append(req.customized_info), "acc", req=a_request(PRUNED)
+        )
+        assert sent == [None]
+    assert caplog.messages == ["MMTok: answers do not say what was done with their images"]

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+
+from mmtok_deploy.runtime.sglang.entry_points import (
+    engine_async_generate,
+    engine_generate,
+    generate_request,
+)
+
+
+class Manager:
+    """A tokenizer manager that answers with the fields of the request that it was given."""
+
+    async def generate_request(self, obj: Any, request: Any = None) -> Any:
+        yield getattr(obj, "mm_processor_kwargs", None)
+
+
+class Engine:
+    """As sgl.Engine makes its requests."""
+
+    def generate(self, prompt: str, image_data: Any = None) -> Any:
+        answers = generate_request(Manager.generate_request, Manager(), GenerateReqInput(text=prompt), None)
+        return asyncio.run(answers.__anext__())
+
+    async def async_generate(self, prompt: str, stream: bool = False) -> Any:
+        answers = generate_request(Manager.generate_request, Manager(), GenerateReqInput(text=prompt), None)
+        return answers if stream else await answers.__anext__()
+
+
+def answer(body: Any, obj: Any = None) -> Any:
+    """Returns what a request made of `body`, which SGLang passed nothing of on, is answered with."""
+    request = SimpleNamespace() if body is None else SimpleNamespace(_json=body)
+    answers = generate_request(Manager.generate_request, Manager(), obj or GenerateReqInput(text="x"), request)
+    return asyncio.run(answers.__anext__())
+
+
+FIELDS = {"mmtok_budget": "25%", "mmtok_seed": 0}
+
+
+def test_fields_that_an_entry_point_drops_are_handed_on() -> None:
+    assert answer({"model": "tiny", "mm_processor_kwargs": FIELDS}) == FIELDS
+
+
+@pytest.mark.parametrize("body", [None, {}, [], "text", {"mm_processor_kwargs": None}, {"mm_processor_kwargs": {}}])
+def test_without_fields_a_request_stays_as_it_is(body: Any) -> None:
+    given = {"mmtok_guidance": ["of a chat"]}
+    assert answer(body, GenerateReqInput(text="x", mm_processor_kwargs=given)) == given
+
+
+def test_fields_go_before_what_the_plugin_read_from_messages() -> None:
+    def chat() -> Any:
+        return GenerateReqInput(text="x", mm_processor_kwargs={"mmtok_guidance": ["of a chat"], "num_crops": 4})
+
+    sent = {"mmtok_guidance": "my own", "mmtok_budget": 5}
+    assert answer({"mm_processor_kwargs": sent}, chat()) == {**sent, "num_crops": 4}
+    # Null is SGLang's way of leaving a field out.
+    assert answer({"mm_processor_kwargs": {"mmtok_guidance": None, "mmtok_budget": 5}}, chat()) == {
+        "mmtok_guidance": ["of a chat"],
+        "num_crops": 4,
+        "mmtok_budget": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"mmtok_budget": "25%"}, r'^mmtok_budget stands at the top .* \{"mm_processor_kwargs": \{"mmtok_budget": '),
+        ({"mmtok_seed": 1, "mmtok_method": "even", "mm_processor_kwargs": FIELDS}, "^mmtok_method, mmtok_seed stands"),
+        ({"extra_body": {"mm_processor_kwargs": FIELDS}}, "extra_body is an argument of OpenAI's Python client"),
+        ({"extra_body": FIELDS}, "extra_body is an argument"),
+        ({"mm_processor_kwargs": "10%"}, r"mm_processor_kwargs is an object like .*, got '10%'"),
+        ({"mm_processor_kwargs": [FIELDS]}, "mm_processor_kwargs is an object like"),
+    ],
+)
+def test_fields_in_the_wrong_place_are_refused(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        answer(body)
+
+
+def test_a_refusal_waits_until_the_answer_is_asked_for() -> None:
+    # Where SGLang's own are raised: before that no entry point catches it.
+    request = SimpleNamespace(_json={"mmtok_budget": 5})
+    answers = generate_request(Manager.generate_request, Manager(), GenerateReqInput(text="x"), request)
+    with pytest.raises(ValueError, match="mmtok_budget stands"):
+        asyncio.run(answers.__anext__())
+
+
+def test_embeddings_have_the_servers_settings() -> None:
+    def request() -> Any:
+        return EmbeddingReqInput(text="x")
+
+    assert answer({"mm_processor_kwargs": {"num_crops": 4}}, request()) is None
+    with pytest.raises(ValueError, match=r"mmtok_budget, mmtok_seed: images of embedding requests have the server's"):
+        answer({"mm_processor_kwargs": FIELDS}, request())
+
+
+def test_the_engine_takes_the_field_as_an_argument() -> None:
+    engine = Engine()
+    assert engine_generate(Engine.generate, engine, "x", mm_processor_kwargs=FIELDS) == FIELDS
+    assert engine_generate(Engine.generate, engine, prompt="x", image_data=[]) is None
+    with pytest.raises(ValueError, match="mm_processor_kwargs is an object like"):
+        engine_generate(Engine.generate, engine, "x", mm_processor_kwargs="10%")  # type: ignore[arg-type]
+    # Nothing of one call is left for the next.
+    assert engine_generate(Engine.generate, engine, "x") is None
+
+
+def test_calls_of_an_engine_side_by_side_keep_their_fields() -> None:
+    async def ask(stream: bool, seed: int | None) -> Any:
+        fields = None if seed is None else {"mmtok_seed": seed}
+        asked = await engine_async_generate(
+            Engine.async_generate, Engine(), "x", stream=stream, mm_processor_kwargs=fields
+        )
+        return [each async for each in asked] if stream else [asked]
+
+    async def all_of_them() -> Any:
+        return await asyncio.gather(*(ask(stream, seed) for stream in (False, True) for seed in (1, None, 2)))
+
+    assert asyncio.run(all_of_them()) == [[{"mmtok_seed": 1}], [None], [{"mmtok_seed": 2}]] * 2
