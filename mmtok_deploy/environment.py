@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["sglang_platform", "sglang_plugins", "tf32_is_forbidden", "use_cpu_engine", "without_sglang_choices"]
+__all__ = [
+    "is_set",
+    "sglang_platform",
+    "sglang_plugins",
+    "tf32_is_forbidden",
+    "use_cpu_engine",
+    "without_sglang_choices",
+]
 
 _PLATFORM = "SGLANG_PLATFORM"
 _PLUGINS = "SGLANG_PLUGINS"
 _CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
+
+
+def is_set(name: str) -> bool:
+    """Returns whether a variable has a value, to warn of one that looks like a flag and is not read."""
+    return bool(os.environ.get(name))
 
 
 def sglang_platform() -> str | None:

@@ -202,9 +202,10 @@ class Manifest:
             ArtifactError: The file or its manifest is missing, or a file has changed.
         """
         path = cls.path_of(file)
-        for needed in (file, path):
-            if not needed.is_file():
-                raise ArtifactError(f"{needed} is not there: export it again, and keep the files together")
+        if not file.is_file():
+            raise ArtifactError(f"{file} {'is no file' if file.exists() else 'does not exist'}")
+        if not path.is_file():
+            raise ArtifactError(f"{path} is not there, which is written beside {file.name}: keep the files together")
         try:
             manifest = cls.from_json(path.read_text(encoding="utf-8"))
         except (ArtifactError, UnicodeDecodeError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.manifest import ArtifactError, Manifest
 from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.settings import Settings
 
@@ -31,7 +31,10 @@ def check_engine_file(settings: Settings, family: Family, config: Any, dtype: to
     """
     if settings.engine is None:
         return
-    manifest = Manifest.load(settings.engine)
+    try:
+        manifest = Manifest.load(settings.engine)
+    except ArtifactError as error:
+        raise ArtifactError(f"--mmtok-engine: {error}") from error
     pinned, found = settings.engine_sha256, manifest.files[0].sha256
     if pinned not in (None, found):
         raise EngineMismatchError(

@@ -206,7 +206,14 @@ def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
     advice = 'send mm_processor_kwargs={"mmtok_budget": "all"} to have it read unpruned'
     if getattr(request, "video_data", None):
         raise refusal("video", f"MMTok prunes images, this request brings a video: {advice}")
-    if any(isinstance(image, dict) for image in image_data or []):
+    objects = [image for image in image_data or [] if isinstance(image, dict)]
+    if any("format" not in image for image in objects):
+        raise refusal(
+            "image",
+            f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, objects[0]))}: send "
+            'the text itself, "image_data": "https://..." and not {"url": "https://..."}',
+        )
+    if objects:
         raise refusal(
             "features", f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}"
         )

@@ -22,8 +22,8 @@ def register() -> None:
     """Adds the --mmtok-* flags to SGLang; nothing else changes unless a server is started with --mmtok-budget.
 
     Raises:
-        SystemExit: Another version of SGLang, and a --mmtok flag on the command line. (SGLang swallows a plugin's
-            exceptions and would serve unpruned.)
+        SystemExit: With exit code 2: another version of SGLang, and a --mmtok flag on the command line. (SGLang
+            swallows a plugin's exceptions and would serve unpruned.)
 
     Source: entry point group `sglang.srt.plugins`, sglang 0.5.23 srt/plugins/__init__.py.
     """
@@ -34,7 +34,8 @@ def register() -> None:
             f"pip install 'sglang=={SUPPORTED_SGLANG}', or start the server without --mmtok flags"
         )
         if any(argument.startswith("--mmtok") for argument in sys.argv):
-            raise SystemExit(message)
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(2)
         logger.warning("%s. The plugin is inactive.", message)
         return
 

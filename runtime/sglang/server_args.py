@@ -20,6 +20,14 @@ from mmtok_deploy.runtime.sglang.settings import (
     DEFAULT_FEATURE_CACHE_MB,
     Settings,
 )
+from mmtok_deploy.runtime.sglang.start_errors import (
+    FlagError,
+    end_start,
+    ends_start,
+    naming_flags,
+    warn_of_environment,
+    without_usage,
+)
 
 __all__ = ["MMTokServerArgs"]
 
@@ -29,6 +37,10 @@ def _budget_text(value: str) -> str:
         return str(Budget.parse(value))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# SGLang's own: its module's ServerArgs becomes the class below.
+_add_cli_args = sglang.srt.server_args.ServerArgs.add_cli_args
 
 
 class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ignore[call-arg]
@@ -156,27 +168,45 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         NS("mm"),
     ] = None
 
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Adds the flags, SGLang's included."""
+        _add_cli_args(parser)
+        without_usage(parser)
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> MMTokServerArgs:
+        """Returns the arguments of a command line; a value that cannot be served ends the process."""
+        try:
+            arguments: MMTokServerArgs = super().from_cli_args(args)
+        except FlagError as error:
+            end_start(error)
+        arguments._mmtok_on_command_line = True
+        return arguments
+
     def __post_init__(self) -> None:
         """Checks the flags as soon as they are given.
 
         Raises:
-            ValueError: A value that is not understood, or a --mmtok flag without --mmtok-budget.
+            FlagError: A value that is not understood, or a --mmtok flag without --mmtok-budget.
         """
         super().__post_init__()
         if self.mmtok_agent_url is not None:
             # SGLang shows the fields in the log and in `/server_info`; beside them the address is whole.
             self._mmtok_agent_url = self.mmtok_agent_url
-            self.mmtok_agent_url = AgentAddress(self.mmtok_agent_url).shown
+            with naming_flags(self.__struct_fields__):
+                self.mmtok_agent_url = AgentAddress(self.mmtok_agent_url).shown
         if self.mmtok_budget is not None:
             # Any preset serves: this checks the user's values, and the family is not known yet.
-            self._settings("qwen2.5-vl")
+            with naming_flags(self.__struct_fields__):
+                self._settings("qwen2.5-vl")
             return
         given = [
             name for name in self.__struct_fields__ if name.startswith("mmtok_") and getattr(self, name) is not None
         ]
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ValueError(f"{flags} has no effect without --mmtok-budget: add it, or --mmtok-budget all")
+            raise FlagError(f"{flags} has no effect without --mmtok-budget: add it, or --mmtok-budget all")
 
     def resolve_once(self) -> None:
         """Resolves the arguments, and installs the hooks if there is a budget.
@@ -191,6 +221,11 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         super().resolve_once()
         if _in_detokenizer():
             return
+        with ends_start(self.__dict__.get("_mmtok_on_command_line", False)):
+            self._resolve()
+
+    def _resolve(self) -> None:
+        warn_of_environment(self.__struct_fields__)
         if self.mmtok_budget is None:
             _install(None)
             return

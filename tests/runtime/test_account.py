@@ -89,8 +89,6 @@ def test_an_error_costs_the_account_and_not_the_answer(caplog: pytest.LogCapture
     hook = account_hook(broken)
     for _ in range(2):
         sent: list[Any] = []
-        hook.around(
-            lambda _, *, req, sent=sent: sent.append(req.customized_info), "acc", req=a_request(PRUNED)
-        )
+        hook.around(lambda _, *, req, sent=sent: sent.append(req.customized_info), "acc", req=a_request(PRUNED))
         assert sent == [None]
     assert caplog.messages == ["MMTok: answers do not say what was done with their images"]

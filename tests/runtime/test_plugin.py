@@ -53,13 +53,16 @@ def test_another_version_of_sglang_leaves_the_plugin_inactive(
 
 @pytest.mark.parametrize("flag", [["--mmtok-budget", "64"], ["--mmtok-budget=64"], ["--mmtok-alpha", "1"]])
 def test_another_version_of_sglang_does_not_serve_with_a_budget(
-    monkeypatch: pytest.MonkeyPatch, flag: list[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: list[str]
 ) -> None:
     # SGLang swallows a plugin's exceptions, but not its exit.
     monkeypatch.setattr(plugin, "version", lambda name: "0.5.24")
     monkeypatch.setattr(sys, "argv", [*sys.argv, *flag])
-    with pytest.raises(SystemExit, match=f"found 0.5.24: pip install 'sglang=={SUPPORTED_SGLANG}'"):
+    with pytest.raises(SystemExit) as exit_status:
         register()
+    assert exit_status.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert f"found 0.5.24: pip install 'sglang=={SUPPORTED_SGLANG}'" in message
     assert not HookRegistry._hooks
 
 

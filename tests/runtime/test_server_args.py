@@ -23,6 +23,7 @@ from mmtok_deploy.runtime.sglang.compatibility import UnsupportedServerError
 from mmtok_deploy.runtime.sglang.hooks import Hook, HookError
 from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
 from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_deploy.runtime.sglang.start_errors import warn_of_environment
 from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
 
 FLAGS = [
@@ -80,6 +81,16 @@ def test_the_servers_help_lists_the_flags() -> None:
         (["--mmtok-budget", "64", "--mmtok-onnxruntime-provider", "cpu"], "CPUExecutionProvider"),
         (["--mmtok-budget", "64", "--mmtok-alpha", "half"], "--mmtok-alpha"),
         (["--mmtok-budget", "64", "--mmtok-min-tokens", "1.5"], "--mmtok-min-tokens"),
+        # What argparse cannot tell.
+        (["--mmtok-budget", "64", "--mmtok-min-tokens", "0"], "is a whole number of at least 1 token, got 0"),
+        (["--mmtok-budget", "64", "--mmtok-tv-temp", "-1"], "--mmtok-tv-temp is a positive number"),
+        (["--mmtok-budget", "64", "--mmtok-feature-cache-mb", "-1"], "is at least 0, got -1"),
+        (["--mmtok-budget", "64", "--mmtok-agent-url", "agent"], "is an address like http://host:30000/v1"),
+        (["--mmtok-backend", "torch", "--mmtok-budget", "64", "--mmtok-engine", "/a.onnx"], "runs no exported file"),
+        (["--mmtok-alpha", "1"], "has no effect without --mmtok-budget"),
+        (["--mmtok-budgets", "64"], "unrecognized arguments"),
+        (["--mmtok-a", "64"], "could match"),
+        (["--page-size", "4", "--mmtok-budget"], "expected one argument"),
     ],
 )
 def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
@@ -88,22 +99,49 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
     with pytest.raises(SystemExit) as exit_status:
         parsed(*flags)
     assert exit_status.value.code == 2
-    assert named in capsys.readouterr().err.splitlines()[-1]
+    (message,) = capsys.readouterr().err.splitlines()
+    assert named in message
+    assert any(flag in message for flag in flags if flag.startswith("--mmtok"))
+
+
+def test_sglangs_own_usage_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--page-size", "four")
+    assert len(capsys.readouterr().err.splitlines()) > 100
+
+
+def test_an_error_of_sglangs_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = mock.patch.object(ServerArgs, "__post_init__", side_effect=ValueError("theirs"))
+    with theirs, pytest.raises(ValueError, match=r"^theirs$"):
+        parsed("--mmtok-budget", "64")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["MMTOK_BUDGET", "MMTOK_FEATURE_CACHE_MB"])
+def test_a_variable_that_looks_like_a_flag_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    fields = (*MMTokServerArgs.__struct_fields__, name)
+    monkeypatch.setenv(name, "64")
+    for _ in range(2):
+        warn_of_environment(fields)
+    flag = "--" + name.lower().replace("_", "-")
+    assert caplog.messages == [f"MMTok: the environment variable {name} is not read: use {flag}"]
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"mmtok_budget": "ten"}, "budget 'ten' is not understood"),
-        ({"mmtok_budget": 0}, "budget 0 is not understood"),
-        ({"mmtok_tv_temp": 0.0}, "tv_temp is a positive number"),
-        ({"mmtok_vv_temp": float("nan")}, "vv_temp is a positive number"),
-        ({"mmtok_alpha": -1.0}, "alpha is a number of at least 0"),
-        ({"mmtok_coverage": "image"}, "coverage is one of multimodal"),
-        ({"mmtok_guidance": "words"}, "guidance is one of keywords, question, got 'words'"),
-        ({"mmtok_min_tokens": 0}, "minimum is a whole number"),
-        ({"mmtok_method": "fastv"}, "method is one of mmtok, text-coverage, .* got 'fastv'"),
-        ({"mmtok_seed": -1}, "seed is at least 0, got -1"),
+        ({"mmtok_budget": "ten"}, "--mmtok-budget 'ten' is not understood"),
+        ({"mmtok_budget": 0}, "--mmtok-budget 0 is not understood"),
+        ({"mmtok_tv_temp": 0.0}, "--mmtok-tv-temp is a positive number"),
+        ({"mmtok_vv_temp": float("nan")}, "--mmtok-vv-temp is a positive number"),
+        ({"mmtok_alpha": -1.0}, "--mmtok-alpha is a number of at least 0"),
+        ({"mmtok_coverage": "image"}, "--mmtok-coverage is one of multimodal"),
+        ({"mmtok_guidance": "words"}, "--mmtok-guidance is one of keywords, question, got 'words'"),
+        ({"mmtok_min_tokens": 0}, "--mmtok-min-tokens is a whole number"),
+        ({"mmtok_method": "fastv"}, "--mmtok-method is one of mmtok, text-coverage, .* got 'fastv'"),
+        ({"mmtok_seed": -1}, "--mmtok-seed is at least 0, got -1"),
         (
             {"mmtok_method": "even", "mmtok_backend": "triton"},
             "triton runs the method mmtok alone, not even: start the server with --mmtok-backend torch",
@@ -117,10 +155,10 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
             "vision-coverage contradicts --mmtok-coverage text",
         ),
         *(
-            ({"mmtok_agent_url": url}, "agent_url is an address like http://host:30000/v1, got ")
+            ({"mmtok_agent_url": url}, "--mmtok-agent-url is an address like http://host:30000/v1, got ")
             for url in ("", "agent:30000", "http://", "file:///agent")
         ),
-        ({"mmtok_agent_timeout_ms": 0}, "agent_timeout_ms is above 0, got 0"),
+        ({"mmtok_agent_timeout_ms": 0}, "--mmtok-agent-timeout-ms is above 0, got 0"),
         (
             {"mmtok_agent_url": "http://agent/v1", "mmtok_engine": "/a/selection.onnx"},
             "longer than an exported file may take",
@@ -128,10 +166,10 @@ def test_a_bad_value_on_the_command_line_ends_it_with_what_is_accepted(
         ({"mmtok_engine_sha256": "0" * 64}, "--mmtok-engine-sha256 is for an exported file"),
         (
             {"mmtok_engine": "/a/selection.onnx", "mmtok_engine_sha256": "0" * 63},
-            "engine_sha256 is 64 hexadecimal digits",
+            "--mmtok-engine-sha256 is 64 hexadecimal digits",
         ),
-        ({"mmtok_min_tokens_in": -1}, "min_tokens_in is at least 0, got -1"),
-        ({"mmtok_feature_cache_mb": -1}, "feature_cache_mb is at least 0, got -1"),
+        ({"mmtok_min_tokens_in": -1}, "--mmtok-min-tokens-in is at least 0, got -1"),
+        ({"mmtok_feature_cache_mb": -1}, "--mmtok-feature-cache-mb is at least 0, got -1"),
     ],
 )
 def test_a_bad_value_is_refused_before_anything_starts(flags: dict[str, Any], named: str) -> None:
@@ -176,8 +214,9 @@ def test_a_server_that_would_be_its_own_agent_does_not_start(installed: list[lis
     ],
 )
 def test_a_flag_without_a_budget_is_refused(flag: tuple[str, str]) -> None:
+    field = flag[0].removeprefix("--").replace("-", "_")
     with pytest.raises(ValueError, match=f"^{flag[0]} has no effect without --mmtok-budget"):
-        parsed(*flag)
+        MMTokServerArgs(**{"model_path": "model", field: flag[1]})
 
 
 def test_without_flags_the_arguments_are_sglangs() -> None:

@@ -1,0 +1,167 @@
+"""Per-request fields and the account of images, at every entry point that takes images."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.runtime.chats import Chat, data_url, small
+from tests.runtime.serving import Served
+
+CUP = "What is in this cup?"
+CHAT = Chat.ask(small("coffee"), CUP)
+URL = data_url(small("coffee"))
+SAMPLING = {"max_new_tokens": 2, "temperature": 0}
+
+
+def _chat(served: Served) -> dict[str, Any]:
+    return {"model": "default", "max_tokens": 2, "messages": CHAT.for_server()}
+
+
+def _messages(served: Served) -> dict[str, Any]:
+    source = {"type": "base64", "media_type": "image/png", "data": URL.partition(",")[2]}
+    content = [{"type": "image", "source": source}, {"type": "text", "text": CUP}]
+    return {"model": "default", "max_tokens": 2, "messages": [{"role": "user", "content": content}]}
+
+
+def _responses(served: Served) -> dict[str, Any]:
+    content = [{"type": "input_image", "image_url": URL}, {"type": "input_text", "text": CUP}]
+    return {"max_output_tokens": 2, "input": [{"role": "user", "content": content}]}
+
+
+def _generate(served: Served) -> dict[str, Any]:
+    return {"text": served.judge.prompt(CHAT.for_template()), "image_data": [URL], "sampling_params": SAMPLING}
+
+
+def _messages_usage(answer: Any) -> int:
+    return int(answer["usage"]["input_tokens"] + answer["usage"].get("cache_read_input_tokens", 0))
+
+
+ENTRY_POINTS: dict[str, tuple[Callable[[Served], dict[str, Any]], Callable[[Any], int]]] = {
+    "/v1/chat/completions": (_chat, lambda answer: answer["usage"]["prompt_tokens"]),
+    "/invocations": (_chat, lambda answer: answer["usage"]["prompt_tokens"]),
+    "/v1/messages": (_messages, _messages_usage),
+    "/v1/responses": (_responses, lambda answer: answer["usage"]["input_tokens"]),
+    "/generate": (_generate, lambda answer: answer["meta_info"]["prompt_tokens"]),
+}
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS)
+def test_the_budget_of_a_request_holds(served: Served, path: str) -> None:
+    body, prompt_tokens = ENTRY_POINTS[path]
+
+    def read(**fields: Any) -> int:
+        return prompt_tokens(served.post(path, {**body(served), "mm_processor_kwargs": fields or None}))
+
+    (images,) = served.ask(CHAT)["mmtok"]
+    assert read(mmtok_budget="all") - read() == images["image_tokens_in"] - images["image_tokens_kept"]
+    assert read(mmtok_budget="all") - read(mmtok_budget="50%") == images["image_tokens_in"] - sum(
+        image["tokens_kept"] for image in served.ask(CHAT, mmtok_budget="50%")["mmtok"][0]["images"]
+    )
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS)
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"mm_processor_kwargs": {"mmtok_budget": 1.0}}, r'mmtok_budget: budget 1.0 .* write \\"100%\\" or 1'),
+        ({"mm_processor_kwargs": {"mmtok_bugdet": 5}}, "no field mmtok_bugdet"),
+        ({"mmtok_budget": "25%"}, r"mmtok_budget stands at the top .*mm_processor_kwargs"),
+        ({"extra_body": {"mmtok_budget": 5}}, "extra_body is an argument"),
+    ],
+    ids=["1.0", "unknown", "top level", "extra_body"],
+)
+def test_fields_that_are_not_understood_are_refused(
+    served: Served, path: str, fields: dict[str, Any], named: str
+) -> None:
+    counter = 'mmtok:refused_requests_total{kind="field"}'
+    before = _counted(served, counter)
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        served.post(path, ENTRY_POINTS[path][0](served) | fields)
+    with refusal.value as answer:
+        assert answer.code == 400
+        assert pytest.approx(1) == _counted(served, counter) - before
+        message = answer.read().decode()
+    assert re.search(named, message), message
+
+
+def _events(served: Served, path: str, body: dict[str, Any]) -> list[Any]:
+    """Returns the events of a streamed answer."""
+    text: str = served.post(path, body)
+    *events, end = (line.removeprefix("data: ") for line in text.splitlines() if line)
+    assert end == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def _counted(served: Served, name: str) -> float:
+    lines = [line for line in served.get("/metrics").splitlines() if line.startswith(name)]
+    return float(lines[0].split()[-1]) if lines else 0.0
+
+
+def test_the_account_of_an_answer(served: Served) -> None:
+    served.flush_cache()
+    two = Chat.ask(small("chelsea"), small("coffee"), CUP)
+    (account,) = served.ask(two)["mmtok"]
+    (again,) = served.ask(two)["mmtok"]
+    assert account == again
+    prompt = served.judge.prompt(two.for_template())
+    whole, pruned = (served.judge.prune(prompt, two.images, two.guidance, budget) for budget in (None, 0.1))
+    assert account["image_tokens_kept"] == pruned.num_image_tokens
+    assert len(account["images"]) == 2
+    for image in account["images"]:
+        assert image["method"] == "mmtok"
+        assert image["tokens_kept"] < image["tokens_in"]
+    if served.family != "llava-next":
+        assert account["image_tokens_in"] == whole.num_image_tokens
+    assert "mmtok" not in served.ask(Chat.ask("Tell me about cats."))
+
+
+def test_an_unpruned_images_account(served: Served) -> None:
+    (account,) = served.ask(CHAT, mmtok_budget="all")["mmtok"]
+    (image,) = account["images"]
+    assert image == {
+        "tokens_in": account["image_tokens_in"],
+        "tokens_kept": account["image_tokens_in"],
+        "method": None,
+        "coverage": None,
+        "is_fallback": False,
+    }
+    assert account["num_fallbacks"] == 0
+
+
+def test_the_account_of_a_stream(served: Served) -> None:
+    (expected,) = served.ask(CHAT)["mmtok"]
+    events = _events(served, "/generate", _generate(served) | {"stream": True})
+    assert [event["meta_info"]["mmtok"] for event in events] == [[expected]] * len(events)
+    # An OpenAI client's stream has what is kept in its usage.
+    body = _chat(served) | {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = _events(served, "/v1/chat/completions", body)
+    assert last["usage"]["prompt_tokens_details"]["image_tokens"] == expected["image_tokens_kept"]
+
+
+def test_a_tools_image_is_guided_by_the_user(served: Served) -> None:
+    if served.family != "qwen2.5-vl":
+        pytest.skip("the chat template of this family has no tools")
+    served.flush_cache()
+    asked = Chat.ask("Open the page of the cup.").then("assistant", "Opening.").then("tool", small("coffee"), "loaded")
+    first = served.ask(asked)
+    served.check(asked, first, guidance=["Open the page of the cup."])
+    later = asked.then("assistant", "Done.").then("user", "How many cats are there?")
+    second = served.ask(later)
+    served.check(later, second, guidance=["Open the page of the cup."])
+    # All but the end of the first prompt, where the answer would begin, is in the prefix cache.
+    assert second["cached_tokens"] > first["prompt_tokens"] - 30
+
+
+def test_a_system_image_is_guided_by_the_first_question(served: Served) -> None:
+    if served.family != "qwen2.5-vl":
+        pytest.skip("the chat template of this family takes no image in a system message")
+    chat = Chat((("system", (small("coffee"), "This is the menu.")),)).then("user", CUP)
+    served.check(chat, served.ask(chat), guidance=[CUP])
+    later = chat.then("assistant", "Coffee.").then("user", "How many cats are there?")
+    served.check(later, served.ask(later), guidance=[CUP])
