@@ -91,6 +91,8 @@ async def engine_async_generate(
 
 
 def _hand_on(obj: Any, request: Any) -> None:
+    if not obj.contains_mm_input():
+        return
     # FastAPI has parsed the body already, and Starlette keeps it here: reading it again would cost time.
     body = getattr(request, "_json", None)
     if isinstance(body, dict):

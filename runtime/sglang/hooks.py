@@ -70,7 +70,7 @@ def install_hooks(hooks: Sequence[Hook]) -> None:
     _is_half_hooked = True
     for hook in hooks:
         HookRegistry.register(hook.path, hook.around, HookType.AROUND)
-    HookRegistry.apply_hooks()
+    _apply_hooks()
     # The registry logs a failure and goes on: look whether each target is now our wrapper of what it was.
     failed = [
         path
@@ -85,6 +85,17 @@ def install_hooks(hooks: Sequence[Hook]) -> None:
     _is_half_hooked = False
     _installed = True
     logger.info("MMTok: installed %d hooks", len(hooks))
+
+
+def _apply_hooks() -> None:
+    """Applies the registered hooks, without SGLang's line for each of them: one line says that all are installed."""
+    registry = logging.getLogger(HookRegistry.__module__)
+    level = registry.level
+    registry.setLevel(logging.WARNING)
+    try:
+        HookRegistry.apply_hooks()
+    finally:
+        registry.setLevel(level)
 
 
 def refuse_half_hooked() -> None:

@@ -96,7 +96,10 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
     ] = None
     mmtok_guidance: A[
         Literal["keywords", "question"] | None,
-        Arg(help="MMTok: which words of a question guide the selection. Default: the model family's preset."),
+        Arg(
+            help="MMTok: which words of a question guide the selection: all of them (question), or those that are not "
+            "in a list of English stop words (keywords). Default: the model family's preset."
+        ),
         NS("mm"),
     ] = None
     mmtok_method: A[

@@ -14,6 +14,10 @@ from mmtok_deploy.runtime.sglang.entry_points import (
 )
 
 
+def a_request(**fields: Any) -> Any:
+    return GenerateReqInput(text="x", image_data=["a.png"], **fields)
+
+
 class Manager:
     """A tokenizer manager that answers with the fields of the request that it was given."""
 
@@ -25,18 +29,18 @@ class Engine:
     """As sgl.Engine makes its requests."""
 
     def generate(self, prompt: str, image_data: Any = None) -> Any:
-        answers = generate_request(Manager.generate_request, Manager(), GenerateReqInput(text=prompt), None)
+        answers = generate_request(Manager.generate_request, Manager(), a_request(), None)
         return asyncio.run(answers.__anext__())
 
     async def async_generate(self, prompt: str, stream: bool = False) -> Any:
-        answers = generate_request(Manager.generate_request, Manager(), GenerateReqInput(text=prompt), None)
+        answers = generate_request(Manager.generate_request, Manager(), a_request(), None)
         return answers if stream else await answers.__anext__()
 
 
 def answer(body: Any, obj: Any = None) -> Any:
     """Returns what a request made of `body`, which SGLang passed nothing of on, is answered with."""
     request = SimpleNamespace() if body is None else SimpleNamespace(_json=body)
-    answers = generate_request(Manager.generate_request, Manager(), obj or GenerateReqInput(text="x"), request)
+    answers = generate_request(Manager.generate_request, Manager(), obj or a_request(), request)
     return asyncio.run(answers.__anext__())
 
 
@@ -50,12 +54,12 @@ def test_fields_that_an_entry_point_drops_are_handed_on() -> None:
 @pytest.mark.parametrize("body", [None, {}, [], "text", {"mm_processor_kwargs": None}, {"mm_processor_kwargs": {}}])
 def test_without_fields_a_request_stays_as_it_is(body: Any) -> None:
     given = {"mmtok_guidance": ["of a chat"]}
-    assert answer(body, GenerateReqInput(text="x", mm_processor_kwargs=given)) == given
+    assert answer(body, a_request(mm_processor_kwargs=given)) == given
 
 
 def test_fields_go_before_what_the_plugin_read_from_messages() -> None:
     def chat() -> Any:
-        return GenerateReqInput(text="x", mm_processor_kwargs={"mmtok_guidance": ["of a chat"], "num_crops": 4})
+        return a_request(mm_processor_kwargs={"mmtok_guidance": ["of a chat"], "num_crops": 4})
 
     sent = {"mmtok_guidance": "my own", "mmtok_budget": 5}
     assert answer({"mm_processor_kwargs": sent}, chat()) == {**sent, "num_crops": 4}
@@ -86,14 +90,20 @@ def test_fields_in_the_wrong_place_are_refused(body: dict[str, Any], message: st
 def test_a_refusal_waits_until_the_answer_is_asked_for() -> None:
     # Where SGLang's own are raised: before that no entry point catches it.
     request = SimpleNamespace(_json={"mmtok_budget": 5})
-    answers = generate_request(Manager.generate_request, Manager(), GenerateReqInput(text="x"), request)
+    answers = generate_request(Manager.generate_request, Manager(), a_request(), request)
     with pytest.raises(ValueError, match="mmtok_budget stands"):
         asyncio.run(answers.__anext__())
 
 
+def test_of_a_request_without_images_nothing_is_read() -> None:
+    for body in ({"mmtok_budget": "25%"}, {"mm_processor_kwargs": FIELDS}):
+        assert answer(body, GenerateReqInput(text="x")) is None
+        assert answer(body, EmbeddingReqInput(text="x")) is None
+
+
 def test_embeddings_have_the_servers_settings() -> None:
     def request() -> Any:
-        return EmbeddingReqInput(text="x")
+        return EmbeddingReqInput(text="x", image_data=["a.png"])
 
     assert answer({"mm_processor_kwargs": {"num_crops": 4}}, request()) is None
     with pytest.raises(ValueError, match=r"mmtok_budget, mmtok_seed: images of embedding requests have the server's"):

@@ -204,3 +204,9 @@ def test_a_target_that_changes_is_found_before_anything_is_hooked(
         assert hooks._problem(hook) is None
     assert not HookRegistry._hooks
     hooks.refuse_half_hooked()
+
+
+def test_one_line_says_that_hooks_are_installed(upstream: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        install_hooks(GOOD)
+    assert caplog.messages == ["MMTok: installed 3 hooks"]

@@ -38,11 +38,15 @@ def test_engine_with_a_budget(tmp_path: Path) -> None:
     prompt = judge.prompt(chat.for_template())
     run = _run("10%", image, prompt)
     results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert results, run.stderr[-3000:]
-    account = json.loads(results[0].removeprefix("RESULT "))
-    pruned = judge.prune(prompt, chat.images, chat.guidance, 0.1)
-    assert account["prompt_tokens"] == len(pruned.embeddings)
-    assert judge.max_error(pruned, account) < LOGPROB_TOLERANCE
+    assert len(results) == 4, run.stderr[-3000:]
+    # Of the server's budget, and of three ways to ask for another one.
+    for result, budget in zip(results, [0.1, 0.5, 0.5, 0.5], strict=True):
+        account = json.loads(result.removeprefix("RESULT "))
+        pruned = judge.prune(prompt, chat.images, chat.guidance, budget)
+        assert account["prompt_tokens"] == len(pruned.embeddings)
+        assert account["mmtok"][0]["image_tokens_kept"] == pruned.num_image_tokens
+        assert judge.max_error(pruned, account) < LOGPROB_TOLERANCE
+    assert "REFUSED mm_processor_kwargs.mmtok_budget: budget 'ten' is not understood" in run.stdout
 
 
 def test_engine_refuses_a_bad_budget(tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.slow
 def _refusal(server: SglangServer) -> str:
     with pytest.raises(ServerError) as refusal, server:
         pass
-    return str(refusal.value)
+    message = str(refusal.value)
+    assert "exit status 2" in message
+    assert "Traceback" not in message
+    assert "usage:" not in message
+    return message
 
 
 def test_another_model(tmp_path: Path) -> None:
@@ -42,10 +46,19 @@ def test_a_graph_that_hides_the_features() -> None:
 
 def test_a_bad_budget() -> None:
     message = _refusal(make_server("qwen2.5-vl", "--mmtok-budget=ten"))
-    assert "exit status 2" in message
     assert "argument --mmtok-budget: budget 'ten' is not understood: expected a whole number" in message
 
 
 def test_a_flag_without_a_budget() -> None:
     message = _refusal(make_server("qwen2.5-vl", "--mmtok-alpha=1.0"))
     assert "--mmtok-alpha has no effect without --mmtok-budget" in message
+
+
+def test_a_value_out_of_range() -> None:
+    message = _refusal(make_server("qwen2.5-vl", "--mmtok-budget=10%", "--mmtok-tv-temp=-1"))
+    assert message.splitlines()[-1].strip() == "error: --mmtok-tv-temp is a positive number, got -1.0"
+
+
+def test_an_engine_that_does_not_exist() -> None:
+    message = _refusal(make_server("qwen2.5-vl", "--mmtok-budget=10%", "--mmtok-engine=/no/such/file.onnx"))
+    assert message.splitlines()[-1].strip() == "error: --mmtok-engine: /no/such/file.onnx does not exist"
