@@ -8,6 +8,8 @@
 5. `feature_cache` gives the image's features in the scheduler process, from the vision encoder or from before.
 6. `selection` picks the K tokens, for all images of a prefill batch at once; `metrics` counts what it did.
 7. `positions` gives the kept tokens their own M-RoPE positions back.
-`stages` times the encoder and the language model around it.
+8. `account` says in the answer what was done with each image.
+`entry_points` reads the per-request settings wherever a request may come in; `refusals` makes and counts the errors of
+requests, `start_errors` ends a start that cannot succeed. `stages` times the encoder and the language model around it.
 `families` holds one file a model family; `cpu_platform` lets all of it run on a machine without a GPU.
 """

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_loader.utils import get_resolved_model_impl
 
+from mmtok_deploy.backends import get_backend
 from mmtok_deploy.runtime.sglang.agent_address import AgentAddress
 from mmtok_deploy.runtime.sglang.engine_file import check_engine_file
 from mmtok_deploy.runtime.sglang.families import FAMILIES
@@ -18,6 +20,7 @@ from mmtok_deploy.runtime.sglang.settings import Settings
 __all__ = [
     "UnsupportedServerError",
     "check_agent",
+    "check_backend",
     "check_engine",
     "check_server",
     "check_server_method",
@@ -83,6 +86,20 @@ def check_agent(server_args: Any, settings: Settings) -> None:
             f"{server_args.port}), which would wait for its own answer: name another one. (An sgl.Engine listens on no "
             "port: give it another port=.)"
         )
+
+
+def check_backend(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if a backend of this package cannot run on the server's device.
+
+    An exported file, and a GPU, are tried in the scheduler process: this one leaves the GPU alone.
+    """
+    device = torch.device(resolving_view(server_args).device)
+    if settings.backend != "triton" or device.type == "cuda":
+        return
+    try:
+        get_backend("triton", device)
+    except ValueError as error:
+        raise UnsupportedServerError(f"--mmtok-backend triton does not run here: {error}") from error
 
 
 def check_server_method(server_args: Any, settings: Settings) -> None:

@@ -234,6 +234,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             return
         from mmtok_deploy.runtime.sglang.compatibility import (
             check_agent,
+            check_backend,
             check_engine,
             check_server,
             check_server_method,
@@ -244,6 +245,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         check_server(self)
         check_server_method(self, self._mmtok_settings)
         check_agent(self, self._mmtok_settings)
+        check_backend(self, self._mmtok_settings)
         check_engine(self, self._mmtok_settings)
         _install(self._mmtok_settings)
 

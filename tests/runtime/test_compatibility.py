@@ -158,6 +158,7 @@ def test_real_arguments_of_each_family_pass(
         ("qwen2.5-vl", {"mm_enable_dp_encoder": True}, "cannot be combined with --mm-enable-dp-encoder"),
         ("qwen2.5-vl", {"mmtok_method": "visionzip"}, "--mmtok-method visionzip does not run on this model: .*class"),
         ("llava-next", {"mmtok_method": "downsample"}, "--mmtok-method downsample does not run on this .* tiles"),
+        ("qwen2.5-vl", {"mmtok_backend": "triton"}, "--mmtok-backend triton does not run here: .*cpu"),
     ],
 )
 def test_real_arguments_that_would_go_around_the_hooks_are_refused(
@@ -170,4 +171,18 @@ def test_real_arguments_that_would_go_around_the_hooks_are_refused(
     path = tiny_checkpoint(tmp_path_factory, family)
     with pytest.raises(UnsupportedServerError, match=message):
         MMTokServerArgs(model_path=path, mmtok_budget="64", **options).resolve_once()
+    assert installed == []
+
+
+def test_on_the_command_line_a_server_that_cannot_run_ends_with_one_message(
+    installed: list[Settings | None], tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = MMTokServerArgs(model_path=tiny_checkpoint(tmp_path_factory, "llava-1.5"), mmtok_budget="64")
+    arguments._mmtok_on_command_line = True
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_status:
+        arguments.resolve_once()
+    assert exit_status.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("error: --mmtok-budget prunes LlavaForConditionalGeneration on the 'transformers'")
     assert installed == []
