@@ -28,6 +28,8 @@ def end_start(error: object) -> NoReturn:
     Raises:
         SystemExit: With exit code 2, as for any wrong use of a command.
     """
+    # On its way out SGLang says how it ends: the message is to be the last line.
+    logging.getLogger("sglang.srt.utils.common").setLevel(logging.WARNING)
     message = str(error)
     print(f"error: {message if '--mmtok' in message else f'--mmtok-budget: {message}'}", file=sys.stderr, flush=True)
     raise SystemExit(2)
