@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from sglang.srt.managers.io_struct import EmbeddingReqInput
 from torch import Tensor
 
 from mmtok_deploy.guidance import guidance_words
@@ -204,10 +205,12 @@ def cut_placeholders(output: Any) -> None:
 
 def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
     advice = 'send mm_processor_kwargs={"mmtok_budget": "all"} to have it read unpruned'
+    if isinstance(request, EmbeddingReqInput):  # which has no such field
+        advice = "embed it on a server without --mmtok-budget"
     if getattr(request, "video_data", None):
         raise refusal("video", f"MMTok prunes images, this request brings a video: {advice}")
     objects = [image for image in image_data or [] if isinstance(image, dict)]
-    if any("format" not in image for image in objects):
+    if any(not {"format", "feature"} & set(image) for image in objects):
         raise refusal(
             "image",
             f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, objects[0]))}: send "

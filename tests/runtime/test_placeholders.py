@@ -319,6 +319,12 @@ def test_what_cannot_be_pruned_is_refused_before_it_is_processed(inputs: dict[st
         processed(None, 2, **inputs)
 
 
+@pytest.mark.parametrize("name", ["url", "path"])
+def test_an_object_that_holds_an_address_is_told_what_an_image_is(name: str) -> None:
+    with pytest.raises(ValueError, match=f"got an object of {name}: send the text itself, .* and not .*url"):
+        processed(None, 2, images=["cat.png", {name: "https://a/cat.png"}])
+
+
 @pytest.mark.parametrize("inputs", [inputs for inputs, _ in UNPRUNABLE])
 @pytest.mark.parametrize(("budget", "fields"), [("all", None), (2, {"mmtok_budget": "all"})])
 def test_what_cannot_be_pruned_passes_unpruned(inputs: dict[str, Any], budget: str | int, fields: Any) -> None:
