@@ -60,7 +60,7 @@ def naming_flags(fields: Collection[str]) -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error).replace("a budget's minimum", "min_tokens")
-        found = re.match(r"[a-z_]+\b", message)
+        found = re.match(r"[a-z0-9_]+\b", message)
         if found and f"mmtok_{found[0]}" in fields:
             message = f"--mmtok-{found[0].replace('_', '-')}{message[found.end() :]}"
         raise FlagError(message) from None
