@@ -31,7 +31,8 @@ def _messages(served: Served) -> dict[str, Any]:
 
 def _responses(served: Served) -> dict[str, Any]:
     content = [{"type": "input_image", "image_url": URL}, {"type": "input_text", "text": CUP}]
-    return {"max_output_tokens": 2, "input": [{"role": "user", "content": content}]}
+    model = served.server.client().models.list().data[0].id
+    return {"model": model, "max_output_tokens": 2, "input": [{"role": "user", "content": content}]}
 
 
 def _generate(served: Served) -> dict[str, Any]:
