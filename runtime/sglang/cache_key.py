@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
+from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of, share_guidance
 from mmtok_deploy.runtime.sglang.settings import Settings
 
 __all__ = ["CacheKeys", "image_key"]
@@ -36,6 +36,7 @@ class CacheKeys:
         Hooks: sglang 0.5.23 srt/managers/schedule_batch.py MultimodalInputs.from_processor_output: after hashes that
         a caller may have given. Can go when items take a salt.
         """
+        share_guidance(output.mm_items)
         inputs = original(output, **kwargs)
         for item in inputs.mm_items:
             plan = plan_of(item)

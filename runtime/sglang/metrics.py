@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from mmtok_deploy.runtime.sglang.ranks import is_first_rank
 from mmtok_deploy.runtime.sglang.repeated_warnings import RepeatedWarning
 
-__all__ = ["Clock", "SelectionMetrics", "collectors", "start_clock"]
+__all__ = ["Clock", "SelectionMetrics", "collectors", "never_raises", "start_clock"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,22 @@ _HISTOGRAMS = {
     "language_prefill_milliseconds": "Time of one prefill batch in the language model, without encoder and selection.",
 }
 _LOG_INTERVAL_S = 60.0
+
+
+_broken = RepeatedWarning(logger)
+
+
+def never_raises(measure: Callable[..., None]) -> Callable[..., None]:
+    """Returns the method with its errors logged: no request is lost for want of a number (a full disk, say)."""
+
+    @wraps(measure)
+    def measured(*args: Any, **kwargs: Any) -> None:
+        try:
+            measure(*args, **kwargs)
+        except Exception as error:
+            _broken.log("MMTok: metrics are missing (%s: %s)", type(error).__name__, error)
+
+    return measured
 
 
 class Clock(Protocol):
@@ -85,6 +101,7 @@ class SelectionMetrics:
         self._held_bytes = 0
         self._next_line_s = 0.0
 
+    @never_raises
     def count_call(self, clock: Clock, sizes: Sequence[tuple[int, int]], is_finite: Tensor) -> None:
         """Counts one selection call, now or when it is done, and stops its clock.
 
@@ -99,6 +116,7 @@ class SelectionMetrics:
         self._calls.append(_Call(clock, sizes, on_host))
         self._settle()
 
+    @never_raises
     def count_fallback(self, num_tokens: int, num_kept: int, why: str) -> None:
         """Counts and logs an image that kept evenly spaced tokens."""
         self.num_fallbacks += 1
@@ -112,6 +130,7 @@ class SelectionMetrics:
             self.num_fallbacks,
         )
 
+    @never_raises
     def count_encoding(self, *, num_encoded: int, num_hits: int, num_misses: int, held_bytes: int) -> None:
         """Counts the images of a batch by where their features came from; `held_bytes` is the cache's size after it."""
         self._count("encoded_images", num_encoded)

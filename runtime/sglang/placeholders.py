@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.methods import MethodName, coverage_of, reads_question
 from mmtok_deploy.runtime.executors import check_selection
 from mmtok_deploy.runtime.sglang.agent import Agent
+from mmtok_deploy.runtime.sglang.images import ImageLoader, is_raw
 from mmtok_deploy.runtime.sglang.refusals import refusal
 from mmtok_deploy.runtime.sglang.request import Requested, guidance_texts, requested
 from mmtok_deploy.runtime.sglang.settings import Settings
 
-__all__ = ["ImagePlan", "PlaceholderCutter", "plan_of"]
+__all__ = ["ImagePlan", "PlaceholderCutter", "plan_of", "share_guidance"]
 
 _KEY = "mmtok"
 
@@ -56,13 +59,23 @@ class ImagePlan:
 
     def attach(self, item: Any) -> None:
         """Leaves the plan on SGLang's item, as plain values that its transport can carry."""
-        item.model_specific_data[_KEY] = asdict(self)
+        # Not `asdict`, which copies the guidance.
+        item.model_specific_data[_KEY] = {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def plan_of(item: Any) -> ImagePlan | None:
     """Returns the plan of SGLang's item, None for one that is not pruned."""
     values = item.model_specific_data.get(_KEY)
     return None if values is None else ImagePlan(**values)
+
+
+def share_guidance(items: Sequence[Any]) -> None:
+    """Has the images of a request hold equal guidance once: on the way to the scheduler each had its own."""
+    known: dict[tuple[int, ...], list[int]] = {}
+    for item in items:
+        plan = item.model_specific_data.get(_KEY)
+        if plan is not None:
+            plan["guidance"] = known.setdefault(tuple(plan["guidance"]), plan["guidance"])
 
 
 class PlaceholderCutter:
@@ -72,6 +85,8 @@ class PlaceholderCutter:
         self._settings = settings
         self._family = family
         self._engine = None if settings.engine is None else Manifest.load(settings.engine)
+        self._loader = ImageLoader(settings.limits)
+        self._words = _GuidanceTokenizer(settings)
         self._agent = None
         if settings.agent_url is not None:
             self._agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
@@ -93,46 +108,89 @@ class PlaceholderCutter:
         checked, and what both of Qwen's paths return through. Can go when processors have a post-processing stage.
         """
         request = kwargs["request_obj"]
+        _refuse_our_names(image_data, *(getattr(request, name, None) for name in ("video_data", "audio_data")))
         asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
-        images = image_data
         if not asked.budget.is_all:
             _refuse_what_cannot_be_pruned(request, image_data)
             self._refuse_method(asked.method, processor.hf_config)
-            if asked.method == "downsample":
-                images = await self._family.shrink_images(image_data, asked.budget, self._settings, processor, request)
-        output = await original(processor, images, *args, **kwargs)
+        texts = self._check_prompt(image_data, processor, asked, **kwargs)
+        images = image_data
+        if image_data:
+            images = await self._loader.load(
+                image_data, getattr(processor, "server_args", None), decode=self._family.decodes_images
+            )
+        if not asked.budget.is_all and asked.method == "downsample":
+            images = await self._family.shrink_images(images, asked.budget, self._settings, processor, request)
+        output = await self._family.process(original, processor, images, *args, **kwargs)
         if output is None or not output.mm_items:
             return output
+        for item in output.mm_items:
+            _drop_our_names(item)
         self._family.separate_images(output, processor)
         if not asked.budget.is_all:
             _refuse_scattered_placeholders(output.mm_items)
             output.mm_items.sort(key=lambda item: item.offsets[0])
-            await self._plan_images(output.mm_items, asked, processor, image_data, **kwargs)
+            await self._plan_images(output.mm_items, texts, asked, processor, image_data)
             cut_placeholders(output)
         return output
 
+    def _check_prompt(self, image_data: Any, processor: Any, asked: Requested, **kwargs: Any) -> list[str]:
+        """Returns the guidance text of each image; checks what can be checked before an image is loaded.
+
+        Raises:
+            ValueError: Placeholders that are not the images', or too long a text (HTTP 400).
+        """
+        images = image_data or []
+        if not all(map(is_raw, images)):
+            return []
+        prompt, request, limits = kwargs["input_text"], kwargs["request_obj"], self._settings.limits
+        limits.check_prompt(prompt, kwargs.get("max_req_input_len"))
+        tokenizer = _tokenizer_of(processor)
+        prompt = prompt if isinstance(prompt, str) else _decoded(tokenizer, prompt)
+        if images:
+            has_videos = bool(getattr(request, "video_data", None))
+            self._family.placeholder_rule.check(prompt, len(images), has_videos=has_videos)
+        if asked.budget.is_all:
+            return []
+        given = getattr(request, "mm_processor_kwargs", None)
+        texts = guidance_texts(given, prompt, len(images), self._family.placeholder, tokenizer.decode)
+        if not reads_question(asked.method):
+            return [""] * len(texts)
+        for text in dict.fromkeys(texts):
+            limits.check_text(text)
+        return texts
+
     async def _plan_images(
-        self, items: Sequence[Any], asked: Requested, processor: Any, image_data: Any, **kwargs: Any
+        self, items: Sequence[Any], texts: list[str], asked: Requested, processor: Any, image_data: Any
     ) -> None:
         """Leaves a plan on the item of each image that is to be pruned."""
-        tokenizer = getattr(processor._processor, "tokenizer", processor._processor)
-        fields, prompt = getattr(kwargs["request_obj"], "mm_processor_kwargs", None), kwargs["input_text"]
-        texts = guidance_texts(fields, prompt, len(items), self._family.placeholder, tokenizer.decode)
-        if not reads_question(asked.method):
-            texts = [""] * len(items)
-        # Images of one turn share their text, and tokenising keeps every other request waiting.
-        words_of = cache(partial(self._guidance, tokenizer))
-        num_words = sum(len(words_of(text)) for text in dict.fromkeys(texts))
-        _refuse_endless_guidance(num_words, kwargs.get("max_req_input_len"))
-        plans = [self._plan(item, asked, processor.hf_config) for item in items]
+        limits, config = self._settings.limits, processor.hf_config
+        if len(items) != len(texts):
+            raise refusal("placeholders", f"the prompt has placeholders of {len(items)} images, {len(texts)} came")
+        plans = [self._plan(item, asked, config) for item in items]
+        words = await self._words.of(texts, _tokenizer_of(processor))
+        limits.check_texts([len(ids) for ids in words.values()])
         covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
         if self._agent is not None and covers_text:
             texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])
+            words = await self._words.of(texts, _tokenizer_of(processor))
+        cost = 0
         for item, text, plan in zip(items, texts, plans, strict=True):
             if plan is not None:
-                guided = replace(plan, guidance=words_of(text))
-                self._check_engine(item, guided, processor.hf_config)
+                guided = replace(plan, guidance=words[text])
+                self._check_engine(item, guided, config)
+                cost += self._cost(item, guided, config)
                 guided.attach(item)
+        limits.check_cost(cost)
+
+    def _cost(self, item: Any, plan: ImagePlan, config: Any) -> int:
+        """Returns how many gains the selection of an image computes, of all its tiles."""
+        if plan.method in ("random", "even", "downsample"):
+            return 0
+        from_tokens, keeps = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
+        num_selections: int = max(1, plan.num_kept // max(1, keeps))
+        cost: int = num_selections * keeps * from_tokens * (len(plan.guidance) + from_tokens)
+        return cost
 
     def _plan(self, item: Any, asked: Requested, config: Any) -> ImagePlan | None:
         """Returns an image's plan, its guidance aside; None for one that is not to be pruned."""
@@ -153,9 +211,6 @@ class PlaceholderCutter:
             # falls back to evenly spaced tokens.
             num_kept = min(num_kept, num_tokens - int(excluded.sum())) or num_kept
         return ImagePlan(num_tokens, num_kept, [], excluded, method=asked.method, seed=asked.seed)
-
-    def _guidance(self, tokenizer: Any, text: str) -> list[int]:
-        return _token_ids(tokenizer, guidance_words(text, self._settings.guidance))
 
     def _check_engine(self, item: Any, plan: ImagePlan, config: Any) -> None:
         if self._engine is not None:
@@ -222,15 +277,25 @@ def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
         )
 
 
-def _refuse_endless_guidance(num_tokens: int, max_prompt_tokens: int | None) -> None:
-    # A question is bounded by the prompt that it stands in, `mmtok_guidance` by nothing, and its embeddings would take
-    # the scheduler's memory. Words on their own may take more tokens than in their text, but not four times as many.
-    if max_prompt_tokens is not None and num_tokens > 4 * max_prompt_tokens:
-        raise refusal(
-            "guidance",
-            f"the guidance of the images has {num_tokens} tokens, more than any prompt of this server "
-            f"({max_prompt_tokens}): shorten mm_processor_kwargs.mmtok_guidance",
-        )
+def _refuse_our_names(*sources: Any) -> None:
+    """Raises ValueError (HTTP 400) for input that brings what only the plugin writes: a plan could be another's."""
+    for source in sources:
+        for each in source if isinstance(source, list | tuple) else [source]:
+            if not isinstance(each, dict):
+                continue
+            nested = each.get("model_specific_data")
+            names = [*each, *(nested if isinstance(nested, dict) else ())]
+            ours = sorted({name for name in names if isinstance(name, str) and name.startswith(_KEY)})
+            if ours:
+                raise refusal(
+                    "features",
+                    f"features that come ready-made have {', '.join(ours)}, which MMTok alone sets: leave it out",
+                )
+
+
+def _drop_our_names(item: Any) -> None:
+    for name in [name for name in item.model_specific_data if str(name).startswith(_KEY)]:
+        del item.model_specific_data[name]
 
 
 def _refuse_scattered_placeholders(items: list[Any]) -> None:
@@ -241,6 +306,36 @@ def _refuse_scattered_placeholders(items: list[Any]) -> None:
                 f"each image has one run of placeholders in the prompt, one here has {len(item.offsets or ())}: "
                 "write one placeholder for each image",
             )
+
+
+class _GuidanceTokenizer:
+    """Tokenises guidance in a thread of its own, with a copy of the tokenizer: two threads cannot share one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._rule = settings.guidance
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmtok-guidance")
+        self._tokenizer: Any = None
+
+    async def of(self, texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
+        """Returns the token ids of each distinct text."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._tokenize, texts, tokenizer)
+
+    def _tokenize(self, texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
+        if self._tokenizer is None:
+            self._tokenizer = copy.deepcopy(tokenizer)
+        return {text: _token_ids(self._tokenizer, guidance_words(text, self._rule)) for text in dict.fromkeys(texts)}
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    try:
+        text: str = tokenizer.decode(ids)
+        return text
+    except (TypeError, ValueError, OverflowError) as error:
+        raise refusal("placeholders", f"input_ids are token ids of the model: {error!s:.200}") from error
+
+
+def _tokenizer_of(processor: Any) -> Any:
+    return getattr(processor._processor, "tokenizer", processor._processor)
 
 
 def _token_ids(tokenizer: Any, words: list[str]) -> list[int]:

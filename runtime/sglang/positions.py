@@ -13,6 +13,7 @@ from typing import Any
 from sglang.srt.managers import mm_schedule
 from torch import Tensor
 
+from mmtok_deploy.runtime.sglang.failures import Failures
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
 from mmtok_deploy.runtime.sglang.refusals import count_refusal
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
@@ -43,10 +44,16 @@ class _Span:
 
 
 class PositionWriter:
-    """Writes the kept tokens' positions into each prefill batch; one a scheduler process."""
+    """Writes the kept tokens' positions into each prefill batch; one a scheduler process.
 
-    def __init__(self, selector: TokenSelector) -> None:
+    Args:
+        selector: Remembers what was kept.
+        failures: Ends the requests of an image that was not selected; without it, that is an error.
+    """
+
+    def __init__(self, selector: TokenSelector, failures: Failures | None = None) -> None:
         self._selector = selector
+        self._failures = failures
 
     def prepare_mm_inputs(
         self,
@@ -73,13 +80,21 @@ class PositionWriter:
         for span in spans:
             kept = self._selector.remembered(span.key)
             if kept is None or span.plan.positions is None:
-                raise RuntimeError(f"MMTok: the image {span.key:#x} is in this batch, but was not selected")
+                self._fail(span.key, "is in this batch, but was not selected")
+                continue
             # Neither copy waits: the kept indices are on the device, the N positions on the host.
             original = (span.plan.positions - span.plan.positions[:, :1] + span.first).to(
                 positions.device, non_blocking=True
             )
             positions[:, span.batch] = original[:, kept[span.kept]]
         return embeddings
+
+    def _fail(self, key: int, why: str) -> None:
+        if self._failures is None:
+            raise RuntimeError(f"MMTok: the image {key:#x} {why}")
+        # One whose features failed has no selection, and is marked already.
+        if not self._failures.is_marked(key):
+            self._failures.mark(key, f"an image {why}")
 
     def forward(self, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the model, handing corrected positions from each pipeline stage to the next.

@@ -10,7 +10,19 @@ from mmtok_deploy.runtime.sglang.ranks import is_first_rank
 __all__ = ["Kind", "count_refusal", "refusal"]
 
 Kind = Literal[
-    "field", "method", "video", "features", "image", "placeholders", "guidance", "engine", "downsample", "positions"
+    "field",
+    "method",
+    "video",
+    "features",
+    "image",
+    "pixels",
+    "aspect_ratio",
+    "placeholders",
+    "guidance",
+    "selection_cost",
+    "engine",
+    "downsample",
+    "positions",
 ]
 """The label of `mmtok:refused_requests_total`, a row each in docs/serving.md."""
 

@@ -37,8 +37,8 @@ class RepeatedWarning:
         self._lines_left = 0
         self._num_left_out = 0
 
-    def log(self, message: str, *values: object) -> None:
-        """Logs `message % values`, or counts it as left out."""
+    def log(self, message: str, *values: object, error: BaseException | None = None) -> None:
+        """Logs `message % values`, with the traceback of an error, or counts it as left out."""
         now_s = self._now_s()
         if now_s >= self._interval_end_s:
             self._interval_end_s = now_s + self._interval_s
@@ -51,4 +51,4 @@ class RepeatedWarning:
             message += " (%d such warnings before this one were left out)"
             values = (*values, self._num_left_out)
             self._num_left_out = 0
-        self._logger.warning(message, *values, stacklevel=2)
+        self._logger.warning(message, *values, exc_info=error, stacklevel=2)

@@ -216,7 +216,7 @@ def _embed_guidance(
     try:
         rows = embed(ids.to(vision.device, non_blocking=True)) if len(ids) else vision.new_empty(0, vision.shape[1])
         return dict(zip(texts, rows.split([len(text) for text in texts]), strict=True))
-    except torch.OutOfMemoryError:
+    except Exception:  # whatever it is, a selection that cannot be made has a substitute
         if num_ranks() > 1:
             # The other ranks are in the embedding's collective; going on would pair it with another one.
             raise

@@ -14,6 +14,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.runtime.sglang.agent_address import AgentAddress
+from mmtok_deploy.runtime.sglang.limits import Limits, default_limits
 from mmtok_deploy.runtime.sglang.settings import (
     DEFAULT_AGENT_MODEL,
     DEFAULT_AGENT_TIMEOUT_MS,
@@ -170,6 +171,35 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         ),
         NS("mm"),
     ] = None
+    mmtok_max_image_pixels: A[
+        int | None,
+        Arg(
+            help="MMTok: an image of more pixels is refused (HTTP 400) before it is decoded. Default: 64,000,000; "
+            "4,194,304 for Qwen2.5-VL on a CPU, where the encoder's attention takes memory by the pixels' square."
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_max_aspect_ratio: A[
+        float | None,
+        Arg(help="MMTok: an image is refused whose longer side is more than this many shorter ones. Default: 200."),
+        NS("mm"),
+    ] = None
+    mmtok_max_guidance_tokens: A[
+        int | None,
+        Arg(
+            help="MMTok: an image is refused whose selection is guided by more tokens of text; a request may bring "
+            "four times as many for all its images. Default: 16384."
+        ),
+        NS("mm"),
+    ] = None
+    mmtok_max_selection_cost: A[
+        float | None,
+        Arg(
+            help="MMTok: a request is refused whose selections compute more gains: kept tokens x tokens x (guidance "
+            "tokens + tokens), summed over its images. Default: 1e13, 2e11 on a CPU."
+        ),
+        NS("mm"),
+    ] = None
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -293,7 +323,13 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             agent_url=self.__dict__.get("_mmtok_agent_url"),
             agent_model=self.mmtok_agent_model or DEFAULT_AGENT_MODEL,
             agent_timeout_ms=timeout_ms,
+            limits=self._limits(family),
         )
+
+    def _limits(self, family: str) -> Limits:
+        names = ("max_image_pixels", "max_aspect_ratio", "max_guidance_tokens", "max_selection_cost")
+        given = {name: value for name in names if (value := getattr(self, f"mmtok_{name}")) is not None}
+        return replace(default_limits(family, self.device), **given)
 
 
 def _in_detokenizer() -> bool:

@@ -13,6 +13,7 @@ from mmtok_deploy.guidance import GuidanceRule
 from mmtok_deploy.methods import MethodName, check_method, coverage_of
 from mmtok_deploy.runtime.executors import ExecutorName
 from mmtok_deploy.runtime.sglang.agent_address import AgentAddress
+from mmtok_deploy.runtime.sglang.limits import Limits
 
 __all__ = ["DEFAULT_AGENT_MODEL", "DEFAULT_AGENT_TIMEOUT_MS", "DEFAULT_FEATURE_CACHE_MB", "Settings"]
 
@@ -44,6 +45,7 @@ class Settings:
             are never shown; None asks none.
         agent_model: The agent's name there.
         agent_timeout_ms: After which the question alone guides.
+        limits: What a request is refused for.
 
     Raises:
         ValueError: An unknown guidance rule or method, a backend without the file that it runs or the other way
@@ -65,6 +67,7 @@ class Settings:
     agent_url: str | None = field(default=None, repr=False)
     agent_model: str = DEFAULT_AGENT_MODEL
     agent_timeout_ms: int = DEFAULT_AGENT_TIMEOUT_MS
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.guidance not in get_args(GuidanceRule):
@@ -140,4 +143,8 @@ class Settings:
             "mmtok_engine_sha256": self.engine_sha256,
             "mmtok_onnxruntime_provider": self.provider,
             "mmtok_feature_cache_mb": self.feature_cache_mb,
+            "mmtok_max_image_pixels": self.limits.max_image_pixels,
+            "mmtok_max_aspect_ratio": self.limits.max_aspect_ratio,
+            "mmtok_max_guidance_tokens": self.limits.max_guidance_tokens,
+            "mmtok_max_selection_cost": self.limits.max_selection_cost,
         }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mmtok_deploy.runtime.sglang.hooks import Hook
-from mmtok_deploy.runtime.sglang.metrics import Clock, collectors, start_clock
+from mmtok_deploy.runtime.sglang.metrics import Clock, collectors, never_raises, start_clock
 from mmtok_deploy.runtime.sglang.ranks import is_first_rank
 
 __all__ = ["StageMetrics"]
@@ -94,11 +94,13 @@ class StageMetrics:
             self._prefill = None
         return output
 
+    @never_raises
     def _stop(self, histogram: str, clock: Clock, counts: Mapping[str, int]) -> None:
         clock.stop()
         self._parts.append(_Part(histogram, clock, counts))
         self._settle()
 
+    @never_raises
     def _settle(self) -> None:
         while self._parts and self._parts[0].clock.is_done():
             part = self._parts.popleft()

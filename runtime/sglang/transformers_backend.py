@@ -71,6 +71,11 @@ def backend_hooks(cache: FeatureCache, select: SelectFeatures, stages: StageMetr
         return [kept[place] if place in kept else _encode(encode, model, item) for place, item in enumerate(items)]
 
     return [
+        Hook(
+            "multimodal.processors.transformers_auto.TransformersAutoMultimodalProcessor.__init__",
+            "self hf_config server_args _processor args kwargs",
+            _tokenize_once,
+        ),
         Hook(f"{_MIXIN}.pad_input_ids", "self input_ids mm_inputs", _pad_input_ids),
         Hook(f"{_MIXIN}.get_image_feature", "self items", get_image_feature),
         Hook(
@@ -122,6 +127,18 @@ def separate_images(output: Any, num_placeholders: Sequence[int]) -> None:
         )
         first += count
     output.mm_items = items
+
+
+def _tokenize_once(original: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
+    """Makes the processor, and has SGLang leave prompts with images to it, which gives their ids anyway.
+
+    SGLang would tokenise them before, on the event loop and whatever their length.
+
+    Hooks: sglang 0.5.23 srt/multimodal/processors/transformers_auto.py TransformersAutoMultimodalProcessor.__init__;
+    srt/managers/tokenizer_manager.py reads the attribute. Can go when the processor sets it itself.
+    """
+    original(processor, *args, **kwargs)
+    processor.generates_input_ids_from_raw_prompt = True
 
 
 def _pad_input_ids(_original: Callable[..., Any], _model: Any, input_ids: Any, mm_inputs: Any) -> Any:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, msgpack_decode, msgpack_encode
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
@@ -16,9 +18,17 @@ from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families import Family
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, PlaceholderCutter, cut_placeholders, plan_of
+from mmtok_deploy.runtime.sglang.limits import Limits
+from mmtok_deploy.runtime.sglang.placeholders import (
+    ImagePlan,
+    PlaceholderCutter,
+    cut_placeholders,
+    plan_of,
+    share_guidance,
+)
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
 from mmtok_deploy.runtime.sglang.stages import StageMetrics
+from mmtok_deploy.runtime.sglang.typed_placeholders import PlaceholderRule
 from tests.runtime.stand_ins import (
     IMAGE_ID,
     Request,
@@ -29,6 +39,7 @@ from tests.runtime.stand_ins import (
     stand_in_processor,
 )
 
+IMAGE = Image.new("RGB", (4, 4))
 # Text 1 2, an image of 4 tokens, text 3, an image of 3 tokens, text 4.
 TWO_IMAGES = [1, 2, *[IMAGE_ID] * 4, 3, *[IMAGE_ID] * 3, 4]
 
@@ -153,6 +164,7 @@ class StandInFamily(Family):
     architecture = "StandIn"
     model_impl = "sglang"
     placeholder = "<|image_pad|>"
+    placeholder_rule = PlaceholderRule(re.compile(r"<\|image_pad\|>"))
     processor_hook = ("", "")
 
     def __init__(self, excluded: Tensor | None = None) -> None:
@@ -177,21 +189,26 @@ def processed(
     *,
     fields: Any = None,
     excluded: Tensor | None = None,
-    images: Sequence[Any] | None = ("cat.png",),
+    images: Sequence[Any] | None = (),
     videos: Sequence[Any] | None = None,
-    prompt: str | list[int] = "<|image_pad|>",
+    prompt: str | list[int] = "",
     max_prompt_tokens: int | None = None,
     min_tokens_in: int = 0,
     agent_url: str | None = None,
+    limits: Limits | None = None,
 ) -> Any:
-    """Runs the cutter around a processor that returns `output`."""
+    """Runs the cutter around a processor that returns `output`; by default with as many images as it has."""
+    num_images = len(output.mm_items) if output is not None else 1
+    images = [IMAGE] * num_images if images == () else images
+    prompt = prompt or "<|image_pad|>" * len(images or ())
 
     async def original(processor: Any, image_data: Any, **kwargs: Any) -> Any:
-        assert image_data is images
+        assert image_data == images
         assert kwargs["input_text"] is prompt
         return output
 
     settings = replace(make_settings(budget), min_tokens_in=min_tokens_in, agent_url=agent_url)
+    settings = replace(settings, limits=limits or Limits())
     cutter = PlaceholderCutter(settings, StandInFamily(excluded))
     request = Request(mm_processor_kwargs=fields, video_data=videos)
     return asyncio.run(
@@ -309,7 +326,7 @@ def test_a_request_without_images_is_not_touched(empty: Any) -> None:
 
 UNPRUNABLE: list[tuple[dict[str, Any], str]] = [
     ({"videos": ["cat.mp4"]}, "brings a video"),
-    ({"images": ["cat.png", {"feature": torch.zeros(1)}]}, "precomputed embeddings"),
+    ({"images": [IMAGE, {"feature": 1.0}]}, "precomputed embeddings"),
 ]
 
 
@@ -353,13 +370,85 @@ def test_bad_fields_are_refused(fields: Any) -> None:
         processed(prompt_output(TWO_IMAGES), 2, fields=fields)
 
 
-def test_endless_guidance_is_refused() -> None:
-    output = prompt_output(TWO_IMAGES)
-    with pytest.raises(ValueError, match=r"209 tokens, more than any prompt of this server \(50\)"):
-        processed(output, 2, fields={"mmtok_guidance": "x" * 200}, max_prompt_tokens=50)
-    processed(output, 2, fields={"mmtok_guidance": "x" * 191}, max_prompt_tokens=50)
-    with pytest.raises(ValueError, match=r"218 tokens, more than any prompt of this server \(50\)"):
-        processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": ["x" * 100, "y" * 100]}, max_prompt_tokens=50)
+def test_guidance_is_bounded() -> None:
+    limits = Limits(max_guidance_tokens=200)
+    processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": "x" * 191}, limits=limits)
+    with pytest.raises(ValueError, match=r"has 201 tokens, this server takes 200 \(--mmtok-max-guidance-tokens\)"):
+        processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": "x" * 192}, limits=limits)
+    with pytest.raises(ValueError, match=r"more than 3,200 bytes, 16 for each of the 200 tokens .*max-guidance-tokens"):
+        processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": "x" * 3201}, limits=limits)
+    with pytest.raises(ValueError, match="more than 3,200 bytes"):
+        processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": "\u732b" * 1067}, limits=limits)
+
+
+def test_guidance_of_a_request_is_bounded_and_each_text_counted_once() -> None:
+    limits = Limits(max_guidance_tokens=20)
+    five = [IMAGE_ID, IMAGE_ID, 1] * 5
+    texts = [letter * 11 for letter in "abcde"]
+    processed(prompt_output(five), 1, fields={"mmtok_guidance": texts[:1] * 5}, limits=limits)
+    with pytest.raises(ValueError, match=r"has 100 tokens, this server takes 80 in a request, four times --mmtok-max"):
+        processed(prompt_output(five), 1, fields={"mmtok_guidance": texts}, limits=limits)
+
+
+def test_a_prompt_longer_than_any_is_refused_before_it_is_read() -> None:
+    with pytest.raises(ValueError, match=r"the prompt has 1,614 characters, the longest prompt .* 50 tokens: shorten"):
+        processed(prompt_output([IMAGE_ID] * 3), 2, prompt="<|image_pad|> " + "x" * 1600, max_prompt_tokens=50)
+
+
+def test_the_selections_of_a_request_are_bounded_together() -> None:
+    # 2 of 4 tokens and 2 of 3, guided by the 11 letters of "Question:ab": 2 x 4 x 15 + 2 x 3 x 14.
+    prompt = "<|image_pad|>ab<|image_pad|>"
+    processed(prompt_output(TWO_IMAGES), 2, prompt=prompt, limits=Limits(max_selection_cost=204))
+    with pytest.raises(ValueError, match=r"costs 2e\+02, this server allows 2e\+02 \(--mmtok-max-selection-cost"):
+        processed(prompt_output(TWO_IMAGES), 2, prompt=prompt, limits=Limits(max_selection_cost=203))
+    fields = {"mmtok_method": "even"}
+    processed(prompt_output(TWO_IMAGES), 2, prompt=prompt, fields=fields, limits=Limits(max_selection_cost=1))
+
+
+@pytest.mark.parametrize("budget", ["all", 2])
+def test_an_image_beyond_a_limit_is_refused_before_it_is_processed(budget: str | int) -> None:
+    with pytest.raises(ValueError, match=r"4 x 4 = 16 pixels, this server takes 15 \(--mmtok-max-image-pixels\)"):
+        processed(None, budget, limits=Limits(max_image_pixels=15))
+
+
+@pytest.mark.parametrize("budget", ["all", 2])
+@pytest.mark.parametrize("prompt", ["<|image_pad|> what is <|image_pad|> ?", "no image", [IMAGE_ID, 65, IMAGE_ID]])
+def test_placeholders_that_are_not_the_images_are_refused(budget: str | int, prompt: Any) -> None:
+    with pytest.raises(ValueError, match=r"^the prompt has [02] image placeholders.* for 1 image: write one for each"):
+        processed(None, budget, prompt=prompt)
+
+
+@pytest.mark.parametrize("budget", ["all", 2])
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"format": "processor_output", "mmtok": {"num_tokens": 1}},
+        {"format": "precomputed_embedding", "mmtok_image_key": 5},
+        {"model_specific_data": {"mmtok": {}}},
+    ],
+)
+def test_what_the_plugin_alone_writes_is_refused(budget: str | int, image: Any) -> None:
+    with pytest.raises(ValueError, match=r"features that come ready-made have mmtok.*, which MMTok alone sets"):
+        processed(None, budget, images=[image])
+    with pytest.raises(ValueError, match="which MMTok alone sets"):
+        processed(None, budget, images=None, videos=[image])
+
+
+@pytest.mark.parametrize("budget", ["all", 100])
+def test_what_the_plugin_alone_writes_is_dropped_from_what_a_processor_gives(budget: str | int) -> None:
+    output = planned(prompt_output(TWO_IMAGES), 1, 1)
+    output.mm_items[1].model_specific_data["mmtok_image_key"] = 5
+    assert [item.model_specific_data for item in processed(output, budget).mm_items] == [{}, {}]
+
+
+@pytest.mark.parametrize("send", [by_msgpack, by_pickle])
+def test_guidance_is_held_once_a_request(send: Callable[[Any], Any]) -> None:
+    texts = ["a", "b", "a", "", "b", ""]
+    output = send(processed(prompt_output([IMAGE_ID, IMAGE_ID, 1] * 6), 1, fields={"mmtok_guidance": texts}))
+    share_guidance(output.mm_items)
+    plans = [plan for item in output.mm_items if (plan := plan_of(item))]
+    assert [plan.guidance[-1:] for plan in plans] == [[ord(text)] if text else [] for text in texts]
+    assert len({id(plan.guidance) for plan in plans}) == 3
 
 
 def test_one_text_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:

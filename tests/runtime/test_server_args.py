@@ -45,6 +45,10 @@ FLAGS = [
     "--mmtok-engine-sha256",
     "--mmtok-onnxruntime-provider",
     "--mmtok-feature-cache-mb",
+    "--mmtok-max-image-pixels",
+    "--mmtok-max-aspect-ratio",
+    "--mmtok-max-guidance-tokens",
+    "--mmtok-max-selection-cost",
 ]
 
 
@@ -297,7 +301,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[Hook]], model_path: str) -> None:
-    arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="0.1", mmtok_alpha=1.0)
+    arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="0.1", mmtok_alpha=1.0, device="cpu")
     assert installed == []
     arguments.resolve_once()
     assert [hook.target for hook in installed[0]][-1].endswith("Qwen2_5_VLForConditionalGeneration.forward")
@@ -321,6 +325,10 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_engine_sha256": None,
         "mmtok_onnxruntime_provider": None,
         "mmtok_feature_cache_mb": 256,
+        "mmtok_max_image_pixels": 4_194_304,
+        "mmtok_max_aspect_ratio": 200.0,
+        "mmtok_max_guidance_tokens": 16_384,
+        "mmtok_max_selection_cost": 2e11,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +15,7 @@ from mmtok_deploy.runtime.sglang.account import account_hook
 from mmtok_deploy.runtime.sglang.agent import Agent, refuse_chains
 from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
 from mmtok_deploy.runtime.sglang.entry_points import entry_point_hooks
+from mmtok_deploy.runtime.sglang.failures import failures
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.flush import flushing
 from mmtok_deploy.runtime.sglang.hooks import Hook
@@ -24,6 +25,7 @@ from mmtok_deploy.runtime.sglang.request import add_chat_guidance
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
 from mmtok_deploy.runtime.sglang.settings import Settings
 from mmtok_deploy.runtime.sglang.stages import StageMetrics
+from mmtok_deploy.runtime.sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["Family"]
 
@@ -41,8 +43,18 @@ class Family(ABC):
     """Which of SGLang's implementations of the model is hooked."""
     placeholder: ClassVar[str]
     """What stands for one image in a prompt's text."""
+    placeholder_rule: ClassVar[PlaceholderRule]
+    """What the processor takes for an image in a prompt's text."""
+    decodes_images: ClassVar[bool] = False
+    """Whether SGLang's processor decodes images on the event loop, so that it must be given decoded ones."""
     processor_hook: ClassVar[tuple[str, str]]
     """Target and parameters of the processor's `process_mm_data_async`."""
+
+    async def process(
+        self, original: Callable[..., Awaitable[Any]], processor: Any, images: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what SGLang's processor makes of a request, without keeping the event loop waiting."""
+        return await original(processor, images, *args, **kwargs)
 
     def separate_images(self, output: Any, processor: Any) -> None:  # noqa: B027 - most processors have done it
         """Makes `output.mm_items` one item an image with one span of placeholders, where it is not so already.
@@ -168,7 +180,8 @@ class Family(ABC):
             Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
             account_hook(lambda item: None),
             *stages.hooks(),
-            *family.model_hooks(cache, selector, stages),
+            *failures().hooks(),
+            *(failures().guarding(hook) for hook in family.model_hooks(cache, selector, stages)),
         ]
 
 

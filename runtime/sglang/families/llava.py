@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import re
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK
+from mmtok_deploy.runtime.sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["Llava"]
 
@@ -19,7 +25,30 @@ class Llava(Family):
 
     model_impl = "transformers"
     placeholder = "<image>"
+    placeholder_rule = PlaceholderRule(re.compile("<image>"))
+    decodes_images = True
     processor_hook = PROCESSOR_HOOK
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmtok-processor")
+        self._clone: Any = None
+
+    async def process(
+        self, original: Callable[..., Awaitable[Any]], processor: Any, images: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what SGLang's processor makes of a request, in a thread of its own.
+
+        SGLang's Transformers processor tokenises and resizes on the event loop, where every other request waits for it.
+        The thread has a copy of the Hugging Face processor, since a tokenizer cannot be used by two threads at a time.
+        """
+
+        def run() -> Any:
+            if self._clone is None:
+                self._clone = copy.copy(processor)
+                self._clone._processor = copy.deepcopy(processor._processor)
+            return asyncio.run(original(self._clone, images, *args, **kwargs))  # type: ignore[arg-type]
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
     def obstacle(self, config: Any) -> str | None:
         """Returns why a model of this architecture cannot be pruned: Pixtral's has tokens that end rows of patches."""

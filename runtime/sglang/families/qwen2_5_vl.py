@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.failures import failures
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
@@ -22,6 +24,7 @@ from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
 from mmtok_deploy.runtime.sglang.settings import Settings
 from mmtok_deploy.runtime.sglang.smaller_images import ProcessorSizes
 from mmtok_deploy.runtime.sglang.stages import StageMetrics
+from mmtok_deploy.runtime.sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["Qwen25VL"]
 
@@ -34,6 +37,11 @@ class Qwen25VL(Family):
     architecture = "Qwen2_5_VLForConditionalGeneration"
     model_impl = "sglang"
     placeholder = "<|image_pad|>"
+    # The one of SGLang's processor, whose `<image>` is for prompts of /generate.
+    placeholder_rule = PlaceholderRule(
+        re.compile(r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<image>"),
+        ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+    )
     processor_hook = (
         "multimodal.processors.qwen_vl.QwenVLImageProcessor.process_mm_data_async",
         "self image_data input_text request_obj *args **kwargs",
@@ -86,7 +94,7 @@ class Qwen25VL(Family):
 
     def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
         """Returns the hooks on encoder, position writing and pipeline hand-over."""
-        positions = PositionWriter(selector)
+        positions = PositionWriter(selector, failures())
 
         def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> Any:
             encode = partial(stages.encode, original)

@@ -1,0 +1,150 @@
+"""Loading a request's images off the event loop, within limits that are checked before anything is decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from PIL import Image
+from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, ImageData, get_image_bytes, load_image
+
+from mmtok_deploy.runtime.sglang.limits import Limits
+from mmtok_deploy.runtime.sglang.refusals import refusal
+
+__all__ = ["ImageLoader", "is_raw"]
+
+# Threads that wait for other servers, apart from those that decode: addresses that hang delay no other image but one
+# that has an address, too.
+_NUM_DOWNLOADS = 64
+_NUM_READERS = 4
+# SGLang's own time limit holds between two packets; this one for the whole of a download.
+_DOWNLOAD_TIMEOUT_S = 30.0
+_DEFAULT_MAX_FILE_MB = 64
+
+
+def is_raw(image: Any) -> bool:
+    """True for what SGLang loads as an image; False for features and embeddings that come ready-made."""
+    return isinstance(image, str | bytes | Image.Image | ImageData)
+
+
+class ImageLoader:
+    """Reads images and checks their size from the header; one a tokenizer process.
+
+    Args:
+        limits: Of an image's pixels.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._downloads = ThreadPoolExecutor(_NUM_DOWNLOADS, thread_name_prefix="mmtok-download")
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="mmtok-image")
+
+    async def load(self, images: Sequence[Any], server_args: Any, *, decode: bool) -> list[Any]:
+        """Returns the images for SGLang's processor, in their order.
+
+        Args:
+            images: What SGLang can load; what is no raw image is returned as it is.
+            server_args: SGLang's, whose `media_url_max_file_size_mb` bounds files and encoded images, too.
+            decode: Whether to return decoded RGB images, for a processor that would decode on the event loop; else
+                they are encoded, as they came.
+
+        Raises:
+            ValueError: An image that cannot be read, or is beyond a limit (HTTP 400).
+        """
+        max_mb = getattr(server_args, "media_url_max_file_size_mb", _DEFAULT_MAX_FILE_MB)
+        return list(await asyncio.gather(*(self._load(image, max_mb, decode) for image in images)))
+
+    async def _load(self, image: Any, max_mb: int, decode: bool) -> Any:
+        if not is_raw(image):
+            return image
+        source = image.url if isinstance(image, ImageData) else image
+        loop = asyncio.get_running_loop()
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            try:
+                async with asyncio.timeout(_DOWNLOAD_TIMEOUT_S):
+                    source = await loop.run_in_executor(self._downloads, _read, source, max_mb)
+            except TimeoutError:
+                raise refusal(
+                    "image", f"an image was not downloaded within {_DOWNLOAD_TIMEOUT_S:g} s: {image!s:.100}"
+                ) from None
+        loaded = await loop.run_in_executor(self._readers, self._check, source, max_mb, decode)
+        return loaded if decode or not isinstance(image, ImageData) else replace(image, url=loaded)
+
+    def _check(self, source: Any, max_mb: int, decode: bool) -> Any:
+        if isinstance(source, Image.Image):
+            self._limits.check_image(*source.size)
+        else:
+            source = _read(source, max_mb)
+            self._limits.check_image(*_size_in_header(source))
+        return _decoded(source) if decode else source
+
+
+def _read(source: str | bytes, max_mb: int) -> bytes:
+    """Returns an encoded image's bytes, as SGLang's `load_image` finds them."""
+    most = max_mb << 20 if max_mb else sys.maxsize  # 0 is SGLang's word for no limit
+    is_address = isinstance(source, str) and source.startswith(("http://", "https://"))
+    # Base64 has 4 letters for 3 bytes.
+    if isinstance(source, str) and not is_address and len(source) // 4 * 3 > most + 3:
+        raise _too_many_bytes(most)
+    try:
+        data = source if isinstance(source, bytes) else _bytes_of(source, most)
+    except (*CLIENT_MEDIA_EXCEPTIONS, OSError) as error:
+        if is_address and "download limit" in str(error):
+            raise _too_many_bytes(most) from None
+        raise refusal("image", f"an image cannot be read: {source[:100]!r}: {error!s:.300}") from error
+    if len(data) > most:
+        raise _too_many_bytes(most)
+    return data
+
+
+def _bytes_of(source: str, most: int) -> bytes:
+    if source.startswith("file://"):
+        return _read_file(unquote(urlparse(source).path), most)
+    if source.startswith("/"):
+        return _read_file(source, most)
+    data: bytes = get_image_bytes(source)
+    return data
+
+
+def _read_file(path: str, most: int) -> bytes:
+    # A device or a pipe has no end.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is no regular file")
+    with open(path, "rb") as file:
+        return file.read(min(most, sys.maxsize - 1) + 1)
+
+
+def _too_many_bytes(most: int) -> ValueError:
+    return refusal(
+        "image",
+        f"an image has more than {most:,} bytes, which this server takes (--media-url-max-file-size-mb): "
+        "send a smaller one",
+    )
+
+
+def _size_in_header(data: bytes) -> tuple[int, int]:
+    """Returns width and height; nothing is decoded."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        raise refusal("pixels", f"an image is too large to be read: {error}") from error
+    except Exception as error:  # each of Pillow's formats has errors of its own
+        raise refusal("image", f"an image cannot be read: {error!s:.300}") from error
+
+
+def _decoded(source: bytes | Image.Image) -> Image.Image:
+    try:
+        image, _ = load_image(source, False)
+        rgb: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
+        return rgb
+    except Exception as error:  # each of Pillow's formats has errors of its own
+        raise refusal("image", f"an image cannot be decoded: {error!s:.300}") from error
