@@ -61,14 +61,53 @@ class Failures:
         ]
 
     def guarding(self, hook: Hook) -> Hook:
-        """Returns a family's hook, guarded if it is the one that encodes a batch's images and selects from them."""
-        if not hook.target.endswith(".get_image_feature"):
-            return hook
+        """Returns a hook, guarded if it is one of those that a batch's images go through."""
+        if hook.target.endswith(".get_image_feature"):
 
-        def get_image_feature(original: Callable[..., Any], model: Any, items: list[Any]) -> Any:
-            return self.guard_features(partial(hook.around, original, model), items, partial(_zeros, model))
+            def get_image_feature(original: Callable[..., Any], model: Any, items: list[Any]) -> Any:
+                return self.guard_features(partial(hook.around, original, model), items, partial(_zeros, model))
 
-        return replace(hook, around=get_image_feature)
+            return replace(hook, around=get_image_feature)
+        if hook.target.endswith(".ModelRunner.forward"):
+            return replace(hook, around=partial(self.guard_forward, hook.around))
+        return hook
+
+    def guard_forward(
+        self,
+        forward: Callable[..., Any],
+        original: Callable[..., Any],
+        runner: Any,
+        forward_batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns `forward(original, runner, forward_batch)`; if that fails, once more without the batch's images.
+
+        What `guard_features` is not around can fail, too: the positions, or what another plugin wraps around the
+        encoder. The images' requests end; those of text alone are not concerned.
+
+        Raises:
+            RankError: Some ranks failed and others did not.
+        """
+        hashes = _images_of(forward_batch)
+        if not hashes or get_parallel().pp_size > 1:
+            return forward(original, runner, forward_batch, *args, **kwargs)
+        output, error = None, None
+        try:
+            output = forward(original, runner, forward_batch, *args, **kwargs)
+        except RankError:
+            raise
+        except Exception as caught:  # whatever it is, the batch has requests without images
+            error = f"{type(caught).__name__}: {caught!s:.500}"
+            self._warning.log("MMTok: a batch with images failed (%s)", error, error=caught)
+        if not failed_on_all_ranks(error):
+            return output
+        for item_hash in hashes:
+            self.mark(item_hash, f"a batch with its image failed ({error})")
+        forward_batch.mm_inputs = None
+        # An image's placeholders have ids beyond the vocabulary.
+        forward_batch.input_ids = forward_batch.input_ids.clamp(0, runner.model_config.vocab_size - 1)
+        return forward(original, runner, forward_batch, *args, **kwargs)
 
     def guard_features(
         self, features_of: Callable[[list[Any]], Any], items: Sequence[Any], empty: Callable[[Any, int], Tensor]
@@ -86,6 +125,8 @@ class Failures:
         features, error = None, None
         try:
             features = features_of(list(items))
+        except RankError:
+            raise
         except Exception as caught:  # whatever it is, it may be one image's; the server has others
             error = f"{type(caught).__name__}: {caught!s:.500}"
             self._warning.log("MMTok: features of %d images failed (%s)", len(items), error, error=caught)
@@ -151,6 +192,8 @@ class Failures:
         error = None
         try:
             original(scheduler, recv_req, **kwargs)
+        except RankError:
+            raise
         except Exception as caught:  # whatever it is, it is this request's; the server has others
             error = f"{type(caught).__name__}: {caught!s:.500}"
             self._warning.log("MMTok: a request could not be taken in (%s)", error, error=caught)
@@ -176,6 +219,21 @@ class Failures:
             if item.hash in self._why and any(start < stop and end >= first for start, end in item.offsets):
                 return self._why[item.hash]
         return None
+
+
+def _images_of(forward_batch: Any) -> list[int]:
+    """Returns the images of which a prefill batch has placeholders."""
+    if not forward_batch.forward_mode.is_extend() or not forward_batch.contains_mm_inputs():
+        return []
+    spans = zip(
+        forward_batch.mm_inputs, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
+    )
+    return [
+        item.hash
+        for inputs, first, length in spans
+        for item in (inputs.mm_items if inputs is not None else ())
+        if any(start < first + length and end >= first for start, end in item.offsets)
+    ]
 
 
 @cache

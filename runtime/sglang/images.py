@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, ImageData, get_image_bytes, load_image
 
 from mmtok_deploy.runtime.sglang.limits import Limits
@@ -115,11 +115,12 @@ def _bytes_of(source: str, most: int) -> bytes:
 
 
 def _read_file(path: str, most: int) -> bytes:
+    status = os.stat(path)
     # A device or a pipe has no end.
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{path} is no regular file")
     with open(path, "rb") as file:
-        return file.read(min(most, sys.maxsize - 1) + 1)
+        return file.read(min(most, status.st_size) + 1)
 
 
 def _too_many_bytes(most: int) -> ValueError:
@@ -137,6 +138,8 @@ def _size_in_header(data: bytes) -> tuple[int, int]:
             return image.size
     except Image.DecompressionBombError as error:
         raise refusal("pixels", f"an image is too large to be read: {error}") from error
+    except UnidentifiedImageError as error:
+        raise refusal("image", "an image cannot be read: its bytes are of no format that Pillow knows") from error
     except Exception as error:  # each of Pillow's formats has errors of its own
         raise refusal("image", f"an image cannot be read: {error!s:.300}") from error
 

@@ -179,8 +179,8 @@ class Family(ABC):
             Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", flushing(cache, selector)),
             Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
             account_hook(lambda item: None),
-            *stages.hooks(),
             *failures().hooks(),
+            *(failures().guarding(hook) for hook in stages.hooks()),
             *(failures().guarding(hook) for hook in family.model_hooks(cache, selector, stages)),
         ]
 

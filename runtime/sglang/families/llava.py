@@ -11,6 +11,7 @@ from typing import Any
 
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.refusals import refusal
 from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK
 from mmtok_deploy.runtime.sglang.typed_placeholders import PlaceholderRule
 
@@ -40,7 +41,15 @@ class Llava(Family):
 
         SGLang's Transformers processor tokenises and resizes on the event loop, where every other request waits for it.
         The thread has a copy of the Hugging Face processor, since a tokenizer cannot be used by two threads at a time.
+
+        Raises:
+            ValueError: A prompt of token ids, which the Transformers processor does not take (HTTP 400).
         """
+        if not isinstance(kwargs["input_text"], str):
+            raise refusal(
+                "placeholders",
+                "this model takes a prompt with images as text, which a processor expands: send no input_ids",
+            )
 
         def run() -> Any:
             if self._clone is None:

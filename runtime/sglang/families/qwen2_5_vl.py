@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
-from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.failures import failures
+from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of

@@ -1,0 +1,98 @@
+"""An SGLang plugin for tests alone: makes functions of the plugin under test raise when a file says so.
+
+Every process of a server loads it, by an entry point that `fault_environment` writes into a folder on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["POINTS", "Faults", "fault_environment", "register"]
+
+_CONTROL = "MMTOK_TEST_FAULTS"
+_PACKAGE = "mmtok_deploy.runtime.sglang"
+
+POINTS = {
+    "key": f"{_PACKAGE}.cache_key.CacheKeys.key",
+    "encode": f"{_PACKAGE}.stages.StageMetrics.encode",
+    "clone": f"{_PACKAGE}.feature_cache._without_batch",
+    "embed": f"{_PACKAGE}.selection._embed_guidance",
+    "select": "mmtok_deploy.runtime.executors.TorchExecutor.select",
+    "count": f"{_PACKAGE}.metrics.SelectionMetrics._count",
+    "features": f"{_PACKAGE}.failures.Failures.guard_features",
+}
+"""What can be made to raise, in the order in which a request meets it. `features` is outside of the inner guard."""
+
+
+def fault_environment(folder: Path) -> dict[str, str]:
+    """Returns the environment of a server whose faults are told by `Faults(folder)`."""
+    metadata = folder / "plugin" / "mmtok_test_faults-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mmtok-test-faults\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nmmtok_test_faults = tests.runtime.hook_faults:register\n"
+    )
+    path = [str(metadata.parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {_CONTROL: str(folder), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+class Faults:
+    """Says which calls fail next."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = 0
+
+    def set(self, point: str, calls: list[int], rank: int | None = None) -> None:
+        """Makes calls of a point fail, counted from 1 from now on, on one rank or on all; in place of those before."""
+        self._number += 1
+        written = self._folder / "next.json"
+        written.write_text(json.dumps({"number": self._number, "point": point, "calls": calls, "rank": rank}))
+        written.replace(self._folder / "fault.json")
+
+    def clear(self) -> int:
+        """Lets nothing fail any more; returns how many calls failed."""
+        (self._folder / "fault.json").unlink(missing_ok=True)
+        return len(list(self._folder.glob(f"met-{self._number}-*")))
+
+
+def register() -> None:
+    """Wraps every point."""
+    if _CONTROL in os.environ:
+        for point, path in POINTS.items():
+            owner_path, _, name = path.rpartition(".")
+            owner = pkgutil.resolve_name(owner_path)
+            setattr(owner, name, _faulty(point, getattr(owner, name), Path(os.environ[_CONTROL])))
+
+
+def _faulty(point: str, function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    number, num_calls = 0, 0
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal number, num_calls
+        try:
+            fault = json.loads((folder / "fault.json").read_text())
+        except FileNotFoundError:
+            return function(*args, **kwargs)
+        if fault["number"] != number:
+            number, num_calls = fault["number"], 0
+        if fault["point"] == point and fault["rank"] in (None, _rank()):
+            num_calls += 1
+            if num_calls in fault["calls"]:
+                (folder / f"met-{number}-{os.getpid()}-{num_calls}").touch()
+                raise RuntimeError(f"injected at {point}")
+        return function(*args, **kwargs)
+
+    return faulty
+
+
+def _rank() -> int:
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_group.rank_in_group) if parallel_state.model_parallel_is_initialized() else 0

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from sglang.srt.utils import ImageData
+
+from mmtok_deploy.runtime.sglang.images import ImageLoader
+from mmtok_deploy.runtime.sglang.limits import Limits, default_limits
+
+LIMITS = Limits(max_image_pixels=10_000, max_aspect_ratio=10)
+
+
+def encoded(width: int = 20, height: int = 10, mode: str = "RGB", kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height), 3).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def load(*images: Any, decode: bool = False, max_mb: int = 64) -> list[Any]:
+    server_args = SimpleNamespace(media_url_max_file_size_mb=max_mb)
+    return asyncio.run(ImageLoader(LIMITS).load(images, server_args, decode=decode))
+
+
+def test_each_source_gives_the_same_bytes(tmp_path: Path) -> None:
+    data, file = encoded(), tmp_path / "an image.png"
+    file.write_bytes(data)
+    sources = [data, data_url(data), base64.b64encode(data).decode(), str(file), file.as_uri()]
+    assert load(*sources) == [data] * len(sources)
+    (wrapped,) = load(ImageData(url=data_url(data), detail="low"))
+    assert (wrapped.url, wrapped.detail) == (data, "low")
+
+
+def test_what_is_no_raw_image_is_left_to_sglang() -> None:
+    features = {"format": "processor_output"}
+    assert load(features, None, decode=True) == [features, None]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA", "1", "I;16"])
+def test_decoded_images_are_rgb_as_sglang_makes_them(mode: str) -> None:
+    data = encoded(mode=mode)
+    image = Image.open(io.BytesIO(data))
+    expected = image if image.mode == "RGB" else image.convert("RGB")
+    for source in (data, Image.open(io.BytesIO(data)), ImageData(url=data_url(data))):
+        (decoded,) = load(source, decode=True)
+        assert (decoded.mode, decoded.tobytes()) == ("RGB", expected.tobytes())
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (101, 100, r"101 x 100 = 10,100 pixels, this server takes 10,000 \(--mmtok-max-image-pixels\)"),
+        (1, 11, r"one side 11 times the other; this server takes 10 times \(--mmtok-max-aspect-ratio\)"),
+        (44, 4, "one side 11 times the other"),
+    ],
+)
+def test_sizes_are_bounded(width: int, height: int, message: str, decode: bool) -> None:
+    data = encoded(width, height)
+    for source in (data, data_url(data), Image.open(io.BytesIO(data))):
+        with pytest.raises(ValueError, match=message):
+            load(source, decode=decode)
+    assert load(encoded(100, 100), encoded(1, 10), encoded(40, 4), decode=decode)
+
+
+def test_the_size_is_read_before_anything_is_decoded() -> None:
+    # The header says 1.6 GB, the file ends after it.
+    data = encoded(100, 100, kind="BMP")
+    huge = data[:18] + (20_000).to_bytes(4, "little") * 2 + data[26:60]
+    with pytest.raises(ValueError, match="an image is too large to be read"):
+        load(huge, decode=True)
+
+
+@pytest.mark.parametrize("source", ["data:image/png;base64,AAAA", b"", b"no image", "\0", "/no/such/file", "data:,"])
+def test_what_is_no_image_is_refused(source: Any) -> None:
+    with pytest.raises(ValueError, match="an image cannot be read"):
+        load(source)
+
+
+def test_a_truncated_image_is_refused_where_it_is_decoded() -> None:
+    data = encoded(90, 90, kind="BMP")
+    with pytest.raises(ValueError, match="an image cannot be decoded"):
+        load(data[: len(data) // 2], decode=True)
+
+
+def test_bytes_are_bounded(tmp_path: Path) -> None:
+    file = tmp_path / "large.png"
+    file.write_bytes(encoded() + bytes(1 << 20))
+    data = file.read_bytes()
+    for source in (data, data_url(data), str(file)):
+        with pytest.raises(ValueError, match=r"more than 1,048,576 bytes, which .* \(--media-url-max-file-size-mb\)"):
+            load(source, max_mb=1)
+        assert load(source, max_mb=0) == [data]
+    with pytest.raises(ValueError, match="is no regular file"):
+        load("/dev/zero", max_mb=1)
+
+
+def test_addresses_that_hang_keep_neither_the_loop_nor_other_images_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUEST_TIMEOUT", "1")
+    loader, data = ImageLoader(LIMITS), encoded()
+    delays_s: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            start_s = time.monotonic()
+            await asyncio.sleep(0.01)
+            delays_s.append(time.monotonic() - start_s)
+
+    async def run(url: str) -> None:
+        ticking = asyncio.create_task(tick())
+        hanging = [asyncio.create_task(loader.load([url], None, decode=True)) for _ in range(32)]
+        await asyncio.sleep(0.1)
+        assert await loader.load([data], None, decode=False) == [data]
+        assert not any(task.done() for task in hanging)
+        for task in hanging:
+            with pytest.raises(ValueError, match="an image cannot be read: 'http://127"):
+                await task
+        ticking.cancel()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+        asyncio.run(run(f"http://127.0.0.1:{listening.getsockname()[1]}/image.png"))
+    assert max(delays_s) < 0.25
+
+
+@pytest.mark.parametrize("name", ["max_image_pixels", "max_aspect_ratio", "max_guidance_tokens", "max_selection_cost"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_a_limit_that_refuses_everything_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is at least 1, got"):
+        Limits(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_cpu_has_lower_limits() -> None:
+    assert default_limits("qwen2.5-vl", "cuda") == default_limits("llava-1.5", "cuda") == Limits()
+    assert default_limits("qwen2.5-vl", "cpu").max_image_pixels == 2048 * 2048
+    assert default_limits("llava-1.5", "cpu").max_image_pixels == 64_000_000
+    assert default_limits("llava-1.5", "cpu").max_selection_cost == 2e11

@@ -1,0 +1,91 @@
+"""An error anywhere in the hooks ends the requests that it belongs to; the server goes on, and answers exactly."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from mmtok_deploy.bench.families import Family
+from tests.runtime.chats import Chat, small
+from tests.runtime.conftest import judge_of, make_server
+from tests.runtime.hook_faults import POINTS, Faults, fault_environment
+from tests.runtime.serving import Served
+
+pytestmark = pytest.mark.slow
+
+# A call fails, then that of the second try, then whatever is tried.
+CALLS = ([1], [2], [1, 2], list(range(1, 20)))
+TEXT = Chat.ask("Tell me about cats.")
+
+
+@pytest.fixture(scope="module", params=[("qwen2.5-vl", 1), ("llava-1.5", 2)], ids=["qwen2.5-vl-1", "llava-1.5-2"])
+def faulty(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Served, Faults, int]]:
+    family, num_ranks = request.param
+    if num_ranks > (os.cpu_count() or 1):
+        pytest.skip("two ranks need two cores")
+    folder = tmp_path_factory.mktemp("faults")
+    yield from _served(family, num_ranks, folder)
+
+
+def _served(family: Family, num_ranks: int, folder: Path) -> Iterator[tuple[Served, Faults, int]]:
+    flags = ["--mmtok-budget=10%", "--enable-metrics", f"--tp-size={num_ranks}"]
+    with make_server(family, *flags, num_ranks=num_ranks, **fault_environment(folder)) as server:
+        yield Served(family, server, judge_of(family)), Faults(folder), num_ranks
+
+
+def _asked(served: Served, chat: Chat) -> tuple[dict[str, Any] | None, int, str]:
+    """Returns the account of an answer, and the status and message of a refusal."""
+    try:
+        return served.ask(chat), 200, ""
+    except openai.APIStatusError as error:
+        return None, error.status_code, error.message
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_an_error_at_any_call_leaves_the_server_exact(faulty: tuple[Served, Faults, int], point: str) -> None:
+    served, faults, num_ranks = faulty
+    num_met = 0
+    for number, calls in enumerate(CALLS):
+        # Another question each time, so that nothing is in a cache.
+        chat = Chat.ask(small("coffee"), small("chelsea"), f"Which of them is at {point} number {number}?")
+        served.flush_cache()
+        fallbacks = served.metric("selection_fallbacks_total")
+        faults.set(point, calls)
+        account, status, message = _asked(served, chat)
+        assert (status, "MMTok" in message) in ((200, False), (500, True)), message
+        num_met += faults.clear()
+        if account is not None and served.metric("selection_fallbacks_total") == fallbacks:
+            served.check(chat, account)
+        if point == "select":
+            # Evenly spaced tokens stood in: the answer is one of the selection that could not be made.
+            assert status == 200
+            served.flush_cache()
+        served.check(TEXT, served.ask(TEXT), None)
+        served.check(chat, served.ask(chat))
+    assert num_met >= num_ranks * len(CALLS)
+
+
+def test_an_error_of_one_rank_alone_ends_the_server(faulty: tuple[Served, Faults, int]) -> None:
+    """Last in this file: the server is gone after it."""
+    served, faults, num_ranks = faulty
+    if num_ranks == 1:
+        pytest.skip("there is one rank")
+    served.flush_cache()
+    faults.set("encode", [1], rank=1)
+    start_s = time.monotonic()
+    with pytest.raises(openai.APIError):
+        served.ask(Chat.ask(small("rocket"), "What is it?"))
+    while served.server.is_alive() and time.monotonic() < start_s + 60:
+        time.sleep(0.1)
+    assert time.monotonic() - start_s < 10
+    log = served.server.log_text()
+    assert "MMTok: rank 1" in log
+    assert "injected at encode" in log
