@@ -3,6 +3,7 @@
 1. `server_args` adds the flags; a server started with `--mmtok-budget` installs the `hooks`, all of them or none.
 2. `request` reads what a request asks for: its budget, and the text that guides the selection of each image, which an
    `agent` may add to.
+   `limits` and `typed_placeholders` refuse what costs too much or would go wrong; `images` loads the images in threads.
 3. `placeholders` cuts an image's N placeholder tokens to K in the tokenizer process and leaves a plan on the image.
 4. `cache_key` makes guidance, budget and constants part of the image's identity in the prefix cache.
 5. `feature_cache` gives the image's features in the scheduler process, from the vision encoder or from before.
@@ -10,6 +11,7 @@
 7. `positions` gives the kept tokens their own M-RoPE positions back.
 8. `account` says in the answer what was done with each image.
 `entry_points` reads the per-request settings wherever a request may come in; `refusals` makes and counts the errors of
-requests, `start_errors` ends a start that cannot succeed. `stages` times the encoder and the language model around it.
+requests, `start_errors` ends a start that cannot succeed. `failures` ends the requests of an image for which a step
+fails in the scheduler process, and no others. `stages` times the encoder and the language model around it.
 `families` holds one file a model family; `cpu_platform` lets all of it run on a machine without a GPU.
 """

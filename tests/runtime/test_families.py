@@ -15,7 +15,7 @@ from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.families.llava_1_5 import Llava15, padding_mask
 from mmtok_deploy.runtime.sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
-from mmtok_deploy.runtime.sglang.families.qwen2_5_vl import Qwen25VL
+from mmtok_deploy.runtime.sglang.families.qwen2_5_vl import Qwen25VL, _parts
 from mmtok_deploy.runtime.sglang.transformers_backend import separate_images
 from tests.runtime.stand_ins import image_item, make_settings
 
@@ -288,3 +288,10 @@ def test_a_hash_that_came_with_the_image_is_named_as_it_was_sent() -> None:
     image = ImageData("data:,", content_hash="sha256:" + 64 * "0")
     with pytest.raises(ValueError, match=r"which content_hash names: send no content_hash$"):
         shrunk(image, "10%", request=SimpleNamespace(mm_content_hashes=[image.content_hash]))
+
+
+def test_the_encoder_takes_as_many_patches_at_a_time_as_a_cpu_has_memory_for() -> None:
+    sides = [100, 100, 40, 146, 200, 10]
+    items = [SimpleNamespace(image_grid_thw=torch.tensor([[1, side, side]])) for side in sides]
+    parts = [[int(item.image_grid_thw[0, 1]) for item in part] for part in _parts(items)]
+    assert parts == [[100, 100], [40], [146], [200], [10]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,9 @@ from mmtok_deploy.runtime.sglang.stages import StageMetrics
 from mmtok_deploy.runtime.sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["Qwen25VL"]
+
+# Of an image of 2048 x 2048 pixels, the largest that a CPU's server takes by default.
+_MAX_PATCHES = (2048 // 14) ** 2
 
 _MODEL = "models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration"
 
@@ -97,6 +100,14 @@ class Qwen25VL(Family):
         positions = PositionWriter(selector, failures())
 
         def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> Any:
+            parts = list(_parts(items)) if next(model.parameters()).device.type == "cpu" else [items]
+            if len(parts) > 1:
+                features = [get_image_feature(original, model, part) for part in parts]
+                return [
+                    each
+                    for part, found in zip(parts, features, strict=True)
+                    for each in (found if isinstance(found, list) else found.split([_num_rows(item) for item in part]))
+                ]
             encode = partial(stages.encode, original)
             if not any(plan_of(item) for item in items):
                 return encode(model, items)
@@ -118,6 +129,24 @@ class Qwen25VL(Family):
                 positions.forward,
             ),
         ]
+
+
+def _parts(items: Sequence[Any]) -> Iterator[list[Any]]:
+    """Gives the images that the encoder takes at a time on a CPU, where its attention is of all patches by all."""
+    part: list[Any] = []
+    num_patches = 0
+    for item in items:
+        more = int(item.image_grid_thw.prod(-1).sum())
+        if part and num_patches + more > _MAX_PATCHES:
+            yield part
+            part, num_patches = [], 0
+        part.append(item)
+        num_patches += more
+    yield part
+
+
+def _num_rows(item: Any) -> int:
+    return sum(end - start + 1 for start, end in item.offsets)
 
 
 def _encode(encode: Callable[..., Tensor], model: Any, items: list[Any]) -> list[Features]:
