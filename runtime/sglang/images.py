@@ -19,9 +19,9 @@ from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, ImageData, get_image_bytes
 from mmtok_deploy.runtime.sglang.limits import Limits
 from mmtok_deploy.runtime.sglang.refusals import refusal
 
-__all__ = ["ImageLoader", "is_raw"]
+__all__ = ["ImageLoader", "decoded", "is_raw"]
 
-# Threads that wait for other servers, apart from those that decode: addresses that hang delay no other image but one
+# Threads that wait for other servers, apart from those that read: addresses that hang delay no other image but one
 # that has an address, too.
 _NUM_DOWNLOADS = 64
 _NUM_READERS = 4
@@ -47,24 +47,25 @@ class ImageLoader:
         self._downloads = ThreadPoolExecutor(_NUM_DOWNLOADS, thread_name_prefix="mmtok-download")
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="mmtok-image")
 
-    async def load(self, images: Sequence[Any], server_args: Any, *, decode: bool) -> list[Any]:
-        """Returns the images for SGLang's processor, in their order.
+    async def load(self, images: Sequence[Any], server_args: Any) -> list[Any]:
+        """Returns the images for SGLang's processor, in their order, encoded as they came.
 
         Args:
             images: What SGLang can load; what is no raw image is returned as it is.
             server_args: SGLang's, whose `media_url_max_file_size_mb` bounds files and encoded images, too.
-            decode: Whether to return decoded RGB images, for a processor that would decode on the event loop; else
-                they are encoded, as they came.
 
         Raises:
             ValueError: An image that cannot be read, or is beyond a limit (HTTP 400).
         """
         max_mb = getattr(server_args, "media_url_max_file_size_mb", _DEFAULT_MAX_FILE_MB)
-        return list(await asyncio.gather(*(self._load(image, max_mb, decode) for image in images)))
+        loaded = await asyncio.gather(*(self._load(image, max_mb) for image in images))
+        self._limits.check_images([num_pixels for _, num_pixels in loaded])
+        return [image for image, _ in loaded]
 
-    async def _load(self, image: Any, max_mb: int, decode: bool) -> Any:
+    async def _load(self, image: Any, max_mb: int) -> tuple[Any, int]:
+        """Returns an image and its number of pixels."""
         if not is_raw(image):
-            return image
+            return image, 0
         source = image.url if isinstance(image, ImageData) else image
         loop = asyncio.get_running_loop()
         if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -75,16 +76,17 @@ class ImageLoader:
                 raise refusal(
                     "image", f"an image was not downloaded within {_DOWNLOAD_TIMEOUT_S:g} s: {image!s:.100}"
                 ) from None
-        loaded = await loop.run_in_executor(self._readers, self._check, source, max_mb, decode)
-        return loaded if decode or not isinstance(image, ImageData) else replace(image, url=loaded)
+        loaded, num_pixels = await loop.run_in_executor(self._readers, self._check, source, max_mb)
+        return replace(image, url=loaded) if isinstance(image, ImageData) else loaded, num_pixels
 
-    def _check(self, source: Any, max_mb: int, decode: bool) -> Any:
+    def _check(self, source: Any, max_mb: int) -> tuple[Any, int]:
         if isinstance(source, Image.Image):
-            self._limits.check_image(*source.size)
+            width, height = source.size
         else:
             source = _read(source, max_mb)
-            self._limits.check_image(*_size_in_header(source))
-        return _decoded(source) if decode else source
+            width, height = _size_in_header(source)
+        self._limits.check_image(width, height)
+        return source, width * height
 
 
 def _read(source: str | bytes, max_mb: int) -> bytes:
@@ -144,10 +146,18 @@ def _size_in_header(data: bytes) -> tuple[int, int]:
         raise refusal("image", f"an image cannot be read: {error!s:.300}") from error
 
 
-def _decoded(source: bytes | Image.Image) -> Image.Image:
+def decoded(source: Any) -> Any:
+    """Returns an image that `load` gave as RGB, as SGLang's Transformers processor makes it; no raw image as it is.
+
+    On the host: that processor fails on what a GPU decodes.
+
+    Raises:
+        ValueError: It cannot be decoded (HTTP 400).
+    """
+    if not is_raw(source):
+        return source
     try:
         image, _ = load_image(source, False)
-        rgb: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
-        return rgb
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # each of Pillow's formats has errors of its own
         raise refusal("image", f"an image cannot be decoded: {error!s:.300}") from error

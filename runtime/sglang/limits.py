@@ -11,6 +11,8 @@ __all__ = ["Limits", "default_limits"]
 
 # More bytes than text has for a token on average, in any language; runs of one letter have more.
 _MAX_BYTES_A_TOKEN = 16
+# Pixels that the images of one request may have together, in multiples of what one may have.
+_MAX_IMAGES = 8
 # Guidance that the images of one request may have together, in multiples of what one may have.
 _MAX_TEXTS = 4
 
@@ -20,7 +22,8 @@ class Limits:
     """What a request is refused for (HTTP 400) before the server works on it.
 
     Args:
-        max_image_pixels: Of an image as it was sent; decoding takes memory for all of them.
+        max_image_pixels: Of an image as it was sent, which decoding takes memory for; all images of a request may have
+            eight times as many.
         max_aspect_ratio: Of an image's longer side to its shorter one; CLIP's processor scales the shorter one up.
         max_guidance_tokens: Of the text that guides the selection of one image; all images of a request may have four
             times as many, the text of several images counted once. A text of more than 16 bytes for each of these
@@ -59,6 +62,16 @@ class Limits:
                 "aspect_ratio",
                 f"an image has {width} x {height} pixels, one side {longer / shorter:,.0f} times the other; this "
                 f"server takes {self.max_aspect_ratio:g} times (--mmtok-max-aspect-ratio): send it cut in parts",
+            )
+
+    def check_images(self, nums_pixels: Sequence[int]) -> None:
+        """Raises ValueError (HTTP 400) for images that are too large together."""
+        if sum(nums_pixels) > _MAX_IMAGES * self.max_image_pixels:
+            raise refusal(
+                "pixels",
+                f"the request's {len(nums_pixels)} images have {sum(nums_pixels):,} pixels, this server takes "
+                f"{_MAX_IMAGES * self.max_image_pixels:,} in a request, eight times --mmtok-max-image-pixels: send "
+                "fewer or smaller ones",
             )
 
     def check_prompt(self, prompt: str | Sequence[int], max_prompt_tokens: int | None) -> None:

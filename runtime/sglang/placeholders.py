@@ -116,9 +116,7 @@ class PlaceholderCutter:
         texts = self._check_prompt(image_data, processor, asked, **kwargs)
         images = image_data
         if image_data:
-            images = await self._loader.load(
-                image_data, getattr(processor, "server_args", None), decode=self._family.decodes_images
-            )
+            images = await self._loader.load(image_data, getattr(processor, "server_args", None))
         if not asked.budget.is_all and asked.method == "downsample":
             images = await self._family.shrink_images(images, asked.budget, self._settings, processor, request)
         output = await self._family.process(original, processor, images, *args, **kwargs)

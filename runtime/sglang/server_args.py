@@ -174,8 +174,9 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
     mmtok_max_image_pixels: A[
         int | None,
         Arg(
-            help="MMTok: an image of more pixels is refused (HTTP 400) before it is decoded. Default: 64,000,000; "
-            "4,194,304 for Qwen2.5-VL on a CPU, where the encoder's attention takes memory by the pixels' square."
+            help="MMTok: an image of more pixels is refused (HTTP 400) before it is decoded; all images of a request "
+            "may have eight times as many. Default: 64,000,000; 4,194,304 for Qwen2.5-VL on a CPU, where the "
+            "encoder's attention takes memory by the square of the pixels."
         ),
         NS("mm"),
     ] = None

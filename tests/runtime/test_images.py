@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sglang.srt.utils import ImageData
 
-from mmtok_deploy.runtime.sglang.images import ImageLoader
+from mmtok_deploy.runtime.sglang.images import ImageLoader, decoded
 from mmtok_deploy.runtime.sglang.limits import Limits, default_limits
 
 LIMITS = Limits(max_image_pixels=10_000, max_aspect_ratio=10)
@@ -29,9 +29,9 @@ def data_url(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def load(*images: Any, decode: bool = False, max_mb: int = 64) -> list[Any]:
+def load(*images: Any, max_mb: int = 64) -> list[Any]:
     server_args = SimpleNamespace(media_url_max_file_size_mb=max_mb)
-    return asyncio.run(ImageLoader(LIMITS).load(images, server_args, decode=decode))
+    return asyncio.run(ImageLoader(LIMITS).load(images, server_args))
 
 
 def test_each_source_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -45,7 +45,8 @@ def test_each_source_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_what_is_no_raw_image_is_left_to_sglang() -> None:
     features = {"format": "processor_output"}
-    assert load(features, None, decode=True) == [features, None]
+    assert load(features, None) == [features, None]
+    assert decoded(features) is features
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "LA", "1", "I;16"])
@@ -54,11 +55,11 @@ def test_decoded_images_are_rgb_as_sglang_makes_them(mode: str) -> None:
     image = Image.open(io.BytesIO(data))
     expected = image if image.mode == "RGB" else image.convert("RGB")
     for source in (data, Image.open(io.BytesIO(data)), ImageData(url=data_url(data))):
-        (decoded,) = load(source, decode=True)
-        assert (decoded.mode, decoded.tobytes()) == ("RGB", expected.tobytes())
+        (loaded,) = load(source)
+        rgb = decoded(loaded)
+        assert (rgb.mode, rgb.tobytes()) == ("RGB", expected.tobytes())
 
 
-@pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize(
     ("width", "height", "message"),
     [
@@ -67,12 +68,12 @@ def test_decoded_images_are_rgb_as_sglang_makes_them(mode: str) -> None:
         (44, 4, "one side 11 times the other"),
     ],
 )
-def test_sizes_are_bounded(width: int, height: int, message: str, decode: bool) -> None:
+def test_sizes_are_bounded(width: int, height: int, message: str) -> None:
     data = encoded(width, height)
     for source in (data, data_url(data), Image.open(io.BytesIO(data))):
         with pytest.raises(ValueError, match=message):
-            load(source, decode=decode)
-    assert load(encoded(100, 100), encoded(1, 10), encoded(40, 4), decode=decode)
+            load(source)
+    assert load(encoded(100, 100), encoded(1, 10), encoded(40, 4))
 
 
 def test_the_size_is_read_before_anything_is_decoded() -> None:
@@ -80,7 +81,7 @@ def test_the_size_is_read_before_anything_is_decoded() -> None:
     data = encoded(100, 100, kind="BMP")
     huge = data[:18] + (20_000).to_bytes(4, "little") * 2 + data[26:60]
     with pytest.raises(ValueError, match="an image is too large to be read"):
-        load(huge, decode=True)
+        load(huge)
 
 
 @pytest.mark.parametrize("source", ["data:image/png;base64,AAAA", b"", b"no image", "\0", "/no/such/file", "data:,"])
@@ -91,8 +92,16 @@ def test_what_is_no_image_is_refused(source: Any) -> None:
 
 def test_a_truncated_image_is_refused_where_it_is_decoded() -> None:
     data = encoded(90, 90, kind="BMP")
+    (half,) = load(data[: len(data) // 2])
     with pytest.raises(ValueError, match="an image cannot be decoded"):
-        load(data[: len(data) // 2], decode=True)
+        decoded(half)
+
+
+def test_images_of_a_request_are_bounded_together() -> None:
+    data = encoded(100, 100)
+    assert load(*[data] * 8) == [data] * 8
+    with pytest.raises(ValueError, match=r"9 images have 80,200 pixels, this server takes 80,000 in a request, eight"):
+        load(*[data] * 8, encoded())
 
 
 def test_bytes_are_bounded(tmp_path: Path) -> None:
@@ -120,9 +129,9 @@ def test_addresses_that_hang_keep_neither_the_loop_nor_other_images_waiting(monk
 
     async def run(url: str) -> None:
         ticking = asyncio.create_task(tick())
-        hanging = [asyncio.create_task(loader.load([url], None, decode=True)) for _ in range(32)]
+        hanging = [asyncio.create_task(loader.load([url], None)) for _ in range(32)]
         await asyncio.sleep(0.1)
-        assert await loader.load([data], None, decode=False) == [data]
+        assert await loader.load([data], None) == [data]
         assert not any(task.done() for task in hanging)
         for task in hanging:
             with pytest.raises(ValueError, match="an image cannot be read: 'http://127"):

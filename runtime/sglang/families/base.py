@@ -45,8 +45,6 @@ class Family(ABC):
     """What stands for one image in a prompt's text."""
     placeholder_rule: ClassVar[PlaceholderRule]
     """What the processor takes for an image in a prompt's text."""
-    decodes_images: ClassVar[bool] = False
-    """Whether SGLang's processor decodes images on the event loop, so that it must be given decoded ones."""
     processor_hook: ClassVar[tuple[str, str]]
     """Target and parameters of the processor's `process_mm_data_async`."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.base import Family
+from mmtok_deploy.runtime.sglang.images import decoded
 from mmtok_deploy.runtime.sglang.refusals import refusal
 from mmtok_deploy.runtime.sglang.transformers_backend import PROCESSOR_HOOK
 from mmtok_deploy.runtime.sglang.typed_placeholders import PlaceholderRule
@@ -27,7 +28,6 @@ class Llava(Family):
     model_impl = "transformers"
     placeholder = "<image>"
     placeholder_rule = PlaceholderRule(re.compile("<image>"))
-    decodes_images = True
     processor_hook = PROCESSOR_HOOK
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Llava(Family):
     ) -> Any:
         """Returns what SGLang's processor makes of a request, in a thread of its own.
 
-        SGLang's Transformers processor tokenises and resizes on the event loop, where every other request waits for it.
+        SGLang's Transformers processor decodes, resizes and tokenises on the event loop, where every other request waits for it.
         The thread has a copy of the Hugging Face processor, since a tokenizer cannot be used by two threads at a time.
 
         Raises:
@@ -55,7 +55,9 @@ class Llava(Family):
             if self._clone is None:
                 self._clone = copy.copy(processor)
                 self._clone._processor = copy.deepcopy(processor._processor)
-            return asyncio.run(original(self._clone, images, *args, **kwargs))  # type: ignore[arg-type]
+            # Here, so that one request's images are decoded at a time: they take far more memory than they came in.
+            pixels = [decoded(image) for image in images or ()]
+            return asyncio.run(original(self._clone, pixels, *args, **kwargs))  # type: ignore[arg-type]
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
