@@ -40,7 +40,8 @@ class Llava(Family):
         """Returns what SGLang's processor makes of a request, in a thread of its own.
 
         SGLang's Transformers processor decodes, resizes and tokenises on the event loop, where every other request
-        waits for it. The thread has a copy of the Hugging Face processor, since a tokenizer cannot be used by two threads at a time.
+        waits for it. The thread has a copy of the Hugging Face processor, since two threads cannot use one tokenizer at
+        a time.
 
         Raises:
             ValueError: A prompt of token ids, which the Transformers processor does not take (HTTP 400).
