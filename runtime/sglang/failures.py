@@ -12,12 +12,16 @@ ends, which ends the server.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from sglang.srt.managers import mm_schedule
 from sglang.srt.managers.io_struct import AbortReq
@@ -33,8 +37,8 @@ __all__ = ["Failures", "RankError", "failed_on_all_ranks", "failures"]
 
 logger = logging.getLogger(__name__)
 
-# A rank that failed alone waits for so long, and SGLang takes up to 5 s to end its processes.
-_ANSWER_TIMEOUT_S = 4.0
+# A rank that failed alone waits for so long; the main process then waits 5 s before it ends itself.
+_ANSWER_TIMEOUT_S = 3.0
 _POLL_INTERVAL_S = 0.005
 
 
@@ -158,7 +162,11 @@ class Failures:
             RankError: With pipeline parallelism: the other stages do not know.
         """
         self._why.clear()
-        result = original(scheduler, batch, *args, **kwargs)
+        try:
+            result = original(scheduler, batch, *args, **kwargs)
+        except RankError as error:
+            end_server(error)
+            raise
         if not self._why:
             return result
         if get_parallel().pp_size > 1:
@@ -197,7 +205,12 @@ class Failures:
         except Exception as caught:  # whatever it is, it is this request's; the server has others
             error = f"{type(caught).__name__}: {caught!s:.500}"
             self._warning.log("MMTok: a request could not be taken in (%s)", error, error=caught)
-        if failed_on_all_ranks(error):
+        try:
+            failed = failed_on_all_ranks(error)
+        except RankError as rank_error:
+            end_server(rank_error)
+            raise
+        if failed:
             reason = FINISH_ABORT(f"MMTok: the request could not be taken in ({error})", 500, "InternalServerError")
             abort = AbortReq(rid=recv_req.rid, finished_reason=reason.to_json())
             abort.http_worker_ipc = recv_req.http_worker_ipc
@@ -234,6 +247,24 @@ def _images_of(forward_batch: Any) -> list[int]:
         for item in (inputs.mm_items if inputs is not None else ())
         if any(start < first + length and end >= first for start, end in item.offsets)
     ]
+
+
+def end_server(error: RankError) -> None:
+    """Ends this server: says why, tells the main process, and ends the ranks, which are stuck in a collective.
+
+    SGLang would first take the call stacks of ranks that are still there, by py-spy and without a time limit, which
+    took more than 20 s on 2 cores. This rank ends at once, too: on the usual way out it would wait for the others.
+    """
+    logger.error("MMTok ends the server: %s", error, exc_info=error)
+    this = psutil.Process()
+    parent = this.parent()
+    if parent is not None:
+        parent.send_signal(signal.SIGQUIT)
+        for process in parent.children():
+            with suppress(psutil.Error):  # it may be gone by itself
+                if process.pid != this.pid and "sglang::scheduler" in " ".join(process.cmdline()):
+                    process.kill()
+    os._exit(1)
 
 
 @cache

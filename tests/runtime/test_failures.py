@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import setproctitle
 import torch
 from sglang.srt.managers import mm_schedule
 from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalStaticCache
@@ -246,3 +249,36 @@ def test_ranks_agree_or_end(tmp_path: Path) -> None:
             assert what.startswith(expected[rank])
             assert float(seconds) < 10
             assert comes[rank] or float(seconds) >= 8
+
+
+def _main_process(folder: str) -> None:
+    """Has two ranks, of which one ends the server, and writes what became of them."""
+    told: list[int] = []
+    signal.signal(signal.SIGQUIT, lambda number, _: told.append(number))
+    stuck, other = _child("sglang::scheduler_TP0"), _child("sglang::detokenizer")
+    failed = os.fork()
+    if failed == 0:
+        module.end_server(RankError("rank 1 failed"))
+    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in (failed, stuck)]
+    is_left = os.waitpid(other, os.WNOHANG) == (0, 0)
+    os.kill(other, signal.SIGKILL)
+    (Path(folder) / "found").write_text(f"{told == [signal.SIGQUIT]} {ended} {is_left}")
+
+
+def _child(title: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        setproctitle.setproctitle(title)
+        time.sleep(60)
+        os._exit(0)
+    while title not in Path(f"/proc/{pid}/cmdline").read_text():
+        time.sleep(0.01)
+    return pid
+
+
+@pytest.mark.slow
+def test_a_rank_ends_the_ranks_and_tells_the_main_process(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_main_process, args=(str(tmp_path),))
+    process.start()
+    process.join(120)
+    assert (tmp_path / "found").read_text() == f"True [1, {-signal.SIGKILL}] True"
