@@ -73,7 +73,7 @@ def backend_hooks(cache: FeatureCache, select: SelectFeatures, stages: StageMetr
     return [
         Hook(
             "multimodal.processors.transformers_auto.TransformersAutoMultimodalProcessor.__init__",
-            "self hf_config server_args _processor args kwargs",
+            "self hf_config server_args _processor *args **kwargs",
             _tokenize_once,
         ),
         Hook(f"{_MIXIN}.pad_input_ids", "self input_ids mm_inputs", _pad_input_ids),
