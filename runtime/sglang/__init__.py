@@ -5,13 +5,15 @@
    `agent` may add to.
    `limits` and `typed_placeholders` refuse what costs too much or would go wrong; `images` loads the images in threads.
 3. `placeholders` cuts an image's N placeholder tokens to K in the tokenizer process and leaves a plan on the image.
-4. `cache_key` makes guidance, budget and constants part of the image's identity in the prefix cache.
+4. `cache_key` makes the keys of all caches from everything that their values depend on; `invalidation` moves them on
+   when weights change, or a selection was not made.
 5. `feature_cache` gives the image's features in the scheduler process, from the vision encoder or from before.
 6. `selection` picks the K tokens, for all images of a prefill batch at once; `metrics` counts what it did.
 7. `positions` gives the kept tokens their own M-RoPE positions back.
 8. `account` says in the answer what was done with each image.
 `entry_points` reads the per-request settings wherever a request may come in; `refusals` makes and counts the errors of
 requests, `start_errors` ends a start that cannot succeed. `failures` ends the requests of an image for which a step
-fails in the scheduler process, and no others. `stages` times the encoder and the language model around it.
+fails in the scheduler process, and no others. `memory` keeps room for features and selections beside the KV cache.
+`stages` times the encoder and the language model around it.
 `families` holds one file a model family; `cpu_platform` lets all of it run on a machine without a GPU.
 """

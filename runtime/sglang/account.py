@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+from mmtok_deploy.runtime.sglang.cache_key import keys_of
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
+from mmtok_deploy.runtime.sglang.selection import Outcome, TokenSelector
 
-__all__ = ["Outcome", "account_hook", "image_account"]
+__all__ = ["account_hook", "image_account", "remembered_by"]
 
 logger = logging.getLogger(__name__)
 
 _KEY = "mmtok"
 
 
-class Outcome(Protocol):
-    """What the host knows of an image's selection; None until the device has told it."""
+def remembered_by(selector: TokenSelector) -> Callable[[Any], Outcome | None]:
+    """Returns what looks up the outcome of an item's selection."""
 
-    coverage: float | None
-    fallback: str | None
+    def outcome_of(item: Any) -> Outcome | None:
+        keys = keys_of(item)
+        return None if keys is None or keys.selection is None else selector.outcome(keys.selection)
+
+    return outcome_of
 
 
 def account_hook(outcome_of: Callable[[Any], Outcome | None]) -> Hook:

@@ -19,6 +19,7 @@ from mmtok_deploy.runtime.sglang.settings import Settings
 
 __all__ = [
     "UnsupportedServerError",
+    "check_adapters",
     "check_agent",
     "check_backend",
     "check_engine",
@@ -66,6 +67,25 @@ def check_server(server_args: Any) -> None:
     if problems:
         raise UnsupportedServerError(
             "--mmtok-budget cannot be combined with " + "; nor with ".join(problems) + ". Drop one of the two."
+        )
+
+
+def check_adapters(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if LoRA adapters could change what images are selected by."""
+    cfg = resolving_view(server_args)
+    if not cfg.enable_lora:
+        return
+    if FAMILIES[settings.family].model_impl == "transformers":
+        raise UnsupportedServerError(
+            f"--mmtok-budget cannot be combined with LoRA adapters (--enable-lora, --lora-paths) on {settings.family}: "
+            "SGLang's Transformers backend does not keep them out of the vision encoder. Drop one of the two."
+        )
+    on_the_embedding = sorted({"embed_tokens", "all"} & set(cfg.lora_target_modules or ()))
+    if on_the_embedding:
+        raise UnsupportedServerError(
+            f"--mmtok-budget cannot be combined with LoRA adapters on the input embedding (--lora-target-modules "
+            f"{' '.join(on_the_embedding)}): guidance would be embedded by another request's adapter. Name the modules "
+            "of the layers alone: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
         )
 
 

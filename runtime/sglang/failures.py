@@ -33,7 +33,7 @@ from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.ranks import num_ranks
 from mmtok_deploy.runtime.sglang.repeated_warnings import RepeatedWarning
 
-__all__ = ["Failures", "RankError", "failed_on_all_ranks", "failures"]
+__all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks", "failures"]
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmtok_deploy.runtime.sglang.ranks import is_first_rank
 from mmtok_deploy.runtime.sglang.repeated_warnings import RepeatedWarning
 
-__all__ = ["Clock", "SelectionMetrics", "collectors", "never_raises", "start_clock"]
+__all__ = ["NOT_FINITE", "Clock", "SelectionMetrics", "collectors", "never_raises", "start_clock"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,15 @@ _HISTOGRAMS = {
     "vision_encoder_milliseconds": "Time of one call of the vision encoder and its projector, pruned or not.",
     "language_prefill_milliseconds": "Time of one prefill batch in the language model, without encoder and selection.",
 }
+_GAUGES = {
+    "feature_cache_bytes": "Bytes of features held, as the device's allocator counts them.",
+    "selections_remembered": "Selections held, of images and of tiles.",
+    "selections_remembered_bytes": "Bytes of selections held, on device and host together.",
+    "reserved_bytes": "Bytes of device memory that were kept from SGLang's KV cache for features and selections.",
+}
 _LOG_INTERVAL_S = 60.0
+NOT_FINITE = "its features are not finite"
+"""Why an image kept evenly spaced tokens, where the device found out."""
 
 
 _broken = RepeatedWarning(logger)
@@ -78,11 +86,15 @@ def start_clock(device: torch.device) -> Clock:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A selection call that the device may still be at: (N, K) and, on the host, a flag [] bool, for each image."""
+    """A selection call that the device may still be at: (N, K) and, on the host, a flag [] bool, for each image.
+
+    `tell` is called with the flags once they are there.
+    """
 
     clock: Clock
     sizes: Sequence[tuple[int, int]]
     is_finite: Tensor
+    tell: Callable[[Sequence[bool]], None]
 
 
 class SelectionMetrics:
@@ -102,19 +114,26 @@ class SelectionMetrics:
         self._next_line_s = 0.0
 
     @never_raises
-    def count_call(self, clock: Clock, sizes: Sequence[tuple[int, int]], is_finite: Tensor) -> None:
+    def count_call(
+        self,
+        clock: Clock,
+        sizes: Sequence[tuple[int, int]],
+        is_finite: Tensor,
+        tell: Callable[[Sequence[bool]], None] = lambda _: None,
+    ) -> None:
         """Counts one selection call, now or when it is done, and stops its clock.
 
         Args:
             clock: Started before the call.
             sizes: (tokens, kept tokens) of each image.
             is_finite: [B] bool on the device; an image where it is not True kept evenly spaced tokens.
+            tell: Called with the flags once the device is done with the call.
         """
         # Into pinned memory, read after the clock: without a clock on the device the copy has to be waited for.
         on_host = is_finite.to("cpu", non_blocking=is_finite.is_cuda)
         clock.stop()
-        self._calls.append(_Call(clock, sizes, on_host))
-        self._settle()
+        self._calls.append(_Call(clock, sizes, on_host, tell))
+        self.settle()
 
     @never_raises
     def count_fallback(self, num_tokens: int, num_kept: int, why: str) -> None:
@@ -139,9 +158,21 @@ class SelectionMetrics:
         self._held_bytes = held_bytes
         if is_first_rank():
             collectors()["feature_cache_bytes"].set(held_bytes)
-        self._settle()
+        self.settle()
 
-    def _settle(self) -> None:
+    def set_remembered(self, num_selections: int, size_bytes: int) -> None:
+        """Sets the gauges of the selections that are held."""
+        if is_first_rank():
+            collectors()["selections_remembered"].set(num_selections)
+            collectors()["selections_remembered_bytes"].set(size_bytes)
+
+    def set_reserved(self, size_bytes: int) -> None:
+        """Sets the gauge of the memory that SGLang's KV cache leaves to the plugin."""
+        if is_first_rank():
+            collectors()["reserved_bytes"].set(size_bytes)
+
+    def settle(self) -> None:
+        """Counts the calls that the device is done with; waits for none."""
         while self._calls and self._calls[0].clock.is_done():
             self._count_done(self._calls.popleft())
             if time.monotonic() >= self._next_line_s:
@@ -155,9 +186,11 @@ class SelectionMetrics:
         self._lately_ms.append(call.clock.elapsed_ms())
         if is_first_rank():
             collectors()["selection_milliseconds"].observe(self._lately_ms[-1])
-        for (num_tokens, num_kept), is_finite in zip(call.sizes, call.is_finite.tolist(), strict=True):
+        flags = call.is_finite.tolist()
+        for (num_tokens, num_kept), is_finite in zip(call.sizes, flags, strict=True):
             if not is_finite:
-                self.count_fallback(num_tokens, num_kept, "its features are not finite")
+                self.count_fallback(num_tokens, num_kept, NOT_FINITE)
+        call.tell(flags)
 
     def _log_line(self) -> None:
         lately, num_calls = self._lately, len(self._lately_ms)
@@ -218,6 +251,6 @@ def collectors() -> dict[str, Any]:
     made: dict[str, Any] = {name: Counter(f"mmtok:{name}", text) for name, text in _COUNTERS.items()}
     buckets = [step * 10.0**power for power in range(-1, 5) for step in (1, 2, 5)]
     made |= {name: Histogram(f"mmtok:{name}", text, buckets=buckets) for name, text in _HISTOGRAMS.items()}
+    made |= {name: Gauge(f"mmtok:{name}", text, multiprocess_mode="sum") for name, text in _GAUGES.items()}
     made["refused_requests"] = Counter("mmtok:refused_requests", "Requests that were refused, by kind.", ["kind"])
-    made["feature_cache_bytes"] = Gauge("mmtok:feature_cache_bytes", "Bytes of features held.", multiprocess_mode="sum")
     return made

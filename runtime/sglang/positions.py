@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.managers import mm_schedule
 from torch import Tensor
 
-from mmtok_deploy.runtime.sglang.failures import Failures
+from mmtok_deploy.runtime.sglang.cache_key import check_embeddings, keys_of
+from mmtok_deploy.runtime.sglang.failures import Failures, drop_cached_embedding
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
 from mmtok_deploy.runtime.sglang.refusals import count_refusal
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
@@ -28,7 +28,8 @@ class _Span:
     """The part of one pruned image's K placeholders that a prefill chunk holds.
 
     Args:
-        key: The image's cache key.
+        key: Of the image's selection.
+        name: The image's name in SGLang's cache of embeddings.
         plan: Its plan, with the original positions.
         first: [3, 1] int64, where the image's first token stands in the request. A later turn of a session counts on
             from the turns before it, which the plan does not know.
@@ -36,7 +37,8 @@ class _Span:
         batch: Where they stand in the batch's tokens.
     """
 
-    key: int
+    key: tuple[bytes | None, int]
+    name: int
     plan: ImagePlan
     first: Tensor
     kept: slice
@@ -70,17 +72,21 @@ class PositionWriter:
         language model has not read the positions yet. Can go when embedding functions may return positions.
         """
         # The call ends by dropping the batch's multimodal inputs, so what is to be written is found before it.
-        spans = list(_spans(forward_batch)) if language_model.pp_group.is_first_rank else []
+        spans = []
+        if language_model.pp_group.is_first_rank:
+            if _has_images(forward_batch):
+                check_embeddings(forward_batch)
+            spans = list(_spans(forward_batch))
         for span in spans:
             if self._selector.remembered(span.key) is None:
                 # A cached embedding whose selection is forgotten has no positions: have the image encoded again.
-                _drop_cached_embedding(span.key)
+                drop_cached_embedding(span.name)
         embeddings = prepare(input_ids, forward_batch, language_model, *args, **kwargs)
         positions = forward_batch.mrope_positions
         for span in spans:
             kept = self._selector.remembered(span.key)
             if kept is None or span.plan.positions is None:
-                self._fail(span.key, "is in this batch, but was not selected")
+                self._fail(span.name, "is in this batch, but was not selected")
                 continue
             # Neither copy waits: the kept indices are on the device, the N positions on the host.
             original = (span.plan.positions - span.plan.positions[:, :1] + span.first).to(
@@ -139,31 +145,29 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
     original(scheduler, req)
 
 
-def _spans(forward_batch: Any) -> Iterator[_Span]:
+def _has_images(forward_batch: Any) -> bool:
     mode = forward_batch.forward_mode
-    if mode.is_decode() or mode.is_target_verify() or not forward_batch.contains_mm_inputs():
+    return not (mode.is_decode() or mode.is_target_verify()) and bool(forward_batch.contains_mm_inputs())
+
+
+def _spans(forward_batch: Any) -> Iterator[_Span]:
+    if not _has_images(forward_batch):
         return
     batch_start = 0
     for inputs, chunk_start, chunk_len in zip(
         forward_batch.mm_inputs, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
     ):
         for item in inputs.mm_items if inputs is not None else []:
-            plan = plan_of(item)
-            if plan is None:
+            plan, keys = plan_of(item), keys_of(item)
+            if plan is None or keys is None:
                 continue
             ((start, end),) = item.offsets
             first, stop = max(start, chunk_start), min(end + 1, chunk_start + chunk_len)
             if first < stop:
                 shift = batch_start - chunk_start
                 yield _Span(
-                    *(item.hash, plan, inputs.mrope_positions[:, start : start + 1]),
+                    *((keys.selection, 0), item.hash, plan, inputs.mrope_positions[:, start : start + 1]),
                     kept=slice(first - start, stop - start),
                     batch=slice(first + shift, stop + shift),
                 )
         batch_start += chunk_len
-
-
-def _drop_cached_embedding(key: int) -> None:
-    cache = mm_schedule.embedding_cache
-    if cache is not None and cache.get_single(key) is not None:
-        cache.free(key, None)

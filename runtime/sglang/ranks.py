@@ -34,4 +34,5 @@ def of_first_rank(indices: Sequence[Tensor]) -> list[Tensor]:
     if num_ranks() == 1:
         return list(indices)
     together = get_parallel().tp_group.broadcast(torch.cat(list(indices)), src=0)
-    return list(together.split([len(each) for each in indices]))
+    # In memory of their own: each is remembered by itself, and a view would keep the batch.
+    return [each.clone() for each in together.split([len(each) for each in indices])]

@@ -15,6 +15,7 @@ Kind = Literal[
     "video",
     "features",
     "image",
+    "hashes",
     "pixels",
     "aspect_ratio",
     "placeholders",

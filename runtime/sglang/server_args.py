@@ -202,6 +202,16 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         NS("mm"),
     ] = None
 
+    mmtok_trust_image_hashes: A[
+        bool | None,
+        Arg(
+            help="MMTok: take a caller's own names of images (mm_hashes, content_hash) for their pixels, in place of "
+            "refusing them with a budget. Only where every caller is trusted: two images under one name share their "
+            "tokens. Default: off."
+        ),
+        NS("mm"),
+    ] = None
+
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Adds the flags, SGLang's included."""
@@ -264,6 +274,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             _install(None)
             return
         from mmtok_deploy.runtime.sglang.compatibility import (
+            check_adapters,
             check_agent,
             check_backend,
             check_engine,
@@ -274,6 +285,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
 
         self._mmtok_settings = self._settings(family_of_server(self))
         check_server(self)
+        check_adapters(self, self._mmtok_settings)
         check_server_method(self, self._mmtok_settings)
         check_agent(self, self._mmtok_settings)
         check_backend(self, self._mmtok_settings)
@@ -325,6 +337,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             agent_model=self.mmtok_agent_model or DEFAULT_AGENT_MODEL,
             agent_timeout_ms=timeout_ms,
             limits=self._limits(family),
+            trust_image_hashes=bool(self.mmtok_trust_image_hashes),
         )
 
     def _limits(self, family: str) -> Limits:

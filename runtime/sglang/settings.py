@@ -46,6 +46,7 @@ class Settings:
         agent_model: The agent's name there.
         agent_timeout_ms: After which the question alone guides.
         limits: What a request is refused for.
+        trust_image_hashes: A caller's own names of images (`mm_hashes`, `content_hash`) are taken for their pixels.
 
     Raises:
         ValueError: An unknown guidance rule or method, a backend without the file that it runs or the other way
@@ -68,6 +69,7 @@ class Settings:
     agent_model: str = DEFAULT_AGENT_MODEL
     agent_timeout_ms: int = DEFAULT_AGENT_TIMEOUT_MS
     limits: Limits = field(default_factory=Limits)
+    trust_image_hashes: bool = False
 
     def __post_init__(self) -> None:
         if self.guidance not in get_args(GuidanceRule):
@@ -147,4 +149,5 @@ class Settings:
             "mmtok_max_aspect_ratio": self.limits.max_aspect_ratio,
             "mmtok_max_guidance_tokens": self.limits.max_guidance_tokens,
             "mmtok_max_selection_cost": self.limits.max_selection_cost,
+            "mmtok_trust_image_hashes": self.trust_image_hashes,
         }

@@ -19,6 +19,7 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem
 from torch import Tensor
 
 from mmtok_deploy.methods.visionzip import class_token_attention
+from mmtok_deploy.runtime.sglang.cache_key import ImageKeys, check_embeddings, keys_of
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan, plan_of
@@ -40,6 +41,13 @@ class EncodedImage:
     item: Any
     plan: ImagePlan
     features: Features
+
+    @property
+    def names(self) -> ImageKeys:
+        """The image's keys."""
+        keys = keys_of(self.item)
+        assert keys is not None
+        return keys
 
 
 SelectFeatures = Callable[[Any, Sequence[EncodedImage]], list[Tensor]]
@@ -201,6 +209,7 @@ def _forward_hidden_states(
 ) -> Tensor:
     prefill = input_embeds is None and not forward_batch.forward_mode.is_decode()
     if prefill and forward_batch.contains_mm_inputs():
+        check_embeddings(forward_batch)
         input_embeds = mm_utils.prepare_mm_inputs(input_ids, forward_batch, model.model, {}, model)
         input_ids = None
     return original(model, input_ids, positions, forward_batch, input_embeds)

@@ -24,8 +24,18 @@ class Served:
     server: SglangServer
     judge: HandPruned
 
-    def ask(self, chat: Chat, *, max_tokens: int = 4, **fields: Any) -> dict[str, Any]:
+    def ask(
+        self,
+        chat: Chat,
+        *,
+        max_tokens: int = 4,
+        lora_path: str | None = None,
+        cache_salt: str | None = None,
+        extra_key: str | None = None,
+        **fields: Any,
+    ) -> dict[str, Any]:
         """Returns SGLang's account of the answer to a chat, with `text` added; `fields` go to mm_processor_kwargs."""
+        of_sglang = {"lora_path": lora_path, "cache_salt": cache_salt, "extra_key": extra_key}
         completion = self.server.client().chat.completions.create(
             model="default",
             messages=chat.for_server(),  # type: ignore[arg-type]
@@ -33,7 +43,12 @@ class Served:
             temperature=0,
             logprobs=True,
             top_logprobs=5,
-            extra_body={"return_meta_info": True, "ignore_eos": True, "mm_processor_kwargs": fields or None},
+            extra_body={
+                "return_meta_info": True,
+                "ignore_eos": True,
+                "mm_processor_kwargs": fields or None,
+                **{name: value for name, value in of_sglang.items() if value is not None},
+            },
         )
         choice = completion.choices[0]
         account: dict[str, Any] = choice.meta_info  # type: ignore[attr-defined]

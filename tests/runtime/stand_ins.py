@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from mmtok_deploy import Budget
 from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.presets import PRESETS
+from mmtok_deploy.runtime.sglang.cache_key import CacheKeys, ImageKeys, digest, name_images
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
 from mmtok_deploy.runtime.sglang.selection import ImageTokens
 from mmtok_deploy.runtime.sglang.settings import Settings
@@ -28,7 +30,9 @@ __all__ = [
     "IMAGE_ID",
     "Request",
     "features",
+    "identified",
     "image_item",
+    "image_names",
     "image_tokens",
     "make_settings",
     "mrope_positions",
@@ -83,10 +87,25 @@ def features(num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, torch.nn.E
     return vision, keys, torch.nn.Embedding.from_pretrained(rows)
 
 
+def identified(item: Any, content: bytes | None = None, keys: CacheKeys | None = None) -> Any:
+    """Returns the item with the keys that a scheduler process gives it; `content` stands for its pixels' digest."""
+    asyncio.run(name_images([item], SimpleNamespace(), trusts_hashes=False))
+    if content is not None:
+        item.model_specific_data["mmtok_source"][0] = content
+    (keys or CacheKeys(make_settings(2))).identify(item)
+    return item
+
+
 def image_tokens(key: object, plan: ImagePlan, seed: int = 0) -> tuple[ImageTokens, torch.nn.Embedding]:
     """Returns an image's tokens as the selector gets them, and an input embedding of 16 ids."""
     vision, keys, embed = features(plan.num_tokens, seed)
-    return ImageTokens(key, plan, vision, keys, plan.num_kept), embed
+    return ImageTokens(image_names(key), plan, vision, keys, plan.num_kept), embed
+
+
+def image_names(key: object) -> ImageKeys:
+    """Returns keys that differ where `key` does."""
+    name = digest(repr(key))
+    return ImageKeys(name, name, name, ((name, 0), (digest("selection", name), 0)))
 
 
 def tiny_checkpoint(factory: pytest.TempPathFactory, family: Family) -> str:

@@ -13,13 +13,14 @@ from mmtok_deploy.runtime.sglang import compatibility, server_args
 from mmtok_deploy.runtime.sglang.compatibility import (
     UnsupportedServerError,
     _problems,
+    check_adapters,
     check_server,
     family_of_server,
 )
 from mmtok_deploy.runtime.sglang.families import FAMILIES
 from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
 from mmtok_deploy.runtime.sglang.settings import Settings
-from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
+from tests.runtime.stand_ins import make_settings, tiny_checkpoint, unchanged_environment
 
 SUPPORTED: dict[str, Any] = {
     "encoder_only": False,
@@ -97,6 +98,35 @@ def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         UnsupportedServerError, match=r"--speculative-algorithm EAGLE.*; nor with --skip-tokenizer-init"
     ):
         check_server(SimpleNamespace(**two))
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "named"),
+    [
+        ("qwen2.5-vl", {"enable_lora": None}, None),
+        ("qwen2.5-vl", {"enable_lora": True}, None),
+        ("qwen2.5-vl", {"enable_lora": True, "lora_target_modules": {"q_proj", "down_proj"}}, None),
+        (
+            "qwen2.5-vl",
+            {"enable_lora": True, "lora_target_modules": {"embed_tokens", "q_proj"}},
+            "modules embed_tokens",
+        ),
+        ("qwen2.5-vl", {"enable_lora": True, "lora_target_modules": {"all"}}, "--lora-target-modules all"),
+        ("llava-1.5", {"enable_lora": True}, "on llava-1.5: SGLang's Transformers backend"),
+        ("llava-next", {"enable_lora": True}, "on llava-next: SGLang's Transformers backend"),
+        ("llava-1.5", {"enable_lora": False}, None),
+    ],
+)
+def test_adapters_that_change_what_images_are_selected_by_are_refused(
+    monkeypatch: pytest.MonkeyPatch, family: str, lora: dict[str, Any], named: str | None
+) -> None:
+    monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
+    arguments = SimpleNamespace(**{"lora_target_modules": None} | lora)
+    if named is None:
+        check_adapters(arguments, make_settings(5, family))
+        return
+    with pytest.raises(UnsupportedServerError, match=named):
+        check_adapters(arguments, make_settings(5, family))
 
 
 def test_another_model_is_refused_with_those_that_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:

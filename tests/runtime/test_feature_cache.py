@@ -1,31 +1,32 @@
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers.schedule_batch import MultimodalInputs, MultimodalProcessorOutput
 from torch import Tensor
 
-from mmtok_deploy.runtime.sglang.cache_key import CacheKeys, image_key
+from mmtok_deploy.runtime.sglang import feature_cache
+from mmtok_deploy.runtime.sglang.cache_key import CacheKeys, digest, keys_of
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
 from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from tests.runtime.stand_ins import image_item, make_settings
+from tests.runtime.stand_ins import identified, image_item, make_settings
 
 PLAN = ImagePlan(num_tokens=4, num_kept=2, guidance=[3, 1, 2])
 KEYS = CacheKeys(make_settings(2))
-# Of an image of 4 tokens: 8 + 6 numbers each.
-IMAGE_BYTES = 4 * (8 + 6) * 4
+# Of an image of 4 tokens of 8 + 6 numbers: two blocks of the device's memory, and an entry on the host.
+IMAGE_BYTES = 2 * 512 + feature_cache._ENTRY_BYTES
 
 
 def image(pixels: float, plan: ImagePlan | None = PLAN, **data: Tensor) -> Any:
     """Returns an item as the scheduler gets it."""
     item = image_item((0, 1), plan, model_specific_data=data)
     item.feature = item.feature + pixels
-    KEYS.from_processor_output(MultimodalInputs.from_processor_output, MultimodalProcessorOutput(mm_items=[item]))
-    return item
+    return identified(item, keys=KEYS)
 
 
 class Encoder:
@@ -105,7 +106,7 @@ def test_pruned_images_are_counted() -> None:
 def test_an_image_larger_than_the_bound_drives_nothing_out() -> None:
     cache, encoder = make_cache(1), Encoder()
     recalled(cache, encoder, image(1))
-    large = Features(torch.zeros(8, 8), torch.zeros(8, 6))
+    large = Features(torch.zeros(80, 8), torch.zeros(80, 6))
     cache.recall([image(2)], lambda items: [large])
     recalled(cache, encoder, image(1))
     assert encoder.batches == [[1]]
@@ -143,8 +144,8 @@ def test_ranks_that_run_the_same_batches_hold_the_same_images() -> None:
 def test_a_held_image_does_not_keep_its_batch() -> None:
     cache, encoder = make_cache(), Encoder()
     cache.recall([image(1), image(2)], encoder)
-    ((held,), whole) = cache.recall([image(1)], encoder), IMAGE_BYTES
-    assert held.vision.untyped_storage().nbytes() + held.keys.untyped_storage().nbytes() == whole
+    (held,) = cache.recall([image(1)], encoder)
+    assert held.vision.untyped_storage().nbytes() + held.keys.untyped_storage().nbytes() == 4 * (8 + 6) * 4
 
 
 def test_attention_is_held_and_counted() -> None:
@@ -154,7 +155,7 @@ def test_attention_is_held_and_counted() -> None:
         (held,) = cache.recall([image(1, plan)], lambda items: [whole])
     assert held.attention is not None
     assert held.attention.tolist() == [4, 5, 6, 7]
-    assert cache.size_bytes == IMAGE_BYTES + 4 * 4
+    assert cache.size_bytes == IMAGE_BYTES + 512
 
 
 def test_without_memory_for_a_copy_an_image_is_held_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,26 +179,26 @@ def test_it_forgets_every_image() -> None:
     assert (len(cache), cache.size_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "are_equal"),
-    [
-        (image(1), image(1), True),
-        (image(1), image(1, replace(PLAN, guidance=[], num_kept=1)), True),
-        (image(1), image(1, replace(PLAN, method="divprune")), True),
-        (image(1), image(1, replace(PLAN, method="visionzip")), False),
-        (image(1), image(1, replace(PLAN, method="downsample")), False),
-        (image(1, replace(PLAN, method="downsample")), image(1, replace(PLAN, method="downsample", num_kept=1)), False),
-        (image(1), image(2), False),
-        # Of one colour, so that their pixels are the same in another shape.
-        (image(1, image_grid_thw=torch.tensor([[1, 4, 8]])), image(1, image_grid_thw=torch.tensor([[1, 8, 4]])), False),
-        (image(1, image_grid_thw=torch.tensor([[1, 4, 8]])), image(1, image_grid_thw=torch.tensor([[1, 4, 8]])), True),
-        (image(1, image_sizes=torch.tensor([[4, 8]])), image(1, image_sizes=torch.tensor([[8, 4]])), False),
-    ],
-)
-def test_the_key_is_of_the_image_alone(one: Any, other: Any, are_equal: bool) -> None:
-    assert image_key(one) is not None
-    assert (image_key(one) == image_key(other)) is are_equal
+def test_entries_of_tiny_images_are_counted_as_they_are() -> None:
+    """What is counted beside their numbers covers what an entry takes of the host's memory."""
+    cache, template, num_images = FeatureCache(1 << 30, SelectionMetrics()), image(1), 20_000
+
+    def resident_bytes() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident_bytes()
+    for number in range(num_images):
+        template.model_specific_data["mmtok_keys"][0] = digest(number)
+        cache.recall([template], lambda items: [Features(*(torch.zeros(1, 1) for _ in range(3)))])
+    assert len(cache) == num_images
+    assert resident_bytes() - before < cache.size_bytes
+    assert cache.size_bytes == num_images * (3 * 512 + feature_cache._ENTRY_BYTES)
 
 
-def test_an_image_that_is_not_pruned_has_no_key() -> None:
-    assert image_key(image(1, None)) is None
+def test_an_image_that_is_not_pruned_is_not_held() -> None:
+    unpruned = image(1, None)
+    assert keys_of(unpruned) is not None
+    cache = make_cache()
+    recalled(cache, Encoder(), unpruned)
+    assert len(cache) == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,12 @@ from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalSta
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
+from mmtok_deploy.runtime.sglang.cache_key import keys_of
 from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
 from mmtok_deploy.runtime.sglang.positions import PositionWriter
 from mmtok_deploy.runtime.sglang.selection import TokenSelector
-from tests.runtime.stand_ins import image_item, image_tokens, make_settings, mrope_positions
+from tests.runtime.stand_ins import identified, image_item, image_tokens, make_settings, mrope_positions
 
 NUM_TOKENS, NUM_KEPT = 12, 5
 FIRST_RANK = SimpleNamespace(pp_group=SimpleNamespace(is_first_rank=True))
@@ -23,7 +25,7 @@ FIRST_RANK = SimpleNamespace(pp_group=SimpleNamespace(is_first_rank=True))
 def pruned_image(start: int, key: int, *, with_positions: bool = True) -> Any:
     positions = mrope_positions(NUM_TOKENS) * 10 + key if with_positions else None
     plan = ImagePlan(NUM_TOKENS, NUM_KEPT, guidance=[key], positions=positions)
-    return image_item((start, start + NUM_KEPT - 1), plan, hash=key)
+    return identified(image_item((start, start + NUM_KEPT - 1), plan), bytes([key] * 32))
 
 
 def mm_inputs(*items: Any, shift: int = 0) -> Any:
@@ -67,8 +69,10 @@ class Encoder:
                     self.encoded.append(item.hash)
                     values = dict(item.model_specific_data.get("mmtok") or {})
                     if values:
-                        image, embed = image_tokens(item.hash, ImagePlan(**values), seed=item.hash)
-                        self.selector.select([image], embed)
+                        image, embed = image_tokens(0, ImagePlan(**values), seed=item.hash % 1000)
+                        names = keys_of(item)
+                        assert names is not None
+                        self.selector.select([replace(image, names=names)], embed)
         batch.mm_inputs = None
         return "embeddings"
 
@@ -80,7 +84,7 @@ class Encoder:
         return positions
 
     def kept_positions(self, item: Any) -> Tensor:
-        kept = self.selector.remembered(item.hash)
+        kept = self.selector.remembered((keys_of(item).selection, 0))  # type: ignore[union-attr]
         assert kept is not None
         positions: Tensor = item.model_specific_data["mmtok"]["positions"][:, kept]
         return positions
@@ -161,10 +165,12 @@ def test_an_image_that_was_not_selected_stops_the_batch(with_positions: bool) ->
     encoder = Encoder()
     item = pruned_image(0, key=171, with_positions=with_positions)
     if not with_positions:
-        image, embed = image_tokens(item.hash, ImagePlan(NUM_TOKENS, NUM_KEPT, []))
-        encoder.selector.select([image], embed)
+        image, embed = image_tokens(0, ImagePlan(NUM_TOKENS, NUM_KEPT, []))
+        names = keys_of(item)
+        assert names is not None
+        encoder.selector.select([replace(image, names=names)], embed)
     batch = make_batch((mm_inputs(item), 0, NUM_KEPT))
-    with pytest.raises(RuntimeError, match="the image 0xab is in this batch, but was not selected"):
+    with pytest.raises(RuntimeError, match=r"the image 0x[0-9a-f]+ is in this batch, but was not selected"):
         encoder.writer.prepare_mm_inputs(lambda *_: None, torch.zeros(NUM_KEPT), batch, FIRST_RANK, {})
 
 

@@ -4,6 +4,7 @@ import argparse
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ FLAGS = [
     "--mmtok-max-aspect-ratio",
     "--mmtok-max-guidance-tokens",
     "--mmtok-max-selection-cost",
+    "--mmtok-trust-image-hashes",
 ]
 
 
@@ -70,7 +72,7 @@ def test_the_servers_help_lists_the_flags() -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert [flag for flag in FLAGS if f"{flag} " not in result.stdout] == []
+    assert [flag for flag in FLAGS if not re.search(rf"{flag}\s", result.stdout)] == []
     assert "a share (10% or 0.1)" in " ".join(result.stdout.split())
 
 
@@ -329,6 +331,7 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_max_aspect_ratio": 200.0,
         "mmtok_max_guidance_tokens": 16_384,
         "mmtok_max_selection_cost": 2e11,
+        "mmtok_trust_image_hashes": False,
     }
 
 

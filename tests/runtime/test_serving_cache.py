@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import re
 import time
+import urllib.error
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from PIL import Image
 
-from tests.runtime.chats import Chat, small
-from tests.runtime.serving import Served
+from mmtok_deploy.bench.families import Family
+from tests.runtime.chats import Chat, data_url, small
+from tests.runtime.conftest import checkpoint
+from tests.runtime.hand_pruned import HandPruned
+from tests.runtime.other_weights import with_other_weights
+from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
 CUP = "What is in this cup?"
 CATS = "How many cats are on the red table?"
@@ -82,6 +90,121 @@ def test_a_flush_forgets_features(cached: Served) -> None:
     assert cached.metric("encoded_images_total") - encoded == 2
 
 
+@pytest.mark.parametrize("budget", ["10%", "25%", "all"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[(336, 336), (1008, 112)], [(112, 1008), (336, 336)], [(252, 336), (336, 252), (126, 168)]],
+    ids=["wider", "square", "turned"],
+)
+def test_blank_pages_of_different_shapes_are_different_images(
+    cached: Served, sizes: list[tuple[int, int]], budget: str
+) -> None:
+    """Their pixels are the same numbers in the same order; how they lie, their padding and their sizes are not.
+
+    All tokens of a blank page are alike, so which are kept depends on the encoder's rounding: the server is held
+    against itself with empty caches.
+    """
+    chats = [Chat.ask(Image.new("RGB", size, "white"), CUP) for size in sizes]
+    alone = []
+    for chat in chats:
+        cached.flush_cache()
+        alone.append(cached.ask(chat, mmtok_budget=budget))
+    cached.flush_cache()
+    for chat, expected in zip(chats, alone, strict=True):
+        account = cached.ask(chat, mmtok_budget=budget)
+        assert account["cached_tokens"] <= _tokens_before_the_image(cached, chat)
+        assert _difference(account, expected) < LOGPROB_TOLERANCE
+    for chat, expected in zip(chats, alone, strict=True):
+        again = cached.ask(chat, mmtok_budget=budget)
+        assert again["cached_tokens"] == again["prompt_tokens"] - 1
+        assert _difference(again, expected) < LOGPROB_TOLERANCE
+
+
+def test_an_image_that_brings_its_own_padding_is_another_image(cached: Served) -> None:
+    """Padded to a square by the model's processor, both are the same pixels; which may be picked is not the same."""
+    image, mean = small("coffee"), getattr(cached.judge.processor.image_processor, "image_mean", [0.5] * 3)
+    square = Image.new("RGB", (336, 336), tuple(int(255 * value) for value in mean))
+    square.paste(image, (0, 42))
+    for each in (image, square, image):
+        chat = Chat.ask(each, CUP)
+        cached.check(chat, cached.ask(chat))
+
+
+@pytest.mark.parametrize("name", ["cache_salt", "extra_key"])
+def test_callers_that_keep_apart_share_nothing(cached: Served, name: str) -> None:
+    chat = Chat.ask(small("coffee"), CUP)
+    encoded = cached.metric("encoded_images_total")
+    values: list[dict[str, Any]] = [{}, {name: "a"}, {name: "b"}]
+    for value in values:
+        account = cached.ask(chat, **value)
+        assert account["cached_tokens"] == 0
+        cached.check(chat, account)
+    assert cached.metric("encoded_images_total") - encoded == 3
+    for value in values:
+        account = cached.ask(chat, **value)
+        assert account["cached_tokens"] == account["prompt_tokens"] - 1
+        cached.check(chat, account)
+        # Another question about the image, of the same caller.
+        other = Chat.ask(small("coffee"), CATS)
+        cached.check(other, cached.ask(other, **value))
+    assert cached.metric("encoded_images_total") - encoded == 3
+
+
+def test_images_that_the_caller_names_are_refused(cached: Served) -> None:
+    chat = Chat.ask(small("coffee"), CUP)
+    message = chat.for_server()
+    message[0]["content"][0]["image_url"]["content_hash"] = "sha256:" + "0" * 64
+    body = {"text": cached.judge.prompt(chat.for_template()), "image_data": [data_url(small("coffee"))]}
+    for path, request in (
+        ("/v1/chat/completions", {"model": "default", "messages": message}),
+        ("/generate", body | {"mm_hashes": ["0xabc"]}),
+        ("/generate", body | {"mm_content_hashes": ["sha256:" + "0" * 64]}),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            cached.post(path, request)
+        assert error.value.code == 400
+        assert "--mmtok-trust-image-hashes" in error.value.read().decode()
+
+
+def test_a_name_that_the_caller_gives_an_unpruned_image_misleads_nobody(cached: Served) -> None:
+    """SGLang would give the second image the embedding of the first."""
+    images = [small(name) for name in ("coffee", "rocket")]
+    for budget, share in (("all", None), ("10%", 0.1)):
+        for image in images:
+            chat = Chat.ask(image, CUP)
+            body = {
+                "text": cached.judge.prompt(chat.for_template()),
+                "image_data": [data_url(image)],
+                "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+                "return_logprob": True,
+                "top_logprobs_num": 5,
+                "mm_processor_kwargs": {"mmtok_budget": "all"},
+                "mm_hashes": ["0xabc"],
+            }
+            cached.check(chat, cached.post("/generate", body)["meta_info"], None)
+            cached.check(chat, cached.ask(chat, mmtok_budget=budget), share)
+
+
+@pytest.mark.parametrize("flushes", [True, False])
+def test_other_weights_take_nothing_from_the_old_ones(cached: Served, flushes: bool, tmp_path: Path) -> None:
+    """Neither tokens, nor features, nor selections, nor the text before the image."""
+    old = checkpoint(cast("Family", cached.family))
+    new = with_other_weights(old, tmp_path / "new")
+    other_judge = HandPruned(cached.family, new)
+    chats = [Chat.ask(small("coffee"), CUP), Chat.ask("Look:", small("coffee"), CATS)]
+    for path, judge in ((None, cached.judge), (new, other_judge), (old, cached.judge)):
+        if path is not None:
+            answer = cached.post("/update_weights_from_disk", {"model_path": str(path), "flush_cache": flushes})
+            assert answer["success"], answer
+        served = Served(cached.family, cached.server, judge)
+        for chat in chats:
+            account = served.ask(chat)
+            served.check(chat, account)
+            again = served.ask(chat)
+            assert again["cached_tokens"] == again["prompt_tokens"] - 1
+            served.check(chat, again)
+
+
 def test_what_selection_did_is_in_the_metrics_and_in_the_log(cached: Served) -> None:
     names = ("selections_total", "selection_tokens_in_total", "selection_tokens_kept_total")
     calls = "selection_milliseconds_count"
@@ -117,6 +240,33 @@ def test_the_parts_of_a_prefill_are_in_the_metrics(cached: Served, budget: str) 
     assert (selection_ms > 0) is (budget != "all")
     assert encoder_ms + selection_ms + prefill_ms < to_first_token_ms
     assert values[3:] == [1, 1, account["prompt_tokens"]]
+
+
+def test_a_selection_that_fell_back_is_made_anew(cached: Served) -> None:
+    """Its prefix matches no new request; another selection from the same features goes on."""
+    chat = Chat.ask(small("coffee"))
+    encoded, fallbacks = cached.metric("encoded_images_total"), cached.metric("selection_fallbacks_total")
+    accounts = [cached.ask(chat, mmtok_method="text-coverage") for _ in range(3)]
+    before_the_image = _tokens_before_the_image(cached, chat)
+    assert [account["cached_tokens"] for account in accounts] == [0, before_the_image, before_the_image]
+    assert cached.metric("encoded_images_total") - encoded == 1
+    assert cached.metric("selection_fallbacks_total") - fallbacks >= 3
+    assert max(_difference(account, accounts[0]) for account in accounts) < LOGPROB_TOLERANCE
+    selected = cached.ask(chat)
+    assert cached.ask(chat)["cached_tokens"] == selected["prompt_tokens"] - 1
+    cached.check(chat, selected)
+
+
+def _difference(account: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Returns the largest difference of the logprobs of two answers, infinity where they are of other tokens."""
+    pairs = [
+        (one, other)
+        for step, expected_step in zip(account["output_top_logprobs"], expected["output_top_logprobs"], strict=True)
+        for one, other in zip(step, expected_step, strict=True)
+    ]
+    if any(one[1] != other[1] for one, other in pairs):
+        return float("inf")
+    return max(abs(float(one[0]) - float(other[0])) for one, other in pairs)
 
 
 def _tokens_before_the_image(served: Served, chat: Chat) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.serving import Served
@@ -116,10 +117,28 @@ def test_the_account_of_an_answer(served: Served) -> None:
     assert len(account["images"]) == 2
     for image in account["images"]:
         assert image["method"] == "mmtok"
+        assert 0 < image["coverage"] <= 1
+        assert not image["is_fallback"]
         assert image["tokens_kept"] < image["tokens_in"]
     if served.family != "llava-next":
         assert account["image_tokens_in"] == whole.num_image_tokens
+    assert account["num_fallbacks"] == 0
     assert "mmtok" not in served.ask(Chat.ask("Tell me about cats."))
+    (more,) = served.ask(two, mmtok_budget="60%")["mmtok"]
+    (drawn,) = served.ask(two, mmtok_method="random")["mmtok"]
+    for some, many, none in zip(account["images"], more["images"], drawn["images"], strict=True):
+        assert some["coverage"] < many["coverage"]
+        assert (none["method"], none["coverage"], none["is_fallback"]) == ("random", None, False)
+
+
+def test_a_fallback_is_in_the_account(served: Served) -> None:
+    if served.family != "llava-1.5":
+        pytest.skip("only LLaVA-1.5 excludes padding: of a line of 1 x 1000 pixels every patch is")
+    line = Chat.ask(Image.new("RGB", (1000, 1), "red"), CUP)
+    for _ in range(2):
+        (account,) = served.ask(line)["mmtok"]
+        assert account["num_fallbacks"] == 1
+        assert (account["images"][0]["coverage"], account["images"][0]["is_fallback"]) == (None, True)
 
 
 def test_an_unpruned_images_account(served: Served) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mmtok_deploy.bench.families import Family
 from tests.runtime.chats import Chat, small
-from tests.runtime.conftest import FAMILIES, judge_of, make_server
+from tests.runtime.conftest import FAMILIES, checkpoint, judge_of, make_server
 from tests.runtime.serving import Served
 
 QUESTION = "How many cats are on the red table?"
@@ -48,3 +48,17 @@ def _check(family: Family, *arguments: str, num_ranks: int = 1) -> None:
         for chat, account in zip((*CHATS, ANOTHER), accounts, strict=True):
             served.check(chat, account)
         assert served.metric("feature_cache_hits_total") > 0
+        # What moves keys on reaches all processes between the same two requests, or their prefix caches would differ.
+        fallbacks = served.metric("selection_fallbacks_total")
+        silent = Chat.ask(small("coffee"))
+        fallen = [served.ask(silent, mmtok_method="text-coverage") for _ in range(3)]
+        assert fallen[2]["cached_tokens"] == fallen[1]["cached_tokens"] < fallen[1]["prompt_tokens"] - 1
+        assert served.metric("selection_fallbacks_total") > fallbacks
+        if num_ranks == 1:
+            return
+        same = {"model_path": str(checkpoint(family)), "flush_cache": False}
+        assert served.post("/update_weights_from_disk", same)["success"]
+        for num_cached in (0, accounts[0]["prompt_tokens"] - 1):
+            account = served.ask(CHATS[0])
+            served.check(CHATS[0], account)
+            assert account["cached_tokens"] == num_cached

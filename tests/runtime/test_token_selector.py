@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -16,10 +18,12 @@ from mmtok_deploy.methods import MethodName, comparator
 from mmtok_deploy.problem import Selection, SelectionProblem
 from mmtok_deploy.runtime.executors import make_executor
 from mmtok_deploy.runtime.sglang import ranks, selection
-from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
+from mmtok_deploy.runtime.sglang.cache_key import digest
+from mmtok_deploy.runtime.sglang.memory import MAX_SELECTION_BYTES
+from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics, collectors
 from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
-from tests.runtime.stand_ins import features, image_tokens, make_settings
+from mmtok_deploy.runtime.sglang.selection import ImageTokens, Outcome, TokenSelector
+from tests.runtime.stand_ins import features, image_names, image_tokens, make_settings
 
 PLAN = ImagePlan(num_tokens=12, num_kept=5, guidance=[3, 1, 2])
 SETTINGS = make_settings(5)
@@ -30,6 +34,10 @@ def make_selector() -> TokenSelector:
     selector = TokenSelector(SETTINGS, SelectionMetrics())
     selector.start(torch.device("cpu"))
     return selector
+
+
+def key_of(key: object) -> tuple[bytes | None, int]:
+    return image_names(key).selection, 0
 
 
 def num_fallbacks(selector: TokenSelector) -> int:
@@ -297,7 +305,7 @@ def test_evenly_spaced_tokens_are_distinct_and_in_order(
 ) -> None:
     WatchedExecutor(monkeypatch, fails=lambda _: True)
     plan = ImagePlan(num_tokens, num_kept, [])
-    image = ImageTokens(1, plan, torch.zeros(num_tokens, 1), torch.zeros(num_tokens, 1), num_kept)
+    image = ImageTokens(image_names(1), plan, torch.zeros(num_tokens, 1), torch.zeros(num_tokens, 1), num_kept)
     (kept,) = make_selector().select([image], torch.nn.Embedding(1, 1))
     assert len(kept) == num_kept
     assert kept[0] == 0
@@ -310,21 +318,22 @@ def test_the_first_selection_stands_under_its_key() -> None:
     first = selected(selector, seed=0)
     assert selected(make_selector(), seed=1) != first
     assert selected(selector, seed=1) == first
-    remembered = selector.remembered(1)
+    remembered = selector.remembered(key_of(1))
     assert remembered is not None
     assert remembered.tolist() == first
-    assert selector.remembered(2) is None
+    assert selector.remembered(key_of(2)) is None
 
 
 def test_what_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two selections of 5 tokens.
-    monkeypatch.setattr(selection, "_MAX_REMEMBERED_BYTES", 80)
+    # Two selections of 5 tokens, each of them a block of the device's memory and an entry on the host.
+    monkeypatch.setattr(selection, "MAX_SELECTION_BYTES", 2 * (512 + selection._ENTRY_BYTES))
     selector = make_selector()
     for key in (1, 2, 1, 3):
         selected(selector, key=key)
-    assert [selector.remembered(key) is not None for key in (1, 2, 3)] == [True, False, True]
-    selected(selector, replace(PLAN, num_kept=10), key=4)
-    assert [selector.remembered(key) is not None for key in (1, 2, 3, 4)] == [False, False, False, True]
+    assert [selector.remembered(key_of(key)) is not None for key in (1, 2, 3)] == [True, False, True]
+    selected(selector, ImagePlan(80, 65, []), key=4)
+    assert [selector.remembered(key_of(key)) is not None for key in (1, 2, 3, 4)] == [False, False, False, True]
+    assert selector.size_bytes == 1024 + selection._ENTRY_BYTES
 
 
 def test_after_a_flush_another_selection_may_be_made() -> None:
@@ -347,3 +356,122 @@ def test_text_is_embedded_even_where_nothing_can_be_selected() -> None:
 
     make_selector().select([image], watched)
     assert [ids.tolist() for ids in embedded] == [[3, 1, 2]]
+
+
+def test_what_a_selection_did_is_known_without_waiting() -> None:
+    selector = make_selector()
+    assert selector.outcome(image_names(1).selection or b"") is None
+    selected(selector)
+    outcome = selector.outcome(image_names(1).selection or b"")
+    assert outcome is not None
+    vision, keys, embed = features(12)
+    reference = select_tokens(vision, keys, embed(torch.tensor(PLAN.guidance)), 5, config=SETTINGS.config)
+    assert (outcome.num_tokens, outcome.num_kept, outcome.method, outcome.fallback) == (12, 5, "mmtok", None)
+    assert outcome.coverage == pytest.approx(float(reference.coverage[-1] / reference.total))
+    assert selector.take_fallen() == []
+
+
+def test_tiles_are_one_outcome() -> None:
+    selector = make_selector()
+    tiles = [replace(image_tokens(1, PLAN, seed=tile)[0], tile=tile) for tile in range(3)]
+    tiles[1].vision.mul_(torch.nan)
+    selector.select(tiles, features(1)[2])
+    outcome = selector.outcome(image_names(1).selection or b"")
+    assert outcome is not None
+    assert (outcome.num_tokens, outcome.num_kept, outcome.coverage) == (36, 15, None)
+    assert outcome.fallback == "its features are not finite"
+
+
+@pytest.mark.parametrize("method", ["random", "even", "divprune"])
+def test_a_method_that_covers_nothing_has_no_coverage(method: MethodName) -> None:
+    selector = make_selector()
+    selected(selector, replace(PLAN, method=method))
+    outcome = selector.outcome(image_names(1).selection or b"")
+    assert outcome is not None
+    assert outcome.coverage is None
+
+
+NAN_PLAN, TEXT_PLAN = PLAN, replace(PLAN, method="text-coverage", guidance=[])
+
+
+@pytest.mark.parametrize("plan", [NAN_PLAN, TEXT_PLAN])
+def test_a_selection_that_fell_back_is_reported_once_and_stands_for_those_under_way(plan: ImagePlan) -> None:
+    selector = make_selector()
+    image, embed = image_tokens(1, plan)
+    if plan is NAN_PLAN:
+        image.vision.mul_(torch.nan)
+    (first,) = selector.select([image], embed)
+    names = image.names
+    # Its features are encoded again where they are what broke it, and another question about them is not touched else.
+    assert selector.take_fallen() == list(names.bases if plan is NAN_PLAN else names.bases[1:])
+    assert selector.take_fallen() == []
+    # A request that is under way, or came before the flag, has the same tokens, and is flagged too.
+    sound, _ = image_tokens(1, PLAN)
+    (second,) = selector.select([sound], embed)
+    assert second.tolist() == first.tolist() == EVENLY_SPACED
+    outcome = selector.outcome(names.selection or b"")
+    assert outcome is not None
+    assert outcome.fallback is not None
+
+
+def test_the_flag_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device a selection is not done when the call returns."""
+    is_done = False
+    clock = SimpleNamespace(stop=lambda: None, is_done=lambda: is_done, elapsed_ms=lambda: 1.0)
+    monkeypatch.setattr(selection, "start_clock", lambda _: clock)
+    selector = make_selector()
+    image, embed = image_tokens(1, PLAN)
+    image.vision.mul_(torch.nan)
+    selector.select([image], embed)
+    assert selector.take_fallen() == []
+    outcome = selector.outcome(image.names.selection or b"")
+    assert outcome is not None
+    assert outcome.fallback is None
+    is_done = True
+    assert selector.take_fallen() == list(image.names.bases)
+    outcome = selector.outcome(image.names.selection or b"")
+    assert outcome is not None
+    assert outcome.fallback == "its features are not finite"
+
+
+def test_200_000_selections_of_one_token_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    selector, plan = make_selector(), replace(PLAN, num_kept=1)
+    image, embed = image_tokens(1, plan)
+    outcome = Outcome(12, 1, "mmtok")
+
+    def select(images: Sequence[ImageTokens], _: object) -> list[selection._Remembered]:
+        return [selection._Remembered(torch.zeros(1, dtype=torch.int64), replace(outcome)) for _ in images]
+
+    # What is remembered is what counts here; selecting it would take minutes.
+    monkeypatch.setattr(selector, "_select", select)
+    before = resident_bytes()
+    for start in range(0, 200_000, 100):
+        numbers = range(start, start + 100)
+        selector.select([replace(image, names=replace(image.names, selection=digest(each))) for each in numbers], embed)
+        assert selector.size_bytes <= MAX_SELECTION_BYTES
+    assert len(selector._kept) == MAX_SELECTION_BYTES // (selection._ENTRY_BYTES + 512)
+    # On a device each has a block of 512 bytes besides, which is counted.
+    assert resident_bytes() - before < MAX_SELECTION_BYTES
+    assert collectors()["selections_remembered"]._value.get() == len(selector._kept)
+    assert collectors()["selections_remembered_bytes"]._value.get() == selector.size_bytes
+    selector.clear()
+    assert collectors()["selections_remembered"]._value.get() == 0
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_adapters_on_the_input_embedding_end_the_start() -> None:
+    def scheduler(**adapters: object) -> SimpleNamespace:
+        model = torch.nn.Linear(1, 1)
+        return SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model, **adapters)))
+
+    selector = TokenSelector(SETTINGS, SelectionMetrics())
+    for harmless in ({}, {"lora_manager": None}, {"lora_manager": SimpleNamespace(embed_tokens_module=None)}):
+        selector.init_model_worker(lambda _: None, scheduler(**harmless))
+    with pytest.raises(ValueError, match="LoRA adapters on the input embedding"):
+        selector.init_model_worker(
+            lambda _: None, scheduler(lora_manager=SimpleNamespace(embed_tokens_module=torch.nn.Linear(1, 1)))
+        )

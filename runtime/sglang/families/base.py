@@ -11,14 +11,16 @@ from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
-from mmtok_deploy.runtime.sglang.account import account_hook
+from mmtok_deploy.runtime.sglang.account import account_hook, remembered_by
 from mmtok_deploy.runtime.sglang.agent import Agent, refuse_chains
-from mmtok_deploy.runtime.sglang.cache_key import CacheKeys
+from mmtok_deploy.runtime.sglang.cache_key import CacheKeys, naming
 from mmtok_deploy.runtime.sglang.entry_points import entry_point_hooks
 from mmtok_deploy.runtime.sglang.failures import failures
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.flush import flushing
 from mmtok_deploy.runtime.sglang.hooks import Hook
+from mmtok_deploy.runtime.sglang.invalidation import Invalidation
+from mmtok_deploy.runtime.sglang.memory import reserving
 from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
 from mmtok_deploy.runtime.sglang.placeholders import PlaceholderCutter
 from mmtok_deploy.runtime.sglang.request import add_chat_guidance
@@ -156,6 +158,7 @@ class Family(ABC):
         family = cls()
         target, parameters = cls.processor_hook
         metrics = SelectionMetrics()
+        keys = CacheKeys(settings)
         cache = FeatureCache(settings.feature_cache_mb << 20, metrics)
         selector = TokenSelector(settings, metrics)
         stages = StageMetrics()
@@ -166,17 +169,19 @@ class Family(ABC):
                 "self request raw_request",
                 add_chat_guidance if cutter.agent is None else refuse_chains(add_chat_guidance),
             ),
-            Hook(target, parameters, cutter.process_mm_data),
+            Hook(target, parameters, naming(cutter.process_mm_data, settings)),
             *_agent_hooks(cutter.agent),
             *entry_point_hooks(),
             Hook(
                 "managers.schedule_batch.MultimodalInputs.from_processor_output",
                 "obj requires_mm_token_modalities",
-                CacheKeys(settings).from_processor_output,
+                keys.from_processor_output,
             ),
+            *Invalidation(keys, cache, selector).hooks(),
+            reserving(settings.feature_cache_mb << 20, metrics),
             Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", flushing(cache, selector)),
             Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
-            account_hook(lambda item: None),
+            account_hook(remembered_by(selector)),
             *failures().hooks(),
             *(failures().guarding(hook) for hook in stages.hooks()),
             *(failures().guarding(hook) for hook in family.model_hooks(cache, selector, stages)),

@@ -80,7 +80,7 @@ class Llava15(Llava):
         def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
             squares = [
                 ImageTokens(
-                    *(image.item.hash, image.plan, image.features.vision[0], image.features.keys[0]),
+                    *(image.names, image.plan, image.features.vision[0], image.features.keys[0]),
                     image.plan.num_kept,
                     None if image.features.attention is None else image.features.attention[0],
                 )

@@ -80,7 +80,7 @@ def _tiles(image: EncodedImage) -> list[ImageTokens]:
     num_kept = image.plan.num_kept // len(features.vision)
     attention = [None] * len(features.vision) if features.attention is None else features.attention
     return [
-        ImageTokens((image.item.hash, tile), image.plan, vision, keys, num_kept, paid)
+        ImageTokens(image.names, image.plan, vision, keys, num_kept, paid, tile)
         for tile, (vision, keys, paid) in enumerate(zip(features.vision, features.keys, attention, strict=True))
     ]
 

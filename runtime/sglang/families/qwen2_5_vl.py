@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.runtime.sglang.cache_key import keys_of
 from mmtok_deploy.runtime.sglang.failures import failures
 from mmtok_deploy.runtime.sglang.families.base import Family
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
@@ -165,9 +166,9 @@ def _encode(encode: Callable[..., Tensor], model: Any, items: list[Any]) -> list
 def _select(selector: TokenSelector, model: Any, items: Sequence[Any], features: Sequence[Features]) -> list[Tensor]:
     """Returns the kept tokens of each image, all tokens of one without a plan."""
     images = {
-        place: ImageTokens(item.hash, plan, each.vision, each.keys, plan.num_kept)
+        place: ImageTokens(names, plan, each.vision, each.keys, plan.num_kept)
         for place, (item, each) in enumerate(zip(items, features, strict=True))
-        if (plan := plan_of(item)) is not None
+        if (plan := plan_of(item)) is not None and (names := keys_of(item)) is not None
     }
     kept = dict(zip(images, selector.select(list(images.values()), model.get_input_embeddings()), strict=True))
     return [each.vision[kept[place]] if place in kept else each.vision for place, each in enumerate(features)]

@@ -1,0 +1,65 @@
+"""LoRA adapters with a budget: each request's own, whatever the others of the same image have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmtok_deploy.bench.families import Family
+from mmtok_deploy.bench.server import ServerError, running
+from tests.runtime.chats import Chat, small
+from tests.runtime.conftest import checkpoint, judge_of, make_server
+from tests.runtime.hand_pruned import HandPruned
+from tests.runtime.other_weights import make_adapter, with_adapter
+from tests.runtime.serving import Served
+
+QUESTION = "What is in this cup?"
+LORA = ["--lora-backend=torch_native", "--max-loras-per-batch=3", "--mmtok-budget=10%", "--enable-metrics"]
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="SGLang 0.5.23 pins memory for LoRA: needs a CUDA device"),
+]
+
+
+def test_every_adapter_has_its_own_tokens_in_the_cache(tmp_path: Path) -> None:
+    family: Family = "qwen2.5-vl"
+    base = checkpoint(family)
+    adapters = {name: make_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("one", "other"))}
+    judges: dict[str | None, HandPruned] = {None: judge_of(family)}
+    for name, path in adapters.items():
+        judges[name] = HandPruned(family, with_adapter(base, path, tmp_path / f"merged-{name}"))
+    paths = [f"{name}={path}" for name, path in adapters.items()]
+    server = make_server(family, *LORA, "--lora-paths", *paths)
+    chat = Chat.ask(small("coffee"), QUESTION)
+
+    def ask(adapter: str | None) -> dict[str, Any]:
+        served = Served(family, server, judges[adapter])
+        account = served.ask(chat, lora_path=adapter)
+        served.check(chat, account)
+        return account
+
+    with running(server):
+        for adapter in (None, "one", "other"):
+            assert ask(adapter)["cached_tokens"] == 0
+        for adapter in ("other", None, "one"):
+            account = ask(adapter)
+            assert account["cached_tokens"] == account["prompt_tokens"] - 1
+        # An adapter of the same name, with other weights.
+        served = Served(family, server, judges[None])
+        served.post("/unload_lora_adapter", {"lora_name": "one"})
+        served.post("/load_lora_adapter", {"lora_name": "one", "lora_path": str(adapters["other"])})
+        judges["one"] = judges["other"]
+        assert ask("one")["cached_tokens"] == 0
+        assert ask(None)["cached_tokens"] > 0
+
+
+def test_an_adapter_on_the_input_embedding_ends_the_start(tmp_path: Path) -> None:
+    adapter = make_adapter(checkpoint("qwen2.5-vl"), tmp_path, 0, ("embed_tokens", "o_proj"))
+    server = make_server("qwen2.5-vl", *LORA, "--lora-paths", f"one={adapter}")
+    with pytest.raises(ServerError, match="LoRA adapters on the input embedding"), running(server):
+        pass
