@@ -18,7 +18,7 @@ _CONTROL = "MMTOK_TEST_FAULTS"
 _PACKAGE = "mmtok_deploy.runtime.sglang"
 
 POINTS = {
-    "key": f"{_PACKAGE}.cache_key.CacheKeys.key",
+    "key": f"{_PACKAGE}.cache_key.CacheKeys.keys",
     "encode": f"{_PACKAGE}.stages.StageMetrics.encode",
     "clone": f"{_PACKAGE}.feature_cache._without_batch",
     "embed": f"{_PACKAGE}.selection._embed_guidance",

@@ -47,7 +47,7 @@ def test_the_account_of_images() -> None:
 
 
 def test_a_fallback_is_told() -> None:
-    outcomes = {id(PRUNED): SimpleNamespace(coverage=None, fallback="its features are not finite")}
+    outcomes: dict[int, Any] = {id(PRUNED): SimpleNamespace(coverage=None, fallback="its features are not finite")}
     account = image_account([PRUNED, WHOLE], lambda item: outcomes[id(item)])
     assert (account["num_fallbacks"], account["images"][0]["is_fallback"]) == (1, True)
 
