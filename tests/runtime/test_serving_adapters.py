@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mmtok_deploy.bench.families import Family
 from mmtok_deploy.bench.server import ServerError, running
@@ -15,15 +14,13 @@ from tests.runtime.conftest import checkpoint, judge_of, make_server
 from tests.runtime.hand_pruned import HandPruned
 from tests.runtime.other_weights import make_adapter, with_adapter
 from tests.runtime.serving import Served
+from tests.runtime.unpinned_memory import unpinned_environment
 
 QUESTION = "What is in this cup?"
 LORA = ["--lora-backend=torch_native", "--max-loras-per-batch=3", "--mmtok-budget=10%", "--enable-metrics"]
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="SGLang 0.5.23 pins memory for LoRA: needs a CUDA device"),
-]
+pytestmark = pytest.mark.slow
 
 
 def test_every_adapter_has_its_own_tokens_in_the_cache(tmp_path: Path) -> None:
@@ -34,7 +31,7 @@ def test_every_adapter_has_its_own_tokens_in_the_cache(tmp_path: Path) -> None:
     for name, path in adapters.items():
         judges[name] = HandPruned(family, with_adapter(base, path, tmp_path / f"merged-{name}"))
     paths = [f"{name}={path}" for name, path in adapters.items()]
-    server = make_server(family, *LORA, "--lora-paths", *paths)
+    server = make_server(family, *LORA, "--lora-paths", *paths, **unpinned_environment(tmp_path))
     chat = Chat.ask(small("coffee"), QUESTION)
 
     def ask(adapter: str | None) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def test_every_adapter_has_its_own_tokens_in_the_cache(tmp_path: Path) -> None:
 
 
 def test_an_adapter_on_the_input_embedding_ends_the_start(tmp_path: Path) -> None:
-    adapter = make_adapter(checkpoint("qwen2.5-vl"), tmp_path, 0, ("embed_tokens", "o_proj"))
-    server = make_server("qwen2.5-vl", *LORA, "--lora-paths", f"one={adapter}")
+    adapter = make_adapter(checkpoint("qwen2.5-vl"), tmp_path / "one", 0, ("embed_tokens", "o_proj"))
+    server = make_server("qwen2.5-vl", *LORA, "--lora-paths", f"one={adapter}", **unpinned_environment(tmp_path))
     with pytest.raises(ServerError, match="LoRA adapters on the input embedding"), running(server):
         pass

@@ -1,0 +1,45 @@
+"""An SGLang plugin for tests alone: SGLang's LoRA pins host memory, which takes a GPU; without one, it is not pinned.
+
+Pinned or not, memory holds the same values. Every process of a server loads it, by an entry point that
+`unpinned_environment` writes into a folder on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["register", "unpinned_environment"]
+
+
+def unpinned_environment(folder: Path) -> dict[str, str]:
+    """Returns the environment of a server that pins no memory."""
+    metadata = folder / "plugin" / "mmtok_test_unpinned-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mmtok-test-unpinned\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nmmtok_test_unpinned = tests.runtime.unpinned_memory:register\n"
+    )
+    path = [str(metadata.parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def register() -> None:
+    """Makes PyTorch take `pin_memory` for a no-op."""
+
+    def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def made(*args: Any, **kwargs: Any) -> Any:
+            kwargs.pop("pin_memory", None)
+            return make(*args, **kwargs)
+
+        return made
+
+    for name in ("empty", "zeros", "ones", "tensor", "full", "arange"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment]
