@@ -31,7 +31,7 @@ def test_every_adapter_has_its_own_tokens_in_the_cache(tmp_path: Path) -> None:
     for name, path in adapters.items():
         judges[name] = HandPruned(family, with_adapter(base, path, tmp_path / f"merged-{name}"))
     paths = [f"{name}={path}" for name, path in adapters.items()]
-    server = make_server(family, *LORA, "--lora-paths", *paths, **unpinned_environment(tmp_path))
+    server = make_server(family, *LORA, "--lora-paths", *paths, num_ranks=1, **unpinned_environment(tmp_path))
     chat = Chat.ask(small("coffee"), QUESTION)
 
     def ask(adapter: str | None) -> dict[str, Any]:
@@ -57,6 +57,8 @@ def test_every_adapter_has_its_own_tokens_in_the_cache(tmp_path: Path) -> None:
 
 def test_an_adapter_on_the_input_embedding_ends_the_start(tmp_path: Path) -> None:
     adapter = make_adapter(checkpoint("qwen2.5-vl"), tmp_path / "one", 0, ("embed_tokens", "o_proj"))
-    server = make_server("qwen2.5-vl", *LORA, "--lora-paths", f"one={adapter}", **unpinned_environment(tmp_path))
+    server = make_server(
+        "qwen2.5-vl", *LORA, "--lora-paths", f"one={adapter}", num_ranks=1, **unpinned_environment(tmp_path)
+    )
     with pytest.raises(ServerError, match="LoRA adapters on the input embedding"), running(server):
         pass
