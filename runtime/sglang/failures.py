@@ -38,7 +38,7 @@ __all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_rank
 logger = logging.getLogger(__name__)
 
 # A rank that failed alone waits for so long; the main process then waits 5 s before it ends itself.
-_ANSWER_TIMEOUT_S = 3.0
+_ANSWER_TIMEOUT_S = 2.0
 _POLL_INTERVAL_S = 0.005
 
 

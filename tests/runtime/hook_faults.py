@@ -60,6 +60,10 @@ class Faults:
         (self._folder / "fault.json").unlink(missing_ok=True)
         return len(list(self._folder.glob(f"met-{self._number}-*")))
 
+    def last_met_s(self) -> float:
+        """Returns when the last call failed, as of `time.time()`."""
+        return max(path.stat().st_mtime for path in self._folder.glob("met-*"))
+
 
 def register() -> None:
     """Wraps every point."""

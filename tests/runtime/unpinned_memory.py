@@ -42,4 +42,4 @@ def register() -> None:
 
     for name in ("empty", "zeros", "ones", "tensor", "full", "arange"):
         setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment]
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
