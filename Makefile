@@ -19,7 +19,7 @@ RTX_TARGETS := 8.0 8.6 8.9 12.0 12.1
 ENGINES = $(if $(filter $(TARGET),$(RTX_TARGETS)),--tensorrt --target $(TARGET))
 SELECTION = $(BIN)/mmtok export selection --force $(ENGINES)
 
-.PHONY: help install demo bench export quality soak test test-cpus lint format constraints clean
+.PHONY: help install demo bench export quality soak test test-cpus gpu-check lint format constraints clean
 
 help:
 	@echo "make demo    ask a small model about a picture, with and without a budget, and show what changes"
@@ -29,6 +29,7 @@ help:
 	@echo "make soak    inject faults into servers and see what holds (MINUTES=30 runs all of it, ROWS=fuzz,storm a part)"
 	@echo "make test    every test, two at a time (JOBS=0: one by one); no GPU needed"
 	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
+	@echo "make gpu-check   what needs an NVIDIA GPU: kernels, engines, providers, and the selector's times"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make constraints   resolve all versions anew (slow)"
@@ -75,6 +76,13 @@ CPUS ?= native avx2 sse4 threads perturbed-1 perturbed-2
 CPU_TESTS ?= tests/mmtok_deploy tests/exporters tests/runtime
 test-cpus: $(STAMP)
 	tests/cpus.sh "$(CPUS)" $(CPU_TESTS) --ignore=tests/mmtok_deploy/triton -m "not slow" -k "not serving"
+
+# What a machine without a GPU skips: the Triton kernels, TensorRT engines, ONNX Runtime's CUDA provider, the docs' commands.
+gpu-check: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	  "make gpu-check needs an NVIDIA GPU that PyTorch sees: nothing would be checked here")'
+	$(BIN)/python -m pytest tests/mmtok_deploy tests/exporters tests/test_docs.py --deselect tests/mmtok_deploy/triton/test_interpreted.py
+	$(BIN)/mmtok bench selector --device cuda --output artifacts/gpu-check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
