@@ -141,7 +141,8 @@ class PlaceholderCutter:
         images = image_data or []
         if not all(map(is_raw, images)):
             return []
-        prompt, request, limits = kwargs["input_text"], kwargs["request_obj"], self._settings.limits
+        # SGLang hands an empty prompt on as None.
+        prompt, request, limits = kwargs["input_text"] or "", kwargs["request_obj"], self._settings.limits
         limits.check_prompt(prompt, kwargs.get("max_req_input_len"))
         tokenizer = _tokenizer_of(processor)
         prompt = prompt if isinstance(prompt, str) else _decoded(tokenizer, prompt)

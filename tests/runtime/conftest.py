@@ -16,6 +16,8 @@ from tests.runtime.serving import Served
 FAMILIES = get_args(Family)
 MIN_TOKENS_IN = 8
 """What the tests' images have, but for the smallest of Qwen2.5-VL."""
+MAX_ASPECT_RATIO = 2000
+"""Above the default, so that a line of 1 x 1000 pixels, of which no token may be picked, is served."""
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
 
 
@@ -48,7 +50,12 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(scope="session")
 def servers(family: Family) -> Iterator[tuple[Served, Served]]:
     """A server with a budget of 10% and one without the flag, of the same checkpoint."""
-    flags = ["--mmtok-budget=10%", f"--mmtok-min-tokens-in={MIN_TOKENS_IN}", "--enable-metrics"]
+    flags = [
+        "--mmtok-budget=10%",
+        f"--mmtok-min-tokens-in={MIN_TOKENS_IN}",
+        f"--mmtok-max-aspect-ratio={MAX_ASPECT_RATIO}",
+        "--enable-metrics",
+    ]
     pruned, plain = make_server(family, *flags), make_server(family)
     with running(pruned, plain):
         yield Served(family, pruned, judge_of(family)), Served(family, plain, judge_of(family))

@@ -412,7 +412,9 @@ def test_an_image_beyond_a_limit_is_refused_before_it_is_processed(budget: str |
 
 
 @pytest.mark.parametrize("budget", ["all", 2])
-@pytest.mark.parametrize("prompt", ["<|image_pad|> what is <|image_pad|> ?", "no image", [IMAGE_ID, 65, IMAGE_ID]])
+@pytest.mark.parametrize(
+    "prompt", ["<|image_pad|> what is <|image_pad|> ?", "no image", None, [IMAGE_ID, 65, IMAGE_ID]]
+)
 def test_placeholders_that_are_not_the_images_are_refused(budget: str | int, prompt: Any) -> None:
     with pytest.raises(ValueError, match=r"^the prompt has [02] image placeholders.* for 1 image: write one for each"):
         processed(None, budget, prompt=prompt)

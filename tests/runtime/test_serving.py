@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.runtime.chats import Chat, small
-from tests.runtime.conftest import MIN_TOKENS_IN
+from tests.runtime.conftest import MAX_ASPECT_RATIO, MIN_TOKENS_IN
 from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
 CUP = "What is in this cup?"
@@ -293,8 +293,14 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_agent_timeout_ms": 1000,
         "mmtok_backend": "auto",
         "mmtok_engine": None,
+        "mmtok_engine_sha256": None,
         "mmtok_onnxruntime_provider": None,
         "mmtok_feature_cache_mb": 256,
+        "mmtok_max_image_pixels": 4_194_304 if servers[0].family == "qwen2.5-vl" else 64_000_000,
+        "mmtok_max_aspect_ratio": MAX_ASPECT_RATIO,
+        "mmtok_max_guidance_tokens": 16_384,
+        "mmtok_max_selection_cost": 2e11,
+        "mmtok_trust_image_hashes": False,
     }
     assert all(value is None for name, value in plain.items() if name.startswith("mmtok"))
 
