@@ -191,7 +191,7 @@ def processed(
     excluded: Tensor | None = None,
     images: Sequence[Any] | None = (),
     videos: Sequence[Any] | None = None,
-    prompt: str | list[int] = "",
+    prompt: str | list[int] | None = "",
     max_prompt_tokens: int | None = None,
     min_tokens_in: int = 0,
     agent_url: str | None = None,
@@ -200,7 +200,7 @@ def processed(
     """Runs the cutter around a processor that returns `output`; by default with as many images as it has."""
     num_images = len(output.mm_items) if output is not None else 1
     images = [IMAGE] * num_images if images == () else images
-    prompt = prompt or "<|image_pad|>" * len(images or ())
+    prompt = "<|image_pad|>" * len(images or ()) if prompt == "" else prompt
 
     async def original(processor: Any, image_data: Any, **kwargs: Any) -> Any:
         assert image_data == images
