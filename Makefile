@@ -72,10 +72,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS)
 
 # CPU_TESTS=tests/mmtok_deploy takes the selection's alone.
-CPUS ?= native avx2 sse4 threads perturbed-1 perturbed-2
+CPUS ?= native avx2 sse4 threads perturbed-1
 CPU_TESTS ?= tests/mmtok_deploy tests/exporters tests/runtime
 test-cpus: $(STAMP)
-	tests/cpus.sh "$(CPUS)" $(CPU_TESTS) --ignore=tests/mmtok_deploy/triton -m "not slow" -k "not serving"
+	tests/cpus.sh "$(CPUS)" -n $(JOBS) $(CPU_TESTS) --ignore=tests/mmtok_deploy/triton -m "not slow" -k "not serving"
 
 # What a machine without a GPU skips: the Triton kernels, TensorRT engines, ONNX Runtime's CUDA provider, the docs' commands.
 gpu-check: $(STAMP)

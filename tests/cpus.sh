@@ -24,7 +24,7 @@ for setting in $settings; do
       ;;
   esac
   echo "$setting: ${variables[*]} ${options[*]}"
-  env "${variables[@]}" "$python" -m pytest -q -p no:cacheprovider "${options[@]}" "$@" || failed+=" $setting"
+  env "${variables[@]}" "$python" -m pytest -q "${options[@]}" "$@" || failed+=" $setting"
 done
 if [ -n "$failed" ]; then
   echo "Failed under:$failed" >&2
