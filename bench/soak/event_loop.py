@@ -16,7 +16,7 @@ from mmtok_deploy.bench.server import SglangServer
 from mmtok_deploy.bench.soak.fixed_chats import chat_body, small_image
 from mmtok_deploy.bench.soak.trial import Trial, send
 
-__all__ = ["block_the_event_loop"]
+__all__ = ["block_the_event_loop", "polled_health"]
 
 _MAX_HEALTH_S = 0.25
 _GUIDANCE_BYTES = 10 << 20
@@ -68,7 +68,7 @@ def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_url
             bodies.append(chat_body([small_image("coffee")], "What is it?", {"mmtok_guidance": words}))
             bodies.append(chat_body([small_image("coffee")], words, {}))
         texts = [json.dumps(body).encode() for body in bodies]
-        with _polled(server) as times_s:
+        with polled_health(server) as times_s:
             clients = [threading.Thread(target=ask, args=(text,), daemon=True) for text in texts]
             for client in clients:
                 client.start()
@@ -85,7 +85,7 @@ def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_url
 
 
 @contextlib.contextmanager
-def _polled(server: SglangServer) -> Iterator[list[float]]:
+def polled_health(server: SglangServer) -> Iterator[list[float]]:
     """Gives the seconds of each answer of /health during the block, once it ends; NaN is another answer than 200.
 
     A process of its own asks: this one is busy with the requests, and would wait for itself.

@@ -16,6 +16,8 @@ from tests.runtime.serving import Served
 FAMILIES = get_args(Family)
 MIN_TOKENS_IN = 8
 """What the tests' images have, but for the smallest of Qwen2.5-VL."""
+PLAIN_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+"""Without it, /health generates a token and takes 1 s at least, whether the server is busy or not."""
 MAX_ASPECT_RATIO = 2000
 """Above the default, so that a line of 1 x 1000 pixels, of which no token may be picked, is served."""
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
@@ -37,7 +39,7 @@ def make_server(family: Family, *arguments: str, num_ranks: int = 1, **environme
         *family_arguments(family),
         "--enable-cache-report",
         *arguments,
-        env=cpu_environment(num_ranks=num_ranks) | environment,
+        env=cpu_environment(num_ranks=num_ranks) | PLAIN_HEALTH | environment,
     )
 
 
