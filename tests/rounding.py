@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["PerturbedProducts"]
 
 _PRODUCTS = {"mm", "bmm", "mv", "addmm", "mkldnn_linear"}
-# Cosines of unit vectors are 1 at most, and were seen to be off by up to 5e-7.
+# Relative to the sum of the terms' magnitudes, which is at most 1 for unit vectors: cosines were off by up to 5e-7.
 _LARGEST_ERROR = 3e-7
 
 
@@ -32,22 +32,23 @@ class PerturbedProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ not in _PRODUCTS or not isinstance(result, Tensor):
+        # Tensors of another class stand for shapes alone, while a model is exported.
+        if func.overloadpacket.__name__ not in _PRODUCTS or type(result) is not Tensor:
             return result
         dense = result.to_dense() if result.is_mkldnn else result
         if dense.dtype != torch.float32 or dense.device.type != "cpu" or not dense.numel():
             return result
         operands = [(each.to_dense() if each.is_mkldnn else each) for each in args if isinstance(each, Tensor)]
-        exact = _exact(func.overloadpacket.__name__, operands)
+        name = func.overloadpacket.__name__
+        exact = _product(name, [each.double() for each in operands])
+        magnitude = _product(name, [each.double().abs() for each in operands])
         generator = torch.Generator().manual_seed(hash((self._seed, *dense.shape)) & 0xFFFF_FFFF)
         draws = torch.rand(dense.shape, generator=generator, dtype=torch.float32)
-        error = (2 * draws - 1) * _LARGEST_ERROR * dense.abs().amax()
-        perturbed = torch.where(dense == exact, dense, dense + error)
+        perturbed = torch.where(dense == exact, dense, dense + (2 * draws - 1) * (_LARGEST_ERROR * magnitude).float())
         return perturbed.to_mkldnn() if result.is_mkldnn else dense.copy_(perturbed)
 
 
-def _exact(name: str, operands: list[Tensor]) -> Tensor:
-    doubles = [each.double() for each in operands]
+def _product(name: str, operands: list[Tensor]) -> Tensor:
     if name == "mkldnn_linear":
-        return doubles[0] @ doubles[1].T
-    return doubles[0] + doubles[1] @ doubles[2] if name == "addmm" else doubles[0] @ doubles[1]
+        return operands[0] @ operands[1].T
+    return operands[0] + operands[1] @ operands[2] if name == "addmm" else operands[0] @ operands[1]
