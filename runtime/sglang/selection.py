@@ -22,7 +22,7 @@ from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
 from mmtok_deploy.runtime.sglang.ranks import num_ranks, of_first_rank
 from mmtok_deploy.runtime.sglang.settings import Settings
 
-__all__ = ["ImageTokens", "Outcome", "TokenSelector"]
+__all__ = ["ImageTokens", "Outcome", "TokenSelector", "without_non_finite"]
 
 logger = logging.getLogger(__name__)
 
@@ -317,6 +317,15 @@ class TokenSelector:
             ]
         self._fall_back(outcomes[0], why)
         return [None]
+
+
+def without_non_finite(rows: Tensor) -> Tensor:
+    """Returns kept tokens [K, D] with zeros for values that are not finite; all others keep their bits.
+
+    Attention multiplies values that a query must not see by zero, and NaN times zero is NaN: an image's NaN would reach
+    the text before it, which the prefix cache shares with other requests.
+    """
+    return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _refuse_adapters_on_the_embedding(model_runner: Any) -> None:

@@ -48,11 +48,15 @@ class Faults:
         self._folder = folder
         self._number = 0
 
-    def set(self, point: str, calls: list[int], rank: int | None = None) -> None:
-        """Makes calls of a point fail, counted from 1 from now on, on one rank or on all; in place of those before."""
+    def set(self, point: str, calls: list[int], rank: int | None = None, *, is_nan: bool = False) -> None:
+        """Makes calls of a point fail, counted from 1 from now on, on one rank or on all; in place of those before.
+
+        With `is_nan` they return, in place of raising, a tensor whose first value is NaN.
+        """
         self._number += 1
+        fault = {"number": self._number, "point": point, "calls": calls, "rank": rank, "is_nan": is_nan}
         written = self._folder / "next.json"
-        written.write_text(json.dumps({"number": self._number, "point": point, "calls": calls, "rank": rank}))
+        written.write_text(json.dumps(fault))
         written.replace(self._folder / "fault.json")
 
     def clear(self) -> int:
@@ -89,7 +93,12 @@ def _faulty(point: str, function: Callable[..., Any], folder: Path) -> Callable[
             num_calls += 1
             if num_calls in fault["calls"]:
                 (folder / f"met-{number}-{os.getpid()}-{num_calls}").touch()
-                raise RuntimeError(f"injected at {point}")
+                if not fault["is_nan"]:
+                    raise RuntimeError(f"injected at {point}")
+                result = function(*args, **kwargs)
+                # In place: the plugin reads features where they were computed.
+                (result[0] if isinstance(result, list | tuple) else result).view(-1)[0] = float("nan")
+                return result
         return function(*args, **kwargs)
 
     return faulty

@@ -73,6 +73,21 @@ def test_an_error_at_any_call_leaves_the_server_exact(faulty: tuple[Served, Faul
     assert num_met >= num_ranks * (len(CALLS) - 1)
 
 
+def test_features_that_are_not_finite_reach_no_other_request(faulty: tuple[Served, Faults, int]) -> None:
+    served, faults, num_ranks = faulty
+    chat = Chat.ask(small("coffee"), "Is this a number?")
+    served.flush_cache()
+    fallbacks = served.metric("selection_fallbacks_total")
+    faults.set("encode", [1], is_nan=True)
+    served.ask(chat)
+    assert faults.clear() == num_ranks
+    assert served.metric("selection_fallbacks_total") == fallbacks + 1
+    # The text before the image is in the prefix cache now.
+    account = served.ask(chat)
+    assert account["cached_tokens"] > 0
+    served.check(chat, account)
+
+
 def test_an_error_of_one_rank_alone_ends_the_server(faulty: tuple[Served, Faults, int]) -> None:
     """Last in this file: the server is gone after it."""
     served, faults, num_ranks = faulty

@@ -14,7 +14,7 @@ from mmtok_deploy.methods.downsample import grid_within
 from mmtok_deploy.runtime.sglang.families.llava import Llava
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
-from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector, without_non_finite
 from mmtok_deploy.runtime.sglang.stages import StageMetrics
 from mmtok_deploy.runtime.sglang.transformers_backend import (
     EncodedImage,
@@ -87,7 +87,7 @@ class Llava15(Llava):
                 for image in images
             ]
             kept = selector.select(squares, model.model.get_input_embeddings())
-            return [square.vision[indices] for square, indices in zip(squares, kept, strict=True)]
+            return [without_non_finite(square.vision[indices]) for square, indices in zip(squares, kept, strict=True)]
 
         return [
             Hook(

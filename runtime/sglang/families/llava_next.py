@@ -15,7 +15,7 @@ from mmtok_deploy.methods import MethodName
 from mmtok_deploy.runtime.sglang.families.llava import Llava
 from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
 from mmtok_deploy.runtime.sglang.hooks import Hook
-from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector, without_non_finite
 from mmtok_deploy.runtime.sglang.stages import StageMetrics
 from mmtok_deploy.runtime.sglang.transformers_backend import (
     EncodedImage,
@@ -92,7 +92,7 @@ def _join(image: EncodedImage, kept: Sequence[Tensor], config: Any) -> Tensor:
         image.item.image_sizes[0], config.image_grid_pinpoints, config.vision_config.image_size
     )
     crops = _raster_order(torch.stack(list(kept[1:])), grid, math.isqrt(vision.shape[1]))
-    return torch.cat([vision[0][kept[0]], vision[1:].flatten(0, 1)[crops]])
+    return without_non_finite(torch.cat([vision[0][kept[0]], vision[1:].flatten(0, 1)[crops]]))
 
 
 def tokens_per_tile(budget: Budget, tile_tokens: int, num_tiles: int, max_tiles: int) -> int:

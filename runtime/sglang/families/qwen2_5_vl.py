@@ -21,7 +21,7 @@ from mmtok_deploy.runtime.sglang.hooks import Hook
 from mmtok_deploy.runtime.sglang.placeholders import plan_of
 from mmtok_deploy.runtime.sglang.positions import PositionWriter, bound_by_positions
 from mmtok_deploy.runtime.sglang.refusals import refusal
-from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector
+from mmtok_deploy.runtime.sglang.selection import ImageTokens, TokenSelector, without_non_finite
 from mmtok_deploy.runtime.sglang.settings import Settings
 from mmtok_deploy.runtime.sglang.smaller_images import ProcessorSizes
 from mmtok_deploy.runtime.sglang.stages import StageMetrics
@@ -171,7 +171,10 @@ def _select(selector: TokenSelector, model: Any, items: Sequence[Any], features:
         if (plan := plan_of(item)) is not None and (names := keys_of(item)) is not None
     }
     kept = dict(zip(images, selector.select(list(images.values()), model.get_input_embeddings()), strict=True))
-    return [each.vision[kept[place]] if place in kept else each.vision for place, each in enumerate(features)]
+    return [
+        without_non_finite(each.vision[kept[place]]) if place in kept else each.vision
+        for place, each in enumerate(features)
+    ]
 
 
 def _raster_keys(visual: Any, before_merger: Tensor, grids: Tensor) -> Tensor:
