@@ -120,7 +120,7 @@ def _artifacts(trial: Trial) -> None:
     ]
     outcomes: Counter[str] = Counter()
     last = "the start"
-    for line in _lines(trial, command, "artifacts"):
+    for line in _lines(trial, command, "artifacts", stops=True):
         result = json.loads(line)
         last = result["what"]
         trial.count("flips" if last.startswith("flip") else "changed_manifests")
@@ -167,8 +167,15 @@ def _keys(trial: Trial) -> None:
         trial.count("pairs", 10_000)
 
 
-def _lines(trial: Trial, command: list[str], name: str) -> Iterator[str]:
-    """Gives what a program prints, line by line; counts its exit status as `returncode`."""
+def _lines(trial: Trial, command: list[str], name: str, *, stops: bool = False) -> Iterator[str]:
+    """Gives what a program prints, line by line; counts its exit status as `returncode`.
+
+    Args:
+        trial: Holds the row's folder and time.
+        command: The program.
+        name: Names its log.
+        stops: End the program, without an exit status, once the row's time is over; else it ends by itself.
+    """
     log = trial.folder / "logs" / f"{name}-{trial.family}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as errors:
@@ -179,7 +186,7 @@ def _lines(trial: Trial, command: list[str], name: str) -> Iterator[str]:
         try:
             for line in process.stdout:
                 yield line
-                if trial.is_over():
+                if stops and trial.is_over():
                     break
             else:
                 trial.counts["returncode"] = process.wait()
