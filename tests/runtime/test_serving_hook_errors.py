@@ -75,6 +75,8 @@ def test_an_error_at_any_call_leaves_the_server_exact(faulty: tuple[Served, Faul
 
 def test_features_that_are_not_finite_reach_no_other_request(faulty: tuple[Served, Faults, int]) -> None:
     served, faults, num_ranks = faulty
+    if served.family != "qwen2.5-vl":
+        pytest.skip("what LLaVA selects from is read inside the encoder's call, before the value that is changed here")
     chat = Chat.ask(small("coffee"), "Is this a number?")
     served.flush_cache()
     fallbacks = served.metric("selection_fallbacks_total")
