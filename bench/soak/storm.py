@@ -17,7 +17,7 @@ from mmtok_deploy.bench.server import SglangServer
 from mmtok_deploy.bench.soak.fixed_chats import Account, ask_for_logprobs, chat_body, largest_difference, small_image
 from mmtok_deploy.bench.soak.trial import Trial, in_parallel, resident_bytes, send
 
-__all__ = ["STORM_ENVIRONMENT", "STORM_FLAGS", "leak", "storm"]
+__all__ = ["MIN_JUDGED", "STORM_ENVIRONMENT", "STORM_FLAGS", "leak", "storm"]
 
 STORM_FLAGS = (
     "--mmtok-budget=10%",
@@ -38,7 +38,8 @@ _NUM_KNOWN = 40
 # Of an answer whose images were encoded in another batch than the known one.
 _TOLERANCE = 1e-4
 _MAX_GROWTH_MB_PER_1000 = 1.0
-_MIN_JUDGED = 1000
+MIN_JUDGED = 1000
+"""Requests from which on the growth of memory is judged."""
 _BUDGETS: tuple[dict[str, Any], ...] = (
     {},
     {"mmtok_budget": "all"},
@@ -177,7 +178,7 @@ def _judge_growth(trial: Trial, memory: list[tuple[int, int]], num_requests: int
     growth_mb = 1000 * fit.slope / 2**20
     trial.numbers["growth_mb_per_1000"] = round(growth_mb, 2)
     # Over fewer requests, the memory that the allocators take and give back is more than what is looked for.
-    if num_requests >= _MIN_JUDGED and growth_mb >= _MAX_GROWTH_MB_PER_1000:
+    if num_requests >= MIN_JUDGED and growth_mb >= _MAX_GROWTH_MB_PER_1000:
         sizes_mb = [round(size / 2**20) for _, size in memory]
         trial.fail("resident memory grows", f"{growth_mb:.2f} MB per 1,000 requests; MB on the way: {sizes_mb}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmtok_deploy.bench.results import ResultRow, read_rows
 from mmtok_deploy.bench.soak.faults import ROWS
+from mmtok_deploy.bench.soak.storm import MIN_JUDGED
 
 __all__ = ["fault_table", "write_table"]
 
@@ -57,7 +58,9 @@ def _counts(row: ResultRow) -> str:
         if name.startswith("num_") and name not in _NOT_COUNTED
     ]
     if "growth_mb_per_1000" in row.metrics:
-        counts.append(f"{row.metrics['growth_mb_per_1000']:.2f} MB more per 1,000")
+        is_judged = row.metrics.get("num_requests", 0) >= MIN_JUDGED
+        growth = f"{row.metrics['growth_mb_per_1000']:.2f} MB more per 1,000"
+        counts.append(growth if is_judged else "too few for a judgement of memory")
     if "gone_after_s" in row.metrics:
         counts.append(f"gone after {row.metrics['gone_after_s']:.1f} s at most")
     if row.metrics.get("num_fixed_chats"):
