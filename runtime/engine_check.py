@@ -27,7 +27,7 @@ def sample_problems(manifest: Manifest, device: torch.device) -> list[SelectionP
     Features are of a few kinds of things, and words name some of them, so that gains differ as a model's do.
 
     Args:
-        manifest: Of the file, which is to select from them.
+        manifest: The manifest of the file that is to select from them.
         device: Where they are made.
 
     Raises:

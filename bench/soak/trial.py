@@ -141,11 +141,11 @@ class Trial:
     """One row at work for one model family.
 
     Args:
-        family: Of the served model.
+        family: The served model's family.
         folder: For logs and checkpoints.
-        minutes: Of the whole run; 30 runs every row's full count.
+        minutes: How long the whole run takes; 30 runs every row's full count.
         num_families: How many families share that count.
-        seed: Of everything that is drawn.
+        seed: What everything that is drawn is drawn from.
         on_step: Called with a line of progress.
         pool: Gives the servers.
     """

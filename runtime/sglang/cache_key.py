@@ -53,11 +53,11 @@ class ImageKeys:
     """The keys of one image of a request, 32 bytes each.
 
     Args:
-        image: Of its features.
-        selection: Of its selection and its place in the prefix cache; None for an image that is not pruned.
+        image: The key of the image's features.
+        selection: The key of its selection and of its place in the prefix cache; None for an image that is not pruned.
         draw: What a method that draws is seeded with: the same for the same image, question and budget on every
             server, whatever the scope.
-        bases: Of `image` and `selection` before they were moved on, and how often each was.
+        bases: `image` and `selection` before they were moved on, and how often each was.
     """
 
     image: bytes

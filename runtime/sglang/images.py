@@ -39,7 +39,7 @@ class ImageLoader:
     """Reads images and checks their size from the header; one a tokenizer process.
 
     Args:
-        limits: Of an image's pixels.
+        limits: What an image is refused for.
     """
 
     def __init__(self, limits: Limits) -> None:

@@ -22,12 +22,13 @@ class Limits:
     """What a request is refused for (HTTP 400) before the server works on it.
 
     Args:
-        max_image_pixels: Of an image as it was sent, which decoding takes memory for; all images of a request may have
-            eight times as many.
-        max_aspect_ratio: Of an image's longer side to its shorter one; CLIP's processor scales the shorter one up.
-        max_guidance_tokens: Of the text that guides the selection of one image; all images of a request may have four
-            times as many, the text of several images counted once. A text of more than 16 bytes for each of these
-            tokens is refused before it is tokenised.
+        max_image_pixels: The most pixels of an image as it was sent, which decoding takes memory for; all images of a
+            request may have eight times as many.
+        max_aspect_ratio: The most shorter sides that an image's longer side may have; CLIP's processor scales the
+            shorter one up.
+        max_guidance_tokens: The most tokens of the text that guides the selection of one image; all images of a request
+            may have four times as many, the text of several images counted once. A text of more than 16 bytes for
+            each of these tokens is refused before it is tokenised.
         max_selection_cost: K x N x (M + N) of N tokens, K kept ones and M guidance tokens, summed over the images of a
             request (LLaVA-NeXT: over their tiles). The selection computes at most as many gains.
 
@@ -79,7 +80,7 @@ class Limits:
 
         Args:
             prompt: Text, or token ids, in which placeholders may be expanded that are cut later.
-            max_prompt_tokens: Of the server's longest prompt, None where it is not known.
+            max_prompt_tokens: The tokens of the server's longest prompt, None where it is not known.
         """
         if max_prompt_tokens is not None and len(prompt) > 2 * _MAX_BYTES_A_TOKEN * max_prompt_tokens:
             unit = "characters" if isinstance(prompt, str) else "token ids"
@@ -137,7 +138,7 @@ def default_limits(family: str, device: str | None) -> Limits:
     """Returns the limits of a server that sets none.
 
     Args:
-        family: Of the model.
+        family: The served model's family.
         device: SGLang's name of the server's device, None while it is not known.
     """
     if device != "cpu":

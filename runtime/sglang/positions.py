@@ -28,7 +28,7 @@ class _Span:
     """The part of one pruned image's K placeholders that a prefill chunk holds.
 
     Args:
-        key: Of the image's selection.
+        key: What the image's selection is remembered by.
         name: The image's name in SGLang's cache of embeddings.
         plan: Its plan, with the original positions.
         first: [3, 1] int64, where the image's first token stands in the request. A later turn of a session counts on

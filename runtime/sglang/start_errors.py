@@ -51,7 +51,7 @@ def naming_flags(fields: Collection[str]) -> Iterator[None]:
     """Names a flag in the errors of classes that know no flags: "tv_temp is ..." becomes "--mmtok-tv-temp is ...".
 
     Args:
-        fields: Of the server's arguments, `mmtok_tv_temp` among them.
+        fields: Names of the server's arguments, `mmtok_tv_temp` among them.
 
     Raises:
         FlagError: For a ValueError of the block.
@@ -71,7 +71,7 @@ def warn_of_environment(fields: tuple[str, ...]) -> None:
     """Warns, once a process, of variables such as MMTOK_BUDGET: there are none, so they would do nothing unseen.
 
     Args:
-        fields: Of the server's arguments, `mmtok_budget` among them.
+        fields: Names of the server's arguments, `mmtok_budget` among them.
     """
     for name in fields:
         if name.startswith("mmtok_") and is_set(name.upper()):
