@@ -30,7 +30,7 @@ help:
 	@echo "make test    every test, two at a time (JOBS=0: one by one); no GPU needed"
 	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
 	@echo "make gpu-check   what needs an NVIDIA GPU: kernels, engines, providers, and the selector's times"
-	@echo "make lint    ruff and mypy --strict"
+	@echo "make lint    ruff, mypy --strict and the direction of imports"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make constraints   resolve all versions anew (slow)"
 	@echo "make clean   remove .venv and artifacts"
@@ -88,6 +88,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

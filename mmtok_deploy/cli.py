@@ -24,11 +24,11 @@ _EXTRAS = {
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage, 130 Ctrl-C."""
     # Inside, so that every layer may start from here; light, so that --help is quick.
-    from mmtok_deploy.bench.families import PocketFamily
-    from mmtok_deploy.bench.pocket.command import add_pocket_parser
-    from mmtok_deploy.bench.quality.command import add_quality_parser
-    from mmtok_deploy.bench.soak.command import add_soak_parser
-    from mmtok_deploy.exporters.command import add_export_parser
+    from mmtok_bench.families import PocketFamily
+    from mmtok_bench.pocket.command import add_pocket_parser
+    from mmtok_bench.quality.command import add_quality_parser
+    from mmtok_bench.soak.command import add_soak_parser
+    from mmtok_export.command import add_export_parser
 
     parser = argparse.ArgumentParser(prog="mmtok", description="MMTok vision-token selection, made deployable.")
     parser.add_argument("--version", action="version", version=f"mmtok-deploy {__version__}")
@@ -71,29 +71,29 @@ def _run(arguments: argparse.Namespace) -> int:
         case "bench":
             return _bench(arguments)
         case "quality":
-            from mmtok_deploy.bench.quality.command import run_quality
+            from mmtok_bench.quality.command import run_quality
 
             return run_quality(arguments)
         case "export":
-            from mmtok_deploy.exporters.command import run_export
+            from mmtok_export.command import run_export
 
             return run_export(arguments)
         case "pocket":
-            from mmtok_deploy.bench.pocket.command import run_pocket
+            from mmtok_bench.pocket.command import run_pocket
 
             return run_pocket(arguments)
         case "soak":
-            from mmtok_deploy.bench.soak.command import run_soak
+            from mmtok_bench.soak.command import run_soak
 
             return run_soak(arguments)
         case _:
-            from mmtok_deploy.bench.demo import run_demo
+            from mmtok_bench.demo import run_demo
 
             return run_demo(family=arguments.family, budget=arguments.budget, folder=arguments.folder)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from mmtok_deploy.bench.serve.options import add_serve_parser
+    from mmtok_bench.serve.options import add_serve_parser
 
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True, metavar="WHAT")
     selector = bench.add_parser("selector", help="how long the selection takes, beside the published loop")
@@ -141,10 +141,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.bench == "report":
         return _bench_report(arguments)
     if arguments.bench == "serve":
-        from mmtok_deploy.bench.serve.command import run_serve_bench
+        from mmtok_bench.serve.command import run_serve_bench
 
         return run_serve_bench(arguments)
-    from mmtok_deploy.bench.second_question import run_second_question_bench
+    from mmtok_bench.second_question import run_second_question_bench
 
     return run_second_question_bench(folder=arguments.output, json_output=arguments.json)
 
@@ -152,7 +152,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _bench_selector(arguments: argparse.Namespace) -> int:
     import torch
 
-    from mmtok_deploy.bench.selector import DEFAULT_SHAPES, run_selector_bench
+    from mmtok_bench.selector import DEFAULT_SHAPES, run_selector_bench
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -175,7 +175,7 @@ def _bench_selector(arguments: argparse.Namespace) -> int:
 
 
 def _bench_report(arguments: argparse.Namespace) -> int:
-    from mmtok_deploy.bench.report.command import run_report
+    from mmtok_bench.report.command import run_report
 
     page = arguments.output
     if page is None and arguments.markdown is None:

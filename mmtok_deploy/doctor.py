@@ -172,7 +172,7 @@ def _check_devices() -> list[Check]:
 
 
 def _check_sglang() -> Check:
-    from mmtok_deploy.runtime.sglang.plugin import SUPPORTED_SGLANG
+    from mmtok_sglang.plugin import SUPPORTED_SGLANG
 
     version = _installed_version("sglang")
     if version is None:

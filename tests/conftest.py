@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import settings
 
-from mmtok_deploy.bench.families import Family
+from mmtok_bench.families import Family
 from tests.rounding import PerturbedProducts
 
 settings.register_profile("mmtok", derandomize=True, deadline=None, database=None, max_examples=50)

@@ -1,12 +1,15 @@
-"""The wheel, installed elsewhere, holds everything that its entry points name."""
+"""The archives that users install hold everything that they need, and constraints.txt names all of it."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import PackageNotFoundError, requires
@@ -19,51 +22,93 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 
 
+# Each package and the folder that holds it.
+PACKAGES = {"mmtok_deploy": "", "mmtok_export": "exporters", "mmtok_sglang": "runtime", "mmtok_bench": "bench"}
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    # A build leaves folders beside the sources: not in this checkout.
-    ignored = shutil.ignore_patterns(".*", "artifacts", "build", "tests", "*.egg-info", "__pycache__")
-    sources = shutil.copytree(ROOT, folder / "sources", symlinks=True, ignore=ignored)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    subprocess.run([*build, str(sources)], check=True, timeout=300)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the source archive, and in `site` the wheel that is built from it, unpacked."""
+    folder = tmp_path_factory.mktemp("built")
+    # Only what Git has: what else lies in this checkout is not in anyone else's.
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "checkout" / name)
+    hatchling = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+    subprocess.run([*hatchling, "-t", "sdist"], cwd=folder / "checkout", check=True, timeout=300)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    sources = folder / sdist.name.removesuffix(".tar.gz")
+    subprocess.run([*hatchling, "-t", "wheel"], cwd=sources, check=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
-    return folder / "site"
+    return folder
 
 
-def test_wheel_holds_every_module(site: Path) -> None:
-    tops = {"mmtok_deploy": ROOT / "mmtok_deploy"}
-    tops |= {f"mmtok_deploy/{name}": ROOT / name for name in ("exporters", "runtime", "bench")}
-    for place, folder in tops.items():
-        for source in folder.rglob("*.py"):
-            assert (site / place / source.relative_to(folder)).is_file()
-    assert (site / "mmtok_deploy" / "py.typed").is_file()
-    for name in ("page.css", "page.html.jinja"):
-        assert (site / "mmtok_deploy" / "bench" / "report" / name).is_file()
+@pytest.fixture(scope="module")
+def site(built: Path) -> Path:
+    return built / "site"
 
 
-def test_wheel_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
+def test_the_source_archive_holds_what_the_tests_need(built: Path) -> None:
+    (sources,) = (path.parent for path in built.glob("*/PKG-INFO"))
+    for name in ("Makefile", "constraints.txt", "tests/conftest.py", "docs/reliability.md", "LICENSE"):
+        assert (sources / name).is_file()
+    assert (sources / "tests" / "data" / "golden").is_dir()
+
+
+def test_the_checkout_holds_no_symbolic_links() -> None:
+    # Git on Windows and unpacked archives leave text files in their place.
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert [line for line in listed.splitlines() if line.startswith("120000")] == []
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(site: Path) -> None:
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder / package).as_posix()}"
+        for package, folder in PACKAGES.items()
+        for path in (ROOT / folder / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    found = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
+    assert {name for name in found if ".dist-info/" not in name} == expected
+
+
+def test_the_wheel_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
     program = (
-        "import mmtok_deploy, mmtok_deploy.bench, mmtok_deploy.exporters\n"
+        "import mmtok_deploy, mmtok_export, mmtok_sglang, mmtok_bench\n"
         "from importlib.metadata import distributions\n"
         f"(dist,) = distributions(name='mmtok-deploy', path=[{str(site)!r}])\n"
         "print(mmtok_deploy.__file__)\n"
         "print(sorted(f'{e.group} {e.name}' for e in dist.entry_points if callable(e.load())))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = in_other_folder(["-c", program], site, tmp_path)
     assert run.returncode == 0, run.stderr
     place, entry_points = run.stdout.splitlines()
     assert Path(place).is_relative_to(site)
     assert entry_points == "['console_scripts mmtok', 'sglang.srt.platforms torch_cpu', 'sglang.srt.plugins mmtok']"
+
+
+def test_the_command_line_of_the_wheel_finds_its_plugin(site: Path, tmp_path: Path) -> None:
+    run = in_other_folder(["-m", "mmtok_deploy", "doctor", "--json"], site, tmp_path)
+    assert run.returncode in (0, 1), run.stderr
+    checks = {check["name"]: check for check in json.loads(run.stdout)["checks"]}
+    assert checks["plugin mmtok"]["status"] == checks["platform torch_cpu"]["status"] == "ok"
+
+
+def in_other_folder(arguments: list[str], site: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def pinned() -> list[tuple[Requirement, list[str]]]:

@@ -8,7 +8,7 @@ import openai
 import pytest
 from PIL import Image
 
-from mmtok_deploy.bench.chat import ask, image_url
+from mmtok_bench.chat import ask, image_url
 
 USAGE = {
     "prompt_tokens": 125,

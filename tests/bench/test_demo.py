@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench import demo
-from mmtok_deploy.bench.demo import run_demo
-from mmtok_deploy.bench.server import ServerError
+from mmtok_bench import demo
+from mmtok_bench.demo import run_demo
+from mmtok_bench.server import ServerError
 
 
 @pytest.mark.parametrize(("error", "code"), [(ServerError("port [red]taken[/]"), 1), (KeyboardInterrupt(), 130)])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_deploy.bench.photographs import PHOTOGRAPHS, photograph
+from mmtok_bench.photographs import PHOTOGRAPHS, photograph
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)

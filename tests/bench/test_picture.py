@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtok_deploy.bench.picture import draw_kept
+from mmtok_bench.picture import draw_kept
 
 RED = (220, 30, 30)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from mmtok_deploy.bench.process_tree import end_process_tree, process_tree
+from mmtok_bench.process_tree import end_process_tree, process_tree
 
 SLEEP = "import time; time.sleep(300)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
@@ -64,7 +64,7 @@ def test_an_orphan_ends() -> None:
 
 def test_ctrl_c_while_ending_ends_everything_first(monkeypatch: pytest.MonkeyPatch) -> None:
     with started(f"{START.format(child=STUBBORN, session=False)}; {STUBBORN}", 2) as process:
-        monkeypatch.setattr("mmtok_deploy.bench.process_tree.time.sleep", interrupt_once())
+        monkeypatch.setattr("mmtok_bench.process_tree.time.sleep", interrupt_once())
         with pytest.raises(KeyboardInterrupt):
             end_process_tree(process.pid, grace_s=60)
         assert process_tree(process.pid) == []

@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from mmtok_deploy.bench.progress import progress_bar
+from mmtok_bench.progress import progress_bar
 
 
 def test_steps_and_further_columns_are_shown() -> None:

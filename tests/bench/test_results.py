@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmtok_deploy.bench.results import (
+from mmtok_bench.results import (
     SCHEMA,
     UnfinishedRowWarning,
     append_row,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmtok_deploy.bench import second_question
-from mmtok_deploy.bench.results import latencies_ms, read_rows
+from mmtok_bench import second_question
+from mmtok_bench.results import latencies_ms, read_rows
 
 
 def test_rows_and_their_table(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmtok_bench import selector
+from mmtok_bench.dense_loop import BASELINES
+from mmtok_bench.made_up_features import make_problem
+from mmtok_bench.results import latencies_ms, read_rows
+from mmtok_bench.timing import time_in_turns
 from mmtok_deploy import SelectionConfig
-from mmtok_deploy.bench import selector
-from mmtok_deploy.bench.dense_loop import BASELINES
-from mmtok_deploy.bench.made_up_features import make_problem
-from mmtok_deploy.bench.results import latencies_ms, read_rows
-from mmtok_deploy.bench.timing import time_in_turns
 from mmtok_deploy.cli import main
 from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.problem import SelectionProblem

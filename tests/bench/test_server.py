@@ -12,11 +12,11 @@ from threading import Thread
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_environment, running
+from mmtok_bench.server import ServerError, SglangServer, cpu_environment, running
 
 START_AND_WAIT = """
 import signal, sys
-from mmtok_deploy.bench.server import SglangServer, cpu_environment
+from mmtok_bench.server import SglangServer, cpu_environment
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and hand that down
 with SglangServer("nowhere", env=cpu_environment(), on_progress=lambda *_: print("waiting", flush=True)):
     pass

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.exporters.artifact import export_model
-from mmtok_deploy.exporters.selection_graph import SelectionSpec, build_selection
+from mmtok_export.artifact import export_model
+from mmtok_export.selection_graph import SelectionSpec, build_selection
 from tests.exporters.graphs import spec_for
 from tests.mmtok_deploy.problems import random_problem
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmtok_deploy import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.exporters.selection_graph import FeatureDtype, Form, SelectionSpec, build_selection
+from mmtok_export.selection_graph import FeatureDtype, Form, SelectionSpec, build_selection
 from tests.mmtok_deploy.problems import Problem
 
 __all__ = ["all_nodes", "batch_of", "run", "session_of", "spec_for"]

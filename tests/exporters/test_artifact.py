@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from mmtok_deploy import SelectionConfig
-from mmtok_deploy.exporters import artifact
-from mmtok_deploy.exporters.artifact import export_model, new_artifact
-from mmtok_deploy.exporters.check import CheckFailedError
-from mmtok_deploy.exporters.selection_graph import SelectionSpec, build_selection
 from mmtok_deploy.manifest import Manifest
+from mmtok_export import artifact
+from mmtok_export.artifact import export_model, new_artifact
+from mmtok_export.check import CheckFailedError
+from mmtok_export.selection_graph import SelectionSpec, build_selection
 
 
 def test_a_file_and_its_manifest_and_nothing_else(exported: Path, spec: SelectionSpec) -> None:
@@ -103,7 +103,7 @@ def test_no_space_left(tmp_path: Path) -> None:
     limited = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from mmtok_deploy.cli import main\n"
-        "import mmtok_deploy.exporters.artifact\n"
+        "import mmtok_export.artifact\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "sys.exit(main(sys.argv[1:]))"
     )

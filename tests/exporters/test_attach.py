@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mmtok_deploy import Budget, SelectionConfig, select_tokens
 from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.exporters.artifact import export_model
-from mmtok_deploy.exporters.attach import Attachment, attach_selection, open_dimensions
 from mmtok_deploy.manifest import Manifest
+from mmtok_export.artifact import export_model
+from mmtok_export.attach import Attachment, attach_selection, open_dimensions
 
 NUM_TOKENS, GROUP, WIDTH, BUDGET = 24, 4, 10, 6
 

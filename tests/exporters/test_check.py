@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.exporters.artifact import export_model
-from mmtok_deploy.exporters.check import CheckFailedError, check_artifact
-from mmtok_deploy.exporters.selection_graph import SelectionSpec, build_selection
 from mmtok_deploy.manifest import Manifest
+from mmtok_export.artifact import export_model
+from mmtok_export.check import CheckFailedError, check_artifact
+from mmtok_export.selection_graph import SelectionSpec, build_selection
 
 
 def test_smallest_optimal_and_largest_sizes(exported: Path) -> None:

@@ -119,6 +119,6 @@ def test_check_finds_a_wrong_answer(exported: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "mmtok_deploy.exporters.check", None)
+    monkeypatch.setitem(__import__("sys").modules, "mmtok_export.check", None)
     assert export("check", "a.onnx") == 1
     assert "pip install 'mmtok-deploy[export]'" in capsys.readouterr().err

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmtok_bench.families import Family
 from mmtok_deploy import select_tokens
-from mmtok_deploy.bench.families import Family
 from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.exporters.encoder import build_joined_encoder
-from mmtok_deploy.exporters.selection_graph import FORMS, Form
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.presets import PRESETS
+from mmtok_export.encoder import build_joined_encoder
+from mmtok_export.selection_graph import FORMS, Form
 from tests.runtime.chats import small
 from tests.runtime.conftest import checkpoint, judge_of
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.exporters.encoders import EncoderError, build_encoder, export_encoder
+from mmtok_bench.families import Family
+from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of
 
 FAMILY: Family = "qwen2.5-vl"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.exporters.encoders import EncoderError, build_encoder, export_encoder
+from mmtok_bench.families import Family
 from mmtok_deploy.presets import PRESETS
+from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
 
 FAMILY: Family = "llava-1.5"

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.exporters.encoders import EncoderError, build_encoder, export_encoder
+from mmtok_bench.families import Family
 from mmtok_deploy.presets import PRESETS
+from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
 
 FAMILY: Family = "qwen2.5-vl"

@@ -14,8 +14,8 @@ import torch
 from mmtok_deploy import Selection, SelectionConfig
 from mmtok_deploy.config import Coverage
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.exporters.selection_graph import FORMS, Form, build_selection
 from mmtok_deploy.problem import SelectionProblem
+from mmtok_export.selection_graph import FORMS, Form, build_selection
 from tests.exporters.graphs import all_nodes, batch_of, run, session_of, spec_for
 from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, assert_greedy, golden, mask_of, random_problem
 

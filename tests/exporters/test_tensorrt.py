@@ -13,10 +13,12 @@ import torch
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.engines import open_engine
 from mmtok_deploy.engines.tensorrt import tensorrt_module
-from mmtok_deploy.exporters import tensorrt
-from mmtok_deploy.exporters.artifact import export_model
-from mmtok_deploy.exporters.selection_graph import FORMS, FeatureDtype, Form, SelectionSpec, build_selection
-from mmtok_deploy.exporters.tensorrt import (
+from mmtok_deploy.greedy_replay import replay_greedy
+from mmtok_deploy.manifest import ArtifactError, Manifest, describe_file
+from mmtok_export import tensorrt
+from mmtok_export.artifact import export_model
+from mmtok_export.selection_graph import FORMS, FeatureDtype, Form, SelectionSpec, build_selection
+from mmtok_export.tensorrt import (
     EngineBuildError,
     Library,
     build_engine,
@@ -24,8 +26,6 @@ from mmtok_deploy.exporters.tensorrt import (
     choose_library,
     engine_path,
 )
-from mmtok_deploy.greedy_replay import replay_greedy
-from mmtok_deploy.manifest import ArtifactError, Manifest, describe_file
 from tests.exporters.graphs import batch_of
 from tests.mmtok_deploy.problems import random_problem
 

@@ -14,7 +14,7 @@ import torch
 from mmtok_deploy import __version__, doctor
 from mmtok_deploy.cli import main
 from mmtok_deploy.presets import PRESETS
-from mmtok_deploy.runtime.sglang.plugin import SUPPORTED_SGLANG
+from mmtok_sglang.plugin import SUPPORTED_SGLANG
 
 VARIABLES = ("SGLANG_PLUGINS", "SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE")
 NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine without an accelerator")

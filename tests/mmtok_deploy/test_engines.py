@@ -14,10 +14,10 @@ from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import Engine, EngineError, open_engine
 from mmtok_deploy.engines.tensorrt import tensorrt_module
-from mmtok_deploy.exporters.artifact import export_model
-from mmtok_deploy.exporters.selection_graph import FeatureDtype, build_selection
 from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.manifest import ArtifactError, Manifest
+from mmtok_export.artifact import export_model
+from mmtok_export.selection_graph import FeatureDtype, build_selection
 from tests.exporters.graphs import batch_of, spec_for
 from tests.mmtok_deploy.problems import random_problem
 

@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 
-from mmtok_deploy.bench.families import Family, family_arguments
-from mmtok_deploy.bench.server import SglangServer, cpu_arguments, cpu_environment, running
-from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_bench.families import Family, family_arguments
+from mmtok_bench.server import SglangServer, cpu_arguments, cpu_environment, running
+from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from tests.runtime.hand_pruned import HandPruned
 from tests.runtime.serving import Served
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.exporters.artifact import export_model
-from mmtok_deploy.exporters.selection_graph import SelectionSpec, build_selection
 from mmtok_deploy.presets import PRESETS
+from mmtok_export.artifact import export_model
+from mmtok_export.selection_graph import SelectionSpec, build_selection
 
 __all__ = ["export_for"]
 

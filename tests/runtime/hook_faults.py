@@ -15,14 +15,14 @@ from typing import Any
 __all__ = ["POINTS", "Faults", "fault_environment", "register"]
 
 _CONTROL = "MMTOK_TEST_FAULTS"
-_PACKAGE = "mmtok_deploy.runtime.sglang"
+_PACKAGE = "mmtok_sglang"
 
 POINTS = {
     "key": f"{_PACKAGE}.cache_key.CacheKeys.keys",
     "encode": f"{_PACKAGE}.stages.StageMetrics.encode",
     "clone": f"{_PACKAGE}.feature_cache._without_batch",
     "embed": f"{_PACKAGE}.selection._embed_guidance",
-    "select": "mmtok_deploy.runtime.executors.TorchExecutor.select",
+    "select": "mmtok_deploy.executors.TorchExecutor.select",
     "count": f"{_PACKAGE}.metrics.SelectionMetrics._count",
     "features": f"{_PACKAGE}.failures.Failures.guard_features",
 }

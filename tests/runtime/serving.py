@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from mmtok_deploy.bench.server import SglangServer
+from mmtok_bench.server import SglangServer
 from tests.runtime.chats import Chat
 from tests.runtime.hand_pruned import HandPruned
 

@@ -17,14 +17,14 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from torch import Tensor
 
+from mmtok_bench.families import Family
+from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy import Budget
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.presets import PRESETS
-from mmtok_deploy.runtime.sglang.cache_key import CacheKeys, ImageKeys, digest, name_images
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from mmtok_deploy.runtime.sglang.selection import ImageTokens
-from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_sglang.cache_key import CacheKeys, ImageKeys, digest, name_images
+from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.selection import ImageTokens
+from mmtok_sglang.settings import Settings
 
 __all__ = [
     "IMAGE_ID",

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.runtime.sglang.account import account_hook, image_account
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
+from mmtok_sglang.account import account_hook, image_account
+from mmtok_sglang.placeholders import ImagePlan
 from tests.runtime.stand_ins import image_item
 
 PRUNED = image_item((3, 12), ImagePlan(num_tokens=100, num_kept=10, guidance=[5]))

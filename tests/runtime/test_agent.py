@@ -19,8 +19,8 @@ from multidict import CIMultiDict
 from PIL import Image
 from sglang.srt.utils import ImageData
 
-from mmtok_deploy.runtime.sglang import agent as agent_module
-from mmtok_deploy.runtime.sglang.agent import Agent, refuse_chains
+from mmtok_sglang import agent as agent_module
+from mmtok_sglang.agent import Agent, refuse_chains
 from tests.runtime.chats import data_url
 from tests.runtime.test_metrics import value
 

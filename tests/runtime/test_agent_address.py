@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_deploy.runtime.sglang.agent_address import AgentAddress
+from mmtok_sglang.agent_address import AgentAddress
 
 
 @pytest.mark.parametrize(

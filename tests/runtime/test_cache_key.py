@@ -16,8 +16,8 @@ from sglang.srt.managers.schedule_batch import MultimodalInputs, MultimodalProce
 from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalStaticCache
 from torch import Tensor
 
-from mmtok_deploy.runtime.sglang import cache_key
-from mmtok_deploy.runtime.sglang.cache_key import (
+from mmtok_sglang import cache_key
+from mmtok_sglang.cache_key import (
     CacheKeys,
     ImageKeys,
     check_embeddings,
@@ -26,7 +26,7 @@ from mmtok_deploy.runtime.sglang.cache_key import (
     name_images,
     naming,
 )
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
+from mmtok_sglang.placeholders import ImagePlan
 from tests.runtime.stand_ins import identified, image_item, make_settings
 
 PLAN = ImagePlan(num_tokens=6, num_kept=2, guidance=[3, 1, 2])

@@ -8,18 +8,18 @@ import pytest
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from transformers import LlavaConfig, PixtralVisionConfig
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.runtime.sglang import compatibility, server_args
-from mmtok_deploy.runtime.sglang.compatibility import (
+from mmtok_bench.families import Family
+from mmtok_sglang import compatibility, server_args
+from mmtok_sglang.compatibility import (
     UnsupportedServerError,
     _problems,
     check_adapters,
     check_server,
     family_of_server,
 )
-from mmtok_deploy.runtime.sglang.families import FAMILIES
-from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
-from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_sglang.families import FAMILIES
+from mmtok_sglang.server_args import MMTokServerArgs
+from mmtok_sglang.settings import Settings
 from tests.runtime.stand_ins import make_settings, tiny_checkpoint, unchanged_environment
 
 SUPPORTED: dict[str, Any] = {

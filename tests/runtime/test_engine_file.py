@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 
+from mmtok_bench.families import Family
 from mmtok_deploy import SelectionConfig
-from mmtok_deploy.bench.families import Family
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import EngineError
+from mmtok_deploy.executors import check_selection
 from mmtok_deploy.manifest import ArtifactError, Kind, Manifest, TensorInfo
-from mmtok_deploy.runtime.executors import check_selection
-from mmtok_deploy.runtime.sglang import server_args
-from mmtok_deploy.runtime.sglang.engine_file import EngineMismatchError
-from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
-from mmtok_deploy.runtime.sglang.selection import TokenSelector
-from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
-from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_sglang import server_args
+from mmtok_sglang.engine_file import EngineMismatchError
+from mmtok_sglang.metrics import SelectionMetrics
+from mmtok_sglang.selection import TokenSelector
+from mmtok_sglang.server_args import MMTokServerArgs
+from mmtok_sglang.settings import Settings
 from tests.runtime.engine_files import export_for
 from tests.runtime.stand_ins import tiny_checkpoint
 

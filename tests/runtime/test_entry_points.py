@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
-from mmtok_deploy.runtime.sglang.entry_points import (
+from mmtok_sglang.entry_points import (
     engine_async_generate,
     engine_generate,
     generate_request,

@@ -17,9 +17,9 @@ from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalSta
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
-from mmtok_deploy.runtime.sglang import failures as module
-from mmtok_deploy.runtime.sglang.failures import Failures, RankError, failed_on_all_ranks
-from mmtok_deploy.runtime.sglang.hooks import Hook
+from mmtok_sglang import failures as module
+from mmtok_sglang.failures import Failures, RankError, failed_on_all_ranks
+from mmtok_sglang.hooks import Hook
 from tests.runtime.stand_ins import image_item
 
 VOCABULARY = 100

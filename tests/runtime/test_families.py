@@ -12,11 +12,11 @@ from sglang.srt.utils import ImageData
 
 from mmtok_deploy import Budget
 from mmtok_deploy.methods import MethodName
-from mmtok_deploy.runtime.sglang.families.base import Family
-from mmtok_deploy.runtime.sglang.families.llava_1_5 import Llava15, padding_mask
-from mmtok_deploy.runtime.sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
-from mmtok_deploy.runtime.sglang.families.qwen2_5_vl import Qwen25VL, _parts
-from mmtok_deploy.runtime.sglang.transformers_backend import separate_images
+from mmtok_sglang.families.base import Family
+from mmtok_sglang.families.llava_1_5 import Llava15, padding_mask
+from mmtok_sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
+from mmtok_sglang.families.qwen2_5_vl import Qwen25VL, _parts
+from mmtok_sglang.transformers_backend import separate_images
 from tests.runtime.stand_ins import image_item, make_settings
 
 SIZES = [(1, 1), (1, 1000), (1000, 1), (336, 336), (400, 600), (600, 400), (337, 336), (35, 1000), (640, 427), (3, 7)]

@@ -8,7 +8,7 @@ import torch
 from sglang.srt.managers import mm_schedule
 from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalStaticCache
 
-from mmtok_deploy.runtime.sglang.flush import flushing
+from mmtok_sglang.flush import flushing
 
 KEY = 7
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from mmtok_deploy.runtime.sglang import hooks
-from mmtok_deploy.runtime.sglang.families import FAMILIES
-from mmtok_deploy.runtime.sglang.hooks import Hook, HookError, install_hooks
-from mmtok_deploy.runtime.sglang.settings import Settings
+from mmtok_sglang import hooks
+from mmtok_sglang.families import FAMILIES
+from mmtok_sglang.hooks import Hook, HookError, install_hooks
+from mmtok_sglang.settings import Settings
 from tests.runtime.stand_ins import make_settings
 
 

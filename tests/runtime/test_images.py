@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from sglang.srt.utils import ImageData
 
-from mmtok_deploy.runtime.sglang.images import ImageLoader, decoded
-from mmtok_deploy.runtime.sglang.limits import Limits, default_limits
+from mmtok_sglang.images import ImageLoader, decoded
+from mmtok_sglang.limits import Limits, default_limits
 
 LIMITS = Limits(max_image_pixels=10_000, max_aspect_ratio=10)
 

@@ -12,13 +12,13 @@ from sglang.srt.managers import io_struct, mm_schedule
 from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalStaticCache
 from sglang.utils import TypeBasedDispatcher
 
-from mmtok_deploy.runtime.sglang import invalidation
-from mmtok_deploy.runtime.sglang.cache_key import CacheKeys, keys_of
-from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache, Features
-from mmtok_deploy.runtime.sglang.invalidation import Invalidation
-from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from mmtok_deploy.runtime.sglang.selection import TokenSelector
+from mmtok_sglang import invalidation
+from mmtok_sglang.cache_key import CacheKeys, keys_of
+from mmtok_sglang.feature_cache import FeatureCache, Features
+from mmtok_sglang.invalidation import Invalidation
+from mmtok_sglang.metrics import SelectionMetrics
+from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.selection import TokenSelector
 from tests.runtime.stand_ins import identified, image_item, image_tokens, make_settings
 
 PLAN = ImagePlan(num_tokens=12, num_kept=5, guidance=[3, 1, 2])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from sglang.srt.mem_cache import kv_cache_configurator
 
-from mmtok_deploy.runtime.sglang import memory
-from mmtok_deploy.runtime.sglang.memory import MAX_SELECTION_BYTES, allocated_bytes, reserving
-from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics, collectors
+from mmtok_sglang import memory
+from mmtok_sglang.memory import MAX_SELECTION_BYTES, allocated_bytes, reserving
+from mmtok_sglang.metrics import SelectionMetrics, collectors
 
 
 @pytest.mark.parametrize(("num_bytes", "allocated"), [(0, 0), (1, 512), (512, 512), (513, 1024), (4 << 20, 4 << 20)])

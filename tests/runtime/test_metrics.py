@@ -7,8 +7,8 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from mmtok_deploy.runtime.sglang import metrics
-from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics, start_clock
+from mmtok_sglang import metrics
+from mmtok_sglang.metrics import SelectionMetrics, start_clock
 
 FINITE = torch.ones(2, dtype=torch.bool)
 SIZES = [(100, 10), (50, 5)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.server import cpu_environment
+from mmtok_bench.server import cpu_environment
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import CHECKPOINTS, checkpoint, judge_of
 from tests.runtime.serving import LOGPROB_TOLERANCE

@@ -15,20 +15,20 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
 from mmtok_deploy.methods import MethodName
-from mmtok_deploy.runtime.sglang.families import Family
-from mmtok_deploy.runtime.sglang.feature_cache import FeatureCache
-from mmtok_deploy.runtime.sglang.hooks import Hook
-from mmtok_deploy.runtime.sglang.limits import Limits
-from mmtok_deploy.runtime.sglang.placeholders import (
+from mmtok_sglang.families import Family
+from mmtok_sglang.feature_cache import FeatureCache
+from mmtok_sglang.hooks import Hook
+from mmtok_sglang.limits import Limits
+from mmtok_sglang.placeholders import (
     ImagePlan,
     PlaceholderCutter,
     cut_placeholders,
     plan_of,
     share_guidance,
 )
-from mmtok_deploy.runtime.sglang.selection import TokenSelector
-from mmtok_deploy.runtime.sglang.stages import StageMetrics
-from mmtok_deploy.runtime.sglang.typed_placeholders import PlaceholderRule
+from mmtok_sglang.selection import TokenSelector
+from mmtok_sglang.stages import StageMetrics
+from mmtok_sglang.typed_placeholders import PlaceholderRule
 from tests.runtime.stand_ins import (
     IMAGE_ID,
     Request,

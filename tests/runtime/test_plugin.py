@@ -9,11 +9,11 @@ import pytest
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from mmtok_deploy.runtime.sglang import plugin
-from mmtok_deploy.runtime.sglang.plugin import SUPPORTED_SGLANG, activate_cpu_platform, register
-from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
+from mmtok_sglang import plugin
+from mmtok_sglang.plugin import SUPPORTED_SGLANG, activate_cpu_platform, register
+from mmtok_sglang.server_args import MMTokServerArgs
 
-CPU_PLATFORM = "mmtok_deploy.runtime.sglang.cpu_platform:TorchCpuPlatform"
+CPU_PLATFORM = "mmtok_sglang.cpu_platform:TorchCpuPlatform"
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalSta
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from torch import Tensor
 
-from mmtok_deploy.runtime.sglang.cache_key import keys_of
-from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from mmtok_deploy.runtime.sglang.positions import PositionWriter
-from mmtok_deploy.runtime.sglang.selection import TokenSelector
+from mmtok_sglang.cache_key import keys_of
+from mmtok_sglang.metrics import SelectionMetrics
+from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.positions import PositionWriter
+from mmtok_sglang.selection import TokenSelector
 from tests.runtime.stand_ins import identified, image_item, image_tokens, make_settings, mrope_positions
 
 NUM_TOKENS, NUM_KEPT = 12, 5

@@ -6,9 +6,9 @@ from typing import Any, get_args
 import pytest
 from prometheus_client import REGISTRY
 
-from mmtok_deploy.runtime.sglang import refusals
-from mmtok_deploy.runtime.sglang.refusals import Kind, refusal
-from mmtok_deploy.runtime.sglang.request import requested
+from mmtok_sglang import refusals
+from mmtok_sglang.refusals import Kind, refusal
+from mmtok_sglang.request import requested
 from tests.runtime.stand_ins import make_settings
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from mmtok_deploy.runtime.sglang.repeated_warnings import RepeatedWarning
+from mmtok_sglang.repeated_warnings import RepeatedWarning
 
 
 def test_a_few_lines_an_interval_and_a_count_of_the_rest(caplog: pytest.LogCaptureFixture) -> None:

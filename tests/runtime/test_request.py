@@ -9,7 +9,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from mmtok_deploy import Budget
-from mmtok_deploy.runtime.sglang.request import (
+from mmtok_sglang.request import (
     Requested,
     add_chat_guidance,
     guidance_texts,

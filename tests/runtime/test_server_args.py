@@ -19,12 +19,12 @@ from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.server_args import ServerArgs
 
 from mmtok_deploy import Budget, SelectionConfig
-from mmtok_deploy.runtime.sglang import hooks, server_args
-from mmtok_deploy.runtime.sglang.compatibility import UnsupportedServerError
-from mmtok_deploy.runtime.sglang.hooks import Hook, HookError
-from mmtok_deploy.runtime.sglang.server_args import MMTokServerArgs
-from mmtok_deploy.runtime.sglang.settings import Settings
-from mmtok_deploy.runtime.sglang.start_errors import warn_of_environment
+from mmtok_sglang import hooks, server_args
+from mmtok_sglang.compatibility import UnsupportedServerError
+from mmtok_sglang.hooks import Hook, HookError
+from mmtok_sglang.server_args import MMTokServerArgs
+from mmtok_sglang.settings import Settings
+from mmtok_sglang.start_errors import warn_of_environment
 from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
 
 FLAGS = [

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.bench.server import ServerError, running
+from mmtok_bench.families import Family
+from mmtok_bench.server import ServerError, running
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import checkpoint, judge_of, make_server
 from tests.runtime.hand_pruned import HandPruned

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import openai
 import pytest
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.bench.server import running
+from mmtok_bench.families import Family
+from mmtok_bench.server import running
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import make_server
 from tests.runtime.serving import Served

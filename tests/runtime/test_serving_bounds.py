@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmtok_deploy.bench.soak.event_loop import polled_health
+from mmtok_bench.soak.event_loop import polled_health
 from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.serving import Served
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
-from mmtok_deploy.bench.families import Family
+from mmtok_bench.families import Family
 from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.conftest import checkpoint
 from tests.runtime.hand_pruned import HandPruned

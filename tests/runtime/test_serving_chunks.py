@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.bench.families import Family
+from mmtok_bench.families import Family
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.serving import Served

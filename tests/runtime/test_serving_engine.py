@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.bench.server import ServerError, running
+from mmtok_bench.families import Family
+from mmtok_bench.server import ServerError, running
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.engine_files import export_for

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.bench.soak.fuzz import fuzz, judge_failed
-from mmtok_deploy.bench.soak.images import send_odd_images
-from mmtok_deploy.bench.soak.storm import storm
-from mmtok_deploy.bench.soak.trial import Trial
+from mmtok_bench.families import Family
+from mmtok_bench.soak.fuzz import fuzz, judge_failed
+from mmtok_bench.soak.images import send_odd_images
+from mmtok_bench.soak.storm import storm
+from mmtok_bench.soak.trial import Trial
 from tests.runtime.serving import Served
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from mmtok_deploy.bench.families import Family
+from mmtok_bench.families import Family
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.hook_faults import POINTS, Faults, fault_environment

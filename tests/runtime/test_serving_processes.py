@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mmtok_deploy.bench.families import Family
+from mmtok_bench.families import Family
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES, checkpoint, judge_of, make_server
 from tests.runtime.serving import Served

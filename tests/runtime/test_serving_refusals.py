@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.server import ServerError, SglangServer, cpu_environment
+from mmtok_bench.server import ServerError, SglangServer, cpu_environment
 from tests.runtime.conftest import checkpoint, make_server
 
 pytestmark = pytest.mark.slow

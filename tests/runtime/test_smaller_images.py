@@ -12,7 +12,7 @@ from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 
 from mmtok_deploy import Budget
-from mmtok_deploy.runtime.sglang.smaller_images import ProcessorSizes
+from mmtok_sglang.smaller_images import ProcessorSizes
 from tests.runtime.chats import small
 
 SIZES = ProcessorSizes(token_px=28, min_pixels=4 * 784, max_pixels=1280 * 784)

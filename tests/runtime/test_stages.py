@@ -7,8 +7,8 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from mmtok_deploy.runtime.sglang import stages
-from mmtok_deploy.runtime.sglang.stages import StageMetrics
+from mmtok_sglang import stages
+from mmtok_sglang.stages import StageMetrics
 from tests.runtime.test_metrics import DeviceClock, value
 
 MODEL = torch.nn.Linear(1, 1)

@@ -14,15 +14,15 @@ from sglang.srt.distributed import parallel_state
 from torch import Tensor
 
 from mmtok_deploy import select_tokens
+from mmtok_deploy.executors import make_executor
 from mmtok_deploy.methods import MethodName, comparator
 from mmtok_deploy.problem import Selection, SelectionProblem
-from mmtok_deploy.runtime.executors import make_executor
-from mmtok_deploy.runtime.sglang import ranks, selection
-from mmtok_deploy.runtime.sglang.cache_key import digest
-from mmtok_deploy.runtime.sglang.memory import MAX_SELECTION_BYTES
-from mmtok_deploy.runtime.sglang.metrics import SelectionMetrics, collectors
-from mmtok_deploy.runtime.sglang.placeholders import ImagePlan
-from mmtok_deploy.runtime.sglang.selection import ImageTokens, Outcome, TokenSelector
+from mmtok_sglang import ranks, selection
+from mmtok_sglang.cache_key import digest
+from mmtok_sglang.memory import MAX_SELECTION_BYTES
+from mmtok_sglang.metrics import SelectionMetrics, collectors
+from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.selection import ImageTokens, Outcome, TokenSelector
 from tests.runtime.stand_ins import features, image_names, image_tokens, make_settings
 
 PLAN = ImagePlan(num_tokens=12, num_kept=5, guidance=[3, 1, 2])

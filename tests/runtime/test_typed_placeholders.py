@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_deploy.runtime.sglang.families.llava_1_5 import Llava15
-from mmtok_deploy.runtime.sglang.families.qwen2_5_vl import Qwen25VL
+from mmtok_sglang.families.llava_1_5 import Llava15
+from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 

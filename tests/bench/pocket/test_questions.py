@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from mmtok_deploy.bench.pocket.questions import (
+from mmtok_bench.pocket.questions import (
     KINDS,
     NEGATIVES,
     Kind,
@@ -15,8 +15,8 @@ from mmtok_deploy.bench.pocket.questions import (
     ask_existence,
     named_items,
 )
-from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Glyph, Scene, Thing, make_scene
-from mmtok_deploy.bench.pocket.words import word_tokenizer
+from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Glyph, Scene, Thing, make_scene
+from mmtok_bench.pocket.words import word_tokenizer
 
 SCENE = Scene(
     things=(

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mmtok_deploy.bench.pocket.scenes import COLOR_RGB, SCENE_PX, Scene, draw, draw_mask, make_scene
+from mmtok_bench.pocket.scenes import COLOR_RGB, SCENE_PX, Scene, draw, draw_mask, make_scene
 
 SEEDS = range(40)
 

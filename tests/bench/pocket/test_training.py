@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmtok_deploy.bench.families import PocketFamily
-from mmtok_deploy.bench.pocket import training, training_data
-from mmtok_deploy.bench.pocket.model import NUM_IMAGE_TOKENS, PICTURE_PX, make_pocket_model
-from mmtok_deploy.bench.pocket.questions import Question
-from mmtok_deploy.bench.pocket.scenes import Glyph, Scene, Thing, draw
-from mmtok_deploy.bench.pocket.training import Stage, Training
-from mmtok_deploy.bench.pocket.training_data import PATCH_CHOICES, TrainingScenes, patch_targets
+from mmtok_bench.families import PocketFamily
+from mmtok_bench.pocket import training, training_data
+from mmtok_bench.pocket.model import NUM_IMAGE_TOKENS, PICTURE_PX, make_pocket_model
+from mmtok_bench.pocket.questions import Question
+from mmtok_bench.pocket.scenes import Glyph, Scene, Thing, draw
+from mmtok_bench.pocket.training import Stage, Training
+from mmtok_bench.pocket.training_data import PATCH_CHOICES, TrainingScenes, patch_targets
 
 CPU = torch.device("cpu")
 FAMILIES: tuple[PocketFamily, ...] = get_args(PocketFamily)

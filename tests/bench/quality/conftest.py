@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 import torch
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.bench.quality.pocket import pocket_server
-from mmtok_deploy.bench.server import SglangServer
+from mmtok_bench.families import Family
+from mmtok_bench.quality.pocket import pocket_server
+from mmtok_bench.server import SglangServer
 
 
 @pytest.fixture(scope="package")

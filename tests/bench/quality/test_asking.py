@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.bench.pocket.questions import Question
-from mmtok_deploy.bench.quality.asking import Asker, Request, RequestError, Said
+from mmtok_bench.pocket.questions import Question
+from mmtok_bench.quality.asking import Asker, Request, RequestError, Said
 from tests.bench.quality.stand_in import Reply, completion, question_of, serving
 
 POSITION = Question("position", "Where is the red star?", "top left")

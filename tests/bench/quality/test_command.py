@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.bench.quality import lmms_eval, pocket, public
-from mmtok_deploy.bench.results import read_rows
+from mmtok_bench.quality import lmms_eval, pocket, public
+from mmtok_bench.results import read_rows
 from mmtok_deploy.cli import main
 from tests.bench.quality.stand_in import budget_of, completion, says, serving
 
@@ -98,9 +97,7 @@ def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
             "from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
         )
         command = [sys.executable, "-c", program]
-        root = str(Path(__file__).parents[3])
-        environment = {**os.environ, "PYTHONPATH": root}
-        process = subprocess.Popen([*command, *arguments(url, tmp_path)], env=environment, stderr=subprocess.PIPE)
+        process = subprocess.Popen([*command, *arguments(url, tmp_path)], stderr=subprocess.PIPE)
         _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"Traceback" not in said

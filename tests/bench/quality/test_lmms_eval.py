@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.quality.benchmarks import BENCHMARKS, PAPER_BUDGETS
-from mmtok_deploy.bench.quality.lmms_eval import LmmsEvalError, command_line, program_of, run
-from mmtok_deploy.bench.quality.public_table import public_table
-from mmtok_deploy.bench.quality.published import PUBLISHED
-from mmtok_deploy.bench.results import CaseValue, read_rows
+from mmtok_bench.quality.benchmarks import BENCHMARKS, PAPER_BUDGETS
+from mmtok_bench.quality.lmms_eval import LmmsEvalError, command_line, program_of, run
+from mmtok_bench.quality.public_table import public_table
+from mmtok_bench.quality.published import PUBLISHED
+from mmtok_bench.results import CaseValue, read_rows
 from mmtok_deploy.cli import main
 from tests.bench.report.rows import row
 

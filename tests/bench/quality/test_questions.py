@@ -7,10 +7,10 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from mmtok_deploy.bench.pocket.questions import Negative
-from mmtok_deploy.bench.pocket.scenes import make_scene
-from mmtok_deploy.bench.pocket.training import STAGES
-from mmtok_deploy.bench.quality.questions import (
+from mmtok_bench.pocket.questions import Negative
+from mmtok_bench.pocket.scenes import make_scene
+from mmtok_bench.pocket.training import STAGES
+from mmtok_bench.quality.questions import (
     HELD_OUT,
     SCORED_KINDS,
     fingerprint,
@@ -33,7 +33,7 @@ def test_fingerprint_tells_questions_and_pixels_apart(monkeypatch: pytest.Monkey
     assert fingerprint(scenes) != fingerprint(make_scenes(1, 3))
     before = fingerprint(scenes)
     drawn = picture_of(scenes[0].scene).point(lambda value: value ^ 1)
-    monkeypatch.setattr("mmtok_deploy.bench.quality.questions.picture_of", lambda scene: drawn)
+    monkeypatch.setattr("mmtok_bench.quality.questions.picture_of", lambda scene: drawn)
     assert fingerprint(scenes) != before
 
 

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from mmtok_deploy.bench.families import Family
-from mmtok_deploy.bench.pocket.model import PICTURE_PX
-from mmtok_deploy.bench.quality.answers import answers_beside, read_answers
-from mmtok_deploy.bench.quality.asking import Asker
-from mmtok_deploy.bench.quality.plan import Plan
-from mmtok_deploy.bench.quality.recorded import (
+from mmtok_bench.families import Family
+from mmtok_bench.pocket.model import PICTURE_PX
+from mmtok_bench.quality.answers import answers_beside, read_answers
+from mmtok_bench.quality.asking import Asker
+from mmtok_bench.quality.plan import Plan
+from mmtok_bench.quality.recorded import (
     RECORDED_BUDGET,
     RECORDED_METHOD,
     Recorded,
     read_recorded,
     record,
 )
-from mmtok_deploy.bench.quality.sweep import Sweep
-from mmtok_deploy.bench.results import CaseValue
-from mmtok_deploy.bench.server import SglangServer
+from mmtok_bench.quality.sweep import Sweep
+from mmtok_bench.results import CaseValue
+from mmtok_bench.server import SglangServer
 from tests.bench.report.rows import row
 
 RECORDED = read_recorded()

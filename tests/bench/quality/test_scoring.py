@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_deploy.bench.pocket.questions import Kind, Question
-from mmtok_deploy.bench.quality.scoring import YesNo, chance, is_right, majority, normalise, yes_no
+from mmtok_bench.pocket.questions import Kind, Question
+from mmtok_bench.quality.scoring import YesNo, chance, is_right, majority, normalise, yes_no
 
 
 def existence(answer: str) -> Question:

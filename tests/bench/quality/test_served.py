@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.quality.answers import read_answers
-from mmtok_deploy.bench.quality.lmms_eval import VERSION
-from mmtok_deploy.bench.quality.questions import make_scenes, picture_of
-from mmtok_deploy.bench.results import read_rows
-from mmtok_deploy.bench.server import SglangServer
+from mmtok_bench.quality.answers import read_answers
+from mmtok_bench.quality.lmms_eval import VERSION
+from mmtok_bench.quality.questions import make_scenes, picture_of
+from mmtok_bench.results import read_rows
+from mmtok_bench.server import SglangServer
 from mmtok_deploy.cli import main
 
 LMMS_VENV = Path(os.environ.get("MMTOK_LMMS_VENV", Path(__file__).parents[3] / "artifacts" / "lmms-eval"))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.bench.pocket.questions import Kind
-from mmtok_deploy.bench.quality.answers import Cell, answers_beside, read_answers
-from mmtok_deploy.bench.quality.asking import Asker, RequestError
-from mmtok_deploy.bench.quality.plan import WITH_AGENT, Plan
-from mmtok_deploy.bench.quality.sweep import NotPrunedError, Sweep
-from mmtok_deploy.bench.results import read_rows
+from mmtok_bench.pocket.questions import Kind
+from mmtok_bench.quality.answers import Cell, answers_beside, read_answers
+from mmtok_bench.quality.asking import Asker, RequestError
+from mmtok_bench.quality.plan import WITH_AGENT, Plan
+from mmtok_bench.quality.sweep import NotPrunedError, Sweep
+from mmtok_bench.results import read_rows
 from tests.bench.quality.stand_in import TOKENS, Reply, budget_of, completion, says, serving
 from tests.bench.report.rows import selector_rows, write
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mmtok_deploy.bench.results import CaseValue, ResultRow, append_row
+from mmtok_bench.results import CaseValue, ResultRow, append_row
 
 CPU = "Made-up CPU, 2 cores"
 GPU = "Made-up GPU"

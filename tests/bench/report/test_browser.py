@@ -14,8 +14,8 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
-from mmtok_deploy.bench.report.document import Report, make_report
-from mmtok_deploy.bench.report.gather import read_results
+from mmtok_bench.report.document import Report, make_report
+from mmtok_bench.report.gather import read_results
 from mmtok_deploy.cli import main
 from tests.bench.report.rows import GPU, NEW, OLD, selector_rows, serve_rows, write
 

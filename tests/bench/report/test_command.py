@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.results import append_row
+from mmtok_bench.results import append_row
 from mmtok_deploy.cli import main
 from tests.bench.report.rows import CPU, GPU, NEW, OLD, row, selector_rows, serve_rows, write
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_deploy.bench.report.commits import compare_commits
-from mmtok_deploy.bench.report.gather import Measurement
+from mmtok_bench.report.commits import compare_commits
+from mmtok_bench.report.gather import Measurement
 from tests.bench.report.rows import CPU, GPU, NEW, OLD, selector_rows, serve_rows
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.report.gather import Machine, by_machine, newest, read_results
+from mmtok_bench.report.gather import Machine, by_machine, newest, read_results
 from tests.bench.report.rows import CPU, GPU, selector_rows, write
 
 

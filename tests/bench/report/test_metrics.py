@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_deploy.bench.report.metrics import compare, format_value, metric, tone
+from mmtok_bench.report.metrics import compare, format_value, metric, tone
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mmtok_deploy.bench.report.document import make_report
-from mmtok_deploy.bench.report.gather import Measurement
-from mmtok_deploy.bench.report.markdown import to_markdown
-from mmtok_deploy.bench.report.quality import quality_part
-from mmtok_deploy.bench.results import CaseValue, ResultRow
+from mmtok_bench.report.document import make_report
+from mmtok_bench.report.gather import Measurement
+from mmtok_bench.report.markdown import to_markdown
+from mmtok_bench.report.quality import quality_part
+from mmtok_bench.results import CaseValue, ResultRow
 from tests.bench.report.rows import row
 
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from mmtok_deploy.bench.report.blocks import Part, Table
-from mmtok_deploy.bench.report.gather import Measurement
-from mmtok_deploy.bench.report.serve import serve_part
-from mmtok_deploy.bench.report.serve_plots import phases_ms
-from mmtok_deploy.bench.report.serve_rows import References, label_of, variant_of
-from mmtok_deploy.bench.results import ResultRow
+from mmtok_bench.report.blocks import Part, Table
+from mmtok_bench.report.gather import Measurement
+from mmtok_bench.report.serve import serve_part
+from mmtok_bench.report.serve_plots import phases_ms
+from mmtok_bench.report.serve_rows import References, label_of, variant_of
+from mmtok_bench.results import ResultRow
 from tests.bench.report.rows import NEW, OLD, row, serve_case, serve_rows
 
 TTFT = {"ttft_p50_ms": 100.0, "image_tokens_in": 864, "image_tokens_kept": 864}

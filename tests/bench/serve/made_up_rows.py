@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mmtok_deploy.bench.results import ResultRow
-from mmtok_deploy.bench.serve.load import LoadResult
-from mmtok_deploy.bench.serve.plan import Cell, Method, Side
-from mmtok_deploy.bench.serve.presets import PRESETS, Size
-from mmtok_deploy.bench.serve.rows import Sample, serve_row
+from mmtok_bench.results import ResultRow
+from mmtok_bench.serve.load import LoadResult
+from mmtok_bench.serve.plan import Cell, Method, Side
+from mmtok_bench.serve.presets import PRESETS, Size
+from mmtok_bench.serve.rows import Sample, serve_row
 
 SWEEP = replace(PRESETS["cpu"], output_tokens=3, rounds=1)
 MODEL = SWEEP.models[0]

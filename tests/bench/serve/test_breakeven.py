@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_deploy.bench.results import ResultRow
-from mmtok_deploy.bench.serve.breakeven import break_even, gains_of
-from mmtok_deploy.bench.serve.presets import Size
+from mmtok_bench.results import ResultRow
+from mmtok_bench.serve.breakeven import break_even, gains_of
+from mmtok_bench.serve.presets import Size
 from tests.bench.serve.made_up_rows import row
 
 LARGE, MIDDLE, SMALL = (1008, 784), (448, 448), (224, 224)

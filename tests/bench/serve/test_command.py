@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from mmtok_deploy.bench.results import read_rows
-from mmtok_deploy.bench.server import cpu_environment
-from mmtok_deploy.bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_bench.results import read_rows
+from mmtok_bench.server import cpu_environment
+from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.cli import main
 
 CHECKPOINT = Path(__file__).parents[3] / "artifacts" / "checkpoints" / "qwen2.5-vl"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from mmtok_deploy.bench.serve.dummy_models import DUMMY_MODELS, make_processor, write_dummy_model
-from mmtok_deploy.bench.serve.image_tokens import count_image_tokens
-from mmtok_deploy.bench.serve.presets import Size
-from mmtok_deploy.bench.serve.questions import QUESTIONS
+from mmtok_bench.serve.dummy_models import DUMMY_MODELS, make_processor, write_dummy_model
+from mmtok_bench.serve.image_tokens import count_image_tokens
+from mmtok_bench.serve.presets import Size
+from mmtok_bench.serve.questions import QUESTIONS
 
 # Parameters in billions as published (language model, encoder and what joins them), within 2%.
 SIZES_B = {

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from mmtok_deploy.bench.serve.dummy_models import make_processor
-from mmtok_deploy.bench.serve.image_tokens import count_image_tokens, downsampled_px
-from mmtok_deploy.bench.serve.presets import Size
+from mmtok_bench.serve.dummy_models import make_processor
+from mmtok_bench.serve.image_tokens import count_image_tokens, downsampled_px
+from mmtok_bench.serve.presets import Size
 
 
 @pytest.fixture(scope="module")

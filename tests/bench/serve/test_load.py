@@ -11,7 +11,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from mmtok_deploy.bench.serve.load import LoadError, new_photograph, read_load, run_load, write_chats
+from mmtok_bench.serve.load import LoadError, new_photograph, read_load, run_load, write_chats
 
 # The fields that are read of a line of `--output-file` with `--output-details`; times in seconds.
 RESULT: dict[str, Any] = {

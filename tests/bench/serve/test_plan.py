@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from mmtok_deploy.bench.serve.plan import Cell, Side, plan_cells, plan_turns, sides_of
-from mmtok_deploy.bench.serve.presets import PRESETS, ServedModel, Size
+from mmtok_bench.serve.plan import Cell, Side, plan_cells, plan_turns, sides_of
+from mmtok_bench.serve.presets import PRESETS, ServedModel, Size
 
 SWEEP = replace(PRESETS["cpu"], concurrencies=(1, 4), image_kinds=("photograph", "random"), rounds=2)
 MODEL = ServedModel("it", "qwen2.5-vl", ((1008, 784),), ("10%",))

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_deploy.bench.serve.dummy_models import DUMMY_MODELS
-from mmtok_deploy.bench.serve.presets import PRESETS, preset_for_device
+from mmtok_bench.serve.dummy_models import DUMMY_MODELS
+from mmtok_bench.serve.presets import PRESETS, preset_for_device
 from mmtok_deploy.budget import Budget
 
 

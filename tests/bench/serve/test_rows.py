@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.results import append_row, read_rows
-from mmtok_deploy.bench.serve.load import LoadResult
-from mmtok_deploy.bench.serve.rows import Sample, serve_row
+from mmtok_bench.results import append_row, read_rows
+from mmtok_bench.serve.load import LoadResult
+from mmtok_bench.serve.rows import Sample, serve_row
 from tests.bench.serve.made_up_rows import MODEL, SWEEP, cell, row, sample
 
 # (0.1, 0.3) s to the first token, then 10 and 30 ms; 2 s in all.

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mmtok_deploy.bench.serve.server_counts import PeakMemory, parse_counts, stage_metrics
+from mmtok_bench.serve.server_counts import PeakMemory, parse_counts, stage_metrics
 
 BEFORE = """\
 # HELP mmtok:selection_milliseconds Time of a selection call.

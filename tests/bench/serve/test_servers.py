@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_deploy.bench.serve.plan import Side
-from mmtok_deploy.bench.serve.presets import PRESETS
-from mmtok_deploy.bench.serve.servers import ServerPool, make_server
-from mmtok_deploy.bench.server import ServerError, SglangServer
+from mmtok_bench.serve.plan import Side
+from mmtok_bench.serve.presets import PRESETS
+from mmtok_bench.serve.servers import ServerPool, make_server
+from mmtok_bench.server import ServerError, SglangServer
 
 SWEEP = PRESETS["cpu"]
 SIDES = [Side("off", "off"), Side("10%", "off")]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from mmtok_deploy.bench.results import ResultRow
-from mmtok_deploy.bench.serve.table import TABLE_WIDTH, serve_tables
+from mmtok_bench.results import ResultRow
+from mmtok_bench.serve.table import TABLE_WIDTH, serve_tables
 from tests.bench.serve.made_up_rows import row
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from mmtok_deploy.bench.server import SglangServer
+from mmtok_bench.server import SglangServer
 
 __all__ = ["StubServer"]
 

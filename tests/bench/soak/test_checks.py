@@ -8,10 +8,10 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from mmtok_deploy.bench.soak import killing
-from mmtok_deploy.bench.soak.event_loop import block_the_event_loop
-from mmtok_deploy.bench.soak.killing import kill_processes
-from mmtok_deploy.bench.soak.trial import ServerPool, Trial
+from mmtok_bench.soak import killing
+from mmtok_bench.soak.event_loop import block_the_event_loop
+from mmtok_bench.soak.killing import kill_processes
+from mmtok_bench.soak.trial import ServerPool, Trial
 from tests.bench.soak.stub_server import StubServer
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from mmtok_deploy.bench.results import read_rows
-from mmtok_deploy.bench.server import ServerError
-from mmtok_deploy.bench.soak import faults
-from mmtok_deploy.bench.soak.faults import ROWS, Row
-from mmtok_deploy.bench.soak.trial import Trial
+from mmtok_bench.results import read_rows
+from mmtok_bench.server import ServerError
+from mmtok_bench.soak import faults
+from mmtok_bench.soak.faults import ROWS, Row
+from mmtok_bench.soak.trial import Trial
 from mmtok_deploy.cli import main
 
 SERVED = {"fuzz", "images", "events", "weights", "leak", "storm", "memory", "values", "hooks", "agent", "kill"}
@@ -46,7 +46,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Row]:
     made = {"holds": holds, "fails": fails, "breaks": breaks, "interrupted": interrupted, "idles": idles}
     stand_ins = {name: stand_in(name, run) for name, run in made.items()}
     monkeypatch.setattr(faults, "ROWS", stand_ins)
-    monkeypatch.setattr("mmtok_deploy.bench.soak.table.ROWS", stand_ins)
+    monkeypatch.setattr("mmtok_bench.soak.table.ROWS", stand_ins)
     return stand_ins
 
 

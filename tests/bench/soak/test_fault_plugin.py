@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtok_deploy.bench.soak.fault_plugin import _with_faults
-from mmtok_deploy.bench.soak.injected import fault_environment
+from mmtok_bench.soak.fault_plugin import _with_faults
+from mmtok_bench.soak.injected import fault_environment
 
 HOOK = "get_image_feature"
 
@@ -85,4 +85,4 @@ def test_sglang_finds_the_plugin_in_the_environment_of_the_soaks_servers(tmp_pat
         timeout=120,
         check=True,
     )
-    assert done.stdout == "['mmtok_deploy.bench.soak.fault_plugin:register']\n"
+    assert done.stdout == "['mmtok_bench.soak.fault_plugin:register']\n"

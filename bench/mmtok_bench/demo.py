@@ -1,0 +1,202 @@
+"""The demonstration: the pocket model served without and with a budget, side by side, and asked about one scene."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from mmtok_bench.chat import Answer, ask, image_url
+from mmtok_bench.families import PocketFamily, family_arguments
+from mmtok_bench.picture import draw_kept
+from mmtok_bench.pocket.model import PICTURE_PX, pocket_checkpoint
+from mmtok_bench.pocket.questions import Question
+from mmtok_bench.pocket.scenes import draw
+from mmtok_bench.quality.questions import make_scenes, picture_of
+from mmtok_bench.quality.scoring import is_right, normalise
+from mmtok_bench.selected_patches import select_patches
+from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, started
+from mmtok_deploy.budget import Budget
+
+__all__ = ["run_demo"]
+
+# Of scenes that the model was not trained on: one with six things, a digit and a letter.
+_SCENE_SEED = 107
+_NUM_QUESTIONS = 8
+_SHOWN_KINDS = ("position", "reading")
+_PICTURE_SCALE = 8
+_MODELS: Mapping[PocketFamily, str] = {
+    "llava-1.5": "a LLaVA-1.5 of 2.8 million parameters",
+    "qwen2.5-vl": "a Qwen2.5-VL of 2.1 million parameters",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What one server answered: each question's answer, the first question's again, and the median time."""
+
+    answers: list[Answer]
+    again: Answer
+    ttft_ms: float
+
+
+def run_demo(*, family: PocketFamily = "llava-1.5", budget: str = "25%", folder: Path = Path("artifacts/demo")) -> int:
+    """Returns the exit code of `mmtok demo`: 0, 1 if a server failed, or 130 after Ctrl-C. No server outlives it.
+
+    Args:
+        family: Of the pocket model.
+        budget: What `--mmtok-budget` is given.
+        folder: Where logs and pictures go.
+
+    Raises:
+        ValueError: A budget that is not understood.
+    """
+    Budget.parse(budget)
+    # The bars of a checkpoint of 6 MB say nothing.
+    transformers_logging.disable_progress_bar()
+    console = Console(highlight=False)
+    console.print(
+        "[bold]A picture, asked about without and with a budget[/bold]\n\n"
+        f"Two real SGLang servers, and a pocket model: {_MODELS[family]}, which this project trained from scratch on "
+        "scenes like this one. What it answers over thousands of them is in docs/quality.md. "
+        "Its language model is so small that reading a token costs next to nothing: look at the tokens, not at the "
+        "times.\n"
+    )
+    try:
+        written = _run(family, budget, folder, console)
+    except (ServerError, openai.OpenAIError, OSError) as error:
+        console.print(f"[bold red]The demonstration failed:[/bold red] {type(error).__name__}")
+        console.print(str(error), markup=False)
+        console.print(f"The servers' logs are in {folder / 'logs'}.")
+        return 1
+    except KeyboardInterrupt:
+        console.print("Stopped; the servers have ended.")
+        return 130
+    console.print("Written:")
+    for path in written:
+        console.print(f"  {path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _run(family: PocketFamily, budget: str, folder: Path, console: Console) -> list[Path]:
+    asked = make_scenes(_SCENE_SEED, _NUM_QUESTIONS)[0]
+    image = picture_of(asked.scene, PICTURE_PX[family])
+    logs = [folder / "logs" / f"{name}.log" for name in ("without-budget", "with-budget")]
+    with console.status("starting two servers") as status:
+        servers = [
+            SglangServer(
+                pocket_checkpoint(family),
+                *cpu_arguments(),
+                *family_arguments(family),
+                "--enable-cache-report",
+                *arguments,
+                env=cpu_environment(),
+                log_path=log,
+                on_progress=lambda waited_s, _: status.update(f"starting two servers, {waited_s:.0f} s"),
+            )
+            for log, arguments in zip(logs, ((), (f"--mmtok-budget={budget}",)), strict=True)
+        ]
+        # Side by side: for half of a start, one server has one core's worth of work.
+        with started(*servers):
+            pictures = [
+                _draw(family, draw(asked.scene, _PICTURE_SCALE), image, question, budget, folder)
+                for kind in _SHOWN_KINDS
+                for question in [next(question for question in asked.questions if question.kind == kind)]
+            ]
+            for server in servers:
+                server.wait_until_ready()
+            status.update("asking")
+            without, with_budget = _measure(servers, image, asked.questions)
+            status.update("stopping both")
+    console.print(_answer_table(asked.questions, without, with_budget, budget))
+    console.print(_token_table(without, with_budget, budget))
+    if family == "llava-1.5":
+        console.print(
+            "[dim]SGLang serves LLaVA-1.5 by its Transformers backend, for which it turns the prefix cache off; with a "
+            "budget, the plugin leaves it on.[/dim]"
+        )
+    starts = " and ".join(f"{server.start_s:.0f}" for server in servers)
+    console.print(f"[dim]The servers were ready after {starts} s.[/dim]\n")
+    return [*pictures, *logs]
+
+
+def _measure(
+    servers: Sequence[SglangServer], image: Image.Image, questions: Sequence[Question]
+) -> tuple[_Measured, ...]:
+    """Returns what each server answered; they take turns, so that a busy machine slows both."""
+    clients = [server.client() for server in servers]
+    # Questions are timed about images that no cache has seen; the first one is not, it makes a server set itself up.
+    ttfts_ms: list[list[float]] = [[] for _ in clients]
+    for number, question in enumerate(questions):
+        url = image_url(_with_corner(image, number))
+        for client, times_ms in zip(clients, ttfts_ms, strict=True):
+            times_ms.append(ask(client, url, question.text, max_tokens=1).ttft_ms)
+    url = image_url(image)
+    return tuple(
+        _Measured(
+            [
+                # As many words as the right answer has, as `mmtok quality` allows.
+                ask(client, url, question.text, max_tokens=len(question.answer.split()), ignore_eos=False)
+                for question in questions
+            ],
+            ask(client, url, questions[0].text, max_tokens=1),
+            statistics.median(times_ms[1:]),
+        )
+        for client, times_ms in zip(clients, ttfts_ms, strict=True)
+    )
+
+
+def _with_corner(image: Image.Image, shade: int) -> Image.Image:
+    copy = image.copy()
+    copy.putpixel((0, 0), (shade, shade, shade))
+    return copy
+
+
+def _answer_table(questions: Sequence[Question], without: _Measured, with_budget: _Measured, budget: str) -> Table:
+    table = Table("question", "right answer", "without a budget", f"--mmtok-budget {budget}")
+    for question, *answers in zip(questions, without.answers, with_budget.answers, strict=True):
+        shown = [
+            f"{normalise(answer.text)}{'' if is_right(question, answer.text) else '  [red](wrong)[/red]'}"
+            for answer in answers
+        ]
+        table.add_row(question.text, normalise(question.answer), *shown)
+    return table
+
+
+def _token_table(without: _Measured, with_budget: _Measured, budget: str) -> Table:
+    table = Table("")
+    table.add_column("without a budget", justify="right")
+    table.add_column(f"--mmtok-budget {budget}", justify="right")
+    both = (without, with_budget)
+    rows = {
+        "image tokens": [f"{measured.answers[0].num_image_tokens}" for measured in both],
+        "prompt tokens of the first question": [f"{measured.answers[0].num_prompt_tokens}" for measured in both],
+        "cached tokens when it is asked again": [f"{measured.again.num_cached_tokens}" for measured in both],
+        f"time to first token, median of {len(without.answers) - 1}": [
+            f"{measured.ttft_ms:.0f} ms" for measured in both
+        ],
+    }
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    return table
+
+
+def _draw(
+    family: PocketFamily, shown: Image.Image, image: Image.Image, question: Question, budget: str, folder: Path
+) -> Path:
+    """Returns the picture of what a question keeps, on the scene in the size of the page."""
+    selected = select_patches(family, pocket_checkpoint(family), image, question.text, budget)
+    return draw_kept(
+        shown,
+        selected.grid,
+        selected.selection.order.tolist(),
+        folder / f"kept-{question.kind}.png",
+        title=f"budget {budget}: “{question.text}”",
+    )

@@ -1,0 +1,89 @@
+"""mmtok pocket: train the pocket model."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from mmtok_bench.families import PocketFamily
+
+__all__ = ["add_pocket_parser", "run_pocket"]
+
+_INTERRUPTED = 130
+
+
+def add_pocket_parser(commands: Any) -> None:
+    """Adds `mmtok pocket` and its subcommands to the command line's parser."""
+    pocket = commands.add_parser("pocket", help="the small models that really see: train one, look at their scenes")
+    kinds = pocket.add_subparsers(dest="pocket", required=True, metavar="WHAT")
+    train = kinds.add_parser("train", help="from scratch to a checkpoint; goes on where an earlier run stopped")
+    train.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
+    train.add_argument(
+        "--folder", type=Path, help="for the training's state and the checkpoint (default artifacts/pocket/FAMILY)"
+    )
+    train.add_argument("--seed", type=int, default=0, help="of the weights and of all scenes (default 0)")
+    train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    train.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own)")
+    scenes = kinds.add_parser("scenes", help="a sheet of scenes with a question each, as one picture")
+    scenes.add_argument("--seed", type=int, default=0, help="of the scenes (default 0)")
+    scenes.add_argument(
+        "--output", type=Path, default=Path("artifacts/pocket/scenes.png"), help="default artifacts/pocket/scenes.png"
+    )
+
+
+def run_pocket(arguments: argparse.Namespace) -> int:
+    """Returns the exit code of `mmtok pocket`: 0, 1 if the folder's state is another training's, 130 after Ctrl-C."""
+    if arguments.pocket == "scenes":
+        from mmtok_bench.pocket.sheet import draw_sheet
+
+        print(draw_sheet(arguments.output, seed=arguments.seed))
+        return 0
+    try:
+        return _train(arguments)
+    except ValueError as error:
+        print(f"mmtok pocket train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"Stopped; the same command goes on from the last state in {_folder(arguments)}.", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from mmtok_bench.pocket.training import Stage, Training
+    from mmtok_bench.progress import progress_bar
+
+    _keep_freed_memory()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    training = Training(_folder(arguments), arguments.family, arguments.seed, device)
+    with progress_bar(Console(highlight=False), "{task.fields[figures]}") as progress:
+        bar = progress.add_task("", total=training.num_steps, completed=training.num_steps_done, figures="")
+
+        def show(step: int, stage: Stage, figures: dict[str, float]) -> None:
+            shown = "  ".join(f"{name} {figure:.2f}" for name, figure in figures.items())
+            progress.update(bar, completed=step, description=stage.task, figures=shown)
+
+        training.run(show)
+    print(training.save_checkpoint())
+    return 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    folder: Path | None = arguments.folder
+    return folder or Path("artifacts/pocket") / arguments.family
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep freed memory for the next step: half of a step went into page faults on a virtual machine."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)

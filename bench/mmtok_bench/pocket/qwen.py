@@ -1,0 +1,177 @@
+"""The pocket Qwen2.5-VL: 2.1 million parameters, M-RoPE, and as many image tokens as the pocket LLaVA-1.5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Regex, decoders
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
+
+from mmtok_bench.model_configs import qwen_config
+from mmtok_bench.pocket.model import (
+    GRID,
+    NUM_IMAGE_TOKENS,
+    PATCH_PX,
+    PICTURE_PX,
+    PocketModel,
+    attend_to_the_like,
+)
+from mmtok_bench.pocket.scenes import SCENE_PX
+from mmtok_bench.pocket.words import word_tokenizer
+
+__all__ = ["PocketQwen"]
+
+_MERGE = 2
+_PATCH_PX = PATCH_PX // _MERGE
+# SGLang 0.5.23 takes patches of 14 px alone (models/qwen2_5_vl.py, line 780), and others for finished features.
+_SERVED_PATCH_PX = PICTURE_PX["qwen2.5-vl"] // (GRID * _MERGE)
+# Qwen2.5-VL's own template, without a system turn.
+_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}"
+    "{% endif %}"
+    "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class PocketQwen(PocketModel):
+    """`Qwen2_5_VLForConditionalGeneration` with a vision encoder of three blocks and a Qwen2.5 of four layers.
+
+    In training a patch is 4 pixels wide and an image token 8. The first two blocks attend within quarters of the scene,
+    the third to all of it.
+    """
+
+    before = "<|im_start|>user <|vision_start|>"
+    after = "<|vision_end|>"
+    asked = "{} <|im_end|> <|im_start|>assistant"
+
+    def __init__(self, seed: int) -> None:
+        self.processor = _make_processor()
+        torch.manual_seed(seed)
+        self.model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer, _PATCH_PX))
+        for layer in self.language_model.layers:
+            attend_to_the_like(layer.self_attn)
+
+    def served(self) -> Any:
+        """Returns the model with patches of 14 px: it reads a scene enlarged to 392 px as this one does at 112."""
+        model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer, _SERVED_PATCH_PX))
+        weights = {name: weight.detach().cpu() for name, weight in self.model.state_dict().items()}
+        shrink = _undo_enlarging()
+        kernel = "model.visual.patch_embed.proj.weight"
+        weights[kernel] = torch.einsum("oithw,hy,wx->oityx", weights[kernel], shrink, shrink)
+        model.load_state_dict(weights)
+        return model
+
+    @property
+    def projector(self) -> nn.Module:
+        """The merger of four patches into a token."""
+        merger: nn.Module = self.model.model.visual.merger
+        return merger
+
+    @property
+    def tower(self) -> list[nn.Parameter]:
+        """The vision encoder's parameters but for the merger's."""
+        visual = self.model.model.visual
+        return [parameter for part in (visual.patch_embed, visual.blocks) for parameter in part.parameters()]
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Returns [B * 784, 96]: the four patches of each token one after the other, tokens in raster order."""
+        grid_thw = torch.tensor([[1, GRID * _MERGE, GRID * _MERGE]], device=pixels.device).expand(len(pixels), -1)
+        encoded = self.model.model.visual(_patches(self.normalised(pixels)), grid_thw=grid_thw)
+        in_window_order = encoded.last_hidden_state.unflatten(0, (-1, _MERGE**2))
+        config = self.model.config.vision_config
+        window_index, _ = get_vision_window_index(grid_thw, _MERGE, config.window_size, config.patch_size)
+        features: Tensor = in_window_order[torch.argsort(window_index)].flatten(0, 1)
+        return features
+
+    def positions(self, index: Tensor, image_at: int) -> Tensor:
+        """Returns [3, B, L]: time, row and column; the image takes as many positions as it has rows."""
+        patch = torch.arange(NUM_IMAGE_TOKENS, device=index.device)
+        end = image_at + NUM_IMAGE_TOKENS
+        positions = torch.where(index >= end, index - NUM_IMAGE_TOKENS + GRID, index).repeat(3, 1, 1)
+        positions[:, :, image_at:end] = image_at
+        positions[1, :, image_at:end] += patch // GRID
+        positions[2, :, image_at:end] += patch % GRID
+        return positions
+
+
+def _patches(pixels: Tensor) -> Tensor:
+    """Returns [B * 784, 96], as Qwen2.5-VL's image processor cuts images [B, 3, 112, 112]: a still image twice."""
+    cut = pixels.unflatten(3, (GRID, _MERGE, _PATCH_PX)).unflatten(2, (GRID, _MERGE, _PATCH_PX))
+    # [B, 3, row, row in token, y, column, column in token, x] to tokens, their patches, and the pixels of each.
+    patches: Tensor = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
+    return patches[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
+
+
+def _undo_enlarging() -> Tensor:
+    """Returns [4, 14]: which 4 pixels of a row the 14 of a patch were made of, by Pillow's bicubic enlarging.
+
+    14 pixels come of 8, those 4 and their neighbours, so the 4 are found exactly, but for rounding to whole numbers.
+    """
+    every_pixel = Image.fromarray(np.eye(SCENE_PX, dtype=np.float32))
+    enlarging = np.asarray(every_pixel.resize((SCENE_PX, PICTURE_PX["qwen2.5-vl"]), Image.Resampling.BICUBIC))
+    patch = GRID
+    made = enlarging[patch * _SERVED_PATCH_PX :][:_SERVED_PATCH_PX]
+    return torch.from_numpy(np.linalg.pinv(made, rcond=1e-3)[patch * _PATCH_PX :][:_PATCH_PX])
+
+
+def _make_processor() -> Any:
+    vision_tokens = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vision_tokens]
+    tokenizer = word_tokenizer(
+        ("<unk>", *special), eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special
+    )
+    # SGLang reads prompts as text again, and looks there for the vision tokens without spaces between.
+    backend = tokenizer.backend_tokenizer
+    backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace(Regex(r"^ <\|"), "<|")])
+    # A larger image has some 196 tokens, as the scenes that it is trained on; smaller ones have fewer, down to 4.
+    sizes = {"shortest_edge": 4 * (_MERGE * _SERVED_PATCH_PX) ** 2, "longest_edge": PICTURE_PX["qwen2.5-vl"] ** 2}
+    cut = {"patch_size": _SERVED_PATCH_PX, "merge_size": _MERGE}
+    return transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=sizes, **cut),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(size=sizes, **cut),
+        chat_template=_TEMPLATE,
+    )
+
+
+def _config(tokenizer: Any, patch_px: int) -> Any:
+    return qwen_config(
+        tokenizer,
+        text={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 192,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.05,
+            "tie_word_embeddings": True,
+        },
+        vision={
+            "depth": 3,
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_heads": 3,
+            "patch_size": patch_px,
+            "spatial_merge_size": _MERGE,
+            "window_size": GRID // 2 * _MERGE * patch_px,
+            "fullatt_block_indexes": [2],
+            "initializer_range": 0.05,
+        },
+    )

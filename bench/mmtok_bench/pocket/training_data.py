@@ -1,0 +1,172 @@
+"""What the pocket model is trained on: scenes with a word for every patch, and scenes with packed questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mmtok_bench.pocket.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX
+from mmtok_bench.pocket.questions import NAMING_WORDS, Kind, Question, ask, named_items
+from mmtok_bench.pocket.scenes import (
+    CHARACTERS,
+    COLOR_RGB,
+    DIGITS,
+    SCENE_PX,
+    SHAPES,
+    SIZE_PX,
+    Scene,
+    draw,
+    draw_mask,
+    make_scene,
+)
+
+__all__ = ["IGNORED", "NOTHING", "PATCH_CHOICES", "TASKS", "Task", "TrainingScenes", "collate", "patch_targets"]
+
+Task = Literal["patches", "answers", "characters"]
+TASKS: dict[Task, int] = {"patches": 1, "answers": 2, "characters": 3}
+"""The streams of scenes, by task; held-out scenes come from another."""
+
+NOTHING = "nothing"
+PATCH_CHOICES: tuple[tuple[str, ...], ...] = (
+    (*COLOR_RGB, NOTHING),
+    (*SHAPES, *(character.lower() for character in CHARACTERS), NOTHING),
+    (*SIZE_PX, "digit", "letter", NOTHING),
+    ("top", "bottom"),
+    ("left", "right"),
+    ("middle", NOTHING),
+)
+"""What is asked of each patch: choices between words."""
+
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
+# A patch shows a thing where at least this many of its 64 pixels do.
+_MIN_PIXELS = 7
+_NUM_QUESTIONS = 12
+_MANY_CHARACTERS: dict[str, Any] = {"num_each": 4, "share": 0.9}
+_KIND_SHARES: dict[Kind, float] = {
+    "existence": 0.24,
+    "simple": 0.08,
+    "count": 0.16,
+    "position": 0.14,
+    "reading": 0.20,
+    "attribute": 0.18,
+}
+
+
+class TrainingScenes(Dataset[dict[str, Tensor]]):
+    """Scenes by number, always the same for a seed.
+
+    Args:
+        task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "characters": the same, of scenes that
+            have more of them. "answers": both, and ids, labels and segments [L] of some twelve questions one after the
+            other, of which each counts as a segment from 1 on; has_named [L], whether a token's question has named by
+            then what it asks for, and looks [2, 12, 196], the patches that show it, and their middles.
+        seed: Of all scenes.
+        tokenizer: The model's.
+        asked: A question up to its answer, in the model's chat template.
+    """
+
+    def __init__(self, task: Task, seed: int, tokenizer: Any, asked: str) -> None:
+        self._asked = asked
+        self._task = task
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._naming_ids = {tokenizer.convert_tokens_to_ids(word) for word in NAMING_WORDS}
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self._seed, TASKS[self._task], index])
+        scene = make_scene(rng, **(_MANY_CHARACTERS if self._task == "characters" else {}))
+        picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        seen = {"pixels": pixels, "targets": patch_targets(scene)}
+        if self._task != "answers":
+            return seen
+        kinds = rng.choice(list(_KIND_SHARES), _NUM_QUESTIONS, p=list(_KIND_SHARES.values()))
+        questions = [question for kind in kinds if (question := ask(rng, scene, kind))]
+        return {**seen, **self._packed(questions), "looks": _looks(scene, questions)}
+
+    def _packed(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        ids: list[int] = []
+        labels: list[int] = []
+        segments: list[int] = []
+        has_named: list[bool] = []
+        for number, question in enumerate(questions, start=1):
+            asked = self._ids(self._asked.format(question.text))
+            answered = [*self._ids(question.answer), self._tokenizer.eos_token_id]
+            named_at = max(index for index, token in enumerate(asked) if token in self._naming_ids)
+            ids += asked + answered
+            labels += [IGNORED] * len(asked) + answered
+            segments += [number] * (len(asked) + len(answered))
+            has_named += [index >= named_at for index in range(len(asked) + len(answered))]
+        packed = {"ids": ids, "labels": labels, "segments": segments, "has_named": has_named}
+        return {name: torch.tensor(values) for name, values in packed.items()}
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def patch_targets(scene: Scene) -> Tensor:
+    """Returns [196, choices] int64: for each patch, the index of the right word of each of `PATCH_CHOICES`."""
+    words = [(NOTHING, NOTHING, NOTHING)]
+    words += [(thing.color, thing.shape, thing.size) for thing in scene.things]
+    words += [
+        (NOTHING, glyph.character.lower(), "digit" if glyph.character in DIGITS else "letter") for glyph in scene.glyphs
+    ]
+    middles = set(_middles(scene))
+    targets = []
+    for patch, item in enumerate(_patch_items(scene)):
+        row, column = divmod(patch, GRID)
+        shown = (
+            *words[item],
+            "top" if row < GRID / 2 else "bottom",
+            "left" if column < GRID / 2 else "right",
+            "middle" if patch in middles else NOTHING,
+        )
+        targets.append([choice.index(word) for choice, word in zip(PATCH_CHOICES, shown, strict=True)])
+    return torch.tensor(targets)
+
+
+def _patch_items(scene: Scene) -> np.ndarray:
+    """Returns [196]: for each patch, 0 or 1 + the index of the thing or glyph that it shows most of."""
+    patches = draw_mask(scene).reshape(GRID, PATCH_PX, GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
+    num_items = len(scene.things) + len(scene.glyphs)
+    counts = np.stack([(patches == item).sum(1) for item in range(1 + num_items)], axis=1)
+    counts[:, 0] = _MIN_PIXELS - 1
+    most: np.ndarray = counts.argmax(1)
+    return most
+
+
+def _middles(scene: Scene) -> list[int]:
+    """Returns the patch that each thing's, then each glyph's middle is in."""
+    places = [(thing.x, thing.y) for thing in scene.things] + [(glyph.x, glyph.y) for glyph in scene.glyphs]
+    return [int(y // PATCH_PX) * GRID + int(x // PATCH_PX) for x, y in places]
+
+
+def _looks(scene: Scene, questions: Sequence[Question]) -> Tensor:
+    looks = torch.zeros(2, _NUM_QUESTIONS, NUM_IMAGE_TOKENS)
+    items, middles = torch.from_numpy(_patch_items(scene)), _middles(scene)
+    for number, question in enumerate(questions):
+        for index in named_items(scene, question.text):
+            looks[0, number, items == 1 + index] = 1
+            looks[1, number, middles[index]] = 1
+    return looks
+
+
+def collate(scenes: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns a batch; texts are padded at their end, where labels are `IGNORED` and the segment is -1."""
+    padding = {"ids": 0, "labels": IGNORED, "segments": -1, "has_named": False}
+    return {
+        name: nn.utils.rnn.pad_sequence(
+            [scene[name] for scene in scenes], batch_first=True, padding_value=padding[name]
+        )
+        if name in padding
+        else torch.stack([scene[name] for scene in scenes])
+        for name in scenes[0]
+    }

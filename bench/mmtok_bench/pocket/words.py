@@ -1,0 +1,59 @@
+"""The pocket models' words, a token each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from mmtok_bench.pocket.scenes import CHARACTERS, COLOR_RGB, SHAPES, SIZE_PX
+
+__all__ = ["WORDS", "word_tokenizer"]
+
+WORDS = (
+    *(*COLOR_RGB, *SHAPES, *(f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES), *SIZE_PX),
+    *(*(character.lower() for character in CHARACTERS), "top", "bottom", "left", "right", "yes", "no"),
+    *(
+        "nothing",
+        "middle",
+        "is",
+        "there",
+        "a",
+        "the",
+        "in",
+        "image",
+        "how",
+        "many",
+        "thing",
+        "things",
+        "are",
+        "where",
+        "what",
+    ),
+    *("digit", "letter", "color", "shape", "size", "user", "assistant", "?", ":", ".", ",", "an", "of", "and", "it"),
+    *("on", "do", "you", "see", "picture", "object", "answer", "question", "using", "single", "word", "or", "phrase"),
+)
+"""All words, lower case."""
+
+
+def word_tokenizer(special: Sequence[str], *, first: str = "", **roles: Any) -> Any:
+    """Returns a fast tokenizer of lower-case words and marks.
+
+    Args:
+        special: Tokens that are no words; `<unk>` is one of them.
+        first: What every text begins with.
+        **roles: `eos_token` and so on, as of `PreTrainedTokenizerFast`.
+    """
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*special, *WORDS)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    if first:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, vocabulary[first])]
+        )
+    tokenizer.add_special_tokens(list(special))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **roles)

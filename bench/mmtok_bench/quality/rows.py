@@ -1,0 +1,123 @@
+"""Rows of scores from answers: each kind of a cell, and of all seeds together."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmtok_bench.pocket.questions import Kind, Negative, Question
+from mmtok_bench.quality.answers import Answer
+from mmtok_bench.quality.intervals import accuracy_interval, share_interval
+from mmtok_bench.quality.questions import SCORED_KINDS
+from mmtok_bench.quality.scoring import chance, majority, yes_no
+from mmtok_bench.results import CaseValue, ResultRow, make_row
+
+__all__ = ["ALL_SEEDS", "BENCH", "POCKET", "UNPRUNED", "rows_of"]
+
+BENCH = "quality"
+POCKET = "pocket"
+UNPRUNED = "unpruned"
+"""The method of budget "all": nothing is chosen."""
+ALL_SEEDS = "all"
+
+
+def rows_of(
+    answers: Sequence[Answer],
+    unpruned: Sequence[Answer],
+    *,
+    model: str,
+    seed: int | str,
+    question_set: str,
+    device: torch.device,
+    backend: str = "sglang",
+) -> list[ResultRow]:
+    """Returns a row for each kind, in the order of `SCORED_KINDS`, of one method and budget.
+
+    Args:
+        answers: Of one method and budget; of one seed, or of all.
+        unpruned: Those to the same questions at budget "all"; empty leaves the share out.
+        model: What rows call it.
+        seed: A seed's number, or `ALL_SEEDS`.
+        question_set: `fingerprint` of the questions.
+        device: Where the server runs.
+        backend: What served.
+    """
+    rows = []
+    for kind in SCORED_KINDS:
+        chosen = [answer for answer in answers if answer.kind == kind]
+        if not chosen:
+            continue
+        case: dict[str, CaseValue] = {
+            "task": POCKET,
+            "model": model,
+            "kind": kind,
+            "method": chosen[0].method,
+            "budget": chosen[0].budget,
+            "seed": str(seed),
+            "question_set": question_set,
+        }
+        metrics = _metrics(kind, chosen, [answer for answer in unpruned if answer.kind == kind])
+        rows.append(make_row(BENCH, case, backend, metrics, num_runs=len(chosen), device=device))
+    return rows
+
+
+def _metrics(kind: Kind, answers: Sequence[Answer], unpruned: Sequence[Answer]) -> dict[str, float]:
+    scenes = {place: number for number, place in enumerate(dict.fromkeys(map(_scene, answers)))}
+    right, asked = _counts(answers, scenes)
+    metrics: dict[str, float] = {"num_questions": len(answers), "accuracy": right.sum() / asked.sum()}
+    if len(scenes) > 1:
+        accuracy = accuracy_interval(right, asked)
+        metrics |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+        right_unpruned, asked_unpruned = _counts(unpruned, scenes)
+        share = share_interval(right, right_unpruned) if np.array_equal(asked, asked_unpruned) else None
+        if share is not None:
+            metrics |= {"share": share.value, "share_low": share.low, "share_high": share.high}
+    metrics |= {"chance": chance(kind), "majority": majority([_question(answer) for answer in answers])}
+    if kind == "existence":
+        metrics |= _pope(answers)
+    kept = [answer.num_image_tokens for answer in answers if answer.num_image_tokens is not None]
+    if kept:
+        metrics["tokens_kept"] = statistics.fmean(kept)
+    metrics["prompt_tokens"] = statistics.fmean(answer.num_prompt_tokens for answer in answers)
+    metrics["latency_p50_ms"] = statistics.median(answer.latency_ms for answer in answers)
+    metrics["duration_s"] = sum({answer.cell: answer.cell_s for answer in answers}.values())
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _scene(answer: Answer) -> tuple[int, int]:
+    return answer.seed, answer.scene
+
+
+def _counts(
+    answers: Sequence[Answer], scenes: Mapping[tuple[int, int], int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns right answers and questions of each scene."""
+    right, asked = np.zeros(len(scenes)), np.zeros(len(scenes))
+    for answer in answers:
+        place = scenes.get(_scene(answer))
+        if place is not None:
+            right[place] += answer.is_right
+            asked[place] += 1
+    return right, asked
+
+
+def _pope(answers: Sequence[Answer]) -> dict[str, float]:
+    """Returns POPE's figures of each setting that was asked for, such as pope_random_f1."""
+    metrics: dict[str, float] = {}
+    for setting in get_args(Negative):
+        chosen = [answer for answer in answers if answer.setting == setting]
+        if chosen:
+            figures = asdict(yes_no([_question(answer) for answer in chosen], [answer.said for answer in chosen]))
+            metrics |= {f"pope_{setting}_{name}": value for name, value in figures.items() if value is not None}
+    figures = asdict(yes_no([_question(answer) for answer in answers], [answer.said for answer in answers]))
+    return metrics | {f"pope_{name}": value for name, value in figures.items() if value is not None}
+
+
+def _question(answer: Answer) -> Question:
+    return Question(answer.kind, answer.question, answer.expected)

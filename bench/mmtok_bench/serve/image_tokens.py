@@ -1,0 +1,78 @@
+"""How many tokens an image becomes, and which smaller image becomes as many as a budget keeps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from PIL import Image
+
+from mmtok_bench.families import Family
+from mmtok_bench.serve.presets import Size
+
+__all__ = ["count_image_tokens", "downsampled_px"]
+
+_QWEN_TOKEN_PX = 28
+# Width over height may change by a quarter; a stricter bound would miss the token counts of small budgets by more.
+_MAX_STRETCH = 1.25
+_SHRINK_STEPS = 12
+
+
+def count_image_tokens(processor: Any, size_px: Size) -> int:
+    """Returns the tokens of one image, by the model's own Hugging Face processor."""
+    blank = Image.new("RGB", size_px)
+    ids = processor(text=[processor.image_token], images=[blank], return_tensors="pt")["input_ids"]
+    return int((ids == processor.image_token_id).sum())
+
+
+def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: int) -> Size | None:
+    """Returns the size at which an image becomes about `num_tokens` tokens; None where no smaller size has fewer.
+
+    Qwen2.5-VL: the count nearest to `num_tokens` at about the same shape. LLaVA-NeXT: the nearest count of the image
+    shrunk as it is, which is far from small budgets: two tiles are the fewest. LLaVA-1.5 reads every image as the same
+    square: it is sent at its own size, and the plugin's method `downsample` makes that square smaller.
+
+    Args:
+        processor: Of the model.
+        family: Of the model.
+        size_px: The image's size.
+        num_tokens: Tokens wanted.
+    """
+    if family == "llava-1.5":
+        return size_px
+    if family == "qwen2.5-vl":
+        return _qwen_px(size_px, num_tokens)
+    width, height = size_px
+    num_unshrunk = count_image_tokens(processor, size_px)
+    counts = {}
+    for step in range(1, _SHRINK_STEPS):
+        smaller = round(width * step / _SHRINK_STEPS), round(height * step / _SHRINK_STEPS)
+        counts[smaller] = count_image_tokens(processor, smaller)
+    fewer = {size: count for size, count in counts.items() if count < num_unshrunk}
+    if not fewer:
+        return None
+    # Of equal counts the largest image, which shows the most.
+    return min(fewer, key=lambda size: (abs(fewer[size] - num_tokens), -size[0]))
+
+
+def _qwen_px(size_px: Size, num_tokens: int) -> Size | None:
+    width, height = size_px
+    shape = width / height
+    grids = [
+        (columns, rows)
+        for rows in range(1, num_tokens + 1)
+        for columns in {max(1, num_tokens // rows), num_tokens // rows + 1}
+        if columns * rows * _QWEN_TOKEN_PX**2 < width * height
+    ]
+
+    def stretch(grid: tuple[int, int]) -> float:
+        return abs(math.log(grid[0] / grid[1] / shape))
+
+    fitting = [grid for grid in grids if stretch(grid) <= math.log(_MAX_STRETCH)]
+    if not (fitting or grids):
+        return None
+    columns, rows = min(
+        fitting or grids,
+        key=lambda grid: (abs(grid[0] * grid[1] - num_tokens), stretch(grid)) if fitting else (stretch(grid), 0),
+    )
+    return columns * _QWEN_TOKEN_PX, rows * _QWEN_TOKEN_PX

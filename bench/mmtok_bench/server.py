@@ -1,0 +1,335 @@
+"""A real SGLang server for as long as a `with` block runs."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import openai
+
+from mmtok_bench.process_tree import end_process_tree, sigterm_raises_exit
+
+__all__ = ["ServerError", "SglangServer", "cpu_arguments", "cpu_environment", "running", "started"]
+
+_POLL_INTERVAL_S = 0.25
+# Short: what SIGTERM leaves undone is nothing but SGLang's wait for a crash diagnosis, which takes 5 s.
+_STOP_GRACE_S = 1.0
+_LOG_END_LINES = 40
+# Below those that SGLang takes by itself (from 22000) and the system for outgoing connections (from 32768): a server
+# binds its ports long after it is told them.
+_PORTS = range(20000, 22000)
+# Requests go to this machine: a proxy named in the environment is not asked.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ServerError(RuntimeError):
+    """A server that died, did not start in time, or was asked something while it does not run."""
+
+
+def cpu_arguments(*, max_total_tokens: int = 16384, max_running_requests: int = 8) -> list[str]:
+    """Returns the server arguments that keep a server without an accelerator small and quick to start.
+
+    Args:
+        max_total_tokens: Tokens of KV cache, shared by the running requests.
+        max_running_requests: Requests that run at a time.
+    """
+    return [
+        "--device=cpu",
+        "--dtype=float32",
+        "--skip-server-warmup",
+        # Else an idle scheduler keeps a core busy, and a request on two cores takes several times as long.
+        "--sleep-on-idle",
+        f"--max-total-tokens={max_total_tokens}",
+        f"--max-running-requests={max_running_requests}",
+    ]
+
+
+def cpu_environment(*, num_ranks: int = 1) -> dict[str, str]:
+    """Returns the environment variables that a server without an accelerator needs.
+
+    Args:
+        num_ranks: Tensor-parallel times pipeline-parallel size; each rank is given cores of its own.
+
+    Raises:
+        ValueError: More ranks than cores, or fewer than one rank.
+    """
+    num_cores = os.cpu_count() or 1
+    if not 1 <= num_ranks <= num_cores:
+        raise ValueError(f"num_ranks is between 1 and the {num_cores} cores there are, got {num_ranks}")
+    environment = {
+        # Without it, servers use the accelerators that there are.
+        "CUDA_VISIBLE_DEVICES": "",
+        # Compiling the few graphs of a first request takes 18 s on two cores, and running them uncompiled under 1 s.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    if num_ranks > 1:
+        each = num_cores // num_ranks
+        ranges = [(rank * each, (rank + 1) * each - 1) for rank in range(num_ranks)]
+        bind = "|".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = bind
+    return environment
+
+
+class SglangServer:
+    """One `python -m sglang.launch_server`, started on entering a `with` block and ended with everything it started.
+
+    The server runs in a session of its own, so that Ctrl-C reaches this process alone, which then ends the server.
+    `running` and `started` do it with several at a time.
+
+    Args:
+        model_path: A checkpoint folder or a model's name.
+        *args: Further arguments of the server, as on its command line.
+        env: Environment variables on top of this process's.
+        log_path: Where the server's output goes; nowhere but `log_text` unless given.
+        start_timeout_s: Seconds until a server that does not answer is given up.
+        on_progress: Called while waiting, with the seconds since the start and the log's last line.
+
+    Raises:
+        ServerError: On entering, if the server dies or does not start in time; the message ends with the log's end.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        log_path: Path | None = None,
+        start_timeout_s: float = 300.0,
+        on_progress: Callable[[float, str], None] | None = None,
+    ) -> None:
+        self.model_path = os.fspath(model_path)
+        self.args = args
+        self.port = self._reserved_port()
+        self._ranks_port = self._reserved_port()
+        self.start_s: float | None = None
+        self._env = dict(env or {})
+        self._log_path = log_path
+        self._start_timeout_s = start_timeout_s
+        self._on_progress = on_progress
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self._log_when_stopped = ""
+        self._started_at_s = 0.0
+        self._block = contextlib.ExitStack()
+
+    @property
+    def url(self) -> str:
+        """The server's address, without a path."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that `start` runs."""
+        return [
+            *(sys.executable, "-m", "sglang.launch_server"),
+            *(f"--model-path={self.model_path}", "--host=127.0.0.1", f"--port={self.port}"),
+            f"--nccl-port={self._ranks_port}",
+            *self.args,
+        ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables that it is given on top of this process's."""
+        return dict(self._env)
+
+    @property
+    def process_id(self) -> int:
+        """The number of the server's first process, which is that of its session.
+
+        Raises:
+            ServerError: It was not started.
+        """
+        if self._process is None:
+            raise ServerError("the server was not started")
+        return self._process.pid
+
+    def client(self) -> openai.OpenAI:
+        """Returns the official OpenAI client for this server."""
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(trust_env=False),
+        )
+
+    def server_info(self) -> dict[str, Any]:
+        """Returns what the server says of itself: its arguments, its version, its state.
+
+        Raises:
+            ServerError: The server does not answer.
+        """
+        try:
+            with _OPENER.open(f"{self.url}/server_info", timeout=30) as answer:
+                info: dict[str, Any] = json.load(answer)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ServerError(f"{self.url}/server_info does not answer: {error}.\n{self.log_end()}") from error
+        return info
+
+    def log_text(self) -> str:
+        """Returns everything the server has printed so far, also after it ended."""
+        if self._log is None:
+            return self._log_when_stopped
+        # pread: the server writes through the same file description, whose offset must not move.
+        size_bytes = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size_bytes, 0).decode(errors="replace")
+
+    def log_end(self) -> str:
+        """Returns the last lines of what the server has printed, for a message."""
+        return f"The end of its log:\n{self._log_lines(_LOG_END_LINES)}"
+
+    def is_alive(self) -> bool:
+        """True from `start` until the server ends, by itself or in `stop`."""
+        return self._process is not None and self._exit_status() is None
+
+    def start(self) -> None:
+        """Starts the process and returns at once.
+
+        Raises:
+            ServerError: It was started before.
+        """
+        if self._process is not None:
+            raise ServerError(f"the server at {self.url} was started before: make another SglangServer")
+        if self._log_path is None:
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        else:
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = self._log_path.open("w+b")
+        self._started_at_s = time.monotonic()
+        self._process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._env},
+            start_new_session=True,
+        )
+
+    def wait_until_ready(self) -> None:
+        """Returns when the server takes requests; one that has started is given as long again to answer.
+
+        Raises:
+            ServerError: It died, or did not start or answer in time; the message ends with the log's end.
+        """
+        since_s = self._started_at_s if self.start_s is None else time.monotonic()
+        while True:
+            # First whether it lives: were it gone, another server might answer at its port.
+            if not self.is_alive():
+                raise ServerError(
+                    f"the server for {self.model_path} ended while starting (exit status {self._exit_status()}).\n"
+                    f"{self.log_end()}"
+                )
+            if self._is_ready():
+                break
+            waited_s = time.monotonic() - since_s
+            if waited_s > self._start_timeout_s:
+                missed = "start" if self.start_s is None else "answer"
+                raise ServerError(
+                    f"the server for {self.model_path} did not {missed} within {self._start_timeout_s:.0f} s: "
+                    f"see why below, or give it a longer start_timeout_s.\n{self.log_end()}"
+                )
+            if self._on_progress is not None:
+                self._on_progress(waited_s, self._log_lines(1))
+            time.sleep(_POLL_INTERVAL_S)
+        if self.start_s is None:
+            self.start_s = time.monotonic() - self._started_at_s
+
+    def stop(self) -> None:
+        """Ends the server and all it started: by SIGTERM, and by SIGKILL soon after or on a second Ctrl-C."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        try:
+            end_process_tree(self._process.pid, grace_s=_STOP_GRACE_S)
+        finally:
+            self._process.wait()
+            if self._log is not None:
+                self._log_when_stopped = self.log_text()
+                self._log.close()
+                self._log = None
+
+    def __enter__(self) -> SglangServer:
+        self._block.enter_context(running(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._block.close()
+
+    def _reserved_port(self) -> int:
+        reservation = _reserve_port()
+        weakref.finalize(self, reservation.close)
+        return int(reservation.getsockname()[1])
+
+    def _exit_status(self) -> int | None:
+        if self._process is None or self._process.returncode is not None:
+            return None if self._process is None else self._process.returncode
+        # WNOWAIT leaves the zombie: until `stop`, its number stays the group's and goes to no other process.
+        ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def _is_ready(self) -> bool:
+        try:
+            with _OPENER.open(f"{self.url}/ready", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _log_lines(self, num_lines: int) -> str:
+        return "\n".join(self.log_text().rstrip().splitlines()[-num_lines:])
+
+
+@contextlib.contextmanager
+def started(*servers: SglangServer) -> Iterator[None]:
+    """Starts servers side by side, runs the block at once, and ends them all, whatever happens."""
+    with sigterm_raises_exit(), contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        yield
+
+
+@contextlib.contextmanager
+def running(*servers: SglangServer) -> Iterator[None]:
+    """Starts servers side by side, runs the block when all are ready, and ends them all, whatever happens.
+
+    Raises:
+        ServerError: One died or did not start in time.
+    """
+    with started(*servers):
+        for server in servers:
+            server.wait_until_ready()
+        yield
+
+
+def _reserve_port() -> socket.socket:
+    """Returns a socket that keeps its port from other reservations, in any process, but not from a server.
+
+    Servers bind with SO_REUSEADDR, which shares a port that nobody listens at if its holder allows it; the next
+    reservation binds without, which does not.
+    """
+    for port in random.sample(_PORTS, 200):
+        reservation = socket.socket()
+        try:
+            reservation.bind(("127.0.0.1", port))
+        except OSError:
+            reservation.close()
+            continue
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return reservation
+    raise ServerError(f"found no free port between {_PORTS.start} and {_PORTS.stop - 1}: are too many servers running?")

@@ -1,0 +1,101 @@
+"""A changed signature of each function that is hooked: found before anything is hooked.
+
+Run as a program of its own, since hooks stay in the process that installs them: `python -m
+mmtok_bench.soak.drift FAMILY` prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pkgutil
+import sys
+import types
+from typing import Any
+from unittest import mock
+
+__all__ = ["drift_of"]
+
+_CHANGES = ("a new parameter", "a parameter less", "another name", "missing")
+
+
+def drift_of(family: str) -> dict[str, Any]:
+    """Returns how many changed targets were tried, and what was wrong: `num_tried` and `failures`."""
+    from mmtok_deploy import Budget
+    from mmtok_deploy.presets import PRESETS
+    from mmtok_sglang.families import FAMILIES
+    from mmtok_sglang.hooks import HookError, install_hooks
+    from mmtok_sglang.settings import Settings
+
+    preset = PRESETS[family]
+    # With an agent, which has a hook of its own.
+    settings = Settings(family, Budget.parse("10%"), preset.config, preset.guidance, agent_url="http://127.0.0.1:9/v1")
+    hooks = FAMILIES[family].hooks(settings)
+    failures, num_tried = [], 0
+    for hook in hooks:
+        owner = pkgutil.resolve_name(hook.path.rpartition(".")[0])
+        name = hook.path.rpartition(".")[2]
+        for change in _CHANGES:
+            before = {each.path: pkgutil.resolve_name(each.path) for each in hooks}
+            num_tried += 1
+            with _changed(owner, name, change):
+                try:
+                    install_hooks(hooks)
+                    failures.append(f"{hook.path} with {change}: the hooks are installed all the same")
+                    return {"num_tried": num_tried, "num_hooks": len(hooks), "failures": failures}
+                except HookError as error:
+                    if hook.path not in str(error):
+                        failures.append(f"{hook.path} with {change}: the error does not name it: {error}")
+            after = {each.path: pkgutil.resolve_name(each.path) for each in hooks}
+            changed = [path for path in before if before[path] is not after[path]]
+            if changed:
+                failures.append(f"{hook.path} with {change}: hooked nevertheless: {', '.join(changed)}")
+    return {"num_tried": num_tried, "num_hooks": len(hooks), "failures": failures}
+
+
+def _changed(owner: Any, name: str, change: str) -> Any:
+    """Returns what changes a function of SGLang for as long as a `with` block runs."""
+    if change == "missing":
+        return _missing(owner, name)
+    target = inspect.unwrap(getattr(owner, name))
+    signature = inspect.signature(getattr(target, "__func__", target))
+    parameters = list(signature.parameters.values())
+    if change == "a new parameter":
+        added = inspect.Parameter("added_since", inspect.Parameter.KEYWORD_ONLY)
+        is_last = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        parameters.insert(len(parameters) - is_last, added)
+    elif change == "a parameter less":
+        parameters.pop()
+    else:
+        parameters[-1] = parameters[-1].replace(name="renamed_since")
+    stand_in = _coroutine if inspect.iscoroutinefunction(target) else _function
+    # A function of its own each time: the stand-ins stay as they are.
+    changed: Any = types.FunctionType(stand_in.__code__, stand_in.__globals__, name)
+    changed.__signature__ = signature.replace(parameters=parameters)
+    return mock.patch.object(owner, name, changed)
+
+
+def _function() -> None:
+    """Stands in for a changed function of SGLang."""
+
+
+async def _coroutine() -> None:
+    """Stands in for a changed coroutine function of SGLang."""
+
+
+class _missing:  # noqa: N801 - used as a context manager
+    """Takes an attribute away for as long as a `with` block runs."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
+        self._value = vars(owner)[name]
+
+    def __enter__(self) -> None:
+        delattr(self._owner, self._name)
+
+    def __exit__(self, *error: object) -> None:
+        setattr(self._owner, self._name, self._value)
+
+
+if __name__ == "__main__":
+    print(json.dumps(drift_of(sys.argv[1])))

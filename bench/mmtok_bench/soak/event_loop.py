@@ -1,0 +1,132 @@
+"""The HTTP process stays responsive while addresses of images hang and long guidance arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from mmtok_bench.server import SglangServer
+from mmtok_bench.soak.fixed_chats import chat_body, small_image
+from mmtok_bench.soak.trial import Trial, send
+
+__all__ = ["block_the_event_loop", "polled_health"]
+
+_MAX_HEALTH_S = 0.25
+_GUIDANCE_BYTES = 10 << 20
+_TIMEOUT_S = 120.0
+_POLL_S = 0.02
+# Prints the seconds of each answer, "nan" for another status than 200 or none within a minute, until it reads a line.
+_POLL = """
+import http.client, select, sys, time
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], float(sys.argv[2]))[0]:
+    start_s, status = time.monotonic(), 0
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=60)
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+        connection.close()
+    except OSError:
+        pass
+    print(time.monotonic() - start_s if status == 200 else "nan")
+"""
+
+
+def block_the_event_loop(trial: Trial, server: SglangServer, num_rounds: int, *, num_urls: int = 32) -> None:
+    """Asks /health all the time while images' addresses hang, and then while 10 MB of guidance arrive.
+
+    The two come one after another, so that a failure says which; then together. Each request must be answered, and
+    every answer of /health come within 250 ms.
+    """
+    for number in range(num_rounds):
+        if trial.is_over() or not server.is_alive():
+            break
+        for kind in ("hanging addresses", "long guidance", "both"):
+            urls = num_urls if kind != "long guidance" else 0
+            _one_round(trial, server, f"{kind}, round {number}", kind, urls, with_guidance=kind != "hanging addresses")
+
+
+def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_urls: int, *, with_guidance: bool) -> None:
+    def ask(body: bytes) -> None:
+        reply = send(server, "/v1/chat/completions", body, timeout_s=_TIMEOUT_S)
+        trial.count("requests")
+        trial.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
+        if reply.status == 0:
+            trial.fail(f"a request is not answered: {kind}", f"{what}: {reply.text[:200]}")
+
+    with _hanging_server() as url:
+        bodies = [chat_body([f"{url}/{what}-{each}.png"], "What is it?", {}) for each in range(num_urls)]
+        if with_guidance:
+            words = "word " * (_GUIDANCE_BYTES // 5)
+            bodies.append(chat_body([small_image("coffee")], "What is it?", {"mmtok_guidance": words}))
+            bodies.append(chat_body([small_image("coffee")], words, {}))
+        texts = [json.dumps(body).encode() for body in bodies]
+        with polled_health(server) as times_s:
+            clients = [threading.Thread(target=ask, args=(text,), daemon=True) for text in texts]
+            for client in clients:
+                client.start()
+            for client in clients:
+                client.join()
+    trial.count("health_checks", len(times_s))
+    if any(math.isnan(time_s) for time_s in times_s):
+        trial.fail("/health does not answer 200", what)
+    slowest_s = max((time_s for time_s in times_s if not math.isnan(time_s)), default=0.0)
+    name = "slowest_health_ms_" + kind.replace(" ", "_")
+    trial.numbers[name] = round(max(1000 * slowest_s, trial.numbers.get(name, 0.0)))
+    if slowest_s > _MAX_HEALTH_S:
+        trial.fail(f"/health takes longer than 250 ms: {kind}", f"{what}: {1000 * slowest_s:.0f} ms")
+
+
+@contextlib.contextmanager
+def polled_health(server: SglangServer) -> Iterator[list[float]]:
+    """Gives the seconds of each answer of /health during the block, once it ends; NaN is another answer than 200.
+
+    A process of its own asks: this one is busy with the requests, and would wait for itself.
+    """
+    times_s: list[float] = []
+    command = [sys.executable, "-c", _POLL, str(server.port), str(_POLL_S)]
+    poller = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert poller.stdout is not None
+        poller.stdout.readline()
+        yield times_s
+        # It ends when it is told so.
+        said, _ = poller.communicate("end\n", timeout=_TIMEOUT_S)
+        times_s += map(float, said.split())
+    finally:
+        poller.kill()
+        poller.wait()
+
+
+@contextlib.contextmanager
+def _hanging_server() -> Iterator[str]:
+    """Gives the address of a server that takes connections and says nothing for 5 s, then hangs up."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    open_until: list[tuple[float, socket.socket]] = []
+    done = threading.Event()
+
+    def serve() -> None:
+        listener.settimeout(0.1)
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                open_until.append((time.monotonic() + 5.0, listener.accept()[0]))
+            while open_until and open_until[0][0] < time.monotonic():
+                open_until.pop(0)[1].close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        done.set()
+        thread.join()
+        for _, connection in open_until:
+            connection.close()
+        listener.close()

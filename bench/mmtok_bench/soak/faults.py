@@ -1,0 +1,320 @@
+"""The rows of the fault table: each a fault, how it is injected, what holds, and what runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtok_bench.process_tree import end_process_tree
+from mmtok_bench.soak.agent import TIMEOUT_MS, Agent, abuse_the_agent, agent_itself
+from mmtok_bench.soak.event_loop import block_the_event_loop
+from mmtok_bench.soak.fuzz import fuzz, judge_failed
+from mmtok_bench.soak.images import send_odd_images
+from mmtok_bench.soak.injected import features_that_are_not_numbers, hooks_that_raise, out_of_memory
+from mmtok_bench.soak.killing import kill_processes
+from mmtok_bench.soak.storm import STORM_ENVIRONMENT, STORM_FLAGS, leak, storm
+from mmtok_bench.soak.trial import Trial
+from mmtok_bench.soak.weights import update_weights
+from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+
+__all__ = ["ROWS", "Row"]
+
+_SERVED = ("--mmtok-budget=10%", "--enable-metrics")
+# The property test of the keys, which draws 10,000 pairs: its files, and what its name has in it.
+_KEY_TESTS, _KEY_PAIRS = "tests/runtime/test_*key*.py", "never_share_a_key"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kind of fault.
+
+    Args:
+        name: On the command line.
+        fault: What is done to the server, for the table.
+        injected: By what means.
+        holds: What holds afterwards, besides what holds after every row.
+        minutes: Its weight in the time of a run, for one family.
+        run: Does it.
+        is_of_one_family: Whether one family is enough: what is done does not depend on the model.
+    """
+
+    name: str
+    fault: str
+    injected: str
+    holds: str
+    minutes: float
+    run: Callable[[Trial], None]
+    is_of_one_family: bool = False
+
+
+def _fuzz(trial: Trial) -> None:
+    with trial.served(*_SERVED) as server:
+        failed = fuzz(trial, server, trial.scaled(6000, at_least=200))
+    if failed:
+        # The 5xx answers are held against a server without the plugin, which takes the other one's place.
+        with trial.served("--enable-metrics") as plain:
+            judge_failed(trial, plain, failed)
+
+
+def _images(trial: Trial) -> None:
+    with trial.served(*_SERVED) as server:
+        send_odd_images(trial, server, trial.scaled(400, at_least=20))
+
+
+def _event_loop(trial: Trial) -> None:
+    with trial.served(*_SERVED) as server:
+        block_the_event_loop(trial, server, trial.scaled(6))
+
+
+def _weights(trial: Trial) -> None:
+    with trial.served(*_SERVED) as server:
+        update_weights(trial, server, trial.scaled(50, at_least=4))
+
+
+def _storm(trial: Trial) -> None:
+    with trial.served(*STORM_FLAGS, **STORM_ENVIRONMENT) as server:
+        storm(trial, server, trial.scaled(8000, at_least=300))
+
+
+def _leak(trial: Trial) -> None:
+    with trial.served(*_SERVED) as server:
+        leak(trial, server, trial.scaled(4000, at_least=200))
+
+
+def _out_of_memory(trial: Trial) -> None:
+    # Every point at 30 minutes: no hook makes as many as its part of this.
+    out_of_memory(trial, trial.scaled(4000, at_least=30), *_SERVED)
+
+
+def _values(trial: Trial) -> None:
+    features_that_are_not_numbers(trial, trial.scaled(54, at_least=9), *_SERVED)
+
+
+def _hooks(trial: Trial) -> None:
+    hooks_that_raise(trial, *_SERVED)
+
+
+def _agent(trial: Trial) -> None:
+    with Agent() as agent:
+        flags = (f"--mmtok-agent-url={agent.url}", f"--mmtok-agent-timeout-ms={TIMEOUT_MS}")
+        with trial.served(*_SERVED, *flags) as server:
+            abuse_the_agent(trial, server, agent, trial.scaled(10, at_least=2))
+    agent_itself(trial, *_SERVED)
+
+
+def _kill(trial: Trial) -> None:
+    kill_processes(trial, trial.scaled(20), *_SERVED)
+
+
+def _artifacts(trial: Trial) -> None:
+    checkpoint = make_tiny_checkpoint(trial.family, trial.folder / "checkpoints" / f"{trial.family}-0")
+    folder = trial.folder / "artifacts" / trial.family
+    command = [
+        *(sys.executable, "-m", "mmtok_bench.soak.artifacts", trial.family, str(checkpoint), str(folder)),
+        *(str(trial.scaled(500, at_least=20)), str(trial.seed)),
+    ]
+    outcomes: Counter[str] = Counter()
+    last = "the start"
+    for line in _lines(trial, command, "artifacts", stops=True):
+        result = json.loads(line)
+        last = result["what"]
+        trial.count("flips" if last.startswith("flip") else "changed_manifests")
+        if result["in_order"]:
+            trial.count(result["outcome"].replace(" ", "_"))
+        else:
+            kind = result["outcome"].partition(":")[0]
+            outcomes[kind] += 1
+            trial.fail(f"a changed file: {kind}", f"{last}: {result['outcome']}")
+    if trial.counts["returncode"]:
+        trial.fail("a changed file ends the process that reads it", f"after {last}: exit {trial.counts['returncode']}")
+    del trial.counts["returncode"]
+
+
+def _drift(trial: Trial) -> None:
+    command = [sys.executable, "-m", "mmtok_bench.soak.drift", trial.family]
+    lines = list(_lines(trial, command, "drift"))
+    if trial.counts.pop("returncode") or not lines:
+        trial.fail("the signatures could not be looked at", f"see {trial.folder}/logs")
+        return
+    result = json.loads(lines[-1])
+    trial.count("changed_signatures", result["num_tried"])
+    trial.count("hooks", result["num_hooks"])
+    for failure in result["failures"]:
+        trial.fail("a changed signature is not found", failure)
+
+
+def _keys(trial: Trial) -> None:
+    root = Path(__file__).resolve().parents[3]
+    files = sorted(map(str, root.glob(_KEY_TESTS)))
+    if not files:
+        trial.fail("the property test of keys is not here: run in a checkout", str(root / _KEY_TESTS))
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", _KEY_PAIRS]
+    last = ""
+    for line in _lines(trial, [*command, "-m", "not slow", "--rootdir", str(root)], "keys"):
+        last = line.strip() or last
+    status = trial.counts.pop("returncode")
+    if status == 5:
+        trial.fail("there is no property test of keys", f"pytest {_KEY_TESTS} -k {_KEY_PAIRS}: {last}")
+    elif status:
+        trial.fail("the property test of keys fails", last)
+    else:
+        trial.count("pairs", 10_000)
+
+
+def _lines(trial: Trial, command: list[str], name: str, *, stops: bool = False) -> Iterator[str]:
+    """Gives what a program prints, line by line; counts its exit status as `returncode`.
+
+    Args:
+        trial: Holds the row's folder and time.
+        command: The program.
+        name: Names its log.
+        stops: End the program, without an exit status, once the row's time is over; else it ends by itself.
+    """
+    log = trial.folder / "logs" / f"{name}-{trial.family}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                yield line
+                if stops and trial.is_over():
+                    break
+            else:
+                trial.counts["returncode"] = process.wait()
+        finally:
+            if process.poll() is None:
+                end_process_tree(process.pid, grace_s=1.0)
+                process.wait()
+            process.stdout.close()
+
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row(
+            "fuzz",
+            "Fuzzed bodies on `/v1/chat/completions`, `/generate`, `/v1/completions`, `/v1/messages`",
+            "drawn from a seed: our fields, texts with placeholders and role marks, any node of the body, its bytes",
+            "each is answered within 60 s; 5xx only where SGLang without a budget gives one",
+            5,
+            _fuzz,
+        ),
+        Row(
+            "images",
+            "Images cut off, changed, of odd modes and sizes, or that expand to gigabytes",
+            "files made by Pillow or by hand, with a budget, `all` and `downsample`",
+            "2xx or 4xx within 60 s, and under 2 GB more memory",
+            1.5,
+            _images,
+        ),
+        Row(
+            "events",
+            "32 addresses that hang, 10 MB of guidance, and both",
+            "a local server that takes connections and says nothing; chats with 10 MB of text",
+            "`/health` answers within 250 ms",
+            1,
+            _event_loop,
+        ),
+        Row(
+            "weights",
+            "Updates of the weights",
+            "`/update_weights_from_disk` to another checkpoint and back, with and without `flush_cache`",
+            "answers are those of the loaded weights, or the update is refused",
+            1,
+            _weights,
+        ),
+        Row(
+            "leak",
+            "Requests that are all different, with a budget of one token",
+            "a new guidance each, one after another",
+            "resident memory grows by under 1 MB per 1,000; no threads or files are left",
+            2,
+            _leak,
+        ),
+        Row(
+            "storm",
+            "64 clients, mixed budgets and methods, a fifth hang up",
+            "2,560 tokens of KV, chunks of 64, forced retraction, 1 MB for features and for embeddings",
+            "each answer is the one from before the storm; memory grows by under 1 MB per 1,000",
+            8,
+            _storm,
+        ),
+        Row(
+            "memory",
+            "Out of memory at each allocation of the scheduler's hooks",
+            "a second plugin raises in place of an operation's result",
+            "the request is answered, the next identical one is exact",
+            2,
+            _out_of_memory,
+        ),
+        Row(
+            "values",
+            "NaN and infinite features",
+            "a second plugin writes them after the encoder: one, some, all",
+            "the request is answered, the next identical one is exact",
+            1,
+            _values,
+        ),
+        Row(
+            "hooks",
+            "Each hook of the scheduler raises",
+            "a second plugin raises in its place",
+            "the request ends, the server lives",
+            0.5,
+            _hooks,
+        ),
+        Row(
+            "agent",
+            "An agent that redirects, never ends, bombs, nests, is slow, resets, or is the server itself",
+            "a local endpoint of each kind, a time limit of 2 s",
+            "requests are answered in time, nothing is followed or read on",
+            1.5,
+            _agent,
+            True,
+        ),
+        Row(
+            "kill",
+            "SIGKILL of one process of a server with requests",
+            "a process drawn from a seed",
+            "all are gone within 10 s, no orphan runs on",
+            4,
+            _kill,
+            True,
+        ),
+        Row(
+            "artifacts",
+            "Exported files changed",
+            "each field of the manifest: another value, another type, null, missing; single bits of manifest and graph",
+            "refused, or the same selection",
+            1,
+            _artifacts,
+        ),
+        Row(
+            "drift",
+            "A changed signature of each hooked function",
+            "a parameter more, less, renamed; the function missing",
+            "named before anything is hooked",
+            0.3,
+            _drift,
+        ),
+        Row(
+            "keys",
+            "Pairs of cache keys that differ in one field",
+            "the property test of the keys",
+            "values that differ never share a key",
+            0.5,
+            _keys,
+            True,
+        ),
+    )
+}
+"""In the order in which they are run: those that share a server follow one another."""

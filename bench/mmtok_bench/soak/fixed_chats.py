@@ -1,0 +1,118 @@
+"""Twenty chats whose logprobs must be the same before and after every fault."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from mmtok_bench.chat import image_url
+from mmtok_bench.families import Family
+from mmtok_bench.photographs import PHOTOGRAPHS, photograph
+from mmtok_bench.server import SglangServer
+
+__all__ = [
+    "TOLERANCE",
+    "Account",
+    "ask_for_logprobs",
+    "ask_fixed_chats",
+    "chat_body",
+    "largest_difference",
+    "small_image",
+]
+
+TOLERANCE = 5e-6
+"""Of logprobs in float32: the largest difference from the hand-pruned model that the tests have seen."""
+
+Account = list[dict[str, float]]
+"""For each generated token, the logprobs of the likeliest tokens; the chosen one is first."""
+
+_NUM_CHATS = 20
+_QUESTIONS = ("What is in this cup?", "How many cats are on the red table?", "Which colours are there?", "Is it dark?")
+_FIELDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"mmtok_budget": "50%"},
+    {"mmtok_budget": 7},
+    {"mmtok_budget": "all"},
+    {"mmtok_method": "divprune"},
+    {"mmtok_method": "random", "mmtok_seed": 3},
+    {"mmtok_guidance": "a cat and a rocket"},
+)
+
+
+@cache
+def small_image(name: str, width: int = 224, height: int = 168) -> str:
+    """Returns a photograph as a data URL, at a size that a CPU reads quickly."""
+    return image_url(photograph(name).resize((width, height)))
+
+
+def chat_body(parts: list[str], question: str, fields: dict[str, Any], *, max_tokens: int = 4) -> dict[str, Any]:
+    """Returns the body of a greedy chat about images (data URLs or addresses) that asks for logprobs."""
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": part}} for part in parts]
+    return {
+        "model": "default",
+        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 5,
+        "ignore_eos": True,
+        "mm_processor_kwargs": fields or None,
+    }
+
+
+def ask_for_logprobs(server: SglangServer, body: dict[str, Any], *, timeout_s: float = 120.0) -> Account:
+    """Returns the logprobs of a server's answer to `chat_body`.
+
+    Raises:
+        openai.OpenAIError: It refused the request or cannot be reached.
+    """
+    known = {
+        name: body[name] for name in ("model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs")
+    }
+    extra = {name: value for name, value in body.items() if name not in known}
+    with server.client() as client:
+        completion = client.chat.completions.create(**known, extra_body=extra, timeout=timeout_s)
+    logprobs = completion.choices[0].logprobs
+    account = []
+    for token in (logprobs.content if logprobs else None) or ():
+        top = {other.token: other.logprob for other in token.top_logprobs}
+        account.append({token.token: token.logprob} | top)
+    return account
+
+
+def ask_fixed_chats(server: SglangServer, family: Family) -> list[Account]:
+    """Returns the logprobs of the twenty chats, asked one after another."""
+    return [ask_for_logprobs(server, body) for body in _bodies(family)]
+
+
+@cache
+def _bodies(family: Family) -> list[dict[str, Any]]:
+    names = list(PHOTOGRAPHS)
+    bodies = []
+    for number in range(_NUM_CHATS):
+        images = [small_image(names[number % len(names)])]
+        if number % 6 == 5 and family != "llava-next":
+            images.append(small_image(names[(number + 1) % len(names)], 168, 224))
+        question = _QUESTIONS[number % len(_QUESTIONS)]
+        bodies.append(chat_body(images if number else [], question, _FIELDS[number % len(_FIELDS)]))
+    return bodies
+
+
+def largest_difference(before: list[Account], after: list[Account]) -> float:
+    """Returns the largest difference of a logprob; infinite where another token was chosen by more than rounding.
+
+    Tokens that only one side lists among the likeliest are those at the edge of the list, and are not compared.
+    """
+    largest = 0.0
+    for one, other in zip(before, after, strict=True):
+        if len(one) != len(other):
+            return math.inf
+        for these, those in zip(one, other, strict=True):
+            if next(iter(these)) not in those:
+                return math.inf
+            largest = max(largest, *(abs(these[token] - those[token]) for token in these.keys() & those.keys()))
+            if next(iter(these)) != next(iter(those)):
+                # A tie within rounding: what follows are answers to different texts.
+                break
+    return largest

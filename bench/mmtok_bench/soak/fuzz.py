@@ -1,0 +1,281 @@
+"""Fuzzed bodies: every one is answered, by 2xx or 4xx, and the server lives on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+from mmtok_bench.server import SglangServer
+from mmtok_bench.soak.fixed_chats import small_image
+from mmtok_bench.soak.trial import Reply, Trial, in_parallel, send
+
+__all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
+
+_PARALLEL = 8
+_TIMEOUT_S = 60.0
+_PLACEHOLDERS = {"qwen2.5-vl": "<|image_pad|>", "llava-1.5": "<image>", "llava-next": "<image>"}
+# What makes SGLang itself work for minutes, or sample at random, is left as it is.
+_FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
+_KWARGS = "mm_processor_kwargs"
+_OUR_FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed", "mmtok_bugdet", "mmtok", "images_kwargs")
+_METHODS = ("mmtok", "divprune", "even", "random", "visionzip", "downsample", "text-coverage", "vision-coverage", "")
+
+
+def _chat(family: str) -> dict[str, Any]:
+    content = [
+        {"type": "image_url", "image_url": {"url": small_image("coffee", 112, 84)}},
+        {"type": "text", "text": "What is in this cup?"},
+    ]
+    return {
+        "model": "default",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 2,
+        "temperature": 0,
+        _KWARGS: {"mmtok_budget": "25%"},
+    }
+
+
+def _generate(family: str) -> dict[str, Any]:
+    return {
+        "text": f"USER: {_PLACEHOLDERS[family]} What is it? ASSISTANT:",
+        "image_data": [small_image("coffee", 112, 84)],
+        "sampling_params": {"max_new_tokens": 2, "temperature": 0},
+        _KWARGS: {"mmtok_budget": "25%"},
+    }
+
+
+def _completion(family: str) -> dict[str, Any]:
+    return {
+        "model": "default",
+        "prompt": f"USER: {_PLACEHOLDERS[family]} What is it? ASSISTANT:",
+        "max_tokens": 2,
+        "temperature": 0,
+        _KWARGS: {"mmtok_budget": "25%"},
+    }
+
+
+def _message(family: str) -> dict[str, Any]:
+    data = small_image("coffee", 112, 84).partition(",")[2]
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    return {
+        "model": "default",
+        "max_tokens": 2,
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": "What is it?"}]}
+        ],
+        _KWARGS: {"mmtok_budget": "25%"},
+    }
+
+
+ENDPOINTS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "/v1/chat/completions": _chat,
+    "/generate": _generate,
+    "/v1/completions": _completion,
+    "/v1/messages": _message,
+}
+
+
+def fuzz(trial: Trial, server: SglangServer, num_bodies: int, *, plain: SglangServer | None = None) -> list[int]:
+    """Sends fuzzed bodies, eight at a time, and returns the numbers of those answered by 5xx.
+
+    Args:
+        trial: Counts and reports.
+        server: What they are sent to.
+        num_bodies: How many, in turns to the four endpoints.
+        plain: A server without the plugin: a body that it answers by 5xx as well is SGLang's own failure, and counted
+            as that. Without it, 5xx answers are returned and not judged.
+    """
+    failed: list[int] = []
+
+    def one(number: int) -> None:
+        if trial.is_over() or not server.is_alive():
+            return
+        if number % 500 == 499:
+            trial.step(f"{number + 1} of {num_bodies} bodies")
+        path, body = fuzzed_body(trial, number)
+        reply = send(server, path, body, timeout_s=_TIMEOUT_S)
+        trial.count("bodies")
+        trial.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
+        what = _reproduction(trial, number, path, body, reply)
+        if reply.status == 0:
+            trial.fail(f"{path}: a body was not answered", what)
+        elif reply.status >= 500:
+            if plain is None:
+                failed.append(number)
+            else:
+                _judge(trial, number, plain, what)
+
+    in_parallel(_PARALLEL, one, range(num_bodies))
+    return sorted(failed)
+
+
+def judge_failed(trial: Trial, plain: SglangServer, numbers: list[int]) -> None:
+    """Reports the bodies that a server with a budget answers by 5xx and one without the plugin does not."""
+    for number in numbers:
+        path, body = fuzzed_body(trial, number)
+        _judge(trial, number, plain, f"seed {trial.seed} family {trial.family} number {number} {path} {_short(body)}")
+
+
+def _judge(trial: Trial, number: int, plain: SglangServer, what: str) -> None:
+    path, body = fuzzed_body(trial, number)
+    own = send(plain, path, _without_our_fields(body), timeout_s=_TIMEOUT_S)
+    if own.status >= 500 or own.status == 0:
+        trial.count("answers_5xx_of_sglang_alone")
+    else:
+        trial.fail(f"{path}: 5xx where SGLang alone answers {own.status // 100}xx", what)
+
+
+def _without_our_fields(body: bytes) -> bytes:
+    """Returns the body without what only the plugin reads; one that is no JSON object as it is."""
+    try:
+        values = json.loads(body)
+        kwargs = values[_KWARGS]
+        values[_KWARGS] = {name: value for name, value in kwargs.items() if not name.startswith("mmtok_")}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return body
+    return json.dumps(values).encode(errors="surrogatepass")
+
+
+def _reproduction(trial: Trial, number: int, path: str, body: bytes, reply: Reply) -> str:
+    said = f"{reply.status} {reply.text[:200]}"
+    return f"seed {trial.seed} family {trial.family} number {number} {path} {_short(body)} -> {said}"
+
+
+def _short(body: bytes) -> str:
+    text = body.decode(errors="replace")
+    for image in (small_image("coffee", 112, 84), small_image("coffee", 112, 84).partition(",")[2]):
+        text = text.replace(image, "IMAGE")
+    return text[:600]
+
+
+def fuzzed_body(trial: Trial, number: int) -> tuple[str, bytes]:
+    """Returns the endpoint and the body of that number: the same for a seed and family."""
+    draw = trial.random("fuzz", number)
+    path = list(ENDPOINTS)[number % len(ENDPOINTS)]
+    body = copy.deepcopy(ENDPOINTS[path](trial.family))
+    kind = draw.random()
+    if kind < 0.45:
+        _fuzz_our_fields(draw, body)
+    elif kind < 0.6:
+        _fuzz_texts(draw, body, _PLACEHOLDERS[trial.family])
+    elif kind < 0.9:
+        for _ in range(draw.choice((1, 1, 2, 4))):
+            _change_a_node(draw, body)
+    text = json.dumps(body)
+    if kind >= 0.9:
+        text = _change_letters(draw, text)
+    return path, text.encode(errors="surrogatepass")
+
+
+def _fuzz_our_fields(draw: random.Random, body: dict[str, Any]) -> None:
+    fields = {name: _value(draw) for name in draw.sample(_OUR_FIELDS, draw.randint(1, 3))}
+    if draw.random() < 0.5:
+        fields["mmtok_method"] = draw.choice(_METHODS)
+    if draw.random() < 0.5:
+        fields["mmtok_budget"] = draw.choice(("10%", 0.5, 1, 3, "all", 10**9, "0.01%", "100%", 1e-9, "1e400", "-0"))
+    body[_KWARGS] = fields if draw.random() < 0.9 else _value(draw)
+
+
+def _fuzz_texts(draw: random.Random, body: dict[str, Any], placeholder: str) -> None:
+    pieces = (
+        placeholder,
+        "<image>",
+        "<|vision_start|>",
+        "<|im_start|>user\n",
+        "USER:",
+        "[INST]",
+        "\0",
+        "\ud800",
+        "ß" * 99,
+    )
+    text = "".join(draw.choice((*pieces, "what ", "is ", "it ")) for _ in range(draw.randint(1, 8)))
+    for holder, key in _nodes(body):
+        is_text = key in ("text", "prompt", "mmtok_guidance")
+        if is_text and isinstance(holder[key], str):
+            holder[key] = text
+    if draw.random() < 0.3:
+        body[_KWARGS] = {"mmtok_guidance": text}
+
+
+def _change_a_node(draw: random.Random, body: dict[str, Any]) -> None:
+    nodes = [(holder, key) for holder, key in _nodes(body) if key not in _FIXED_FIELDS]
+    if not nodes:
+        return
+    holder, key = draw.choice(nodes)
+    action = draw.random()
+    if action < 0.5:
+        holder[key] = _value(draw)
+    elif action < 0.7:
+        del holder[key]
+    elif action < 0.85 and isinstance(holder, list):
+        holder.append(copy.deepcopy(holder[key]))
+    else:
+        holder[key] = [holder[key]] if draw.random() < 0.5 else {"mmtok": holder[key]}
+
+
+def _nodes(value: Any) -> list[tuple[Any, Any]]:
+    found: list[tuple[Any, Any]] = []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in list(pairs):
+        found += [(value, key), *_nodes(part)]
+    return found
+
+
+def _value(draw: random.Random, depth: int = 0) -> Any:
+    """Returns any JSON value."""
+    kind = draw.randrange(11 if depth < 3 else 9)
+    match kind:
+        case 0:
+            return None
+        case 1:
+            return draw.random() < 0.5
+        case 2:
+            return draw.choice((0, 1, -1, 2**31, 2**63, -(2**64), 10**30, 57))
+        case 3:
+            return draw.choice((0.0, 1.0, 0.1, -0.5, 1e308, 1e-320, float("nan"), float("inf")))
+        case 4:
+            return draw.choice(
+                (
+                    "",
+                    "10%",
+                    "all",
+                    "a" * 3000,
+                    "\0",
+                    "ß",
+                    "½%",
+                    "\uff11\uff10%",
+                    "data:image/png;base64,AAAA",
+                    "/etc/hostname",
+                )
+            )
+        case 5:
+            return small_image("coffee", 112, 84)
+        case 6:
+            return "".join(chr(draw.randrange(1, 0xD000)) for _ in range(draw.randint(1, 20)))
+        case 7:
+            return ["a", "b"] * draw.randint(0, 3)
+        case 8:
+            return {"format": "precomputed_embedding", "feature": [[0.0]], "mmtok": {"num_kept": 1}}
+        case 9:
+            return [_value(draw, depth + 1) for _ in range(draw.randint(0, 3))]
+        case _:
+            return {draw.choice(("mmtok", "url", "text", "type", "a")): _value(draw, depth + 1) for _ in range(2)}
+
+
+def _change_letters(draw: random.Random, text: str) -> str:
+    letters = list(text)
+    match draw.randrange(4):
+        case 0:
+            return text[: draw.randrange(len(text))]
+        case 1:
+            for _ in range(draw.randint(1, 8)):
+                letters[draw.randrange(len(letters))] = chr(draw.randrange(32, 127))
+        case 2:
+            place = draw.randrange(len(letters))
+            letters[place:place] = draw.choice(('{"a":', "[" * 5000, "null", "\\ud800", "\0"))
+        case _:
+            del letters[draw.randrange(len(letters)) : draw.randrange(len(letters))]
+    return "".join(letters)

@@ -1,0 +1,164 @@
+"""Images that are cut off, lie about their size, expand without end or have odd modes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from mmtok_bench.photographs import photograph
+from mmtok_bench.server import SglangServer
+from mmtok_bench.soak.fixed_chats import chat_body
+from mmtok_bench.soak.trial import Trial, in_parallel, resident_bytes, send
+
+__all__ = ["odd_images", "send_odd_images"]
+
+_TIMEOUT_S = 60.0
+_PARALLEL = 4
+_MAX_GROWTH_BYTES = 2 << 30
+_SETTINGS: tuple[Mapping[str, object], ...] = ({}, {"mmtok_budget": "all"}, {"mmtok_method": "downsample"})
+
+
+def send_odd_images(
+    trial: Trial,
+    server: SglangServer,
+    num_cut: int,
+    *,
+    settings: Sequence[Mapping[str, object]] = _SETTINGS,
+    with_large: bool = True,
+) -> None:
+    """Sends each odd image with each setting; holds that it is answered by 2xx or 4xx within 2 GB more of memory.
+
+    Args:
+        trial: Counts and reports.
+        server: What they are sent to.
+        num_cut: How many of the files are cut off or changed at a drawn place.
+        settings: Our fields of the requests.
+        with_large: Whether those come too that would expand to gigabytes.
+    """
+    images = [*_odd_modes(), *_cut(trial, num_cut), *(_large() if with_large else ())]
+    cases = [(name, data, fields) for name, data in images for fields in settings]
+
+    def one(case: tuple[str, bytes, Mapping[str, object]]) -> None:
+        name, data, fields = case
+        if trial.is_over() or not server.is_alive():
+            return
+        url = "data:image/png;base64," + base64.b64encode(data).decode()
+        reply = send(
+            server, "/v1/chat/completions", chat_body([url], "What is it?", dict(fields)), timeout_s=_TIMEOUT_S
+        )
+        trial.count("images")
+        trial.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
+        # Only where our part is what fails: SGLang answers what it cannot decode by 400.
+        what = f"seed {trial.seed} image {name} {fields} -> {reply.status} {reply.text[:300]}"
+        if reply.status == 0:
+            trial.fail(f"an image was not answered: {name.partition(' at ')[0]}", what)
+        elif reply.status >= 500:
+            trial.fail(f"an image was answered by 5xx: {name.partition(' at ')[0]}", what)
+
+    small = [case for case in cases if not case[0].startswith("large")]
+    in_parallel(_PARALLEL, one, small)
+    for case in cases:
+        if not case[0].startswith("large"):
+            continue
+        trial.step(case[0])
+        before_bytes = resident_bytes(server)
+        # By itself: what it takes is then its own.
+        one(case)
+        grown_bytes = resident_bytes(server) - before_bytes
+        if grown_bytes > _MAX_GROWTH_BYTES:
+            trial.fail(f"memory grew by over 2 GB: {case[0]}", f"{grown_bytes / 2**30:.1f} GB, {case[2]}")
+
+
+def odd_images() -> dict[str, bytes]:
+    """Returns the files of odd modes and sizes, by name."""
+    return dict(_odd_modes())
+
+
+def _odd_modes() -> Iterator[tuple[str, bytes]]:
+    picture = photograph("coffee").resize((96, 64))
+    for mode, file_format in (
+        *(("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")),
+        *(("CMYK", "JPEG"), ("L", "JPEG"), ("YCbCr", "JPEG"), ("I", "TIFF"), ("F", "TIFF"), ("LAB", "TIFF")),
+        *(("RGB", "GIF"), ("RGB", "WEBP"), ("RGB", "BMP"), ("RGBA", "WEBP"), ("RGB", "ICO"), ("RGB", "PPM")),
+    ):
+        yield f"mode {mode} {file_format}", _file(_converted(picture, mode), file_format)
+    palette = picture.convert("P")
+    yield "palette with transparency", _file(palette, "PNG", transparency=3)
+    yield "animated GIF", _file(picture, "GIF", save_all=True, append_images=[palette.convert("RGB")] * 3)
+    exif = Image.Exif()
+    exif[274] = 6
+    yield "turned by EXIF", _file(picture, "JPEG", exif=exif)
+    for width, height in ((1, 1), (1, 300), (300, 1), (2, 200)):
+        yield f"{width} x {height}", _file(Image.new("RGB", (width, height), "red"), "PNG")
+    yield "empty", b""
+    yield "text", b"hello"
+    yield "SVG", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+    yield "HTML", b"<html><body>404</body></html>"
+    yield "PNG of 0 x 0", _png(0, 0, b"")
+    yield "PNG without pixels", _png(64, 64, b"")
+    yield "PNG of wrong length", _png(64, 64, bytes(100))
+
+
+def _large() -> Iterator[tuple[str, bytes]]:
+    yield "large 1 x 60,000", _file(Image.new("RGB", (1, 60_000), "red"), "PNG")
+    yield "large 60,000 x 1", _file(Image.new("RGB", (60_000, 1), "red"), "PNG")
+    yield "large 30,000 x 30,000 of one bit", _png(30_000, 30_000, bytes((30_000 // 8 + 1) * 30_000), depth=1)
+    yield "large 13,000 x 13,000 GIF", _gif_header(13_000, 13_000)
+    yield "large 65,535 x 65,535 in the header", _png(65_535, 65_535, b"")
+
+
+def _cut(trial: Trial, count: int) -> Iterator[tuple[str, bytes]]:
+    draw = trial.random("images")
+    picture = photograph("coffee").resize((96, 64))
+    whole = {name: _file(picture, name) for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")}
+    for number in range(count):
+        name = draw.choice(list(whole))
+        data = bytearray(whole[name])
+        place = draw.randrange(len(data))
+        if number % 2:
+            del data[place:]
+            yield f"truncated {name} at {place}", bytes(data)
+        else:
+            data[place] ^= 1 << draw.randrange(8)
+            yield f"changed {name} at {place}", bytes(data)
+
+
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
+    if mode == "I;16":
+        return Image.fromarray((np.asarray(picture.convert("L")).astype(np.uint16)) * 257)
+    if mode == "LAB":
+        return Image.new("LAB", picture.size, (128, 20, 20))
+    if mode == "RGBA":
+        picture = picture.copy()
+        picture.putalpha(picture.convert("L"))
+        return picture
+    return picture.convert(mode)
+
+
+def _file(image: Image.Image, file_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def _png(width: int, height: int, rows: bytes, *, depth: int = 8) -> bytes:
+    """Returns a PNG of grey values whose header is what it says, whatever its pixels are."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(rows, 9))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def _gif_header(width: int, height: int) -> bytes:
+    data = bytearray(_file(Image.new("P", (8, 8)), "GIF"))
+    data[6:10] = struct.pack("<HH", width, height)
+    return bytes(data)

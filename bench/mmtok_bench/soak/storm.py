@@ -1,0 +1,195 @@
+"""Many clients at once on a server with little room, and what memory does over thousands of requests."""
+
+from __future__ import annotations
+
+import random
+import re
+import statistics
+import threading
+import time
+from typing import Any
+
+import openai
+
+from mmtok_bench.photographs import PHOTOGRAPHS
+from mmtok_bench.process_tree import process_tree
+from mmtok_bench.server import SglangServer
+from mmtok_bench.soak.fixed_chats import Account, ask_for_logprobs, chat_body, largest_difference, small_image
+from mmtok_bench.soak.trial import Trial, in_parallel, resident_bytes, send
+
+__all__ = ["MIN_JUDGED", "STORM_ENVIRONMENT", "STORM_FLAGS", "leak", "storm"]
+
+STORM_FLAGS = (
+    "--mmtok-budget=10%",
+    "--enable-metrics",
+    "--mmtok-feature-cache-mb=1",
+    # Overrides that of the usual arguments: the last one counts. Room for a handful of the requests at a time.
+    "--max-total-tokens=2560",
+    "--chunked-prefill-size=64",
+)
+STORM_ENVIRONMENT = {
+    "SGLANG_VLM_CACHE_SIZE_MB": "1",
+    "SGLANG_TEST_RETRACT": "1",
+    "SGLANG_TEST_RETRACT_INTERVAL": "11",
+}
+_TIMEOUT_S = 300.0
+_ABORTED_SHARE = 0.2
+_NUM_KNOWN = 40
+# Of an answer whose images were encoded in another batch than the known one.
+_TOLERANCE = 1e-4
+_MAX_GROWTH_MB_PER_1000 = 1.0
+MIN_JUDGED = 1000
+"""Requests from which on the growth of memory is judged."""
+_BUDGETS: tuple[dict[str, Any], ...] = (
+    {},
+    {"mmtok_budget": "all"},
+    {"mmtok_budget": "50%"},
+    {"mmtok_budget": 1},
+    {"mmtok_budget": 9, "mmtok_method": "divprune"},
+    {"mmtok_method": "random", "mmtok_seed": 5},
+    {"mmtok_method": "even"},
+    {"mmtok_method": "vision-coverage"},
+    {"mmtok_budget": "50%", "mmtok_method": "downsample"},
+)
+_SIZES = ((168, 168), (224, 168), (112, 252), (224, 224))
+
+
+def storm(trial: Trial, server: SglangServer, num_requests: int, *, num_clients: int = 64) -> None:
+    """Sends requests from many clients, a fifth of which hang up in the middle of the answer.
+
+    Forty of them are asked one after another before: every later answer to one of those is held against it. Resident
+    memory is measured over the second half, in which nothing is new to the server.
+    """
+    bodies = [_body(trial, number) for number in range(_NUM_KNOWN)]
+    known = [ask_for_logprobs(server, body) for body in bodies]
+    trial.numbers["retractions_before"] = _metric(server, "sglang:num_retracted_requests")
+    memory: list[tuple[int, int]] = []
+    done = 0
+    lock = threading.Lock()
+
+    def one(number: int) -> None:
+        nonlocal done
+        if trial.is_over() or not server.is_alive():
+            return
+        draw = trial.random("storm", number)
+        which = draw.randrange(_NUM_KNOWN)
+        what = f"seed {trial.seed} family {trial.family} storm request {number} (body {which})"
+        try:
+            if draw.random() < _ABORTED_SHARE:
+                _hang_up(server, bodies[which], draw)
+                trial.count("aborted")
+            else:
+                _hold(trial, known[which], ask_for_logprobs(server, bodies[which], timeout_s=_TIMEOUT_S), what)
+                trial.count("answered")
+        except openai.APITimeoutError:
+            trial.fail(f"a request was not answered within {_TIMEOUT_S:.0f} s", what)
+        except openai.APIStatusError as error:
+            trial.fail(f"a valid request got HTTP {error.status_code}", f"{what}: {error.message[:300]}")
+        except openai.APIError as error:
+            trial.fail("a valid request got no answer", f"{what}: {type(error).__name__} {error}"[:500])
+        with lock:
+            done += 1
+            if done % max(1, num_requests // 40) == 0:
+                memory.append((done, resident_bytes(server)))
+                trial.step(f"{done} of {num_requests} requests")
+
+    start_s = time.monotonic()
+    in_parallel(num_clients, one, range(num_requests))
+    trial.count("requests", done)
+    trial.numbers["requests_per_s"] = round(done / (time.monotonic() - start_s), 1)
+    trial.numbers["retractions"] = _metric(server, "sglang:num_retracted_requests") - trial.numbers.pop(
+        "retractions_before"
+    )
+    _judge_growth(trial, memory, done)
+
+
+def leak(trial: Trial, server: SglangServer, num_requests: int) -> None:
+    """Sends requests that are all different, with a budget of one token, and measures what is left of them.
+
+    Every selection is new, so that what is remembered is remembered anew each time; threads, open files and shared
+    memory are counted besides resident memory.
+    """
+    num_threads, num_files = _threads_and_files(server)
+    memory: list[tuple[int, int]] = []
+    for number in range(num_requests):
+        if trial.is_over() or not server.is_alive():
+            break
+        image = small_image(list(PHOTOGRAPHS)[number % 5], 112, 112)
+        fields = {"mmtok_budget": 1, "mmtok_guidance": f"thing {number}"}
+        body = chat_body([image], f"What is thing {number}?", fields, max_tokens=1)
+        try:
+            ask_for_logprobs(server, body)
+        except openai.OpenAIError as error:
+            trial.fail("a valid request got no answer", f"leak request {number}: {error}"[:400])
+        trial.count("requests")
+        if number % max(1, num_requests // 40) == 0:
+            memory.append((number, resident_bytes(server)))
+            trial.step(f"{number} of {num_requests} requests")
+    _judge_growth(trial, memory, trial.counts["requests"])
+    threads_now, files_now = _threads_and_files(server)
+    trial.numbers |= {"more_threads": threads_now - num_threads, "more_files": files_now - num_files}
+    if threads_now > num_threads + 40 or files_now > num_files + 40:
+        trial.fail("threads or open files are left", f"{trial.numbers}")
+
+
+def _body(trial: Trial, number: int) -> dict[str, Any]:
+    draw = trial.random("storm body", number)
+    fields = _BUDGETS[number % len(_BUDGETS)]
+    if fields.get("mmtok_method") == "downsample" and trial.family == "llava-next":
+        fields = {}
+    names = draw.sample(list(PHOTOGRAPHS), draw.choice((1, 1, 1, 2)) if trial.family == "qwen2.5-vl" else 1)
+    images = [small_image(name, *draw.choice(_SIZES)) for name in names]
+    question = f"What is number {number}? " + "Look closely. " * draw.randrange(4)
+    return chat_body(images if number % 10 else [], question, fields, max_tokens=draw.choice((1, 4, 16)))
+
+
+def _hang_up(server: SglangServer, body: dict[str, Any], draw: random.Random) -> None:
+    """Reads none to three pieces of a long answer and closes the connection."""
+    with server.client() as client:
+        stream = client.chat.completions.create(
+            model="default",
+            messages=body["messages"],
+            max_tokens=64,
+            temperature=0,
+            stream=True,
+            timeout=_TIMEOUT_S,
+            extra_body={"ignore_eos": True, "mm_processor_kwargs": body["mm_processor_kwargs"]},
+        )
+        for _ in range(draw.randrange(4)):
+            next(iter(stream), None)
+        stream.close()
+
+
+def _hold(trial: Trial, known: Account, account: Account, what: str) -> None:
+    difference = largest_difference([known], [account])
+    trial.numbers["largest_difference_under_way"] = max(
+        trial.numbers.get("largest_difference_under_way", 0.0), min(difference, 1e9)
+    )
+    if not difference <= _TOLERANCE:
+        trial.fail("an answer under load is not the one from before", f"{what}: logprobs differ by {difference:.3g}")
+
+
+def _judge_growth(trial: Trial, memory: list[tuple[int, int]], num_requests: int) -> None:
+    """Fails if resident memory grows by 1 MB per 1,000 requests or more over the second half."""
+    half = [(number, size) for number, size in memory if number >= num_requests / 2]
+    if len(half) < 5:
+        return
+    fit = statistics.linear_regression([number for number, _ in half], [size for _, size in half])
+    growth_mb = 1000 * fit.slope / 2**20
+    trial.numbers["growth_mb_per_1000"] = round(growth_mb, 2)
+    # Over fewer requests, the memory that the allocators take and give back is more than what is looked for.
+    if num_requests >= MIN_JUDGED and growth_mb >= _MAX_GROWTH_MB_PER_1000:
+        sizes_mb = [round(size / 2**20) for _, size in memory]
+        trial.fail("resident memory grows", f"{growth_mb:.2f} MB per 1,000 requests; MB on the way: {sizes_mb}")
+
+
+def _threads_and_files(server: SglangServer) -> tuple[int, int]:
+    processes = process_tree(server.process_id)
+    return sum(each.num_threads() for each in processes), sum(each.num_fds() for each in processes)
+
+
+def _metric(server: SglangServer, name: str) -> float:
+    found = re.findall(
+        rf"^{name}(?:_total)?(?:{{[^}}]*}})? (\S+)$", send(server, "/metrics", b"", method="GET").text, re.M
+    )
+    return sum(float(value) for value in found)

@@ -1,0 +1,288 @@
+"""What one row of the fault table is given, and what it leaves: counts, failures, and checks of its server."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+
+from mmtok_bench.families import Family, family_arguments
+from mmtok_bench.process_tree import process_tree
+from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment
+from mmtok_bench.soak.fixed_chats import TOLERANCE, ask_fixed_chats, largest_difference
+from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+
+__all__ = ["Failure", "Reply", "ServerPool", "Trial", "in_parallel", "make_server", "resident_bytes", "send"]
+
+_FULL_MINUTES = 30.0
+_MAX_SERVER_BYTES = 8 << 30
+_IDLE_TIMEOUT_S = 60
+_START_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that did not hold.
+
+    Args:
+        what: One sentence, the same for failures of one kind.
+        reproduction: What brings it about again: seed, number, body.
+    """
+
+    what: str
+    reproduction: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a server answered to one HTTP request; status 0 is no answer, and `text` then says why."""
+
+    status: int
+    text: str
+    duration_s: float
+
+
+def send(
+    server: SglangServer, path: str, body: bytes | dict[str, object], *, timeout_s: float = 60.0, method: str = "POST"
+) -> Reply:
+    """Returns the server's answer to a body that need not be valid; never raises for what the server does."""
+    start_s = time.monotonic()
+    try:
+        with httpx.Client(trust_env=False, timeout=timeout_s) as client:
+            content = {"content": body} if isinstance(body, bytes) else {"json": body}
+            headers = {"Content-Type": "application/json"} if isinstance(body, bytes) else {}
+            if method == "GET":
+                answer = client.get(server.url + path)
+            else:
+                answer = client.post(server.url + path, headers=headers, **content)
+        return Reply(answer.status_code, answer.text, time.monotonic() - start_s)
+    except httpx.TimeoutException:
+        return Reply(0, f"no answer within {timeout_s:g} s", time.monotonic() - start_s)
+    except httpx.HTTPError as error:
+        return Reply(0, f"{type(error).__name__}: {error}", time.monotonic() - start_s)
+
+
+def in_parallel(num_threads: int, work: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Calls `work` with each item, so many at a time; on Ctrl-C those that have not begun are dropped.
+
+    Those that have begun end with their server, which is stopped soon after: nobody waits for their answers here.
+    """
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        for done in [pool.submit(work, item) for item in items]:
+            done.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def make_server(family: Family, folder: Path, *flags: str, seed: int = 0, **environment: str) -> SglangServer:
+    """Returns a server, not started, of the family's tiny checkpoint with these flags besides the usual ones."""
+    checkpoint = make_tiny_checkpoint(family, folder / "checkpoints" / f"{family}-{seed}", seed=seed)
+    return SglangServer(
+        checkpoint,
+        *cpu_arguments(),
+        *family_arguments(family),
+        *flags,
+        env=cpu_environment()
+        # /health then answers from the event loop at once, in place of a generation that takes a second.
+        | {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        | environment,
+        log_path=folder / "logs" / f"{family}-{time.strftime('%H%M%S')}-{time.monotonic_ns() % 1000:03d}.log",
+        start_timeout_s=_START_TIMEOUT_S,
+    )
+
+
+class ServerPool:
+    """One running server at a time; the next row that asks for the same flags is given the same one."""
+
+    def __init__(self, make: Callable[..., SglangServer] = make_server) -> None:
+        self._make = make
+        self._key: object = None
+        self._server: SglangServer | None = None
+
+    def get(
+        self, family: Family, folder: Path, *flags: str, on_start: Callable[[str], None], **environment: str
+    ) -> SglangServer:
+        """Returns a server of these flags that takes requests.
+
+        Raises:
+            ServerError: It does not start.
+        """
+        key = (family, flags, tuple(sorted(environment.items())))
+        if self._server is None or key != self._key or not self._server.is_alive():
+            self.close()
+            on_start("starting a server")
+            server = self._make(family, folder, *flags, **environment)
+            self._server, self._key = server, key
+            server.start()
+        self._server.wait_until_ready()
+        return self._server
+
+    def close(self) -> None:
+        """Ends the server, if there is one."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+
+class Trial:
+    """One row at work for one model family.
+
+    Args:
+        family: The served model's family.
+        folder: For logs and checkpoints.
+        minutes: How long the whole run takes; 30 runs every row's full count.
+        num_families: How many families share that count.
+        seed: What everything that is drawn is drawn from.
+        on_step: Called with a line of progress.
+        pool: Gives the servers.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        folder: Path,
+        *,
+        minutes: float = _FULL_MINUTES,
+        num_families: int = 1,
+        seed: int = 0,
+        on_step: Callable[[str], None] = lambda text: None,
+        pool: ServerPool | None = None,
+    ) -> None:
+        self.family = family
+        self.folder = folder
+        self.minutes = minutes
+        self._part = minutes / _FULL_MINUTES / num_families
+        self.seed = seed
+        self.step = on_step
+        self.counts: Counter[str] = Counter()
+        self.numbers: dict[str, float] = {}
+        self.failures: list[Failure] = []
+        self._pool = pool
+        self._deadline_s = time.monotonic() + 60 * minutes
+        self._lock = threading.Lock()
+
+    def scaled(self, full: int, *, at_least: int = 1) -> int:
+        """Returns the part of a full count that is this trial's, by the run's minutes and families."""
+        return max(min(full, at_least), min(full, round(full * self._part)))
+
+    def limit(self, duration_s: float) -> None:
+        """Ends the row's loops after this long; each row says with its counts how far it came."""
+        self._deadline_s = time.monotonic() + duration_s
+
+    def not_counted(self, duration_s: float) -> None:
+        """Gives the row this much longer: the time went into the start of a server, or into the fixed chats."""
+        self._deadline_s += duration_s
+
+    def is_over(self) -> bool:
+        """True once the row's time is used up."""
+        return time.monotonic() > self._deadline_s
+
+    def random(self, *parts: object) -> random.Random:
+        """Returns a generator that depends on the seed and these parts alone."""
+        return random.Random(repr((self.seed, self.family, *parts)))
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Counts something that was run; from any thread."""
+        with self._lock:
+            self.counts[name] += amount
+
+    def fail(self, what: str, reproduction: str) -> None:
+        """Reports something that did not hold; from any thread."""
+        with self._lock:
+            self.failures.append(Failure(what, reproduction))
+            is_first = sum(failure.what == what for failure in self.failures) == 1
+        if is_first:
+            self.step(f"FAILED: {what} ({reproduction[:300]})")
+
+    @contextlib.contextmanager
+    def served(self, *flags: str, **environment: str) -> Iterator[SglangServer]:
+        """Gives a server with these flags; after the block it is held against what it was before."""
+        if self._pool is None:
+            raise RuntimeError("a trial without a pool has no servers of its own: use checked()")
+        start_s = time.monotonic()
+        server = self._pool.get(self.family, self.folder, *flags, on_start=self.step, **environment)
+        self.not_counted(time.monotonic() - start_s)
+        with self.checked(server):
+            yield server
+        if not server.is_alive():
+            self._pool.close()
+
+    @contextlib.contextmanager
+    def checked(self, server: SglangServer) -> Iterator[None]:
+        """Holds a server after the block against the same server before it.
+
+        It must be alive, its logprobs of the fixed chats within 5e-6 of before, and no request be left in it. Its
+        memory is watched meanwhile: a server that takes more than 8 GB is ended, and that is a failure.
+        """
+        start_s = time.monotonic()
+        before = ask_fixed_chats(server, self.family)
+        self.not_counted(time.monotonic() - start_s)
+        with self._watched(server):
+            yield
+        if not server.is_alive():
+            self.fail("the server ended", server.log_end()[-1500:])
+            return
+        try:
+            difference = largest_difference(before, ask_fixed_chats(server, self.family))
+        except Exception as error:  # whatever the client raises: the chats are not answered
+            self.fail("the fixed chats are not answered afterwards", f"{type(error).__name__}: {error}"[:500])
+            return
+        self.count("fixed_chats", len(before))
+        self.numbers["largest_difference"] = max(difference, self.numbers.get("largest_difference", 0.0))
+        if not difference <= TOLERANCE:
+            self.fail(f"the fixed chats differ by more than {TOLERANCE:g}", f"by {difference:.3g}, seed {self.seed}")
+        # SGLang flushes only while it holds no request.
+        reply = send(server, f"/flush_cache?timeout={_IDLE_TIMEOUT_S}", b"", timeout_s=_IDLE_TIMEOUT_S + 30)
+        if reply.status != 200:
+            self.fail("requests are left in the server", f"/flush_cache: {reply.status} {reply.text[:300]}")
+
+    @contextlib.contextmanager
+    def _watched(self, server: SglangServer) -> Iterator[None]:
+        done = threading.Event()
+        peak_bytes = 0
+
+        def watch() -> None:
+            nonlocal peak_bytes
+            while not done.wait(0.2):
+                size_bytes = resident_bytes(server)
+                peak_bytes = max(peak_bytes, size_bytes)
+                if size_bytes > _MAX_SERVER_BYTES:
+                    self.fail("the server took more than 8 GB and was ended", f"{size_bytes / 2**30:.1f} GB")
+                    for process in process_tree(server.process_id):
+                        with contextlib.suppress(psutil.Error):
+                            process.kill()
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            peak_mb = max(peak_bytes / 2**20, self.numbers.get("peak_memory_mb", 0.0))
+            if peak_mb:
+                self.numbers["peak_memory_mb"] = round(peak_mb, 1)
+
+
+def resident_bytes(server: SglangServer) -> int:
+    """Returns the resident memory of all of a server's processes."""
+    total = 0
+    with contextlib.suppress(ServerError):
+        for process in process_tree(server.process_id):
+            with contextlib.suppress(psutil.Error):
+                total += int(process.memory_info().rss)
+    return total

@@ -1,0 +1,160 @@
+"""Tiny checkpoints: the real architectures, configurations and processors, with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import string
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import transformers
+
+from mmtok_bench.families import Family
+from mmtok_bench.model_configs import llava_config, llava_next_config, qwen_config
+from mmtok_bench.tiny_processors import llava_next_processor, llava_processor, qwen_processor
+
+__all__ = ["make_tiny_checkpoint"]
+
+# Raised with every change of what is written, so that folders of an older maker are made again.
+_MAKER_VERSION = 3
+_MARKER = "mmtok_tiny.json"
+
+_TEXT_SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 8192,
+    # 1 / sqrt(hidden_size), above the usual 0.02: attention that is not uniform and logits of unit spread, so that a
+    # token read at the wrong position moves the logprobs by far more than arithmetic does.
+    "initializer_range": 0.0625,
+}
+
+_TINY_QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    # Block 0 attends within windows of 4 x 4 merged patches, block 1 to the whole image.
+    "fullatt_block_indexes": [1],
+    "initializer_range": 0.125,
+}
+_TINY_CLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "projection_dim": 64,
+}
+_REAL_CLIP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "projection_dim": 768,
+}
+
+
+def make_tiny_checkpoint(
+    family: Family, folder: Path, *, seed: int = 0, pad_to_square: bool = True, real_encoder: bool = False
+) -> Path:
+    """Returns `folder`, which then holds a tiny checkpoint that Transformers and SGLang load like the real one.
+
+    Weights are random, drawn from `seed`, and stored in bfloat16; the tokenizer is byte-level (one token a byte). A
+    folder made before with the same arguments is returned as it is. A new one is written next to its place and moved
+    there when it is complete, so a reader never sees half of it.
+
+    Args:
+        family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2.5-vl" (any size up to 1280),
+            576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next".
+        folder: Where to write; made again if it holds a tiny checkpoint of another kind.
+        seed: Seed of the weights.
+        pad_to_square: "llava-1.5" only: pad an image to a square, as the authors of LLaVA do, or crop its middle, as
+            Hugging Face's processor does by default.
+        real_encoder: The LLaVAs only: a vision encoder of its real size, CLIP ViT-L/14 (0.6 GB), where it is to take
+            its real time.
+
+    Raises:
+        ValueError: An unknown family.
+        FileExistsError: `folder` holds something else than a tiny checkpoint.
+    """
+    if family not in get_args(Family):
+        raise ValueError(f"family is one of {', '.join(get_args(Family))}, got {family!r}")
+    folder = Path(folder)
+    marker = {
+        "maker_version": _MAKER_VERSION,
+        "transformers": transformers.__version__,
+        "family": family,
+        "seed": seed,
+        "pad_to_square": pad_to_square,
+        "real_encoder": real_encoder,
+    }
+    if _read_marker(folder) == marker:
+        return folder
+    if folder.exists() and _read_marker(folder) is None:
+        raise FileExistsError(f"{folder} exists and is no tiny checkpoint: remove it, or name another folder")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / "checkpoint"
+        model, processor = _build(family, seed, pad_to_square, _REAL_CLIP if real_encoder else _TINY_CLIP)
+        model.to(torch.bfloat16).save_pretrained(made)
+        processor.save_pretrained(made)
+        (made / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        _move_into_place(made, folder, marker)
+    return folder
+
+
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    try:
+        marker = json.loads((folder / _MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    try:
+        made.rename(folder)
+    except OSError:
+        # Another process was faster; its checkpoint is the same one.
+        if _read_marker(folder) != marker:
+            raise
+
+
+def _build(family: Family, seed: int, pad_to_square: bool, clip: dict[str, int]) -> tuple[Any, Any]:
+    if family == "qwen2.5-vl":
+        processor = qwen_processor()
+        config = qwen_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_QWEN_VISION)
+        model_class = transformers.Qwen2_5_VLForConditionalGeneration
+    elif family == "llava-1.5":
+        processor = llava_processor(pad_to_square)
+        config = llava_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, clip)
+        model_class = transformers.LlavaForConditionalGeneration
+    else:
+        processor = llava_next_processor()
+        config = llava_next_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, clip)
+        model_class = transformers.LlavaNextForConditionalGeneration
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    _answer_in_ascii(model, processor.tokenizer)
+    return model.eval(), processor
+
+
+def _answer_in_ascii(model: Any, tokenizer: Any) -> None:
+    """Gives every token but printable ASCII the logit 0, which never wins greedily.
+
+    So an answer can be printed, has the length that was asked for (no end token), and streams token by token (the
+    first bytes of a longer character are held back until it is whole).
+    """
+    answers = set(tokenizer(string.printable[:95], add_special_tokens=False)["input_ids"])
+    silent = [token_id for token_id in range(_TEXT_SIZES["vocab_size"]) if token_id not in answers]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[silent] = 0

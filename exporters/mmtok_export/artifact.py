@@ -1,0 +1,207 @@
+"""Writing an exported file: whole, checked and with its manifest, or not at all."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from mmtok_deploy import __version__
+from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.engines.onnxruntime import VERSION
+from mmtok_deploy.manifest import Check, FileInfo, Kind, Manifest, TensorInfo, describe_file
+from mmtok_export.check import check_artifact
+from mmtok_export.selection_graph import SelectionSpec
+
+__all__ = ["check_output", "export_model", "file_infos", "new_artifact", "now"]
+
+# A protobuf message ends at 2 GiB, and loading a large one takes twice its size of memory.
+_MAX_INLINE_BYTES = 256 * 2**20
+_WEIGHTS_SUFFIX = ".data"
+_DTYPE_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.INT32: "int32",
+    ir.DataType.BOOL: "bool",
+}
+
+
+def export_model(
+    model: ir.Model,
+    path: Path,
+    kind: Kind,
+    spec: SelectionSpec,
+    *,
+    details: Mapping[str, Any] | None = None,
+    dimensions: Mapping[str, DimRange] | None = None,
+    source: Path | None = None,
+    force: bool = False,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Writes a model that holds a selection as an ONNX file, checked against the reference; returns its manifest.
+
+    Args:
+        model: What to write.
+        path: Where.
+        kind: What the model is.
+        spec: Its selection.
+        details: For the manifest.
+        dimensions: Ranges of further named sizes.
+        source: The file that the model was read from, which stays; so do its weights.
+        force: Whether it may replace a file.
+        on_step: Called with what is done next.
+
+    Raises:
+        FileExistsError: The file is there and may not be replaced.
+        OSError: It could not be written.
+        CheckFailedError: The graph does not give the reference's answer.
+    """
+    _check_source(path, model, source)
+    with new_artifact(path, force=force) as file:
+        on_step(f"writing {path.name}")
+        _save_model(model, file)
+        on_step("computing checksums")
+        manifest = Manifest(
+            kind=kind,
+            format="onnx",
+            files=file_infos(file),
+            inputs=_tensor_infos(model.graph.inputs),
+            outputs=_tensor_infos(model.graph.outputs),
+            dimensions={"B": spec.batch, "N": spec.num_tokens, "M": spec.num_words, **(dimensions or {})},
+            budget=spec.budget,
+            form=spec.form,
+            constants=spec.config,
+            versions=_versions(),
+            created=now(),
+            check=Check("not run", "", ""),
+            details=dict(details or {}),
+        )
+        Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
+        check = check_artifact(file, manifest, on_case=lambda case: on_step(f"checking {case}"))
+        manifest = replace(manifest, check=check)
+        Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+@contextmanager
+def new_artifact(path: Path, *, force: bool) -> Iterator[Path]:
+    """Gives a file of that name in a folder of its own; what stands in the folder at the end moves beside `path`.
+
+    Args:
+        path: Where the file will be.
+        force: Whether it may replace one.
+
+    Raises:
+        FileExistsError: It is there and may not be replaced.
+    """
+    check_output(path, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder / path.name
+        # Minutes may have passed, in which another export wrote it.
+        check_output(path, force=force)
+        # The manifest comes last: without it nothing loads the file.
+        written = sorted(folder.iterdir(), key=lambda file: file == Manifest.path_of(folder / path.name))
+        for file in _files_of(path):
+            file.unlink(missing_ok=True)
+        for file in written:
+            os.replace(file, path.parent / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Raises FileExistsError if a file, its weights or its manifest is there and may not be replaced."""
+    if path.is_dir() or not path.name:
+        raise FileExistsError(f"{path} is a folder: name a file, --output FILE")
+    for existing in _files_of(path):
+        if existing.exists() and not force:
+            raise FileExistsError(f"{existing} is there already: choose another --output, or --force to replace it")
+
+
+def _check_source(path: Path, model: ir.Model, source: Path | None) -> None:
+    """Raises FileExistsError if one of the files to write is one that the model is read from."""
+    weights = {Path(tensor.path) for tensor in _weights(model) if isinstance(tensor, ir.ExternalTensor)}
+    for read in [*weights, *([source] if source else [])]:
+        for written in _files_of(path):
+            if written.exists() and written.samefile(read):
+                raise FileExistsError(f"{written} is what is exported from: choose another --output")
+
+
+def _weights(model: ir.Model) -> list[ir.TensorProtocol]:
+    return [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+
+
+def _files_of(path: Path) -> list[Path]:
+    return [path, path.with_name(f"{path.name}{_WEIGHTS_SUFFIX}"), Manifest.path_of(path)]
+
+
+def _save_model(model: ir.Model, path: Path) -> None:
+    """Writes a model, with its weights in a file beside it where they are large, and has ONNX check it in full.
+
+    Raises:
+        ValueError: The model is not valid, shapes and types included.
+        OSError: It could not be written.
+    """
+    weights = _weights(model)
+    is_large = sum(tensor.nbytes for tensor in weights) > _MAX_INLINE_BYTES
+    # Weights that stand in a file beside another graph come along.
+    is_elsewhere = any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
+    ir.save(model, path, external_data=f"{path.name}{_WEIGHTS_SUFFIX}" if is_large or is_elsewhere else None)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ValueError(f"the graph is not valid ONNX: {error}") from error
+
+
+def file_infos(path: Path) -> tuple[FileInfo, ...]:
+    """Returns what stands in a new artifact's folder: the file itself, then its weights."""
+    others = sorted(file for file in path.parent.iterdir() if file not in (path, Manifest.path_of(path)))
+    return tuple(describe_file(file) for file in (path, *others))
+
+
+def _tensor_infos(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
+    """Returns the manifest's entries for a graph's inputs or outputs."""
+    return tuple(
+        TensorInfo(
+            value.name or "",
+            _dtype_name(value),
+            tuple(
+                size if isinstance(size, int) else size.value or f"{value.name}_{axis}"
+                for axis, size in enumerate(value.shape or ())
+            ),
+        )
+        for value in values
+    )
+
+
+def _dtype_name(value: ir.Value) -> str:
+    name = None if value.dtype is None else _DTYPE_NAMES.get(value.dtype)
+    if name is None:
+        raise ValueError(f"{value.name} has the type {value.dtype}: expected one of {', '.join(_DTYPE_NAMES.values())}")
+    return name
+
+
+def _versions() -> dict[str, str]:
+    libraries = {"onnx": onnx, "onnxscript": onnxscript, "torch": torch}
+    versions = {name: str(library.__version__) for name, library in libraries.items()}
+    return {"mmtok-deploy": __version__, **versions, "onnxruntime": VERSION}
+
+
+def now() -> str:
+    """Returns the time for a manifest."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,381 @@
+"""mmtok export: the command line of the exporters."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+from rich.console import Console
+
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.config import Coverage, SelectionConfig
+from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.presets import PRESETS
+
+if TYPE_CHECKING:
+    from mmtok_deploy.manifest import Manifest
+    from mmtok_export.tensorrt import Library
+
+__all__ = ["add_export_parser", "run_export"]
+
+_FOLDER = Path("artifacts/export")
+_INTERRUPTED = 130
+
+
+class _Widths(NamedTuple):
+    vision: int
+    keys: int
+
+
+# Of each family's 7B model.
+_WIDTHS = {"llava-1.5": _Widths(4096, 1024), "llava-next": _Widths(4096, 1024), "qwen2.5-vl": _Widths(3584, 1280)}
+
+# Their keys are means over the features that make a token, taken in float32.
+_FLOAT32_KEYS = {"qwen2.5-vl"}
+
+# Spelled out here as well as in the modules that use them: --help must not wait for them to be imported.
+_FORMS = ("lazy", "loop", "unrolled")
+_DTYPES = ("float16", "bfloat16", "float32")
+_SIZES = "a size, MIN:MAX or MIN:OPTIMUM:MAX"
+_LIBRARIES = ("auto", "tensorrt-rtx", "tensorrt")
+
+
+def add_export_parser(commands: Any) -> None:
+    """Adds `mmtok export` and its subcommands to the command line's parser."""
+    export = commands.add_parser("export", help="the selection as an ONNX graph or a TensorRT engine")
+    kinds = export.add_subparsers(dest="kind", required=True, metavar="WHAT")
+
+    selection = kinds.add_parser("selection", help="the selection by itself: features in, kept tokens out")
+    selection.add_argument(
+        "--tokens",
+        type=_range,
+        default=DimRange.fixed(576),
+        metavar="N",
+        help=f"vision tokens an image: {_SIZES} (default 576)",
+    )
+    selection.add_argument(
+        "--batch", type=_range, default=DimRange.fixed(1), metavar="B", help=f"images at a time: {_SIZES} (default 1)"
+    )
+    selection.add_argument(
+        "--vision-width", type=int, metavar="D", help="width of vision tokens (default: 7B of the preset)"
+    )
+    selection.add_argument(
+        "--keys-width", type=int, metavar="d", help="width of vision features (default: 7B of the preset)"
+    )
+    selection.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the features (default float16)")
+    selection.add_argument(
+        "--keys-dtype", choices=_DTYPES, help="of the features before the projector (qwen2.5-vl: float32, else --dtype)"
+    )
+    _add_common(selection, "default llava-1.5")
+
+    encoder = kinds.add_parser("encoder", help="a vision encoder with the selection: pixels in, kept tokens out")
+    encoder.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
+    encoder.add_argument("--image-size", type=_image_size, metavar="WxH", help="pixels; LLaVA-1.5 has one size")
+    encoder.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the encoder (default float16)")
+    encoder.add_argument("--batch-size", type=int, default=1, help="images at a time (default 1)")
+    encoder.add_argument(
+        "--random-weights", action="store_true", help="from config.json alone, to try sizes and engines"
+    )
+    _add_common(encoder, "default: the model's")
+
+    attach = kinds.add_parser("attach", help="the selection at the end of an encoder that is an ONNX file already")
+    attach.add_argument("--onnx", type=Path, required=True, help="the encoder")
+    attach.add_argument("--vision", required=True, metavar="TENSOR", help="tokens after the projector")
+    attach.add_argument("--keys", required=True, metavar="TENSOR", help="features before it")
+    attach.add_argument(
+        "--keys-per-token", type=int, default=1, metavar="G", help="consecutive features that make a token (default 1)"
+    )
+    attach.add_argument("--keys-index", metavar="TENSOR", help="for each token, which merged feature is its own")
+    attach.add_argument("--tokens", type=_range, metavar="N", help=f"{_SIZES}, where the graph leaves it open")
+    attach.add_argument("--grid-width", type=int, help="tokens in an image's row; adds M-RoPE `positions`")
+    attach.add_argument(
+        "--dim", type=_named_range, action="append", default=[], metavar="NAME=RANGE", help="range of another open size"
+    )
+    _add_common(attach, "needed where a temperature or alpha is not given")
+
+    check = kinds.add_parser("check", help="hold an exported file against the reference again")
+    check.add_argument("file", type=Path, help="an ONNX file or an engine, with its manifest beside it")
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Returns the exit code of `mmtok export`: 0 ok, 1 a check or a build failed, 2 usage."""
+    from mmtok_deploy.engines import EngineError
+    from mmtok_export.check import CheckFailedError
+    from mmtok_export.tensorrt import EngineBuildError
+
+    run = {"selection": _selection, "encoder": _encoder, "attach": _attach, "check": _check}[arguments.kind]
+    # So that a job scheduler's end leaves no half-written folder either.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with Console(stderr=True).status("Starting") as status:
+            run(arguments, lambda step: status.update(step[:1].upper() + step[1:]))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing half-written was left behind", _INTERRUPTED)
+    except (CheckFailedError, EngineBuildError, EngineError) as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        hint = ": free some space, or choose another --output" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
+        return _fail(f"{error}{hint}", 2)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except MemoryError:
+        return _fail("out of memory: export for smaller images", 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
+    from mmtok_export.artifact import export_model
+    from mmtok_export.budget import num_kept
+    from mmtok_export.selection_graph import SelectionSpec, build_selection
+
+    widths = _WIDTHS[arguments.preset or "llava-1.5"]
+    spec = SelectionSpec(
+        budget=num_kept(arguments.budget, arguments.tokens),
+        num_tokens=arguments.tokens,
+        num_words=arguments.text_tokens,
+        batch=arguments.batch,
+        vision_width=widths.vision if arguments.vision_width is None else arguments.vision_width,
+        keys_width=widths.keys if arguments.keys_width is None else arguments.keys_width,
+        dtype=arguments.dtype,
+        keys_dtype=arguments.keys_dtype or ("float32" if arguments.preset in _FLOAT32_KEYS else arguments.dtype),
+        config=_config(arguments, "llava-1.5"),
+        form=arguments.form,
+    )
+    name = f"selection-{arguments.preset or 'llava-1.5'}-n{_in_name(spec.num_tokens)}-k{spec.budget}.onnx"
+    path = arguments.output or _FOLDER / name
+    engine = _planned_engine(path, spec.budget, arguments)
+    on_step("building the graph")
+    model = build_selection(spec)
+    manifest = export_model(model, path, "selection", spec, force=arguments.force, on_step=on_step)
+    _report(path, manifest)
+    _build_engine(path, engine, arguments, on_step)
+
+
+def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
+    from mmtok_export.artifact import export_model
+    from mmtok_export.budget import num_kept
+    from mmtok_export.encoder import build_joined_encoder, num_tokens_of
+    from mmtok_export.encoders import family_of
+
+    budget = num_kept(arguments.budget, DimRange.fixed(num_tokens_of(arguments.model, arguments.image_size)))
+    name = f"encoder-{arguments.model.resolve().name}-k{budget}.onnx"
+    path = arguments.output or _FOLDER / name
+    engine = _planned_engine(path, budget, arguments)
+    on_step(f"exporting the encoder of {arguments.model}")
+    joined = build_joined_encoder(
+        arguments.model,
+        arguments.image_size,
+        budget,
+        num_words=arguments.text_tokens,
+        dtype=arguments.dtype,
+        form=arguments.form,
+        batch_size=arguments.batch_size,
+        config=_config(arguments, family_of(arguments.model)),
+        random_weights=arguments.random_weights,
+    )
+    manifest = export_model(
+        joined.model, path, "encoder", joined.spec, details=joined.details, force=arguments.force, on_step=on_step
+    )
+    _report(path, manifest)
+    _build_engine(path, engine, arguments, on_step)
+
+
+def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
+    from mmtok_export.artifact import export_model
+    from mmtok_export.attach import Attachment, attach_selection, open_dimensions
+
+    attachment = Attachment(
+        vision=arguments.vision,
+        keys=arguments.keys,
+        keys_per_token=arguments.keys_per_token,
+        keys_index=arguments.keys_index,
+        budget=arguments.budget,
+        num_tokens=arguments.tokens,
+        num_words=arguments.text_tokens,
+        config=_config(arguments, None),
+        form=arguments.form,
+        grid_width=arguments.grid_width,
+    )
+    on_step(f"reading {arguments.onnx}")
+    model, spec, details = attach_selection(arguments.onnx, attachment)
+    path = arguments.output or _FOLDER / f"{arguments.onnx.stem}-k{spec.budget}.onnx"
+    engine = _planned_engine(path, spec.budget, arguments)
+    _check_dimensions(open_dimensions(model), dict(arguments.dim), has_engine=engine is not None)
+    manifest = export_model(
+        model,
+        path,
+        "attached",
+        spec,
+        details=details,
+        dimensions=dict(arguments.dim),
+        source=arguments.onnx,
+        force=arguments.force,
+        on_step=on_step,
+    )
+    _report(path, manifest)
+    _build_engine(path, engine, arguments, on_step)
+
+
+def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
+    from mmtok_deploy.manifest import Manifest
+    from mmtok_export.check import CheckFailedError, check_artifact
+
+    on_step(f"reading {arguments.file}")
+    manifest = Manifest.load(arguments.file)
+    check = check_artifact(arguments.file, manifest, on_case=lambda case: on_step(f"checking {case}"))
+    _report(arguments.file, replace(manifest, check=check))
+    if check.status != "passed":
+        raise CheckFailedError(f"{arguments.file} was not checked: {check.detail}")
+
+
+def _planned_engine(onnx_file: Path, budget: int, arguments: argparse.Namespace) -> tuple[Path, Library] | None:
+    """Returns where the engine will be and what builds it; what stands in the way shows before anything is made."""
+    from mmtok_deploy.engines.tensorrt import tensorrt_module
+    from mmtok_export.artifact import check_output
+    from mmtok_export.tensorrt import check_targets, choose_library, engine_path
+
+    check_output(onnx_file, force=arguments.force)
+    if arguments.tensorrt is None:
+        if arguments.target:
+            raise ValueError("--target is for an engine: add --tensorrt")
+        return None
+    library: Library = choose_library(arguments.target) if arguments.tensorrt == "auto" else arguments.tensorrt
+    check_targets(library, arguments.target, budget)
+    tensorrt_module(library)
+    path = engine_path(onnx_file, library, arguments.target)
+    check_output(path, force=arguments.force)
+    return path, library
+
+
+def _check_dimensions(open_sizes: set[str], ranges: dict[str, DimRange], *, has_engine: bool) -> None:
+    unknown = sorted(set(ranges) - open_sizes)
+    if unknown:
+        known = ", ".join(sorted(open_sizes)) or "none"
+        raise ValueError(f"--dim {unknown[0]}: the encoder leaves open {known}, besides what --tokens is for")
+    missing = sorted(open_sizes - set(ranges))
+    if missing and has_engine:
+        raise ValueError(f"an engine needs the range of every open size: add --dim {missing[0]}=MIN:MAX")
+
+
+def _build_engine(
+    onnx_file: Path,
+    engine: tuple[Path, Library] | None,
+    arguments: argparse.Namespace,
+    on_step: Callable[[str], None],
+) -> None:
+    from mmtok_export.tensorrt import build_engine
+
+    if engine is None:
+        return
+    path, library = engine
+    on_step(f"building {path.name}")
+    _report(path, build_engine(onnx_file, path, library, arguments.target, force=arguments.force))
+
+
+def _report(path: Path, manifest: Manifest) -> None:
+    size_bytes = sum(file.size_bytes for file in manifest.files)
+    size = f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
+    sizes = ", ".join(f"{name} {allowed}" for name, allowed in manifest.dimensions.items())
+    print(f"{path}  {size}, keeps {manifest.budget} tokens, {manifest.form}; {sizes}")
+    runtime = f" ({manifest.check.runtime})" if manifest.check.runtime else ""
+    print(f"  check {manifest.check.status}: {manifest.check.detail}{runtime}", flush=True)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"mmtok export: {message}", file=sys.stderr)
+    return code
+
+
+def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
+    parser.add_argument("--budget", type=_budget, required=True, help="tokens to keep: 64, or 10%% of a fixed number")
+    parser.add_argument(
+        "--text-tokens",
+        type=_range,
+        default=DimRange(1, 32, 256),
+        metavar="M",
+        help=f"rows of text: {_SIZES} (default 1:32:256)",
+    )
+    parser.add_argument("--form", choices=_FORMS, default="lazy", help="how the picks are made (default lazy)")
+    parser.add_argument("--preset", choices=PRESETS, help=f"whose constants ({default_preset})")
+    parser.add_argument("--tv-temp", type=float, help="temperature of the text-to-vision softmax")
+    parser.add_argument("--vv-temp", type=float, help="temperature of the vision-to-vision softmax")
+    parser.add_argument("--alpha", type=float, help="weight of covering the image against covering the text")
+    parser.add_argument("--coverage", choices=get_args(Coverage), help="what the kept tokens cover")
+    parser.add_argument("--output", type=Path, metavar="FILE.onnx", help=f"where to write (default under {_FOLDER})")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--tensorrt", nargs="?", const="auto", choices=_LIBRARIES, help="build an engine as well (default auto)"
+    )
+    parser.add_argument(
+        "--target",
+        type=_compute_capability,
+        action="append",
+        default=[],
+        metavar="8.6",
+        help="compute capability to build for, more than once for several (default: the GPU at hand)",
+    )
+
+
+def _config(arguments: argparse.Namespace, family: str | None) -> SelectionConfig:
+    """Returns the constants of the flags, and for what they leave out those of the preset or the family."""
+    named = arguments.preset or family
+    if named is None and None in (arguments.tv_temp, arguments.vv_temp, arguments.alpha):
+        raise ValueError(
+            f"the file does not say which constants its encoder needs: name a --preset ({', '.join(PRESETS)}), or "
+            "give --tv-temp, --vv-temp and --alpha"
+        )
+    given = {name: getattr(arguments, name) for name in ("tv_temp", "vv_temp", "alpha", "coverage")}
+    preset = PRESETS[named].config if named else SelectionConfig()
+    return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
+
+def _in_name(size: DimRange) -> str:
+    return str(size.minimum) if size.is_fixed else f"{size.minimum}-{size.maximum}"
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Returns a parser whose ValueError becomes the message of a usage error."""
+
+    def wrapped(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return wrapped
+
+
+_range = _argument(DimRange.parse)
+_budget = _argument(Budget.parse)
+
+
+@_argument
+def _named_range(text: str) -> tuple[str, DimRange]:
+    name, equals, size = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"expected NAME=RANGE, got {text!r}")
+    return name, DimRange.parse(size)
+
+
+@_argument
+def _image_size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"an image size is WIDTHxHEIGHT in pixels, such as 336x336, got {text!r}")
+    return int(width), int(height)
+
+
+@_argument
+def _compute_capability(text: str) -> str:
+    number = text.lower().removeprefix("sm").replace("_", "").replace(".", "")
+    if not (number.isdecimal() and 2 <= len(number) <= 3):
+        raise ValueError(f"a compute capability is written 8.6 or sm86, got {text!r}")
+    return f"{number[:-1]}.{number[-1]}"

@@ -1,0 +1,22 @@
+"""A checkpoint's vision tower and projector as an ONNX model, one file a model family."""
+
+from mmtok_export.encoders.base import EncoderError, ExportedEncoder
+from mmtok_export.encoders.export import (
+    FAMILIES,
+    build_encoder,
+    describe_encoder,
+    export_encoder,
+    family_of,
+    native_image_size,
+)
+
+__all__ = [
+    "FAMILIES",
+    "EncoderError",
+    "ExportedEncoder",
+    "build_encoder",
+    "describe_encoder",
+    "export_encoder",
+    "family_of",
+    "native_image_size",
+]

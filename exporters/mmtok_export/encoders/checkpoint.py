@@ -1,0 +1,126 @@
+"""A Hugging Face checkpoint directory: its configuration, and the tensors that a module needs of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mmtok_export.encoders.base import EncoderError
+
+__all__ = ["fill_with_noise", "load_weights", "read_json"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_STORED = ("BF16", "F16", "F32")
+_NAMES_SHOWN = 3
+
+
+def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Returns what a JSON file of the checkpoint holds.
+
+    Raises:
+        EncoderError: No such directory or file, or not a JSON object.
+    """
+    path = checkpoint / name
+    if not path.is_file():
+        raise EncoderError(f"expected a Hugging Face checkpoint directory, and {checkpoint} has no {name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise EncoderError(f"{path} holds a JSON {type(content).__name__}: expected an object")
+    return content
+
+
+def load_weights(module: nn.Module, checkpoint: Path, dtype: torch.dtype) -> None:
+    """Gives every parameter of a module on the meta device the checkpoint's tensor of that name, and reads no other.
+
+    Args:
+        module: Its parameters are named as `_parameter_name` puts the checkpoint's names.
+        checkpoint: Directory with one safetensors file, or several and their index.
+        dtype: What the tensors are converted to.
+
+    Raises:
+        EncoderError: No safetensors file, a tensor that is missing, of another shape or quantised.
+    """
+    shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+    found: dict[str, torch.Tensor] = {}
+    for path in _files(checkpoint):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for stored in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    name = _parameter_name(stored)
+                    if name in shapes:
+                        _check(path, stored, file.get_slice(stored), shapes[name])
+                        found[name] = file.get_tensor(stored).to(dtype)
+        except (OSError, SafetensorError) as error:
+            raise EncoderError(f"{path} cannot be read as safetensors: {error}; download it again") from error
+    missing = sorted(shapes.keys() - found.keys())
+    if missing:
+        raise EncoderError(
+            f"{checkpoint} lacks {len(missing)} of the vision encoder's {len(shapes)} tensors: "
+            f"{', '.join(missing[:_NAMES_SHOWN])}{', ...' if len(missing) > _NAMES_SHOWN else ''}; "
+            "expected an unquantised Hugging Face checkpoint of the architecture that config.json names"
+        )
+    module.load_state_dict(found, strict=False, assign=True)
+
+
+def fill_with_noise(module: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> None:
+    """Gives every parameter of a module on the meta device random values: norms 1, biases 0, the rest N(0, 0.02)."""
+    generator = torch.Generator().manual_seed(seed)
+    values: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        value = torch.zeros(parameter.shape, dtype=dtype)
+        if parameter.ndim > 1:
+            value.normal_(std=0.02, generator=generator)
+        elif name.endswith("weight"):
+            value.fill_(1)
+        values[name] = value
+    module.load_state_dict(values, strict=False, assign=True)
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    if (checkpoint / _INDEX).is_file():
+        shards = read_json(checkpoint, _INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise EncoderError(f"{checkpoint / _INDEX} has no weight_map: download it again")
+        # Shards that hold the language model alone need not be there.
+        names = {shard for stored, shard in shards.items() if not _is_language(_parameter_name(stored))}
+        return [checkpoint / name for name in sorted(names)]
+    if (checkpoint / _SINGLE).is_file():
+        return [checkpoint / _SINGLE]
+    raise EncoderError(
+        f"{checkpoint} has no weights: expected {_SINGLE}, or shards and {_INDEX} "
+        "(random weights need config.json alone)"
+    )
+
+
+def _parameter_name(stored: str) -> str:
+    """Returns the name a tensor has in today's layout.
+
+    Older checkpoints keep the towers at the top ("visual.", "vision_tower.vision_model."), newer ones below "model.".
+    """
+    return stored.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
+
+
+def _is_language(name: str) -> bool:
+    return name.startswith(("layers.", "language_model.", "embed_tokens.", "lm_head.", "norm."))
+
+
+def _check(path: Path, stored: str, tensor: Any, shape: list[int]) -> None:
+    if tensor.get_shape() != shape:
+        raise EncoderError(
+            f"{stored} in {path} has shape {tensor.get_shape()}, and config.json says {shape}: "
+            "expected weights and configuration of one model"
+        )
+    if tensor.get_dtype() not in _STORED:
+        raise EncoderError(
+            f"{stored} in {path} is stored as {tensor.get_dtype()}: expected float32, float16 or bfloat16; "
+            "name the checkpoint that is not quantised"
+        )

@@ -1,0 +1,155 @@
+"""From a checkpoint directory to an encoder's ONNX model, through PyTorch's own exporter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from mmtok_export.encoders.base import Encoder, EncoderError, ExportedEncoder
+from mmtok_export.encoders.checkpoint import fill_with_noise, load_weights, read_json
+from mmtok_export.encoders.llava_1_5 import Llava15Encoder
+from mmtok_export.encoders.qwen2_5_vl import Qwen25VLEncoder
+
+__all__ = ["FAMILIES", "build_encoder", "describe_encoder", "export_encoder", "family_of", "native_image_size"]
+
+FAMILIES: dict[str, type[Encoder]] = {"llava": Llava15Encoder, "qwen2_5_vl": Qwen25VLEncoder}
+"""By the model_type of config.json; add a file and its line here to support another."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Has Gelu and LayerNormalization as one node; TensorRT and ONNX Runtime take all of it.
+_OPSET = 20
+
+
+def export_encoder(
+    checkpoint: Path,
+    image_size: tuple[int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 1,
+    random_weights: bool = False,
+) -> ExportedEncoder:
+    """Returns the checkpoint's vision tower and projector as an ONNX model: standard operators, static shapes.
+
+    The language model is never made nor read.
+
+    Args:
+        checkpoint: A Hugging Face checkpoint directory: config.json, and safetensors unless `random_weights`.
+        image_size: (width, height) in pixels, after the image processor has scaled the image.
+        dtype: Of the weights and of `vision`: float32, float16 or bfloat16.
+        batch_size: Images a call.
+        random_weights: Fill the weights with noise: a model of the real size without its weights.
+
+    Raises:
+        EncoderError: A directory without configuration, weights or vision tower, an architecture that is not in
+            `FAMILIES`, an image size that it does not take, a type or batch size that is not one.
+    """
+    encoder = build_encoder(checkpoint, image_size, dtype=dtype, batch_size=batch_size, random_weights=random_weights)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            encoder,
+            (torch.zeros(encoder.pixels_shape),),
+            dynamo=True,
+            verbose=False,
+            opset_version=_OPSET,
+            input_names=["pixels"],
+            output_names=["vision", "keys"],
+        )
+    assert program is not None
+    model = program.model
+    _clean(model)
+    model.graph.name = f"{encoder.family} encoder"
+    return ExportedEncoder(
+        model=model,
+        family=encoder.family,
+        image_size=image_size,
+        batch_size=batch_size,
+        pixels_shape=encoder.pixels_shape,
+        grid=encoder.grid,
+        vision_width=encoder.vision_width,
+        keys_width=encoder.keys_width,
+        dtype=dtype,
+        has_positions=encoder.has_positions,
+    )
+
+
+def build_encoder(
+    checkpoint: Path,
+    image_size: tuple[int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 1,
+    random_weights: bool = False,
+) -> Encoder:
+    """Returns the PyTorch module that `export_encoder` exports; the same arguments and errors."""
+    if dtype not in _DTYPES:
+        raise EncoderError(f"dtype is one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    encoder = describe_encoder(checkpoint, image_size, batch_size)
+    if random_weights:
+        fill_with_noise(encoder, dtype)
+    else:
+        load_weights(encoder, checkpoint, dtype)
+    encoder.prepare()
+    return encoder.eval().requires_grad_(False)
+
+
+def describe_encoder(checkpoint: Path, image_size: tuple[int, int], batch_size: int = 1) -> Encoder:
+    """Returns the PyTorch module with its sizes and without weights; the same errors as `export_encoder`."""
+    if batch_size < 1:
+        raise EncoderError(f"batch_size is at least 1, got {batch_size}")
+    family = _family(checkpoint)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        with torch.device("meta"):
+            return family(config, image_size, batch_size)
+    except EncoderError:
+        raise
+    except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
+        raise EncoderError(f"{checkpoint / 'config.json'} describes no {family.family} model: {error}") from error
+
+
+def family_of(checkpoint: Path) -> str:
+    """Returns the preset's name of the checkpoint's family.
+
+    Raises:
+        EncoderError: As `export_encoder`.
+    """
+    return _family(checkpoint).family
+
+
+def native_image_size(checkpoint: Path) -> tuple[int, int] | None:
+    """Returns the only (width, height) that the checkpoint's encoder takes, None if it takes many.
+
+    Raises:
+        EncoderError: As `export_encoder`.
+    """
+    return _family(checkpoint).native_image_size(read_json(checkpoint, "config.json"))
+
+
+def _family(checkpoint: Path) -> type[Encoder]:
+    content = read_json(checkpoint, "config.json")
+    family = FAMILIES.get(str(content.get("model_type")))
+    has_vision = isinstance(content.get("vision_config"), dict)
+    if family is not None and has_vision:
+        return family
+    lacks = "is of an architecture that is not supported" if has_vision else "has no vision tower"
+    raise EncoderError(
+        f"{checkpoint} {lacks} (config.json has model_type {content.get('model_type')!r}): "
+        f"expected model_type {' or '.join(FAMILIES)} and a vision_config"
+    )
+
+
+def _clean(model: onnx_ir.Model) -> None:
+    """Drops what the exporter noted for debugging: stack traces with this machine's paths, on every node and value."""
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+        for value in [*graph.inputs, *graph.initializers.values(), *(each for node in graph for each in node.outputs)]:
+            value.metadata_props.clear()
+    model.metadata_props.clear()

@@ -1,0 +1,97 @@
+"""LLaVA-1.5's encoder: CLIP up to the layer that the projector reads, and the projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from mmtok_export.encoders.base import Encoder, EncoderError, as_matrix
+
+__all__ = ["Llava15Encoder"]
+
+
+class Llava15Encoder(Encoder):
+    """One square image size (336 px, 576 tokens); `pixels` is [B, 3, height, width].
+
+    The keys are what the projector reads: CLIP's hidden_states[-2] without the class token.
+
+    Source: transformers 5.19 models/llava/modeling_llava.py, `LlavaModel.get_image_features`.
+    """
+
+    family = "llava-1.5"
+    has_positions = False
+
+    def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
+        super().__init__(config, image_size, batch_size)
+        vision = config.vision_config
+        _check_config(config)
+        if image_size != (vision.image_size, vision.image_size):
+            raise EncoderError(
+                f"the vision tower takes images of {vision.image_size}x{vision.image_size}, "
+                f"got {image_size[0]}x{image_size[1]}: name the size that the image processor scales to"
+            )
+        side = vision.image_size // vision.patch_size
+        self.pixels_shape = (batch_size, vision.num_channels, vision.image_size, vision.image_size)
+        self.grid = (1, side, side)
+        self.vision_width = config.text_config.hidden_size
+        self.keys_width = vision.hidden_size
+
+        self.vision_tower = CLIPVisionModel(vision)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        # hidden_states[0] is what the first layer reads; the layers past the one asked for are never run.
+        layers = self.vision_tower.encoder.layers
+        self.vision_tower.encoder.layers = layers[: range(len(layers) + 1)[config.vision_feature_layer]]
+        del self.vision_tower.post_layernorm
+
+    @classmethod
+    def native_image_size(cls, content: dict[str, Any]) -> tuple[int, int]:
+        """Returns the square that CLIP was trained on."""
+        side = content["vision_config"].get("image_size", CLIPVisionConfig().image_size)
+        return side, side
+
+    def prepare(self) -> None:
+        """Makes the patches' weights a matrix."""
+        patch_embedding = self.vision_tower.embeddings.patch_embedding
+        self.patch_weight = as_matrix(patch_embedding.weight)
+        del self.vision_tower.embeddings.patch_embedding
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns vision [B, N, D] and keys [B, N, d]; see `Encoder.forward`."""
+        hidden = self.vision_tower.pre_layrnorm(self._embed(pixels.to(self.patch_weight.dtype)))
+        for layer in self.vision_tower.encoder.layers:
+            hidden = layer(hidden, attention_mask=None)
+        keys = hidden[:, 1:]
+        return self.multi_modal_projector(keys), keys
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """Returns [B, 1 + N, d]: the class token and the patches, with their positions."""
+        embeddings = self.vision_tower.embeddings
+        batch_size, channels, height, width = self.pixels_shape
+        _, rows, columns = self.grid
+        patches = pixels.view(batch_size, channels, rows, height // rows, columns, width // columns)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, rows * columns, -1)
+        class_token = embeddings.class_embedding.expand(batch_size, 1, -1)
+        hidden = torch.cat([class_token, F.linear(patches, self.patch_weight)], dim=1)
+        return hidden + embeddings.position_embedding.weight
+
+
+def _check_config(config: Any) -> None:
+    tower = config.vision_config.model_type
+    if tower != "clip_vision_model":
+        raise EncoderError(f"a LLaVA-1.5 vision tower is clip_vision_model, got {tower}: no exporter knows it")
+    if config.vision_feature_select_strategy != "default":
+        raise EncoderError(
+            "LLaVA-1.5 drops the class token (vision_feature_select_strategy 'default'), "
+            f"got {config.vision_feature_select_strategy!r}: no exporter knows it"
+        )
+    layer, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or not -num_layers - 1 <= layer <= num_layers:
+        raise EncoderError(
+            f"vision_feature_layer is one of the tower's {num_layers + 1} hidden states, got {layer!r}: "
+            "no exporter knows a projector of several"
+        )

@@ -1,0 +1,168 @@
+"""Qwen2.5-VL's encoder: window attention over a fixed grid, the merger, and raster order restored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    apply_rotary_pos_emb_vision,
+)
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+from mmtok_export.encoders.base import Encoder, EncoderError, as_matrix
+
+__all__ = ["Qwen25VLEncoder"]
+
+
+class Qwen25VLEncoder(Encoder):
+    """Any multiple of 28 px a side; `pixels` is [B * num_patches, channels * 2 * 14 * 14].
+
+    Patches are put in window order once, as Hugging Face does, so a window is a run of them. Layers with windows
+    attend in one batch of windows, [B * W, L]: windows that the image's edge cuts are filled up to L, and their
+    filling is masked. Rotary angles, orders and the mask depend on the grid alone and are constants of the graph.
+
+    The keys are the last block's output, averaged over each merged group of patches, before the merger: float32
+    whatever the weights' type. Float16 does not hold that output in Qwen2.5-VL-3B, so with float16 weights the last
+    block's last product and sum are float32 as well.
+
+    Source: transformers 5.19 models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VisionTransformerPretrainedModel`;
+        that float16 overflows: a note in NVIDIA TensorRT-Edge-LLM's visual_models/qwen2_5_vl_model.py.
+    """
+
+    family = "qwen2.5-vl"
+    has_positions = True
+
+    def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
+        super().__init__(config, image_size, batch_size)
+        vision = config.vision_config
+        _check_image_size(image_size, vision.patch_size * vision.spatial_merge_size)
+        width, height = image_size
+        self.config = vision
+        self.batch_size = batch_size
+        self.patches = torch.Size((1, height // vision.patch_size, width // vision.patch_size))
+        patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        self.pixels_shape = (batch_size * self.patches.numel(), patch_width)
+        self.grid = (1, self.patches[1] // vision.spatial_merge_size, self.patches[2] // vision.spatial_merge_size)
+        self.vision_width = vision.out_hidden_size
+        self.keys_width = vision.hidden_size
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel(vision)
+
+    def prepare(self) -> None:
+        """Makes orders, rotary angles and the mask of the windows."""
+        patch_embed = self.visual.patch_embed
+        self.dtype = patch_embed.proj.weight.dtype
+        self.patch_weight = as_matrix(patch_embed.proj.weight)
+        del self.visual.patch_embed, self.visual.rotary_pos_emb
+        if self.dtype == torch.float16:
+            self.visual.blocks[-1].mlp.down_proj.float()
+
+        grid = torch.tensor([self.patches])
+        merge = self.config.spatial_merge_size
+        order, boundaries = get_vision_window_index(grid, merge, self.config.window_size, self.config.patch_size)
+        self._constant("window_order", order)
+        self._constant("raster_order", order.argsort())
+        positions = get_vision_position_ids(grid, merge).unflatten(0, (-1, merge**2))[order].flatten(0, 1)
+        angles = _rotary_angles(positions, self.config)
+        self._constant("cos", angles.cos())
+        self._constant("sin", angles.sin())
+        self._prepare_windows(boundaries.diff())
+
+    def _prepare_windows(self, lengths: Tensor) -> None:
+        """Makes what fills cut windows up.
+
+        Args:
+            lengths: [W] int, patches in each window.
+        """
+        self.window_length = int(lengths.max())
+        self.has_cut_windows = bool((lengths < self.window_length).any())
+        if not self.has_cut_windows:
+            return
+        is_patch = torch.arange(self.window_length) < lengths[:, None]
+        filled = torch.zeros_like(is_patch, dtype=torch.int64)
+        filled[is_patch] = torch.arange(int(lengths.sum()))
+        self._constant("filled", filled.flatten())
+        self._constant("unfilled", is_patch.flatten().nonzero()[:, 0])
+        # Added to the scores; a mask of bools would draw in a guard against rows without a patch, which there are none.
+        mask = torch.zeros(is_patch.shape, dtype=self.dtype).masked_fill(~is_patch, torch.finfo(self.dtype).min)
+        self._constant("window_mask", mask[:, None, None].repeat(self.batch_size, 1, 1, 1))
+        self._constant("window_cos", self.get_buffer("cos")[filled.flatten()])
+        self._constant("window_sin", self.get_buffer("sin")[filled.flatten()])
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns vision [B, N, D] and keys [B, N, d]; see `Encoder.forward`."""
+        group = self.config.spatial_merge_size**2
+        hidden = F.linear(pixels.to(self.dtype), self.patch_weight)
+        hidden = hidden.view(self.batch_size, -1, group * hidden.shape[-1])
+        hidden = hidden.index_select(1, self.get_buffer("window_order")).view(self.batch_size, -1, self.keys_width)
+        for idx, block in enumerate(self.visual.blocks):
+            is_windowed = idx not in self.config.fullatt_block_indexes
+            hidden = hidden + self._attend(block.attn, block.norm1(hidden), is_windowed)
+            hidden = hidden + _feed_forward(block.mlp, block.norm2(hidden))
+
+        keys = hidden.view(self.batch_size, -1, group, self.keys_width).float().mean(dim=2)
+        merger = self.visual.merger
+        groups = merger.ln_q(hidden).to(self.dtype).view(self.batch_size, -1, merger.hidden_size)
+        raster_order = self.get_buffer("raster_order")
+        return merger.mlp(groups).index_select(1, raster_order), keys.index_select(1, raster_order)
+
+    def _attend(self, attention: Any, hidden: Tensor, is_windowed: bool) -> Tensor:
+        """Returns [B, S, C]: attention within the windows, or over the image.
+
+        Args:
+            attention: Hugging Face's module, for its weights.
+            hidden: [B, S, C], patches in window order.
+            is_windowed: Whether a patch sees its window alone.
+        """
+        is_filled = is_windowed and self.has_cut_windows
+        length = self.window_length if is_windowed else self.patches.numel()
+        cos, sin = (self.get_buffer(f"window_{name}" if is_filled else name) for name in ("cos", "sin"))
+        mixed = attention.qkv(hidden)
+        if is_filled:
+            mixed = mixed.index_select(1, self.get_buffer("filled"))
+        mixed = mixed.view(self.batch_size, -1, 3 * attention.num_heads, attention.head_dim)
+        query, key, value = mixed.split(attention.num_heads, dim=2)
+        query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+        query, key, value = (
+            each.reshape(-1, length, attention.num_heads, attention.head_dim).transpose(1, 2)
+            for each in (query, key, value)
+        )
+        mask = self.get_buffer("window_mask") if is_filled else None
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = attended.transpose(1, 2).reshape(self.batch_size, -1, attention.dim)
+        if is_filled:
+            attended = attended.index_select(1, self.get_buffer("unfilled"))
+        return attention.proj(attended)
+
+
+def _feed_forward(mlp: Any, hidden: Tensor) -> Tensor:
+    gated = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
+    return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))
+
+
+def _rotary_angles(positions: Tensor, config: Any) -> Tensor:
+    """Returns [S, head_dim] float32: by row in the first and third quarter of a head, by column in the others.
+
+    Args:
+        positions: [S, 2] int, row and column of each patch.
+        config: The vision tower's; 10000 is the base where it names none.
+    """
+    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    quarter = torch.arange(config.hidden_size // config.num_heads // 4)
+    frequencies = 1.0 / base ** (quarter / len(quarter))
+    return (positions[:, :, None] * frequencies).flatten(1).repeat(1, 2)
+
+
+def _check_image_size(image_size: tuple[int, int], factor: int) -> None:
+    nearest = [max(factor, round(length / factor) * factor) for length in image_size]
+    if nearest != list(image_size):
+        raise EncoderError(
+            f"width and height are multiples of {factor} px, got {image_size[0]}x{image_size[1]}: "
+            f"the nearest size, and what the image processor makes of it, is {nearest[0]}x{nearest[1]}"
+        )

@@ -1,0 +1,86 @@
+"""The selection appended to a graph that makes the features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from mmtok_export.selection_graph import FEATURE_DTYPES, Features, SelectionSpec, add_selection, dim
+
+__all__ = ["builder_on", "join_selection"]
+
+_INPUTS = ("text", "text_mask", "excluded")
+_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total", "positions")
+
+
+def builder_on(graph: ir.Graph) -> GraphBuilder:
+    """Returns the builder that appends to a finished graph; make one a graph.
+
+    A builder names its constants `const_...`, and so do other exporters: the graph's own are renamed.
+    """
+    for value in [value for name, value in graph.initializers.items() if name.startswith("const_")]:
+        value.name = f"encoder_{value.name}"
+    return GraphBuilder(graph)
+
+
+def join_selection(
+    builder: GraphBuilder, vision: ir.Value, keys: ir.Value, spec: SelectionSpec, *, grid_width: int | None = None
+) -> dict[str, dict[str, str | int]]:
+    """Appends the selection to a graph, with its inputs `text`, `text_mask` and `excluded` and its outputs.
+
+    Args:
+        builder: The `builder_on` the encoder's graph.
+        vision: [B, N, D] in its graph.
+        keys: [B, N, d] in its graph.
+        spec: What is selected.
+        grid_width: Tokens in a row of the image, for a model with M-RoPE: adds the output `positions` [B, 3, K] int64,
+            each kept token's (t, h, w) in the image's grid; -1 where there is none.
+
+    Returns:
+        What the check cuts the selection out by: the `name`, `dtype` and `width` of the `vision` and `keys` that it is
+        made from.
+
+    Raises:
+        ValueError: The graph has a tensor of one of these names.
+    """
+    graph = builder.graph
+    taken = {value.name for value in graph.inputs} | {value.name for node in graph for value in node.outputs}
+    clashes = [name for name in (*_INPUTS, *_OUTPUTS) if name in taken]
+    if clashes:
+        raise ValueError(f"the graph has tensors named {', '.join(clashes)} already: rename them")
+    batch, words = dim(spec.batch, "B"), dim(spec.num_words, "M")
+    # Under names of our own, by which the check finds them.
+    vision = builder.op.Identity(vision, _outputs=["mmtok_vision"])
+    keys = builder.op.Identity(keys, _outputs=["mmtok_keys"])
+    features = Features(
+        vision=vision,
+        keys=keys,
+        text=builder.input("text", vision.dtype, [batch, words, spec.vision_width]),
+        text_mask=builder.input("text_mask", ir.DataType.BOOL, [batch, words]),
+        excluded=builder.input("excluded", ir.DataType.BOOL, [batch, dim(spec.num_tokens, "N")]),
+    )
+    outputs = add_selection(builder, features, spec)
+    if grid_width is not None:
+        outputs["positions"] = _positions(builder.op, outputs["kept"], grid_width)
+        outputs["positions"].shape = ir.Shape([batch, 3, spec.budget])
+    for name, value in outputs.items():
+        builder.add_output(value, name)
+    names: dict[ir.DataType | None, str] = {dtype: name for name, dtype in FEATURE_DTYPES.items()}
+    return {
+        "vision": {"name": str(vision.name), "dtype": names[vision.dtype], "width": spec.vision_width},
+        "keys": {"name": str(keys.name), "dtype": names[keys.dtype], "width": spec.keys_width},
+    }
+
+
+def _positions(op: Any, kept: ir.Value, grid_width: int) -> ir.Value:
+    """Returns (0, row, column) of each token [B, 3, K], -1 for a token that is not there.
+
+    Source: Hugging Face transformers 5.19 modeling_qwen2_5_vl.py, get_rope_index: an image is one frame.
+    """
+    is_kept = op.GreaterOrEqual(kept, 0)
+    row, column = op.Div(kept, grid_width), op.Mod(kept, grid_width)
+    frame = op.Mul(kept, 0)
+    axes = [op.Unsqueeze(op.Where(is_kept, axis, -1), [1]) for axis in (frame, row, column)]
+    return op.Concat(*axes, axis=1)

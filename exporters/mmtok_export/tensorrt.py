@@ -1,0 +1,191 @@
+"""TensorRT and TensorRT-RTX engines of exported ONNX files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.engines.tensorrt import compute_capability, tensorrt_module
+from mmtok_deploy.manifest import ArtifactError, Check, Manifest, TensorInfo
+from mmtok_export.artifact import file_infos, new_artifact, now
+from mmtok_export.check import check_artifact
+
+__all__ = [
+    "EngineBuildError",
+    "Library",
+    "RTX_TARGETS",
+    "build_engine",
+    "check_targets",
+    "choose_library",
+    "engine_path",
+]
+
+RTX_TARGETS = frozenset({"8.0", "8.6", "8.9", "12.0", "12.1"})
+"""What TensorRT-RTX 1.7 builds a selection for: Ampere, Ada, Blackwell, but neither Hopper nor datacenter Blackwell."""
+
+# In TensorRT-RTX's list, but it builds no float32 matrix product for it (1.7: "FP32 GEMM is not supported"), and the
+# selection is float32 inside whatever its features are.
+_WITHOUT_FLOAT32 = "7.5"
+
+Library = Literal["tensorrt", "tensorrt-rtx"]
+
+_MAX_BUDGET = 3840
+
+
+class EngineBuildError(RuntimeError):
+    """TensorRT does not build an engine, and why."""
+
+
+def choose_library(targets: list[str]) -> Library:
+    """Returns the library that builds for these compute capabilities here.
+
+    TensorRT-RTX builds for any of its targets without a GPU; TensorRT builds for the GPU at hand alone.
+
+    Args:
+        targets: Compute capabilities ("8.6"); none for the GPU at hand.
+
+    Raises:
+        ValueError: Neither does; the message says what to install.
+    """
+    wanted = _wanted(targets)
+    if set(wanted) <= RTX_TARGETS:
+        return "tensorrt-rtx"
+    if wanted == [_at_hand()]:
+        return "tensorrt"
+    raise _no_engine_for(wanted)
+
+
+def check_targets(library: Library, targets: list[str], budget: int) -> None:
+    """Raises ValueError if the library has no engine for these compute capabilities here, or for so many tokens."""
+    wanted = _wanted(targets)
+    if library == "tensorrt-rtx" and not set(wanted) <= RTX_TARGETS:
+        raise _no_engine_for(wanted)
+    if library == "tensorrt" and wanted != [_at_hand()]:
+        raise ValueError(f"TensorRT builds for the GPU at hand alone, not for {', '.join(wanted)}: leave --target out")
+    if budget > _MAX_BUDGET:
+        raise ValueError(f"TensorRT keeps at most {_MAX_BUDGET} tokens (its TopK), asked for were {budget}")
+
+
+def _no_engine_for(wanted: list[str]) -> ValueError:
+    others = ", ".join(target for target in wanted if target not in RTX_TARGETS)
+    reason = f" (for {_WITHOUT_FLOAT32} it multiplies no float32 matrices)" if _WITHOUT_FLOAT32 in wanted else ""
+    return ValueError(
+        f"TensorRT-RTX has no engines for compute capability {others}{reason}, and TensorRT builds on the GPU itself: "
+        "on a machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there; or run the ONNX file "
+        "by ONNX Runtime's CUDA provider"
+    )
+
+
+def engine_path(onnx_file: Path, library: Library, targets: list[str]) -> Path:
+    """Returns where an ONNX file's engine stands: `NAME.sm86.rtx.engine`, `NAME.sm90.engine`."""
+    capabilities = "-".join(f"sm{target.replace('.', '')}" for target in _wanted(targets))
+    return onnx_file.with_name(f"{onnx_file.stem}.{capabilities}{'.rtx' if library == 'tensorrt-rtx' else ''}.engine")
+
+
+def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[str], *, force: bool = False) -> Manifest:
+    """Writes an exported ONNX file's engine, and returns its manifest.
+
+    Strongly typed, without TF32: float32 stays float32. The optimization profile is the manifest's ranges.
+
+    Args:
+        onnx_file: The file, with its manifest.
+        path: Where the engine goes.
+        library: What builds it.
+        targets: Compute capabilities ("8.6"); none for the GPU at hand.
+        force: Whether it may replace a file.
+
+    Raises:
+        ArtifactError: The ONNX file is not what was exported.
+        EngineBuildError: TensorRT does not build it; its own messages are in the error.
+        EngineError: The library is not installed.
+        CheckFailedError: A GPU that it is built for is at hand, and the engine's answer is not the reference's.
+    """
+    source = Manifest.load(onnx_file)
+    module = tensorrt_module(library)
+    with new_artifact(path, force=force) as file:
+        file.write_bytes(_serialized(module, onnx_file, source, library, targets))
+        manifest = replace(
+            source,
+            format=library,
+            files=file_infos(file),
+            details=source.details | {"compute_capabilities": _wanted(targets), "onnx_sha256": source.files[0].sha256},
+            versions=source.versions | {library: module.__version__},
+            created=now(),
+            check=Check("not run", "", ""),
+        )
+        Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = replace(manifest, check=check_artifact(file, manifest))
+        Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _wanted(targets: list[str]) -> list[str]:
+    at_hand = _at_hand()
+    if targets or at_hand:
+        return targets or [str(at_hand)]
+    raise ValueError("there is no NVIDIA GPU here to build for: name one, such as --target 8.6 (RTX A6000)")
+
+
+def _at_hand() -> str | None:
+    return compute_capability() if torch.cuda.is_available() else None
+
+
+def _serialized(module: Any, onnx_file: Path, source: Manifest, library: Library, targets: list[str]) -> bytes:
+    log = _Log(module)
+    builder = module.Builder(log.logger)
+    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = module.OnnxParser(network, log.logger)
+    # By path, so that weights beside the file are found.
+    if not parser.parse_from_file(str(onnx_file)):
+        errors = "; ".join(str(parser.get_error(idx)) for idx in range(parser.num_errors))
+        raise EngineBuildError(f"{library} does not read {onnx_file.name}: {errors}")
+    config = builder.create_builder_config()
+    config.clear_flag(module.BuilderFlag.TF32)
+    if library == "tensorrt-rtx" and targets:
+        config.num_compute_capabilities = len(targets)
+        for idx, target in enumerate(targets):
+            capability = getattr(module.ComputeCapability, f"SM{target.replace('.', '')}")
+            config.set_compute_capability(capability, idx)
+    profile = builder.create_optimization_profile()
+    for tensor in source.inputs:
+        if any(isinstance(size, str) for size in tensor.shape):
+            shapes = [_sizes(tensor, source.dimensions, which) for which in ("minimum", "optimum", "maximum")]
+            profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise EngineBuildError(f"{library} does not build {onnx_file.name}: {log.text()}")
+    return bytes(engine)
+
+
+def _sizes(tensor: TensorInfo, dimensions: dict[str, DimRange], which: str) -> list[int]:
+    unknown = [size for size in tensor.shape if isinstance(size, str) and size not in dimensions]
+    if unknown:
+        name = unknown[0]
+        raise ArtifactError(f"input {tensor.name} has the size {name}: give its range, --dim {name}=MIN:MAX")
+    return [size if isinstance(size, int) else getattr(dimensions[size], which) for size in tensor.shape]
+
+
+class _Log:
+    """Keeps TensorRT's errors for an exception instead of printing them."""
+
+    def __init__(self, module: Any) -> None:
+        messages: list[str] = []
+
+        class Logger(module.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                module.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
+                    messages.append(message)
+
+        self.logger = Logger()
+        self._messages = messages
+
+    def text(self) -> str:
+        return "; ".join(self._messages) or "it gives no reason"

@@ -1,0 +1,82 @@
+"""Whether an exported file selects as the reference does, on the device that it will run on."""
+
+from __future__ import annotations
+
+import torch
+
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.coverage import coverage_matrix
+from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
+from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.problem import Selection, SelectionProblem
+
+__all__ = ["sample_problems", "what_is_wrong"]
+
+# As exporters/mmtok_export/check.py: products and sums of thousands of terms in another order; 1.1e-5 was seen.
+_COVERAGE_TOLERANCE = 1e-4
+_NUM_CLUSTERS = 24
+# Of the sample, to keep a start short where the file takes images of many sizes.
+_MAX_TOKENS, _MAX_WORDS = 1024, 8
+# No image and no question is larger; a file that takes nothing smaller is not one that can be tried.
+_MAX_SMALLEST = 1 << 15
+
+
+def sample_problems(manifest: Manifest, device: torch.device) -> list[SelectionProblem]:
+    """Returns two images like a model's, the second with a shorter text and with excluded tokens.
+
+    Features are of a few kinds of things, and words name some of them, so that gains differ as a model's do.
+
+    Args:
+        manifest: The manifest of the file that is to select from them.
+        device: Where they are made.
+
+    Raises:
+        ValueError: The smallest image or text that the file takes is larger than any.
+    """
+    sizes, generator = manifest.dimensions, torch.Generator().manual_seed(0)
+    for name in ("N", "M"):
+        if sizes[name].minimum > _MAX_SMALLEST:
+            raise ValueError(f"it takes no {name} below {sizes[name].minimum}, expected at most {_MAX_SMALLEST}")
+    num_tokens = max(sizes["N"].minimum, min(sizes["N"].optimum, _MAX_TOKENS))
+    num_words = max(sizes["M"].minimum, min(sizes["M"].maximum, _MAX_WORDS))
+    widths = {name: int(manifest.input(name).shape[-1]) for name in ("vision", "keys")}
+    problems = []
+    for num_named, is_masked in ((num_words, False), (max(1, num_words // 2), True)):
+        kinds = {name: torch.randn(_NUM_CLUSTERS, width, generator=generator) for name, width in widths.items()}
+        which = torch.randint(_NUM_CLUSTERS, (num_tokens,), generator=generator)
+        features = {
+            name: kinds[name][which] + torch.randn(num_tokens, width, generator=generator)
+            for name, width in widths.items()
+        }
+        named = torch.randint(_NUM_CLUSTERS, (num_named,), generator=generator)
+        noise = torch.randn(num_named, widths["vision"], generator=generator)
+        features["text"] = 0.3 * kinds["vision"][named] + noise
+        vision, keys, text = (
+            features[name].to(device, getattr(torch, manifest.input(name).dtype)) for name in ("vision", "keys", "text")
+        )
+        excluded = None
+        if is_masked and num_tokens > 1:
+            excluded = torch.arange(num_tokens, device=device) < num_tokens // 8
+            # What would be picked first, so that a file which does not read the mask is found out.
+            excluded[coverage_matrix(vision, keys, text, manifest.constants).sum(dim=0).argmax()] = True
+        num_pickable = num_tokens - (0 if excluded is None else int(excluded.sum()))
+        problems.append(SelectionProblem(vision, keys, text, min(manifest.budget, num_pickable), excluded))
+    return problems
+
+
+def what_is_wrong(problem: SelectionProblem, config: SelectionConfig, selection: Selection) -> str | None:
+    """Returns what is not as in the reference, None if nothing is; picks as `replay_greedy` judges them."""
+    order: list[int] = selection.order.tolist()
+    try:
+        replay = replay_greedy(problem, config, order)
+    except WrongPickError as error:
+        return str(error)
+    if selection.kept.tolist() != sorted(order):
+        return f"it keeps {selection.kept.tolist()}, and picks {order}"
+    for name, found, expected in (
+        ("coverage", selection.coverage.double(), replay.coverage),
+        ("total", selection.total.double(), replay.total),
+    ):
+        if not torch.allclose(found, expected, rtol=_COVERAGE_TOLERANCE, atol=0):
+            return f"its {name} differs by more than {_COVERAGE_TOLERANCE} of it"
+    return None

@@ -1,0 +1,235 @@
+"""What runs the selection in a server: PyTorch, or an exported file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.backends import BackendName, get_backend
+from mmtok_deploy.backends.blocked import within_memory
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.engine_check import sample_problems, what_is_wrong
+from mmtok_deploy.engines import Engine, EngineError, open_engine
+from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.problem import Selection, SelectionProblem
+
+__all__ = ["EngineExecutor", "Executor", "ExecutorName", "TorchExecutor", "check_selection", "make_executor"]
+
+logger = logging.getLogger(__name__)
+
+ExecutorName = Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"]
+
+
+class Executor(Protocol):
+    """Selects for a batch of problems on one device, without waiting for it."""
+
+    @property
+    def name(self) -> str:
+        """What runs it, for the log."""
+
+    def select(self, problems: Sequence[SelectionProblem]) -> list[Selection]:
+        """Returns one selection a problem, in their order.
+
+        Raises:
+            EngineError: A problem that the exported file cannot hold.
+        """
+
+
+def make_executor(
+    name: ExecutorName,
+    device: torch.device,
+    config: SelectionConfig,
+    engine_file: Path | None = None,
+    provider: str | None = None,
+    engine_sha256: str | None = None,
+) -> Executor:
+    """Returns the executor of that name, ready to run.
+
+    Args:
+        name: "auto" is the exported file if there is one, else PyTorch.
+        device: Where the features are.
+        config: Temperatures, weight, coverage; an exported file has its own, which must be these.
+        engine_file: For "onnxruntime" and "tensorrt".
+        provider: ONNX Runtime's, instead of the device's.
+        engine_sha256: What the exported file must hash to; None takes any that its manifest describes.
+
+    Raises:
+        ArtifactError: The exported file is not whole, or not the one that `engine_sha256` names.
+        EngineError: It cannot run here, or was exported for something else.
+        ValueError: A name without a file, a file without the name, or Triton where it cannot run.
+    """
+    if name in ("onnxruntime", "tensorrt") and engine_file is None:
+        raise ValueError(f"the backend {name} runs an exported file: name it")
+    if engine_file is None or name in ("torch", "triton"):
+        if engine_file is not None or provider is not None:
+            raise ValueError(f"the backend {name} runs no exported file")
+        return TorchExecutor("triton" if name == "triton" else "auto", device, config)
+    engine = open_engine(engine_file, device, provider, engine_sha256)
+    runs = "onnxruntime" if engine.manifest.format == "onnx" else "tensorrt"
+    if name not in ("auto", runs):
+        raise ValueError(f"{engine_file.name} is run by {runs}, not by {name}")
+    return EngineExecutor(engine, device, config)
+
+
+class TorchExecutor:
+    """One of this project's own backends, within the memory that `backends/blocked.py` states.
+
+    Args:
+        backend: Which.
+        device: Where the features are.
+        config: Temperatures, weight, coverage.
+    """
+
+    def __init__(self, backend: BackendName, device: torch.device, config: SelectionConfig) -> None:
+        self._backend = get_backend(backend, device)
+        if backend != "auto":  # which is bounded by itself
+            self._backend = within_memory(self._backend)
+        self._config = config
+        self.name = f"torch ({self._backend.__module__.rpartition('.')[2]}) on {device}"
+
+    def select(self, problems: Sequence[SelectionProblem]) -> list[Selection]:
+        """See `Executor.select`."""
+        return self._backend(problems, self._config)
+
+
+class EngineExecutor:
+    """An exported selection. Fewer picks than it makes are the first ones: greedy budgets are nested.
+
+    Args:
+        engine: The loaded file.
+        device: Where the features are.
+        config: Temperatures, weight, coverage of the server.
+
+    Raises:
+        EngineError: The file holds more than a selection, has other constants, or takes no single image.
+    """
+
+    def __init__(self, engine: Engine, device: torch.device, config: SelectionConfig) -> None:
+        manifest = engine.manifest
+        file = manifest.files[0].name
+        if manifest.kind != "selection":
+            raise EngineError(f"{file} holds an encoder as well, a server has its own: mmtok export selection")
+        if manifest.constants != config:
+            raise EngineError(f"{file} was exported with {manifest.constants}, the server has {config}")
+        if 1 not in manifest.dimensions["B"]:
+            raise EngineError(f"{file} takes {manifest.dimensions['B']} images at a time, never one: --batch 1:8")
+        self.name = f"{file} by {engine.name}"
+        self.manifest = manifest
+        self._engine = engine
+        self._device = device
+
+    def select(self, problems: Sequence[SelectionProblem]) -> list[Selection]:
+        """See `Executor.select`."""
+        selections: dict[int, Selection] = {}
+        for group in self._groups(problems):
+            outputs = self._engine.run(self._inputs([problems[idx] for idx in group]))
+            for row, idx in enumerate(group):
+                image = {name: tensor[row] for name, tensor in outputs.items()}
+                selections[idx] = _selection(image, problems[idx].num_picks, self.manifest.budget)
+        return [selections[idx] for idx in range(len(problems))]
+
+    def check(self) -> None:
+        """Selects from features like a model's, together and one by one, and holds the picks against the reference.
+
+        Raises:
+            EngineError: It does not run, or selects other tokens.
+        """
+        export = self.manifest.check
+        if export.status != "passed":
+            logger.warning(
+                "MMTok: %s was not checked at export (%s); it is checked now, on one sample",
+                self.manifest.files[0].name,
+                export.detail,
+            )
+        try:
+            problems = sample_problems(self.manifest, self._device)
+            runs = [problems, *([problem] for problem in problems)]
+            results = [result for each in runs for result in zip(each, self.select(each), strict=True)]
+        except EngineError:
+            raise
+        except Exception as error:  # whatever a file that is not what it says may raise
+            raise EngineError(f"{self.name} does not run: {type(error).__name__}: {error}") from error
+        for problem, selection in results:
+            wrong = what_is_wrong(problem, self.manifest.constants, selection)
+            if wrong is not None:
+                raise EngineError(f"{self.name} does not select as the reference does ({wrong}): export it again")
+
+    def _groups(self, problems: Sequence[SelectionProblem]) -> list[list[int]]:
+        """Returns which problems run together: as many of one size as the file takes."""
+        by_size: dict[int, list[int]] = {}
+        for idx, problem in enumerate(problems):
+            if problem.num_picks > self.manifest.budget:
+                file = self.manifest.files[0].name
+                raise EngineError(f"{file} keeps {self.manifest.budget} tokens, asked for were {problem.num_picks}")
+            by_size.setdefault(len(problem.vision), []).append(idx)
+        most = self.manifest.dimensions["B"].maximum
+        return [group[first : first + most] for group in by_size.values() for first in range(0, len(group), most)]
+
+    def _inputs(self, problems: list[SelectionProblem]) -> dict[str, Tensor]:
+        num_words = max(self.manifest.dimensions["M"].minimum, *(len(problem.text) for problem in problems))
+        dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in self.manifest.inputs}
+        first = problems[0]
+        text = torch.zeros(
+            len(problems), num_words, first.vision.shape[1], dtype=dtypes["text"], device=first.vision.device
+        )
+        text_mask = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
+        excluded = torch.zeros(len(problems), len(first.vision), dtype=torch.bool, device=text.device)
+        for row, problem in enumerate(problems):
+            text[row, : len(problem.text)] = _exactly(problem.text, dtypes["text"])
+            text_mask[row, : len(problem.text)] = True
+            if problem.excluded is not None:
+                excluded[row] = problem.excluded
+        return {
+            "vision": _stack([problem.vision for problem in problems], dtypes["vision"]),
+            "keys": _stack([problem.keys for problem in problems], dtypes["keys"]),
+            "text": text,
+            "text_mask": text_mask,
+            "excluded": excluded,
+        }
+
+
+def check_selection(manifest: Manifest, num_tokens: int, num_kept: int, num_words: int) -> None:
+    """Raises ValueError (HTTP 400) if the exported file cannot hold this selection of one image or tile.
+
+    Args:
+        manifest: The file's.
+        num_tokens: N.
+        num_kept: K.
+        num_words: Guidance tokens; fewer than the file's smallest number are padded.
+    """
+    sizes = manifest.dimensions
+    if num_tokens not in sizes["N"]:
+        raise ValueError(f"the server's exported selection takes images of {sizes['N']} tokens, this has {num_tokens}")
+    if num_words > sizes["M"].maximum:
+        raise ValueError(
+            f"the server's exported selection takes {sizes['M']} tokens of guidance, this image has {num_words}: "
+            "shorten the question, or send mm_processor_kwargs.mmtok_guidance"
+        )
+    if num_kept > manifest.budget:
+        raise ValueError(
+            f"the server's exported selection keeps at most {manifest.budget} tokens, asked for were {num_kept}: "
+            "ask for a smaller mmtok_budget"
+        )
+
+
+def _stack(features: list[Tensor], dtype: torch.dtype) -> Tensor:
+    # One image is not copied.
+    stacked = features[0][None] if len(features) == 1 else torch.stack(features)
+    return _exactly(stacked, dtype)
+
+
+def _exactly(features: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in (features.dtype, torch.float32):
+        raise EngineError(f"the file takes {dtype}, and {features.dtype} would be rounded: export it with --dtype")
+    return features.to(dtype)
+
+
+def _selection(image: dict[str, Tensor], num_picks: int, budget: int) -> Selection:
+    order = image["order"][:num_picks]
+    kept = image["kept"] if num_picks == budget else order.sort().values
+    return Selection(order, kept, image["coverage"][:num_picks], image["total"])

@@ -1,1 +1,0 @@
-"""The selection inside a server: the SGLang plugin and its adapters."""

@@ -1,0 +1,95 @@
+"""What was done with a request's images, as its answer says it: `meta_info["mmtok"]`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from mmtok_sglang.cache_key import keys_of
+from mmtok_sglang.hooks import Hook
+from mmtok_sglang.placeholders import plan_of
+from mmtok_sglang.selection import Outcome, TokenSelector
+
+__all__ = ["account_hook", "image_account", "remembered_by"]
+
+logger = logging.getLogger(__name__)
+
+_KEY = "mmtok"
+
+
+def remembered_by(selector: TokenSelector) -> Callable[[Any], Outcome | None]:
+    """Returns what looks up the outcome of an item's selection."""
+
+    def outcome_of(item: Any) -> Outcome | None:
+        keys = keys_of(item)
+        return None if keys is None or keys.selection is None else selector.outcome(keys.selection)
+
+    return outcome_of
+
+
+def account_hook(outcome_of: Callable[[Any], Outcome | None]) -> Hook:
+    """Returns the hook that adds the account to a request's first output.
+
+    Hooks: sglang 0.5.23 srt/managers/scheduler_components/output_streamer.py _GenerationStreamAccumulator.accept. Can
+    go when requests report on their images.
+
+    Args:
+        outcome_of: The outcome of an item's selection, without waiting for the device; None if it is not remembered.
+    """
+    reported_failure = False
+
+    def accept(original: Callable[..., None], accumulator: Any, *, req: Any) -> None:
+        nonlocal reported_failure
+        try:
+            # With its first token a request's images are through the encoder: what the device found is on the host.
+            if req.multimodal_inputs is not None and req.output_ids and _KEY not in (req.customized_info or {}):
+                account = image_account(req.multimodal_inputs.mm_items, outcome_of)
+                # SGLang sends one value an output token: the account goes with the first.
+                req.customized_info = {**(req.customized_info or {}), _KEY: [account]}
+        except Exception:
+            # An answer without an account is better than no answer.
+            if not reported_failure:
+                logger.exception("MMTok: answers do not say what was done with their images")
+            reported_failure = True
+        original(accumulator, req=req)
+
+    return Hook("managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept", "self req", accept)
+
+
+def image_account(items: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, Any]:
+    """Returns the account of a request's images, in the order of the prompt.
+
+    Args:
+        items: SGLang's items of the request.
+        outcome_of: See `account_hook`.
+    """
+    images = [_image(item, outcome_of) for item in items if item.is_image()]
+    fallbacks = [image["is_fallback"] for image in images]
+    return {
+        "image_tokens_in": sum(image["tokens_in"] for image in images),
+        "image_tokens_kept": sum(image["tokens_kept"] for image in images),
+        "num_fallbacks": None if None in fallbacks else sum(fallbacks),
+        "images": images,
+    }
+
+
+def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, Any]:
+    plan = plan_of(item)
+    if plan is None:
+        num_tokens = sum(end - start + 1 for start, end in item.offsets or ())
+        return {
+            "tokens_in": num_tokens,
+            "tokens_kept": num_tokens,
+            "method": None,
+            "coverage": None,
+            "is_fallback": False,
+        }
+    outcome = outcome_of(item)
+    return {
+        "tokens_in": plan.num_tokens,
+        "tokens_kept": plan.num_kept,
+        "method": plan.method,
+        "coverage": None if outcome is None else outcome.coverage,
+        "is_fallback": None if outcome is None else outcome.fallback is not None,
+    }

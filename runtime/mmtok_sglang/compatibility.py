@@ -1,0 +1,159 @@
+"""What a server with a budget refuses to start with, because tokens could be pruned wrongly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+from sglang.srt.environ import envs
+from sglang.srt.model_executor.cuda_graph_config import Backend
+from sglang.srt.model_loader.utils import get_resolved_model_impl
+
+from mmtok_deploy.backends import get_backend
+from mmtok_sglang.agent_address import AgentAddress
+from mmtok_sglang.engine_file import check_engine_file
+from mmtok_sglang.families import FAMILIES
+from mmtok_sglang.settings import Settings
+
+__all__ = [
+    "UnsupportedServerError",
+    "check_adapters",
+    "check_agent",
+    "check_backend",
+    "check_engine",
+    "check_server",
+    "check_server_method",
+    "family_of_server",
+]
+
+
+class UnsupportedServerError(ValueError):
+    """A model or a configuration that MMTok does not prune correctly."""
+
+
+def family_of_server(server_args: Any) -> str:
+    """Returns the model family (a key of FAMILIES) that these resolved arguments serve.
+
+    Raises:
+        UnsupportedServerError: Another model, another vision encoder, or the other of SGLang's model implementations.
+    """
+    model_config = model_config_of(server_args)
+    architecture = model_config.hf_config.architectures[0]
+    for name, family in FAMILIES.items():
+        if family.architecture != architecture:
+            continue
+        found = get_resolved_model_impl(model_config).value
+        if found != family.model_impl:
+            raise UnsupportedServerError(
+                f"--mmtok-budget prunes {architecture} on the {family.model_impl!r} implementation only, this server "
+                f"would use {found!r}: add --model-impl {family.model_impl}"
+            )
+        obstacle = family().obstacle(model_config.hf_config)
+        if obstacle is not None:
+            raise UnsupportedServerError(f"--mmtok-budget does not support this {architecture}: {obstacle}")
+        return name
+    supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
+    raise UnsupportedServerError(
+        f"--mmtok-budget does not support {architecture}. Supported: {supported}. "
+        "Start the server without --mmtok-budget to serve this model unpruned."
+    )
+
+
+def check_server(server_args: Any) -> None:
+    """Raises UnsupportedServerError if these resolved arguments take a path that goes around the hooks."""
+    problems = list(_problems(resolving_view(server_args)))
+    if problems:
+        raise UnsupportedServerError(
+            "--mmtok-budget cannot be combined with " + "; nor with ".join(problems) + ". Drop one of the two."
+        )
+
+
+def check_adapters(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if LoRA adapters could change what images are selected by."""
+    cfg = resolving_view(server_args)
+    if not cfg.enable_lora:
+        return
+    if FAMILIES[settings.family].model_impl == "transformers":
+        raise UnsupportedServerError(
+            f"--mmtok-budget cannot be combined with LoRA adapters (--enable-lora, --lora-paths) on {settings.family}: "
+            "SGLang's Transformers backend does not keep them out of the vision encoder. Drop one of the two."
+        )
+    on_the_embedding = sorted({"embed_tokens", "all"} & set(cfg.lora_target_modules or ()))
+    if on_the_embedding:
+        raise UnsupportedServerError(
+            f"--mmtok-budget cannot be combined with LoRA adapters on the input embedding (--lora-target-modules "
+            f"{' '.join(on_the_embedding)}): guidance would be embedded by another request's adapter. Name the modules "
+            "of the layers alone: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+        )
+
+
+def check_engine(server_args: Any, settings: Settings) -> None:
+    """Raises EngineMismatchError if the exported file is not for this model and budget, ArtifactError if not whole."""
+    model_config = model_config_of(server_args)
+    check_engine_file(settings, FAMILIES[settings.family](), model_config.hf_config, model_config.dtype)
+
+
+def check_agent(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if the server would be its own agent, as far as its address tells."""
+    if settings.agent_url is None:
+        return
+    address = AgentAddress(settings.agent_url)
+    if address.is_served_by(server_args.host, server_args.port):
+        raise UnsupportedServerError(
+            f"--mmtok-agent-url {address.shown} is this server itself (--host {server_args.host} --port "
+            f"{server_args.port}), which would wait for its own answer: name another one. (An sgl.Engine listens on no "
+            "port: give it another port=.)"
+        )
+
+
+def check_backend(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if a backend of this package cannot run on the server's device.
+
+    An exported file, and a GPU, are tried in the scheduler process: this one leaves the GPU alone.
+    """
+    device = torch.device(resolving_view(server_args).device)
+    if settings.backend != "triton" or device.type == "cuda":
+        return
+    try:
+        get_backend("triton", device)
+    except ValueError as error:
+        raise UnsupportedServerError(f"--mmtok-backend triton does not run here: {error}") from error
+
+
+def check_server_method(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if the model cannot run the server's method."""
+    config = model_config_of(server_args).hf_config
+    obstacle = FAMILIES[settings.family]().obstacle_to(settings.method, config)
+    if obstacle is not None:
+        raise UnsupportedServerError(f"--mmtok-method {settings.method} does not run on this model: {obstacle}")
+
+
+def _problems(cfg: Any) -> Iterator[str]:
+    if cfg.encoder_only or cfg.language_only or cfg.enable_adaptive_dispatch_to_encoder:
+        yield "encoder disaggregation (--encoder-only, --language-only): images are processed around the plugin"
+    if cfg.language_model_only:
+        yield "--language-model-only: there is no vision encoder"
+    if cfg.disaggregation_mode != "null":
+        yield f"--disaggregation-mode {cfg.disaggregation_mode}: not verified"
+    if cfg.speculative_algorithm:
+        yield f"--speculative-algorithm {cfg.speculative_algorithm}: the draft model reads unpruned positions"
+    if cfg.mm_enable_dp_encoder:
+        yield "--mm-enable-dp-encoder: features before the merger are spread over the ranks"
+    if cfg.attn_dp_size > 1:
+        yield "attention data parallelism (--attn-dp-size, --enable-dp-attention): not verified"
+    if cfg.skip_tokenizer_init:
+        yield "--skip-tokenizer-init: guidance text must be tokenised"
+    if cfg.rl_on_policy_target is not None:
+        yield f"--rl-on-policy-target {cfg.rl_on_policy_target}: it numbers image tokens as text"
+    if cfg.enable_mm_global_cache:
+        yield "--enable-mm-global-cache: it would share pruned embeddings without their positions"
+    if cfg.cuda_graph_config is not None and cfg.cuda_graph_config.prefill.backend == Backend.FULL:
+        yield "--cuda-graph-backend-prefill full: it replays positions from before the selection (use breakable)"
+    if cfg.smg_grpc_mode or cfg.grpc_mode or cfg.grpc_port is not None:
+        yield "gRPC serving (--smg-grpc-mode, --grpc-mode, --grpc-port): images are processed around the plugin"
+    if envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():
+        yield "SGLANG_VIT_ENABLE_CUDA_GRAPH: features before the merger stay inside the graph"
+    if envs.SGLANG_RUST_SERVER.get():
+        yield "SGLANG_RUST_SERVER: the Rust server processes images itself"

@@ -1,0 +1,142 @@
+"""A request's `mm_processor_kwargs` at the entry points of SGLang that do not hand them on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from mmtok_sglang.hooks import Hook
+from mmtok_sglang.refusals import refusal
+
+__all__ = ["entry_point_hooks"]
+
+_FIELD = "mm_processor_kwargs"
+
+# What a call of `sgl.Engine` was given, until the engine makes its request of it.
+_given_to_engine: ContextVar[Mapping[str, Any] | None] = ContextVar("mmtok_given_to_engine", default=None)
+
+
+def entry_point_hooks() -> list[Hook]:
+    """Returns the hooks on where all requests come together, and on `sgl.Engine`."""
+    prompt = "self prompt sampling_params input_ids image_data audio_data video_data mm_hashes mm_content_hashes"
+    rest = (
+        "return_logprob logprob_start_len top_logprobs_num token_ids_logprob lora_path custom_logit_processor "
+        "require_reasoning return_hidden_states return_routed_experts routed_experts_start_len stream bootstrap_host "
+        "bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank kv_hints data_parallel_rank "
+        "external_trace_header rid session_params priority session_id cache_salt"
+    )
+    return [
+        Hook("managers.tokenizer_manager.TokenizerManager.generate_request", "self obj request", generate_request),
+        Hook("entrypoints.engine.Engine.generate", f"{prompt} {rest}", engine_generate),
+        Hook("entrypoints.engine.Engine.async_generate", f"{prompt} {rest}", engine_async_generate),
+    ]
+
+
+def generate_request(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
+    """Runs a request as SGLang does, with the `mm_processor_kwargs` that its caller sent.
+
+    Hooks: sglang 0.5.23 srt/managers/tokenizer_manager.py TokenizerManager.generate_request, which every entry point
+    calls. Can go when /v1/messages, /v1/responses, /v1/decisions, /v1/rerank and `sgl.Engine` hand the field on.
+
+    Args:
+        original: An async generator of answers.
+        manager: The tokenizer manager.
+        obj: SGLang's request.
+        request: The HTTP request that it was made of, None for `sgl.Engine`.
+    """
+    try:
+        _hand_on(obj, request)
+    except ValueError as error:
+        return _refuse(error)
+    return original(manager, obj, request)
+
+
+def engine_generate(
+    original: Callable[..., Any],
+    engine: Any,
+    *args: Any,
+    mm_processor_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Generates as SGLang does; takes `mm_processor_kwargs` as well, one for all prompts.
+
+    Hooks: sglang 0.5.23 srt/entrypoints/engine.py Engine.generate. Can go when it has this argument itself.
+    """
+    before = _given_to_engine.set(mm_processor_kwargs)
+    try:
+        return original(engine, *args, **kwargs)
+    finally:
+        _given_to_engine.reset(before)
+
+
+async def engine_async_generate(
+    original: Callable[..., Any],
+    engine: Any,
+    *args: Any,
+    mm_processor_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Generates as SGLang does; takes `mm_processor_kwargs` as well, one for all prompts.
+
+    Hooks: sglang 0.5.23 srt/entrypoints/engine.py Engine.async_generate. Can go when it has this argument itself.
+    """
+    before = _given_to_engine.set(mm_processor_kwargs)
+    try:
+        return await original(engine, *args, **kwargs)
+    finally:
+        _given_to_engine.reset(before)
+
+
+def _hand_on(obj: Any, request: Any) -> None:
+    if not obj.contains_mm_input():
+        return
+    # FastAPI has parsed the body already, and Starlette keeps it here: reading it again would cost time.
+    body = getattr(request, "_json", None)
+    if isinstance(body, dict):
+        _refuse_misplaced(body)
+        given = body.get(_FIELD)
+    else:
+        given = _given_to_engine.get()
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise refusal("field", f'{_FIELD} is an object like {{"mmtok_budget": "10%"}}, got {given!r:.200}')
+    ours = {name: value for name, value in given.items() if str(name).startswith("mmtok_") and value is not None}
+    if not ours:
+        return
+    if not isinstance(obj, GenerateReqInput):
+        raise refusal(
+            "field",
+            f"{_FIELD}.{', '.join(sorted(ours))}: images of embedding requests have the server's own settings: send "
+            "this to an endpoint that generates, or without the field",
+        )
+    # The guidance of a chat's messages is there already; the caller's own goes before it.
+    obj.mm_processor_kwargs = {**(obj.mm_processor_kwargs or {}), **ours}
+
+
+def _refuse_misplaced(body: Mapping[str, Any]) -> None:
+    """Refuses the plugin's fields where SGLang would pass over them: the client would think that they were read."""
+    names = sorted(name for name in body if name.startswith("mmtok_"))
+    if names:
+        raise refusal(
+            "field",
+            f"{', '.join(names)} stands at the top of the request, where it is not read: send it as "
+            f'{{"{_FIELD}": {{"{names[0]}": ...}}}}',
+        )
+    extra = body.get("extra_body")
+    if isinstance(extra, dict) and any(name == _FIELD or name.startswith("mmtok_") for name in extra):
+        raise refusal(
+            "field",
+            "extra_body is an argument of OpenAI's Python client, not a field of a request: send what is in it at the "
+            f'top of the request, {{"{_FIELD}": {{...}}}}',
+        )
+
+
+async def _refuse(error: ValueError) -> AsyncIterator[Any]:
+    nothing: tuple[Any, ...] = ()
+    for answer in nothing:
+        yield answer  # an async generator, as the caller expects: it raises where SGLang's own refusals are raised
+    raise error

@@ -1,0 +1,17 @@
+"""The model families that can be pruned, one file each; add a file and its line here to support another."""
+
+from __future__ import annotations
+
+from mmtok_sglang.families.base import Family
+from mmtok_sglang.families.llava_1_5 import Llava15
+from mmtok_sglang.families.llava_next import LlavaNext
+from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
+
+__all__ = ["FAMILIES", "Family"]
+
+FAMILIES: dict[str, type[Family]] = {
+    "qwen2.5-vl": Qwen25VL,
+    "llava-1.5": Llava15,
+    "llava-next": LlavaNext,
+}
+"""By preset name."""

@@ -1,0 +1,87 @@
+"""What the LLaVAs have in common: CLIP features, a projector as wide as the language model, positions that run on."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import re
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mmtok_deploy.methods import MethodName
+from mmtok_sglang.families.base import Family
+from mmtok_sglang.images import decoded
+from mmtok_sglang.refusals import refusal
+from mmtok_sglang.transformers_backend import PROCESSOR_HOOK
+from mmtok_sglang.typed_placeholders import PlaceholderRule
+
+__all__ = ["Llava"]
+
+
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+class Llava(Family):
+    """A LLaVA on SGLang's Transformers backend."""
+
+    model_impl = "transformers"
+    placeholder = "<image>"
+    placeholder_rule = PlaceholderRule(re.compile("<image>"))
+    processor_hook = PROCESSOR_HOOK
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmtok-processor")
+        self._clone: Any = None
+
+    async def process(
+        self, original: Callable[..., Awaitable[Any]], processor: Any, images: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what SGLang's processor makes of a request, in a thread of its own.
+
+        SGLang's Transformers processor decodes, resizes and tokenises on the event loop, where every other request
+        waits for it. The thread has a copy of the Hugging Face processor, since two threads cannot use one tokenizer at
+        a time.
+
+        Raises:
+            ValueError: A prompt of token ids, which the Transformers processor does not take (HTTP 400).
+        """
+        if not isinstance(kwargs["input_text"], str):
+            raise refusal(
+                "placeholders",
+                "this model takes a prompt with images as text, which a processor expands: send no input_ids",
+            )
+
+        def run() -> Any:
+            if self._clone is None:
+                self._clone = copy.copy(processor)
+                self._clone._processor = copy.deepcopy(processor._processor)
+            # Here, so that one request's images are decoded at a time: they take far more memory than they came in.
+            pixels = [decoded(image) for image in images or ()]
+            return asyncio.run(original(self._clone, pixels, *args, **kwargs))  # type: ignore[arg-type]
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+    def obstacle(self, config: Any) -> str | None:
+        """Returns why a model of this architecture cannot be pruned: Pixtral's has tokens that end rows of patches."""
+        tower = config.vision_config.model_type
+        return None if tower in _TOWERS else f"its vision encoder is {tower}, not one of {', '.join(_TOWERS)}"
+
+    def obstacle_to(self, method: MethodName, config: Any) -> str | None:
+        """Returns why the model cannot run a method: other towers than CLIP have no class token to read."""
+        if method == "visionzip" and config.vision_config.model_type == "clip_vision_model":
+            return None
+        return super().obstacle_to(method, config)
+
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the projector's output is as wide as the language model."""
+        return int(config.text_config.hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: one layer's features, or those of several side by side."""
+        layers = config.vision_feature_layer
+        return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+    def num_selected_from(self, config: Any) -> int:
+        """Returns the number of patches of the square that CLIP reads: an image or a tile."""
+        return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2

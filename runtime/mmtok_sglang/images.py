@@ -1,0 +1,163 @@
+"""Loading a request's images off the event loop, within limits that are checked before anything is decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from PIL import Image, UnidentifiedImageError
+from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, ImageData, get_image_bytes, load_image
+
+from mmtok_sglang.limits import Limits
+from mmtok_sglang.refusals import refusal
+
+__all__ = ["ImageLoader", "decoded", "is_raw"]
+
+# Threads that wait for other servers, apart from those that read: addresses that hang delay no other image but one
+# that has an address, too.
+_NUM_DOWNLOADS = 64
+_NUM_READERS = 4
+# SGLang's own time limit holds between two packets; this one for the whole of a download.
+_DOWNLOAD_TIMEOUT_S = 30.0
+_DEFAULT_MAX_FILE_MB = 64
+
+
+def is_raw(image: Any) -> bool:
+    """True for what SGLang loads as an image; False for features and embeddings that come ready-made."""
+    return isinstance(image, str | bytes | Image.Image | ImageData)
+
+
+class ImageLoader:
+    """Reads images and checks their size from the header; one a tokenizer process.
+
+    Args:
+        limits: What an image is refused for.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._downloads = ThreadPoolExecutor(_NUM_DOWNLOADS, thread_name_prefix="mmtok-download")
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="mmtok-image")
+
+    async def load(self, images: Sequence[Any], server_args: Any) -> list[Any]:
+        """Returns the images for SGLang's processor, in their order, encoded as they came.
+
+        Args:
+            images: What SGLang can load; what is no raw image is returned as it is.
+            server_args: SGLang's, whose `media_url_max_file_size_mb` bounds files and encoded images, too.
+
+        Raises:
+            ValueError: An image that cannot be read, or is beyond a limit (HTTP 400).
+        """
+        max_mb = getattr(server_args, "media_url_max_file_size_mb", _DEFAULT_MAX_FILE_MB)
+        loaded = await asyncio.gather(*(self._load(image, max_mb) for image in images))
+        self._limits.check_images([num_pixels for _, num_pixels in loaded])
+        return [image for image, _ in loaded]
+
+    async def _load(self, image: Any, max_mb: int) -> tuple[Any, int]:
+        """Returns an image and its number of pixels."""
+        if not is_raw(image):
+            return image, 0
+        source = image.url if isinstance(image, ImageData) else image
+        loop = asyncio.get_running_loop()
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            try:
+                async with asyncio.timeout(_DOWNLOAD_TIMEOUT_S):
+                    source = await loop.run_in_executor(self._downloads, _read, source, max_mb)
+            except TimeoutError:
+                raise refusal(
+                    "image", f"an image was not downloaded within {_DOWNLOAD_TIMEOUT_S:g} s: {image!s:.100}"
+                ) from None
+        loaded, num_pixels = await loop.run_in_executor(self._readers, self._check, source, max_mb)
+        return replace(image, url=loaded) if isinstance(image, ImageData) else loaded, num_pixels
+
+    def _check(self, source: Any, max_mb: int) -> tuple[Any, int]:
+        if isinstance(source, Image.Image):
+            width, height = source.size
+        else:
+            source = _read(source, max_mb)
+            width, height = _size_in_header(source)
+        self._limits.check_image(width, height)
+        return source, width * height
+
+
+def _read(source: str | bytes, max_mb: int) -> bytes:
+    """Returns an encoded image's bytes, as SGLang's `load_image` finds them."""
+    most = max_mb << 20 if max_mb else sys.maxsize  # 0 is SGLang's word for no limit
+    is_address = isinstance(source, str) and source.startswith(("http://", "https://"))
+    # Base64 has 4 letters for 3 bytes.
+    if isinstance(source, str) and not is_address and len(source) // 4 * 3 > most + 3:
+        raise _too_many_bytes(most)
+    try:
+        data = source if isinstance(source, bytes) else _bytes_of(source, most)
+    except (*CLIENT_MEDIA_EXCEPTIONS, OSError) as error:
+        if is_address and "download limit" in str(error):
+            raise _too_many_bytes(most) from None
+        raise refusal("image", f"an image cannot be read: {source[:100]!r}: {error!s:.300}") from error
+    if len(data) > most:
+        raise _too_many_bytes(most)
+    return data
+
+
+def _bytes_of(source: str, most: int) -> bytes:
+    if source.startswith("file://"):
+        return _read_file(unquote(urlparse(source).path), most)
+    if source.startswith("/"):
+        return _read_file(source, most)
+    data: bytes = get_image_bytes(source)
+    return data
+
+
+def _read_file(path: str, most: int) -> bytes:
+    status = os.stat(path)
+    # A device or a pipe has no end.
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is no regular file")
+    with open(path, "rb") as file:
+        return file.read(min(most, status.st_size) + 1)
+
+
+def _too_many_bytes(most: int) -> ValueError:
+    return refusal(
+        "image",
+        f"an image has more than {most:,} bytes, which this server takes (--media-url-max-file-size-mb): "
+        "send a smaller one",
+    )
+
+
+def _size_in_header(data: bytes) -> tuple[int, int]:
+    """Returns width and height; nothing is decoded."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        raise refusal("pixels", f"an image is too large to be read: {error}") from error
+    except UnidentifiedImageError as error:
+        raise refusal("image", "an image cannot be read: its bytes are of no format that Pillow knows") from error
+    except Exception as error:  # each of Pillow's formats has errors of its own
+        raise refusal("image", f"an image cannot be read: {error!s:.300}") from error
+
+
+def decoded(source: Any) -> Any:
+    """Returns an image that `load` gave as RGB, as SGLang's Transformers processor makes it; no raw image as it is.
+
+    On the host: that processor fails on what a GPU decodes.
+
+    Raises:
+        ValueError: It cannot be decoded (HTTP 400).
+    """
+    if not is_raw(source):
+        return source
+    try:
+        image, _ = load_image(source, False)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:  # each of Pillow's formats has errors of its own
+        raise refusal("image", f"an image cannot be decoded: {error!s:.300}") from error

@@ -1,0 +1,141 @@
+"""What moves cache keys on: other weights, other adapters, and selections that fell back to evenly spaced tokens.
+
+All of it happens between two requests, and between the same two on every rank: weights and adapters change by requests
+of their own, and selections that fell back are passed on as one, by the rank that reads requests for all.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.managers import io_struct, mm_schedule
+from sglang.srt.runtime_context import get_parallel
+
+from mmtok_sglang.cache_key import CacheKeys, keys_of
+from mmtok_sglang.feature_cache import FeatureCache
+from mmtok_sglang.hooks import Hook
+from mmtok_sglang.selection import TokenSelector
+
+__all__ = ["Invalidation"]
+
+_WEIGHT_REQUESTS = (
+    io_struct.UpdateWeightFromDiskReqInput,
+    io_struct.UpdateWeightsFromDistributedReqInput,
+    io_struct.UpdateWeightsFromTensorReqInput,
+    io_struct.UpdateWeightsFromIPCReqInput,
+    io_struct.BeginWeightUpdateReqInput,
+    io_struct.EndWeightUpdateReqInput,
+    io_struct.ResumeMemoryOccupationReqInput,
+)
+_ADAPTER_REQUESTS = (
+    io_struct.LoadLoRAAdapterReqInput,
+    io_struct.LoadLoRAAdapterFromTensorsReqInput,
+    io_struct.UnloadLoRAAdapterReqInput,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fallen:
+    """A request of the first rank to itself and all others."""
+
+    bases: list[tuple[bytes, int]]
+
+
+class Invalidation:
+    """Moves keys on; one a scheduler process."""
+
+    def __init__(self, keys: CacheKeys, cache: FeatureCache, selector: TokenSelector) -> None:
+        self._keys = keys
+        self._cache = cache
+        self._selector = selector
+
+    def hooks(self) -> list[Hook]:
+        """Returns the hooks on the scheduler."""
+        return [
+            Hook("managers.scheduler.Scheduler.init_request_dispatcher", "self", self.init_request_dispatcher),
+            Hook(
+                "managers.scheduler.Scheduler._maybe_namespace_elastic_radix_cache",
+                "self req",
+                self.namespace_prefix_cache,
+            ),
+            Hook(
+                "managers.scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
+                "self",
+                self.pull_requests,
+            ),
+        ]
+
+    def init_request_dispatcher(self, original: Callable[..., None], scheduler: Any) -> None:
+        """Makes the table of what answers each kind of request; those that change weights move keys on, too.
+
+        Whether they succeed or not: one that fails may have changed some. They may leave the prefix cache as it is
+        (`flush_cache=false`, or a flush that is refused while requests run): no new request matches what it holds.
+
+        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.init_request_dispatcher. Can go when SGLang's caches
+        know the version of the weights.
+        """
+        original(scheduler)
+        answers = scheduler._request_dispatcher._mapping
+        answers[_Fallen] = lambda request: self._keys.move_on(request.bases)
+        for kind in (*_WEIGHT_REQUESTS, *_ADAPTER_REQUESTS):
+            answers[kind] = self._changing(scheduler, answers[kind])
+
+    def _changing(self, scheduler: Any, answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def change(request: Any) -> Any:
+            try:
+                return answer(request)
+            finally:
+                if isinstance(request, _ADAPTER_REQUESTS):
+                    self._keys.change_adapter(request.lora_id)
+                else:
+                    self._keys.change_weights()
+                    # Those under way encode their images again; the tokens that they have kept stand.
+                    self._cache.clear()
+                    if mm_schedule.embedding_cache is not None:
+                        mm_schedule.embedding_cache.clear()
+                # Grammars are compiled before a request is queued.
+                for waiting in (*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue):
+                    self._rename(waiting)
+
+        return change
+
+    def namespace_prefix_cache(self, original: Callable[..., None], scheduler: Any, req: Any) -> None:
+        """Keeps a request from the prefixes, its text included, that other weights have left in the prefix cache.
+
+        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler._maybe_namespace_elastic_radix_cache, which does it
+        for another reason, for every request before anything reads its `extra_key`. Can go when SGLang's caches know
+        the version of the weights.
+        """
+        original(scheduler, req)
+        req.mmtok_extra_key = req.extra_key
+        req.extra_key = self._keys.namespace(req.lora_id, req.extra_key)
+
+    def pull_requests(self, original: Callable[..., Any], receiver: Any) -> Any:
+        """Returns the requests that have come, and before them which selections fell back since.
+
+        Hooks: sglang 0.5.23 srt/managers/scheduler_components/request_receiver.py
+        SchedulerRequestReceiver._pull_raw_reqs, whose result the ranks and stages pass on. Can go when hooks may send
+        requests.
+        """
+        requests = original(receiver)
+        # Every rank finds out, each at another time; the first tells all.
+        fallen = self._selector.take_fallen()
+        if fallen and requests is not None and get_parallel().pp_rank == 0:
+            requests.insert(0, _Fallen(fallen))
+        return requests
+
+    def _rename(self, req: Any) -> None:
+        """Gives a request that waits, and has nothing in the caches of its own, the keys of the weights as they are."""
+        if not hasattr(req, "mmtok_extra_key"):
+            return  # refused before it had a name
+        req.extra_key = self._keys.namespace(req.lora_id, req.mmtok_extra_key)
+        inputs = req.multimodal_inputs
+        for item in inputs.mm_items if inputs is not None else []:
+            if keys_of(item) is None:
+                continue
+            self._keys.identify(item)
+            for start, end in item.offsets:
+                req.origin_input_ids[start : end + 1] = array("q", item.padding_sequence(end - start + 1))

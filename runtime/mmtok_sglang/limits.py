@@ -1,0 +1,150 @@
+"""Limits of what one request may cost. Each is far from real use, and a flag moves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmtok_sglang.refusals import refusal
+
+__all__ = ["Limits", "default_limits"]
+
+# More bytes than text has for a token on average, in any language; runs of one letter have more.
+_MAX_BYTES_A_TOKEN = 16
+# Pixels that the images of one request may have together, in multiples of what one may have.
+_MAX_IMAGES = 8
+# Guidance that the images of one request may have together, in multiples of what one may have.
+_MAX_TEXTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request is refused for (HTTP 400) before the server works on it.
+
+    Args:
+        max_image_pixels: The most pixels of an image as it was sent, which decoding takes memory for; all images of a
+            request may have eight times as many.
+        max_aspect_ratio: The most shorter sides that an image's longer side may have; CLIP's processor scales the
+            shorter one up.
+        max_guidance_tokens: The most tokens of the text that guides the selection of one image; all images of a request
+            may have four times as many, the text of several images counted once. A text of more than 16 bytes for
+            each of these tokens is refused before it is tokenised.
+        max_selection_cost: K x N x (M + N) of N tokens, K kept ones and M guidance tokens, summed over the images of a
+            request (LLaVA-NeXT: over their tiles). The selection computes at most as many gains.
+
+    Raises:
+        ValueError: A limit that would refuse everything.
+    """
+
+    max_image_pixels: int = 64_000_000
+    max_aspect_ratio: float = 200.0
+    max_guidance_tokens: int = 16_384
+    max_selection_cost: float = 1e13
+
+    def __post_init__(self) -> None:
+        for name in ("max_image_pixels", "max_guidance_tokens", "max_aspect_ratio", "max_selection_cost"):
+            # Not `< 1`, which is false of NaN.
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+
+    def check_image(self, width: int, height: int) -> None:
+        """Raises ValueError (HTTP 400) for an image that is too large or too long."""
+        if width < 1 or height < 1:
+            raise refusal("image", f"an image has {width} x {height} pixels: send one of at least 1 x 1")
+        if width * height > self.max_image_pixels:
+            raise refusal(
+                "pixels",
+                f"an image has {width} x {height} = {width * height:,} pixels, this server takes "
+                f"{self.max_image_pixels:,} (--mmtok-max-image-pixels): send a smaller one",
+            )
+        longer, shorter = max(width, height), min(width, height)
+        if longer > self.max_aspect_ratio * shorter:
+            raise refusal(
+                "aspect_ratio",
+                f"an image has {width} x {height} pixels, one side {longer / shorter:,.0f} times the other; this "
+                f"server takes {self.max_aspect_ratio:g} times (--mmtok-max-aspect-ratio): send it cut in parts",
+            )
+
+    def check_images(self, nums_pixels: Sequence[int]) -> None:
+        """Raises ValueError (HTTP 400) for images that are too large together."""
+        if sum(nums_pixels) > _MAX_IMAGES * self.max_image_pixels:
+            raise refusal(
+                "pixels",
+                f"the request's {len(nums_pixels)} images have {sum(nums_pixels):,} pixels, this server takes "
+                f"{_MAX_IMAGES * self.max_image_pixels:,} in a request, eight times --mmtok-max-image-pixels: send "
+                "fewer or smaller ones",
+            )
+
+    def check_prompt(self, prompt: str | Sequence[int], max_prompt_tokens: int | None) -> None:
+        """Raises ValueError (HTTP 400) for a prompt in which no turns need be looked for: the server has none as long.
+
+        Args:
+            prompt: Text, or token ids, in which placeholders may be expanded that are cut later.
+            max_prompt_tokens: The tokens of the server's longest prompt, None where it is not known.
+        """
+        if max_prompt_tokens is not None and len(prompt) > 2 * _MAX_BYTES_A_TOKEN * max_prompt_tokens:
+            unit = "characters" if isinstance(prompt, str) else "token ids"
+            raise refusal(
+                "guidance",
+                f"the prompt has {len(prompt):,} {unit}, the longest prompt of this server "
+                f"{max_prompt_tokens:,} tokens: shorten it",
+            )
+
+    def check_text(self, text: str) -> None:
+        """Raises ValueError (HTTP 400) for guidance that is too long to be tokenised."""
+        most = _MAX_BYTES_A_TOKEN * self.max_guidance_tokens
+        # A text of that many letters has more bytes only in other scripts: then its bytes are counted.
+        if len(text) > most or (4 * len(text) > most and len(text.encode(errors="replace")) > most):
+            raise refusal(
+                "guidance",
+                f"the text that guides the selection of an image has more than {most:,} bytes, 16 for each of the "
+                f"{self.max_guidance_tokens:,} tokens that this server takes (--mmtok-max-guidance-tokens): "
+                "shorten the question, or send mm_processor_kwargs.mmtok_guidance",
+            )
+
+    def check_texts(self, lengths: list[int]) -> None:
+        """Raises ValueError (HTTP 400) for guidance of too many tokens.
+
+        Args:
+            lengths: Tokens of each distinct text of a request.
+        """
+        most = self.max_guidance_tokens
+        if lengths and max(lengths) > most:
+            raise refusal(
+                "guidance",
+                f"the text that guides the selection of an image has {max(lengths):,} tokens, this server takes "
+                f"{most:,} (--mmtok-max-guidance-tokens): shorten the question, or send "
+                "mm_processor_kwargs.mmtok_guidance",
+            )
+        if sum(lengths) > _MAX_TEXTS * most:
+            raise refusal(
+                "guidance",
+                f"the guidance of the images has {sum(lengths):,} tokens, this server takes {_MAX_TEXTS * most:,} "
+                "in a request, four times --mmtok-max-guidance-tokens: shorten mm_processor_kwargs.mmtok_guidance",
+            )
+
+    def check_cost(self, cost: int) -> None:
+        """Raises ValueError (HTTP 400) for selections that take too long."""
+        if cost > self.max_selection_cost:
+            raise refusal(
+                "selection_cost",
+                f"selecting the tokens of this request's images costs {cost:.2g}, this server allows "
+                f"{self.max_selection_cost:.2g} (--mmtok-max-selection-cost; kept tokens x tokens x (guidance tokens + "
+                'tokens) of each image): ask for a smaller mmtok_budget, for "all", or send smaller images',
+            )
+
+
+def default_limits(family: str, device: str | None) -> Limits:
+    """Returns the limits of a server that sets none.
+
+    Args:
+        family: The served model's family.
+        device: SGLang's name of the server's device, None while it is not known.
+    """
+    if device != "cpu":
+        return Limits()
+    # SGLang ends a server whose batch takes 300 s. A selection of 2,048 tokens from 8,192, which costs 1.4e11, took 7 s
+    # (lazy, random features of width 3,584, 2 cores of an AMD EPYC with other work beside it, 2026-11-26).
+    # Qwen2.5-VL's attention on a CPU holds a matrix of all patches by all patches: 22 GB for 3584 x 3584 pixels.
+    pixels = 2048 * 2048 if family == "qwen2.5-vl" else Limits().max_image_pixels
+    return Limits(max_image_pixels=pixels, max_selection_cost=2e11)

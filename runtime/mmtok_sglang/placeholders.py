@@ -1,0 +1,344 @@
+"""Cutting an image's placeholders to its budget, in the tokenizer process, before anything counts tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from sglang.srt.managers.io_struct import EmbeddingReqInput
+from torch import Tensor
+
+from mmtok_deploy.executors import check_selection
+from mmtok_deploy.guidance import guidance_words
+from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.methods import MethodName, coverage_of, reads_question
+from mmtok_sglang.agent import Agent
+from mmtok_sglang.images import ImageLoader, is_raw
+from mmtok_sglang.refusals import refusal
+from mmtok_sglang.request import Requested, guidance_texts, requested
+from mmtok_sglang.settings import Settings
+
+__all__ = ["ImagePlan", "PlaceholderCutter", "plan_of", "share_guidance"]
+
+_KEY = "mmtok"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """What the tokenizer process decides about one image; it travels to the scheduler with the image.
+
+    Args:
+        num_tokens: N, the image's placeholders before the cut.
+        num_kept: K, its placeholders after it; the selection must return exactly as many tokens.
+        guidance: Token ids of the guidance words.
+        excluded: [N] bool, tokens never to pick; None if all may be.
+        positions: [3, N] int64, the M-RoPE positions of the N placeholders; None for models with 1-D positions.
+        method: What chooses the tokens.
+        seed: Of a method that draws; 0 for the others.
+    """
+
+    num_tokens: int
+    num_kept: int
+    guidance: list[int]
+    excluded: Tensor | None = None
+    positions: Tensor | None = None
+    method: MethodName = "mmtok"
+    seed: int = 0
+
+    @property
+    def encoding(self) -> tuple[object, ...]:
+        """What sets the image's features apart from those under other methods."""
+        if self.method == "downsample":
+            return ("downsample", self.num_kept)
+        return ("attention",) if self.method == "visionzip" else ()
+
+    def attach(self, item: Any) -> None:
+        """Leaves the plan on SGLang's item, as plain values that its transport can carry."""
+        # Not `asdict`, which copies the guidance.
+        item.model_specific_data[_KEY] = {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def plan_of(item: Any) -> ImagePlan | None:
+    """Returns the plan of SGLang's item, None for one that is not pruned."""
+    values = item.model_specific_data.get(_KEY)
+    return None if values is None else ImagePlan(**values)
+
+
+def share_guidance(items: Sequence[Any]) -> None:
+    """Has the images of a request hold equal guidance once: on the way to the scheduler each had its own."""
+    known: dict[tuple[int, ...], list[int]] = {}
+    for item in items:
+        plan = item.model_specific_data.get(_KEY)
+        if plan is not None:
+            plan["guidance"] = known.setdefault(tuple(plan["guidance"]), plan["guidance"])
+
+
+class PlaceholderCutter:
+    """Plans and cuts every image of a request; one a tokenizer process."""
+
+    def __init__(self, settings: Settings, family: Any) -> None:
+        self._settings = settings
+        self._family = family
+        self._engine = None if settings.engine is None else Manifest.load(settings.engine)
+        self._loader = ImageLoader(settings.limits)
+        self._words = _GuidanceTokenizer(settings)
+        self._agent = None
+        if settings.agent_url is not None:
+            self._agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
+
+    @property
+    def agent(self) -> Agent | None:
+        """The agent that is asked, None if none is."""
+        return self._agent
+
+    async def process_mm_data(
+        self, original: Callable[..., Awaitable[Any]], processor: Any, image_data: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns SGLang's processed request with each pruned image's placeholders cut from N to K.
+
+        Raises:
+            ValueError: A bad budget, or an input that cannot be pruned (HTTP 400).
+
+        Hooks: sglang 0.5.23 srt/multimodal/processors, `process_mm_data_async`: before the context length is
+        checked, and what both of Qwen's paths return through. Can go when processors have a post-processing stage.
+        """
+        request = kwargs["request_obj"]
+        _refuse_our_names(image_data, *(getattr(request, name, None) for name in ("video_data", "audio_data")))
+        asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
+        if not asked.budget.is_all:
+            _refuse_what_cannot_be_pruned(request, image_data)
+            self._refuse_method(asked.method, processor.hf_config)
+        texts = self._check_prompt(image_data, processor, asked, **kwargs)
+        images = image_data
+        if image_data:
+            images = await self._loader.load(image_data, getattr(processor, "server_args", None))
+        if not asked.budget.is_all and asked.method == "downsample":
+            images = await self._family.shrink_images(images, asked.budget, self._settings, processor, request)
+        output = await self._family.process(original, processor, images, *args, **kwargs)
+        if output is None or not output.mm_items:
+            return output
+        for item in output.mm_items:
+            _drop_our_names(item)
+        self._family.separate_images(output, processor)
+        if not asked.budget.is_all:
+            _refuse_scattered_placeholders(output.mm_items)
+            output.mm_items.sort(key=lambda item: item.offsets[0])
+            await self._plan_images(output.mm_items, texts, asked, processor, image_data)
+            cut_placeholders(output)
+        return output
+
+    def _check_prompt(self, image_data: Any, processor: Any, asked: Requested, **kwargs: Any) -> list[str]:
+        """Returns the guidance text of each image; checks what can be checked before an image is loaded.
+
+        Raises:
+            ValueError: Placeholders that are not the images', or too long a text (HTTP 400).
+        """
+        images = image_data or []
+        if not all(map(is_raw, images)):
+            return []
+        # SGLang hands an empty prompt on as None.
+        prompt, request, limits = kwargs["input_text"] or "", kwargs["request_obj"], self._settings.limits
+        limits.check_prompt(prompt, kwargs.get("max_req_input_len"))
+        tokenizer = _tokenizer_of(processor)
+        prompt = prompt if isinstance(prompt, str) else _decoded(tokenizer, prompt)
+        if images:
+            has_videos = bool(getattr(request, "video_data", None))
+            self._family.placeholder_rule.check(prompt, len(images), has_videos=has_videos)
+        if asked.budget.is_all:
+            return []
+        given = getattr(request, "mm_processor_kwargs", None)
+        texts = guidance_texts(given, prompt, len(images), self._family.placeholder, tokenizer.decode)
+        if not reads_question(asked.method):
+            return [""] * len(texts)
+        for text in dict.fromkeys(texts):
+            limits.check_text(text)
+        return texts
+
+    async def _plan_images(
+        self, items: Sequence[Any], texts: list[str], asked: Requested, processor: Any, image_data: Any
+    ) -> None:
+        """Leaves a plan on the item of each image that is to be pruned."""
+        limits, config = self._settings.limits, processor.hf_config
+        if len(items) != len(texts):
+            raise refusal("placeholders", f"the prompt has placeholders of {len(items)} images, {len(texts)} came")
+        plans = [self._plan(item, asked, config) for item in items]
+        words = await self._words.of(texts, _tokenizer_of(processor))
+        limits.check_texts([len(ids) for ids in words.values()])
+        covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
+        if self._agent is not None and covers_text:
+            texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])
+            words = await self._words.of(texts, _tokenizer_of(processor))
+        cost = 0
+        for item, text, plan in zip(items, texts, plans, strict=True):
+            if plan is not None:
+                guided = replace(plan, guidance=words[text])
+                self._check_engine(item, guided, config)
+                cost += self._cost(item, guided, config)
+                guided.attach(item)
+        limits.check_cost(cost)
+
+    def _cost(self, item: Any, plan: ImagePlan, config: Any) -> int:
+        """Returns how many gains the selection of an image computes, of all its tiles."""
+        if plan.method in ("random", "even", "downsample"):
+            return 0
+        from_tokens, keeps = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
+        num_selections: int = max(1, plan.num_kept // max(1, keeps))
+        cost: int = num_selections * keeps * from_tokens * (len(plan.guidance) + from_tokens)
+        return cost
+
+    def _plan(self, item: Any, asked: Requested, config: Any) -> ImagePlan | None:
+        """Returns an image's plan, its guidance aside; None for one that is not to be pruned."""
+        ((start, end),) = item.offsets
+        num_tokens = end - start + 1
+        num_kept = self._family.num_kept(item, num_tokens, asked.budget, config)
+        if num_tokens < self._settings.min_tokens_in:
+            return None
+        excluded = None
+        if asked.method == "downsample":
+            num_kept = self._family.shrink_item(item, num_tokens, num_kept, config)
+        else:
+            excluded = self._family.excluded(item)
+        if num_kept == num_tokens:
+            return None
+        if excluded is not None:
+            # Fewer tokens than the budget may be pickable; where none is, the budget stands and the scheduler
+            # falls back to evenly spaced tokens.
+            num_kept = min(num_kept, num_tokens - int(excluded.sum())) or num_kept
+        return ImagePlan(num_tokens, num_kept, [], excluded, method=asked.method, seed=asked.seed)
+
+    def _check_engine(self, item: Any, plan: ImagePlan, config: Any) -> None:
+        if self._engine is not None:
+            from_tokens, keeps = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
+            try:
+                check_selection(self._engine, from_tokens, keeps, len(plan.guidance))
+            except ValueError as error:
+                raise refusal("engine", error) from None
+
+    def _refuse_method(self, method: MethodName, config: Any) -> None:
+        obstacle = self._family.obstacle_to(method, config)
+        if obstacle is not None:
+            raise refusal("method", f"mm_processor_kwargs.mmtok_method {method} does not run on this model: {obstacle}")
+
+
+def cut_placeholders(output: Any) -> None:
+    """Cuts the placeholders of every planned image in place, with all that is laid out by token.
+
+    Text tokens, and decoding after them, keep the M-RoPE positions they have without pruning; the K placeholders that
+    stay hold the place of tokens that are not chosen yet, so the N original positions go into the plan.
+    """
+    input_ids = torch.as_tensor(output.input_ids)
+    stays = torch.ones(len(input_ids), dtype=torch.bool)
+    for item in output.mm_items:
+        plan = plan_of(item)
+        if plan is None:
+            continue
+        ((start, end),) = item.offsets
+        stays[start + plan.num_kept : end + 1] = False
+        if output.mrope_positions is not None:
+            item.model_specific_data[_KEY]["positions"] = output.mrope_positions[:, start : end + 1].clone()
+    if stays.all():
+        return
+    # The new index of a token is the number of tokens that stay up to it, less one: right for first and last of each
+    # span, since a cut span's last old index maps to its last placeholder that stays.
+    new_index = stays.cumsum(0) - 1
+    for item in output.mm_items:
+        item.offsets = [(int(new_index[start]), int(new_index[end])) for start, end in item.offsets]
+    output.input_ids = input_ids[stays].tolist()
+    output.padded_input_ids = None
+    if output.token_type_ids is not None:
+        output.token_type_ids = torch.as_tensor(output.token_type_ids).flatten()[stays]
+    if output.mrope_positions is not None:
+        output.mrope_positions = output.mrope_positions[:, stays].contiguous()
+        output.mrope_position_delta = output.mrope_position_delta + int((~stays).sum())
+
+
+def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
+    advice = 'send mm_processor_kwargs={"mmtok_budget": "all"} to have it read unpruned'
+    if isinstance(request, EmbeddingReqInput):  # which has no such field
+        advice = "embed it on a server without --mmtok-budget"
+    if getattr(request, "video_data", None):
+        raise refusal("video", f"MMTok prunes images, this request brings a video: {advice}")
+    objects = [image for image in image_data or [] if isinstance(image, dict)]
+    if any(not {"format", "feature"} & set(image) for image in objects):
+        raise refusal(
+            "image",
+            f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, objects[0]))}: send "
+            'the text itself, "image_data": "https://..." and not {"url": "https://..."}',
+        )
+    if objects:
+        raise refusal(
+            "features", f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}"
+        )
+
+
+def _refuse_our_names(*sources: Any) -> None:
+    """Raises ValueError (HTTP 400) for input that brings what only the plugin writes: a plan could be another's."""
+    for source in sources:
+        for each in source if isinstance(source, list | tuple) else [source]:
+            if not isinstance(each, dict):
+                continue
+            nested = each.get("model_specific_data")
+            names = [*each, *(nested if isinstance(nested, dict) else ())]
+            ours = sorted({name for name in names if isinstance(name, str) and name.startswith(_KEY)})
+            if ours:
+                raise refusal(
+                    "features",
+                    f"features that come ready-made have {', '.join(ours)}, which MMTok alone sets: leave it out",
+                )
+
+
+def _drop_our_names(item: Any) -> None:
+    for name in [name for name in item.model_specific_data if str(name).startswith(_KEY)]:
+        del item.model_specific_data[name]
+
+
+def _refuse_scattered_placeholders(items: list[Any]) -> None:
+    for item in items:
+        if len(item.offsets or ()) != 1:
+            raise refusal(
+                "placeholders",
+                f"each image has one run of placeholders in the prompt, one here has {len(item.offsets or ())}: "
+                "write one placeholder for each image",
+            )
+
+
+class _GuidanceTokenizer:
+    """Tokenises guidance in a thread of its own, with a copy of the tokenizer: two threads cannot share one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._rule = settings.guidance
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmtok-guidance")
+        self._tokenizer: Any = None
+
+    async def of(self, texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
+        """Returns the token ids of each distinct text."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._tokenize, texts, tokenizer)
+
+    def _tokenize(self, texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
+        if self._tokenizer is None:
+            self._tokenizer = copy.deepcopy(tokenizer)
+        return {text: _token_ids(self._tokenizer, guidance_words(text, self._rule)) for text in dict.fromkeys(texts)}
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    try:
+        text: str = tokenizer.decode(ids)
+        return text
+    except (TypeError, ValueError, OverflowError) as error:
+        raise refusal("placeholders", f"input_ids are token ids of the model: {error!s:.200}") from error
+
+
+def _tokenizer_of(processor: Any) -> Any:
+    return getattr(processor._processor, "tokenizer", processor._processor)
+
+
+def _token_ids(tokenizer: Any, words: list[str]) -> list[int]:
+    if not words:
+        return []
+    # Word by word, without BOS, as the authors tokenise: "_encode_text_with_token_pooling" in their mmtok_core.py.
+    return list(tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"])

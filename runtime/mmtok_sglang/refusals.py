@@ -1,0 +1,47 @@
+"""Requests that the plugin refuses: one place makes their errors, and counts them by kind."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmtok_sglang.metrics import collectors
+from mmtok_sglang.ranks import is_first_rank
+
+__all__ = ["Kind", "count_refusal", "refusal"]
+
+Kind = Literal[
+    "field",
+    "method",
+    "video",
+    "features",
+    "image",
+    "hashes",
+    "pixels",
+    "aspect_ratio",
+    "placeholders",
+    "guidance",
+    "selection_cost",
+    "engine",
+    "downsample",
+    "positions",
+]
+"""The label of `mmtok:refused_requests_total`, a row each in docs/serving.md."""
+
+
+def refusal(kind: Kind, message: object) -> ValueError:
+    """Returns the error to raise for a request that is refused, and counts the refusal.
+
+    In the tokenizer process SGLang answers HTTP 400 to a ValueError, with its message.
+
+    Args:
+        kind: What it is counted under.
+        message: What was expected, what came, and what to do.
+    """
+    count_refusal(kind)
+    return ValueError(str(message))
+
+
+def count_refusal(kind: Kind) -> None:
+    """Counts a refusal that is no exception: the scheduler ends a request by a message."""
+    if is_first_rank():
+        collectors()["refused_requests"].labels(kind).inc()

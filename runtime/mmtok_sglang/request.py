@@ -1,0 +1,229 @@
+"""What one request asks for: its budget, and the text that guides the selection of each of its images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName
+from mmtok_sglang.refusals import refusal
+from mmtok_sglang.settings import Settings
+
+__all__ = [
+    "add_chat_guidance",
+    "guidance_texts",
+    "message_guidance",
+    "prompt_guidance",
+    "Requested",
+    "requested",
+]
+
+_BUDGET, _GUIDANCE, _METHOD, _SEED = _FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed")
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """How a request's images are to be pruned: as it says itself, else as the server says.
+
+    Args:
+        budget: Tokens that each keeps.
+        method: What chooses them.
+        seed: Of a method that draws; 0 for the others.
+    """
+
+    budget: Budget
+    method: MethodName
+    seed: int
+
+
+# What SGLang puts the model's own placeholder in place of, after the plugin has read the prompt.
+_ANY_IMAGE = "<image>"
+
+# A user's turn in the prompts that the chat templates of the supported families render, up to the next role. The
+# first pattern that a prompt has is its format: "USER:" may be a word of the text in another one.
+_USER_TURNS = [
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|\Z)",  # ChatML: Qwen2.5-VL, LLaVA-NeXT 34B, 72B, 110B
+        r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)",  # Llama 3: LLaVA-NeXT
+        r"\[INST\](.*?)(?:\[/INST\]|\Z)",  # Mistral: LLaVA-NeXT
+        r"\bUSER:(.*?)(?:\bASSISTANT:|\Z)",  # Vicuna: LLaVA-1.5, LLaVA-NeXT
+    )
+]
+_TOOL_RESULT = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
+
+
+def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested:
+    """Returns how a request is to be pruned.
+
+    Args:
+        kwargs: The request's `mm_processor_kwargs`.
+        settings: The server's.
+
+    Raises:
+        ValueError: A field that does not exist, or a value that is not understood or cannot be served (HTTP 400).
+    """
+    budget, method = _budget(kwargs, settings.budget), _method(kwargs, settings)
+    seed = _seed(kwargs, settings.seed)
+    return Requested(budget, method, seed if method == "random" else 0)
+
+
+def _budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
+    fields = kwargs or {}
+    unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in _FIELDS)
+    if unknown:
+        raise refusal(
+            "field", f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {', '.join(_FIELDS)}"
+        )
+    if fields.get(_BUDGET) is None:
+        return default
+    try:
+        return Budget.parse(fields[_BUDGET], minimum=default.minimum)
+    except ValueError as error:
+        raise refusal("field", f"mm_processor_kwargs.{_BUDGET}: {error}") from None
+
+
+def _method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
+    given = (kwargs or {}).get(_METHOD)
+    try:
+        return settings.method if given is None else settings.check_method(given)
+    except ValueError as error:
+        raise refusal("method", f"mm_processor_kwargs.{_METHOD}: {error}") from None
+
+
+def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
+    given = (kwargs or {}).get(_SEED)
+    if given is None:
+        return default
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise refusal("field", f"mm_processor_kwargs.{_SEED} is a whole number of at least 0, got {given!r:.200}")
+    return given
+
+
+def guidance_texts(
+    kwargs: Mapping[str, Any] | None,
+    prompt: str | Sequence[int],
+    num_images: int,
+    placeholder: str,
+    decode: Callable[[Sequence[int]], str],
+) -> list[str]:
+    """Returns the guidance text of each image, in the order of the images in the prompt.
+
+    Args:
+        kwargs: The request's `mm_processor_kwargs`; its `mmtok_guidance`, one text for all images or a list of one
+            an image, goes before the prompt. Chat requests carry the texts of their messages there.
+        prompt: The prompt before placeholders are expanded, as text or token ids.
+        num_images: Images in the prompt.
+        placeholder: What stands for one image in the prompt's text.
+        decode: Text of token ids.
+
+    Raises:
+        ValueError: `mmtok_guidance` is neither a text nor a list of one text an image (HTTP 400).
+    """
+    given = (kwargs or {}).get(_GUIDANCE)
+    if isinstance(given, str):
+        return [given] * num_images
+    if given is not None:
+        if isinstance(given, list) and len(given) == num_images and all(isinstance(text, str) for text in given):
+            return given
+        raise refusal(
+            "field",
+            f"mm_processor_kwargs.{_GUIDANCE} is one text, or a list of one text for each of the request's "
+            f"{num_images} images, got {given!r:.200}",
+        )
+    text = prompt if isinstance(prompt, str) else decode(prompt)
+    texts = prompt_guidance(text, placeholder) or prompt_guidance(text, _ANY_IMAGE)
+    # A prompt of ids may come with its placeholders expanded: then every image is in the same text or none is told
+    # apart, and the whole conversation's user text is the nearest to the rule.
+    return texts if len(texts) == num_images else [" ".join(dict.fromkeys(texts))] * num_images
+
+
+def prompt_guidance(prompt: str, placeholder: str) -> list[str]:
+    """Returns, for each placeholder in a rendered prompt, the text of the user turn that it stands in.
+
+    Elsewhere (in a system text or a tool's result) it has the text of the nearest user turn before it, else of the
+    first after it. A prompt without known role markers is one turn.
+    """
+    pieces: list[_Piece] = []
+    end = 0
+    formats = ([(match.start(), match.end(), match[1]) for match in turn.finditer(prompt)] for turn in _USER_TURNS)
+    for turn, (start, stop, text) in enumerate(next(filter(None, formats), [(0, len(prompt), prompt)])):
+        pieces.append(_piece(None, prompt[end:start], placeholder))
+        # Templates without a role of tools render their results as parts of a user's turn.
+        for index, part in enumerate(_TOOL_RESULT.split(text)):
+            pieces.append(_piece(None if index % 2 else turn, part, placeholder))
+        end = stop
+    return _texts_of_images([*pieces, _piece(None, prompt[end:], placeholder)])
+
+
+def message_guidance(messages: Sequence[Any]) -> list[str]:
+    """Returns, for each image of a chat, the text of the user turn that brought it.
+
+    A turn is a run of user messages, so that an image and its question may come as two. An image of another role (a
+    system message, a tool's result) has the text of the nearest user turn before it, else of the first after it: a
+    later turn of the conversation does not change that, and so keeps the selection and the prefix cache.
+
+    Args:
+        messages: SGLang's chat messages, with `role` and `content` (a text, or a list of parts).
+    """
+    pieces = []
+    for turn, (role, group) in enumerate(groupby(messages, key=lambda message: message.role)):
+        parts = [part for message in group for part in _parts(message.content)]
+        words = " ".join(text for kind, text in parts if kind == "text").strip()
+        num_images = sum(kind in ("image_url", "input_image") for kind, _ in parts)
+        pieces.append(_Piece(turn if role == "user" else None, words, num_images))
+    return _texts_of_images(pieces)
+
+
+class _Piece(NamedTuple):
+    """A piece of a conversation: the user turn that it is a part of (None for another role), its words and images."""
+
+    turn: int | None
+    words: str
+    num_images: int
+
+
+def _piece(turn: int | None, text: str, placeholder: str) -> _Piece:
+    # Markers around a placeholder (<|vision_start|>) and names of roles are no words of the user's.
+    words = re.sub(r"<\|im_start\|>\w+|<\|[a-z_]+\|>", " ", text.replace(placeholder, " "))
+    return _Piece(turn, " ".join(words.split()), text.count(placeholder))
+
+
+def _texts_of_images(pieces: Sequence[_Piece]) -> list[str]:
+    said: dict[int, str] = {}
+    for turn, words, _ in pieces:
+        if turn is not None:
+            said[turn] = f"{said.get(turn, '')} {words}".strip()
+    first, last = next(filter(None, said.values()), ""), ""
+    texts: list[str] = []
+    for turn, words, num_images in pieces:
+        if turn is not None and words:
+            last = said[turn]
+        texts += [said[turn] if turn is not None else last or first or words] * num_images
+    return texts
+
+
+def add_chat_guidance(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Converts a chat request as SGLang does, and hands the guidance texts on with it.
+
+    Hooks: sglang 0.5.23 srt/entrypoints/openai/serving_chat.py OpenAIServingChat._convert_to_internal_request, the
+    last place that sees messages. Can go when processors are given the messages.
+    """
+    adapted, request = original(serving, request, *args, **kwargs)
+    images = adapted.image_data
+    texts = message_guidance(request.messages) if images else []
+    if texts and len(texts) == len(images):
+        given = adapted.mm_processor_kwargs or {}
+        if given.get(_GUIDANCE) is None:
+            adapted.mm_processor_kwargs = {**given, _GUIDANCE: texts}
+    return adapted, request
+
+
+def _parts(content: Any) -> list[tuple[str, str]]:
+    if content is None or isinstance(content, str):
+        return [("text", content or "")]
+    return [(part.type, getattr(part, "text", None) or "") for part in content]
