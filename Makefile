@@ -19,7 +19,7 @@ RTX_TARGETS := 8.0 8.6 8.9 12.0 12.1
 ENGINES = $(if $(filter $(TARGET),$(RTX_TARGETS)),--tensorrt --target $(TARGET))
 SELECTION = $(BIN)/mmtok export selection --force $(ENGINES)
 
-.PHONY: help install demo bench export quality soak test test-cpus gpu-check lint format constraints clean
+.PHONY: help install demo bench export quality soak test test-cpus gpu-check docs lint format constraints clean
 
 help:
 	@echo "make demo    ask a small model about a picture, with and without a budget, and show what changes"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
 	@echo "make gpu-check   what needs an NVIDIA GPU: kernels, engines, providers, and the selector's times"
 	@echo "make lint    ruff, mypy --strict and the direction of imports"
+	@echo "make docs    the documentation as a site, under artifacts/site"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make constraints   resolve all versions anew (slow)"
 	@echo "make clean   remove .venv and artifacts"
@@ -89,6 +90,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(STAMP)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs artifacts/site
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
