@@ -1,4 +1,4 @@
-"""Products of float32 matrices in float32, whatever the process allows."""
+"""Float32 matrix products in full float32, whatever precision the process allows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 __all__ = ["float32_products"]
 
-# PyTorch has one setting for all threads: without turns one would restore it in the middle of another's product.
+# PyTorch has one setting for all threads: without the lock, one thread would restore it during another's product.
 _ONE_AT_A_TIME = threading.RLock()
 _ROUNDED = ("tf32", "bf16")
 
 
 @contextmanager
 def float32_products() -> Iterator[None]:
-    """Keeps PyTorch from rounding float32 matrices to multiply them faster; what was allowed before is so again after.
+    """Keeps PyTorch from rounding float32 matrices to multiply them faster; restores the previous setting on exit.
 
     A flag of a server or a variable of the environment allows it for the whole process (SGLang's
     --enable-tf32-matmul, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1): TF32 on a GPU, bfloat16 on some CPUs. Either picks
@@ -40,7 +40,7 @@ def float32_products() -> Iterator[None]:
 
 
 def _precision_of_all() -> str:
-    """Returns what PyTorch's older, common setting says; its default where a backend's own contradicts it."""
+    """Returns PyTorch's older setting for all backends; "highest" where a backend's own setting contradicts it."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

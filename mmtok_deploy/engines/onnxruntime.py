@@ -16,7 +16,7 @@ from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
 __all__ = ["VERSION", "OnnxRuntimeEngine"]
 
 VERSION: str = onnxruntime.__version__
-"""Of the library, whichever of its distributions (onnxruntime, onnxruntime-gpu) is installed."""
+"""The version of the library, whichever of its distributions (onnxruntime, onnxruntime-gpu) is installed."""
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -71,7 +71,7 @@ class OnnxRuntimeEngine:
     ) -> None:
         provider = provider or (_CUDA if device.type == "cuda" else _CPU)
         _check_provider(provider, device)
-        # Of its own: the stream that PyTorch computes on changes from call to call, a session's never does.
+        # A stream of its own: PyTorch's current stream changes from call to call, a session's never does.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
