@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mmtok_sglang.cache_key import keys_of
-from mmtok_sglang.hooks import Hook
 from mmtok_sglang.placeholders import plan_of
 from mmtok_sglang.selection import Outcome, TokenSelector
 
-__all__ = ["account_hook", "image_account", "remembered_by"]
+__all__ = ["accounting", "image_account", "remembered_by"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +27,8 @@ def remembered_by(selector: TokenSelector) -> Callable[[Any], Outcome | None]:
     return outcome_of
 
 
-def account_hook(outcome_of: Callable[[Any], Outcome | None]) -> Hook:
-    """Returns the hook that adds the account to a request's first output.
-
-    Hooks: sglang 0.5.23 srt/managers/scheduler_components/output_streamer.py _GenerationStreamAccumulator.accept. Can
-    go when requests report on their images.
+def accounting(outcome_of: Callable[[Any], Outcome | None]) -> Callable[..., None]:
+    """Returns what adds the account to a request's first output.
 
     Args:
         outcome_of: The outcome of an item's selection, without waiting for the device; None if it is not remembered.
@@ -54,7 +50,7 @@ def account_hook(outcome_of: Callable[[Any], Outcome | None]) -> Hook:
             reported_failure = True
         original(accumulator, req=req)
 
-    return Hook("managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept", "self req", accept)
+    return accept
 
 
 def image_account(items: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, Any]:
@@ -62,7 +58,7 @@ def image_account(items: Any, outcome_of: Callable[[Any], Outcome | None]) -> di
 
     Args:
         items: SGLang's items of the request.
-        outcome_of: See `account_hook`.
+        outcome_of: See `accounting`.
     """
     images = [_image(item, outcome_of) for item in items if item.is_image()]
     fallbacks = [image["is_fallback"] for image in images]

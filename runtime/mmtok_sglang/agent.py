@@ -104,14 +104,8 @@ class Agent:
             for text, want in zip(texts, wanted, strict=True)
         ]
 
-    def clearing(self, original: Callable[[Any], None], processor: Any) -> None:
-        """Forgets every answer when SGLang forgets what it made of images in this process.
-
-        Hooks: sglang 0.5.23 srt/multimodal/processors/base_processor.py
-        BaseMultimodalProcessor.clear_preprocess_cache, which `/flush_cache` and updates of the weights that flush call
-        in the tokenizer process. Can go when plugins are told of a flush.
-        """
-        original(processor)
+    def clear(self) -> None:
+        """Forgets every answer: SGLang forgets what it made of images in this process."""
         self._answers.clear()
         self._num_flushes += 1
 

@@ -33,7 +33,7 @@ from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import requested
 from mmtok_sglang.settings import Settings
 
-__all__ = ["CacheKeys", "ImageKeys", "check_embeddings", "digest", "keys_of", "name_images", "naming"]
+__all__ = ["CacheKeys", "ImageKeys", "check_embeddings", "digest", "has_images", "keys_of", "name_images", "naming"]
 
 _SOURCE = "mmtok_source"
 _KEYS = "mmtok_keys"
@@ -244,9 +244,6 @@ class CacheKeys:
 
         Without it, two questions about one image would share KV of different tokens, and two blank pages of different
         shapes KV of different images.
-
-        Hooks: sglang 0.5.23 srt/managers/schedule_batch.py MultimodalInputs.from_processor_output: after hashes that
-        a caller may have given. Can go when items take a salt.
         """
         share_guidance(output.mm_items)
         named = [item for item in output.mm_items if _SOURCE in item.model_specific_data]
@@ -359,6 +356,12 @@ class CacheKeys:
             plan.excluded,
             None if positions is None else positions - positions[:, :1],
         )
+
+
+def has_images(forward_batch: Any) -> bool:
+    """True for a prefill batch whose requests have images, before they are embedded."""
+    mode = forward_batch.forward_mode
+    return not (mode.is_decode() or mode.is_target_verify()) and bool(forward_batch.contains_mm_inputs())
 
 
 def check_embeddings(forward_batch: Any) -> None:

@@ -9,13 +9,13 @@ import torch
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend
-from sglang.srt.model_loader.utils import get_resolved_model_impl
 
 from mmtok_deploy.backends import get_backend
 from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.engine_file import check_engine_file
 from mmtok_sglang.families import FAMILIES
 from mmtok_sglang.settings import Settings
+from mmtok_sglang.transformers_backend import TransformersModel
 
 __all__ = [
     "UnsupportedServerError",
@@ -23,6 +23,7 @@ __all__ = [
     "check_agent",
     "check_backend",
     "check_engine",
+    "check_model_impl",
     "check_server",
     "check_server_method",
     "family_of_server",
@@ -42,23 +43,32 @@ def family_of_server(server_args: Any) -> str:
     model_config = model_config_of(server_args)
     architecture = model_config.hf_config.architectures[0]
     for name, family in FAMILIES.items():
-        if family.architecture != architecture:
-            continue
-        found = get_resolved_model_impl(model_config).value
-        if found != family.model_impl:
-            raise UnsupportedServerError(
-                f"--mmtok-budget prunes {architecture} on the {family.model_impl!r} implementation only, this server "
-                f"would use {found!r}: add --model-impl {family.model_impl}"
-            )
-        obstacle = family().obstacle(model_config.hf_config)
-        if obstacle is not None:
-            raise UnsupportedServerError(f"--mmtok-budget does not support this {architecture}: {obstacle}")
-        return name
+        if family.architecture == architecture:
+            obstacle = family.obstacle(model_config.hf_config)
+            if obstacle is not None:
+                raise UnsupportedServerError(f"--mmtok-budget does not support this {architecture}: {obstacle}")
+            return name
     supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
     raise UnsupportedServerError(
         f"--mmtok-budget does not support {architecture}. Supported: {supported}. "
         "Start the server without --mmtok-budget to serve this model unpruned."
     )
+
+
+def check_model_impl(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if --model-impl asks for another class of the model than the family's.
+
+    `transformers`, which SGLang needs for a LLaVA-1.5 without a budget, may stay on the command line with one.
+    """
+    family = FAMILIES[settings.family]
+    is_theirs = issubclass(family.model_class, TransformersModel)
+    taken = ("auto", "sglang", "transformers") if is_theirs else ("auto", "sglang")
+    # As the user gave it: `MMTokServerArgs` resolves it to "auto".
+    if server_args.model_impl not in taken:
+        raise UnsupportedServerError(
+            f"--mmtok-budget prunes {family.architecture} on --model-impl {' or '.join(taken)}, got "
+            f"{server_args.model_impl}: drop --model-impl"
+        )
 
 
 def check_server(server_args: Any) -> None:
@@ -75,7 +85,7 @@ def check_adapters(server_args: Any, settings: Settings) -> None:
     cfg = resolving_view(server_args)
     if not cfg.enable_lora:
         return
-    if FAMILIES[settings.family].model_impl == "transformers":
+    if not hasattr(FAMILIES[settings.family].model_class, "should_apply_lora"):
         raise UnsupportedServerError(
             f"--mmtok-budget cannot be combined with LoRA adapters (--enable-lora, --lora-paths) on {settings.family}: "
             "SGLang's Transformers backend does not keep them out of the vision encoder. Drop one of the two."
@@ -92,7 +102,7 @@ def check_adapters(server_args: Any, settings: Settings) -> None:
 def check_engine(server_args: Any, settings: Settings) -> None:
     """Raises EngineMismatchError if the exported file is not for this model and budget, ArtifactError if not whole."""
     model_config = model_config_of(server_args)
-    check_engine_file(settings, FAMILIES[settings.family](), model_config.hf_config, model_config.dtype)
+    check_engine_file(settings, FAMILIES[settings.family], model_config.hf_config, model_config.dtype)
 
 
 def check_agent(server_args: Any, settings: Settings) -> None:
@@ -125,7 +135,7 @@ def check_backend(server_args: Any, settings: Settings) -> None:
 def check_server_method(server_args: Any, settings: Settings) -> None:
     """Raises UnsupportedServerError if the model cannot run the server's method."""
     config = model_config_of(server_args).hf_config
-    obstacle = FAMILIES[settings.family]().obstacle_to(settings.method, config)
+    obstacle = FAMILIES[settings.family].obstacle_to(settings.method, config)
     if obstacle is not None:
         raise UnsupportedServerError(f"--mmtok-method {settings.method} does not run on this model: {obstacle}")
 

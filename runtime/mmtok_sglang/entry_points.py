@@ -8,10 +8,9 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from mmtok_sglang.hooks import Hook
 from mmtok_sglang.refusals import refusal
 
-__all__ = ["entry_point_hooks"]
+__all__ = ["engine_async_generate", "engine_generate", "generate_request"]
 
 _FIELD = "mm_processor_kwargs"
 
@@ -19,27 +18,8 @@ _FIELD = "mm_processor_kwargs"
 _given_to_engine: ContextVar[Mapping[str, Any] | None] = ContextVar("mmtok_given_to_engine", default=None)
 
 
-def entry_point_hooks() -> list[Hook]:
-    """Returns the hooks on where all requests come together, and on `sgl.Engine`."""
-    prompt = "self prompt sampling_params input_ids image_data audio_data video_data mm_hashes mm_content_hashes"
-    rest = (
-        "return_logprob logprob_start_len top_logprobs_num token_ids_logprob lora_path custom_logit_processor "
-        "require_reasoning return_hidden_states return_routed_experts routed_experts_start_len stream bootstrap_host "
-        "bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank kv_hints data_parallel_rank "
-        "external_trace_header rid session_params priority session_id cache_salt"
-    )
-    return [
-        Hook("managers.tokenizer_manager.TokenizerManager.generate_request", "self obj request", generate_request),
-        Hook("entrypoints.engine.Engine.generate", f"{prompt} {rest}", engine_generate),
-        Hook("entrypoints.engine.Engine.async_generate", f"{prompt} {rest}", engine_async_generate),
-    ]
-
-
 def generate_request(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
     """Runs a request as SGLang does, with the `mm_processor_kwargs` that its caller sent.
-
-    Hooks: sglang 0.5.23 srt/managers/tokenizer_manager.py TokenizerManager.generate_request, which every entry point
-    calls. Can go when /v1/messages, /v1/responses, /v1/decisions, /v1/rerank and `sgl.Engine` hand the field on.
 
     Args:
         original: An async generator of answers.
@@ -61,10 +41,7 @@ def engine_generate(
     mm_processor_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Generates as SGLang does; takes `mm_processor_kwargs` as well, one for all prompts.
-
-    Hooks: sglang 0.5.23 srt/entrypoints/engine.py Engine.generate. Can go when it has this argument itself.
-    """
+    """Generates as SGLang does; takes `mm_processor_kwargs` as well, one for all prompts."""
     before = _given_to_engine.set(mm_processor_kwargs)
     try:
         return original(engine, *args, **kwargs)
@@ -79,10 +56,7 @@ async def engine_async_generate(
     mm_processor_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Generates as SGLang does; takes `mm_processor_kwargs` as well, one for all prompts.
-
-    Hooks: sglang 0.5.23 srt/entrypoints/engine.py Engine.async_generate. Can go when it has this argument itself.
-    """
+    """Generates as SGLang does; takes `mm_processor_kwargs` as well, one for all prompts."""
     before = _given_to_engine.set(mm_processor_kwargs)
     try:
         return await original(engine, *args, **kwargs)

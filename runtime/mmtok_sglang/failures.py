@@ -17,8 +17,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import cache, partial
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -29,11 +27,10 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from mmtok_sglang.hooks import Hook
 from mmtok_sglang.ranks import num_ranks
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
-__all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks", "failures"]
+__all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,52 +50,29 @@ class Failures:
         self._why: dict[int, str] = {}
         self._warning = RepeatedWarning(logger)
 
-    def hooks(self) -> list[Hook]:
-        """Returns the hooks that end the requests of what failed."""
-        return [
-            Hook(
-                "managers.scheduler.Scheduler.handle_generate_request",
-                "self recv_req mm_input_error",
-                self.handle_generate_request,
-            ),
-            Hook("managers.scheduler.Scheduler.run_batch", "self batch pp_proxy_tensors", self.run_batch),
-        ]
-
-    def guarding(self, hook: Hook) -> Hook:
-        """Returns a hook, guarded if it is one of those that a batch's images go through."""
-        if hook.target.endswith(".get_image_feature"):
-
-            def get_image_feature(original: Callable[..., Any], model: Any, items: list[Any]) -> Any:
-                return self.guard_features(partial(hook.around, original, model), items, partial(_zeros, model))
-
-            return replace(hook, around=get_image_feature)
-        if hook.target.endswith(".ModelRunner.forward"):
-            return replace(hook, around=partial(self.guard_forward, hook.around))
-        return hook
-
     def guard_forward(
-        self,
-        forward: Callable[..., Any],
-        original: Callable[..., Any],
-        runner: Any,
-        forward_batch: Any,
-        *args: Any,
-        **kwargs: Any,
+        self, run: Callable[[Tensor], Any], input_ids: Tensor, forward_batch: Any, vocab_size: int
     ) -> Any:
-        """Returns `forward(original, runner, forward_batch)`; if that fails, once more without the batch's images.
+        """Returns `run(input_ids)`; if that fails, once more without the batch's images.
 
         What `guard_features` is not around can fail, too: the positions, or what another plugin wraps around the
         encoder. The images' requests end; those of text alone are not concerned.
+
+        Args:
+            run: Runs the model on the batch.
+            input_ids: The batch's.
+            forward_batch: SGLang's batch.
+            vocab_size: Ids from it on stand for images.
 
         Raises:
             RankError: Some ranks failed and others did not.
         """
         hashes = _images_of(forward_batch)
         if not hashes or get_parallel().pp_size > 1:
-            return forward(original, runner, forward_batch, *args, **kwargs)
+            return run(input_ids)
         output, error = None, None
         try:
-            output = forward(original, runner, forward_batch, *args, **kwargs)
+            output = run(input_ids)
         except RankError:
             raise
         except Exception as caught:  # whatever it is, the batch has requests without images
@@ -109,9 +83,8 @@ class Failures:
         for item_hash in hashes:
             self.mark(item_hash, f"a batch with its image failed ({error})")
         forward_batch.mm_inputs = None
-        # An image's placeholders have ids beyond the vocabulary.
-        forward_batch.input_ids = forward_batch.input_ids.clamp(0, runner.model_config.vocab_size - 1)
-        return forward(original, runner, forward_batch, *args, **kwargs)
+        forward_batch.input_ids = input_ids.clamp(0, vocab_size - 1)
+        return run(forward_batch.input_ids)
 
     def guard_features(
         self, features_of: Callable[[list[Any]], Any], items: Sequence[Any], empty: Callable[[Any, int], Tensor]
@@ -155,9 +128,6 @@ class Failures:
         SGLang drops a request's output and keeps nothing of it in the prefix cache where its `discard_output_reason`
         and `skip_radix_cache_insert` say so, as for keys and values that could not be loaded.
 
-        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.run_batch. Can go when SGLang survives an error of an
-        embedding function.
-
         Raises:
             RankError: With pipeline parallelism: the other stages do not know.
         """
@@ -187,9 +157,6 @@ class Failures:
         self, original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any
     ) -> None:
         """Takes in a request; one with images is answered with HTTP 500 if that fails on all ranks.
-
-        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.handle_generate_request, in which items get their keys
-        and placeholders their values. Can go when SGLang survives an error there.
 
         Raises:
             RankError: It failed on some ranks alone.
@@ -265,18 +232,6 @@ def end_server(error: RankError) -> None:
                 if process.pid != this.pid and "sglang::scheduler" in " ".join(process.cmdline()):
                     process.kill()
     os._exit(1)
-
-
-@cache
-def failures() -> Failures:
-    """Returns this process's failures."""
-    return Failures()
-
-
-def _zeros(model: Any, _item: Any, num_rows: int) -> Tensor:
-    embed = model.get_input_embeddings if hasattr(model, "get_input_embeddings") else model.model.get_input_embeddings
-    weight: Tensor = embed().weight
-    return torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
 def drop_cached_embedding(key: int) -> None:

@@ -27,9 +27,9 @@ class Features:
     """What a selection reads of one image, on the encoder's device.
 
     Args:
-        vision: [N, D] tokens after the projector ([tiles, n, D] where tiles are selected by themselves).
-        keys: [N, d] features before it ([tiles, n, d]).
-        attention: [N] ([tiles, n]) what the encoder pays to each token, where the plan's method goes by it.
+        vision: [tiles, n, D] tokens after the projector; an image in one piece is one tile.
+        keys: [tiles, n, d] features before it.
+        attention: [tiles, n] what the encoder pays to each token, where the plan's method goes by it.
     """
 
     vision: Tensor

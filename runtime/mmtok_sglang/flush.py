@@ -18,9 +18,6 @@ def flushing(cache: FeatureCache, selector: TokenSelector) -> Callable[..., bool
     """Returns what flushes SGLang's caches and, if it does, ours and the one of embeddings, which SGLang leaves.
 
     No request runs then, so no image changes its mind in the middle of its prefill.
-
-    Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.flush_cache, which answers /flush_cache and ends an
-    update of the weights. Can go when plugins are told of a flush.
     """
 
     def flush_cache(original: Callable[..., bool], scheduler: Any, empty_cache: bool = True) -> bool:

@@ -1,131 +1,143 @@
-"""Hooks on SGLang's functions: checked first, then installed; a process that could not install all serves nothing."""
+"""Every hook on SGLang's functions, the same ones in each server with a budget, whatever its model."""
 
 from __future__ import annotations
 
-import inspect
-import logging
-import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.plugins import load_plugins
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from mmtok_sglang.account import accounting, remembered_by
+from mmtok_sglang.agent import refuse_chains
+from mmtok_sglang.entry_points import engine_async_generate, engine_generate, generate_request
+from mmtok_sglang.flush import flushing
+from mmtok_sglang.install import Hook, HookError
+from mmtok_sglang.memory import reserving
+from mmtok_sglang.positions import bound_by_positions
+from mmtok_sglang.request import add_chat_guidance
+from mmtok_sglang.server import Server
 
-__all__ = ["Hook", "HookError", "install_hooks", "refuse_half_hooked"]
+__all__ = ["hooks_of"]
 
-logger = logging.getLogger(__name__)
-
-
-class HookError(RuntimeError):
-    """A hook point of SGLang is missing, has changed, or could not be hooked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """One function of SGLang and what is wrapped around it.
-
-    Args:
-        target: Dotted path below `sglang.srt`.
-        parameters: The target's parameter names in the supported version, those that collect others as `*args` and
-            `**kwargs`: a change means that the hook must be read again, so it is found at start and not in mid-forward.
-        around: Called as `around(original, *args, **kwargs)` in the target's place; a coroutine function if the target
-            is one.
-    """
-
-    target: str
-    parameters: str
-    around: Callable[..., Any]
-
-    @property
-    def path(self) -> str:
-        """The target's full dotted path."""
-        return f"sglang.srt.{self.target}"
+_ENGINE_GENERATE = (
+    "self prompt sampling_params input_ids image_data audio_data video_data mm_hashes mm_content_hashes "
+    "return_logprob logprob_start_len top_logprobs_num token_ids_logprob lora_path custom_logit_processor "
+    "require_reasoning return_hidden_states return_routed_experts routed_experts_start_len stream bootstrap_host "
+    "bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank kv_hints data_parallel_rank "
+    "external_trace_header rid session_params priority session_id cache_salt"
+)
 
 
-_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+def hooks_of(server: Server) -> list[Hook]:
+    """Returns the hooks of a process of a server; targets and parameters are those of sglang 0.5.23."""
 
-_installed = False
-_is_half_hooked = False
+    def init_request_dispatcher(original: Callable[..., None], scheduler: Any) -> None:
+        runner = scheduler.tp_worker.model_runner
+        if not isinstance(runner.model, server.family.model_class):
+            raise HookError(f"SGLang made the model of {type(runner.model)}, expected {server.family.model_class}")
+        server.selector.start_on(runner)
+        server.invalidation.init_request_dispatcher(original, scheduler)
 
+    def run_batch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        server.stages.settle()
+        return server.failures.run_batch(original, *args, **kwargs)
 
-def install_hooks(hooks: Sequence[Hook]) -> None:
-    """Installs every hook in this process, once.
-
-    Raises:
-        HookError: A target is missing, has other parameters than expected, or is taken by another plugin; or an earlier
-            call failed half way. Nothing is installed if a target is missing or changed. If a hook fails later, those
-            before it stay, since SGLang's registry takes none back: the process is marked, and serves nothing.
-    """
-    global _installed, _is_half_hooked
-    refuse_half_hooked()
-    if _installed:
-        return
-    load_plugins()
-    problems = [problem for hook in hooks if (problem := _problem(hook))]
-    if problems:
-        raise HookError("MMTok cannot hook this SGLang, so nothing would be pruned: " + "; ".join(problems))
-    originals = {hook.path: pkgutil.resolve_name(hook.path) for hook in hooks}
-    # Until every target is seen to be hooked: whatever is raised in between leaves the process marked.
-    _is_half_hooked = True
-    for hook in hooks:
-        HookRegistry.register(hook.path, hook.around, HookType.AROUND)
-    _apply_hooks()
-    # The registry logs a failure and goes on: look whether each target is now our wrapper of what it was.
-    failed = [
-        path
-        for path, original in originals.items()
-        if getattr(pkgutil.resolve_name(path), "__wrapped__", None) is not original
+    return [
+        Hook(
+            "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+            "self request raw_request",
+            add_chat_guidance if server.cutter.agent is None else refuse_chains(add_chat_guidance),
+            reason="the last place that sees a chat's messages, by which each image has its question",
+            until="processors are given the messages",
+        ),
+        Hook(
+            "managers.tokenizer_manager.TokenizerManager.generate_request",
+            "self obj request",
+            generate_request,
+            reason="every entry point calls it, and not all hand mm_processor_kwargs on",
+            until="/v1/messages, /v1/responses, /v1/decisions, /v1/rerank and sgl.Engine hand the field on",
+        ),
+        Hook(
+            "entrypoints.engine.Engine.generate",
+            _ENGINE_GENERATE,
+            engine_generate,
+            reason="it takes no mm_processor_kwargs",
+            until="it has this argument itself",
+        ),
+        Hook(
+            "entrypoints.engine.Engine.async_generate",
+            _ENGINE_GENERATE,
+            engine_async_generate,
+            reason="it takes no mm_processor_kwargs",
+            until="it has this argument itself",
+        ),
+        Hook(
+            "managers.schedule_batch.MultimodalInputs.from_processor_output",
+            "obj requires_mm_token_modalities",
+            server.keys.from_processor_output,
+            reason="images get their identity in SGLang's caches here, after hashes that a caller may have given",
+            until="items take a salt",
+        ),
+        Hook(
+            "managers.scheduler.Scheduler.init_request_dispatcher",
+            "self",
+            init_request_dispatcher,
+            reason="the model is loaded, so what runs the selection is made and may end the start; and requests that "
+            "change weights or adapters are told of",
+            until="plugins are called once the model is loaded, and caches know the version of the weights",
+        ),
+        Hook(
+            "managers.scheduler.Scheduler._maybe_namespace_elastic_radix_cache",
+            "self req",
+            server.invalidation.namespace_prefix_cache,
+            reason="every request goes through it before anything reads its extra_key",
+            until="caches know the version of the weights",
+        ),
+        Hook(
+            "managers.scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
+            "self",
+            server.invalidation.pull_requests,
+            reason="all ranks and stages get its result: which selections fell back goes with it",
+            until="plugins may send requests",
+        ),
+        Hook(
+            "mem_cache.kv_cache_configurator.mm_runtime_reservation_gb",
+            "is_multimodal mm_feature_transport",
+            reserving(server.settings.feature_cache_mb << 20, server.metrics),
+            reason="the KV cache leaves room for features and selections",
+            until="plugins may reserve memory",
+        ),
+        Hook(
+            "managers.scheduler.Scheduler.flush_cache",
+            "self empty_cache",
+            flushing(server.cache, server.selector),
+            reason="it answers /flush_cache and ends an update of the weights",
+            until="plugins are told of a flush",
+        ),
+        Hook(
+            "managers.scheduler.Scheduler.init_req_max_new_tokens",
+            "self req",
+            bound_by_positions,
+            reason="every request goes through it once its images and, in a session, the turns before are known",
+            until="SGLang bounds M-RoPE positions",
+        ),
+        Hook(
+            "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+            "self req",
+            accounting(remembered_by(server.selector)),
+            reason="an answer says what was done with its images",
+            until="requests report on their images",
+        ),
+        Hook(
+            "managers.scheduler.Scheduler.handle_generate_request",
+            "self recv_req mm_input_error",
+            server.failures.handle_generate_request,
+            reason="items get their keys and placeholders their values in it",
+            until="SGLang survives an error there",
+        ),
+        Hook(
+            "managers.scheduler.Scheduler.run_batch",
+            "self batch pp_proxy_tensors",
+            run_batch,
+            reason="requests whose images failed in a batch end with it",
+            until="SGLang survives an error of an embedding function",
+        ),
     ]
-    if failed:
-        raise HookError(
-            f"MMTok could not hook {', '.join(failed)} (hooked by another plugin?): see the log above. This process "
-            "is half hooked and serves nothing"
-        )
-    _is_half_hooked = False
-    _installed = True
-    logger.info("MMTok: installed %d hooks", len(hooks))
-
-
-def _apply_hooks() -> None:
-    """Applies the registered hooks, without SGLang's line for each of them: one line says that all are installed."""
-    registry = logging.getLogger(HookRegistry.__module__)
-    level = registry.level
-    registry.setLevel(logging.WARNING)
-    try:
-        HookRegistry.apply_hooks()
-    finally:
-        registry.setLevel(level)
-
-
-def refuse_half_hooked() -> None:
-    """Raises HookError if an earlier `install_hooks` of this process failed half way: no server may run in it."""
-    if _is_half_hooked:
-        raise HookError(
-            "MMTok could not install all of its hooks in this process before, and some of them are in place: start "
-            "the server in a new process"
-        )
-
-
-def _problem(hook: Hook) -> str | None:
-    path, _, name = hook.path.rpartition(".")
-    try:
-        parent = pkgutil.resolve_name(path)
-        target = getattr(parent, name)
-    except (ImportError, AttributeError) as error:
-        return f"{hook.path} is missing ({error})"
-    # As it is written in its class: a static method that becomes a class method gets one more argument, and a method
-    # that is inherited may be an abstract one.
-    written = vars(parent).get(name)
-    if written is None:
-        return f"{hook.path} is inherited, expected in the class itself"
-    function = inspect.unwrap(getattr(written, "__func__", written))
-    if not inspect.isfunction(function):
-        return f"{hook.path} is a {type(function).__name__}, expected a function"
-    found = " ".join(_STARS.get(each.kind, "") + each.name for each in inspect.signature(function).parameters.values())
-    if found != hook.parameters:
-        return f"{hook.path} takes ({found}), expected ({hook.parameters})"
-    is_coroutine = inspect.iscoroutinefunction(target)
-    if is_coroutine != inspect.iscoroutinefunction(hook.around):
-        return f"{hook.path} is {'a' if is_coroutine else 'no'} coroutine function, expected the opposite"
-    return None

@@ -16,7 +16,6 @@ from sglang.srt.runtime_context import get_parallel
 
 from mmtok_sglang.cache_key import CacheKeys, keys_of
 from mmtok_sglang.feature_cache import FeatureCache
-from mmtok_sglang.hooks import Hook
 from mmtok_sglang.selection import TokenSelector
 
 __all__ = ["Invalidation"]
@@ -52,30 +51,11 @@ class Invalidation:
         self._cache = cache
         self._selector = selector
 
-    def hooks(self) -> list[Hook]:
-        """Returns the hooks on the scheduler."""
-        return [
-            Hook("managers.scheduler.Scheduler.init_request_dispatcher", "self", self.init_request_dispatcher),
-            Hook(
-                "managers.scheduler.Scheduler._maybe_namespace_elastic_radix_cache",
-                "self req",
-                self.namespace_prefix_cache,
-            ),
-            Hook(
-                "managers.scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
-                "self",
-                self.pull_requests,
-            ),
-        ]
-
     def init_request_dispatcher(self, original: Callable[..., None], scheduler: Any) -> None:
         """Makes the table of what answers each kind of request; those that change weights move keys on, too.
 
         Whether they succeed or not: one that fails may have changed some. They may leave the prefix cache as it is
         (`flush_cache=false`, or a flush that is refused while requests run): no new request matches what it holds.
-
-        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.init_request_dispatcher. Can go when SGLang's caches
-        know the version of the weights.
         """
         original(scheduler)
         answers = scheduler._request_dispatcher._mapping
@@ -103,23 +83,13 @@ class Invalidation:
         return change
 
     def namespace_prefix_cache(self, original: Callable[..., None], scheduler: Any, req: Any) -> None:
-        """Keeps a request from the prefixes, its text included, that other weights have left in the prefix cache.
-
-        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler._maybe_namespace_elastic_radix_cache, which does it
-        for another reason, for every request before anything reads its `extra_key`. Can go when SGLang's caches know
-        the version of the weights.
-        """
+        """Keeps a request from the prefixes, its text included, that other weights have left in the prefix cache."""
         original(scheduler, req)
         req.mmtok_extra_key = req.extra_key
         req.extra_key = self._keys.namespace(req.lora_id, req.extra_key)
 
     def pull_requests(self, original: Callable[..., Any], receiver: Any) -> Any:
-        """Returns the requests that have come, and before them which selections fell back since.
-
-        Hooks: sglang 0.5.23 srt/managers/scheduler_components/request_receiver.py
-        SchedulerRequestReceiver._pull_raw_reqs, whose result the ranks and stages pass on. Can go when hooks may send
-        requests.
-        """
+        """Returns the requests that have come, and before them which selections fell back since."""
         requests = original(receiver)
         # Every rank finds out, each at another time; the first tells all.
         fallen = self._selector.take_fallen()

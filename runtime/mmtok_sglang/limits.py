@@ -134,17 +134,15 @@ class Limits:
             )
 
 
-def default_limits(family: str, device: str | None) -> Limits:
+def default_limits(device: str | None, max_pixels_on_cpu: int | None) -> Limits:
     """Returns the limits of a server that sets none.
 
     Args:
-        family: The served model's family.
         device: SGLang's name of the server's device, None while it is not known.
+        max_pixels_on_cpu: The most pixels of an image there, if the served model's family bounds them.
     """
     if device != "cpu":
         return Limits()
     # SGLang ends a server whose batch takes 300 s. A selection of 2,048 tokens from 8,192, which costs 1.4e11, took 7 s
     # (lazy, random features of width 3,584, 2 cores of an AMD EPYC with other work beside it, 2026-11-26).
-    # Qwen2.5-VL's attention on a CPU holds a matrix of all patches by all patches: 22 GB for 3584 x 3584 pixels.
-    pixels = 2048 * 2048 if family == "qwen2.5-vl" else Limits().max_image_pixels
-    return Limits(max_image_pixels=pixels, max_selection_cost=2e11)
+    return Limits(max_image_pixels=max_pixels_on_cpu or Limits().max_image_pixels, max_selection_cost=2e11)

@@ -9,7 +9,6 @@ from sglang.srt.platforms import current_platform
 from torch import Tensor
 
 from mmtok_deploy.backends.blocked import MAX_BYTES
-from mmtok_sglang.hooks import Hook
 from mmtok_sglang.metrics import SelectionMetrics
 
 __all__ = ["MAX_SELECTION_BYTES", "allocated_bytes", "reserved_bytes", "reserving"]
@@ -40,8 +39,8 @@ def reserved_bytes(feature_cache_bytes: int, *, on_host: bool) -> int:
     return feature_cache_bytes + MAX_SELECTION_BYTES + workspace
 
 
-def reserving(feature_cache_bytes: int, metrics: SelectionMetrics) -> Hook:
-    """Returns the hook that keeps the plugin's memory from the KV cache.
+def reserving(feature_cache_bytes: int, metrics: SelectionMetrics) -> Callable[..., float]:
+    """Returns what keeps the plugin's memory from the KV cache.
 
     Args:
         feature_cache_bytes: The bound of the feature cache.
@@ -49,17 +48,9 @@ def reserving(feature_cache_bytes: int, metrics: SelectionMetrics) -> Hook:
     """
 
     def mm_runtime_reservation_gb(original: Callable[..., float], **arguments: Any) -> float:
-        """Returns the GiB that SGLang's KV cache leaves to multimodal work, with the plugin's added.
-
-        Hooks: sglang 0.5.23 srt/mem_cache/kv_cache_configurator.py mm_runtime_reservation_gb. Can go when plugins may
-        reserve memory.
-        """
+        """Returns the GiB that SGLang's KV cache leaves to multimodal work, with the plugin's added."""
         ours = reserved_bytes(feature_cache_bytes, on_host=current_platform.device_type == "cpu")
         metrics.set_reserved(ours)
         return original(**arguments) + ours / 2**30
 
-    return Hook(
-        "mem_cache.kv_cache_configurator.mm_runtime_reservation_gb",
-        "is_multimodal mm_feature_transport",
-        mm_runtime_reservation_gb,
-    )
+    return mm_runtime_reservation_gb

@@ -103,9 +103,6 @@ class PlaceholderCutter:
 
         Raises:
             ValueError: A bad budget, or an input that cannot be pruned (HTTP 400).
-
-        Hooks: sglang 0.5.23 srt/multimodal/processors, `process_mm_data_async`: before the context length is
-        checked, and what both of Qwen's paths return through. Can go when processors have a post-processing stage.
         """
         request = kwargs["request_obj"]
         _refuse_our_names(image_data, *(getattr(request, name, None) for name in ("video_data", "audio_data")))

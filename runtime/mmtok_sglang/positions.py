@@ -6,19 +6,19 @@ has as many as its context is long, while SGLang counts tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from mmtok_sglang.cache_key import check_embeddings, keys_of
+from mmtok_sglang.cache_key import has_images, keys_of
 from mmtok_sglang.failures import Failures, drop_cached_embedding
 from mmtok_sglang.placeholders import ImagePlan, plan_of
 from mmtok_sglang.refusals import count_refusal
 from mmtok_sglang.selection import TokenSelector
 
-__all__ = ["PositionWriter", "bound_by_positions"]
+__all__ = ["PositionWriter", "bound_by_positions", "receive_positions", "send_positions"]
 
 _PROXY_KEY = "mmtok_mrope_positions"
 
@@ -57,32 +57,25 @@ class PositionWriter:
         self._selector = selector
         self._failures = failures
 
-    def prepare_mm_inputs(
-        self,
-        prepare: Callable[..., Any],
-        input_ids: Tensor,
-        forward_batch: Any,
-        language_model: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Returns SGLang's input embeddings after correcting the batch's positions in place.
+    def spans(self, forward_batch: Any) -> list[_Span]:
+        """Returns what of a batch's pruned images is to be written; call it before the images are embedded.
 
-        Hooks: sglang 0.5.23 srt/managers/mm_utils.py prepare_mm_inputs: the selection is known after it, and the
-        language model has not read the positions yet. Can go when embedding functions may return positions.
+        An image whose embedding is held and whose selection is not is encoded again: it would have no positions.
         """
-        # The call ends by dropping the batch's multimodal inputs, so what is to be written is found before it.
-        spans = []
-        if language_model.pp_group.is_first_rank:
-            if _has_images(forward_batch):
-                check_embeddings(forward_batch)
-            spans = list(_spans(forward_batch))
+        # The embedding ends by dropping the batch's multimodal inputs.
+        spans = list(_spans(forward_batch))
         for span in spans:
             if self._selector.remembered(span.key) is None:
-                # A cached embedding whose selection is forgotten has no positions: have the image encoded again.
                 drop_cached_embedding(span.name)
-        embeddings = prepare(input_ids, forward_batch, language_model, *args, **kwargs)
-        positions = forward_batch.mrope_positions
+        return spans
+
+    def write(self, spans: Sequence[_Span], positions: Tensor) -> None:
+        """Writes the kept tokens' positions; call it between the embedding, which selects, and the language model.
+
+        Args:
+            spans: What `spans` returned for the batch.
+            positions: [3, tokens] int64, the batch's, changed in place.
+        """
         for span in spans:
             kept = self._selector.remembered(span.key)
             if kept is None or span.plan.positions is None:
@@ -93,7 +86,6 @@ class PositionWriter:
                 positions.device, non_blocking=True
             )
             positions[:, span.batch] = original[:, kept[span.kept]]
-        return embeddings
 
     def _fail(self, key: int, why: str) -> None:
         if self._failures is None:
@@ -102,22 +94,17 @@ class PositionWriter:
         if not self._failures.is_marked(key):
             self._failures.mark(key, f"an image {why}")
 
-    def forward(self, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model, handing corrected positions from each pipeline stage to the next.
 
-        Only the first stage encodes and selects; the others would go on with uncorrected positions.
+def receive_positions(forward_batch: Any, pp_proxy_tensors: Any) -> None:
+    """Takes the positions that the pipeline stage before has corrected; only the first one selects."""
+    if pp_proxy_tensors is not None and _PROXY_KEY in pp_proxy_tensors.tensors:
+        forward_batch.mrope_positions.copy_(pp_proxy_tensors.tensors.pop(_PROXY_KEY))
 
-        Hooks: sglang 0.5.23 srt/models/qwen2_5_vl.py Qwen2_5_VLForConditionalGeneration.forward. Can go when proxy
-        tensors carry positions.
-        """
-        forward_batch = args[2] if len(args) > 2 else kwargs["forward_batch"]
-        received = kwargs.get("pp_proxy_tensors")
-        if received is not None and _PROXY_KEY in received.tensors:
-            forward_batch.mrope_positions.copy_(received.tensors.pop(_PROXY_KEY))
-        result = original(model, *args, **kwargs)
-        if not model.pp_group.is_last_rank and forward_batch.forward_mode.is_extend():
-            result.tensors[_PROXY_KEY] = forward_batch.mrope_positions.clone()
-        return result
+
+def send_positions(forward_batch: Any, pp_proxy_tensors: Any) -> None:
+    """Hands the corrected positions to the pipeline stage behind, with what else it is sent."""
+    if forward_batch.forward_mode.is_extend():
+        pp_proxy_tensors.tensors[_PROXY_KEY] = forward_batch.mrope_positions.clone()
 
 
 def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) -> None:
@@ -125,9 +112,6 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
 
     A prompt whose positions leave it is refused (HTTP 400): looked up in the rotary embedding's table, they would end
     the server.
-
-    Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.init_req_max_new_tokens, which every request goes through
-    once its images and, in a session, the turns before are known. Can go when SGLang bounds positions.
     """
     inputs, params = req.multimodal_inputs, req.sampling_params
     if inputs is not None and inputs.mrope_position_delta is not None:
@@ -145,13 +129,8 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
     original(scheduler, req)
 
 
-def _has_images(forward_batch: Any) -> bool:
-    mode = forward_batch.forward_mode
-    return not (mode.is_decode() or mode.is_target_verify()) and bool(forward_batch.contains_mm_inputs())
-
-
 def _spans(forward_batch: Any) -> Iterator[_Span]:
-    if not _has_images(forward_batch):
+    if not has_images(forward_batch):
         return
     batch_start = 0
     for inputs, chunk_start, chunk_len in zip(

@@ -208,11 +208,7 @@ def _texts_of_images(pieces: Sequence[_Piece]) -> list[str]:
 
 
 def add_chat_guidance(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    """Converts a chat request as SGLang does, and hands the guidance texts on with it.
-
-    Hooks: sglang 0.5.23 srt/entrypoints/openai/serving_chat.py OpenAIServingChat._convert_to_internal_request, the
-    last place that sees messages. Can go when processors are given the messages.
-    """
+    """Converts a chat request as SGLang does, and hands the guidance texts on with it."""
     adapted, request = original(serving, request, *args, **kwargs)
     images = adapted.image_data
     texts = message_guidance(request.messages) if images else []

@@ -109,15 +109,21 @@ class TokenSelector:
         self._fallen: list[tuple[bytes, int]] = []
         self.size_bytes = 0
 
-    def init_model_worker(self, original: Callable[..., None], scheduler: Any) -> None:
-        """Makes what runs the selection as soon as the model is on its device: what cannot run ends the server here.
+    def start_on(self, model_runner: Any) -> None:
+        """Makes what runs the selection, for a model that is loaded: what cannot run ends the server here.
 
-        Hooks: sglang 0.5.23 srt/managers/scheduler.py Scheduler.init_model_worker. Can go when SGLang calls plugins
-        once the model is loaded.
+        Raises:
+            ValueError: Adapters change the input embedding. SGLang applies those of the batch that runs, by its
+                tokens; guidance is embedded for images of several requests, not as a batch's tokens.
         """
-        original(scheduler)
-        _refuse_adapters_on_the_embedding(scheduler.tp_worker.model_runner)
-        self.start(next(scheduler.tp_worker.model_runner.model.parameters()).device)
+        adapters = getattr(model_runner, "lora_manager", None)
+        if adapters is not None and adapters.embed_tokens_module is not None:
+            raise ValueError(
+                "--mmtok-budget cannot be combined with LoRA adapters on the input embedding (embed_tokens): guidance "
+                "would be embedded by another request's adapter. Leave embed_tokens out of --lora-target-modules, and "
+                "serve no adapter that has it"
+            )
+        self.start(next(model_runner.model.parameters()).device)
 
     def start(self, device: torch.device) -> None:
         """Makes what runs the selection, and holds an exported file against the reference once.
@@ -326,21 +332,6 @@ def without_non_finite(rows: Tensor) -> Tensor:
     the text before it, which the prefix cache shares with other requests.
     """
     return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _refuse_adapters_on_the_embedding(model_runner: Any) -> None:
-    """Raises ValueError if adapters change the input embedding.
-
-    SGLang applies the adapters of the batch that runs, by its tokens; guidance is embedded for images of several
-    requests, and not as a batch's tokens, and would go through another request's adapter.
-    """
-    adapters = getattr(model_runner, "lora_manager", None)
-    if adapters is not None and adapters.embed_tokens_module is not None:
-        raise ValueError(
-            "--mmtok-budget cannot be combined with LoRA adapters on the input embedding (embed_tokens): guidance "
-            "would be embedded by another request's adapter. Leave embed_tokens out of --lora-target-modules, and "
-            "serve no adapter that has it"
-        )
 
 
 def _embed_guidance(

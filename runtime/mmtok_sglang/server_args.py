@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import sglang.srt.server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
+from sglang.srt.arg_groups.overrides import declare_resolution
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
@@ -253,7 +254,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             raise FlagError(f"{flags} has no effect without --mmtok-budget: add it, or --mmtok-budget all")
 
     def resolve_once(self) -> None:
-        """Resolves the arguments, and installs the hooks if there is a budget.
+        """Resolves the arguments; if there is a budget, registers the family's classes and installs the hooks.
 
         Raises:
             UnsupportedServerError: A model or a configuration in which a token could be pruned wrongly or not at all,
@@ -262,6 +263,9 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             EngineMismatchError: It was exported for another model, budget or dtype.
             HookError: A hook point of SGLang is missing or has changed, or the process has hooks of other settings.
         """
+        if self.mmtok_budget is not None and self.model_impl == "transformers":
+            # What a LLaVA needs without the plugin. Left as it is, SGLang would pass over the family's own class.
+            declare_resolution(self, "mmtok", model_impl="auto")
         super().resolve_once()
         if _in_detokenizer():
             return
@@ -278,12 +282,16 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             check_agent,
             check_backend,
             check_engine,
+            check_model_impl,
             check_server,
             check_server_method,
             family_of_server,
         )
+        from mmtok_sglang.families import FAMILIES
 
-        self._mmtok_settings = self._settings(family_of_server(self))
+        name = family_of_server(self)
+        self._mmtok_settings = self._settings(name, FAMILIES[name].max_pixels_on_cpu)
+        check_model_impl(self, self._mmtok_settings)
         check_server(self)
         check_adapters(self, self._mmtok_settings)
         check_server_method(self, self._mmtok_settings)
@@ -308,7 +316,7 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         settings = self.__dict__.get("_mmtok_settings")
         return resolved | settings.flags() if settings else resolved
 
-    def _settings(self, family: str) -> Settings:
+    def _settings(self, family: str, max_pixels_on_cpu: int | None = None) -> Settings:
         preset = PRESETS[family]
         flags = {
             "tv_temp": self.mmtok_tv_temp,
@@ -336,14 +344,14 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             agent_url=self.__dict__.get("_mmtok_agent_url"),
             agent_model=self.mmtok_agent_model or DEFAULT_AGENT_MODEL,
             agent_timeout_ms=timeout_ms,
-            limits=self._limits(family),
+            limits=self._limits(max_pixels_on_cpu),
             trust_image_hashes=bool(self.mmtok_trust_image_hashes),
         )
 
-    def _limits(self, family: str) -> Limits:
+    def _limits(self, max_pixels_on_cpu: int | None) -> Limits:
         names = ("max_image_pixels", "max_aspect_ratio", "max_guidance_tokens", "max_selection_cost")
         given = {name: value for name in names if (value := getattr(self, f"mmtok_{name}")) is not None}
-        return replace(default_limits(family, self.device), **given)
+        return replace(default_limits(self.device, max_pixels_on_cpu), **given)
 
 
 def _in_detokenizer() -> bool:
@@ -366,7 +374,7 @@ def _install(settings: Settings | None) -> None:
             hooks of one would cut the placeholders of both, and the scheduler of the other would not know. Or an
             earlier attempt left the process half hooked.
     """
-    from mmtok_sglang.hooks import HookError, install_hooks, refuse_half_hooked
+    from mmtok_sglang.install import HookError, install, refuse_half_hooked
 
     refuse_half_hooked()
     if _served and _served[0] != settings:
@@ -374,8 +382,11 @@ def _install(settings: Settings | None) -> None:
             "this process has run a server with other MMTok settings, and hooks stay: start each server in a process "
             "of its own"
         )
-    if settings is not None:
+    if settings is not None and not _served:
         from mmtok_sglang.families import FAMILIES
+        from mmtok_sglang.hooks import hooks_of
+        from mmtok_sglang.server import start
 
-        install_hooks(FAMILIES[settings.family].hooks(settings))
+        family = FAMILIES[settings.family]
+        install(hooks_of(start(settings, family)), family.model_class, family.processor_class)
     _served[:] = [settings]

@@ -37,7 +37,7 @@ SPEC = replace(
     num_words=DimRange(2, 3, 9),
     batch=DimRange(1, 1, 2),
 )
-FAMILY = FAMILIES["qwen2.5-vl"]()
+FAMILY = FAMILIES["qwen2.5-vl"]
 MODEL = SimpleNamespace(vision_config=SimpleNamespace(out_hidden_size=SPEC.vision_width, hidden_size=SPEC.keys_width))
 CASE = random_problem(20, 3, [2])
 EXPECTED = CASE.select(5).order.tolist()

@@ -33,10 +33,12 @@ def judge_of(family: Family) -> HandPruned:
 
 
 def make_server(family: Family, *arguments: str, num_ranks: int = 1, **environment: str) -> SglangServer:
+    has_budget = any(argument.startswith("--mmtok-budget") for argument in arguments)
     return SglangServer(
         checkpoint(family),
         *cpu_arguments(),
-        *family_arguments(family),
+        # What a LLaVA needs without a budget alone.
+        *(() if has_budget else family_arguments(family)),
         "--enable-cache-report",
         *arguments,
         env=cpu_environment(num_ranks=num_ranks) | PLAIN_HEALTH | environment,

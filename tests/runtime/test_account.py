@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmtok_sglang.account import account_hook, image_account
+from mmtok_sglang.account import accounting, image_account
 from mmtok_sglang.placeholders import ImagePlan
 from tests.runtime.stand_ins import image_item
 
@@ -28,7 +28,7 @@ def a_request(*items: Any, output_ids: tuple[int, ...] = (7,), customized_info: 
 def output(request: Any, outcomes: Any = outcome_of) -> Any:
     """Returns what a request has for its answer's metadata when SGLang sends its tokens."""
     seen = []
-    account_hook(outcomes).around(lambda accumulator, *, req: seen.append(req.customized_info), "acc", req=request)
+    accounting(outcomes)(lambda accumulator, *, req: seen.append(req.customized_info), "acc", req=request)
     assert len(seen) == 1
     return seen[0]
 
@@ -86,9 +86,9 @@ def test_an_error_costs_the_account_and_not_the_answer(caplog: pytest.LogCapture
     def broken(item: Any) -> Any:
         raise KeyError(item)
 
-    hook = account_hook(broken)
+    accept = accounting(broken)
     for _ in range(2):
         sent: list[Any] = []
-        hook.around(lambda _, *, req, sent=sent: sent.append(req.customized_info), "acc", req=a_request(PRUNED))
+        accept(lambda _, *, req, sent=sent: sent.append(req.customized_info), "acc", req=a_request(PRUNED))
         assert sent == [None]
     assert caplog.messages == ["MMTok: answers do not say what was done with their images"]

@@ -143,7 +143,6 @@ def test_a_llava_of_another_vision_encoder_is_refused(monkeypatch: pytest.Monkey
     config = LlavaConfig(vision_config=PixtralVisionConfig().to_dict(), architectures=["LlavaForConditionalGeneration"])
     model_config = SimpleNamespace(hf_config=config)
     monkeypatch.setattr(compatibility, "model_config_of", lambda arguments: model_config)
-    monkeypatch.setattr(compatibility, "get_resolved_model_impl", lambda _: SimpleNamespace(value="transformers"))
     with pytest.raises(UnsupportedServerError, match=r"this LlavaFor.*: its vision encoder is pixtral"):
         family_of_server(None)
 
@@ -161,9 +160,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
     [
         ("qwen2.5-vl", {}),
         ("qwen2.5-vl", {"mmtok_method": "downsample"}),
-        ("llava-1.5", {"model_impl": "transformers"}),
+        ("llava-1.5", {}),
         ("llava-1.5", {"model_impl": "transformers", "mmtok_method": "downsample"}),
         ("llava-next", {}),
+        ("llava-next", {"model_impl": "transformers"}),
         ("llava-next", {"mmtok_method": "visionzip"}),
     ],
 )
@@ -183,8 +183,8 @@ def test_real_arguments_of_each_family_pass(
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("llava-1.5", {}, "LlavaForConditionalGeneration.*: add --model-impl transformers$"),
-        ("qwen2.5-vl", {"model_impl": "transformers"}, "Qwen2_5_VL.*: add --model-impl sglang$"),
+        ("llava-1.5", {"model_impl": "mindspore"}, "LlavaForCond.* got mindspore: drop --model-impl$"),
+        ("qwen2.5-vl", {"model_impl": "transformers"}, "Qwen2_5_VL.* got transformers: drop --model-impl$"),
         ("qwen2.5-vl", {"mm_enable_dp_encoder": True}, "cannot be combined with --mm-enable-dp-encoder"),
         ("qwen2.5-vl", {"mmtok_method": "visionzip"}, "--mmtok-method visionzip does not run on this model: .*class"),
         ("llava-next", {"mmtok_method": "downsample"}, "--mmtok-method downsample does not run on this .* tiles"),
@@ -207,12 +207,13 @@ def test_real_arguments_that_would_go_around_the_hooks_are_refused(
 def test_on_the_command_line_a_server_that_cannot_run_ends_with_one_message(
     installed: list[Settings | None], tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = MMTokServerArgs(model_path=tiny_checkpoint(tmp_path_factory, "llava-1.5"), mmtok_budget="64")
+    path = tiny_checkpoint(tmp_path_factory, "qwen2.5-vl")
+    arguments = MMTokServerArgs(model_path=path, mmtok_budget="64", model_impl="transformers")
     arguments._mmtok_on_command_line = True
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_status:
         arguments.resolve_once()
     assert exit_status.value.code == 2
     (message,) = capsys.readouterr().err.splitlines()
-    assert message.startswith("error: --mmtok-budget prunes LlavaForConditionalGeneration on the 'transformers'")
+    assert message.startswith("error: --mmtok-budget prunes Qwen2_5_VLForConditionalGeneration on --model-impl auto")
     assert installed == []

@@ -42,13 +42,11 @@ def qwen_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolve(paths: pytest.TempPathFactory, family: Family, engine: Path, budget: str, **flags: Any) -> None:
-    implementation = {} if family == "qwen2.5-vl" else {"model_impl": "transformers"}
     MMTokServerArgs(
         model_path=tiny_checkpoint(paths, family),
         dtype="float32",
         mmtok_budget=budget,
         mmtok_engine=str(engine),
-        **implementation,
         **flags,
     ).resolve_once()
 

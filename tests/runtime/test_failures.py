@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mmtok_sglang import failures as module
 from mmtok_sglang.failures import Failures, RankError, failed_on_all_ranks
-from mmtok_sglang.hooks import Hook
 from tests.runtime.stand_ins import image_item
 
 VOCABULARY = 100
@@ -153,16 +152,13 @@ def test_a_batch_that_fails_runs_once_more_without_its_images() -> None:
     failures, batch = Failures(), forward_batch(images(1, 2), 0, 15)
     seen: list[tuple[bool, list[int]]] = []
 
-    def forward(original: Any, _runner: Any, batch: Any) -> str:
-        seen.append((batch.mm_inputs is None, batch.input_ids.tolist()))
+    def run(input_ids: Tensor) -> str:
+        seen.append((batch.mm_inputs is None, input_ids.tolist()))
         if len(seen) == 1:
             raise RuntimeError("positions")
-        assert original == "model"
         return "output"
 
-    hook = failures.guarding(Hook("model_executor.model_runner.ModelRunner.forward", "", forward))
-    runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=VOCABULARY))
-    assert hook.around("model", runner, batch) == "output"
+    assert failures.guard_forward(run, batch.input_ids, batch, VOCABULARY) == "output"
     assert seen == [(False, [5, VOCABULARY + 7, 99, -3]), (True, [5, VOCABULARY - 1, 99, 0])]
     # The second image is in no chunk yet.
     assert [failures.is_marked(each) for each in (1, 2)] == [True, False]
@@ -174,12 +170,11 @@ def test_a_batch_that_fails_runs_once_more_without_its_images() -> None:
     ids=["text", "decode"],
 )
 def test_a_batch_without_images_fails_as_sglangs_does(batch: Any) -> None:
-    def forward(*_: Any) -> None:
+    def run(_: Tensor) -> None:
         raise RuntimeError("positions")
 
-    hook = Failures().guarding(Hook("model_executor.model_runner.ModelRunner.forward", "", forward))
     with pytest.raises(RuntimeError, match="positions"):
-        hook.around("model", SimpleNamespace(), batch)
+        Failures().guard_forward(run, batch.input_ids, batch, VOCABULARY)
 
 
 def test_a_request_that_cannot_be_taken_in_is_answered() -> None:

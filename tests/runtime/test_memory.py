@@ -22,9 +22,9 @@ def test_the_kv_cache_leaves_room_for_what_the_plugin_takes(
     monkeypatch: pytest.MonkeyPatch, device_type: str, workspace_gb: float
 ) -> None:
     monkeypatch.setattr(memory, "current_platform", SimpleNamespace(device_type=device_type))
-    hook = reserving(256 << 20, SelectionMetrics())
+    reserving_too = reserving(256 << 20, SelectionMetrics())
     arguments: dict[str, Any] = {"is_multimodal": True, "mm_feature_transport": None}
     sglangs = kv_cache_configurator.mm_runtime_reservation_gb(**arguments)
-    reserved_gb = hook.around(kv_cache_configurator.mm_runtime_reservation_gb, **arguments) - sglangs
+    reserved_gb = reserving_too(kv_cache_configurator.mm_runtime_reservation_gb, **arguments) - sglangs
     assert reserved_gb == pytest.approx(0.25 + MAX_SELECTION_BYTES / 2**30 + workspace_gb, abs=1e-6)
     assert collectors()["reserved_bytes"]._value.get() == pytest.approx(reserved_gb * 2**30)

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families import Family
-from mmtok_sglang.feature_cache import FeatureCache
-from mmtok_sglang.hooks import Hook
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.placeholders import (
     ImagePlan,
@@ -26,8 +24,6 @@ from mmtok_sglang.placeholders import (
     plan_of,
     share_guidance,
 )
-from mmtok_sglang.selection import TokenSelector
-from mmtok_sglang.stages import StageMetrics
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 from tests.runtime.stand_ins import (
     IMAGE_ID,
@@ -161,11 +157,8 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 class StandInFamily(Family):
-    architecture = "StandIn"
-    model_impl = "sglang"
     placeholder = "<|image_pad|>"
     placeholder_rule = PlaceholderRule(re.compile(r"<\|image_pad\|>"))
-    processor_hook = ("", "")
 
     def __init__(self, excluded: Tensor | None = None) -> None:
         self._excluded = excluded
@@ -178,9 +171,6 @@ class StandInFamily(Family):
 
     def keys_width(self, config: Any) -> int:
         return 6
-
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
-        return []
 
 
 def processed(

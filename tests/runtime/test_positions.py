@@ -14,12 +14,11 @@ from torch import Tensor
 from mmtok_sglang.cache_key import keys_of
 from mmtok_sglang.metrics import SelectionMetrics
 from mmtok_sglang.placeholders import ImagePlan
-from mmtok_sglang.positions import PositionWriter
+from mmtok_sglang.positions import PositionWriter, receive_positions, send_positions
 from mmtok_sglang.selection import TokenSelector
 from tests.runtime.stand_ins import identified, image_item, image_tokens, make_settings, mrope_positions
 
 NUM_TOKENS, NUM_KEPT = 12, 5
-FIRST_RANK = SimpleNamespace(pp_group=SimpleNamespace(is_first_rank=True))
 
 
 def pruned_image(start: int, key: int, *, with_positions: bool = True) -> Any:
@@ -53,7 +52,7 @@ def make_batch(*chunks: tuple[Any, int, int], mode: ForwardMode = ForwardMode.EX
 
 
 class Encoder:
-    """What SGLang does in `prepare_mm_inputs`: selects each image once, then drops the batch's inputs."""
+    """What SGLang does when it embeds a batch: selects each image once, then drops the batch's inputs."""
 
     def __init__(self) -> None:
         self.selector = TokenSelector(make_settings(NUM_KEPT), SelectionMetrics())
@@ -61,7 +60,7 @@ class Encoder:
         self.writer = PositionWriter(self.selector)
         self.encoded: list[int] = []
 
-    def __call__(self, input_ids: Tensor, batch: Any, language_model: Any, kwargs: dict[str, Any]) -> str:
+    def embed(self, batch: Any) -> None:
         for inputs in batch.mm_inputs:
             for item in inputs.mm_items if inputs is not None else []:
                 cache = mm_schedule.embedding_cache
@@ -74,13 +73,13 @@ class Encoder:
                         assert names is not None
                         self.selector.select([replace(image, names=names)], embed)
         batch.mm_inputs = None
-        return "embeddings"
 
-    def run(self, batch: Any, language_model: Any = FIRST_RANK) -> Tensor:
-        ids = torch.zeros(batch.mrope_positions.shape[1], dtype=torch.int64)
+    def run(self, batch: Any) -> Tensor:
         # Read before: what the forward pass holds is the tensor, so the writing has to be in place.
         positions: Tensor = batch.mrope_positions
-        assert self.writer.prepare_mm_inputs(self, ids, batch, language_model, {}) == "embeddings"
+        spans = self.writer.spans(batch)
+        self.embed(batch)
+        self.writer.write(spans, batch.mrope_positions)
         return positions
 
     def kept_positions(self, item: Any) -> Tensor:
@@ -141,12 +140,6 @@ def test_decoding_is_not_touched(mode: ForwardMode) -> None:
     assert torch.equal(Encoder().run(batch), untouched(NUM_KEPT))
 
 
-def test_later_pipeline_ranks_write_nothing() -> None:
-    later = SimpleNamespace(pp_group=SimpleNamespace(is_first_rank=False))
-    batch = make_batch((mm_inputs(pruned_image(0, key=1)), 0, NUM_KEPT))
-    assert torch.equal(Encoder().run(batch, later), untouched(NUM_KEPT))
-
-
 def test_a_forgotten_selection_has_the_image_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = MultiModalStaticCache(1 << 20)
     monkeypatch.setattr(mm_schedule, "embedding_cache", cache)
@@ -170,38 +163,29 @@ def test_an_image_that_was_not_selected_stops_the_batch(with_positions: bool) ->
         assert names is not None
         encoder.selector.select([replace(image, names=names)], embed)
     batch = make_batch((mm_inputs(item), 0, NUM_KEPT))
+    spans = encoder.writer.spans(batch)
     with pytest.raises(RuntimeError, match=r"the image 0x[0-9a-f]+ is in this batch, but was not selected"):
-        encoder.writer.prepare_mm_inputs(lambda *_: None, torch.zeros(NUM_KEPT), batch, FIRST_RANK, {})
+        encoder.writer.write(spans, batch.mrope_positions)
 
 
-def stage(*, is_last: bool) -> Any:
-    return SimpleNamespace(pp_group=SimpleNamespace(is_last_rank=is_last))
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_positions_travel_down_the_pipeline(by_name: bool) -> None:
-    writer = Encoder().writer
+def test_positions_travel_down_the_pipeline() -> None:
     corrected, uncorrected = mrope_positions(4), untouched(4)
     batches = [SimpleNamespace(forward_mode=ForwardMode.EXTEND, mrope_positions=p) for p in (corrected, uncorrected)]
     proxies = SimpleNamespace(tensors={"hidden_states": torch.zeros(4, 8)})
-
-    def first(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return proxies
-
-    def last(model: Any, *args: Any, pp_proxy_tensors: Any, **kwargs: Any) -> str:
-        assert list(pp_proxy_tensors.tensors) == ["hidden_states"]
-        return "logits"
-
-    ids = torch.zeros(4)
-    sent = writer.forward(first, stage(is_last=False), ids, corrected, batches[0])
-    arguments: tuple[Any, ...] = (ids, uncorrected) if by_name else (ids, uncorrected, batches[1])
-    named = {"forward_batch": batches[1]} if by_name else {}
-    assert writer.forward(last, stage(is_last=True), *arguments, pp_proxy_tensors=sent, **named) == "logits"
+    send_positions(batches[0], proxies)
+    receive_positions(batches[1], proxies)
+    assert list(proxies.tensors) == ["hidden_states"]
     assert torch.equal(uncorrected, corrected)
 
 
 def test_decoding_sends_no_positions() -> None:
     proxies = SimpleNamespace(tensors={})
-    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, mrope_positions=mrope_positions(1))
-    Encoder().writer.forward(lambda *_: proxies, stage(is_last=False), torch.zeros(1), mrope_positions(1), batch)
+    send_positions(SimpleNamespace(forward_mode=ForwardMode.DECODE, mrope_positions=mrope_positions(1)), proxies)
     assert proxies.tensors == {}
+
+
+@pytest.mark.parametrize("proxies", [None, SimpleNamespace(tensors={})])
+def test_the_first_stage_receives_nothing(proxies: Any) -> None:
+    positions = untouched(4)
+    receive_positions(SimpleNamespace(mrope_positions=positions), proxies)
+    assert torch.equal(positions, untouched(4))

@@ -19,9 +19,9 @@ from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.server_args import ServerArgs
 
 from mmtok_deploy import Budget, SelectionConfig
-from mmtok_sglang import hooks, server_args
+from mmtok_sglang import install, server_args
 from mmtok_sglang.compatibility import UnsupportedServerError
-from mmtok_sglang.hooks import Hook, HookError
+from mmtok_sglang.install import Hook, HookError
 from mmtok_sglang.server_args import MMTokServerArgs
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.start_errors import warn_of_environment
@@ -291,7 +291,7 @@ def test_flags_go_before_the_familys_preset(flags: dict[str, Any], family: str, 
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Hook]]]:
     """The hooks that were to be installed; none are."""
     lists: list[list[Hook]] = []
-    monkeypatch.setattr(hooks, "install_hooks", lists.append)
+    monkeypatch.setattr(install, "install", lambda hooks, *classes: lists.append(hooks))
     monkeypatch.setattr(server_args, "_served", [])
     with unchanged_environment():
         yield lists
@@ -306,7 +306,7 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
     arguments = MMTokServerArgs(model_path=model_path, mmtok_budget="0.1", mmtok_alpha=1.0, device="cpu")
     assert installed == []
     arguments.resolve_once()
-    assert [hook.target for hook in installed[0]][-1].endswith("Qwen2_5_VLForConditionalGeneration.forward")
+    assert "managers.scheduler.Scheduler.run_batch" in [hook.target for hook in installed[0]]
     shown = arguments.resolved_dict()
     assert {name: value for name, value in shown.items() if name.startswith("mmtok_")} == {
         "mmtok_budget": "10%",
@@ -398,7 +398,7 @@ def test_another_server_in_the_same_process_is_refused(
 def test_a_half_hooked_process_serves_nothing(
     installed: list[list[Hook]], monkeypatch: pytest.MonkeyPatch, model_path: str, flags: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(hooks, "_is_half_hooked", True)
+    monkeypatch.setattr(install, "_is_half_hooked", True)
     with pytest.raises(HookError, match="start the server in a new process"):
         MMTokServerArgs(model_path=model_path, **flags).resolve_once()
     assert installed == []

@@ -34,9 +34,9 @@ def test_another_model(tmp_path: Path) -> None:
     assert "--mmtok-budget does not support Qwen2VLForConditionalGeneration. Supported: Qwen2_5_VL" in message
 
 
-def test_llava_on_the_native_implementation() -> None:
-    server = SglangServer(checkpoint("llava-1.5"), "--mmtok-budget=10%", env=cpu_environment())
-    assert "add --model-impl transformers" in _refusal(server)
+def test_qwen_on_the_transformers_implementation() -> None:
+    server = make_server("qwen2.5-vl", "--mmtok-budget=10%", "--model-impl=transformers")
+    assert "on --model-impl auto or sglang, got transformers: drop --model-impl" in _refusal(server)
 
 
 def test_a_graph_that_hides_the_features() -> None:

@@ -5,19 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from mmtok_sglang import stages
 from mmtok_sglang.stages import StageMetrics
 from tests.runtime.test_metrics import DeviceClock, value
 
 MODEL = torch.nn.Linear(1, 1)
-RUNNER = SimpleNamespace(device="cpu")
+CPU = torch.device("cpu")
 PREFILL = ("milliseconds_count", "milliseconds_sum", "requests_total", "tokens_total")
 
 
-def batch(mode: ForwardMode = ForwardMode.EXTEND) -> Any:
-    return SimpleNamespace(forward_mode=mode, batch_size=3, extend_num_tokens=120)
+def batch() -> Any:
+    return SimpleNamespace(batch_size=3, extend_seq_lens_cpu=[100, 15, 5])
 
 
 def prefilled() -> list[float]:
@@ -43,10 +42,10 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> list[DeviceClock]:
 
 def test_a_prefill_is_counted_when_the_device_is_done_with_it(clocks: list[DeviceClock]) -> None:
     counted, before = StageMetrics(), prefilled()
-    assert counted.forward(lambda *_: "logits", RUNNER, batch()) == "logits"
+    assert counted.forward(lambda: "logits", batch(), CPU) == "logits"
     assert since(before) == [0, 0, 0, 0]
     clocks[0].done = True
-    counted.forward(lambda *_: None, RUNNER, batch(ForwardMode.DECODE))
+    counted.settle()
     assert since(before) == [1, 1.0, 3, 120]
     assert len(clocks) == 1
 
@@ -54,26 +53,22 @@ def test_a_prefill_is_counted_when_the_device_is_done_with_it(clocks: list[Devic
 def test_a_prefill_begins_after_the_embedding_of_its_images(clocks: list[DeviceClock]) -> None:
     counted, before = StageMetrics(), prefilled()
 
-    def forward(*_: Any) -> None:
-        embeddings: Any = (torch.zeros(2, 4), {})
-        assert counted.embed_mm_inputs(lambda: embeddings) is embeddings
-
-    counted.forward(forward, RUNNER, batch())
+    counted.forward(lambda: counted.start_language_model(CPU), batch(), CPU)
     assert [clock.stopped for clock in clocks] == [False, True]
     clocks[1].done = True
-    counted.forward(lambda *_: None, RUNNER, batch(ForwardMode.DECODE))
+    counted.settle()
     assert since(before)[:2] == [1, 2.0]
 
 
 def test_a_prefill_that_fails_is_not_counted(clocks: list[DeviceClock]) -> None:
-    def forward(*_: Any) -> None:
+    def run() -> None:
         raise RuntimeError("no memory")
 
     counted, before = StageMetrics(), prefilled()
     with pytest.raises(RuntimeError, match="no memory"):
-        counted.forward(forward, RUNNER, batch())
-    counted.embed_mm_inputs(lambda: (torch.zeros(2, 4), {}))
-    counted.forward(lambda *_: None, RUNNER, batch(ForwardMode.DECODE))
+        counted.forward(run, batch(), CPU)
+    counted.start_language_model(CPU)
+    counted.settle()
     assert since(before) == [0, 0, 0, 0]
     assert [clock.stopped for clock in clocks] == [False]
 
@@ -91,6 +86,6 @@ def test_one_rank_times_for_all(monkeypatch: pytest.MonkeyPatch, clocks: list[De
     monkeypatch.setattr(stages, "is_first_rank", lambda: False)
     counted = StageMetrics()
     assert counted.encode(lambda *_: "features", MODEL, []) == "features"
-    assert counted.forward(lambda *_: "logits", RUNNER, batch()) == "logits"
-    counted.embed_mm_inputs(lambda: (torch.zeros(2, 4), {}))
+    assert counted.forward(lambda: "logits", batch(), CPU) == "logits"
+    counted.start_language_model(CPU)
     assert clocks == []

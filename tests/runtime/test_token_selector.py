@@ -464,14 +464,11 @@ def resident_bytes() -> int:
 
 
 def test_adapters_on_the_input_embedding_end_the_start() -> None:
-    def scheduler(**adapters: object) -> SimpleNamespace:
-        model = torch.nn.Linear(1, 1)
-        return SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model, **adapters)))
+    def runner(**adapters: object) -> SimpleNamespace:
+        return SimpleNamespace(model=torch.nn.Linear(1, 1), **adapters)
 
     selector = TokenSelector(SETTINGS, SelectionMetrics())
     for harmless in ({}, {"lora_manager": None}, {"lora_manager": SimpleNamespace(embed_tokens_module=None)}):
-        selector.init_model_worker(lambda _: None, scheduler(**harmless))
+        selector.start_on(runner(**harmless))
     with pytest.raises(ValueError, match="LoRA adapters on the input embedding"):
-        selector.init_model_worker(
-            lambda _: None, scheduler(lora_manager=SimpleNamespace(embed_tokens_module=torch.nn.Linear(1, 1)))
-        )
+        selector.start_on(runner(lora_manager=SimpleNamespace(embed_tokens_module=torch.nn.Linear(1, 1))))

@@ -143,7 +143,7 @@ def _selection(family: str, config: Any, file: Path) -> dict[str, Any]:
 
     preset = PRESETS[family]
     settings = Settings(family, Budget.parse(16), preset.config, preset.guidance, engine=file)
-    check_engine_file(settings, FAMILIES[family](), config, torch.float32)
+    check_engine_file(settings, FAMILIES[family], config, torch.float32)
     executor = make_executor("auto", torch.device("cpu"), preset.config, file)
     assert isinstance(executor, EngineExecutor)
     executor.check()

@@ -24,13 +24,14 @@ def drift_of(family: str) -> dict[str, Any]:
     from mmtok_deploy import Budget
     from mmtok_deploy.presets import PRESETS
     from mmtok_sglang.families import FAMILIES
-    from mmtok_sglang.hooks import HookError, install_hooks
+    from mmtok_sglang.hooks import hooks_of
+    from mmtok_sglang.install import HookError, install_hooks
+    from mmtok_sglang.server import Server
     from mmtok_sglang.settings import Settings
 
     preset = PRESETS[family]
-    # With an agent, which has a hook of its own.
-    settings = Settings(family, Budget.parse("10%"), preset.config, preset.guidance, agent_url="http://127.0.0.1:9/v1")
-    hooks = FAMILIES[family].hooks(settings)
+    settings = Settings(family, Budget.parse("10%"), preset.config, preset.guidance)
+    hooks = hooks_of(Server(settings, FAMILIES[family]))
     failures, num_tried = [], 0
     for hook in hooks:
         owner = pkgutil.resolve_name(hook.path.rpartition(".")[0])

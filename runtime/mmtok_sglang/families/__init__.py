@@ -9,9 +9,9 @@ from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
 
 __all__ = ["FAMILIES", "Family"]
 
-FAMILIES: dict[str, type[Family]] = {
-    "qwen2.5-vl": Qwen25VL,
-    "llava-1.5": Llava15,
-    "llava-next": LlavaNext,
+FAMILIES: dict[str, Family] = {
+    "qwen2.5-vl": Qwen25VL(),
+    "llava-1.5": Llava15(),
+    "llava-next": LlavaNext(),
 }
-"""By preset name."""
+"""By the name of the family's preset (`mmtok_deploy.presets`)."""

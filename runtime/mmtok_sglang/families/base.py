@@ -4,51 +4,44 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
-from mmtok_sglang.account import account_hook, remembered_by
-from mmtok_sglang.agent import Agent, refuse_chains
-from mmtok_sglang.cache_key import CacheKeys, naming
-from mmtok_sglang.entry_points import entry_point_hooks
-from mmtok_sglang.failures import failures
-from mmtok_sglang.feature_cache import FeatureCache
-from mmtok_sglang.flush import flushing
-from mmtok_sglang.hooks import Hook
-from mmtok_sglang.invalidation import Invalidation
-from mmtok_sglang.memory import reserving
-from mmtok_sglang.metrics import SelectionMetrics
-from mmtok_sglang.placeholders import PlaceholderCutter
-from mmtok_sglang.request import add_chat_guidance
-from mmtok_sglang.selection import TokenSelector
+from mmtok_sglang.model import PrunedModel
+from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.settings import Settings
-from mmtok_sglang.stages import StageMetrics
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["Family"]
 
 
 class Family(ABC):
-    """A model family: where its placeholders stand, what its features are, how its positions run.
+    """A model family: its classes, where its placeholders stand, how wide its features are, what it cannot do.
 
-    The first three methods run in the tokenizer process on one request's images, the hooks of `model_hooks` in the
-    scheduler process.
+    Its methods run in the tokenizer process, on one request's images, and at the start of every process.
     """
 
-    architecture: ClassVar[str]
-    """The checkpoint's `architectures[0]`."""
-    model_impl: ClassVar[Literal["sglang", "transformers"]]
-    """Which of SGLang's implementations of the model is hooked."""
+    model_class: ClassVar[type[PrunedModel]]
+    """What SGLang makes the model of; it has the name of the checkpoint's `architectures[0]`."""
+    processor_class: ClassVar[type[PrunedProcessor]]
+    """What SGLang makes the multimodal processor of."""
     placeholder: ClassVar[str]
     """What stands for one image in a prompt's text."""
     placeholder_rule: ClassVar[PlaceholderRule]
     """What the processor takes for an image in a prompt's text."""
-    processor_hook: ClassVar[tuple[str, str]]
-    """Target and parameters of the processor's `process_mm_data_async`."""
+    keys_dtype: ClassVar[torch.dtype | None] = None
+    """The dtype of the features before the projector, where it is not the model's."""
+    max_pixels_on_cpu: ClassVar[int | None] = None
+    """The most pixels of an image on a CPU by default, where the encoder's memory bounds them."""
+
+    @property
+    def architecture(self) -> str:
+        """The checkpoint's `architectures[0]`."""
+        return self.model_class.__name__
 
     async def process(
         self, original: Callable[..., Awaitable[Any]], processor: Any, images: Any, *args: Any, **kwargs: Any
@@ -119,9 +112,6 @@ class Family(ABC):
         """
         return num_tokens
 
-    keys_dtype: ClassVar[torch.dtype | None] = None
-    """Of the features before the projector, where it is not the model's."""
-
     @abstractmethod
     def vision_width(self, config: Any) -> int:
         """Returns D, the width of a vision token."""
@@ -141,55 +131,3 @@ class Family(ABC):
     def selection_size(self, item: Any, num_tokens: int, num_kept: int, config: Any) -> tuple[int, int]:
         """Returns N and K of each selection that an image is made of."""
         return num_tokens, num_kept
-
-    @abstractmethod
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
-        """Returns the hooks on the family's model.
-
-        Args:
-            cache: Gives an image's features, encoded now or before.
-            selector: Picks tokens from them.
-            stages: Times calls of the vision encoder.
-        """
-
-    @classmethod
-    def hooks(cls, settings: Settings) -> list[Hook]:
-        """Returns every hook of a server of this family."""
-        family = cls()
-        target, parameters = cls.processor_hook
-        metrics = SelectionMetrics()
-        keys = CacheKeys(settings)
-        cache = FeatureCache(settings.feature_cache_mb << 20, metrics)
-        selector = TokenSelector(settings, metrics)
-        stages = StageMetrics()
-        cutter = PlaceholderCutter(settings, family)
-        return [
-            Hook(
-                "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
-                "self request raw_request",
-                add_chat_guidance if cutter.agent is None else refuse_chains(add_chat_guidance),
-            ),
-            Hook(target, parameters, naming(cutter.process_mm_data, settings)),
-            *_agent_hooks(cutter.agent),
-            *entry_point_hooks(),
-            Hook(
-                "managers.schedule_batch.MultimodalInputs.from_processor_output",
-                "obj requires_mm_token_modalities",
-                keys.from_processor_output,
-            ),
-            *Invalidation(keys, cache, selector).hooks(),
-            reserving(settings.feature_cache_mb << 20, metrics),
-            Hook("managers.scheduler.Scheduler.flush_cache", "self empty_cache", flushing(cache, selector)),
-            Hook("managers.scheduler.Scheduler.init_model_worker", "self", selector.init_model_worker),
-            account_hook(remembered_by(selector)),
-            *failures().hooks(),
-            *(failures().guarding(hook) for hook in stages.hooks()),
-            *(failures().guarding(hook) for hook in family.model_hooks(cache, selector, stages)),
-        ]
-
-
-def _agent_hooks(agent: Agent | None) -> list[Hook]:
-    if agent is None:
-        return []
-    target = "multimodal.processors.base_processor.BaseMultimodalProcessor.clear_preprocess_cache"
-    return [Hook(target, "self", agent.clearing)]

@@ -7,13 +7,15 @@ import copy
 import re
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
+
+from sglang.srt.model_loader.utils import _is_moe_model
 
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.images import decoded
 from mmtok_sglang.refusals import refusal
-from mmtok_sglang.transformers_backend import PROCESSOR_HOOK
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["Llava"]
@@ -25,10 +27,8 @@ _TOWERS = ("clip_vision_model", "siglip_vision_model")
 class Llava(Family):
     """A LLaVA on SGLang's Transformers backend."""
 
-    model_impl = "transformers"
     placeholder = "<image>"
     placeholder_rule = PlaceholderRule(re.compile("<image>"))
-    processor_hook = PROCESSOR_HOOK
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmtok-processor")
@@ -63,7 +63,12 @@ class Llava(Family):
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
     def obstacle(self, config: Any) -> str | None:
-        """Returns why a model of this architecture cannot be pruned: Pixtral's has tokens that end rows of patches."""
+        """Returns why a model of this architecture cannot be pruned.
+
+        Pixtral's has tokens that end rows of patches; SGLang makes a mixture of experts of another class.
+        """
+        if _is_moe_model(SimpleNamespace(hf_text_config=config.text_config), []):
+            return "its language model is a mixture of experts"
         tower = config.vision_config.model_type
         return None if tower in _TOWERS else f"its vision encoder is {tower}, not one of {', '.join(_TOWERS)}"
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,25 +11,34 @@ from torch.nn.functional import interpolate
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.methods.downsample import grid_within
 from mmtok_sglang.families.llava import Llava
-from mmtok_sglang.feature_cache import FeatureCache
-from mmtok_sglang.hooks import Hook
-from mmtok_sglang.selection import ImageTokens, TokenSelector, without_non_finite
-from mmtok_sglang.stages import StageMetrics
-from mmtok_sglang.transformers_backend import (
-    EncodedImage,
-    backend_hooks,
-    separate_images,
-)
+from mmtok_sglang.transformers_backend import TransformersModel, TransformersProcessor, separate_images
 
 __all__ = ["Llava15", "padding_mask"]
 
 _SIZES = "mmtok_image_sizes"
 
 
+class LlavaForConditionalGeneration(TransformersModel):
+    """The model: SGLang 0.5.23's own of this name does not load (models/llava.py, line 788)."""
+
+
+class LlavaProcessor(TransformersProcessor):
+    """The processor: where it pads images to squares, it keeps their sizes for `Llava15.excluded`."""
+
+    models: ClassVar[list[type]] = [LlavaForConditionalGeneration]
+
+    def _apply_hf_processor(self, text: str, images: Any = None, videos: Any = None) -> Any:
+        result = super()._apply_hf_processor(text, images, videos)
+        if images and getattr(self._processor.image_processor, "do_pad", False):
+            result["image_sizes"] = torch.tensor([(image.height, image.width) for image in images])
+        return result
+
+
 class Llava15(Llava):
     """A fixed number of tokens an image (576 at 336 pixels); kept tokens take its place, positions run on."""
 
-    architecture = "LlavaForConditionalGeneration"
+    model_class = LlavaForConditionalGeneration
+    processor_class = LlavaProcessor
 
     def separate_images(self, output: Any, processor: Any) -> None:
         """Splits the images by what the Hugging Face processor counts for each."""
@@ -74,30 +82,6 @@ class Llava15(Llava):
             item.model_specific_data["interpolate_pos_encoding"] = True
         return rows * columns
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
-        """Returns the hooks on the processor, which forgets the images' sizes, and on the backend."""
-
-        def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
-            squares = [
-                ImageTokens(
-                    *(image.names, image.plan, image.features.vision[0], image.features.keys[0]),
-                    image.plan.num_kept,
-                    None if image.features.attention is None else image.features.attention[0],
-                )
-                for image in images
-            ]
-            kept = selector.select(squares, model.model.get_input_embeddings())
-            return [without_non_finite(square.vision[indices]) for square, indices in zip(squares, kept, strict=True)]
-
-        return [
-            Hook(
-                "multimodal.processors.transformers_auto.TransformersAutoMultimodalProcessor._apply_hf_processor",
-                "self text images videos",
-                _keep_image_sizes,
-            ),
-            *backend_hooks(cache, select, stages),
-        ]
-
 
 def padding_mask(height: int, width: int, side: int, patches: int) -> Tensor:
     """Returns [patches * patches] bool: the patches of a padded square that hold no pixel of the image.
@@ -120,13 +104,3 @@ def _padded_lines(length: int, longest: int, side: int, patch: int, patches: int
     before = padding // 2
     line = torch.arange(patches)
     return (line < before // patch) | (line >= patches - (padding - before) // patch)
-
-
-def _keep_image_sizes(
-    original: Callable[..., Any], processor: Any, text: Any, images: Any = None, videos: Any = None
-) -> Any:
-    """Runs the Hugging Face processor; where it pads to a square, keeps the images' sizes for `excluded`."""
-    result = original(processor, text=text, images=images, videos=videos)
-    if images and getattr(processor._processor.image_processor, "do_pad", False):
-        result["image_sizes"] = torch.tensor([(image.height, image.width) for image in images])
-    return result

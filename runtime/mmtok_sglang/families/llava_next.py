@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,17 +13,29 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families.llava import Llava
-from mmtok_sglang.feature_cache import FeatureCache
-from mmtok_sglang.hooks import Hook
-from mmtok_sglang.selection import ImageTokens, TokenSelector, without_non_finite
-from mmtok_sglang.stages import StageMetrics
-from mmtok_sglang.transformers_backend import (
-    EncodedImage,
-    backend_hooks,
-    separate_images,
-)
+from mmtok_sglang.model import EncodedImage
+from mmtok_sglang.transformers_backend import TransformersModel, TransformersProcessor, separate_images
 
 __all__ = ["LlavaNext", "tokens_per_tile"]
+
+
+class LlavaNextForConditionalGeneration(TransformersModel):
+    """The model: SGLang has none of its own."""
+
+    def join(self, image: EncodedImage, kept: Sequence[Tensor]) -> Tensor:
+        """Returns the kept tokens [K, D]: the base tile's first, then the crops' in raster order of their grid."""
+        vision = image.features.vision
+        grid = get_anyres_image_grid_shape(
+            image.item.image_sizes[0], self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        )
+        crops = _raster_order(torch.stack(list(kept[1:])), grid, math.isqrt(vision.shape[1]))
+        return torch.cat([vision[0][kept[0]], vision[1:].flatten(0, 1)[crops]])
+
+
+class LlavaNextProcessor(TransformersProcessor):
+    """The processor."""
+
+    models: ClassVar[list[type]] = [LlavaNextForConditionalGeneration]
 
 
 class LlavaNext(Llava):
@@ -32,7 +44,8 @@ class LlavaNext(Llava):
     The base tile's tokens come first, then the crops' in raster order of the grid they form, and positions run on.
     """
 
-    architecture = "LlavaNextForConditionalGeneration"
+    model_class = LlavaNextForConditionalGeneration
+    processor_class = LlavaNextProcessor
 
     def separate_images(self, output: Any, processor: Any) -> None:
         """Splits the images by what the Hugging Face processor counts for their sizes."""
@@ -63,36 +76,6 @@ class LlavaNext(Llava):
         if method == "downsample":
             return "its image is cut into tiles of one size, however small it is"
         return super().obstacle_to(method, config)
-
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
-        """Returns the hooks on the backend."""
-
-        def select(model: Any, images: Sequence[EncodedImage]) -> list[Tensor]:
-            tiles = [tile for image in images for tile in _tiles(image)]
-            kept = iter(selector.select(tiles, model.model.get_input_embeddings()))
-            return [_join(image, [next(kept) for _ in image.features.vision], model.config) for image in images]
-
-        return backend_hooks(cache, select, stages)
-
-
-def _tiles(image: EncodedImage) -> list[ImageTokens]:
-    features = image.features
-    num_kept = image.plan.num_kept // len(features.vision)
-    attention = [None] * len(features.vision) if features.attention is None else features.attention
-    return [
-        ImageTokens(image.names, image.plan, vision, keys, num_kept, paid, tile)
-        for tile, (vision, keys, paid) in enumerate(zip(features.vision, features.keys, attention, strict=True))
-    ]
-
-
-def _join(image: EncodedImage, kept: Sequence[Tensor], config: Any) -> Tensor:
-    """Returns the kept tokens [K, D] of an image from the kept indices of its tiles, the base tile's first."""
-    vision = image.features.vision
-    grid = get_anyres_image_grid_shape(
-        image.item.image_sizes[0], config.image_grid_pinpoints, config.vision_config.image_size
-    )
-    crops = _raster_order(torch.stack(list(kept[1:])), grid, math.isqrt(vision.shape[1]))
-    return without_non_finite(torch.cat([vision[0][kept[0]], vision[1:].flatten(0, 1)[crops]]))
 
 
 def tokens_per_tile(budget: Budget, tile_tokens: int, num_tiles: int, max_tiles: int) -> int:

@@ -4,54 +4,75 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
+from sglang.srt.models import qwen2_5_vl
+from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
-from mmtok_sglang.cache_key import keys_of
-from mmtok_sglang.failures import failures
 from mmtok_sglang.families.base import Family
-from mmtok_sglang.feature_cache import FeatureCache, Features
-from mmtok_sglang.hooks import Hook
-from mmtok_sglang.placeholders import plan_of
-from mmtok_sglang.positions import PositionWriter, bound_by_positions
+from mmtok_sglang.feature_cache import Features
+from mmtok_sglang.model import PrunedModel
+from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.refusals import refusal
-from mmtok_sglang.selection import ImageTokens, TokenSelector, without_non_finite
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.smaller_images import ProcessorSizes
-from mmtok_sglang.stages import StageMetrics
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["Qwen25VL"]
 
-# Of an image of 2048 x 2048 pixels, the largest that a CPU's server takes by default.
-_MAX_PATCHES = (2048 // 14) ** 2
+_MAX_PIXELS_ON_CPU = 2048 * 2048
+_MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
 
-_MODEL = "models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration"
+
+class Qwen2_5_VLForConditionalGeneration(PrunedModel, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+    """The model."""
+
+    def encode(self, items: Sequence[Any]) -> Tensor:
+        """Returns the tokens of images; on a CPU by as many images at a time as it has memory for."""
+        parts = _parts(items) if next(self.parameters()).device.type == "cpu" else [items]
+        features = [super(Qwen2_5_VLForConditionalGeneration, self).encode(part) for part in parts]
+        return features[0] if len(features) == 1 else torch.cat(features)
+
+    def features_of(self, items: Sequence[Any]) -> list[Features]:
+        """Returns the merger's output as `vision`, and means over what goes into it as `keys`."""
+        before_merger: list[Tensor] = []
+        hook = self.visual.merger.register_forward_pre_hook(lambda _, inputs: before_merger.append(inputs[0]))
+        try:
+            vision = self.encode(items)
+        finally:
+            hook.remove()
+        keys = _raster_keys(self.visual, torch.cat(before_merger), torch.cat([item.image_grid_thw for item in items]))
+        counts = [int(item.image_grid_thw.prod(-1).sum()) // self.visual.spatial_merge_unit for item in items]
+        return [
+            Features(*each) for each in zip(vision[None].split(counts, 1), keys[None].split(counts, 1), strict=True)
+        ]
+
+
+class Qwen2_5_VLProcessor(PrunedProcessor, QwenVLImageProcessor):  # noqa: N801
+    """The processor."""
+
+    models: ClassVar[list[type]] = [Qwen2_5_VLForConditionalGeneration]
 
 
 class Qwen25VL(Family):
     """Any number of tokens an image; kept tokens keep their original (t, h, w) positions."""
 
-    architecture = "Qwen2_5_VLForConditionalGeneration"
-    model_impl = "sglang"
+    model_class = Qwen2_5_VLForConditionalGeneration
+    processor_class = Qwen2_5_VLProcessor
     placeholder = "<|image_pad|>"
     # The one of SGLang's processor, whose `<image>` is for prompts of /generate.
     placeholder_rule = PlaceholderRule(
         re.compile(r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<image>"),
         ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
     )
-    processor_hook = (
-        "multimodal.processors.qwen_vl.QwenVLImageProcessor.process_mm_data_async",
-        "self image_data input_text request_obj *args **kwargs",
-    )
-
     keys_dtype = torch.float32  # means over 2x2 merge groups
+    # SGLang's attention on a CPU holds a matrix of all patches by all patches: 22 GB for 3584 x 3584 pixels.
+    max_pixels_on_cpu = _MAX_PIXELS_ON_CPU
 
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns what the budget keeps of the image.
@@ -96,41 +117,6 @@ class Qwen25VL(Family):
         sizes = ProcessorSizes.of(processor)
         return [await asyncio.to_thread(sizes.shrink, image, budget, settings.min_tokens_in) for image in images or ()]
 
-    def model_hooks(self, cache: FeatureCache, selector: TokenSelector, stages: StageMetrics) -> list[Hook]:
-        """Returns the hooks on encoder, position writing and pipeline hand-over."""
-        positions = PositionWriter(selector, failures())
-
-        def get_image_feature(original: Callable[..., Tensor], model: Any, items: list[Any]) -> Any:
-            parts = list(_parts(items)) if next(model.parameters()).device.type == "cpu" else [items]
-            if len(parts) > 1:
-                features = [get_image_feature(original, model, part) for part in parts]
-                return [
-                    each
-                    for part, found in zip(parts, features, strict=True)
-                    for each in (found if isinstance(found, list) else found.split([_num_rows(item) for item in part]))
-                ]
-            encode = partial(stages.encode, original)
-            if not any(plan_of(item) for item in items):
-                return encode(model, items)
-            features = cache.recall(items, lambda missing: _encode(encode, model, missing))
-            return _select(selector, model, items, features)
-
-        return [
-            Hook(f"{_MODEL}.get_image_feature", "self items", get_image_feature),
-            Hook("managers.scheduler.Scheduler.init_req_max_new_tokens", "self req", bound_by_positions),
-            Hook(
-                "managers.mm_utils.prepare_mm_inputs",
-                "input_ids forward_batch language_model kwargs multimodal_model data_embedding_funcs "
-                "placeholder_tokens use_deepstack feature_dtypes",
-                positions.prepare_mm_inputs,
-            ),
-            Hook(
-                f"{_MODEL}.forward",
-                "self input_ids positions forward_batch input_embeds get_embedding pp_proxy_tensors",
-                positions.forward,
-            ),
-        ]
-
 
 def _parts(items: Sequence[Any]) -> Iterator[list[Any]]:
     """Gives the images that the encoder takes at a time on a CPU, where its attention is of all patches by all."""
@@ -144,37 +130,6 @@ def _parts(items: Sequence[Any]) -> Iterator[list[Any]]:
         part.append(item)
         num_patches += more
     yield part
-
-
-def _num_rows(item: Any) -> int:
-    return sum(end - start + 1 for start, end in item.offsets)
-
-
-def _encode(encode: Callable[..., Tensor], model: Any, items: list[Any]) -> list[Features]:
-    """Returns the features of each image, pruned or not, from one call of the encoder."""
-    before_merger: list[Tensor] = []
-    hook = model.visual.merger.register_forward_pre_hook(lambda _, inputs: before_merger.append(inputs[0]))
-    try:
-        vision = encode(model, items)
-    finally:
-        hook.remove()
-    keys = _raster_keys(model.visual, before_merger[0], torch.cat([item.image_grid_thw for item in items]))
-    counts = [int(item.image_grid_thw.prod(-1).sum()) // model.visual.spatial_merge_unit for item in items]
-    return [Features(*each) for each in zip(vision.split(counts), keys.split(counts), strict=True)]
-
-
-def _select(selector: TokenSelector, model: Any, items: Sequence[Any], features: Sequence[Features]) -> list[Tensor]:
-    """Returns the kept tokens of each image, all tokens of one without a plan."""
-    images = {
-        place: ImageTokens(names, plan, each.vision, each.keys, plan.num_kept)
-        for place, (item, each) in enumerate(zip(items, features, strict=True))
-        if (plan := plan_of(item)) is not None and (names := keys_of(item)) is not None
-    }
-    kept = dict(zip(images, selector.select(list(images.values()), model.get_input_embeddings()), strict=True))
-    return [
-        without_non_finite(each.vision[kept[place]]) if place in kept else each.vision
-        for place, each in enumerate(features)
-    ]
 
 
 def _raster_keys(visual: Any, before_merger: Tensor, grids: Tensor) -> Tensor:

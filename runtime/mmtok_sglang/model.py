@@ -1,0 +1,185 @@
+"""What a model family's model class adds to SGLang's: an image's features are its kept tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.model_loader.utils import resolve_language_model
+from torch import Tensor, nn
+
+from mmtok_sglang.cache_key import ImageKeys, check_embeddings, has_images, keys_of
+from mmtok_sglang.feature_cache import Features
+from mmtok_sglang.placeholders import ImagePlan, plan_of
+from mmtok_sglang.positions import receive_positions, send_positions
+from mmtok_sglang.selection import ImageTokens, without_non_finite
+from mmtok_sglang.server import current
+
+__all__ = ["EncodedImage", "PrunedModel"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImage:
+    """A pruned image after the encoder.
+
+    Args:
+        item: SGLang's.
+        plan: How it is pruned.
+        features: Of each of its tiles; an image in one piece is one tile.
+    """
+
+    item: Any
+    plan: ImagePlan
+    features: Features
+
+    @property
+    def names(self) -> ImageKeys:
+        """The image's keys."""
+        keys = keys_of(self.item)
+        assert keys is not None
+        return keys
+
+    def tiles(self) -> list[ImageTokens]:
+        """Returns what is selected from: each tile by itself, and as many tokens of each."""
+        vision, keys, attention = self.features.vision, self.features.keys, self.features.attention
+        num_kept = self.plan.num_kept // len(vision)
+        paid = [None] * len(vision) if attention is None else attention
+        return [
+            ImageTokens(self.names, self.plan, *each, tile)
+            for tile, each in enumerate(zip(vision, keys, [num_kept] * len(vision), paid, strict=True))
+        ]
+
+
+# To a type checker a model of SGLang's, whose methods this class calls and replaces.
+_Base: Any = nn.Module if TYPE_CHECKING else object
+
+
+class PrunedModel(_Base):
+    """Goes before SGLang's class of a model among the bases of a family's own.
+
+    A family's class has SGLang's name of it, and gives what an image is selected by: `features_of`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The one place between the embedding of a batch's images, which selects, and the language model, whichever
+        # way SGLang runs the two. A CUDA graph of the language model alone is replayed behind it.
+        resolve_language_model(self).register_forward_pre_hook(lambda *_: self._start_language_model())
+        self._forward_batch: Any = None
+        self._spans: list[Any] = []
+
+    def features_of(self, items: Sequence[Any]) -> list[Features]:
+        """Returns the features of pruned images, from one call of `encode` or from several.
+
+        Args:
+            items: SGLang's items, each with a plan.
+        """
+        raise NotImplementedError
+
+    def encode(self, items: Sequence[Any]) -> Tensor:
+        """Returns SGLang's features of images, unpruned, one after another: [tokens, D]. Times the vision encoder."""
+        features: Tensor = current().stages.encode(
+            lambda _, items: super(PrunedModel, self).get_image_feature(items), self, list(items)
+        )
+        return features
+
+    def join(self, image: EncodedImage, kept: Sequence[Tensor]) -> Tensor:
+        """Returns the kept tokens [K, D] of an image as the language model reads them.
+
+        Args:
+            image: The image.
+            kept: [k] int64 kept tokens of each of its tiles.
+        """
+        return image.features.vision[0][kept[0]]
+
+    def get_image_feature(self, items: list[Any]) -> Any:
+        """Returns the tokens of each image, kept ones where it is pruned: SGLang puts them in the placeholders' place.
+
+        An image for which that fails has zeros, and its requests end.
+        """
+        return current().failures.guard_features(self._image_tokens, items, self._zeros)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: Any,
+        input_embeds: Any = None,
+        get_embedding: bool = False,
+        pp_proxy_tensors: Any = None,
+    ) -> Any:
+        """Runs the model as SGLang's class does; a prefill with images that fails is run once more without them.
+
+        Each pipeline stage hands the positions of kept tokens to the next: only the first encodes and selects.
+        """
+        rest = {"input_embeds": input_embeds, "get_embedding": get_embedding, "pp_proxy_tensors": pp_proxy_tensors}
+        run = partial(super().forward, positions=positions, forward_batch=forward_batch, **rest)
+        if not forward_batch.forward_mode.is_extend():
+            return run(input_ids)
+        server, device = current(), next(self.parameters()).device
+        receive_positions(forward_batch, pp_proxy_tensors)
+        output = server.failures.guard_forward(
+            lambda ids: server.stages.forward(partial(self._prefill, run, ids, forward_batch), forward_batch, device),
+            input_ids,
+            forward_batch,
+            self.config.get_text_config().vocab_size,
+        )
+        if forward_batch.mrope_positions is not None and not self.pp_group.is_last_rank:
+            send_positions(forward_batch, output)
+        return output
+
+    def _prefill(self, run: Any, input_ids: Tensor, forward_batch: Any) -> Any:
+        self._forward_batch, self._spans = forward_batch, []
+        if self.pp_group.is_first_rank and has_images(forward_batch):
+            check_embeddings(forward_batch)
+            if forward_batch.mrope_positions is not None:
+                self._spans = current().positions.spans(forward_batch)
+        try:
+            return run(input_ids)
+        finally:
+            self._forward_batch, self._spans = None, []
+
+    def _start_language_model(self) -> None:
+        if self._forward_batch is None:
+            return
+        server, positions = current(), self._forward_batch.mrope_positions
+        if self._spans:
+            server.positions.write(self._spans, positions)
+        server.stages.start_language_model(next(self.parameters()).device)
+
+    def _image_tokens(self, items: Sequence[Any]) -> Any:
+        """Returns the tokens of each image; of images without a plan alone, all of them as one tensor."""
+        plans = {place: plan for place, item in enumerate(items) if (plan := plan_of(item)) is not None}
+        if not plans:
+            return self.encode(items)
+        server = current()
+        features = server.cache.recall([items[place] for place in plans], self.features_of)
+        images = [
+            EncodedImage(items[place], plan, each) for (place, plan), each in zip(plans.items(), features, strict=True)
+        ]
+        tiles = [tile for image in images for tile in image.tiles()]
+        kept = iter(server.selector.select(tiles, self.get_input_embeddings()))
+        tokens = {
+            place: without_non_finite(self.join(image, [next(kept) for _ in image.features.vision]))
+            for place, image in zip(plans, images, strict=True)
+        }
+        whole = [item for place, item in enumerate(items) if place not in plans]
+        if whole:
+            rows = iter(self.encode(whole).split([_num_placeholders(item) for item in whole]))
+        return [tokens[place] if place in tokens else next(rows) for place in range(len(items))]
+
+    def _zeros(self, item: Any, num_rows: int) -> Tensor:
+        weight: Tensor = self.get_input_embeddings().weight
+        return torch.zeros(num_rows, self.feature_width(weight.shape[1]), dtype=weight.dtype, device=weight.device)
+
+    def feature_width(self, hidden_size: int) -> int:
+        """Returns the width of what `encode` returns: more than `hidden_size` where deeper layers get features, too."""
+        return hidden_size
+
+
+def _num_placeholders(item: Any) -> int:
+    return sum(end - start + 1 for start, end in item.offsets)

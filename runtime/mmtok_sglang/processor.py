@@ -1,0 +1,40 @@
+"""What a model family's processor class adds to SGLang's: images lose the placeholders that are not kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+
+from mmtok_sglang.server import current
+
+__all__ = ["PrunedProcessor"]
+
+# To a type checker a processor of SGLang's, whose methods this class calls and replaces.
+_Base: Any = BaseMultimodalProcessor if TYPE_CHECKING else object
+
+
+class PrunedProcessor(_Base):
+    """Goes before SGLang's class of a processor among the bases of a family's own."""
+
+    async def process_mm_data_async(self, image_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns SGLang's processed request with each pruned image's placeholders cut from N to K.
+
+        That is before the context's length is checked.
+
+        Raises:
+            ValueError: A bad budget, or an input that cannot be pruned (HTTP 400).
+        """
+
+        async def original(processor: Any, *args: Any, **kwargs: Any) -> Any:
+            # A family may have a copy of the processor work.
+            return await super(PrunedProcessor, processor).process_mm_data_async(*args, **kwargs)  # noqa: UP008
+
+        return await current().process(original, self, image_data, *args, **kwargs)
+
+    def clear_preprocess_cache(self) -> None:
+        """Forgets what was made of images in this process, answers of the agent included."""
+        super().clear_preprocess_cache()
+        agent = current().cutter.agent
+        if agent is not None:
+            agent.clear()
