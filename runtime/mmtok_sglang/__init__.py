@@ -1,13 +1,16 @@
 """The SGLang plugin: what happens to a request between HTTP and the language model.
 
-1. `server_args` adds the flags; a server started with `--mmtok-budget` installs the `hooks`, all of them or none.
+1. `server_args` adds the flags; a server started with `--mmtok-budget` registers the classes of its model's family with
+   SGLang and installs the `hooks`, all of it or nothing (`install`). `server` holds what a process needs, one of each.
 2. `request` reads what a request asks for: its budget, and the text that guides the selection of each image, which an
    `agent` may add to.
    `limits` and `typed_placeholders` refuse what costs too much or would go wrong; `images` loads the images in threads.
-3. `placeholders` cuts an image's N placeholder tokens to K in the tokenizer process and leaves a plan on the image.
+3. `processor`, over SGLang's class, has `placeholders` cut an image's N placeholder tokens to K in the tokenizer
+   process and leave a plan on the image.
 4. `cache_key` makes the keys of all caches from everything that their values depend on; `invalidation` moves them on
    when weights change, or a selection was not made.
-5. `feature_cache` gives the image's features in the scheduler process, from the vision encoder or from before.
+5. `model`, over SGLang's class, returns an image's kept tokens as its features, in the scheduler process;
+   `feature_cache` has what they are chosen from, from the vision encoder or from before.
 6. `selection` picks the K tokens, for all images of a prefill batch at once; `metrics` counts what it did.
 7. `positions` gives the kept tokens their own M-RoPE positions back.
 8. `account` says in the answer what was done with each image.

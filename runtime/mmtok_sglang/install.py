@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,12 @@ def install(hooks: Sequence[Hook], model_class: type, processor_class: type) -> 
         processor_class: What it makes the multimodal processor of.
 
     Raises:
-        HookError: As `install_hooks`; or the user registers a class for this architecture, too.
+        HookError: As `install_hooks`; or the classes' methods do not fit those of SGLang that they override; or the
+            user registers a class for this architecture, too.
     """
+    problems = [*_override_problems(model_class), *_override_problems(processor_class)]
+    if problems:
+        raise HookError("MMTok's classes do not fit this SGLang, so nothing would be pruned: " + "; ".join(problems))
     _check_classes(model_class.__name__)
     install_hooks(hooks)
     _register_classes(model_class, processor_class)
@@ -168,6 +172,27 @@ def _register_classes(model_class: type, processor_class: type) -> None:
     first = {model_class: processor_class, **mapping}
     mapping.clear()
     mapping.update(first)
+
+
+def _override_problems(subclass: type) -> Iterator[str]:
+    """Gives what is wrong with the methods that a class marks as overrides of SGLang's."""
+    for ours in subclass.__mro__:
+        for name, function in vars(ours).items():
+            if not getattr(function, "__override__", False):
+                continue
+            bases = (vars(base) for base in subclass.__mro__ if _is_sglangs(base))
+            theirs = next((methods[name] for methods in bases if name in methods), None)
+            if theirs is None:
+                yield f"{subclass.__name__}.{name} overrides nothing"
+                continue
+            parameters = inspect.signature(theirs).parameters.values()
+            names = [each.name for each in parameters if each.kind not in _STARS]
+            try:
+                inspect.signature(function).bind(**dict.fromkeys(names))
+            except TypeError as error:
+                yield f"{subclass.__name__}.{name} overrides one that takes ({' '.join(names)}): {error}"
+            if inspect.iscoroutinefunction(function) != inspect.iscoroutinefunction(theirs):
+                yield f"{subclass.__name__}.{name} and what it overrides are not both coroutine functions"
 
 
 def _is_sglangs(each: type) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.model_loader.utils import resolve_language_model
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mmtok_sglang.cache_key import ImageKeys, check_embeddings, has_images, keys_of
 from mmtok_sglang.feature_cache import Features
@@ -95,6 +96,7 @@ class PrunedModel(_Base):
         """
         return image.features.vision[0][kept[0]]
 
+    @override
     def get_image_feature(self, items: list[Any]) -> Any:
         """Returns the tokens of each image, kept ones where it is pruned: SGLang puts them in the placeholders' place.
 
@@ -102,6 +104,7 @@ class PrunedModel(_Base):
         """
         return current().failures.guard_features(self._image_tokens, items, self._zeros)
 
+    @override
     @torch.no_grad()
     def forward(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+from typing_extensions import override
 
 from mmtok_sglang.server import current
 
@@ -17,6 +18,7 @@ _Base: Any = BaseMultimodalProcessor if TYPE_CHECKING else object
 class PrunedProcessor(_Base):
     """Goes before SGLang's class of a processor among the bases of a family's own."""
 
+    @override
     async def process_mm_data_async(self, image_data: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns SGLang's processed request with each pruned image's placeholders cut from N to K.
 
@@ -32,6 +34,7 @@ class PrunedProcessor(_Base):
 
         return await current().process(original, self, image_data, *args, **kwargs)
 
+    @override
     def clear_preprocess_cache(self) -> None:
         """Forgets what was made of images in this process, answers of the agent included."""
         super().clear_preprocess_cache()

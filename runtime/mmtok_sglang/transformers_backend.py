@@ -19,6 +19,7 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem
 from sglang.srt.models.transformers import EmbeddingMixin, TransformersMultiModalForCausalLM
 from sglang.srt.multimodal.processors.transformers_auto import TransformersAutoMultimodalProcessor
 from torch import Tensor
+from typing_extensions import override
 
 from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_sglang.feature_cache import Features
@@ -46,6 +47,7 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
     SGLang has a class of its own for embedding requests (--is-embedding); this one answers them, too.
     """
 
+    @override
     def pad_input_ids(self, input_ids: array[int], mm_inputs: Any) -> array[int]:
         """Returns the ids with each image's own value for its placeholders, by which the embedding path finds it."""
         padded: array[int] = mm_utils.pad_mm_tokens(input_ids, mm_inputs)
@@ -94,6 +96,7 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
             self._encode(item)
         return class_token_attention(queries[0][1], keys[0][1], attention.num_heads)
 
+    @override
     def _forward_hidden_states(
         self, input_ids: Tensor | None, positions: Tensor, forward_batch: Any, input_embeds: Tensor | None = None
     ) -> Tensor:

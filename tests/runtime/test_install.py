@@ -16,6 +16,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.multimodal_processor import PROCESSOR_MAPPING, import_processors
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from typing_extensions import override
 
 from mmtok_sglang import install as installing
 from mmtok_sglang.families import FAMILIES
@@ -228,3 +229,61 @@ def test_a_users_processor_of_the_same_architecture_alone_is_refused(
         import_processors(package, overwrite=True)
     assert processor_of(model).__name__ == "MyProcessor"
     assert processor_of(family.architecture) is family.processor_class
+
+
+class Theirs:
+    """Stands in for a class of SGLang's."""
+
+    def encode(self, items: Any, *, dtype: Any = None) -> Any: ...
+
+    async def process(self, text: Any) -> Any: ...
+
+
+Theirs.__module__ = "sglang.srt.stand_in"
+
+
+def overriding(name: str, function: Callable[..., Any]) -> type:
+    return type("Ours", (Theirs,), {"__module__": "ours", name: override(function)})
+
+
+async def coroutine(self: Any, text: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "problem"),
+    [
+        ("encode", lambda self, items, dtype=None: None, None),
+        ("encode", lambda self, *args, **kwargs: None, None),
+        ("process", coroutine, None),
+        ("encode", lambda self, items: None, r"Ours.encode overrides one that takes \(self items dtype\): .*dtype"),
+        ("encode", lambda self, items, dtype, more: None, "Ours.encode overrides one .*missing.* 'more'"),
+        ("decode", lambda self: None, "Ours.decode overrides nothing"),
+        ("process", lambda self, text: None, "Ours.process and what it overrides are not both coroutine functions"),
+    ],
+)
+@pytest.mark.usefixtures("registries")
+def test_methods_that_do_not_fit_sglangs_are_found_before_anything_is_installed(
+    upstream: ModuleType, name: str, function: Callable[..., Any], problem: str | None
+) -> None:
+    ours = overriding(name, function)
+    if problem is None:
+        install(GOOD, ours, type("Processor", (), {}))
+        assert ModelRegistry.models["Ours"] is ours
+        return
+    with pytest.raises(HookError, match=problem):
+        install(GOOD, ours, type("Processor", (), {}))
+    assert results(upstream) == (10, 6, 5)
+    assert "Ours" not in ModelRegistry.models
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_says_what_it_overrides(name: str) -> None:
+    """What is not marked would not be looked at when SGLang changes."""
+    for ours in (FAMILIES[name].model_class, FAMILIES[name].processor_class):
+        for base in ours.__mro__:
+            if not base.__module__.startswith("mmtok_sglang"):
+                continue
+            for method, function in vars(base).items():
+                is_sglangs = any(method in vars(each) for each in ours.__mro__ if each.__module__.startswith("sglang"))
+                if is_sglangs and callable(function) and not method.startswith("__"):
+                    assert getattr(function, "__override__", False), f"{base.__name__}.{method}"

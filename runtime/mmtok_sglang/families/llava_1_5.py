@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from typing_extensions import override
 
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.methods.downsample import grid_within
@@ -27,6 +28,7 @@ class LlavaProcessor(TransformersProcessor):
 
     models: ClassVar[list[type]] = [LlavaForConditionalGeneration]
 
+    @override
     def _apply_hf_processor(self, text: str, images: Any = None, videos: Any = None) -> Any:
         result = super()._apply_hf_processor(text, images, videos)
         if images and getattr(self._processor.image_processor, "do_pad", False):
