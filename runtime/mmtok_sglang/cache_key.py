@@ -234,7 +234,7 @@ class CacheKeys:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._constants = digest(settings.config, settings.backend, str(settings.engine), settings.provider)
+        self._constants = digest(settings.config, settings.backend, str(settings.engine), settings.onnxruntime_provider)
         self._version = 0
         self._moved: dict[bytes, int] = {}
         self._num_emptied = 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from mmtok_sglang.flags import Help
 from mmtok_sglang.refusals import refusal
 
 __all__ = ["Limits", "default_limits"]
@@ -36,10 +38,25 @@ class Limits:
         ValueError: A limit that would refuse everything.
     """
 
-    max_image_pixels: int = 64_000_000
-    max_aspect_ratio: float = 200.0
-    max_guidance_tokens: int = 16_384
-    max_selection_cost: float = 1e13
+    max_image_pixels: Annotated[
+        int,
+        Help("""an image of more pixels is refused (HTTP 400) before it is decoded; all images of a request may have
+        eight times as many. Default: 64,000,000; 4,194,304 for Qwen2.5-VL on a CPU, where the encoder's attention takes
+        memory by the square of the pixels."""),
+    ] = 64_000_000
+    max_aspect_ratio: Annotated[
+        float, Help("an image is refused whose longer side is more than this many shorter ones. Default: 200.")
+    ] = 200.0
+    max_guidance_tokens: Annotated[
+        int,
+        Help("""an image is refused whose selection is guided by more tokens of text; a request may bring four times as
+        many for all its images. Default: 16384."""),
+    ] = 16_384
+    max_selection_cost: Annotated[
+        float,
+        Help("""a request is refused whose selections compute more gains: kept tokens x tokens x (guidance tokens +
+        tokens), summed over its images. Default: 1e13, 2e11 on a CPU."""),
+    ] = 1e13
 
     def __post_init__(self) -> None:
         for name in ("max_image_pixels", "max_guidance_tokens", "max_aspect_ratio", "max_selection_cost"):

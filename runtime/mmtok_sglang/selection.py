@@ -134,7 +134,14 @@ class TokenSelector:
         """
         settings = self._settings
         self._executor = make_executor(
-            *(settings.backend, device, settings.config, settings.engine, settings.provider, settings.engine_sha256)
+            *(
+                settings.backend,
+                device,
+                settings.config,
+                settings.engine,
+                settings.onnxruntime_provider,
+                settings.engine_sha256,
+            )
         )
         if isinstance(self._executor, EngineExecutor):
             self._executor.check()

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Optional
 
+import msgspec
 import sglang.srt.server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from sglang.srt.arg_groups.overrides import declare_resolution
 
 from mmtok_deploy.budget import Budget
-from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.limits import Limits, default_limits
-from mmtok_sglang.settings import (
-    DEFAULT_AGENT_MODEL,
-    DEFAULT_AGENT_TIMEOUT_MS,
-    DEFAULT_FEATURE_CACHE_MB,
-    Settings,
-)
+from mmtok_sglang.settings import FLAGS, Settings
 from mmtok_sglang.start_errors import (
     FlagError,
     end_start,
@@ -34,184 +27,28 @@ from mmtok_sglang.start_errors import (
 __all__ = ["MMTokServerArgs"]
 
 
-def _budget_text(value: str) -> str:
-    try:
-        return str(Budget.parse(value))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 # SGLang's own: its module's ServerArgs becomes the class below.
 _add_cli_args = sglang.srt.server_args.ServerArgs.add_cli_args
 
+_WithFlags: Any = msgspec.defstruct(
+    "_WithFlags",
+    [(f"mmtok_{each.name}", A[Optional[each.type], Arg(help=each.help), NS("mm")], None) for each in FLAGS],  # noqa: UP045
+    bases=(sglang.srt.server_args.ServerArgs,),
+    module=__name__,
+    dict=True,
+)
 
-class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ignore[call-arg]
+
+class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
     """SGLang's ServerArgs with the flags of the selection; they reach every process of a server by pickling.
 
-    A process in which arguments with a budget are resolved installs the hooks, all of them or none, and every process
-    of a server resolves them before it does anything else: none of a pruning server can run unhooked, and none of
+    A process in which arguments with a budget are resolved installs the plugin, all of it or nothing, and every process
+    of a server resolves them before it does anything else: none of a pruning server can run without it, and none of
     another server is touched. (sglang 0.5.23 srt/runtime_context.py `publish`, which `TokenizerManager` insists on and
     `run_scheduler_process` begins with, calls `resolve_once`.)
 
     Replaces: sglang 0.5.23 srt/server_args.py ServerArgs. Can go when SGLang lets plugins declare flags.
     """
-
-    mmtok_budget: A[
-        str | None,
-        Arg(
-            help="MMTok: vision tokens that an image keeps: a count (64), a share (10%% or 0.1), or all. A request "
-            'overrides it with mm_processor_kwargs={"mmtok_budget": ...}. Unset: the plugin is off.',
-            type_parser=_budget_text,
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_min_tokens: A[
-        int | None, Arg(help="MMTok: never keep fewer tokens of an image than this. Default: 1."), NS("mm")
-    ] = None
-    mmtok_min_tokens_in: A[
-        int | None,
-        Arg(
-            help="MMTok: leave an image unpruned that takes fewer tokens than this in an unpruned prompt, where "
-            "pruning would cost more time than it saves. Default: 0, every image is pruned."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_tv_temp: A[
-        float | None,
-        Arg(help="MMTok: temperature of the text-to-vision softmax. Default: the model family's preset."),
-        NS("mm"),
-    ] = None
-    mmtok_vv_temp: A[
-        float | None,
-        Arg(help="MMTok: temperature of the vision-to-vision softmax. Default: the model family's preset."),
-        NS("mm"),
-    ] = None
-    mmtok_alpha: A[
-        float | None,
-        Arg(help="MMTok: weight of covering the image against covering the text. Default: the family's preset."),
-        NS("mm"),
-    ] = None
-    mmtok_coverage: A[
-        Literal["multimodal", "text", "vision"] | None,
-        Arg(help="MMTok: what the kept tokens cover. Default: multimodal, the text and the image."),
-        NS("mm"),
-    ] = None
-    mmtok_guidance: A[
-        Literal["keywords", "question"] | None,
-        Arg(
-            help="MMTok: which words of a question guide the selection: all of them (question), or those that are not "
-            "in a list of English stop words (keywords). Default: the model family's preset."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_method: A[
-        Literal["mmtok", "text-coverage", "vision-coverage", "divprune", "visionzip", "random", "even", "downsample"]
-        | None,
-        Arg(
-            help="MMTok: what chooses the tokens, for comparisons. A request overrides it with "
-            'mm_processor_kwargs={"mmtok_method": ...}. One that the model cannot run is an error at start. '
-            "Default: mmtok."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_seed: A[
-        int | None,
-        Arg(help="MMTok: seed of --mmtok-method random; a request overrides it with mmtok_seed. Default: 0."),
-        NS("mm"),
-    ] = None
-    mmtok_agent_url: A[
-        str | None,
-        Arg(
-            help="MMTok: OpenAI-compatible endpoint (http://host:port/v1) of a small vision-language model that "
-            "answers first; its answer joins the text that guides the selection. Unset: the question alone guides."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_agent_model: A[
-        str | None, Arg(help="MMTok: the agent's name at its endpoint. Default: default."), NS("mm")
-    ] = None
-    mmtok_agent_timeout_ms: A[
-        int | None,
-        Arg(
-            help="MMTok: milliseconds that a request waits for the agent; then the question alone guides. "
-            "Default: 1000."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_backend: A[
-        Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"] | None,
-        Arg(
-            help="MMTok: what runs the selection. Default: auto, the file of --mmtok-engine if there is one, else "
-            "PyTorch. One that cannot run is an error at start."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_engine: A[
-        str | None,
-        Arg(help="MMTok: an ONNX file or TensorRT engine written by mmtok export selection, to run the selection."),
-        NS("mm"),
-    ] = None
-    mmtok_engine_sha256: A[
-        str | None,
-        Arg(
-            help="MMTok: SHA-256 that the file of --mmtok-engine must have (sha256sum), or the server does not start. "
-            "Unset: any file that its manifest describes."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_onnxruntime_provider: A[
-        Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] | None,
-        Arg(help="MMTok: ONNX Runtime's execution provider for an ONNX file. Default: the device's."),
-        NS("mm"),
-    ] = None
-    mmtok_feature_cache_mb: A[
-        int | None,
-        Arg(
-            help="MMTok: MiB of vision features kept by image on the device, so that another question about an image "
-            "does not encode it again; 0 keeps none. Default: 256."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_max_image_pixels: A[
-        int | None,
-        Arg(
-            help="MMTok: an image of more pixels is refused (HTTP 400) before it is decoded; all images of a request "
-            "may have eight times as many. Default: 64,000,000; 4,194,304 for Qwen2.5-VL on a CPU, where the "
-            "encoder's attention takes memory by the square of the pixels."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_max_aspect_ratio: A[
-        float | None,
-        Arg(help="MMTok: an image is refused whose longer side is more than this many shorter ones. Default: 200."),
-        NS("mm"),
-    ] = None
-    mmtok_max_guidance_tokens: A[
-        int | None,
-        Arg(
-            help="MMTok: an image is refused whose selection is guided by more tokens of text; a request may bring "
-            "four times as many for all its images. Default: 16384."
-        ),
-        NS("mm"),
-    ] = None
-    mmtok_max_selection_cost: A[
-        float | None,
-        Arg(
-            help="MMTok: a request is refused whose selections compute more gains: kept tokens x tokens x (guidance "
-            "tokens + tokens), summed over its images. Default: 1e13, 2e11 on a CPU."
-        ),
-        NS("mm"),
-    ] = None
-
-    mmtok_trust_image_hashes: A[
-        bool | None,
-        Arg(
-            help="MMTok: take a caller's own names of images (mm_hashes, content_hash) for their pixels, in place of "
-            "refusing them with a budget. Only where every caller is trusted: two images under one name share their "
-            "tokens. Default: off."
-        ),
-        NS("mm"),
-    ] = None
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -236,15 +73,17 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
             FlagError: A value that is not understood, or a --mmtok flag without --mmtok-budget.
         """
         super().__post_init__()
-        if self.mmtok_agent_url is not None:
+        url: str | None = self.mmtok_agent_url  # type: ignore[has-type]
+        if url is not None:
             # SGLang shows the fields in the log and in `/server_info`; beside them the address is whole.
-            self._mmtok_agent_url = self.mmtok_agent_url
+            self._mmtok_agent_url = url
             with naming_flags(self.__struct_fields__):
-                self.mmtok_agent_url = AgentAddress(self.mmtok_agent_url).shown
+                self.mmtok_agent_url = AgentAddress(url).shown
         if self.mmtok_budget is not None:
             # Any preset serves: this checks the user's values, and the family is not known yet.
             with naming_flags(self.__struct_fields__):
-                self._settings("qwen2.5-vl")
+                self._mmtok_given = self._given()
+                Settings.of("qwen2.5-vl", self._mmtok_given, Limits())
             return
         given = [
             name for name in self.__struct_fields__ if name.startswith("mmtok_") and getattr(self, name) is not None
@@ -290,7 +129,8 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         from mmtok_sglang.families import FAMILIES
 
         name = family_of_server(self)
-        self._mmtok_settings = self._settings(name, FAMILIES[name].max_pixels_on_cpu)
+        limits = default_limits(self.device, FAMILIES[name].max_pixels_on_cpu)
+        self._mmtok_settings = Settings.of(name, self._mmtok_given, limits)
         check_model_impl(self, self._mmtok_settings)
         check_server(self)
         check_adapters(self, self._mmtok_settings)
@@ -316,42 +156,14 @@ class MMTokServerArgs(sglang.srt.server_args.ServerArgs, dict=True):  # type: ig
         settings = self.__dict__.get("_mmtok_settings")
         return resolved | settings.flags() if settings else resolved
 
-    def _settings(self, family: str, max_pixels_on_cpu: int | None = None) -> Settings:
-        preset = PRESETS[family]
-        flags = {
-            "tv_temp": self.mmtok_tv_temp,
-            "vv_temp": self.mmtok_vv_temp,
-            "alpha": self.mmtok_alpha,
-            "coverage": self.mmtok_coverage,
-        }
-        minimum = 1 if self.mmtok_min_tokens is None else self.mmtok_min_tokens
-        cache_mb = DEFAULT_FEATURE_CACHE_MB if self.mmtok_feature_cache_mb is None else self.mmtok_feature_cache_mb
-        timeout_ms = DEFAULT_AGENT_TIMEOUT_MS if self.mmtok_agent_timeout_ms is None else self.mmtok_agent_timeout_ms
-        return Settings(
-            family=family,
-            budget=Budget.parse(self.mmtok_budget, minimum=minimum),
-            config=replace(preset.config, **{name: value for name, value in flags.items() if value is not None}),
-            guidance=self.mmtok_guidance or preset.guidance,
-            backend=self.mmtok_backend or "auto",
-            # Absolute: the server's processes need not share a folder.
-            engine=None if self.mmtok_engine is None else Path(self.mmtok_engine).absolute(),
-            engine_sha256=None if self.mmtok_engine_sha256 is None else self.mmtok_engine_sha256.lower(),
-            provider=self.mmtok_onnxruntime_provider,
-            feature_cache_mb=cache_mb,
-            min_tokens_in=self.mmtok_min_tokens_in or 0,
-            method=self.mmtok_method or "mmtok",
-            seed=self.mmtok_seed or 0,
-            agent_url=self.__dict__.get("_mmtok_agent_url"),
-            agent_model=self.mmtok_agent_model or DEFAULT_AGENT_MODEL,
-            agent_timeout_ms=timeout_ms,
-            limits=self._limits(max_pixels_on_cpu),
-            trust_image_hashes=bool(self.mmtok_trust_image_hashes),
-        )
-
-    def _limits(self, max_pixels_on_cpu: int | None) -> Limits:
-        names = ("max_image_pixels", "max_aspect_ratio", "max_guidance_tokens", "max_selection_cost")
-        given = {name: value for name in names if (value := getattr(self, f"mmtok_{name}")) is not None}
-        return replace(default_limits(self.device, max_pixels_on_cpu), **given)
+    def _given(self) -> dict[str, Any]:
+        """Returns the flags that are given, by name; the budget parsed, and the agent's address whole."""
+        values = {each.name: getattr(self, f"mmtok_{each.name}") for each in FLAGS}
+        given = {name: value for name, value in values.items() if value is not None}
+        given["budget"] = Budget.parse(self.mmtok_budget, minimum=given.get("min_tokens", 1))
+        if "agent_url" in given:
+            given["agent_url"] = self._mmtok_agent_url
+        return given
 
 
 def _in_detokenizer() -> bool:

@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.executors import ExecutorName
 from mmtok_deploy.guidance import GuidanceRule
 from mmtok_deploy.methods import MethodName, check_method, coverage_of
+from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.agent_address import AgentAddress
+from mmtok_sglang.flags import Flag, Help, flags_of
 from mmtok_sglang.limits import Limits
 
-__all__ = ["DEFAULT_AGENT_MODEL", "DEFAULT_AGENT_TIMEOUT_MS", "DEFAULT_FEATURE_CACHE_MB", "Settings"]
-
-DEFAULT_AGENT_MODEL = "default"
-DEFAULT_AGENT_TIMEOUT_MS = 1000
-
-DEFAULT_FEATURE_CACHE_MB = 256
-"""43 images of LLaVA-1.5 7B, 15 of a megapixel on Qwen2.5-VL 7B: those of the conversations at hand."""
+__all__ = ["FLAGS", "Settings"]
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """One server's selection settings; every process of the server holds the same.
 
+    A field with a `Help` is a --mmtok-* flag: a new one needs nothing else. Its default holds where the flag is not
+    given.
+
     Args:
         family: Key of `mmtok_deploy.presets.PRESETS`, and of `families.FAMILIES`.
         budget: Tokens an image keeps where the request names no budget of its own.
         config: Temperatures, weight, coverage.
-        guidance: How guidance words are taken from a question.
-        backend: What runs the selection.
-        engine: The exported file that does, if one does.
-        provider: ONNX Runtime's, instead of the device's own.
-        engine_sha256: What the exported file must hash to, lower case; None takes any that its manifest describes.
-        feature_cache_mb: MiB of vision features kept by image in each scheduler process; 0 keeps none.
-        min_tokens_in: An image that takes fewer tokens in an unpruned prompt is not pruned.
-        method: What chooses the tokens where the request names no method of its own.
-        seed: Of the method that draws.
-        agent_url: Of the OpenAI-compatible endpoint that answers first, up to its `/v1`, with its credentials, which
-            are never shown; None asks none.
-        agent_model: The agent's name there.
-        agent_timeout_ms: After which the question alone guides.
         limits: What a request is refused for.
-        trust_image_hashes: A caller's own names of images (`mm_hashes`, `content_hash`) are taken for their pixels.
 
     Raises:
         ValueError: An unknown guidance rule or method, a backend without the file that it runs or the other way
@@ -54,22 +41,92 @@ class Settings:
     """
 
     family: str
-    budget: Budget
+    budget: Annotated[
+        Budget,
+        Help("""vision tokens that an image keeps: a count (64), a share (10%% or 0.1), or all. A request overrides it
+        with mm_processor_kwargs={"mmtok_budget": ...}. Unset: the plugin is off."""),
+    ]
     config: SelectionConfig
-    guidance: GuidanceRule
-    backend: ExecutorName = "auto"
-    engine: Path | None = None
-    provider: str | None = None
-    engine_sha256: str | None = None
-    feature_cache_mb: int = DEFAULT_FEATURE_CACHE_MB
-    min_tokens_in: int = 0
-    method: MethodName = "mmtok"
-    seed: int = 0
-    agent_url: str | None = field(default=None, repr=False)
-    agent_model: str = DEFAULT_AGENT_MODEL
-    agent_timeout_ms: int = DEFAULT_AGENT_TIMEOUT_MS
+    guidance: Annotated[
+        GuidanceRule,
+        Help("""which words of a question guide the selection: all of them (question), or those that are not in a list
+        of English stop words (keywords). Default: the model family's preset."""),
+    ]
+    backend: Annotated[
+        ExecutorName,
+        Help("""what runs the selection. Default: auto, the file of --mmtok-engine if there is one, else PyTorch. One
+        that cannot run is an error at start."""),
+    ] = "auto"
+    engine: Annotated[
+        Path | None,
+        Help("an ONNX file or TensorRT engine written by mmtok export selection, to run the selection."),
+    ] = None
+    engine_sha256: Annotated[
+        str | None,
+        Help("""SHA-256 that the file of --mmtok-engine must have (sha256sum), or the server does not start. Unset: any
+        file that its manifest describes."""),
+    ] = None
+    onnxruntime_provider: Annotated[
+        Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] | None,
+        Help("ONNX Runtime's execution provider for an ONNX file. Default: the device's."),
+    ] = None
+    # 43 images of LLaVA-1.5 7B, 15 of a megapixel on Qwen2.5-VL 7B: those of the conversations at hand.
+    feature_cache_mb: Annotated[
+        int,
+        Help("""MiB of vision features kept by image on the device, so that another question about an image does not
+        encode it again; 0 keeps none. Default: 256."""),
+    ] = 256
+    min_tokens_in: Annotated[
+        int,
+        Help("""leave an image unpruned that takes fewer tokens than this in an unpruned prompt, where pruning would
+        cost more time than it saves. Default: 0, every image is pruned."""),
+    ] = 0
+    method: Annotated[
+        MethodName,
+        Help("""what chooses the tokens, for comparisons. A request overrides it with
+        mm_processor_kwargs={"mmtok_method": ...}. One that the model cannot run is an error at start.
+        Default: mmtok."""),
+    ] = "mmtok"
+    seed: Annotated[int, Help("seed of --mmtok-method random; a request overrides it with mmtok_seed. Default: 0.")] = 0
+    # Not shown: it may hold credentials.
+    agent_url: Annotated[
+        str | None,
+        Help("""OpenAI-compatible endpoint (http://host:port/v1) of a small vision-language model that answers first;
+        its answer joins the text that guides the selection. Unset: the question alone guides."""),
+    ] = field(default=None, repr=False)
+    agent_model: Annotated[str, Help("the agent's name at its endpoint. Default: default.")] = "default"
+    agent_timeout_ms: Annotated[
+        int,
+        Help("milliseconds that a request waits for the agent; then the question alone guides. Default: 1000."),
+    ] = 1000
     limits: Limits = field(default_factory=Limits)
-    trust_image_hashes: bool = False
+    trust_image_hashes: Annotated[
+        bool,
+        Help("""take a caller's own names of images (mm_hashes, content_hash) for their pixels, in place of refusing
+        them with a budget. Only where every caller is trusted: two images under one name share their tokens.
+        Default: off."""),
+    ] = False
+
+    @classmethod
+    def of(cls, family: str, given: Mapping[str, Any], limits: Limits) -> Settings:
+        """Returns a server's settings.
+
+        Args:
+            family: The model's.
+            given: The value of each flag that is given, by its name; the budget parsed.
+            limits: Those of a server that sets none.
+        """
+        preset = PRESETS[family]
+        values: dict[str, Any] = {"guidance": preset.guidance, **given}
+        if "engine" in values:
+            # Absolute: the server's processes need not share a folder.
+            values["engine"] = Path(values["engine"]).absolute()
+        if "engine_sha256" in values:
+            values["engine_sha256"] = values["engine_sha256"].lower()
+        values.pop("min_tokens", None)  # the budget's
+        config = {each.name: values.pop(each.name) for each in fields(SelectionConfig) if each.name in values}
+        limited = {each.name: values.pop(each.name) for each in fields(Limits) if each.name in values}
+        return cls(family=family, config=replace(preset.config, **config), limits=replace(limits, **limited), **values)
 
     def __post_init__(self) -> None:
         if self.guidance not in get_args(GuidanceRule):
@@ -80,7 +137,7 @@ class Settings:
             raise ValueError(
                 f"--mmtok-backend {self.backend} runs no exported file: drop --mmtok-engine, or the backend"
             )
-        if self.provider is not None and self.engine is None:
+        if self.onnxruntime_provider is not None and self.engine is None:
             raise ValueError("--mmtok-onnxruntime-provider is for an exported file: add --mmtok-engine FILE.onnx")
         if self.engine_sha256 is not None:
             if self.engine is None:
@@ -126,28 +183,34 @@ class Settings:
 
     def flags(self) -> dict[str, Any]:
         """Returns the settings as the values of the --mmtok-* flags, for `/server_info`."""
-        return {
-            "mmtok_budget": str(self.budget),
-            "mmtok_min_tokens": self.budget.minimum,
-            "mmtok_min_tokens_in": self.min_tokens_in,
-            "mmtok_tv_temp": self.config.tv_temp,
-            "mmtok_vv_temp": self.config.vv_temp,
-            "mmtok_alpha": self.config.alpha,
-            "mmtok_coverage": self.config.coverage,
-            "mmtok_guidance": self.guidance,
-            "mmtok_method": self.method,
-            "mmtok_seed": self.seed,
-            "mmtok_agent_url": None if self.agent_url is None else AgentAddress(self.agent_url).shown,
-            "mmtok_agent_model": self.agent_model,
-            "mmtok_agent_timeout_ms": self.agent_timeout_ms,
-            "mmtok_backend": self.backend,
-            "mmtok_engine": None if self.engine is None else str(self.engine),
-            "mmtok_engine_sha256": self.engine_sha256,
-            "mmtok_onnxruntime_provider": self.provider,
-            "mmtok_feature_cache_mb": self.feature_cache_mb,
-            "mmtok_max_image_pixels": self.limits.max_image_pixels,
-            "mmtok_max_aspect_ratio": self.limits.max_aspect_ratio,
-            "mmtok_max_guidance_tokens": self.limits.max_guidance_tokens,
-            "mmtok_max_selection_cost": self.limits.max_selection_cost,
-            "mmtok_trust_image_hashes": self.trust_image_hashes,
-        }
+        return {f"mmtok_{name}": _shown(name, attrgetter(path)(self)) for name, path in _PATHS.items()}
+
+
+_CONFIG_HELP = {
+    "tv_temp": "temperature of the text-to-vision softmax. Default: the model family's preset.",
+    "vv_temp": "temperature of the vision-to-vision softmax. Default: the model family's preset.",
+    "alpha": "weight of covering the image against covering the text. Default: the family's preset.",
+    "coverage": "what the kept tokens cover. Default: multimodal, the text and the image.",
+}
+
+FLAGS: tuple[Flag, ...] = (
+    *flags_of(Settings),
+    Flag("min_tokens", int, "MMTok: never keep fewer tokens of an image than this. Default: 1."),
+    *(Flag(name, hint, f"MMTok: {_CONFIG_HELP[name]}") for name, hint in get_type_hints(SelectionConfig).items()),
+    *flags_of(Limits),
+)
+"""Every --mmtok-* flag."""
+
+_PATHS = {
+    **{each.name: each.name for each in flags_of(Settings)},
+    "min_tokens": "budget.minimum",
+    **{name: f"config.{name}" for name in _CONFIG_HELP},
+    **{each.name: f"limits.{each.name}" for each in flags_of(Limits)},
+}
+"""Where a setting is that a flag gives."""
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "agent_url" and value is not None:
+        return AgentAddress(value).shown
+    return str(value) if isinstance(value, Budget | Path) else value

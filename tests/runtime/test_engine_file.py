@@ -167,6 +167,8 @@ def test_a_selector_starts_with_the_file(llava_file: Path, caplog: pytest.LogCap
 
 
 def test_a_selector_does_not_start_with_a_file_that_cannot_run(llava_file: Path) -> None:
-    selector = TokenSelector(settings_with(llava_file, provider="CUDAExecutionProvider"), SelectionMetrics())
+    selector = TokenSelector(
+        settings_with(llava_file, onnxruntime_provider="CUDAExecutionProvider"), SelectionMetrics()
+    )
     with pytest.raises(EngineError, match="CUDAExecutionProvider works on cuda tensors, these are on cpu"):
         selector.start(torch.device("cpu"))

@@ -22,6 +22,7 @@ from mmtok_deploy import Budget, SelectionConfig
 from mmtok_sglang import install, server_args
 from mmtok_sglang.compatibility import UnsupportedServerError
 from mmtok_sglang.install import Hook, HookError
+from mmtok_sglang.limits import Limits
 from mmtok_sglang.server_args import MMTokServerArgs
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.start_errors import warn_of_environment
@@ -284,7 +285,8 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
     ],
 )
 def test_flags_go_before_the_familys_preset(flags: dict[str, Any], family: str, expected: Settings) -> None:
-    assert MMTokServerArgs(model_path="model", **flags)._settings(family) == expected
+    given = MMTokServerArgs(model_path="model", **flags)._mmtok_given
+    assert Settings.of(family, given, Limits()) == expected
 
 
 @pytest.fixture

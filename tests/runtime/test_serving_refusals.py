@@ -46,7 +46,7 @@ def test_a_graph_that_hides_the_features() -> None:
 
 def test_a_bad_budget() -> None:
     message = _refusal(make_server("qwen2.5-vl", "--mmtok-budget=ten"))
-    assert "argument --mmtok-budget: budget 'ten' is not understood: expected a whole number" in message
+    assert "error: --mmtok-budget 'ten' is not understood: expected a whole number" in message
 
 
 def test_a_flag_without_a_budget() -> None:

@@ -1,7 +1,8 @@
 """A second SGLang plugin, installed only by the soak's servers: makes the hooks of the first one meet faults.
 
 SGLang loads it by the entry point that `injected.install_fault_plugin` writes into a folder on PYTHONPATH. It wraps
-what the plugin under test registers; nothing in the product knows of it. A file says which fault comes next.
+hooks that the plugin under test registers, and methods of its classes; nothing in the product knows of it. A file says
+which fault comes next.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import pkgutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ _VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
 def register() -> None:
-    """Wraps SGLang's hook registry, so that hooks of the plugin under test are registered with faults around them."""
+    """Puts faults around what the plugin under test runs: hooks, as they are registered, and methods of its classes."""
     folder = os.environ.get(CONTROL)
     if folder is None:
         return
+    _wrap_get_image_feature(Path(folder))
+    writer = pkgutil.resolve_name("mmtok_sglang.positions.PositionWriter")
+    writer.write = _method_with_faults("write_positions", writer.write, Path(folder))
     registry = pkgutil.resolve_name("sglang.srt.plugins.hook_registry.HookRegistry")
     original = registry.register
 
@@ -38,6 +43,38 @@ def register() -> None:
         return original(path, hook, hook_type, *args, **kwargs)
 
     registry.register = register_with_faults
+
+
+def _wrap_get_image_feature(folder: Path) -> None:
+    """Wraps the method of a pruned model; what is inside of it, and SGLang's, is the call of the encoder."""
+    model = pkgutil.resolve_name("mmtok_sglang.model.PrunedModel")
+    stages = pkgutil.resolve_name("mmtok_sglang.stages.StageMetrics")
+    get_image_feature, encode = model.get_image_feature, stages.encode
+    inside: list[Callable[..., Any]] = []
+
+    def around(original: Callable[..., Any], *args: Any) -> Any:
+        inside.append(original)
+        try:
+            return get_image_feature(*args)
+        finally:
+            inside.pop()
+
+    def encode_inside(metrics: Any, original: Callable[..., Any], *args: Any) -> Any:
+        return encode(metrics, partial(inside[-1], original) if inside else original, *args)
+
+    faulty = _with_faults("get_image_feature", around, folder)
+    stages.encode = encode_inside
+    # A function, which a class makes a method of; the encoder is called as `original(encoder, model, items)`.
+    model.get_image_feature = lambda self, items: faulty(_call, self, items)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _method_with_faults(name: str, method: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    faulty = _with_faults(name, lambda original, *args: original(*args), folder)
+    return lambda *args: faulty(method, *args)
 
 
 def _with_faults(name: str, around: Callable[..., Any], folder: Path) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ from mmtok_bench.soak.trial import Reply, Trial, send
 
 __all__ = ["fault_environment", "features_that_are_not_numbers", "hooks_that_raise", "out_of_memory"]
 
-_HOOKS = ("get_image_feature", "from_processor_output", "prepare_mm_inputs")
+_HOOKS = ("get_image_feature", "from_processor_output", "write_positions")
 _VALUES = tuple((value, where) for value in ("nan", "inf", "-inf") for where in ("one", "some", "all"))
 _TIMEOUT_S = 40.0
 _MAX_DEATHS = 3

@@ -65,7 +65,7 @@ def test_values_are_written_where_they_were_computed(tmp_path: Path, value: str,
 
 
 def test_a_fault_of_another_hook_stays(tmp_path: Path) -> None:
-    call(tmp_path, {"kind": "raise"}, name="prepare_mm_inputs")
+    call(tmp_path, {"kind": "raise"}, name="write_positions")
     assert (tmp_path / "fault.json").exists()
     with pytest.raises(RuntimeError, match="injected"):
         call(tmp_path, None)
