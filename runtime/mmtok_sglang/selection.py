@@ -35,16 +35,12 @@ class Outcome:
     """What a selection did, as far as the host knows; filled in when the device is done.
 
     Args:
-        num_tokens: N.
-        num_kept: K.
         method: What was asked to choose the tokens.
         fallback: Why evenly spaced tokens were kept in their place; None if they were not, or it is not known yet.
         coverage: The share of the method's objective that the kept tokens reach, from 0 to 1; None for a method
             without one, a fallback, and before it is known.
     """
 
-    num_tokens: int
-    num_kept: int
     method: MethodName
     fallback: str | None = None
     coverage: float | None = None
@@ -197,8 +193,6 @@ class TokenSelector:
             return None
         reached = [tile.coverage for tile in tiles if tile.coverage is not None]
         return Outcome(
-            sum(tile.num_tokens for tile in tiles),
-            sum(tile.num_kept for tile in tiles),
             tiles[0].method,
             next((tile.fallback for tile in tiles if tile.fallback is not None), None),
             sum(reached) / len(tiles) if len(reached) == len(tiles) else None,
@@ -221,7 +215,7 @@ class TokenSelector:
 
     def _select(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[_Remembered]:
         clock = start_clock(images[0].vision.device)
-        outcomes = [Outcome(len(image.vision), image.num_kept, image.plan.method) for image in images]
+        outcomes = [Outcome(image.plan.method) for image in images]
         # Images of one turn share their text.
         texts = _embed_guidance(list({tuple(image.plan.guidance): None for image in images}), images[0].vision, embed)
         selections = self._run(images, [texts[tuple(image.plan.guidance)] for image in images], outcomes)
@@ -245,7 +239,7 @@ class TokenSelector:
             on_host = torch.stack(shares).float().to("cpu", non_blocking=shares[0].is_cuda)
 
             told = [(images[place].names, outcomes[place]) for place in made]
-            sizes = [(outcome.num_tokens, outcome.num_kept) for _, outcome in told]
+            sizes = [(len(images[place].vision), images[place].num_kept) for place in made]
 
             def tell(flags: Sequence[bool]) -> None:
                 for (names, outcome), flag, share in zip(told, flags, on_host.tolist(), strict=True):
@@ -263,9 +257,9 @@ class TokenSelector:
         elif coverage_of(outcome.method, self._settings.config) is not None:
             outcome.coverage = share
 
-    def _fall_back(self, outcome: Outcome, why: str) -> None:
+    def _fall_back(self, outcome: Outcome, num_tokens: int, num_kept: int, why: str) -> None:
         outcome.fallback = why
-        self._metrics.count_fallback(outcome.num_tokens, outcome.num_kept, why)
+        self._metrics.count_fallback(num_tokens, num_kept, why)
 
     def _run(
         self, images: Sequence[ImageTokens], texts: Sequence[Tensor | None], outcomes: Sequence[Outcome]
@@ -275,7 +269,7 @@ class TokenSelector:
         for place, (image, text) in enumerate(zip(images, texts, strict=True)):
             if text is None:
                 why = f"no memory for the embeddings of {len(image.plan.guidance)} guidance tokens"
-                self._fall_back(outcomes[place], why)
+                self._fall_back(outcomes[place], len(image.vision), image.num_kept, why)
                 continue
             obstacle = self._obstacle(image, text)
             if obstacle is None:
@@ -286,7 +280,7 @@ class TokenSelector:
                     *(image.vision, image.keys, text, image.num_kept, excluded), image.attention, image.seed
                 )
             else:
-                self._fall_back(outcomes[place], obstacle)
+                self._fall_back(outcomes[place], len(image.vision), image.num_kept, obstacle)
         made: dict[int, Selection | None] = {}
         for method in {images[place].plan.method: None for place in problems}:
             places = [place for place in problems if images[place].plan.method == method]
@@ -328,7 +322,7 @@ class TokenSelector:
                 self._run_method(method, [problem], [outcome])[0]
                 for problem, outcome in zip(problems, outcomes, strict=True)
             ]
-        self._fall_back(outcomes[0], why)
+        self._fall_back(outcomes[0], len(problems[0].vision), problems[0].num_picks, why)
         return [None]
 
 

@@ -366,7 +366,7 @@ def test_what_a_selection_did_is_known_without_waiting() -> None:
     assert outcome is not None
     vision, keys, embed = features(12)
     reference = select_tokens(vision, keys, embed(torch.tensor(PLAN.guidance)), 5, config=SETTINGS.config)
-    assert (outcome.num_tokens, outcome.num_kept, outcome.method, outcome.fallback) == (12, 5, "mmtok", None)
+    assert (outcome.method, outcome.fallback) == ("mmtok", None)
     assert outcome.coverage == pytest.approx(float(reference.coverage[-1] / reference.total))
     assert selector.take_fallen() == []
 
@@ -378,7 +378,7 @@ def test_tiles_are_one_outcome() -> None:
     selector.select(tiles, features(1)[2])
     outcome = selector.outcome(image_names(1).selection or b"")
     assert outcome is not None
-    assert (outcome.num_tokens, outcome.num_kept, outcome.coverage) == (36, 15, None)
+    assert outcome.coverage is None
     assert outcome.fallback == "its features are not finite"
 
 
@@ -437,7 +437,7 @@ def test_the_flag_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_200_000_selections_of_one_token_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     selector, plan = make_selector(), replace(PLAN, num_kept=1)
     image, embed = image_tokens(1, plan)
-    outcome = Outcome(12, 1, "mmtok")
+    outcome = Outcome("mmtok")
 
     def select(images: Sequence[ImageTokens], _: object) -> list[selection._Remembered]:
         return [selection._Remembered(torch.zeros(1, dtype=torch.int64), replace(outcome)) for _ in images]
