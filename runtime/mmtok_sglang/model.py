@@ -43,14 +43,18 @@ class EncodedImage:
         assert keys is not None
         return keys
 
-    def tiles(self) -> list[ImageTokens]:
-        """Returns what is selected from: each tile by itself, and as many tokens of each."""
+    def tiles(self, width: int) -> list[ImageTokens]:
+        """Returns what is selected from: each tile by itself, and as many tokens of each.
+
+        Args:
+            width: The language model's. A wider token has what its deeper layers get behind it (DeepStack).
+        """
         vision, keys, attention = self.features.vision, self.features.keys, self.features.attention
         num_kept = self.plan.num_kept // len(vision)
         paid = [None] * len(vision) if attention is None else attention
         return [
-            ImageTokens(self.names, self.plan, *each, tile)
-            for tile, each in enumerate(zip(vision, keys, [num_kept] * len(vision), paid, strict=True))
+            ImageTokens(self.names, self.plan, tokens[:, :width], before, num_kept, weights, tile)
+            for tile, (tokens, before, weights) in enumerate(zip(vision, keys, paid, strict=True))
         ]
 
 
@@ -119,7 +123,9 @@ class PrunedModel(_Base):
 
         Each pipeline stage hands the positions of kept tokens to the next: only the first encodes and selects.
         """
-        rest = {"input_embeds": input_embeds, "get_embedding": get_embedding, "pp_proxy_tensors": pp_proxy_tensors}
+        rest = {"get_embedding": get_embedding, "pp_proxy_tensors": pp_proxy_tensors}
+        if input_embeds is not None:
+            rest["input_embeds"] = input_embeds  # not all of SGLang's classes take them
         run = partial(super().forward, positions=positions, forward_batch=forward_batch, **rest)
         if not forward_batch.forward_mode.is_extend():
             return run(input_ids)
@@ -164,8 +170,9 @@ class PrunedModel(_Base):
         images = [
             EncodedImage(items[place], plan, each) for (place, plan), each in zip(plans.items(), features, strict=True)
         ]
-        tiles = [tile for image in images for tile in image.tiles()]
-        kept = iter(server.selector.select(tiles, self.get_input_embeddings()))
+        embed = self.get_input_embeddings()
+        tiles = [tile for image in images for tile in image.tiles(embed.weight.shape[1])]
+        kept = iter(server.selector.select(tiles, embed))
         tokens = {
             place: without_non_finite(self.join(image, [next(kept) for _ in image.features.vision]))
             for place, image in zip(plans, images, strict=True)
@@ -177,11 +184,8 @@ class PrunedModel(_Base):
 
     def _zeros(self, item: Any, num_rows: int) -> Tensor:
         weight: Tensor = self.get_input_embeddings().weight
-        return torch.zeros(num_rows, self.feature_width(weight.shape[1]), dtype=weight.dtype, device=weight.device)
-
-    def feature_width(self, hidden_size: int) -> int:
-        """Returns the width of what `encode` returns: more than `hidden_size` where deeper layers get features, too."""
-        return hidden_size
+        num_levels = 1 + getattr(self, "num_deepstack_embeddings", 0)
+        return torch.zeros(num_rows, num_levels * weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
 def _num_placeholders(item: Any) -> int:
