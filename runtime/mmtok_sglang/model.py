@@ -171,7 +171,7 @@ class PrunedModel(_Base):
             EncodedImage(items[place], plan, each) for (place, plan), each in zip(plans.items(), features, strict=True)
         ]
         embed = self.get_input_embeddings()
-        tiles = [tile for image in images for tile in image.tiles(embed.weight.shape[1])]
+        tiles = [tile for image in images for tile in image.tiles(embed.embedding_dim)]
         kept = iter(server.selector.select(tiles, embed))
         tokens = {
             place: without_non_finite(self.join(image, [next(kept) for _ in image.features.vision]))
