@@ -15,7 +15,8 @@ from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.families.llava_1_5 import Llava15, padding_mask
 from mmtok_sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
-from mmtok_sglang.families.qwen2_5_vl import Qwen25VL, _parts
+from mmtok_sglang.families.qwen import _parts
+from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
 from mmtok_sglang.transformers_backend import separate_images
 from tests.runtime.stand_ins import image_item, make_settings
 

@@ -1,0 +1,131 @@
+"""What the Qwens have in common: a merger that makes a token of 2 x 2 patches, M-RoPE positions."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName
+from mmtok_sglang.families.base import Family
+from mmtok_sglang.feature_cache import Features
+from mmtok_sglang.model import PrunedModel
+from mmtok_sglang.refusals import refusal
+from mmtok_sglang.settings import Settings
+from mmtok_sglang.smaller_images import ProcessorSizes
+from mmtok_sglang.typed_placeholders import PlaceholderRule
+
+__all__ = ["Qwen", "QwenModel"]
+
+_MAX_PIXELS_ON_CPU = 2048 * 2048
+_MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
+
+
+class QwenModel(PrunedModel):
+    """A model of SGLang's own with the encoder `visual` and its `merger`."""
+
+    def encode(self, items: Sequence[Any]) -> Tensor:
+        """Returns the tokens of images; on a CPU by as many images at a time as it has memory for."""
+        parts = _parts(items) if next(self.parameters()).device.type == "cpu" else [items]
+        features = [super(QwenModel, self).encode(part) for part in parts]
+        return features[0] if len(features) == 1 else torch.cat(features)
+
+    def features_of(self, items: Sequence[Any]) -> list[Features]:
+        """Returns what `encode` does, and as keys the mean over what the merger makes a token of, in float32.
+
+        Source: Ironieser/MMTok mmtok/qwen/modeling_qwen2_5_vl_mmtok.py.
+        """
+        before_merger: list[Tensor] = []
+        hook = self.visual.merger.register_forward_pre_hook(lambda _, inputs: before_merger.append(inputs[0]))
+        try:
+            vision = self.encode(items)
+        finally:
+            hook.remove()
+        patches = torch.cat(before_merger)
+        merged = self.visual.spatial_merge_size**2
+        groups = patches.reshape(-1, merged, patches.shape[-1]).float().mean(dim=1)
+        keys = self.in_raster_order(groups, torch.cat([item.image_grid_thw for item in items]))
+        counts = [int(item.image_grid_thw.prod(-1).sum()) // merged for item in items]
+        return [
+            Features(*each) for each in zip(vision[None].split(counts, 1), keys[None].split(counts, 1), strict=True)
+        ]
+
+    def in_raster_order(self, groups: Tensor, grids: Tensor) -> Tensor:
+        """Returns [N, d] rows in the order of the tokens, from the order in which they go into the merger."""
+        return groups
+
+
+class Qwen(Family):
+    """Any number of tokens an image; kept tokens keep their original (t, h, w) positions."""
+
+    placeholder = "<|image_pad|>"
+    # The one of SGLang's processor, whose `<image>` is for prompts of /generate.
+    placeholder_rule = PlaceholderRule(
+        re.compile(r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<image>"),
+        ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+    )
+    keys_dtype = torch.float32  # means over 2x2 merge groups
+    # SGLang's attention on a CPU holds a matrix of all patches by all patches: 22 GB for 3584 x 3584 pixels.
+    max_pixels_on_cpu = _MAX_PIXELS_ON_CPU
+
+    def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
+        """Returns what the budget keeps of the image.
+
+        Raises:
+            ValueError: The prompt's placeholders are not those of the image (HTTP 400).
+        """
+        expected = int(item.image_grid_thw.prod(-1).sum()) // config.vision_config.spatial_merge_size**2
+        if num_tokens != expected:
+            raise refusal("placeholders", f"the prompt has {num_tokens} placeholders for an image of {expected} tokens")
+        return budget.num_kept(num_tokens)
+
+    def vision_width(self, config: Any) -> int:
+        """Returns D: the merger's output."""
+        return int(config.vision_config.out_hidden_size)
+
+    def keys_width(self, config: Any) -> int:
+        """Returns d: the last block's output."""
+        return int(config.vision_config.hidden_size)
+
+    def obstacle_to(self, method: MethodName, config: Any) -> str | None:
+        """Returns why the model cannot run a method."""
+        return None if method == "downsample" else super().obstacle_to(method, config)
+
+    async def shrink_images(
+        self, images: Sequence[Any], budget: Budget, settings: Settings, processor: Any, request: Any
+    ) -> Sequence[Any]:
+        """Returns the images scaled down to the budget, before the processor: what a client would send instead.
+
+        Raises:
+            ValueError: Fewer tokens than the processor enlarges an image to, or images that the caller names by a hash
+                of their own: SGLang would take a smaller one for the whole (HTTP 400).
+        """
+        for name in ("mm_hashes", "mm_content_hashes"):
+            if any(getattr(request, name, None) or ()):
+                # SGLang moves the `content_hash` of an image to the request.
+                in_images = name == "mm_content_hashes" and any(getattr(each, "content_hash", None) for each in images)
+                sent = "content_hash" if in_images else name
+                raise refusal(
+                    "downsample", f"mmtok_method downsample changes the images, which {sent} names: send no {sent}"
+                )
+        sizes = ProcessorSizes.of(processor)
+        return [await asyncio.to_thread(sizes.shrink, image, budget, settings.min_tokens_in) for image in images or ()]
+
+
+def _parts(items: Sequence[Any]) -> Iterator[list[Any]]:
+    """Gives the images that the encoder takes at a time on a CPU, where its attention is of all patches by all."""
+    part: list[Any] = []
+    num_patches = 0
+    for item in items:
+        more = int(item.image_grid_thw.prod(-1).sum())
+        if part and num_patches + more > _MAX_PATCHES:
+            yield part
+            part, num_patches = [], 0
+        part.append(item)
+        num_patches += more
+    yield part
