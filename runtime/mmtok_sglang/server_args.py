@@ -12,6 +12,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from sglang.srt.arg_groups.overrides import declare_resolution
 
 from mmtok_deploy.budget import Budget
+from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.limits import Limits, default_limits
 from mmtok_sglang.settings import FLAGS, Settings
@@ -83,7 +84,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             # Any preset serves: this checks the user's values, and the family is not known yet.
             with naming_flags(self.__struct_fields__):
                 self._mmtok_given = self._given()
-                Settings.of("qwen2.5-vl", self._mmtok_given, Limits())
+                Settings.of(next(iter(PRESETS)), self._mmtok_given, Limits())
             return
         given = [
             name for name in self.__struct_fields__ if name.startswith("mmtok_") and getattr(self, name) is not None

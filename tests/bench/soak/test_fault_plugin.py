@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtok_bench.soak.fault_plugin import _with_faults
+from mmtok_bench.soak.fault_plugin import _with_faults, _wrap_get_image_feature
 from mmtok_bench.soak.injected import fault_environment
+from mmtok_sglang.model import PrunedModel
+from mmtok_sglang.stages import StageMetrics
 
 HOOK = "get_image_feature"
 
@@ -86,3 +88,32 @@ def test_sglang_finds_the_plugin_in_the_environment_of_the_soaks_servers(tmp_pat
         check=True,
     )
     assert done.stdout == "['mmtok_bench.soak.fault_plugin:register']\n"
+
+
+def test_a_models_method_is_wrapped_and_the_encoder_is_what_is_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def guarded(self: Any, items: Any) -> Tensor:
+        """What `PrunedModel.get_image_feature` does, without a server: allocates before and after the encoder."""
+        doubled: Any = items * 2
+        features: Tensor = StageMetrics().encode(lambda model, items: items.exp(), self, doubled)
+        return features.view(-1) + 1
+
+    monkeypatch.setattr(PrunedModel, "get_image_feature", guarded)
+    monkeypatch.setattr(StageMetrics, "encode", StageMetrics.encode)
+    _wrap_get_image_feature(tmp_path)
+    model: Any = torch.nn.Linear(1, 1)
+
+    def ask(fault: dict[str, Any]) -> Tensor:
+        (tmp_path / "fault.json").write_text(json.dumps({"id": 1, "hook": HOOK, **fault}))
+        result: Tensor = PrunedModel.get_image_feature(model, torch.zeros(3, 97))  # type: ignore[arg-type]
+        return result
+
+    with torch.inference_mode(), pytest.raises(torch.OutOfMemoryError, match="allocation 2"):
+        ask({"kind": "memory", "at": 2})
+    assert (ask({"kind": "memory", "at": 100}) == 2).all()
+    # The encoder's own is not counted.
+    assert met(tmp_path)["num_seen"] == 2
+    assert int((~ask({"kind": "values", "value": "nan", "where": "one"}).isfinite()).sum()) == 1
+    with pytest.raises(RuntimeError, match="injected"):
+        ask({"kind": "raise"})
