@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
 
 from mmtok_deploy.backends import blocked, lazy, reference
+from mmtok_deploy.backends.triton_plan import MIN_CAPABILITY
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["Backend", "BackendName", "get_backend"]
+__all__ = ["Backend", "BackendName", "fastest_backend", "get_backend"]
 
 BackendName = Literal["auto", "blocked", "lazy", "reference", "triton"]
 """`auto` is the fastest exact backend for the features' device, of those measured there, within the memory that
-`blocked` states: `lazy` on a CPU, `reference` elsewhere."""
+`blocked` states: `lazy` on a CPU, `triton` on NVIDIA GPUs that it runs on, `reference` elsewhere."""
 
 Backend = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
 """Selects for a batch of problems on one device; answers in their order. Picks are greedy up to what float32 rounds
 (`greedy_replay.py`)."""
 
-_AUTO_ON_CPU = blocked.within_memory(lazy.select, max_bytes=blocked.MAX_HOST_BYTES)
-_AUTO_ELSEWHERE = blocked.within_memory(reference.select)
+_AUTO_MAX_BYTES = {"lazy": blocked.MAX_HOST_BYTES, "reference": blocked.MAX_BYTES, "triton": blocked.MAX_BYTES}
 
 
 def get_backend(name: BackendName, device: torch.device) -> Backend:
@@ -33,7 +34,8 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
     """
     match name:
         case "auto":
-            return _AUTO_ON_CPU if device.type == "cpu" else _AUTO_ELSEWHERE
+            fastest = _fastest_on(device)
+            return blocked.within_memory(get_backend(fastest, device), max_bytes=_AUTO_MAX_BYTES[fastest])
         case "blocked":
             return blocked.select
         case "lazy":
@@ -45,6 +47,28 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
         case "triton":
             return _triton(device)
     raise ValueError(f"backend is one of {', '.join(get_args(BackendName))}, got {name!r}")
+
+
+def fastest_backend(
+    device_type: str, capability: tuple[int, int] | None, has_triton: bool
+) -> Literal["lazy", "reference", "triton"]:
+    """Returns the backend that `auto` is.
+
+    Args:
+        device_type: Where the features are.
+        capability: The NVIDIA GPU's; None for any other device.
+        has_triton: Whether Triton is installed.
+    """
+    if device_type == "cpu":
+        return "lazy"
+    is_for_triton = has_triton and capability is not None and capability >= MIN_CAPABILITY
+    return "triton" if is_for_triton else "reference"
+
+
+def _fastest_on(device: torch.device) -> Literal["lazy", "reference", "triton"]:
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    capability = torch.cuda.get_device_capability(device) if is_nvidia else None
+    return fastest_backend(device.type, capability, importlib.util.find_spec("triton") is not None)
 
 
 def _triton(device: torch.device) -> Backend:

@@ -44,7 +44,7 @@ _MAX_INDEX = tl.constexpr(2**31 - 1)
 _GIVEN_UP = tl.constexpr(2**62)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def similarity(
     problems,
     row_features,
@@ -159,7 +159,7 @@ def _store_part(part_max, part_sum, parts, logits, AXIS: tl.constexpr, mask):
     tl.store(part_sum + parts, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def row_weights(
     problems,
     part_max,
@@ -181,7 +181,7 @@ def row_weights(
         row_weight: [total rows of C] float32.
         alpha: Weight of the image rows beside text rows.
         COLUMNS: As of the `similarity` tiles.
-        PARTS: num_parts, up to a power of two.
+        PARTS: A power of two, num_parts or more.
 
     Grid: (ceil(rows of the largest problem / ROWS), B).
     """
@@ -324,7 +324,7 @@ def greedy_picks(
         curve: [total picks] float32, f after each pick.
         totals: [B] float32 NaN, receives f of all columns once all picks are made.
         CANDIDATES: Groups a program; group g of all owns columns g, g + groups, g + 2 groups ...
-        TURNS: Columns a group, up to a power of two.
+        TURNS: A power of two, columns a group or more.
         MAX_SPINS: How often a program looks whether the rest of its team has arrived.
 
     Grid: (NUM_PROGRAMS, B).

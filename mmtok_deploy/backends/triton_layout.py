@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmtok_deploy.backends.triton_plan import BatchSize
 from mmtok_deploy.config import Coverage
 
 __all__ = ["ROW_ALIGNMENT", "Field", "Layout", "Shape", "flattened", "layout_of"]
@@ -19,6 +20,8 @@ Shape = tuple[int, int, int]
 
 ROW_ALIGNMENT = 32
 """Float32 numbers a cache line: the blocks of rows begin on one, so that columns are read in whole lines."""
+
+_ADDRESS_ALIGNMENT = 16
 
 
 class Field(enum.IntEnum):
@@ -48,20 +51,16 @@ class Layout:
     Args:
         table: [B, len(Field)] int64 on the device.
         num_picks: K of each problem.
-        max_tokens: N of the largest problem.
-        max_words: M of the one with most words to cover.
-        max_rows: Rows of the largest C; padding is counted here and below.
+        size: What decides the launches.
         total_tokens: Of all problems.
-        total_rows: Of all problems.
+        total_rows: Of all problems; padding is counted here and below.
         total_entries: Of all problems' C.
         copied: When `table` is there; None where that took no copy.
     """
 
     table: Tensor
     num_picks: tuple[int, ...]
-    max_tokens: int
-    max_words: int
-    max_rows: int
+    size: BatchSize
     total_tokens: int
     total_rows: int
     total_entries: int
@@ -127,9 +126,12 @@ def _make_layout(shapes: tuple[Shape, ...], coverage: Coverage, device: torch.de
     return Layout(
         table=table,
         num_picks=tuple(row[Field.NUM_PICKS] for row in rows),
-        max_tokens=max(row[Field.NUM_TOKENS] for row in rows),
-        max_words=max(row[Field.NUM_WORDS] for row in rows),
-        max_rows=max(row[Field.NUM_ROWS] for row in rows),
+        size=BatchSize(
+            num_problems=len(rows),
+            max_tokens=max(row[Field.NUM_TOKENS] for row in rows),
+            max_words=max(row[Field.NUM_WORDS] for row in rows),
+            max_rows=max(row[Field.NUM_ROWS] for row in rows),
+        ),
         total_tokens=first_token,
         total_rows=first_row,
         total_entries=first_entry,
@@ -151,13 +153,19 @@ def _padded(num_rows: int) -> int:
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the tensors one after another: without a copy where they already lie so, as an encoder's batch does."""
+    """Returns the tensors one after another, from an address that is a multiple of 16 bytes.
+
+    Without a copy where they already lie so, as an encoder's batch does. Kernels are compiled for such addresses.
+    """
     first = tensors[0]
     address = first.data_ptr()
+    is_aligned = address % _ADDRESS_ALIGNMENT == 0
     for tensor in tensors:
         is_next = tensor.data_ptr() == address and tensor.is_contiguous() and tensor.dtype == first.dtype
-        if not is_next or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        if not (is_aligned and is_next) or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return torch.cat(list(tensors)).contiguous()
         address += tensor.nbytes
+    if len(tensors) == 1:
+        return first
     num_rows = sum(len(tensor) for tensor in tensors)
     return first.as_strided((num_rows, *first.shape[1:]), first.stride())

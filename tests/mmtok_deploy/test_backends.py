@@ -7,17 +7,30 @@ import pytest
 import torch
 
 from mmtok_deploy import select_tokens
-from mmtok_deploy.backends import Backend, BackendName, get_backend, lazy, reference
+from mmtok_deploy.backends import Backend, BackendName, fastest_backend, get_backend, lazy, reference
 from tests.mmtok_deploy.problems import assert_greedy, random_problem, using_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(
-    ("device", "fastest"), [("cpu", lazy.select), ("mps", reference.select), ("cuda", reference.select)]
-)
+@pytest.mark.parametrize(("device", "fastest"), [("cpu", lazy.select), ("mps", reference.select)])
 def test_auto_is_the_fastest_measured_on_the_device_within_memory(device: str, fastest: Backend) -> None:
     assert inspect.unwrap(get_backend("auto", torch.device(device))) is inspect.unwrap(fastest)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "fastest"),
+    [
+        ((8, 0), True, "triton"),
+        ((9, 0), True, "triton"),
+        ((12, 1), True, "triton"),
+        ((7, 5), True, "reference"),
+        ((9, 0), False, "reference"),
+        (None, True, "reference"),
+    ],
+)
+def test_auto_on_cuda(capability: tuple[int, int] | None, has_triton: bool, fastest: BackendName) -> None:
+    assert fastest_backend("cuda", capability, has_triton) == fastest
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)

@@ -124,7 +124,7 @@ def test_auto_is_bounded_and_a_name_is_taken_at_its_word(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(blocked, "select", select_nothing)
     assert get_backend("auto", cpu)([larger], SelectionConfig()) == []
-    assert get_backend("auto", torch.device("cuda"))([large], SelectionConfig()) == []
+    assert get_backend("auto", torch.device("mps"))([large], SelectionConfig()) == []
     assert bounds == [1280 << 20, 256 << 20]
 
 

@@ -11,10 +11,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mmtok_deploy.backends.triton_plan import plan
 
 INTERPRETED_FILE = "test_interpreted.py"
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,6 +70,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("Triton kernels as compiled")
         for row in rows:
             terminalreporter.write_line(row)
+
+
+@pytest.fixture(autouse=True)
+def new_plans() -> Iterator[None]:
+    """Tests change what plans are made from."""
+    plan.cache_clear()
+    yield
+    plan.cache_clear()
 
 
 @pytest.fixture

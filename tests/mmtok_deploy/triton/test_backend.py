@@ -47,7 +47,7 @@ class TestLayout:
         assert (first[Field.IMAGE_ROWS], first[Field.WORD_ROW], first[Field.NUM_ROWS]) == (33, 64, 96)
         assert (empty[Field.NUM_WORDS], empty[Field.NUM_ROWS]) == (0, 0)
         assert [last[field] for field in list(Field)[Field.FIRST_TOKEN :]] == [33, 5, 5, 96, 33 * 96]
-        assert (layout.max_tokens, layout.max_words, layout.max_rows) == (33, 3, 96)
+        assert layout.size == (3, 33, 3, 96)
         assert (layout.total_tokens, layout.total_rows, layout.total_entries) == (40, 128, 33 * 96 + 7 * ROW_ALIGNMENT)
 
     def test_rows_are_those_of_the_coverage(self) -> None:

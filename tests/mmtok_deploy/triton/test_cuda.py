@@ -19,13 +19,13 @@ from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, assert_greedy, go
 
 pytest.importorskip("triton")
 from mmtok_deploy.backends import triton as backend
-from mmtok_deploy.backends.triton import Team
+from mmtok_deploy.backends.triton_plan import LONE_CANDIDATES, Team
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DEFAULT = SelectionConfig()
-ALONE = Team(1, backend.LONE_CANDIDATES, is_meeting=False)
-TEAMS = (ALONE, Team(1, 64, is_meeting=True), *(Team(num, max(4, 256 // num), is_meeting=True) for num in (4, 16, 64)))
+ALONE = Team(1, LONE_CANDIDATES, is_meeting=False)
+TEAMS = (ALONE, *(Team(num, max(4, 64 // num), is_meeting=True) for num in (1, 4, 16, 64, 128)))
 SHAPES = [(2880, 160), (1728, 96), (576, 32), (577, 16), (33, 33), (1, 1)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

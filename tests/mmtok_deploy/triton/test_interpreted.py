@@ -36,9 +36,9 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from mmtok_deploy.backends import triton as backend
-from mmtok_deploy.backends import triton_kernels
-from mmtok_deploy.backends.triton import Team
-from mmtok_deploy.backends.triton_layout import flattened, layout_of
+from mmtok_deploy.backends import triton_kernels, triton_plan
+from mmtok_deploy.backends.triton_layout import flattened
+from mmtok_deploy.backends.triton_plan import Team
 
 DEFAULT = SelectionConfig()
 COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
@@ -52,9 +52,9 @@ few_examples = settings(max_examples=15)
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a small tile as for a large one."""
-    monkeypatch.setattr(backend, "SMALL_TILE", 256)
-    monkeypatch.setattr(backend, "COLUMNS_TILE", (256, 256))
-    monkeypatch.setattr(backend, "PICK_TILE", 2**16)
+    monkeypatch.setattr(triton_plan, "SMALL_TILE", 256)
+    monkeypatch.setattr(triton_plan, "COLUMNS_TILE", (256, 256))
+    monkeypatch.setattr(triton_plan, "PICK_TILE", 2**16)
 
 
 def assert_all_greedy(problems: Sequence[SelectionProblem], config: SelectionConfig = DEFAULT) -> None:
@@ -234,7 +234,7 @@ class TestTeam:
         self, monkeypatch: pytest.MonkeyPatch, absent: int, first_turn: int
     ) -> None:
         """One program never starts, or ends before a round: the others end, and say that there is no selection."""
-        monkeypatch.setattr(backend, "MAX_SPINS", 500)
+        monkeypatch.setattr(triton_plan, "MAX_SPINS", 500)
         selections = _select_in_processes(self.CASES, DEFAULT, Team(3, 4, is_meeting=True), (absent, first_turn))
         for selection, problem in zip(selections, self.CASES, strict=True):
             assert selection.total.isnan()
@@ -243,15 +243,15 @@ class TestTeam:
                 assert 0 <= indices.min() <= indices.max() < len(problem.vision)
 
     def test_a_program_that_comes_late_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(backend, "MAX_SPINS", 10**9)
+        monkeypatch.setattr(triton_plan, "MAX_SPINS", 10**9)
         team = Team(3, 4, is_meeting=True)
         for selection, problem in zip(_select_in_processes(self.CASES, DEFAULT, team, late=1), self.CASES, strict=True):
             assert_greedy(selection, problem, DEFAULT)
 
     def test_given_up_is_an_error_of_select_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # The one program of two that the interpreter runs first waits for the other.
-        monkeypatch.setattr(backend, "MAX_SPINS", 50)
-        monkeypatch.setattr(backend, "_choose_team", lambda layout, device: Team(2, 4, is_meeting=True))
+        monkeypatch.setattr(triton_plan, "MAX_SPINS", 50)
+        monkeypatch.setattr(triton_plan, "_choose_team", lambda size, num_multiprocessors: Team(2, 4, is_meeting=True))
         case = self.CASES[1]
         with pytest.raises(SelectionError, match="programs of a Triton kernel did not run at once"):
             select_tokens(case.vision, case.keys, case.text, case.num_picks, backend="triton")
@@ -273,13 +273,12 @@ def _select_in_processes(
         absent: A rank, and the meeting that it ends before, of each problem.
         late: A rank that starts after the others.
     """
-    shapes = tuple((len(each.vision), len(each.text), each.num_picks) for each in problems)
-    layout = layout_of(shapes, config.coverage, torch.device("cpu"))
-    coverage, row_max, row_weight = backend._weighted_logits(problems, layout, config)
-    bounds = backend._finish_columns(problems, layout, coverage, row_max, row_weight)
-    picks = backend._new_picks(layout, team, bounds)
-    launch = (layout, team, coverage, bounds, row_weight, picks)
-    for tensor in (layout.table, *_tensors(picks), coverage, bounds, row_weight):
+    batch = backend._plan_batch(problems, config, team)
+    coverage, row_max, row_weight = backend._weighted_logits(batch, config)
+    bounds = backend._finish_columns(batch, coverage, row_max, row_weight)
+    picks = backend._new_picks(batch)
+    launch = (batch, coverage, bounds, row_weight, picks)
+    for tensor in (batch.layout.table, *_tensors(picks), coverage, bounds, row_weight):
         tensor.share_memory_()
 
     context = multiprocessing.get_context("fork")
@@ -299,7 +298,7 @@ def _select_in_processes(
     for program in hung:
         program.kill()
     assert [program.exitcode for program in programs] == [0] * team.num_programs
-    return backend._split(layout, picks)
+    return backend._split(batch.layout, picks)
 
 
 def _run_program(rank: int, launch: tuple[Any, ...], last_turn: int | None, delay_s: float) -> None:
