@@ -58,7 +58,7 @@ def launch(what: Launch, device: torch.device, *arguments: Tensor | int | float)
         level = logging.WARNING if device.index in _are_loaded else logging.DEBUG
         logger.log(level, "compiling a Triton kernel that was not loaded before: %s", variant)
         kernel, constants = _load(variant, device.index)
-    kernel[what.grid](*arguments, *constants)
+    kernel[*what.grid, 1](*arguments, *constants)
 
 
 def load(variants: Sequence[Variant], device: torch.device) -> None:
@@ -91,7 +91,7 @@ def _load(variant: Variant, device_index: int) -> tuple[Any, tuple[int | str, ..
         *variant.arguments, grid=(1, 1), **dict(variant.constants), **dict(variant.options)
     )
     # Asked for a launch, it loads itself to the device; before 3.8, Triton compiles what launches it as well.
-    kernel[1, 1]
+    kernel[1, 1, 1]
     loaded = kernel, tuple(value for _, value in variant.constants)
     _loaded[device_index, variant] = loaded
     return loaded

@@ -10,19 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from mmtok_deploy import SelectionConfig
-from mmtok_deploy.problem import SelectionProblem
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mmtok_deploy.backends import triton as backend  # noqa: E402
-from mmtok_deploy.backends.triton import Team  # noqa: E402
-
-Launches = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
+from mmtok_deploy.backends import triton_plan  # noqa: E402
+from mmtok_deploy.backends.triton_launch import KERNELS  # noqa: E402
+from mmtok_deploy.backends.triton_plan import (  # noqa: E402
+    LONE_CANDIDATES,
+    BatchSize,
+    FeatureTypes,
+    Launch,
+    Team,
+    Variant,
+    plan,
+)
 
 # Compute capability -> shared memory a block may use, in KiB. Source: CUDA C++ Programming Guide, compute capabilities.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -33,24 +36,16 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
+ALONE = Team(1, LONE_CANDIDATES, is_meeting=False)
 
 # Tokens, dtype of the features, how float32 is multiplied, who picks.
 LAUNCHES = {
-    "2880-float32-alone": (2880, torch.float32, "ieee", Team(1, backend.LONE_CANDIDATES, is_meeting=False)),
-    "2880-bfloat16-team-of-64": (2880, torch.bfloat16, "ieee", Team(64, 4, is_meeting=True)),
-    "576-float16-team-of-4": (576, torch.float16, "ieee", Team(4, 64, is_meeting=True)),
-    "576-tf32x3-team-of-16": (576, torch.float32, "tf32x3", Team(16, 16, is_meeting=True)),
+    "2880-float32-alone": (2880, torch.float32, "ieee", ALONE),
+    "2880-bfloat16-team-of-128": (2880, torch.bfloat16, "ieee", Team(128, 4, is_meeting=True)),
+    "16384-bfloat16-team-of-16": (16384, torch.bfloat16, "ieee", Team(16, 4, is_meeting=True)),
+    "576-float16-team-of-4": (576, torch.float16, "ieee", Team(4, 16, is_meeting=True)),
+    "576-tf32x3-team-of-8": (576, torch.float32, "tf32x3", Team(8, 8, is_meeting=True)),
 }
-
-
-class Recorder:
-    """Stands in for a kernel, and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: Launches) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
 @pytest.fixture(autouse=True)
@@ -61,23 +56,18 @@ def tritons_own_assembler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=LAUNCHES)
-def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """The launches of one selection, as `select` makes them."""
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches of one selection."""
     num_tokens, dtype, precision, team = LAUNCHES[request.param]
-    monkeypatch.setattr(backend, "FLOAT32_PRODUCTS", precision)
-    found: Launches = []
-    for name in ("similarity", "row_weights", "coverage_columns", "greedy_picks"):
-        monkeypatch.setattr(backend, name, Recorder(getattr(backend, name), found))
-    shapes = ((num_tokens, 4096), (num_tokens, 1024), (40, 4096))
-    vision, keys, text = (torch.ones(1, dtype=dtype).expand(shape) for shape in shapes)
-    excluded = None if dtype == torch.float32 else torch.zeros(num_tokens, dtype=torch.bool)
-    backend._select_together([SelectionProblem(vision, keys, text, 160, excluded)], SelectionConfig(), team)
-    return found
+    monkeypatch.setattr(triton_plan, "FLOAT32_PRODUCTS", precision)
+    size = BatchSize(num_problems=1, max_tokens=num_tokens, max_words=40, max_rows=num_tokens + 64)
+    types = FeatureTypes(dtype, dtype, vision_width=4096, keys_width=1024)
+    return plan(size, types, "multimodal", dtype != torch.float32, 132, team).launches
 
 
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_nothing_spills(
-    launches: Launches,
+    launches: list[Launch],
     capability: int,
     tmp_path: Path,
     resources: list[str],
@@ -87,14 +77,15 @@ def test_nothing_spills(
     name = request.node.callspec.params["launches"]
     assert len(launches) == 5
     spilled = []
-    for kernel, args, kwargs in launches:
-        compiled = _compile(kernel, args, kwargs, capability)
+    for variant, _ in launches:
+        compiled = _compile(variant, capability)
         registers, stack_bytes, local_bytes = _resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
         shared_kib = compiled.metadata.shared / 1024
-        which = f"{kernel.__name__}{'-image' if kwargs.get('IS_IMAGE') else ''}"
+        num_warps = dict(variant.options).get("num_warps", 4)
+        which = f"{variant.kernel}{'-image' if dict(variant.constants).get('IS_IMAGE') else ''}"
         record_property(f"{which}-registers", registers)
         resources.append(
-            f"sm_{capability:<4}{name:<26}{which:<20}{kwargs.get('num_warps', 4):>3} warps {registers:>4} registers"
+            f"sm_{capability:<4}{name:<26}{which:<20}{num_warps:>3} warps {registers:>4} registers"
             f" {stack_bytes:>4} B stack {shared_kib:>6.1f} KiB shared"
         )
         if stack_bytes or local_bytes or shared_kib > SHARED_KIB[capability]:
@@ -102,35 +93,31 @@ def test_nothing_spills(
     assert not spilled
 
 
-def test_columns_are_read_16_bytes_a_thread(launches: Launches) -> None:
-    kernel, args, kwargs = launches[-1]
-    ptx = _compile(kernel, args, kwargs, 90).asm["ptx"]
+def test_columns_are_read_16_bytes_a_thread(launches: list[Launch]) -> None:
+    ptx = _compile(launches[-1].variant, 90).asm["ptx"]
     assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10, ", ptx)
 
 
-def _compile(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> Any:
-    signature, constants, attributes = {}, {}, {}
-    for idx, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        signature[name] = _type_of(value)
-        if _is_aligned(value):
-            attributes[(idx,)] = [["tt.divisibility", 16]]
-    for name in kernel.arg_names[len(args) :]:
-        signature[name], constants[name] = "constexpr", kwargs[name]
-    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+def _compile(variant: Variant, capability: int) -> Any:
+    kernel = KERNELS[variant.kernel]
+    constants = dict(variant.constants)
+    signature = {name: _type_of(value) for name, value in zip(kernel.arg_names, variant.arguments, strict=False)}
+    signature |= dict.fromkeys(constants, "constexpr")
+    attributes = {
+        (idx,): [["tt.divisibility", 16]] for idx, value in enumerate(variant.arguments) if _is_aligned(value)
+    }
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
 
 
-def _type_of(value: Tensor | int | float) -> str:
-    if isinstance(value, Tensor):
-        return POINTERS[value.dtype]
+def _type_of(value: torch.dtype | int | float) -> str:
+    if isinstance(value, torch.dtype):
+        return POINTERS[value]
     return "i32" if isinstance(value, int) else "fp32"
 
 
-def _is_aligned(value: Tensor | int | float) -> bool:
-    if isinstance(value, Tensor):
-        return value.data_ptr() % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
+def _is_aligned(value: torch.dtype | int | float) -> bool:
+    return isinstance(value, torch.dtype) or (isinstance(value, int) and value % 16 == 0)
 
 
 def _resources(cubin: bytes, path: Path) -> tuple[int, int, int]:
