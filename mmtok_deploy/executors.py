@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mmtok_deploy.backends import BackendName, get_backend
-from mmtok_deploy.backends.blocked import within_memory
+from mmtok_deploy.backends import BackendName, fastest_backend, get_backend
+from mmtok_deploy.backends.blocked import max_matrix_bytes, within_memory
+from mmtok_deploy.backends.triton_plan import FeatureTypes
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.engine_check import sample_problems, what_is_wrong
 from mmtok_deploy.engines import Engine, EngineError, open_engine
@@ -23,6 +26,9 @@ __all__ = ["EngineExecutor", "Executor", "ExecutorName", "TorchExecutor", "check
 logger = logging.getLogger(__name__)
 
 ExecutorName = Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"]
+
+# Of the image to select from before the first request.
+_SAMPLE_TOKENS = 576
 
 
 class Executor(Protocol):
@@ -47,11 +53,12 @@ def make_executor(
     engine_file: Path | None = None,
     provider: str | None = None,
     engine_sha256: str | None = None,
-) -> Executor:
+) -> TorchExecutor | EngineExecutor:
     """Returns the executor of that name, ready to run.
 
     Args:
-        name: "auto" is the exported file if there is one, else PyTorch.
+        name: "auto" is the exported file if there is one, else the fastest backend on the device; "torch" is that
+            among those of PyTorch's operations alone.
         device: Where the features are.
         config: Temperatures, weight, coverage; an exported file has its own, which must be these.
         engine_file: For "onnxruntime" and "tensorrt".
@@ -68,6 +75,8 @@ def make_executor(
     if engine_file is None or name in ("torch", "triton"):
         if engine_file is not None or provider is not None:
             raise ValueError(f"the backend {name} runs no exported file")
+        if name == "torch":
+            return TorchExecutor(fastest_backend(device.type, None, has_triton=False), device, config)
         return TorchExecutor("triton" if name == "triton" else "auto", device, config)
     engine = open_engine(engine_file, device, provider, engine_sha256)
     runs = "onnxruntime" if engine.manifest.format == "onnx" else "tensorrt"
@@ -88,9 +97,37 @@ class TorchExecutor:
     def __init__(self, backend: BackendName, device: torch.device, config: SelectionConfig) -> None:
         self._backend = get_backend(backend, device)
         if backend != "auto":  # which is bounded by itself
-            self._backend = within_memory(self._backend)
+            self._backend = within_memory(self._backend, max_bytes=max_matrix_bytes(device))
         self._config = config
-        self.name = f"torch ({self._backend.__module__.rpartition('.')[2]}) on {device}"
+        self._device = device
+        self._runs = self._backend.__module__.rpartition(".")[2]
+        self.name = f"torch ({self._runs}) on {device}"
+
+    def prepare(self, types: FeatureTypes, tokens: tuple[int, int]) -> None:
+        """Does what the first selections would wait for: compiles kernels, and selects from made-up features.
+
+        Args:
+            types: Dtypes and widths of the features to come.
+            tokens: The fewest and the most tokens of an image.
+        """
+        # Of a larger image the matrix is not held as a whole: no kernel of Triton's runs then.
+        most = min(tokens[1], math.isqrt(max_matrix_bytes(self._device) // 4))
+        fewest = min(tokens[0], most)
+        if self._runs == "triton":
+            from mmtok_deploy.backends.triton import load_kernels
+
+            load_kernels(types, self._config, self._device, (fewest, most))
+        num_tokens = min(most, _SAMPLE_TOKENS)
+        generator = torch.Generator().manual_seed(0)
+        vision, keys = (
+            torch.randn(num_tokens, width, generator=generator).to(self._device, dtype)
+            for width, dtype in ((types.vision_width, types.vision), (types.keys_width, types.keys))
+        )
+        excluded = torch.zeros(num_tokens, dtype=torch.bool, device=self._device)
+        sample = SelectionProblem(vision, keys, vision[:8].clone(), max(1, num_tokens // 9), excluded)
+        # One image, and a batch: the two take different paths through PyTorch.
+        for batch in ([sample], [sample, replace(sample, excluded=None)]):
+            self.select(batch)[-1].total.item()
 
     def select(self, problems: Sequence[SelectionProblem]) -> list[Selection]:
         """See `Executor.select`."""

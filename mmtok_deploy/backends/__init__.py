@@ -23,8 +23,6 @@ Backend = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection
 """Selects for a batch of problems on one device; answers in their order. Picks are greedy up to what float32 rounds
 (`greedy_replay.py`)."""
 
-_AUTO_MAX_BYTES = {"lazy": blocked.MAX_HOST_BYTES, "reference": blocked.MAX_BYTES, "triton": blocked.MAX_BYTES}
-
 
 def get_backend(name: BackendName, device: torch.device) -> Backend:
     """Returns the backend of that name for features on `device`.
@@ -34,8 +32,8 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
     """
     match name:
         case "auto":
-            fastest = _fastest_on(device)
-            return blocked.within_memory(get_backend(fastest, device), max_bytes=_AUTO_MAX_BYTES[fastest])
+            fastest = get_backend(_fastest_on(device), device)
+            return blocked.within_memory(fastest, max_bytes=blocked.max_matrix_bytes(device))
         case "blocked":
             return blocked.select
         case "lazy":

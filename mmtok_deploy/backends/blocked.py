@@ -14,7 +14,7 @@ from mmtok_deploy.coverage import unit_rows
 from mmtok_deploy.precision import float32_products
 from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["MAX_BYTES", "MAX_HOST_BYTES", "select", "within_memory"]
+__all__ = ["MAX_BYTES", "MAX_HOST_BYTES", "max_matrix_bytes", "select", "within_memory"]
 
 MAX_BYTES = 256 << 20
 """Of coverage matrices held at a time: one image of 8,192 tokens, or 202 of 576."""
@@ -50,6 +50,11 @@ def select(
     Source: MMTok, arXiv 2508.18264, Algorithm 2; lazy evaluation: Minoux, "Accelerated greedy algorithms", 1978.
     """
     return [_select_one(problem, config, max_bytes) for problem in problems]
+
+
+def max_matrix_bytes(device: torch.device) -> int:
+    """Returns the bound on matrices held at a time on a device."""
+    return MAX_HOST_BYTES if device.type == "cpu" else MAX_BYTES
 
 
 def within_memory(

@@ -26,10 +26,7 @@ from mmtok_deploy.backends.triton_plan import MAX_TOKENS, MIN_CAPABILITY, Featur
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["check_device", "prepare", "select"]
-
-# Of the features to select from before the first request: a common image's.
-_SAMPLE_TOKENS = 576
+__all__ = ["check_device", "load_kernels", "select"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,29 +84,21 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def prepare(
+def load_kernels(
     types: FeatureTypes, config: SelectionConfig, device: torch.device, tokens: Iterable[int] = (1, MAX_TOKENS)
 ) -> None:
-    """Compiles or loads every kernel that such features need, and selects once from made-up ones.
+    """Compiles or loads every kernel that a selection from such features may launch, in parallel.
 
-    After it no selection of up to `MAX_TOKENS` tokens waits for Triton's compiler; the second step loads what PyTorch
-    loads at first use, and has its allocator take memory.
+    After it no selection waits for Triton's compiler.
 
     Args:
         types: The features' dtypes and widths.
         config: Temperatures, weight, coverage.
         device: Where the features will be.
-        tokens: The fewest and the most tokens of an image.
+        tokens: The fewest and the most tokens of an image, at most `MAX_TOKENS`.
     """
-    load(variants(types, config.coverage, _num_multiprocessors(device), tokens), device)
-    num_tokens = min(max(*tokens), _SAMPLE_TOKENS)
-    ones = torch.ones((num_tokens, max(types.vision_width, types.keys_width)), device=device)
-    vision, keys = ones[:, : types.vision_width].to(types.vision), ones[:, : types.keys_width].to(types.keys)
-    excluded = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-    problem = SelectionProblem(vision, keys, vision[:1].clone(), 1, excluded)
-    for num_problems in (1, 2):
-        select([problem] * num_problems, config)
-    torch.cuda.synchronize(device)
+    if not IS_INTERPRETED:
+        load(variants(types, config.coverage, _num_multiprocessors(device), tokens), device)
 
 
 def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:

@@ -6,11 +6,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmtok_deploy.backends.triton_plan import FeatureTypes
 from mmtok_deploy.executors import EngineExecutor, Executor, make_executor
 from mmtok_deploy.methods import MethodName, comparator, coverage_of
 from mmtok_deploy.methods.evenly_spaced import evenly_spaced
@@ -22,7 +23,7 @@ from mmtok_sglang.placeholders import ImagePlan
 from mmtok_sglang.ranks import num_ranks, of_first_rank
 from mmtok_sglang.settings import Settings
 
-__all__ = ["ImageTokens", "Outcome", "TokenSelector", "without_non_finite"]
+__all__ = ["ExpectedFeatures", "ImageTokens", "Outcome", "TokenSelector", "without_non_finite"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,16 +90,40 @@ class _Remembered:
         return allocated_bytes(self.kept) + _ENTRY_BYTES
 
 
+class ExpectedFeatures(NamedTuple):
+    """What a server selects from.
+
+    Args:
+        types: Dtypes and widths.
+        tokens: The fewest and the most tokens of an image or tile.
+    """
+
+    types: FeatureTypes
+    tokens: tuple[int, int]
+
+
 class TokenSelector:
     """Selects the kept tokens of images and remembers them by the image's cache key; one a scheduler process.
 
     A key's first selection stands while it is remembered: an image encoded again in the middle of its own prefill,
     in another batch and so with other rounding, must keep the same tokens. That holds for evenly spaced tokens that
     took the place of a selection, too; but their key is reported to `take_fallen`, so that no new request gets it.
+
+    Args:
+        settings: The server's.
+        metrics: What it counts.
+        expected: Returns what is selected from, given the model's Hugging Face configuration and dtype; None prepares
+            for nothing.
     """
 
-    def __init__(self, settings: Settings, metrics: SelectionMetrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: SelectionMetrics,
+        expected: Callable[[Any, torch.dtype], ExpectedFeatures] | None = None,
+    ) -> None:
         self._settings = settings
+        self._expected = expected
         self._executor: Executor | None = None
         self._metrics = metrics
         self._kept: OrderedDict[tuple[bytes | None, int], _Remembered] = OrderedDict()
@@ -119,17 +144,23 @@ class TokenSelector:
                 "would be embedded by another request's adapter. Leave embed_tokens out of --lora-target-modules, and "
                 "serve no adapter that has it"
             )
-        self.start(next(model_runner.model.parameters()).device)
+        device = next(model_runner.model.parameters()).device
+        config, dtype = model_runner.model_config.hf_config, model_runner.dtype
+        self.start(device, self._expected and self._expected(config, dtype))
 
-    def start(self, device: torch.device) -> None:
-        """Makes what runs the selection, and holds an exported file against the reference once.
+    def start(self, device: torch.device, expected: ExpectedFeatures | None = None) -> None:
+        """Makes what runs the selection; holds an exported file against the reference once.
+
+        Args:
+            device: Where the features will be.
+            expected: What they will be: all that they need is compiled here, before any request waits for it.
 
         Raises:
             ArtifactError: The exported file is not whole.
             EngineError: It cannot run on the device.
         """
         settings = self._settings
-        self._executor = make_executor(
+        executor = make_executor(
             *(
                 settings.backend,
                 device,
@@ -139,9 +170,12 @@ class TokenSelector:
                 settings.engine_sha256,
             )
         )
-        if isinstance(self._executor, EngineExecutor):
-            self._executor.check()
-        logger.info("MMTok: tokens are selected by %s", self._executor.name)
+        if isinstance(executor, EngineExecutor):
+            executor.check()
+        elif expected is not None:
+            executor.prepare(*expected)
+        self._executor = executor
+        logger.info("MMTok: tokens are selected by %s", executor.name)
 
     def select(self, images: Sequence[ImageTokens], embed: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Returns the kept tokens of each image in raster order, [K] int64 on the features' device.

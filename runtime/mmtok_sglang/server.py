@@ -34,7 +34,7 @@ class Server:
         self.process = naming(self.cutter.process_mm_data, settings)
         self.keys = CacheKeys(settings)
         self.cache = FeatureCache(settings.feature_cache_mb << 20, self.metrics)
-        self.selector = TokenSelector(settings, self.metrics)
+        self.selector = TokenSelector(settings, self.metrics, family.expected_features)
         self.failures = Failures()
         self.positions = PositionWriter(self.selector, self.failures)
         self.stages = StageMetrics()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmtok_deploy import SelectionConfig
+from mmtok_deploy.backends.triton_plan import FeatureTypes
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import EngineError
 from mmtok_deploy.executors import EngineExecutor, TorchExecutor, make_executor
@@ -101,6 +102,19 @@ def test_a_file_must_be_named(name: str) -> None:
 def test_torch_runs_no_file(exported: Path) -> None:
     with pytest.raises(ValueError, match="runs no exported file"):
         make_executor("torch", CPU, SPEC.config, exported)
+
+
+def test_torch_is_not_triton() -> None:
+    assert make_executor("torch", torch.device("cuda", 0), SPEC.config).name == "torch (reference) on cuda:0"
+
+
+@pytest.mark.parametrize("tokens", [(1, 16384), (5, 5)])
+def test_made_ready(tokens: tuple[int, int]) -> None:
+    executor = make_executor("torch", CPU, SPEC.config)
+    assert isinstance(executor, TorchExecutor)
+    executor.prepare(FeatureTypes(torch.bfloat16, torch.float32, 32, 24), tokens)
+    problem = random_problem(20).picking(5)
+    assert_greedy(executor.select([problem])[0], problem, SPEC.config)
 
 
 def test_triton_says_why_it_cannot_run() -> None:

@@ -14,11 +14,13 @@ from sglang.srt.distributed import parallel_state
 from torch import Tensor
 
 from mmtok_deploy import select_tokens
-from mmtok_deploy.executors import make_executor
+from mmtok_deploy.backends.triton_plan import FeatureTypes
+from mmtok_deploy.executors import TorchExecutor, make_executor
 from mmtok_deploy.methods import MethodName, comparator
 from mmtok_deploy.problem import Selection, SelectionProblem
 from mmtok_sglang import ranks, selection
 from mmtok_sglang.cache_key import digest
+from mmtok_sglang.families import FAMILIES
 from mmtok_sglang.memory import MAX_SELECTION_BYTES
 from mmtok_sglang.metrics import SelectionMetrics, collectors
 from mmtok_sglang.placeholders import ImagePlan
@@ -461,6 +463,40 @@ def test_200_000_selections_of_one_token_stay_within_the_bound(monkeypatch: pyte
 def resident_bytes() -> int:
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "types", "tokens"),
+    [
+        (
+            "llava-1.5",
+            SimpleNamespace(
+                text_config=SimpleNamespace(hidden_size=64),
+                vision_feature_layer=-2,
+                vision_config=SimpleNamespace(hidden_size=32, image_size=336, patch_size=14),
+            ),
+            FeatureTypes(torch.bfloat16, torch.bfloat16, 64, 32),
+            (576, 576),
+        ),
+        (
+            "qwen2.5-vl",
+            SimpleNamespace(vision_config=SimpleNamespace(hidden_size=32, out_hidden_size=64)),
+            FeatureTypes(torch.bfloat16, torch.float32, 64, 32),
+            (1, 16384),
+        ),
+    ],
+)
+def test_it_is_made_ready_for_the_models_features(
+    family: str, config: object, types: FeatureTypes, tokens: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[tuple[FeatureTypes, tuple[int, int]]] = []
+    monkeypatch.setattr(TorchExecutor, "prepare", lambda executor, *expected: prepared.append(expected))
+    runner = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), model_config=SimpleNamespace(hf_config=config), dtype=torch.bfloat16
+    )
+    selector = TokenSelector(SETTINGS, SelectionMetrics(), FAMILIES[family]().expected_features)
+    selector.init_model_worker(lambda _: None, SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner)))
+    assert prepared == [(types, tokens)]
 
 
 def test_adapters_on_the_input_embedding_end_the_start() -> None:

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mmtok_deploy.backends.triton_plan import MAX_TOKENS, FeatureTypes
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
+from mmtok_sglang.selection import ExpectedFeatures
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
@@ -123,6 +125,12 @@ class Family(ABC):
     def num_selected_from(self, config: Any) -> int | None:
         """Returns N of every selection, None where images have different numbers of tokens."""
         return None
+
+    def expected_features(self, config: Any, dtype: torch.dtype) -> ExpectedFeatures:
+        """Returns what tokens are selected from, for a model of that dtype."""
+        types = FeatureTypes(dtype, self.keys_dtype or dtype, self.vision_width(config), self.keys_width(config))
+        num_tokens = self.num_selected_from(config)
+        return ExpectedFeatures(types, (1, MAX_TOKENS) if num_tokens is None else (num_tokens, num_tokens))
 
     def max_num_kept(self, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns the most tokens that a selection from `num_tokens` keeps."""

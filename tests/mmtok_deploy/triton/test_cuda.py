@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args
@@ -18,8 +19,10 @@ from mmtok_deploy.problem import SelectionProblem
 from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, assert_greedy, golden, mask_of, random_problem
 
 pytest.importorskip("triton")
+import triton
+
 from mmtok_deploy.backends import triton as backend
-from mmtok_deploy.backends.triton_plan import LONE_CANDIDATES, Team
+from mmtok_deploy.backends.triton_plan import LONE_CANDIDATES, FeatureTypes, Team
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -184,3 +187,37 @@ class TestHost:
             (selection,) = backend.select([problem], DEFAULT)
         stream.synchronize()
         assert_greedy(selection, problem)
+
+
+class TestLoad:
+    TYPES = FeatureTypes(torch.bfloat16, torch.float32, 512, 256)  # as Qwen2.5-VL's: keys are means, in float32
+
+    def test_500_batches_compile_nothing_after_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        backend.load_kernels(self.TYPES, DEFAULT, device)
+        compiled: list[str] = []
+        monkeypatch.setattr(
+            triton.knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["fn"].name)
+        )
+        draw = random.Random(0)
+        pools = {
+            name: torch.randn(20000, width, device=device).to(dtype)
+            for name, width, dtype in (("vision", 512, torch.bfloat16), ("keys", 256, torch.float32))
+        }
+
+        def rows(name: str, num_rows: int) -> torch.Tensor:
+            start = draw.randrange(len(pools[name]) - num_rows)
+            return pools[name][start : start + num_rows]
+
+        for _ in range(500):
+            problems = []
+            most = draw.choice((64, 600, 3000))
+            for _ in range(draw.choice((1, 1, 1, 2, 3, 5, 8, 16, 40))):
+                num_tokens = draw.randint(1, most)
+                mask = torch.zeros(num_tokens + 1, dtype=torch.bool, device=device)[draw.randint(0, 1) :][:num_tokens]
+                features = (rows("vision", num_tokens), rows("keys", num_tokens), rows("vision", draw.randint(0, 80)))
+                num_picks = draw.randint(1, -(-num_tokens // 9))
+                problems.append(SelectionProblem(*features, num_picks, draw.choice((None, None, mask))))
+            selections = backend.select(problems, DEFAULT)
+            assert all(selection.total.isfinite() for selection in selections)
+        assert compiled == []
