@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["PerturbedProducts"]
 
-_PRODUCTS = {"mm", "bmm", "mv", "addmm", "mkldnn_linear"}
+_PRODUCTS = {"mm", "bmm", "mv", "addmm"}
 # Relative to the sum of the terms' magnitudes, which is at most 1 for unit vectors: cosines were off by up to 5e-7.
 _LARGEST_ERROR = 3e-7
 
@@ -35,20 +35,19 @@ class PerturbedProducts(TorchDispatchMode):
         # Tensors of another class stand for shapes alone, while a model is exported.
         if func.overloadpacket.__name__ not in _PRODUCTS or type(result) is not Tensor:
             return result
-        dense = result.to_dense() if result.is_mkldnn else result
-        if dense.dtype != torch.float32 or dense.device.type != "cpu" or not dense.numel():
+        if result.dtype != torch.float32 or result.device.type != "cpu" or not result.numel():
             return result
-        operands = [(each.to_dense() if each.is_mkldnn else each) for each in args if isinstance(each, Tensor)]
+        operands = [each for each in args if isinstance(each, Tensor)]
         name = func.overloadpacket.__name__
         exact = _product(name, [each.double() for each in operands])
         magnitude = _product(name, [each.double().abs() for each in operands])
-        generator = torch.Generator().manual_seed(hash((self._seed, *dense.shape)) & 0xFFFF_FFFF)
-        draws = torch.rand(dense.shape, generator=generator, dtype=torch.float32)
-        perturbed = torch.where(dense == exact, dense, dense + (2 * draws - 1) * (_LARGEST_ERROR * magnitude).float())
-        return perturbed.to_mkldnn() if result.is_mkldnn else dense.copy_(perturbed)
+        generator = torch.Generator().manual_seed(hash((self._seed, *result.shape)) & 0xFFFF_FFFF)
+        draws = torch.rand(result.shape, generator=generator, dtype=torch.float32)
+        perturbed = torch.where(
+            result == exact, result, result + (2 * draws - 1) * (_LARGEST_ERROR * magnitude).float()
+        )
+        return result.copy_(perturbed)
 
 
 def _product(name: str, operands: list[Tensor]) -> Tensor:
-    if name == "mkldnn_linear":
-        return operands[0] @ operands[1].T
     return operands[0] + operands[1] @ operands[2] if name == "addmm" else operands[0] @ operands[1]

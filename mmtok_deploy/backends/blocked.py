@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mmtok_deploy.backends.lazy_greedy import select_lazily
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import unit_rows
 from mmtok_deploy.precision import float32_products
@@ -99,46 +100,7 @@ def _select_one(problem: SelectionProblem, config: SelectionConfig, max_bytes: i
         nothing = problem.vision.new_zeros(0, dtype=torch.float32)
         return Selection(nothing.long(), nothing.long(), nothing, nothing.sum())
     columns = _Columns(problem, config, max_bytes)
-    if torch.isfinite(columns.total):
-        order, coverage = _lazy_greedy(columns, problem.num_picks, problem.excluded)
-    else:
-        order = _first_pickable(problem)
-        coverage = columns.total.expand(len(order))
-    return Selection(order, order.sort().values, coverage, columns.total)
-
-
-def _first_pickable(problem: SelectionProblem) -> Tensor:
-    tokens = torch.arange(len(problem.vision), device=problem.vision.device)
-    return (tokens if problem.excluded is None else tokens[~problem.excluded])[: problem.num_picks]
-
-
-def _lazy_greedy(columns: _Columns, num_picks: int, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the columns as picked, [K] int64, and f after each pick, [K] float32."""
-    covered = torch.zeros(columns.num_rows, device=columns.device)
-    bounds = columns.first_gains()
-    if excluded is not None:
-        bounds.masked_fill_(excluded, float("-inf"))
-    num_pickable = columns.num_columns if excluded is None else columns.num_columns - int(excluded.sum())
-    evaluated_at = [0] * columns.num_columns
-    order: list[int] = []
-    coverage = torch.zeros(min(num_picks, num_pickable), device=columns.device)
-    while len(order) < len(coverage):
-        best = int(bounds.argmax())
-        if evaluated_at[best] < len(order):
-            highest = bounds.topk(min(columns.block, num_pickable - len(order))).indices.tolist()
-            # argmax takes the first of equals and topk any: the first is evaluated in each case.
-            stale = [column for column in {best: None, **dict.fromkeys(highest)} if evaluated_at[column] < len(order)]
-            stale = stale[: columns.block]
-            bounds[stale] = _gains(columns.take(stale), covered)
-            for column in stale:
-                evaluated_at[column] = len(order)
-            continue
-        covered = torch.maximum(covered, columns.take([best])[0])
-        bounds[best] = float("-inf")
-        coverage[len(order)] = covered.sum()
-        order.append(best)
-    # Sums are rounded, so a pick that gains nothing could lower the value by its last bit.
-    return torch.tensor(order, dtype=torch.int64, device=columns.device), coverage.cummax(dim=0).values
+    return select_lazily(columns, columns.total, problem)
 
 
 def _gains(columns: Tensor, covered: Tensor) -> Tensor:
@@ -169,23 +131,29 @@ class _Columns:
         self.num_rows = sum(len(rows) for rows, *_ in self._parts)
 
         max_columns = max_bytes // (_FLOAT32_BYTES * self.num_rows)
-        self.block = max(1, min(_BLOCK, self.num_columns, max_columns // (_BLOCKS_AT_WORK + 1)))
-        num_held = max(self.block, min(self.num_columns, max_columns - _BLOCKS_AT_WORK * self.block))
+        self.chunk_tokens = max(1, min(_BLOCK, self.num_columns, max_columns // (_BLOCKS_AT_WORK + 1)))
+        num_held = max(self.chunk_tokens, min(self.num_columns, max_columns - _BLOCKS_AT_WORK * self.chunk_tokens))
         self._held = torch.empty(num_held, self.num_rows, device=self.device)
         self._place: OrderedDict[int, int] = OrderedDict()
         self._highest, self._scale = self._softmax_statistics()
         self.total: Tensor = self._scale.sum()
-
-    def first_gains(self) -> Tensor:
-        """Returns [N] float32: the gain of each column alone."""
         nothing = torch.zeros(self.num_rows, device=self.device)
-        return torch.cat([_gains(self._compute(block), nothing) for block in self._blocks()])
+        self.bounds = torch.cat([_gains(self._compute(block), nothing) for block in self._blocks()])
 
-    def take(self, wanted: Sequence[int]) -> Tensor:
-        """Returns [b, R] float32: these columns of C, at most `block`."""
+    def gains(self, tokens: Tensor, covered: Tensor) -> Tensor:
+        """See `Columns.gains`."""
+        chunks = tokens.split(self.chunk_tokens)
+        return torch.cat([_gains(self._take(chunk.tolist()), covered) for chunk in chunks])
+
+    def column(self, token: int) -> Tensor:
+        """See `Columns.column`."""
+        return self._take([token])[0]
+
+    def _take(self, wanted: Sequence[int]) -> Tensor:
+        """Returns [b, R] float32: these columns of C, at most `chunk_tokens`."""
         for column in self._place.keys() & set(wanted):
             self._place.move_to_end(column)
-        missing = [column for column in wanted if column not in self._place]
+        missing = [column for column in dict.fromkeys(wanted) if column not in self._place]
         if missing:
             for column in missing:
                 # Of no column that is wanted: those are the last, and there is place for a block.
@@ -195,8 +163,8 @@ class _Columns:
         return self._held[[self._place[column] for column in wanted]]
 
     def _blocks(self) -> list[range]:
-        starts = range(0, self.num_columns, self.block)
-        return [range(start, min(start + self.block, self.num_columns)) for start in starts]
+        starts = range(0, self.num_columns, self.chunk_tokens)
+        return [range(start, min(start + self.chunk_tokens, self.num_columns)) for start in starts]
 
     def _compute(self, wanted: Sequence[int]) -> Tensor:
         return self._logits(wanted).sub_(self._highest).exp_().mul_(self._scale)
@@ -204,9 +172,9 @@ class _Columns:
     @float32_products()
     def _logits(self, wanted: Sequence[int]) -> Tensor:
         """Returns [b, R] float32: the similarities of these columns over the temperature."""
-        padded = [*wanted, *[wanted[-1]] * (self.block - len(wanted))]
+        padded = [*wanted, *[wanted[-1]] * (self.chunk_tokens - len(wanted))]
         idx = torch.tensor(padded, device=self.device)
-        logits = torch.empty(self.block, self.num_rows, device=self.device)
+        logits = torch.empty(self.chunk_tokens, self.num_rows, device=self.device)
         start = 0
         for rows, source, temperature, _ in self._parts:
             columns = source[idx] if source is rows else unit_rows(source[idx])

@@ -80,7 +80,7 @@ def test_no_more_of_the_matrix_is_held_than_the_bound(max_columns: int) -> None:
     problem = random_problem(num_tokens, num_words).picking(50)
     max_bytes = max_columns * (num_tokens + num_words) * FLOAT32_BYTES
     columns = blocked._Columns(problem, SelectionConfig(), max_bytes)
-    at_work = blocked._BLOCKS_AT_WORK * columns.block
+    at_work = blocked._BLOCKS_AT_WORK * columns.chunk_tokens
     assert (len(columns._held) + at_work) * columns.num_rows * FLOAT32_BYTES <= max_bytes
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmtok_deploy.backends.lazy import lazy_maximum_coverage
+from mmtok_deploy.backends.lazy import _DenseColumns
+from mmtok_deploy.backends.lazy_greedy import lazy_greedy
 from mmtok_deploy.backends.reference import greedy_maximum_coverage
 from tests.mmtok_deploy.naive import naive_greedy, naive_value
 from tests.mmtok_deploy.problems import mask_of
@@ -19,7 +20,7 @@ Greedy = Callable[..., Tensor]
 
 
 def lazy(matrix: Tensor, num_picks: int, excluded: Tensor | None = None) -> Tensor:
-    return lazy_maximum_coverage(matrix.T, num_picks, excluded).order
+    return lazy_greedy(_DenseColumns(matrix.T), num_picks, excluded).order
 
 
 every_backend = pytest.mark.parametrize("greedy", [greedy_maximum_coverage, lazy], ids=["reference", "lazy"])

@@ -38,7 +38,7 @@ class Products(TorchDispatchMode):
         self.precisions: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("mm", "bmm", "mv", "mkldnn_linear"):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "mv"):
             self.precisions.append(torch.get_float32_matmul_precision())
         return func(*args, **kwargs or {})
 
