@@ -64,8 +64,9 @@ class _DenseColumns:
 
     def gains(self, tokens: Tensor, covered: Tensor) -> Tensor:
         """See `Columns.gains`."""
-        gains = [self._chunk_gains(chunk, covered) for chunk in tokens.split(self.chunk_tokens)]
-        return gains[0] if len(gains) == 1 else torch.cat(gains)
+        if len(tokens) == self.chunk_tokens:
+            return self._chunk_gains(tokens, covered)
+        return torch.cat([self._chunk_gains(chunk, covered) for chunk in tokens.split(self.chunk_tokens)])
 
     def _chunk_gains(self, tokens: Tensor, covered: Tensor) -> Tensor:
         torch.index_select(self._columns, 0, tokens, out=self._surplus)

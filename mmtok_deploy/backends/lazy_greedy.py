@@ -96,17 +96,21 @@ def lazy_greedy(columns: Columns, num_picks: int, excluded: Tensor | None = None
     for _ in range(num_picks):
         fresh: set[int] = set()
         num_computed = first
-        # argmax is the first of equals: a tie with a token of lower index is not won before that one is computed.
-        while (best := int(bounds.argmax())) not in fresh:
-            stale = bounds.index_fill(0, bounds.new_tensor([*fresh], dtype=torch.int64), -math.inf) if fresh else bounds
+        old_bounds, tokens = bounds.topk(first, sorted=False)
+        while True:
+            # The minimum keeps what may not be picked at minus infinity.
+            bounds.index_copy_(0, tokens, torch.minimum(columns.gains(tokens, covered), old_bounds))
+            fresh.update(tokens.tolist())
+            num_evaluations += len(tokens)
+            # argmax is the first of equals: a tie with a token of lower index is not won before that one is computed.
+            best = int(bounds.argmax())
+            if best in fresh:
+                break
+            stale = bounds.index_fill(0, bounds.new_tensor([*fresh], dtype=torch.int64), -math.inf)
             tokens = stale.topk(num_computed, sorted=False).indices
             # Among equals topk takes any: with the first one, each round settles at least that.
             tokens[-1] = best
-            # The minimum keeps what may not be picked at minus infinity.
-            gains = torch.minimum(columns.gains(tokens, covered), bounds.index_select(0, tokens))
-            bounds.index_copy_(0, tokens, gains)
-            fresh.update(tokens.tolist())
-            num_evaluations += num_computed
+            old_bounds = bounds.index_select(0, tokens)
             num_computed = min(2 * num_computed, most)
         order.append(best)
         bounds[best] = -math.inf

@@ -121,7 +121,7 @@ class TestGains:
 
     def test_of_equal_worth_are_computed_once(self) -> None:
         # Every bound is tight and every gain tied: a dense loop computes 250,000.
-        assert greedy(torch.eye(500), 500).num_evaluations < 17_000
+        assert greedy(torch.eye(500), 500).num_evaluations < 35_000
 
 
 class TestInputs:
