@@ -24,7 +24,7 @@ problem = SelectionProblem(vision, vision, text, NUM_KEPT)
 matrix = coverage_matrix(vision, vision, text, config)
 total = matrix.max(dim=1).values.sum()
 print(f"{NUM_KEPT} of {len(vision)} tokens    coverage    of the two things asked about")
-for name in ("mmtok", "text-coverage", "vision-coverage", "divprune", "random", "even"):
+for name in ("mmtok", "text-coverage", "vision-coverage", "divprune", "cdpruner", "dart", "scope", "random", "even"):
     if name == "mmtok":
         selection = select_tokens(vision, vision, text, NUM_KEPT, config=config)
     else:

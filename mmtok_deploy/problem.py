@@ -21,7 +21,8 @@ class SelectionProblem:
         text: [M, D] language-model input embeddings of the guidance words; M may be 0.
         num_picks: K, at most the number of tokens that may be picked.
         excluded: [N] bool, tokens never to pick.
-        attention: [N] what the vision tower pays to each token, for methods that go by it (`methods/visionzip.py`).
+        attention: [N] what the vision tower pays to each token, for methods that go by it
+            (`methods/visionzip.py`, `methods/scope.py`); None where the tower has no class token, or nobody reads it.
         seed: For methods that draw (`methods/random_tokens.py`).
     """
 

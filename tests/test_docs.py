@@ -77,8 +77,8 @@ def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*command, "--dry-run"]) == 0, capsys.readouterr().err
     # What the page says that `make quality` asks.
     assert main(["quality", "--dry-run"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("83640 requests")
-    assert "83,640 questions: 8 methods at 5 budgets" in (DOCS / "quality.md").read_text()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("134640 requests")
+    assert "134,640 questions: 13 methods at 5 budgets" in (DOCS / "quality.md").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -10,20 +10,45 @@ from typing import Literal, get_args
 
 from mmtok_deploy.config import Coverage, SelectionConfig
 from mmtok_deploy.methods import (
+    apet,
+    cdpruner,
+    dart,
     divprune,
     downsample,
     evenly_spaced,
+    otprune,
     random_tokens,
+    scope,
     text_coverage,
     vision_coverage,
     visionzip,
 )
 from mmtok_deploy.problem import Selection, SelectionProblem
 
-__all__ = ["Comparator", "MethodName", "check_method", "comparator", "coverage_of", "reads_question"]
+__all__ = [
+    "Comparator",
+    "MethodName",
+    "check_method",
+    "comparator",
+    "coverage_of",
+    "reads_attention",
+    "reads_question",
+]
 
 MethodName = Literal[
-    "mmtok", "text-coverage", "vision-coverage", "divprune", "visionzip", "random", "even", "downsample"
+    "mmtok",
+    "text-coverage",
+    "vision-coverage",
+    "divprune",
+    "cdpruner",
+    "dart",
+    "scope",
+    "apet",
+    "otprune",
+    "visionzip",
+    "random",
+    "even",
+    "downsample",
 ]
 
 Comparator = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
@@ -37,6 +62,11 @@ _COMPARATORS: dict[MethodName, Comparator] = {
     "text-coverage": text_coverage.select,
     "vision-coverage": vision_coverage.select,
     "divprune": divprune.select,
+    "cdpruner": cdpruner.select,
+    "dart": dart.select,
+    "scope": scope.select,
+    "apet": apet.select,
+    "otprune": otprune.select,
     "visionzip": visionzip.select,
     "random": random_tokens.select,
     "even": evenly_spaced.select,
@@ -76,4 +106,9 @@ def coverage_of(name: MethodName, config: SelectionConfig) -> Coverage | None:
 
 def reads_question(name: MethodName) -> bool:
     """True if another question about an image may have other tokens kept; `random` draws anew for each."""
-    return name in ("mmtok", "text-coverage", "random")
+    return name in ("mmtok", "text-coverage", "cdpruner", "dart", "random")
+
+
+def reads_attention(name: MethodName) -> bool:
+    """True if the method goes by `SelectionProblem.attention`: `visionzip` needs it, `scope` does without."""
+    return name in ("scope", "visionzip")

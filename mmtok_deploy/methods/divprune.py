@@ -39,10 +39,11 @@ def _select_one(problem: SelectionProblem) -> Selection:
     nearest = _nearest_other(tokens, problem.excluded)
     open_tokens = bar(torch.zeros_like(nearest), problem.excluded)
     for pick in range(problem.num_picks):
-        best = torch.argmax(nearest + open_tokens)
-        order[pick], distances[pick] = best, nearest[best]
-        open_tokens[best] = float("-inf")
-        to_best = 1 - tokens @ tokens[best]
+        # Of one dimension: the host would wait for an index without any.
+        best = torch.argmax(nearest + open_tokens, keepdim=True)
+        order[pick : pick + 1], distances[pick : pick + 1] = best, nearest.index_select(0, best)
+        open_tokens.index_fill_(0, best, float("-inf"))
+        to_best = 1 - tokens @ tokens.index_select(0, best)[0]
         nearest = to_best if pick == 0 else torch.minimum(nearest, to_best)
     return selection_of(order, distances)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmtok_deploy.executors import check_selection
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.manifest import Manifest
-from mmtok_deploy.methods import MethodName, coverage_of, reads_question
+from mmtok_deploy.methods import MethodName, coverage_of, reads_attention, reads_question
 from mmtok_sglang.agent import Agent
 from mmtok_sglang.images import ImageLoader, is_raw
 from mmtok_sglang.refusals import refusal
@@ -55,7 +55,7 @@ class ImagePlan:
         """What sets the image's features apart from those under other methods."""
         if self.method == "downsample":
             return ("downsample", self.num_kept)
-        return ("attention",) if self.method == "visionzip" else ()
+        return ("attention",) if reads_attention(self.method) else ()
 
     def attach(self, item: Any) -> None:
         """Leaves the plan on SGLang's item, as plain values that its transport can carry."""

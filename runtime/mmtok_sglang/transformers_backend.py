@@ -21,6 +21,7 @@ from sglang.srt.multimodal.processors.transformers_auto import TransformersAutoM
 from torch import Tensor
 from typing_extensions import override
 
+from mmtok_deploy.methods import reads_attention
 from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.model import PrunedModel
@@ -78,7 +79,9 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
     def _features(self, item: Any) -> Features:
         plan = plan_of(item)
         with _calls_of(self.model.multi_modal_projector) as projected:
-            if plan is not None and plan.method == "visionzip":
+            # Other towers than CLIP have no class token.
+            has_class_token = self.config.vision_config.model_type == "clip_vision_model"
+            if plan is not None and reads_attention(plan.method) and has_class_token:
                 attention = self._encode_with_attention(item)
             else:
                 attention = None

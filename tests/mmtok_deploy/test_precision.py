@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmtok_deploy import SelectionConfig
 from mmtok_deploy.backends import BackendName
-from mmtok_deploy.methods import divprune, visionzip
+from mmtok_deploy.methods import MethodName, comparator, visionzip
 from mmtok_deploy.precision import float32_products
 from mmtok_deploy.problem import SelectionProblem
 from tests.mmtok_deploy.problems import random_problem, using_backend
@@ -56,13 +56,20 @@ def test_a_selection_is_float32_in_a_process_that_allows_less(backend: BackendNa
     assert (torch.get_float32_matmul_precision(), allowed()) == (precision, before)
 
 
-def test_other_methods_as_well() -> None:
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "dart", "scope", "apet", "otprune"])
+def test_other_methods_as_well(name: MethodName) -> None:
     torch.set_float32_matmul_precision("high")
     problem = random_problem(20)
     with Products() as products:
-        divprune.select([SelectionProblem(problem.vision, problem.keys, problem.text, 4)], SelectionConfig())
+        comparator(name)([SelectionProblem(problem.vision, problem.keys, problem.text, 4)], SelectionConfig())
+    assert products.precisions
+    assert set(products.precisions) == {"highest"}
+
+
+def test_the_class_tokens_attention_as_well() -> None:
+    torch.set_float32_matmul_precision("high")
+    with Products() as products:
         visionzip.class_token_attention(torch.randn(1, 5, 8), torch.randn(1, 5, 8), 2)
-    assert len(products.precisions) >= 3
     assert set(products.precisions) == {"highest"}
 
 

@@ -6,11 +6,12 @@ import copy
 import json
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import small_image
 from mmtok_bench.soak.trial import Reply, Trial, in_parallel, send
+from mmtok_deploy.methods import MethodName
 
 __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
 
@@ -21,7 +22,7 @@ _PLACEHOLDERS = {"qwen2.5-vl": "<|image_pad|>", "llava-1.5": "<image>", "llava-n
 _FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
 _KWARGS = "mm_processor_kwargs"
 _OUR_FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed", "mmtok_bugdet", "mmtok", "images_kwargs")
-_METHODS = ("mmtok", "divprune", "even", "random", "visionzip", "downsample", "text-coverage", "vision-coverage", "")
+_METHODS = (*get_args(MethodName), "")
 
 
 def _chat(family: str) -> dict[str, Any]:

@@ -9,15 +9,25 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmtok_deploy import SelectionConfig
-from mmtok_deploy.methods import MethodName, check_method, comparator, coverage_of, reads_question
+from mmtok_deploy.methods import (
+    MethodName,
+    check_method,
+    comparator,
+    coverage_of,
+    reads_attention,
+    reads_question,
+)
 from mmtok_deploy.methods.downsample import grid_within
 from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 CONFIG = SelectionConfig(tv_temp=0.1, vv_temp=0.1)
 COMPARATORS: list[MethodName] = [name for name in get_args(MethodName) if name != "mmtok"]
+# They choose by no feature.
+FEATURELESS: tuple[MethodName, ...] = ("random", "even", "downsample")
 
 
 def directions(*degrees: float) -> Tensor:
@@ -87,6 +97,113 @@ def test_divprune_compares_across_blocks_of_rows(monkeypatch: pytest.MonkeyPatch
     whole = chosen("divprune", given).order
     monkeypatch.setattr("mmtok_deploy.methods.divprune._BLOCK_ROWS", 7)
     assert torch.equal(chosen("divprune", given).order, whole)
+
+
+def test_cdpruner_takes_what_is_relevant_and_new() -> None:
+    # The word is like 0 and 2 (cosine 1), not like 1 (0), and the opposite of 3 (-1): relevance 1, 1/2, 1 and about 0.
+    # So 0 is first, of two equals the lower index; 1 is at right angles to it and adds its relevance squared; 2 and 3
+    # lie in the span of 0 and add nothing.
+    vision = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0], [-4.0, 0.0]])
+    selection = chosen("cdpruner", problem(vision, 4, text=torch.tensor([[5.0, 0.0]])))
+    assert selection.order.tolist() == [0, 1, 2, 3]
+    assert selection.coverage.tolist() == pytest.approx([1, 1 / 4, 0, 0], abs=1e-5)
+
+
+def test_cdpruner_goes_by_the_mean_of_the_words() -> None:
+    # The mean of the words is at 90 degrees, where none of them is.
+    words = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [0.5, 2.0], [-0.5, 2.0]])
+    assert chosen("cdpruner", problem(directions(0, 45, 90, 180), 1, text=words)).order.tolist() == [2]
+
+
+def test_cdpruner_scales_the_relevance_of_what_may_be_picked() -> None:
+    # Without token 3, token 1 is the least relevant: about 0.
+    vision = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0], [-4.0, 0.0]])
+    given = problem(vision, 3, text=torch.tensor([[5.0, 0.0]]), excluded=excluding(4, 3))
+    assert chosen("cdpruner", given).coverage.tolist() == pytest.approx([1, 0, 0], abs=1e-9)
+
+
+def test_cdpruner_without_words_is_diverse() -> None:
+    vision = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    selection = chosen("cdpruner", problem(vision, 3))
+    assert selection.order.tolist() == [0, 2, 1]
+    assert selection.coverage.tolist() == [1, 1, 0]
+
+
+def test_dart_keeps_what_repeats_the_pivots_least() -> None:
+    # Pivots are the four longest: 0 and 1 at 0 degrees, 2 and 3 at 90. With a word there are five, and three tokens
+    # are still to be kept: one each by the first three. Least like 0 is 6 (180 degrees), least like 1 of the rest is 7
+    # (270; the others are nearer to 0), least like 2 is 4 (10).
+    lengths = torch.tensor([10.0, 9, 8, 7, 1, 1, 1, 1, 1])
+    vision = lengths[:, None] * directions(0, 0, 90, 90, 10, 80, 180, 270, 45)
+    selection = chosen("dart", problem(vision, 7, text=directions(45)))
+    assert selection.order.tolist() == [0, 1, 2, 3, 6, 7, 4]
+    expected = [0, 0, 0, 0, 2, 1, 1 - math.cos(math.radians(80))]
+    assert selection.coverage.tolist() == pytest.approx(expected, abs=1e-6)
+    assert chosen("dart", problem(vision, 2)).order.tolist() == [0, 1]
+
+
+def test_dart_asks_its_four_longest_words() -> None:
+    # After the four image pivots come three tokens along each of the axes 4 to 7. Eight pivots, and eight tokens to
+    # keep: one each. The image's pivots are at right angles to all, so they keep 4 to 7, the lowest. The words, without
+    # the short first one, point against the axes 7, 6, 5 and 4, so the tokens on those are least like them: 13, 10 and
+    # 8; the three on axis 4 are kept by then, and the rest ties.
+    vision = torch.cat([100 * torch.eye(4, 8), torch.eye(8).repeat_interleave(3, dim=0)[12:]])
+    words = torch.cat([0.1 * torch.eye(8)[:1], -torch.eye(8)[[7, 6, 5, 4]]])
+    order = chosen("dart", problem(vision, 12, text=words)).order.tolist()
+    assert order == [0, 1, 2, 3, 4, 5, 6, 7, 13, 10, 8, 9]
+
+
+def test_scope_covers_the_image() -> None:
+    # 0 and 1 are the same and cover each other: 2 each. 2 and 3 cover themselves: 1 each.
+    keys = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    selection = chosen("scope", problem(torch.zeros(4, 2), 4, keys=keys))
+    assert selection.order.tolist() == [0, 2, 3, 1]
+    assert selection.coverage.tolist() == [2, 3, 4, 4]
+
+
+def test_scope_multiplies_the_gain_by_the_attention() -> None:
+    keys = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    given = problem(torch.zeros(4, 2), 4, keys=keys, attention=torch.tensor([0.1, 0.1, 0.1, 0.5]))
+    # 0.2, 0.2, 0.1 and 0.5; then 0.2 and 0.1 are as they were.
+    selection = chosen("scope", given)
+    assert selection.order.tolist() == [3, 0, 2, 1]
+    assert selection.coverage.tolist() == [1, 3, 4, 4]
+
+
+def test_scope_does_not_cover_what_is_excluded() -> None:
+    keys = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    assert chosen("scope", problem(keys, 1)).order.tolist() == [1]
+    # With 2 and 3 excluded, 1 covers no more than 0 does.
+    assert chosen("scope", problem(keys, 1, excluded=excluding(4, 2, 3))).order.tolist() == [0]
+
+
+def test_apet_keeps_the_basis_and_what_it_explains_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmtok_deploy.methods.apet._BASIS_TOKENS", 2)
+    # Farthest from 0, the first, is 1. Both lie on the x axis, and so does 4; 3, 5 and 2 are 2, 1.5 and 1 away from it.
+    keys = torch.tensor([[1.0, 0, 0], [4, 0, 0], [1, 1, 0], [2, 0, 2], [3, 0, 0], [0, -1.5, 0]])
+    selection = chosen("apet", problem(torch.zeros(6, 2), 6, keys=keys))
+    assert selection.order.tolist() == [0, 1, 3, 5, 2, 4]
+    assert selection.coverage.tolist() == pytest.approx([0, 0, 2, 1.5, 1, 0])
+    # Without 0 and 1: from 2, 5 is 2.7 away and 3 and 4 are less. They span the plane of x and y.
+    barred = problem(torch.zeros(6, 2), 3, keys=keys, excluded=excluding(6, 0, 1))
+    assert chosen("apet", barred).order.tolist() == [2, 5, 3]
+
+
+def test_otprune_weighs_tokens_by_what_the_image_has_much_of() -> None:
+    # Features of length 1: V = [[a, 0], [a, 0], [0, 1], [0, 0]] with a^2 = 1/2. S S^T has 1/2 for 0 and 1 and between
+    # them, and 1 for 2. So 1 + 0.01 times that: 2, then 0, then 1 with what 0 leaves, then 3, which adds nothing.
+    vision = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 5.0], [0.0, 0.0]])
+    selection = chosen("otprune", problem(vision, 4))
+    assert selection.order.tolist() == [2, 0, 1, 3]
+    assert selection.coverage.tolist() == pytest.approx([1.01, 1.005, 1.005 - 0.005**2 / 1.005, 1])
+
+
+def test_otprune_does_not_count_what_is_excluded() -> None:
+    vision = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 5.0], [0.0, 5.0], [0.0, 5.0]])
+    # The second feature is 2's alone, the first is shared by 0 and 1.
+    given = problem(vision, 1, excluded=excluding(5, 3, 4))
+    assert chosen("otprune", given).order.tolist() == [2]
+    assert chosen("otprune", given).coverage.tolist() == pytest.approx([1.01])
 
 
 def test_visionzip_takes_what_is_attended_to_most() -> None:
@@ -206,14 +323,93 @@ def test_every_method_takes_a_batch_and_leaves_out_what_is_excluded(name: Method
         assert given.excluded is None or not given.excluded[selection.kept].any()
 
 
-@pytest.mark.parametrize("name", ["divprune", "visionzip", "text-coverage", "vision-coverage"])
-def test_features_that_are_not_finite_show_in_the_total(name: MethodName) -> None:
-    bad = torch.full((6, 4), torch.nan)
-    given = problem(bad, 3, text=torch.ones(1, 4), attention=bad[:, 0])
-    (selection,) = comparator(name)([given], CONFIG)
-    assert not torch.isfinite(selection.total)
-    assert selection.kept.min() >= 0
-    assert selection.kept.max() < 6
+@pytest.mark.parametrize("num_bad", [1, 6])
+@pytest.mark.parametrize("num_picks", [1, 3])
+@pytest.mark.parametrize("name", [name for name in COMPARATORS if name not in FEATURELESS])
+def test_features_that_are_not_finite_show_in_the_total(name: MethodName, num_picks: int, num_bad: int) -> None:
+    for value in (torch.nan, torch.inf):
+        bad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        bad[-num_bad:] = value
+        given = problem(bad, num_picks, text=torch.ones(1, 4), attention=bad[:, 0])
+        (selection,) = comparator(name)([given], CONFIG)
+        assert not torch.isfinite(selection.total)
+        assert selection.kept.min() >= 0
+        assert selection.kept.max() < 6
+
+
+def features(num_tokens: int, kind: str) -> Tensor:
+    made = torch.randn(num_tokens, 6, generator=torch.Generator().manual_seed(num_tokens))
+    return {"all-different": made, "two-kinds": made[[0, -1] * num_tokens][:num_tokens], "zeros": 0 * made}[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["all-different", "two-kinds", "zeros"])
+@pytest.mark.parametrize("name", COMPARATORS)
+def test_as_many_tokens_as_asked_for_whatever_the_features(name: MethodName, kind: str, dtype: torch.dtype) -> None:
+    for num_tokens, num_picks, num_words in [(1, 1, 1), (2, 1, 0), (30, 7, 3), (30, 22, 9), (30, 30, 0)]:
+        vision = features(num_tokens, kind).to(dtype)
+        # Every fourth token is excluded where enough are left.
+        mask = torch.arange(num_tokens) % 4 == 3 if num_picks <= 22 < num_tokens else None
+        if (name == "downsample" and num_picks < num_tokens) or (name == "text-coverage" and not num_words):
+            continue
+        given = problem(
+            vision,
+            num_picks,
+            text=torch.ones(num_words, 6, dtype=dtype),
+            attention=torch.zeros(num_tokens),
+            excluded=mask,
+        )
+        selection = chosen(name, given)
+        assert selection.kept.unique().tolist() == selection.kept.tolist()
+        assert selection.kept[0] >= 0
+        assert selection.kept[-1] < num_tokens
+        assert mask is None or not mask[selection.kept].any()
+        assert torch.equal(chosen(name, given).order, selection.order)
+        assert (selection.order.dtype, selection.coverage.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARATORS if name not in FEATURELESS])
+def test_ties_go_to_the_lowest_index(name: MethodName) -> None:
+    zeros = torch.zeros(30, 6)
+    given = problem(zeros, 12, text=zeros[:2], attention=zeros[:, 0], excluded=excluding(30, 0, 4))
+    assert chosen(name, given).order.tolist() == [1, 2, 3, *range(5, 14)]
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARATORS if name != "random"])
+def test_the_question_changes_what_methods_that_read_it_keep(name: MethodName) -> None:
+    vision = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    orders = {
+        tuple(
+            chosen(name, problem(vision, 40 if name == "downsample" else 16, text=words, attention=vision[:, 0])).order
+        )
+        for words in (torch.eye(6)[:4], -3 * torch.eye(6)[:4], torch.eye(6)[3:])
+    }
+    assert (len({tuple(map(int, order)) for order in orders}) > 1) == reads_question(name)
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARATORS if name != "downsample"])
+def test_attention_changes_what_methods_that_read_it_keep(name: MethodName) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vision = torch.randn(40, 6, generator=generator)
+    orders = [
+        chosen(
+            name, problem(vision, 10, text=torch.eye(6), attention=torch.rand(40, generator=generator))
+        ).order.tolist()
+        for _ in range(2)
+    ]
+    assert (orders[0] != orders[1]) == reads_attention(name)
+
+
+# The two coverages are made by the backends, which have tests of their own.
+@pytest.mark.parametrize("name", [name for name in COMPARATORS if not name.endswith("-coverage")])
+def test_the_host_does_not_wait_for_what_is_computed(name: MethodName) -> None:
+    # Fake tensors have shapes and no values: whatever needs one, as an index does that has no dimension, raises.
+    with FakeTensorMode():
+        mask = None if name == "downsample" else torch.zeros(20, dtype=torch.bool)
+        num_picks = 20 if name == "downsample" else 14
+        given = problem(torch.randn(20, 6), num_picks, text=torch.randn(5, 6), attention=torch.rand(20), excluded=mask)
+        (selection,) = comparator(name)([given], CONFIG)
+        assert selection.kept.shape == selection.coverage.shape == (num_picks,)
 
 
 def test_names() -> None:
@@ -228,4 +424,7 @@ def test_names() -> None:
         "vision",
         None,
     ]
-    assert [name for name in get_args(MethodName) if reads_question(name)] == ["mmtok", "text-coverage", "random"]
+    assert {name for name in get_args(MethodName) if reads_question(name)} == {
+        *("mmtok", "text-coverage", "cdpruner", "dart", "random")
+    }
+    assert {name for name in get_args(MethodName) if reads_attention(name)} == {"scope", "visionzip"}
