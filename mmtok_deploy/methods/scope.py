@@ -36,7 +36,7 @@ def _select_one(problem: SelectionProblem) -> Selection:
     keys = unit_rows(problem.keys)
     similarity = keys @ keys.T
     if problem.excluded is not None:
-        similarity = similarity.masked_fill(problem.excluded[:, None], 0)
+        similarity.masked_fill_(problem.excluded[:, None], 0)
     order = torch.empty(problem.num_picks, dtype=torch.int64, device=keys.device)
     coverage = keys.new_empty(problem.num_picks)
     covered = keys.new_zeros(len(keys))

@@ -375,6 +375,19 @@ def test_ties_go_to_the_lowest_index(name: MethodName) -> None:
     assert chosen(name, given).order.tolist() == [1, 2, 3, *range(5, 14)]
 
 
+@pytest.mark.parametrize(("name", "num_chosen"), [("cdpruner", 3), ("apet", 10)])
+def test_what_adds_nothing_ties_whatever_the_rounding(name: MethodName, num_chosen: int) -> None:
+    # Three dimensions: three tokens span them all, and ten basis tokens as well.
+    for seed in range(5):
+        vision = torch.randn(40, 3, generator=torch.Generator().manual_seed(seed))
+        selection = chosen(name, problem(vision, 30))
+        assert selection.coverage[num_chosen:].tolist() == [0] * (30 - num_chosen)
+        left = [token for token in range(40) if token not in selection.order[:num_chosen]]
+        assert selection.order[num_chosen:].tolist() == left[: 30 - num_chosen]
+        # As like itself as any other: the first of all ties, too.
+        assert selection.order[0] == 0
+
+
 @pytest.mark.parametrize("name", [name for name in COMPARATORS if name != "random"])
 def test_the_question_changes_what_methods_that_read_it_keep(name: MethodName) -> None:
     vision = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
