@@ -56,7 +56,7 @@ def test_coverage_of_one_half_is_mmtoks(served: Served) -> None:
         assert served.judge.max_error(pruned, served.ask(CHAT, mmtok_method=method)) < LOGPROB_TOLERANCE
 
 
-def test_visionzip_reads_the_towers_own_attention(served: Served) -> None:
+def test_the_towers_own_attention_is_read(served: Served) -> None:
     if served.family != "llava-1.5":
         pytest.skip("one tower of this kind is held against Hugging Face's attention")
     tower = served.judge.model.model.vision_tower
@@ -65,12 +65,16 @@ def test_visionzip_reads_the_towers_own_attention(served: Served) -> None:
     tower.set_attn_implementation("eager")
     try:
         with torch.no_grad():
-            attentions = tower(pixels, output_attentions=True).attentions
+            seen = tower(pixels, output_attentions=True, output_hidden_states=True)
     finally:
         tower.set_attn_implementation(chosen)
-    paid = attentions[-2][0, :, 0, 1:].sum(dim=0)
-    kept = paid.topk(NUM_KEPT[served.family]).indices.sort().values
-    assert error(served, kept, "visionzip") < LOGPROB_TOLERANCE
+    paid = seen.attentions[-2][0, :, 0, 1:].sum(dim=0)
+    num_kept = NUM_KEPT[served.family]
+    assert error(served, paid.topk(num_kept).indices.sort().values, "visionzip") < LOGPROB_TOLERANCE
+    keys = seen.hidden_states[-2][0, 1:]
+    assert error(served, salient_cover(keys, paid, num_kept), "scope") < LOGPROB_TOLERANCE
+    # Another choice than without the attention.
+    assert error(served, salient_cover(keys, torch.ones_like(paid), num_kept), "scope") > LOGPROB_TOLERANCE
 
 
 def test_a_downsampled_image_is_read_as_a_smaller_one(served: Served) -> None:
@@ -127,6 +131,19 @@ def max_min_diverse(tokens: Tensor, num_kept: int) -> Tensor:
     kept = [int(distances.topk(2, dim=0, largest=False).values[1].argmax())]
     while len(kept) < num_kept:
         kept.append(int(distances[kept].amin(dim=0).argmax()))
+    return torch.tensor(sorted(kept))
+
+
+def salient_cover(keys: Tensor, paid: Tensor, num_kept: int) -> Tensor:
+    """SCOPE from the whole matrix of similarities."""
+    rows = keys / keys.norm(dim=1, keepdim=True)
+    similarity = rows @ rows.T
+    kept: list[int] = []
+    while len(kept) < num_kept:
+        covered = similarity[:, kept].amax(dim=1, keepdim=True).clamp(min=0) if kept else 0 * rows[:, :1]
+        scores = (similarity - covered).clamp(min=0).sum(dim=0) * paid
+        scores[kept] = -1
+        kept.append(int(scores.argmax()))
     return torch.tensor(sorted(kept))
 
 
