@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 from typing import get_args
@@ -24,8 +25,8 @@ _EXTRAS = {
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage, 130 Ctrl-C."""
     # Inside, so that every layer may start from here; light, so that --help is quick.
+
     from mmtok_bench.families import PocketFamily
-    from mmtok_bench.pocket.command import add_pocket_parser
     from mmtok_bench.quality.command import add_quality_parser
     from mmtok_bench.soak.command import add_soak_parser
     from mmtok_export.command import add_export_parser
@@ -48,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     _add_bench(commands)
     add_quality_parser(commands)
     add_export_parser(commands)
-    add_pocket_parser(commands)
+    # Trains the pocket models: beside the packages in a checkout, and in no wheel.
+    if importlib.util.find_spec("pocket_training") is not None:
+        from pocket_training.command import add_pocket_parser
+
+        add_pocket_parser(commands)
     add_soak_parser(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -79,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return run_export(arguments)
         case "pocket":
-            from mmtok_bench.pocket.command import run_pocket
+            from pocket_training.command import run_pocket
 
             return run_pocket(arguments)
         case "soak":

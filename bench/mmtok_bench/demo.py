@@ -16,10 +16,9 @@ from transformers.utils import logging as transformers_logging
 from mmtok_bench.chat import Answer, ask, image_url
 from mmtok_bench.families import PocketFamily, family_arguments
 from mmtok_bench.picture import draw_kept
-from mmtok_bench.pocket.model import PICTURE_PX, pocket_checkpoint
-from mmtok_bench.pocket.questions import Question
+from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
+from mmtok_bench.pocket.questions import Question, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import draw
-from mmtok_bench.quality.questions import make_scenes, picture_of
 from mmtok_bench.quality.scoring import is_right, normalise
 from mmtok_bench.selected_patches import select_patches
 from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, started

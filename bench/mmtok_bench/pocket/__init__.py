@@ -1,5 +1,29 @@
-"""Pocket models: small vision-language models that really see, trained from scratch on scenes drawn here.
+"""Pocket models: small vision-language models that answer questions about scenes drawn here.
 
-`scenes` draws them and `questions` asks about them; `model` is what the families `llava` and `qwen` have in common, and
-`words` their vocabulary; `training_data` and `training` train one. `checkpoints` holds what was trained.
+`scenes` draws them and `questions` asks about them; `checkpoints` holds what `bench/pocket_training` trained.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+from mmtok_bench.families import Family, PocketFamily
+from mmtok_bench.pocket.scenes import SCENE_PX
+
+__all__ = ["PICTURE_PX", "pocket_checkpoint"]
+
+PICTURE_PX: Mapping[Family, int] = {"llava-1.5": SCENE_PX, "qwen2.5-vl": 392}
+"""Side of the square pictures that a served model is sent, so that it reads 196 tokens of them."""
+
+
+def pocket_checkpoint(family: Family) -> Path:
+    """Returns the folder of the trained model that this package brings along.
+
+    Raises:
+        ValueError: There is none of the family.
+    """
+    if family not in get_args(PocketFamily):
+        raise ValueError(f"there is no pocket model of {family}, only of {', '.join(get_args(PocketFamily))}")
+    return Path(__file__).resolve().parent / "checkpoints" / family

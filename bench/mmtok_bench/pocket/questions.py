@@ -1,20 +1,40 @@
-"""Questions about a scene and their answers: POPE's existence, counts, positions, reading, attributes."""
+"""The pocket tasks: questions about held-out scenes and their answers, made anew from a seed."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
+from PIL import Image
 
-from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, Thing
+from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, Thing, draw, make_scene
 
-__all__ = ["KINDS", "NAMING_WORDS", "NEGATIVES", "Kind", "Negative", "Question", "ask", "ask_existence", "named_items"]
+__all__ = [
+    "HELD_OUT",
+    "KINDS",
+    "NEGATIVES",
+    "AskedScene",
+    "Kind",
+    "Negative",
+    "Question",
+    "ask",
+    "ask_existence",
+    "choose",
+    "fingerprint",
+    "make_scenes",
+    "picture_of",
+    "plural",
+    "scene_at",
+    "things_alone",
+]
 
-Kind = Literal["existence", "simple", "count", "position", "reading", "attribute"]
+Kind = Literal["existence", "count", "position", "reading"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Negative = Literal["random", "popular", "adversarial"]
 NEGATIVES: tuple[Negative, ...] = get_args(Negative)
@@ -23,15 +43,20 @@ _PAIRS = tuple(product(COLOR_RGB, SHAPES))
 # The most frequent pairs of the scenes: the first three colours and shapes by their weights.
 _POPULAR = tuple(product(list(COLOR_RGB)[:3], SHAPES[:3]))
 _MAX_COUNT = 4
-_CHARACTER_KINDS = ("digit", "letter")
 _T = TypeVar("_T")
+
+HELD_OUT = 1000
+"""The second part of a scene's seed, where training has the number of its stage: no scene here was trained on."""
+
+_A_KIND_AND_SCENE = 2
+_TRIES = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """A question, the answer that is right, and its kind; for existence, how a "no" was chosen."""
 
-    kind: Kind
+    kind: str
     text: str
     answer: str
     negative: Negative | None = None
@@ -66,53 +91,29 @@ def ask_existence(rng: np.random.Generator, scene: Scene, negative: Negative | N
     }[negative]
     if not absent:
         return None
-    color, shape = _one_of(rng, absent)
+    color, shape = choose(rng, absent)
     return Question(
         "existence", f"Is there a {color} {shape} in the image?", "yes" if negative is None else "no", negative
     )
-
-
-def named_items(scene: Scene, text: str) -> list[int]:
-    """Returns the indices, into things followed by glyphs, of what a question's words are true of, all together."""
-    words = set(text.lower().replace("?", " ").split())
-    named = {_SINGULAR.get(word, word) for word in words} & {*COLOR_RGB, *SHAPES, *_CHARACTER_KINDS}
-    items = [{thing.color, thing.shape} for thing in scene.things]
-    items += [{"digit" if glyph.character in DIGITS else "letter"} for glyph in scene.glyphs]
-    return [index for index, item in enumerate(items) if named and named <= item]
-
-
-def _ask_simple(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """Asks for a colour or a shape alone."""
-    if rng.random() < 0.5:
-        words, present = tuple(COLOR_RGB), {thing.color for thing in scene.things}
-    else:
-        words, present = SHAPES, {thing.shape for thing in scene.things}
-    is_there = rng.random() < 0.5
-    choices = [word for word in words if (word in present) == is_there]
-    if not choices:
-        return None
-    word = _one_of(rng, choices)
-    what = word if words is SHAPES else f"{word} thing"
-    return Question("simple", f"Is there a {what} in the image?", "yes" if is_there else "no")
 
 
 def _ask_count(rng: np.random.Generator, scene: Scene) -> Question | None:
     # By the answer first: else most answers were 0 or 1.
     by_color, by_shape = Counter(thing.color for thing in scene.things), Counter(thing.shape for thing in scene.things)
     counts = {f"{color} things": by_color[color] for color in COLOR_RGB} | {
-        _plural(shape): by_shape[shape] for shape in SHAPES
+        plural(shape): by_shape[shape] for shape in SHAPES
     }
     answers = sorted({count for count in counts.values() if count <= _MAX_COUNT})
     answer = answers[rng.integers(len(answers))]
-    what = _one_of(rng, [what for what, count in counts.items() if count == answer])
+    what = choose(rng, [what for what, count in counts.items() if count == answer])
     return Question("count", f"How many {what} are in the image?", str(answer))
 
 
 def _ask_position(rng: np.random.Generator, scene: Scene) -> Question | None:
-    alone = _alone(scene)
+    alone = things_alone(scene)
     if not alone:
         return None
-    thing = _one_of(rng, alone)
+    thing = choose(rng, alone)
     vertical = "top" if thing.y < SCENE_PX / 2 else "bottom"
     horizontal = "left" if thing.x < SCENE_PX / 2 else "right"
     return Question("position", f"Where is the {thing.color} {thing.shape}?", f"{vertical} {horizontal}")
@@ -121,48 +122,127 @@ def _ask_position(rng: np.random.Generator, scene: Scene) -> Question | None:
 def _ask_reading(rng: np.random.Generator, scene: Scene) -> Question | None:
     if not scene.glyphs:
         return None
-    character = _one_of(rng, scene.glyphs).character
+    character = choose(rng, scene.glyphs).character
     kind = "digit" if character in DIGITS else "letter"
     return Question("reading", f"What {kind} is in the image?", character)
 
 
-def _ask_attribute(rng: np.random.Generator, scene: Scene) -> Question | None:
-    by_color, by_shape = Counter(thing.color for thing in scene.things), Counter(thing.shape for thing in scene.things)
-    alone = set(_alone(scene))
-    questions = [
-        *((f"What color is the {thing.shape}?", thing.color) for thing in scene.things if by_shape[thing.shape] == 1),
-        *((f"What shape is {thing.color}?", thing.shape) for thing in scene.things if by_color[thing.color] == 1),
-        *((f"What size is the {thing.color} {thing.shape}?", thing.size) for thing in scene.things if thing in alone),
-    ]
-    if not questions:
-        return None
-    text, answer = _one_of(rng, questions)
-    return Question("attribute", text, answer)
-
-
 _ASKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
-    "simple": _ask_simple,
     "count": _ask_count,
     "position": _ask_position,
     "reading": _ask_reading,
-    "attribute": _ask_attribute,
 }
 
 
-def _alone(scene: Scene) -> list[Thing]:
+def things_alone(scene: Scene) -> list[Thing]:
+    """Returns the things whose colour and shape no other thing of the scene has together."""
     pairs = Counter((thing.color, thing.shape) for thing in scene.things)
     return [thing for thing in scene.things if pairs[thing.color, thing.shape] == 1]
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
+    """Returns a shape's plural."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
-def _one_of(rng: np.random.Generator, items: Sequence[_T]) -> _T:
+def choose(rng: np.random.Generator, items: Sequence[_T]) -> _T:
+    """Returns one of the items, each as likely as the others."""
     return items[int(rng.integers(len(items)))]
 
 
-_SINGULAR = {_plural(shape): shape for shape in SHAPES}
+@dataclass(frozen=True, slots=True)
+class AskedScene:
+    """A scene and what is asked about it.
 
-NAMING_WORDS = (*COLOR_RGB, *SHAPES, *_SINGULAR, *_CHARACTER_KINDS)
-"""The words by which questions name things and characters."""
+    Args:
+        seed: Of the set that the scene is in.
+        index: The scene's number in it.
+        scene: What is to be seen.
+        questions: All kinds together, no text twice.
+        settings: For each question about existence, which of POPE's three settings it counts for; else "".
+    """
+
+    seed: int
+    index: int
+    scene: Scene
+    questions: tuple[Question, ...]
+    settings: tuple[str, ...]
+
+
+def make_scenes(seed: int, num_questions: int, kinds: Sequence[Kind] = KINDS) -> list[AskedScene]:
+    """Returns scenes in order, with `num_questions` questions of each kind in all of them together.
+
+    A scene has two questions of a kind, or fewer where it has less to ask for. Those about existence are a pair: a
+    thing that is there, and one that is not, chosen in turns as in POPE's settings random, popular and adversarial.
+
+    Raises:
+        ValueError: No kinds, a kind that is not scored, or fewer than one question.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"kinds are some of {', '.join(KINDS)}, got {', '.join(unknown) or 'none'}")
+    if num_questions < 1:
+        raise ValueError(f"at least 1 question of each kind, got {num_questions}")
+    missing = dict.fromkeys(kinds, num_questions)
+    scenes = []
+    index = 0
+    while any(missing.values()):
+        scene = scene_at(seed, index)
+        asked: list[tuple[Question, str]] = []
+        for kind in kinds:
+            # Of its own for each kind, so that leaving out a kind changes no question of another.
+            rng = np.random.default_rng([seed, HELD_OUT, index, KINDS.index(kind) + 1])
+            chosen = _existence_pair(rng, scene, index) if kind == "existence" else _distinct(rng, scene, kind)
+            asked += chosen[: missing[kind]]
+            missing[kind] -= len(chosen[: missing[kind]])
+        if asked:
+            questions, settings = zip(*asked, strict=True)
+            scenes.append(AskedScene(seed, index, scene, questions, settings))
+        index += 1
+    return scenes
+
+
+def scene_at(seed: int, index: int) -> Scene:
+    """Returns scene number `index` of a seed's held-out set."""
+    return make_scene(np.random.default_rng([seed, HELD_OUT, index]))
+
+
+def picture_of(scene: Scene, side_px: int = SCENE_PX) -> Image.Image:
+    """Returns the scene as the pocket models learn to see it: 112 x 112 px, drawn at twice that and made smaller.
+
+    Args:
+        scene: What is to be seen.
+        side_px: What those 112 px are enlarged to, for a model that is served so.
+    """
+    picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
+    return picture.resize((side_px, side_px), Image.Resampling.BICUBIC)
+
+
+def fingerprint(scenes: Sequence[AskedScene]) -> str:
+    """Returns 12 hexadecimal digits of all questions and of the first pictures: where they differ, so may the scores.
+
+    NumPy does not promise the same draws, nor Pillow the same pixels, in every version.
+    """
+    digest = hashlib.sha256()
+    for asked in scenes:
+        questions = [asdict(question) for question in asked.questions]
+        digest.update(json.dumps([asked.seed, asked.index, questions, asked.settings]).encode())
+    for asked in scenes[:8]:
+        digest.update(picture_of(asked.scene).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _existence_pair(rng: np.random.Generator, scene: Scene, index: int) -> list[tuple[Question, str]]:
+    setting = NEGATIVES[index % len(NEGATIVES)]
+    pair = [ask_existence(rng, scene, None), ask_existence(rng, scene, setting)]
+    # Both or neither: each setting stays half yes and half no.
+    return [] if None in pair else [(question, setting) for question in pair if question is not None]
+
+
+def _distinct(rng: np.random.Generator, scene: Scene, kind: Kind) -> list[tuple[Question, str]]:
+    found: dict[str, Question] = {}
+    for _ in range(_TRIES):
+        question = ask(rng, scene, kind)
+        if question is not None and len(found) < _A_KIND_AND_SCENE:
+            found.setdefault(question.text, question)
+    return [(question, "") for question in found.values()]

@@ -15,6 +15,7 @@ __all__ = [
     "COLOR_RGB",
     "DIGITS",
     "LETTERS",
+    "OUTLINES",
     "SCENE_PX",
     "SHAPES",
     "SIZE_PX",
@@ -22,8 +23,8 @@ __all__ = [
     "Scene",
     "Thing",
     "draw",
-    "draw_mask",
     "make_scene",
+    "write_glyph",
 ]
 
 SCENE_PX = 112
@@ -121,22 +122,10 @@ def draw(scene: Scene, scale: int = 2) -> Image.Image:
     for thing in scene.things:
         rgb = np.array(COLOR_RGB[thing.color]) + rng.integers(-18, 19, 3)
         fill = tuple(int(value) for value in rgb.clip(0, 255))
-        _OUTLINES[thing.shape](pen, thing, scale, fill)
+        OUTLINES[thing.shape](pen, thing, scale, fill)
     for glyph in scene.glyphs:
-        _write(pen, glyph, scale, (16, 16, 16) if glyph.is_dark else (250, 250, 250))
+        write_glyph(pen, glyph, scale, (16, 16, 16) if glyph.is_dark else (250, 250, 250))
     return picture
-
-
-def draw_mask(scene: Scene) -> np.ndarray:
-    """Returns [112, 112] uint8: 0 where nothing is, else 1 + the index into things followed by glyphs."""
-    mask = Image.new("L", (SCENE_PX, SCENE_PX))
-    pen = ImageDraw.Draw(mask)
-    pen.fontmode = "1"
-    for index, thing in enumerate(scene.things, start=1):
-        _OUTLINES[thing.shape](pen, thing, 1, index)
-    for index, glyph in enumerate(scene.glyphs, start=1 + len(scene.things)):
-        _write(pen, glyph, 1, index)
-    return np.asarray(mask)
 
 
 def _weighted(rng: np.random.Generator, weights: np.ndarray) -> int:
@@ -201,7 +190,7 @@ def _star_points() -> list[tuple[float, float]]:
 
 
 _ARM = 0.34
-_OUTLINES: dict[str, _Outline] = {
+OUTLINES: dict[str, _Outline] = {
     "circle": _circle,
     "square": _shape([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]),
     "triangle": _shape([(0, -0.95), (1, 0.85), (-1, 0.85)]),
@@ -214,8 +203,11 @@ _OUTLINES: dict[str, _Outline] = {
     ),
 }
 
+"""By shape: what draws it."""
 
-def _write(pen: ImageDraw.ImageDraw, glyph: Glyph, scale: int, fill: _Fill) -> None:
+
+def write_glyph(pen: ImageDraw.ImageDraw, glyph: Glyph, scale: int, fill: _Fill) -> None:
+    """Draws a digit or letter."""
     pen.text((glyph.x * scale, glyph.y * scale), glyph.character, fill=fill, font=_font(scale), anchor="mm")
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmtok_bench.pocket.questions import Kind
-
 __all__ = ["Answer", "Cell", "answers_beside", "append_answers", "read_answers", "replace_answers"]
 
 
@@ -45,7 +43,7 @@ class Answer:
     budget: str
     seed: int
     scene: int
-    kind: Kind
+    kind: str
     setting: str
     question: str
     expected: str

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from mmtok_bench.pocket.questions import Kind
-from mmtok_bench.quality.questions import SCORED_KINDS
+from mmtok_bench.pocket.questions import KINDS, Kind
 from mmtok_bench.quality.rows import UNPRUNED
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, check_method
@@ -36,7 +35,7 @@ class Plan:
     methods: tuple[str, ...] = METHODS
     budgets: tuple[str, ...] = ("all", "50%", "25%", "11%", "5%", "4")
     seeds: tuple[int, ...] = (0, 1, 2)
-    kinds: tuple[Kind, ...] = SCORED_KINDS
+    kinds: tuple[Kind, ...] = KINDS
     num_questions: int = 170
 
     def __post_init__(self) -> None:
@@ -51,10 +50,10 @@ class Plan:
             Budget.parse(budget)
         if any(not 0 <= seed < 2**32 for seed in self.seeds):
             raise ValueError(f"a seed is between 0 and 2**32 - 1, got {self.seeds}")
-        unknown = [kind for kind in self.kinds if kind not in SCORED_KINDS]
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or self.num_questions < 1:
             got = unknown or self.num_questions
-            raise ValueError(f"expected kinds of {', '.join(SCORED_KINDS)} and at least 1 question, got {got}")
+            raise ValueError(f"expected kinds of {', '.join(KINDS)} and at least 1 question, got {got}")
 
     def settings(self) -> list[tuple[str, str]]:
         """Returns methods and budgets in the order in which they are asked."""

@@ -20,14 +20,14 @@ import torch
 from rich.console import Console
 
 from mmtok_bench.families import Family, family_arguments
-from mmtok_bench.pocket.model import PICTURE_PX, pocket_checkpoint
+from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
+from mmtok_bench.pocket.questions import KINDS
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.progress import progress_bar
 from mmtok_bench.quality.answers import Cell, answers_beside
 from mmtok_bench.quality.asking import Asker, RequestError
 from mmtok_bench.quality.plan import METHODS, WITH_AGENT, Plan
 from mmtok_bench.quality.plot import plot_scores
-from mmtok_bench.quality.questions import SCORED_KINDS
 from mmtok_bench.quality.recorded import RECORDED, RECORDED_BUDGET, RECORDED_METHOD, record
 from mmtok_bench.quality.rows import BENCH
 from mmtok_bench.quality.sweep import NotPrunedError, Sweep
@@ -153,7 +153,7 @@ def _plan(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> Plan:
         methods=arguments.methods or tuple(name for name in METHODS if name != _IMPOSSIBLE.get(arguments.family)),
         budgets=arguments.budgets or default.budgets,
         seeds=arguments.seeds,
-        kinds=tuple(kind for kind in SCORED_KINDS if kind in kinds),
+        kinds=tuple(kind for kind in KINDS if kind in kinds),
         num_questions=arguments.num_questions or default.num_questions,
     )
 

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtok_bench.pocket.questions import Kind, Negative, Question
+from mmtok_bench.pocket.questions import KINDS, Kind, Negative, Question
 from mmtok_bench.quality.answers import Answer
 from mmtok_bench.quality.intervals import accuracy_interval, share_interval
-from mmtok_bench.quality.questions import SCORED_KINDS
 from mmtok_bench.quality.scoring import chance, majority, yes_no
 from mmtok_bench.results import CaseValue, ResultRow, make_row
 
@@ -37,7 +36,7 @@ def rows_of(
     device: torch.device,
     backend: str = "sglang",
 ) -> list[ResultRow]:
-    """Returns a row for each kind, in the order of `SCORED_KINDS`, of one method and budget.
+    """Returns a row for each kind, in the order of `KINDS`, of one method and budget.
 
     Args:
         answers: Of one method and budget; of one seed, or of all.
@@ -49,7 +48,7 @@ def rows_of(
         backend: What served.
     """
     rows = []
-    for kind in SCORED_KINDS:
+    for kind in KINDS:
         chosen = [answer for answer in answers if answer.kind == kind]
         if not chosen:
             continue

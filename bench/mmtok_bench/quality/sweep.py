@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mmtok_bench.chat import image_url
+from mmtok_bench.pocket.questions import AskedScene, fingerprint, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.answers import (
     Answer,
@@ -22,7 +23,6 @@ from mmtok_bench.quality.answers import (
 )
 from mmtok_bench.quality.asking import Asker, Request, Said
 from mmtok_bench.quality.plan import WITH_AGENT, Plan
-from mmtok_bench.quality.questions import AskedScene, fingerprint, make_scenes, picture_of
 from mmtok_bench.quality.rows import ALL_SEEDS, POCKET, UNPRUNED, rows_of
 from mmtok_bench.quality.scoring import is_right
 from mmtok_bench.results import (

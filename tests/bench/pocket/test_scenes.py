@@ -5,7 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mmtok_bench.pocket.scenes import COLOR_RGB, SCENE_PX, Scene, draw, draw_mask, make_scene
+from mmtok_bench.pocket.scenes import COLOR_RGB, SCENE_PX, Scene, draw, make_scene
+from pocket_training.training_data import draw_mask
 
 SEEDS = range(40)
 

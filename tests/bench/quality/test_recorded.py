@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from mmtok_bench.families import Family
-from mmtok_bench.pocket.model import PICTURE_PX
+from mmtok_bench.pocket import PICTURE_PX
 from mmtok_bench.quality.answers import answers_beside, read_answers
 from mmtok_bench.quality.asking import Asker
 from mmtok_bench.quality.plan import Plan

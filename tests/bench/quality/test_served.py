@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mmtok_bench.pocket.questions import make_scenes, picture_of
 from mmtok_bench.quality.answers import read_answers
 from mmtok_bench.quality.lmms_eval import VERSION
-from mmtok_bench.quality.questions import make_scenes, picture_of
 from mmtok_bench.results import read_rows
 from mmtok_bench.server import SglangServer
 from mmtok_deploy.cli import main

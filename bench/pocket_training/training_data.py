@@ -7,26 +7,38 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmtok_bench.pocket.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX
-from mmtok_bench.pocket.questions import NAMING_WORDS, Kind, Question, ask, named_items
+from mmtok_bench.pocket.questions import Question
 from mmtok_bench.pocket.scenes import (
     CHARACTERS,
     COLOR_RGB,
     DIGITS,
+    OUTLINES,
     SCENE_PX,
     SHAPES,
     SIZE_PX,
     Scene,
     draw,
-    draw_mask,
     make_scene,
+    write_glyph,
 )
+from pocket_training.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX
+from pocket_training.questions import NAMING_WORDS, Kind, ask, named_items
 
-__all__ = ["IGNORED", "NOTHING", "PATCH_CHOICES", "TASKS", "Task", "TrainingScenes", "collate", "patch_targets"]
+__all__ = [
+    "IGNORED",
+    "NOTHING",
+    "PATCH_CHOICES",
+    "TASKS",
+    "Task",
+    "TrainingScenes",
+    "collate",
+    "draw_mask",
+    "patch_targets",
+]
 
 Task = Literal["patches", "answers", "characters"]
 TASKS: dict[Task, int] = {"patches": 1, "answers": 2, "characters": 3}
@@ -131,6 +143,18 @@ def patch_targets(scene: Scene) -> Tensor:
         )
         targets.append([choice.index(word) for choice, word in zip(PATCH_CHOICES, shown, strict=True)])
     return torch.tensor(targets)
+
+
+def draw_mask(scene: Scene) -> np.ndarray:
+    """Returns [112, 112] uint8: 0 where nothing is, else 1 + the index into things followed by glyphs."""
+    mask = Image.new("L", (SCENE_PX, SCENE_PX))
+    pen = ImageDraw.Draw(mask)
+    pen.fontmode = "1"
+    for index, thing in enumerate(scene.things, start=1):
+        OUTLINES[thing.shape](pen, thing, 1, index)
+    for index, glyph in enumerate(scene.glyphs, start=1 + len(scene.things)):
+        write_glyph(pen, glyph, 1, index)
+    return np.asarray(mask)
 
 
 def _patch_items(scene: Scene) -> np.ndarray:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from mmtok_bench.model_configs import qwen_config
-from mmtok_bench.pocket.model import (
+from mmtok_bench.pocket import PICTURE_PX
+from mmtok_bench.pocket.scenes import SCENE_PX
+from pocket_training.model import (
     GRID,
     NUM_IMAGE_TOKENS,
     PATCH_PX,
-    PICTURE_PX,
     PocketModel,
     attend_to_the_like,
 )
-from mmtok_bench.pocket.scenes import SCENE_PX
-from mmtok_bench.pocket.words import word_tokenizer
+from pocket_training.words import word_tokenizer
 
 __all__ = ["PocketQwen"]
 

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mmtok_bench.families import Family, PocketFamily
+from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket.scenes import SCENE_PX
 
 __all__ = [
     "GRID",
     "NUM_IMAGE_TOKENS",
     "PATCH_PX",
-    "PICTURE_PX",
     "PocketModel",
     "attend_to_the_like",
     "make_pocket_model",
-    "pocket_checkpoint",
 ]
-
-PICTURE_PX: Mapping[Family, int] = {"llava-1.5": SCENE_PX, "qwen2.5-vl": 392}
-"""Side of the square pictures that a served model is sent, so that it reads 196 tokens of them."""
 
 PATCH_PX = 8
 """Side of what an image token shows, in a scene of 112 px."""
@@ -105,24 +98,13 @@ class PocketModel(ABC):
         return index
 
 
-def pocket_checkpoint(family: Family) -> Path:
-    """Returns the folder of the trained model that this package brings along.
-
-    Raises:
-        ValueError: There is none of the family.
-    """
-    if family not in get_args(PocketFamily):
-        raise ValueError(f"there is no pocket model of {family}, only of {', '.join(get_args(PocketFamily))}")
-    return Path(__file__).resolve().parent / "checkpoints" / family
-
-
 def make_pocket_model(family: PocketFamily, seed: int = 0) -> PocketModel:
     """Returns an untrained pocket model in float32."""
     if family == "llava-1.5":
-        from mmtok_bench.pocket.llava import PocketLlava
+        from pocket_training.llava import PocketLlava
 
         return PocketLlava(seed)
-    from mmtok_bench.pocket.qwen import PocketQwen
+    from pocket_training.qwen import PocketQwen
 
     return PocketQwen(seed)
 

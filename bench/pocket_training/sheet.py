@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mmtok_bench.pocket.questions import KINDS, ask
 from mmtok_bench.pocket.scenes import SCENE_PX, draw, make_scene
+from pocket_training.questions import KINDS, ask
 
 __all__ = ["draw_sheet"]
 

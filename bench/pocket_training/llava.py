@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mmtok_bench.pocket.model import GRID, PATCH_PX, PocketModel, attend_to_the_like
 from mmtok_bench.pocket.scenes import SCENE_PX
-from mmtok_bench.pocket.words import word_tokenizer
+from pocket_training.model import GRID, PATCH_PX, PocketModel, attend_to_the_like
+from pocket_training.words import word_tokenizer
 
 __all__ = ["PocketLlava"]
 

@@ -11,12 +11,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_bench.families import PocketFamily
-from mmtok_bench.pocket import training, training_data
-from mmtok_bench.pocket.model import NUM_IMAGE_TOKENS, PICTURE_PX, make_pocket_model
+from mmtok_bench.pocket import PICTURE_PX
 from mmtok_bench.pocket.questions import Question
 from mmtok_bench.pocket.scenes import Glyph, Scene, Thing, draw
-from mmtok_bench.pocket.training import Stage, Training
-from mmtok_bench.pocket.training_data import PATCH_CHOICES, TrainingScenes, patch_targets
+from pocket_training import training, training_data
+from pocket_training.model import NUM_IMAGE_TOKENS, make_pocket_model
+from pocket_training.training import Stage, Training
+from pocket_training.training_data import PATCH_CHOICES, TrainingScenes, patch_targets
 
 CPU = torch.device("cpu")
 FAMILIES: tuple[PocketFamily, ...] = get_args(PocketFamily)

@@ -37,7 +37,7 @@ def add_pocket_parser(commands: Any) -> None:
 def run_pocket(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok pocket`: 0, 1 if the folder's state is another training's, 130 after Ctrl-C."""
     if arguments.pocket == "scenes":
-        from mmtok_bench.pocket.sheet import draw_sheet
+        from pocket_training.sheet import draw_sheet
 
         print(draw_sheet(arguments.output, seed=arguments.seed))
         return 0
@@ -55,8 +55,8 @@ def _train(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from mmtok_bench.pocket.training import Stage, Training
     from mmtok_bench.progress import progress_bar
+    from pocket_training.training import Stage, Training
 
     _keep_freed_memory()
     if arguments.threads is not None:

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import rotate_half
 
 from mmtok_bench.families import PocketFamily
-from mmtok_bench.pocket.model import make_pocket_model
 from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS
-from mmtok_bench.pocket.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task, TrainingScenes, collate
+from pocket_training.model import make_pocket_model
+from pocket_training.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task, TrainingScenes, collate
 
 __all__ = ["STAGES", "Stage", "Training", "where_heads_look"]
 

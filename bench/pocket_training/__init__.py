@@ -1,0 +1,5 @@
+"""Trains the pocket models; `mmtok pocket` runs it in a checkout, and it is in no wheel.
+
+`model` is what the families `llava` and `qwen` have in common, and `words` their vocabulary; `training_data` and
+`training` train one, `sheet` draws scenes with their questions. `mmtok_bench/pocket` has what was trained.
+"""
