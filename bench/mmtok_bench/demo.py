@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import openai
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
-from mmtok_bench.chat import Answer, ask, image_url
-from mmtok_bench.families import PocketFamily, family_arguments
+from mmtok_bench.client import Answer, ask, image_url
+from mmtok_bench.families import PocketFamily
 from mmtok_bench.picture import draw_kept
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import Question, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import draw
 from mmtok_bench.quality.scoring import is_right, normalise
+from mmtok_bench.run import quiet_transformers, run_command
 from mmtok_bench.selected_patches import select_patches
-from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment, started
-from mmtok_deploy.budget import Budget
+from mmtok_bench.server import SglangServer, make_server, started
 
 __all__ = ["run_demo"]
 
@@ -46,20 +45,13 @@ class _Measured:
     ttft_ms: float
 
 
-def run_demo(*, family: PocketFamily = "llava-1.5", budget: str = "25%", folder: Path = Path("artifacts/demo")) -> int:
-    """Returns the exit code of `mmtok demo`: 0, 1 if a server failed, or 130 after Ctrl-C. No server outlives it.
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Returns the exit code of `mmtok demo`: 0, 1 if a server failed, or 130 after Ctrl-C. No server outlives it."""
+    return run_command("mmtok demo", lambda: _run(arguments.family, arguments.budget, arguments.folder))
 
-    Args:
-        family: Of the pocket model.
-        budget: What `--mmtok-budget` is given.
-        folder: Where logs and pictures go.
 
-    Raises:
-        ValueError: A budget that is not understood.
-    """
-    Budget.parse(budget)
-    # The bars of a checkpoint of 6 MB say nothing.
-    transformers_logging.disable_progress_bar()
+def _run(family: PocketFamily, budget: str, folder: Path) -> int:
+    quiet_transformers()
     console = Console(highlight=False)
     console.print(
         "[bold]A picture, asked about without and with a budget[/bold]\n\n"
@@ -68,35 +60,16 @@ def run_demo(*, family: PocketFamily = "llava-1.5", budget: str = "25%", folder:
         "Its language model is so small that reading a token costs next to nothing: look at the tokens, not at the "
         "times.\n"
     )
-    try:
-        written = _run(family, budget, folder, console)
-    except (ServerError, openai.OpenAIError, OSError) as error:
-        console.print(f"[bold red]The demonstration failed:[/bold red] {type(error).__name__}")
-        console.print(str(error), markup=False)
-        console.print(f"The servers' logs are in {folder / 'logs'}.")
-        return 1
-    except KeyboardInterrupt:
-        console.print("Stopped; the servers have ended.")
-        return 130
-    console.print("Written:")
-    for path in written:
-        console.print(f"  {path}", markup=False, soft_wrap=True)
-    return 0
-
-
-def _run(family: PocketFamily, budget: str, folder: Path, console: Console) -> list[Path]:
     asked = make_scenes(_SCENE_SEED, _NUM_QUESTIONS)[0]
     image = picture_of(asked.scene, PICTURE_PX[family])
     logs = [folder / "logs" / f"{name}.log" for name in ("without-budget", "with-budget")]
     with console.status("starting two servers") as status:
         servers = [
-            SglangServer(
+            make_server(
                 pocket_checkpoint(family),
-                *cpu_arguments(),
-                *family_arguments(family),
+                family,
                 "--enable-cache-report",
                 *arguments,
-                env=cpu_environment(),
                 log_path=log,
                 on_progress=lambda waited_s, _: status.update(f"starting two servers, {waited_s:.0f} s"),
             )
@@ -123,7 +96,10 @@ def _run(family: PocketFamily, budget: str, folder: Path, console: Console) -> l
         )
     starts = " and ".join(f"{server.start_s:.0f}" for server in servers)
     console.print(f"[dim]The servers were ready after {starts} s.[/dim]\n")
-    return [*pictures, *logs]
+    console.print("Written:")
+    for path in (*pictures, *logs):
+        console.print(f"  {path}", markup=False, soft_wrap=True)
+    return 0
 
 
 def _measure(

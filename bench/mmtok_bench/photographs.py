@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import skimage
 from PIL import Image
 
-__all__ = ["PHOTOGRAPHS", "photograph"]
+from mmtok_bench.client import image_url
+
+__all__ = ["PHOTOGRAPHS", "new_photograph", "photograph", "photograph_url"]
 
 # Shipped inside scikit-image's wheel (its other samples are downloaded on first use), width x height.
 PHOTOGRAPHS = {
@@ -38,3 +41,29 @@ def photograph(name: str = "coffee") -> Image.Image:
         raise FileNotFoundError(f"the scikit-image that is installed ships no {path.name}: install scikit-image 0.26")
     with Image.open(path) as picture:
         return picture.convert("RGB")
+
+
+def new_photograph(size_px: tuple[int, int], seed: str) -> Image.Image:
+    """Returns a photograph of this size that no other seed gives: a part of one, flipped or not."""
+    draw = random.Random(seed)
+    whole = photograph(draw.choice(list(PHOTOGRAPHS)))
+    shape = size_px[0] / size_px[1]
+    width = min(whole.width, whole.height * shape) * draw.uniform(0.7, 1.0)
+    height = width / shape
+    left, top = draw.uniform(0, whole.width - width), draw.uniform(0, whole.height - height)
+    part = whole.resize(size_px, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else part
+
+
+def photograph_url(image_px: tuple[int, int], sent_px: tuple[int, int], seed: str) -> str:
+    """Returns a new photograph as a data URL: a JPEG, which is what cameras and browsers send.
+
+    Args:
+        image_px: Its size.
+        sent_px: The size to which the client shrinks it before it is sent.
+        seed: Which photograph.
+    """
+    image = new_photograph(image_px, seed)
+    if sent_px != image_px:
+        image = image.resize(sent_px, Image.Resampling.LANCZOS)
+    return image_url(image, lossless=False)

@@ -21,6 +21,7 @@ import torch
 from mmtok_deploy import __version__
 
 __all__ = [
+    "LATENCIES",
     "SCHEMA",
     "CaseValue",
     "ResultRow",
@@ -28,7 +29,6 @@ __all__ = [
     "append_row",
     "device_name",
     "drop_unfinished_line",
-    "latencies_ms",
     "make_latency_row",
     "make_row",
     "new_result_file",
@@ -36,14 +36,12 @@ __all__ = [
 ]
 
 SCHEMA = 2
-"""A later version may add fields, which this one skips; one that changes their meaning counts up.
-
-Schema 1 had p20_ms, p50_ms and p80_ms in place of metrics; it is read as latency_p20_ms and so on.
-"""
+"""A later version may add fields, which this one skips; one that changes their meaning counts up."""
 
 CaseValue = int | float | str
 
-_LATENCIES = ("latency_p20_ms", "latency_p50_ms", "latency_p80_ms")
+LATENCIES = ("latency_p20_ms", "latency_p50_ms", "latency_p80_ms")
+"""The metrics of `make_latency_row`."""
 _LIBRARIES = ("sglang", "triton", "transformers", "onnxruntime")
 
 
@@ -124,18 +122,20 @@ def make_row(
 
 
 def make_latency_row(
-    bench: str, case: Mapping[str, CaseValue], backend: str, times_ms: Sequence[float], device: torch.device
+    bench: str,
+    case: Mapping[str, CaseValue],
+    backend: str,
+    times_ms: Sequence[float],
+    device: torch.device,
+    more: Mapping[str, float] | None = None,
 ) -> ResultRow:
-    """Returns the row of `times_ms`, at least two runs: latency_p20_ms, which a fifth did not exceed, p50 and p80."""
+    """Returns the row of `times_ms`, at least two runs: latency_p20_ms, which a fifth did not exceed, p50 and p80.
+
+    `more` are further metrics.
+    """
     quintiles = statistics.quantiles(times_ms, n=5, method="inclusive")
-    metrics = dict(zip(_LATENCIES, (quintiles[0], statistics.median(times_ms), quintiles[3]), strict=True))
-    return make_row(bench, case, backend, metrics, num_runs=len(times_ms), device=device)
-
-
-def latencies_ms(row: ResultRow) -> tuple[float, float, float]:
-    """Returns p20, p50 and p80 of a row that `make_latency_row` made, or of schema 1."""
-    p20_ms, p50_ms, p80_ms = (row.metrics[name] for name in _LATENCIES)
-    return p20_ms, p50_ms, p80_ms
+    metrics = dict(zip(LATENCIES, (quintiles[0], statistics.median(times_ms), quintiles[3]), strict=True))
+    return make_row(bench, case, backend, metrics | dict(more or {}), num_runs=len(times_ms), device=device)
 
 
 def new_result_file(folder: Path, bench: str) -> Path:
@@ -170,7 +170,7 @@ def drop_unfinished_line(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """Returns the rows of a file, those of older schemas in today's form.
+    """Returns the rows of a file.
 
     Warns:
         UnfinishedRowWarning: The last line was cut off while it was written; the rows before it are returned.
@@ -199,11 +199,8 @@ def read_rows(path: Path) -> list[ResultRow]:
 def _parse_row(values: object) -> ResultRow:
     if not isinstance(values, dict) or "schema" not in values:
         raise ValueError("expected a JSON object with a schema")
-    if values["schema"] not in range(1, SCHEMA + 1) or isinstance(values["schema"], bool):
-        raise ValueError(f"its schema is {values['schema']!r}, this version of mmtok-deploy reads 1 to {SCHEMA}")
-    if values["schema"] == 1:
-        metrics = {name: values[old] for name in _LATENCIES if (old := name.removeprefix("latency_")) in values}
-        values = {**values, "metrics": metrics, "schema": SCHEMA}
+    if values["schema"] != SCHEMA or isinstance(values["schema"], bool):
+        raise ValueError(f"its schema is {values['schema']!r}, this version of mmtok-deploy reads {SCHEMA}")
     missing = [field for field in _FIELD_TYPES if field not in values]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""A real SGLang server for as long as a `with` block runs."""
+"""Real SGLang servers for as long as a `with` block runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,31 @@ import tempfile
 import time
 import urllib.request
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 import openai
 
+from mmtok_bench.client import MeasurementError, openai_client
+from mmtok_bench.families import Family, family_arguments
 from mmtok_bench.process_tree import end_process_tree, sigterm_raises_exit
 
-__all__ = ["ServerError", "SglangServer", "cpu_arguments", "cpu_environment", "running", "started"]
+__all__ = [
+    "ServerError",
+    "ServerPool",
+    "SglangServer",
+    "cpu_arguments",
+    "cpu_environment",
+    "fetch",
+    "make_server",
+    "running",
+    "started",
+]
+
+_Key = TypeVar("_Key", bound=Hashable)
+
 
 _POLL_INTERVAL_S = 0.25
 # Short: what SIGTERM leaves undone is nothing but SGLang's wait for a crash diagnosis, which takes 5 s.
@@ -36,7 +51,7 @@ _PORTS = range(20000, 22000)
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class ServerError(RuntimeError):
+class ServerError(MeasurementError):
     """A server that died, did not start in time, or was asked something while it does not run."""
 
 
@@ -82,6 +97,20 @@ def cpu_environment(*, num_ranks: int = 1) -> dict[str, str]:
         bind = "|".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = bind
     return environment
+
+
+def fetch(url: str, *, timeout_s: float = 30.0) -> str:
+    """Returns what a server answers to a GET, asked without a proxy.
+
+    Raises:
+        ServerError: It does not answer, or not with 200.
+    """
+    try:
+        with _OPENER.open(url, timeout=timeout_s) as answer:
+            text: str = answer.read().decode()
+            return text
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ServerError(f"{url} does not answer: {error}") from error
 
 
 class SglangServer:
@@ -159,12 +188,7 @@ class SglangServer:
 
     def client(self) -> openai.OpenAI:
         """Returns the official OpenAI client for this server."""
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1",
-            api_key="none",
-            max_retries=0,
-            http_client=openai.DefaultHttpxClient(trust_env=False),
-        )
+        return openai_client(self.url)
 
     def server_info(self) -> dict[str, Any]:
         """Returns what the server says of itself: its arguments, its version, its state.
@@ -173,10 +197,9 @@ class SglangServer:
             ServerError: The server does not answer.
         """
         try:
-            with _OPENER.open(f"{self.url}/server_info", timeout=30) as answer:
-                info: dict[str, Any] = json.load(answer)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ServerError(f"{self.url}/server_info does not answer: {error}.\n{self.log_end()}") from error
+            info: dict[str, Any] = json.loads(fetch(f"{self.url}/server_info"))
+        except ServerError as error:
+            raise ServerError(f"{error}.\n{self.log_end()}") from error
         return info
 
     def log_text(self) -> str:
@@ -285,13 +308,111 @@ class SglangServer:
 
     def _is_ready(self) -> bool:
         try:
-            with _OPENER.open(f"{self.url}/ready", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (OSError, http.client.HTTPException):
+            fetch(f"{self.url}/ready", timeout_s=5)
+        except ServerError:
             return False
+        return True
 
     def _log_lines(self, num_lines: int) -> str:
         return "\n".join(self.log_text().rstrip().splitlines()[-num_lines:])
+
+
+def make_server(
+    model_path: str | os.PathLike[str],
+    family: Family | None,
+    *args: str,
+    on_cpu: bool = True,
+    max_total_tokens: int = 16384,
+    max_running_requests: int = 8,
+    env: Mapping[str, str] | None = None,
+    **options: Any,
+) -> SglangServer:
+    """Returns a server, not started, with what its family and its device need besides these arguments.
+
+    Args:
+        model_path: A checkpoint folder or a model's name.
+        family: Of the model; None is one whose family was not named.
+        *args: Further arguments, which win over those of the device.
+        on_cpu: Whether it computes without an accelerator.
+        max_total_tokens: Of `cpu_arguments`.
+        max_running_requests: Of `cpu_arguments`.
+        env: Further environment variables.
+        **options: As of `SglangServer`.
+    """
+    small = cpu_arguments(max_total_tokens=max_total_tokens, max_running_requests=max_running_requests)
+    arguments = (*(small if on_cpu else ()), *family_arguments(family), *args)
+    return SglangServer(model_path, *arguments, env=(cpu_environment() if on_cpu else {}) | dict(env or {}), **options)
+
+
+class ServerPool(Generic[_Key]):
+    """Servers that are started when they are first asked for, and ended when the `with` block ends.
+
+    Args:
+        make: Makes the server of a key, not started.
+        side_by_side: Keep all that were started. Otherwise the one before ends when another is asked for.
+        restarts: Whether a server that died is started anew when it is asked for again.
+    """
+
+    def __init__(
+        self, make: Callable[[_Key], SglangServer], *, side_by_side: bool = False, restarts: bool = False
+    ) -> None:
+        self.dead: dict[_Key, str] = {}
+        self._make = make
+        self._side_by_side = side_by_side
+        self._restarts = restarts
+        self._servers: dict[_Key, SglangServer] = {}
+        self._block = contextlib.ExitStack()
+
+    def __enter__(self) -> ServerPool[_Key]:
+        self._block.enter_context(sigterm_raises_exit())
+        self._block.callback(self.stop_all)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._block.close()
+
+    def start_all(self, keys: Iterable[_Key]) -> None:
+        """Starts the servers of these keys at once, if they are to run side by side; `get` waits for each."""
+        for key in keys if self._side_by_side else ():
+            self._start(key)
+
+    def get(self, key: _Key) -> SglangServer:
+        """Returns the key's server when it takes requests.
+
+        Raises:
+            ServerError: It died, now or before.
+        """
+        if key in self.dead:
+            raise ServerError(self.dead[key])
+        if self._restarts and key in self._servers and not self._servers[key].is_alive():
+            self._servers.pop(key).stop()
+        if key not in self._servers:
+            if not self._side_by_side:
+                self.stop_all()
+            self._start(key)
+        server = self._servers[key]
+        try:
+            server.wait_until_ready()
+        except ServerError as error:
+            # A process that is being killed counts as alive for a moment more: whether it is gone is asked afterwards.
+            has_died = server.start_s is not None and not server.is_alive()
+            what = f"the server died.\n{server.log_end()}" if has_died else str(error)
+            if not self._restarts:
+                self.dead[key] = what
+            self._servers.pop(key).stop()
+            raise ServerError(what) from error
+        return server
+
+    def stop_all(self) -> None:
+        """Ends all servers."""
+        for key in list(self._servers):
+            self._servers.pop(key).stop()
+
+    def _start(self, key: _Key) -> None:
+        self._servers[key] = self._make(key)
+        self._servers[key].start()
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def _train(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from mmtok_bench.progress import progress_bar
+    from mmtok_bench.run import progress_bar
     from pocket_training.training import Stage, Training
 
     _keep_freed_memory()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from mmtok_bench import demo
 from mmtok_bench.demo import run_demo
 from mmtok_bench.server import ServerError
+from mmtok_deploy.cli import main
 
 
 @pytest.mark.parametrize(("error", "code"), [(ServerError("port [red]taken[/]"), 1), (KeyboardInterrupt(), 130)])
@@ -21,13 +23,15 @@ def test_what_ends_the_demonstration_is_told(
         raise error
 
     monkeypatch.setattr(demo, "started", fail)
-    assert run_demo(folder=tmp_path) == code
-    printed = capsys.readouterr().out
+    assert run_demo(Namespace(family="llava-1.5", budget="25%", folder=tmp_path)) == code
+    printed = capsys.readouterr().err
     assert ("port [red]taken[/]" in printed) == (code == 1)
     assert ("Stopped" in printed) == (code == 130)
 
 
-def test_a_budget_that_is_not_understood_starts_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="budget 'ten' is not understood"):
-        run_demo(budget="ten", folder=tmp_path / "new")
+def test_a_budget_that_is_not_understood_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--budget=ten", f"--folder={tmp_path / 'new'}"])
+    assert stop.value.code == 2
+    assert "budget 'ten' is not understood" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -1,6 +1,6 @@
 """Does pruning hurt: scores of a served model by task, method and budget.
 
-`questions` makes the pocket tasks and `scoring` marks their answers; `plan` says what is asked, `asking` asks a server,
-`sweep` runs every method and budget and `intervals` says how sure a score is; `rows` and `table` write what came out.
-`lmms_eval` runs the public benchmarks, by lmms-eval in a virtual environment of its own. `command` is `mmtok quality`.
+`bench` is `mmtok quality`. On the pocket tasks, `plan` says what is asked and keeps every answer, `sweep` asks a server
+with every method and budget, `scoring` marks the answers and says how sure a score is, and `rows` makes rows of them.
+`public` and `lmms_eval` run the paper's public benchmarks (`published`), by lmms-eval in a virtual environment.
 """

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["VERSION", "LmmsEvalError", "LmmsScore", "command_line", "install", "program_of", "run"]
+from mmtok_bench.client import MeasurementError
+
+__all__ = ["VERSION", "LmmsEvalError", "LmmsScore", "command_line", "install", "program_of", "run_lmms_eval"]
 
 VERSION = "0.7.3"
 """That was tried: task names, model arguments and the form of the results are this version's."""
@@ -24,7 +26,7 @@ _FAILED = "[LMMS_EVAL_REQUEST_FAILED"
 _LOG_END_LINES = 25
 
 
-class LmmsEvalError(RuntimeError):
+class LmmsEvalError(MeasurementError):
     """lmms-eval is not installed, ended without results, or counted a failed request as an answer."""
 
 
@@ -95,7 +97,7 @@ def command_line(
     ]
 
 
-def run(command: Sequence[str], tasks: Sequence[str], output: Path) -> dict[str, LmmsScore]:
+def run_lmms_eval(command: Sequence[str], tasks: Sequence[str], output: Path) -> dict[str, LmmsScore]:
     """Returns the scores by task, after running `command_line`'s command with its output in `output`/lmms-eval.log.
 
     Raises:

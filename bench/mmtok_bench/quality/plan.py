@@ -1,24 +1,48 @@
-"""Which methods, budgets, seeds and kinds of questions `mmtok quality` asks on the pocket tasks."""
+"""What `mmtok quality` asks on the pocket tasks, and every single answer, kept beside the rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import get_args
 
 from mmtok_bench.pocket.questions import KINDS, Kind
-from mmtok_bench.quality.rows import UNPRUNED
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, check_method
 
-__all__ = ["METHODS", "WITH_AGENT", "Plan"]
+__all__ = [
+    "METHODS",
+    "UNPRUNED",
+    "WITH_AGENT",
+    "QualityPlan",
+    "ScoredAnswer",
+    "Setting",
+    "answers_beside",
+    "append_answers",
+    "read_answers",
+    "replace_answers",
+]
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
+UNPRUNED = "unpruned"
+"""The method of budget "all": nothing is chosen."""
 WITH_AGENT = "mmtok+agent"
 """MMTok on another server, whose guidance an agent's answer joins."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Setting:
+    """What is asked in one go: all questions of one seed, with one method and one budget."""
+
+    method: str
+    budget: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class QualityPlan:
     """What is asked.
 
     Args:
@@ -55,12 +79,100 @@ class Plan:
             got = unknown or self.num_questions
             raise ValueError(f"expected kinds of {', '.join(KINDS)} and at least 1 question, got {got}")
 
-    def settings(self) -> list[tuple[str, str]]:
+    def pairs(self) -> list[tuple[str, str]]:
         """Returns methods and budgets in the order in which they are asked."""
         pruned = [(method, budget) for budget in self.budgets if budget != "all" for method in self.methods]
         return [*([(UNPRUNED, "all")] if "all" in self.budgets else []), *pruned]
 
+    def settings(self) -> Iterator[Setting]:
+        """Gives what is asked in one go, in order."""
+        for method, budget in self.pairs():
+            yield from (Setting(method, budget, seed) for seed in self.seeds)
+
     @property
     def num_requests(self) -> int:
-        """Questions of all cells together."""
-        return len(self.settings()) * len(self.seeds) * len(self.kinds) * self.num_questions
+        """Questions of all settings together."""
+        return len(self.pairs()) * len(self.seeds) * len(self.kinds) * self.num_questions
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredAnswer:
+    """One answer.
+
+    Args:
+        method: With its budget and seed, the setting that it belongs to.
+        budget: As on the command line.
+        seed: Of the scenes.
+        scene: Number of the scene in the seed's set.
+        kind: Of the question.
+        setting: POPE's, for existence; else "".
+        question: Asked.
+        expected: What is right.
+        said: What came.
+        is_right: After normalisation.
+        num_prompt_tokens: Of the request.
+        num_image_tokens: Kept of the image; None where the server does not count them.
+        latency_ms: Of the request, others running beside it.
+        cell_s: How long all questions of the setting took.
+        question_set: `fingerprint` of the setting's questions.
+    """
+
+    method: str
+    budget: str
+    seed: int
+    scene: int
+    kind: str
+    setting: str
+    question: str
+    expected: str
+    said: str
+    is_right: bool
+    num_prompt_tokens: int
+    num_image_tokens: int | None
+    latency_ms: float
+    cell_s: float
+    question_set: str
+
+    @property
+    def of(self) -> Setting:
+        """The setting that it belongs to."""
+        return Setting(self.method, self.budget, self.seed)
+
+
+def answers_beside(rows: Path) -> Path:
+    """Returns where the answers of a file of rows are: not a .jsonl, which `mmtok bench report` would read as rows."""
+    return rows.with_suffix(".answers")
+
+
+def append_answers(path: Path, answers: Iterable[ScoredAnswer]) -> None:
+    """Writes a finished setting's answers, a JSON object a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_lines(answers))
+
+
+def replace_answers(path: Path, answers: Iterable[ScoredAnswer]) -> None:
+    """Writes the answers in place of those that are there, which stay as they are until all are written."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(_lines(answers), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_answers(path: Path) -> dict[Setting, list[ScoredAnswer]]:
+    """Returns the answers by setting, in the order of the file; none for a file that is not there.
+
+    Raises:
+        ValueError: A line that is no answer; the message has its number.
+    """
+    settings: dict[Setting, list[ScoredAnswer]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            answer = ScoredAnswer(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no answer of mmtok quality: {error}") from error
+        settings.setdefault(answer.of, []).append(answer)
+    return settings
+
+
+def _lines(answers: Iterable[ScoredAnswer]) -> str:
+    return "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)

@@ -11,24 +11,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtok_bench.pocket.questions import KINDS, Kind, Negative, Question
-from mmtok_bench.quality.answers import Answer
-from mmtok_bench.quality.intervals import accuracy_interval, share_interval
-from mmtok_bench.quality.scoring import chance, majority, yes_no
+from mmtok_bench.pocket.questions import KINDS, Negative, Question
+from mmtok_bench.quality.plan import ScoredAnswer
+from mmtok_bench.quality.scoring import accuracy_interval, chance, majority, share_interval, yes_no
 from mmtok_bench.results import CaseValue, ResultRow, make_row
 
-__all__ = ["ALL_SEEDS", "BENCH", "POCKET", "UNPRUNED", "rows_of"]
+__all__ = ["ALL_SEEDS", "BENCH", "POCKET", "rows_of"]
 
 BENCH = "quality"
 POCKET = "pocket"
-UNPRUNED = "unpruned"
-"""The method of budget "all": nothing is chosen."""
 ALL_SEEDS = "all"
 
 
 def rows_of(
-    answers: Sequence[Answer],
-    unpruned: Sequence[Answer],
+    answers: Sequence[ScoredAnswer],
+    unpruned: Sequence[ScoredAnswer],
     *,
     model: str,
     seed: int | str,
@@ -66,7 +63,7 @@ def rows_of(
     return rows
 
 
-def _metrics(kind: Kind, answers: Sequence[Answer], unpruned: Sequence[Answer]) -> dict[str, float]:
+def _metrics(kind: str, answers: Sequence[ScoredAnswer], unpruned: Sequence[ScoredAnswer]) -> dict[str, float]:
     scenes = {place: number for number, place in enumerate(dict.fromkeys(map(_scene, answers)))}
     right, asked = _counts(answers, scenes)
     metrics: dict[str, float] = {"num_questions": len(answers), "accuracy": right.sum() / asked.sum()}
@@ -85,16 +82,16 @@ def _metrics(kind: Kind, answers: Sequence[Answer], unpruned: Sequence[Answer]) 
         metrics["tokens_kept"] = statistics.fmean(kept)
     metrics["prompt_tokens"] = statistics.fmean(answer.num_prompt_tokens for answer in answers)
     metrics["latency_p50_ms"] = statistics.median(answer.latency_ms for answer in answers)
-    metrics["duration_s"] = sum({answer.cell: answer.cell_s for answer in answers}.values())
+    metrics["duration_s"] = sum({answer.of: answer.cell_s for answer in answers}.values())
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _scene(answer: Answer) -> tuple[int, int]:
+def _scene(answer: ScoredAnswer) -> tuple[int, int]:
     return answer.seed, answer.scene
 
 
 def _counts(
-    answers: Sequence[Answer], scenes: Mapping[tuple[int, int], int]
+    answers: Sequence[ScoredAnswer], scenes: Mapping[tuple[int, int], int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns right answers and questions of each scene."""
     right, asked = np.zeros(len(scenes)), np.zeros(len(scenes))
@@ -106,7 +103,7 @@ def _counts(
     return right, asked
 
 
-def _pope(answers: Sequence[Answer]) -> dict[str, float]:
+def _pope(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Returns POPE's figures of each setting that was asked for, such as pope_random_f1."""
     metrics: dict[str, float] = {}
     for setting in get_args(Negative):
@@ -118,5 +115,5 @@ def _pope(answers: Sequence[Answer]) -> dict[str, float]:
     return metrics | {f"pope_{name}": value for name, value in figures.items() if value is not None}
 
 
-def _question(answer: Answer) -> Question:
+def _question(answer: ScoredAnswer) -> Question:
     return Question(answer.kind, answer.question, answer.expected)

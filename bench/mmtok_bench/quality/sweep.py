@@ -3,72 +3,72 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import openai
 import torch
 
-from mmtok_bench.chat import image_url
-from mmtok_bench.pocket.questions import AskedScene, fingerprint, make_scenes, picture_of
+from mmtok_bench.client import Answer, MeasurementError, ask, image_url, in_parallel
+from mmtok_bench.pocket.questions import AskedScene, Question, fingerprint, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
-from mmtok_bench.quality.answers import (
-    Answer,
-    Cell,
+from mmtok_bench.quality.plan import (
+    UNPRUNED,
+    WITH_AGENT,
+    QualityPlan,
+    ScoredAnswer,
+    Setting,
     answers_beside,
     append_answers,
     read_answers,
     replace_answers,
 )
-from mmtok_bench.quality.asking import Asker, Request, Said
-from mmtok_bench.quality.plan import WITH_AGENT, Plan
-from mmtok_bench.quality.rows import ALL_SEEDS, POCKET, UNPRUNED, rows_of
-from mmtok_bench.quality.scoring import is_right
-from mmtok_bench.results import (
-    CaseValue,
-    ResultRow,
-    UnfinishedRowWarning,
-    append_row,
-    drop_unfinished_line,
-    read_rows,
-)
+from mmtok_bench.quality.rows import ALL_SEEDS, POCKET, rows_of
+from mmtok_bench.quality.scoring import is_right, normalise
+from mmtok_bench.results import ResultRow, drop_unfinished_line
+from mmtok_bench.run import Run
 
 __all__ = ["NotPrunedError", "Sweep"]
 
-_Written = tuple[CaseValue, CaseValue, CaseValue, CaseValue]
 
-
-class NotPrunedError(RuntimeError):
+class NotPrunedError(MeasurementError):
     """A server that read as many image tokens at a budget as without one."""
 
 
-@dataclass(slots=True)
 class Sweep:
     """One run of a plan, whose rows and answers are written as they come.
 
     Args:
         plan: What is asked.
-        path: The file of rows; cells whose answers are beside it already are not asked again.
+        run: Takes the rows; settings whose answers are beside its file already are not asked again.
         model: What rows call it.
         device: Where the server runs.
         picture_px: Side of the pictures that are sent.
     """
 
-    plan: Plan
-    path: Path
-    model: str
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    picture_px: int = SCENE_PX
-    _scenes: dict[int, list[AskedScene]] = field(default_factory=dict)
-    _urls: dict[tuple[int, int], str] = field(default_factory=dict)
-    _answers: dict[Cell, list[Answer]] = field(default_factory=dict)
+    def __init__(
+        self,
+        plan: QualityPlan,
+        run: Run,
+        model: str,
+        *,
+        device: torch.device = torch.device("cpu"),
+        picture_px: int = SCENE_PX,
+    ) -> None:
+        self.plan = plan
+        self._run = run
+        self._model = model
+        self._device = device
+        self._picture_px = picture_px
+        self._scenes: dict[int, list[AskedScene]] = {}
+        self._urls: dict[tuple[int, int], str] = {}
+        self._answers: dict[Setting, list[ScoredAnswer]] = {}
 
     def prepare(self) -> list[str]:
         """Makes the questions, draws the scenes, and takes up the answers that are there.
 
         Returns:
-            A sentence on each thing that an earlier run was killed over, and that is dropped.
+            A sentence on each answer that an earlier run was killed over, and that is dropped.
 
         Raises:
             ValueError: The rows that are there are of another model or other seeds, or the answers to other questions.
@@ -76,46 +76,44 @@ class Sweep:
         for seed in self.plan.seeds:
             self._scenes[seed] = make_scenes(seed, self.plan.num_questions, self.plan.kinds)
             for asked in self._scenes[seed]:
-                self._urls[seed, asked.index] = image_url(picture_of(asked.scene, self.picture_px))
-        beside = answers_beside(self.path)
+                self._urls[seed, asked.index] = image_url(picture_of(asked.scene, self._picture_px))
         self._check_rows()
-        notes = [
-            f"the last line of {path} was cut off and is dropped"
-            for path in (self.path, beside)
-            if path.exists() and drop_unfinished_line(path)
-        ]
+        beside = answers_beside(self._run.path)
+        notes = []
+        if beside.exists() and drop_unfinished_line(beside):
+            notes.append(f"the last line of {beside} was cut off and is dropped")
         self._answers = read_answers(beside)
-        for cell, answers in self._answers.items():
-            expected = fingerprint(self._scenes.get(cell.seed, []))
+        for setting, answers in self._answers.items():
+            expected = fingerprint(self._scenes.get(setting.seed, []))
             if answers[0].question_set != expected:
                 raise ValueError(
                     f"{beside} holds answers to other questions (set {answers[0].question_set}, here {expected}): "
                     "go on with the same seeds, kinds, questions, NumPy and Pillow, or start anew"
                 )
-        return notes + self._drop_unfinished_cells()
+        return notes + self._drop_unfinished_settings()
 
     @property
     def num_done(self) -> int:
         """Requests of this plan that were answered in an earlier run."""
-        return sum(len(self._answers.get(cell, ())) for cell in self._cells())
+        return sum(len(self._answers.get(setting, ())) for setting in self.plan.settings())
 
-    async def run(
+    def ask_all(
         self,
-        asker: Asker,
-        on_answer: Callable[[], None],
-        on_cell: Callable[[Cell], None],
+        client: openai.OpenAI,
         *,
-        agent_asker: Asker | None = None,
+        num_at_once: int,
+        max_tokens: int | None = None,
+        agent_client: openai.OpenAI | None = None,
         check_agent: Callable[[], None] = lambda: None,
     ) -> None:
         """Asks what is left of the plan.
 
         Args:
-            asker: Of the server.
-            on_answer: Called after each answer.
-            on_cell: Called before the first question of a cell.
-            agent_asker: Of the server with an agent, for the method `WITH_AGENT`.
-            check_agent: Called before the answers of a cell of `WITH_AGENT` are kept; raises where they are not an
+            client: Of the server.
+            num_at_once: Requests under way at a time.
+            max_tokens: Length of an answer; None allows the words of the question's right answer.
+            agent_client: Of the server with an agent, for the method `WITH_AGENT`.
+            check_agent: Called before the answers of a setting of `WITH_AGENT` are kept; raises where they are not an
                 agent's.
 
         Raises:
@@ -123,138 +121,131 @@ class Sweep:
             RequestError: A request failed; what was finished before it is kept.
             NotPrunedError: The server does not prune.
         """
-        if WITH_AGENT in self.plan.methods and agent_asker is None:
+        if WITH_AGENT in self.plan.methods and agent_client is None:
             raise ValueError(f"{WITH_AGENT} is asked of a server with --mmtok-agent-url, and there is none")
-        written = {_written(row) for row in read_rows(self.path)}
-        for method, budget in self.plan.settings():
-            for seed in self.plan.seeds:
-                cell = Cell(method, budget, seed)
-                if cell not in self._answers:
-                    on_cell(cell)
-                    of_agent = agent_asker if method == WITH_AGENT else None
-                    answers = await self._ask(of_agent or asker, cell, on_answer)
-                    self._check_pruned(cell, answers)
-                    if of_agent is not None:
-                        check_agent()
-                    append_answers(answers_beside(self.path), answers)
-                    self._answers[cell] = answers
-                self._write([cell], seed, written)
-            if len(self.plan.seeds) > 1:
-                self._write([Cell(method, budget, seed) for seed in self.plan.seeds], ALL_SEEDS, written)
+        for setting in self.plan.settings():
+            if setting not in self._answers:
+                self._run.step(f"{setting.method} at {setting.budget}, seed {setting.seed}")
+                of_agent = agent_client if setting.method == WITH_AGENT else None
+                answers = self._ask(of_agent or client, setting, num_at_once, max_tokens)
+                self._check_pruned(setting, answers)
+                if of_agent is not None:
+                    check_agent()
+                append_answers(answers_beside(self._run.path), answers)
+                self._answers[setting] = answers
+            self._write([setting], setting.seed)
+            if setting.seed == self.plan.seeds[-1] and len(self.plan.seeds) > 1:
+                self._write([replace(setting, seed=seed) for seed in self.plan.seeds], ALL_SEEDS)
 
     def rows(self) -> list[ResultRow]:
-        """Returns the rows of every setting that is finished: all seeds together, or the one that there is."""
+        """Returns the rows of every method and budget that is finished: all seeds together, or the one there is."""
         pooled = ALL_SEEDS if len(self.plan.seeds) > 1 else str(self.plan.seeds[0])
-        settings = self.plan.settings()
+        pairs = self.plan.pairs()
         return [
             row
-            for row in read_rows(self.path)
-            if row.case["seed"] == pooled and (row.case["method"], row.case["budget"]) in settings
+            for row in self._run.rows
+            if row.case["seed"] == pooled and (row.case["method"], row.case["budget"]) in pairs
         ]
 
     def _check_rows(self) -> None:
-        with warnings.catch_warnings():
-            # A row that was cut off is told when it is dropped.
-            warnings.simplefilter("ignore", UnfinishedRowWarning)
-            rows = read_rows(self.path)
         pooled = fingerprint([asked for seed in self.plan.seeds for asked in self._scenes[seed]])
-        for row in rows:
+        for row in self._run.rows:
             found = row.case.get("task", row.bench), row.case.get("model", "no model")
-            if found != (POCKET, self.model):
+            if found != (POCKET, self._model):
                 raise ValueError(
-                    f"{self.path} holds rows of {found[0]} tasks on {found[1]}, here are {POCKET} tasks on "
-                    f"{self.model}: go on with the model that it was begun with, or start anew"
+                    f"{self._run.path} holds rows of {found[0]} tasks on {found[1]}, here are {POCKET} tasks on "
+                    f"{self._model}: go on with the model that it was begun with, or start anew"
                 )
             # Rows of all seeds together are not written again.
             if row.case["seed"] == ALL_SEEDS and row.case["question_set"] != pooled:
                 seeds = ", ".join(map(str, self.plan.seeds))
                 raise ValueError(
-                    f"{self.path} holds scores over other seeds or questions than those of {seeds}: go on with the "
-                    "same --seeds in the same order, or start anew"
+                    f"{self._run.path} holds scores over other seeds or questions than those of {seeds}: go on with "
+                    "the same --seeds in the same order, or start anew"
                 )
 
-    def _drop_unfinished_cells(self) -> list[str]:
-        unfinished = [cell for cell in self._answers if len(self._answers[cell]) != self._num_questions(cell.seed)]
-        for cell in unfinished:
-            del self._answers[cell]
+    def _drop_unfinished_settings(self) -> list[str]:
+        num_questions = {seed: sum(len(asked.questions) for asked in self._scenes[seed]) for seed in self._scenes}
+        unfinished = [setting for setting, found in self._answers.items() if len(found) != num_questions[setting.seed]]
+        for setting in unfinished:
+            del self._answers[setting]
         if unfinished:
             kept = (answer for answers in self._answers.values() for answer in answers)
-            replace_answers(answers_beside(self.path), kept)
+            replace_answers(answers_beside(self._run.path), kept)
         return [
-            f"not all answers of {cell.method} at {cell.budget}, seed {cell.seed}, were written: it is asked again"
-            for cell in unfinished
+            f"not all answers of {setting.method} at {setting.budget}, seed {setting.seed}, were written: it is asked "
+            "again"
+            for setting in unfinished
         ]
 
-    def _num_questions(self, seed: int) -> int:
-        return sum(len(asked.questions) for asked in self._scenes[seed])
-
-    def _cells(self) -> Iterator[Cell]:
-        for method, budget in self.plan.settings():
-            yield from (Cell(method, budget, seed) for seed in self.plan.seeds)
-
-    async def _ask(self, asker: Asker, cell: Cell, on_answer: Callable[[], None]) -> list[Answer]:
-        scenes = self._scenes[cell.seed]
+    def _ask(
+        self, client: openai.OpenAI, setting: Setting, num_at_once: int, max_tokens: int | None
+    ) -> list[ScoredAnswer]:
+        fields = {"mm_processor_kwargs": _fields(setting)}
+        scenes = self._scenes[setting.seed]
         places = [(asked, number) for asked in scenes for number in range(len(asked.questions))]
-        requests = [
-            Request(self._urls[cell.seed, asked.index], asked.questions[number], _fields(cell))
-            for asked, number in places
-        ]
+
+        def ask_at(place: tuple[AskedScene, int]) -> Answer:
+            asked, number = place
+            question = asked.questions[number]
+            length = max_tokens or len(normalise(question.answer).split())
+            url = self._urls[setting.seed, asked.index]
+            said = ask(client, url, question.text, max_tokens=length, ignore_eos=False, fields=fields)
+            self._run.advance()
+            return said
+
         started_s = time.perf_counter()
-        said = await asker.ask_all(requests, on_answer)
-        cell_s = time.perf_counter() - started_s
+        answers = in_parallel(min(num_at_once, len(places)), ask_at, places)
+        cell_s = round(time.perf_counter() - started_s, 2)
         question_set = fingerprint(scenes)
         return [
-            _answer(cell, asked, number, answer, cell_s, question_set)
-            for (asked, number), answer in zip(places, said, strict=True)
+            _scored(setting, asked, number, said, cell_s, question_set)
+            for (asked, number), said in zip(places, answers, strict=True)
         ]
 
-    def _check_pruned(self, cell: Cell, answers: Sequence[Answer]) -> None:
-        unpruned = self._answers.get(Cell(UNPRUNED, "all", cell.seed))
-        if cell.method == UNPRUNED or unpruned is None:
+    def _check_pruned(self, setting: Setting, answers: Sequence[ScoredAnswer]) -> None:
+        unpruned = self._answers.get(Setting(UNPRUNED, "all", setting.seed))
+        if setting.method == UNPRUNED or unpruned is None:
             return
-        longer = [
-            pruned.question
-            for pruned, full in zip(answers, unpruned, strict=True)
-            if pruned.num_prompt_tokens >= full.num_prompt_tokens
-        ]
-        if longer:
-            raise NotPrunedError(
-                f"with {cell.method} at {cell.budget}, {longer[0]!r} took as many prompt tokens as unpruned: is the "
-                "server started with --mmtok-budget, and without --mmtok-min-tokens-in?"
-            )
+        for pruned, full in zip(answers, unpruned, strict=True):
+            if pruned.num_prompt_tokens >= full.num_prompt_tokens:
+                raise NotPrunedError(
+                    f"with {setting.method} at {setting.budget}, {pruned.question!r} took as many prompt tokens as "
+                    "unpruned: is the server started with --mmtok-budget, and without --mmtok-min-tokens-in?"
+                )
 
-    def _write(self, cells: Sequence[Cell], seed: int | str, written: Set[_Written]) -> None:
-        """Writes the cells' rows, a kind each, but for those that an earlier run wrote."""
-        method, budget = cells[0].method, cells[0].budget
-        if all((method, budget, str(seed), kind) in written for kind in self.plan.kinds):
+    def _write(self, settings: Sequence[Setting], seed: int | str) -> None:
+        """Writes the settings' rows, a kind each, but for those that an earlier run wrote."""
+        written = {"method": settings[0].method, "budget": settings[0].budget, "seed": str(seed)}
+        if all(self._run.has(**written, kind=kind) for kind in self.plan.kinds):
             return
-        answers = [answer for cell in cells for answer in self._answers[cell]]
-        unpruned = [answer for cell in cells for answer in self._answers.get(Cell(UNPRUNED, "all", cell.seed), ())]
-        question_set = fingerprint([asked for cell in cells for asked in self._scenes[cell.seed]])
+        answers = [answer for setting in settings for answer in self._answers[setting]]
+        unpruned = [
+            answer for setting in settings for answer in self._answers.get(Setting(UNPRUNED, "all", setting.seed), ())
+        ]
+        question_set = fingerprint([asked for setting in settings for asked in self._scenes[setting.seed]])
         for row in rows_of(
-            answers, unpruned, model=self.model, seed=seed, question_set=question_set, device=self.device
+            answers, unpruned, model=self._model, seed=seed, question_set=question_set, device=self._device
         ):
-            if _written(row) not in written:
-                append_row(self.path, row)
+            if not self._run.has(**written, kind=row.case["kind"]):
+                self._run.add(row)
 
 
-def _written(row: ResultRow) -> _Written:
-    return row.case["method"], row.case["budget"], row.case["seed"], row.case["kind"]
-
-
-def _fields(cell: Cell) -> dict[str, str | int]:
-    if cell.method == UNPRUNED:
+def _fields(setting: Setting) -> dict[str, str | int]:
+    if setting.method == UNPRUNED:
         return {"mmtok_budget": "all"}
-    method = "mmtok" if cell.method == WITH_AGENT else cell.method
-    return {"mmtok_budget": cell.budget, "mmtok_method": method, "mmtok_seed": cell.seed}
+    method = "mmtok" if setting.method == WITH_AGENT else setting.method
+    return {"mmtok_budget": setting.budget, "mmtok_method": method, "mmtok_seed": setting.seed}
 
 
-def _answer(cell: Cell, asked: AskedScene, number: int, said: Said, cell_s: float, question_set: str) -> Answer:
-    question = asked.questions[number]
-    return Answer(
-        method=cell.method,
-        budget=cell.budget,
-        seed=cell.seed,
+def _scored(
+    setting: Setting, asked: AskedScene, number: int, said: Answer, cell_s: float, question_set: str
+) -> ScoredAnswer:
+    question: Question = asked.questions[number]
+    return ScoredAnswer(
+        method=setting.method,
+        budget=setting.budget,
+        seed=setting.seed,
         scene=asked.index,
         kind=question.kind,
         setting=asked.settings[number],
@@ -265,6 +256,6 @@ def _answer(cell: Cell, asked: AskedScene, number: int, said: Said, cell_s: floa
         num_prompt_tokens=said.num_prompt_tokens,
         num_image_tokens=said.num_image_tokens,
         latency_ms=round(said.latency_ms, 1),
-        cell_s=round(cell_s, 2),
+        cell_s=cell_s,
         question_set=question_set,
     )

@@ -1,6 +1,6 @@
-"""One page of result rows, from files to HTML and Markdown.
+"""Result rows as tables and plots: in the terminal, as one HTML page, as Markdown.
 
-`gather` reads the files; `serve` and `selector` each make the section of one bench from its rows, `other` that of a
-bench without one of its own; `commits` compares two commits; `page` and `markdown` write what came out. A bench gets a
-section by an entry in `sections.SECTIONS`.
+`frame` reads rows into a DataFrame. `serve`, `quality` and `selector` each make the section of one benchmark from it;
+`document` joins the sections, with a plain table for any other benchmark; `commits` compares two commits; `page` writes
+HTML and `tables` the rest.
 """

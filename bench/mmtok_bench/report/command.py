@@ -1,49 +1,35 @@
-"""mmtok bench report."""
+"""Runs `mmtok bench report`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from mmtok_bench.report.document import make_report
-from mmtok_bench.report.gather import read_results
-from mmtok_bench.report.markdown import to_markdown
+from mmtok_bench.report.document import make_report, to_markdown
+from mmtok_bench.report.frame import read_results
 from mmtok_bench.report.page import to_html
 
 __all__ = ["run_report"]
 
 
-def run_report(
-    results: Sequence[Path],
-    *,
-    html: Path | None,
-    markdown: Path | None,
-    compared: tuple[str, str] | None = None,
-    force: bool = False,
-) -> int:
-    """Returns the exit code of `mmtok bench report`: 0, or 2 where there is nothing to report or a file in the way.
-
-    Args:
-        results: Files of rows, or folders of them.
-        html: Where to write the page; None writes none.
-        markdown: Where to write the Markdown; None writes none.
-        compared: Two commits to hold against each other, the older first.
-        force: Replace files that are there.
-    """
-    outputs = [path for path in (html, markdown) if path is not None]
+def run_report(arguments: argparse.Namespace) -> int:
+    """Returns the exit code of `mmtok bench report`: 0, or 2 where there is nothing to report or a file in the way."""
+    markdown: Path | None = arguments.markdown
+    page: Path | None = arguments.output
+    if page is None and markdown is None:
+        page = Path("artifacts/bench/report.html")
+    outputs = [path for path in (page, markdown) if path is not None]
     try:
         for path in outputs:
-            if path.exists() and not force:
+            if path.exists() and not arguments.force:
                 raise ValueError(f"{path} exists; --force replaces it")
-        measurements, notes = read_results(results)
-        report = make_report(measurements, notes, compared)
+        rows, notes = read_results(arguments.results)
+        report = make_report(rows, notes, tuple(arguments.compare) if arguments.compare else None)
         for note in notes:
             print(f"mmtok bench report: {note}", file=sys.stderr)
-        if html is not None:
-            _write(html, to_html(report), force)
-        if markdown is not None:
-            _write(markdown, to_markdown(report), force)
+        for path in outputs:
+            _write(path, to_html(report) if path == page else to_markdown(report), arguments.force)
     except (ValueError, OSError) as error:
         print(f"mmtok bench report: {error}", file=sys.stderr)
         return 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-from mmtok_bench.report.blocks import Part, Table, without_empty_columns
-from mmtok_bench.report.gather import Measurement, newest
+import pandas as pd
+
+from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.metrics import compare, format_value, metric
+from mmtok_bench.report.tables import Part, Table
 
 __all__ = ["compare_commits"]
 
@@ -16,68 +18,62 @@ _COMPARED = (
 )
 
 
-def compare_commits(measurements: Sequence[Measurement], old: str, new: str) -> Part:
+def compare_commits(rows: pd.DataFrame, old: str, new: str) -> Part:
     """Returns the section that holds the newest rows of commit `new` against those of `old`.
 
     Raises:
         ValueError: A commit of which there is no row, or that begins more than one.
     """
-    old_commit, new_commit = (_resolve(measurements, commit) for commit in (old, new))
-    if old_commit == new_commit:
-        raise ValueError(f"expected two commits to compare, got {old_commit} twice")
+    commits = [_resolve(rows, commit) for commit in (old, new)]
+    if commits[0] == commits[1]:
+        raise ValueError(f"expected two commits to compare, got {commits[0]} twice")
     of_old, of_new = (
-        {(each.machine, each.case): each for each in newest(each for each in measurements if each.row.commit == commit)}
-        for commit in (old_commit, new_commit)
+        {(line["machine"], line["case_id"]): line for line in records(newest(rows[rows["commit"] == commit]))}
+        for commit in commits
     )
-    compared = [*of_old.values(), *of_new.values()]
-    lines = [
-        (str(each.machine), each.row.bench, _case(each, compared), metric(name).label, *_cells(name, of_old[key], each))
-        for key, each in of_new.items()
-        if key in of_old
-        for name in _COMPARED
-        if name in each.row.metrics and name in of_old[key].row.metrics
-    ]
-    alone = [
-        (str(each.machine), each.row.bench, _case(each, compared), commit)
-        for one, other, commit in ((of_old, of_new, old_commit), (of_new, of_old, new_commit))
-        for key, each in one.items()
-        if key not in other
-    ]
+    among = [*of_old.values(), *of_new.values()]
+    lines, alone = [], []
+    for key, line in of_new.items():
+        before, after = of_old[key]["metrics"] if key in of_old else {}, line["metrics"]
+        for name in _COMPARED:
+            if name in before and name in after:
+                values = (format_value(name, before[name]), format_value(name, after[name]))
+                ratio = compare(name, after[name], before[name])
+                lines.append((line["machine"], line["bench"], _case(line, among), metric(name).label, *values, ratio))
+    for one, other, commit in ((of_old, of_new, commits[0]), (of_new, of_old, commits[1])):
+        for key, line in one.items():
+            if key not in other:
+                alone.append((line["machine"], line["bench"], _case(line, among), commit))
     tables: list[Table] = []
     if lines:
-        headings = ("machine", "bench", "case", "metric", old_commit, new_commit, f"{new_commit} is")
-        tables.append(without_empty_columns(Table("Cases of both commits", headings, tuple(lines), 4)))
+        headings = ("machine", "bench", "case", "metric", *commits, f"{commits[1]} is")
+        tables.append(Table("Cases of both commits", headings, tuple(lines), 4).without_empty_columns())
     if alone:
         columns = ("machine", "bench", "case", "commit")
         tables.append(Table("In one commit alone", columns, tuple(alone), num_texts=4, is_detail=True))
-    sentence = "" if lines else f"No case was measured at both {old_commit} and {new_commit} on the same machine."
-    return Part(f"{new_commit} against {old_commit}", sentences=tuple(filter(None, [sentence])), tables=tuple(tables))
+    nothing = f"No case was measured at both {commits[0]} and {commits[1]} on the same machine."
+    return Part(f"{commits[1]} against {commits[0]}", sentences=() if lines else (nothing,), tables=tuple(tables))
 
 
-def _cells(name: str, old: Measurement, new: Measurement) -> tuple[str, str, str]:
-    old_value, new_value = old.row.metrics[name], new.row.metrics[name]
-    return format_value(name, old_value), format_value(name, new_value), compare(name, new_value, old_value)
-
-
-def _case(each: Measurement, among: Sequence[Measurement]) -> str:
+def _case(line: dict[str, Any], among: list[dict[str, Any]]) -> str:
     """Returns the backend, and of the case what is not the same in all of its bench's rows."""
-    cases = [other.row.case for other in among if other.row.bench == each.row.bench]
-    told = {key: value for key, value in each.row.case.items() if any(case.get(key) != value for case in cases)}
-    return ", ".join([each.row.backend, *(f"{key.replace('_', ' ')} {value}" for key, value in told.items())])
+    cases = [other["case"] for other in among if other["bench"] == line["bench"]]
+    told = {key: value for key, value in line["case"].items() if any(case.get(key) != value for case in cases)}
+    return ", ".join([line["backend"], *(f"{key.replace('_', ' ')} {value}" for key, value in told.items())])
 
 
-def _resolve(measurements: Sequence[Measurement], commit: str) -> str:
+def _resolve(rows: pd.DataFrame, commit: str) -> str:
     """Returns the rows' name of a commit, which may be given in fewer or more digits."""
-    known = list(dict.fromkeys(each.row.commit for each in measurements if each.row.commit))
+    known = [name for name in dict.fromkeys(rows["commit"]) if name]
     # "+" marks a checkout whose files differ from the commit, and counts.
-    exact = [name for name in known if name == commit]
-    digits, mark = commit.rstrip("+"), "+" * commit.endswith("+")
-    close = exact or [
+    digits = commit.rstrip("+")
+    close = [name for name in known if name == commit] or [
         name
         for name in known
-        if name.endswith("+") == bool(mark) and (name.startswith(digits) or digits.startswith(name.rstrip("+")))
+        if name.endswith("+") == commit.endswith("+")
+        and (name.startswith(digits) or digits.startswith(name.rstrip("+")))
     ]
     if len(close) != 1:
         names = ", ".join(known) or "without a commit"
         raise ValueError(f"{commit!r} names {len(close)} commits of these rows, expected one; there are: {names}")
-    return close[0]
+    return str(close[0])

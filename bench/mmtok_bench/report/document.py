@@ -1,17 +1,32 @@
-"""A report before it is written: what leads it, and a chapter a machine."""
+"""A report before it is written: the sections of each machine's rows, and what leads them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mmtok_bench.report.blocks import Part, Table, in_words
+import pandas as pd
+from rich.console import Console
+
 from mmtok_bench.report.commits import compare_commits
-from mmtok_bench.report.gather import Machine, Measurement, by_machine, newest
-from mmtok_bench.report.sections import SECTIONS, make_parts
+from mmtok_bench.report.frame import frame_of, is_cpu, names_in, newest, records
+from mmtok_bench.report.metrics import format_value, metric
+from mmtok_bench.report.quality import quality_part
+from mmtok_bench.report.selector import selector_part
+from mmtok_bench.report.serve import serve_part
+from mmtok_bench.report.tables import Part, Table, in_words
+from mmtok_bench.results import ResultRow
 
-__all__ = ["Chapter", "Report", "make_report"]
+__all__ = ["SECTIONS", "Chapter", "Report", "make_report", "print_rows", "to_markdown"]
 
+SECTIONS: dict[str, tuple[Callable[[pd.DataFrame], Part], tuple[str, ...]]] = {
+    "serve": (serve_part, ()),
+    "quality": (quality_part, ("task", "model", "kind", "method", "budget", "seed")),
+    "selector": (selector_part, ("num_tokens", "num_picks", "batch")),
+}
+"""What makes the section of a benchmark, and which keys its cases have; in the order of the page."""
+
+_TABLE_WIDTH = 140
 _ABSENT = {
     "serve": "Not measured here: a served model (mmtok bench serve). Nothing on this page says what a server gains.",
     "quality": "Not measured here: what pruning costs in answers (mmtok quality).",
@@ -33,9 +48,10 @@ class Report:
     """What a page says.
 
     Args:
+        title: Of the page.
         headlines: The tables that lead it, over all machines.
         notes: What was not measured, and what was left out.
-        chapters: One a machine, then the comparison of commits if there is one.
+        chapters: One a machine, GPUs first, then the comparison of commits if there is one.
     """
 
     title: str
@@ -44,46 +60,97 @@ class Report:
     chapters: tuple[Chapter, ...]
 
 
-def make_report(
-    measurements: Sequence[Measurement], notes: Sequence[str] = (), compared: tuple[str, str] | None = None
-) -> Report:
-    """Returns the report of rows.
+def make_report(rows: pd.DataFrame, notes: Sequence[str] = (), compared: tuple[str, str] | None = None) -> Report:
+    """Returns the report of rows; of a case measured more than once, the newest is shown.
 
     Args:
-        measurements: The rows; of a case measured more than once, the newest is shown.
+        rows: As `frame_of` makes them.
         notes: Sentences on what was left out in reading.
         compared: Two commits, the older first, to hold against each other.
 
     Raises:
         ValueError: Rows that lack what their bench's rows have, or commits that are not there.
     """
-    machines = by_machine(measurements)
-    chapters = [
-        Chapter(str(machine), _facts(machine, rows), tuple(make_parts(rows))) for machine, rows in machines.items()
-    ]
+    machines = sorted(dict.fromkeys(rows["machine"]), key=is_cpu)
+    chapters = []
+    for machine in machines:
+        chosen = rows[rows["machine"] == machine]
+        chapters.append(Chapter(machine, _facts(chosen), tuple(_parts(chosen))))
     headlines = _headlines(chapters)
     if compared is not None:
-        part = compare_commits(measurements, *compared)
-        chapters.append(Chapter("Two commits", (), (part,)))
-    return Report(
-        "What MMTok gains: benchmark report", headlines, (*_notes(measurements, machines), *notes), tuple(chapters)
+        chapters.append(Chapter("Two commits", (), (compare_commits(rows, *compared),)))
+    title = "What MMTok gains: benchmark report"
+    return Report(title, headlines, (*_notes(rows, machines), *notes), tuple(chapters))
+
+
+def to_markdown(report: Report) -> str:
+    """Returns the report's tables and sentences as GitHub-flavoured Markdown, without the plots."""
+    paragraphs = [f"# {report.title}", *(table.to_markdown() for table in report.headlines), *report.notes]
+    for chapter in report.chapters:
+        paragraphs.append(f"## {chapter.title}")
+        if chapter.facts:
+            paragraphs.append("\n".join(f"- {name}: {value}" for name, value in chapter.facts))
+        for part in chapter.parts:
+            paragraphs += [f"### {part.title}", *part.sentences, *(table.to_markdown() for table in part.tables)]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def print_rows(rows: Sequence[ResultRow], console: Console) -> None:
+    """Prints the tables of rows that were just measured, but for those of details, and what they say in words."""
+    if not rows:
+        return
+    # A narrower terminal wraps the lines: figures are never cut.
+    wide = Console(file=console.file, highlight=False, width=max(console.width, _TABLE_WIDTH))
+    for part in _parts(frame_of(rows)):
+        for table in part.tables:
+            if not table.is_detail:
+                wide.print(table.to_rich())
+        for sentence in part.sentences:
+            console.print(sentence, markup=False, soft_wrap=True)
+
+
+def _parts(rows: pd.DataFrame) -> Iterator[Part]:
+    """Gives the sections of one machine's rows."""
+    benches = [*(bench for bench in SECTIONS if bench in set(rows["bench"])), *dict.fromkeys(rows["bench"])]
+    for bench in dict.fromkeys(benches):
+        chosen = rows[rows["bench"] == bench]
+        part, keys = SECTIONS.get(bench, (_plain_part, ()))
+        for key in keys:
+            lacking = chosen[[key not in case for case in chosen["case"]]]
+            if len(lacking):
+                raise ValueError(f"a row of {bench} has no {key!r} in {', '.join(dict.fromkeys(lacking['file']))}")
+        yield part(chosen)
+
+
+def _plain_part(rows: pd.DataFrame) -> Part:
+    rows = newest(rows)
+    keys, names = names_in(rows, "case"), names_in(rows, "metrics")
+    lines = tuple(
+        (
+            line["backend"],
+            *(str(line["case"].get(key, "")) for key in keys),
+            *(format_value(name, line["metrics"].get(name)) for name in names),
+        )
+        for line in records(rows)
     )
+    columns = ("backend", *(key.replace("_", " ") for key in keys), *(metric(name).label for name in names))
+    title = str(rows["bench"].iloc[0]).replace("-", " ").capitalize()
+    return Part(title, tables=(Table(title, columns, lines, num_texts=1 + len(keys)).without_empty_columns(),))
 
 
-def _facts(machine: Machine, measurements: Sequence[Measurement]) -> tuple[tuple[str, str], ...]:
-    rows = [each.row for each in measurements]
+def _facts(rows: pd.DataFrame) -> tuple[tuple[str, str], ...]:
     versions: dict[str, list[str]] = {}
-    for row in rows:
-        for name, version in row.versions.items():
+    for found in rows["versions"]:
+        for name, version in found.items():
             versions.setdefault(name, []).append(version)
-    shown = [f"{name} {in_words(list(dict.fromkeys(each)))}" for name, each in versions.items()]
-    days = sorted({row.time[:10] for row in rows})
+    days = sorted({time[:10] for time in rows["time"]})
+    device = rows["device"].iloc[0]
     facts = {
-        "Device": machine.device,
-        "Threads": str(machine.num_threads) if machine.is_cpu else "",
+        "Device": device,
+        "Threads": str(rows["num_threads"].iloc[0]) if is_cpu(device) else "",
         "Measured": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
-        "Commit": in_words([commit for commit in dict.fromkeys(row.commit for row in rows) if commit]),
-        "Versions": ", ".join(shown),
+        "Commit": in_words([commit for commit in dict.fromkeys(rows["commit"]) if commit]),
+        "Versions": ", ".join(f"{name} {in_words(list(dict.fromkeys(each)))}" for name, each in versions.items()),
     }
     return tuple((name, value) for name, value in facts.items() if value)
 
@@ -101,9 +168,7 @@ def _headlines(chapters: Sequence[Chapter]) -> tuple[Table, ...]:
 def _merged(tables: Sequence[tuple[str, Table]]) -> Table:
     """Returns one table; a column that a machine's table lacks is empty in its rows."""
     widest = max((table for _, table in tables), key=lambda table: len(table.columns))
-    columns = list(
-        dict.fromkeys(column for table in (widest, *(table for _, table in tables)) for column in table.columns)
-    )
+    columns = list(dict.fromkeys(column for table in (widest, *dict(tables).values()) for column in table.columns))
     rows = []
     for machine, table in tables:
         for row in table.rows:
@@ -113,13 +178,12 @@ def _merged(tables: Sequence[tuple[str, Table]]) -> Table:
     return replace(widest, columns=("machine", *columns), rows=tuple(rows), num_texts=num_texts, is_grouped=True)
 
 
-def _notes(measurements: Sequence[Measurement], machines: dict[Machine, list[Measurement]]) -> list[str]:
-    benches = {each.row.bench for each in measurements}
+def _notes(rows: pd.DataFrame, machines: Sequence[str]) -> list[str]:
     notes = []
-    if all(machine.is_cpu for machine in machines):
+    if all(map(is_cpu, machines)):
         notes.append("No row of these was measured on a GPU: every figure here is a CPU's.")
-    notes += [_ABSENT[bench] for bench in SECTIONS if bench not in benches]
-    older = len(measurements) - len(newest(measurements))
+    notes += [_ABSENT[bench] for bench in SECTIONS if bench not in set(rows["bench"])]
+    older = len(rows) - len(newest(rows))
     if older:
         notes.append(f"{older} older row{'s' if older > 1 else ''} of cases measured again: the newest are shown.")
     return notes

@@ -1,97 +1,195 @@
-"""The section of quality: scores against budgets by method, a plot for each kind of question, and public benchmarks."""
+"""The section of quality: scores by method and budget, for each kind of question; and public benchmarks."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from mmtok_bench.quality.public_table import public_table
-from mmtok_bench.quality.rows import POCKET, UNPRUNED
-from mmtok_bench.quality.table import by_model, left_out, pooled_rows, score_tables
-from mmtok_bench.report.blocks import Part, Plot, in_words
-from mmtok_bench.report.gather import Measurement, newest
-from mmtok_bench.report.plots import DOWNSAMPLED, PALETTE, new_figure, plot_of
-from mmtok_bench.report.plots import UNPRUNED as GREY
-from mmtok_bench.results import ResultRow
+import pandas as pd
+
+from mmtok_bench.quality.published import BENCHMARKS, PUBLISHED
+from mmtok_bench.report.frame import newest, records
+from mmtok_bench.report.tables import DOWNSAMPLED, PALETTE, Part, Plot, Table, in_words, new_figure, plot_of
+from mmtok_bench.report.tables import UNPRUNED as GREY
 
 __all__ = ["quality_part"]
 
+_POCKET, _UNPRUNED, _ALL_SEEDS = "pocket", "unpruned", "all"
+_PUBLIC_TITLE = (
+    "Public benchmarks, by lmms-eval: scores in %, MME's in points, those of other tasks as lmms-eval gives them"
+)
 
-def quality_part(measurements: Sequence[Measurement]) -> Part:
-    """Returns the section of one machine's rows, the newest of each case."""
-    rows = [each.row for each in newest(measurements)]
-    pocket = pooled_rows(rows)
-    public = [row for row in rows if row.case["task"] != POCKET]
+Line = dict[str, Any]
+
+
+def quality_part(rows: pd.DataFrame) -> Part:
+    """Returns the section of one machine's rows, the newest of each case.
+
+    Of the pocket tasks, the rows over one set of questions for each model and kind: all seeds together go before a
+    single one, then the most questions, then the newest.
+    """
+    lines = records(newest(rows))
+    pocket = [line for line in lines if line["task"] == _POCKET]
+    public = [line for line in lines if line["task"] != _POCKET]
+    best: dict[Any, Line] = {}
+    for line in pocket:
+        best[_place(line)] = max(best.get(_place(line), line), line, key=_rank)
+    shown = [line for line in pocket if _questions(line) == _questions(best[_place(line)])]
     sentences = []
-    if pocket:
+    if shown:
         sentences.append(
             "Pocket tasks: held-out scenes, exact match; the 95% intervals are bootstrapped over scenes, and a share "
             "of the unpruned score over both runs' answers to the same questions."
         )
-    others = left_out(rows)
-    if others:
+    left_out = _left_out(pocket, shown)
+    if left_out:
         sentences.append(
             "A table is of one set of questions, that of all seeds together where there is one, else the largest, of "
-            f"those the newest; left out are {in_words(_counted(others))}."
+            f"those the newest; left out are {in_words(left_out)}."
         )
-    tables = (*score_tables(rows), *([public_table(public)] if public else ()))
-    return Part("Quality", sentences=tuple(sentences), plots=tuple(_plots(pocket)), tables=tables)
+    tables = (*_score_tables(shown), *([_public_table(public)] if public else ()))
+    return Part("Quality", sentences=tuple(sentences), tables=tables, draw=lambda: _plots(shown))
 
 
-def _counted(rows: Sequence[ResultRow]) -> list[str]:
-    groups = Counter((str(row.case["model"]), row.metrics["num_questions"]) for row in rows)
+def _place(line: Line) -> tuple[str, str]:
+    return line["model"], line["kind"]
+
+
+def _questions(line: Line) -> tuple[bool, str]:
+    return line["seed"] == _ALL_SEEDS, line["question_set"]
+
+
+def _rank(line: Line) -> tuple[bool, float, str]:
+    return line["seed"] == _ALL_SEEDS, line["num_questions"], line["time"]
+
+
+def _left_out(pocket: Sequence[Line], shown: Sequence[Line]) -> list[str]:
+    """Returns how many rows over other questions there are, but for single seeds of what is shown for all of them."""
+    settings = {(_place(line), line["method"], line["budget"]) for line in shown}
+    kept = {id(line) for line in shown}
+    groups = Counter(
+        (line["model"], line["num_questions"])
+        for line in pocket
+        if id(line) not in kept
+        and (line["seed"] == _ALL_SEEDS or (_place(line), line["method"], line["budget"]) not in settings)
+    )
     return [
         f"{number} row{'s' if number > 1 else ''} of {model} over {num_questions:.0f} questions"
         for (model, num_questions), number in groups.items()
     ]
 
 
-def _plots(rows: Sequence[ResultRow]) -> list[Plot]:
-    plots = []
-    for model, of_model in by_model(rows).items():
-        for kind in dict.fromkeys(str(row.case["kind"]) for row in of_model):
-            chosen = [row for row in of_model if row.case["kind"] == kind and "tokens_kept" in row.metrics]
-            if len({row.case["budget"] for row in chosen}) > 1:
-                plots.append(_plot(f"{model}, {kind}", chosen))
-    return plots
+def _score_tables(shown: Sequence[Line]) -> Iterator[Table]:
+    """Gives for each model a table of accuracies for each kind, and one of POPE's F1 scores by setting."""
+    for model in dict.fromkeys(line["model"] for line in shown):
+        of_model = [line for line in shown if line["model"] == model]
+        for kind in dict.fromkeys(line["kind"] for line in of_model):
+            of_kind = [line for line in of_model if line["kind"] == kind]
+            metrics = of_kind[0]["metrics"]
+            title = (
+                f"{model}: {kind}: accuracy, % (95% interval), {metrics['num_questions']:.0f} questions; chance "
+                f"{100 * metrics['chance']:.0f}, always the commonest answer {100 * metrics['majority']:.0f}"
+            )
+            yield _grid(title, of_kind, _accuracy_cell)
+        existence = [line for line in of_model if line["kind"] == "existence"]
+        if existence:
+            title = f"{model}: existence, POPE's F1, %: random / popular / adversarial negatives"
+            yield _grid(title, existence, _pope_cell)
 
 
-def _plot(name: str, rows: Sequence[ResultRow]) -> Plot:
-    figure = new_figure("tokens kept", "accuracy, %")
-    methods = list(dict.fromkeys(str(row.case["method"]) for row in rows if row.case["method"] != UNPRUNED))
+def _grid(title: str, lines: Sequence[Line], cell_of: Callable[[Line], str]) -> Table:
+    """Returns methods down, budgets across."""
+    scores = {(line["method"], line["budget"]): line for line in lines}
+    methods, budgets = (list(dict.fromkeys(each[idx] for each in scores)) for idx in (0, 1))
+    headings = []
+    for budget in budgets:
+        kept = {round(line["metrics"].get("tokens_kept", 0)) for line in lines if line["budget"] == budget} - {0}
+        # A smaller image may have fewer tokens than the budget allows.
+        is_told = kept and budget != str(max(kept))
+        headings.append(f"{budget} ({max(kept)} tokens)" if is_told else f"{budget} tokens")
+    rows = tuple(
+        (method, *(cell_of(scores[method, budget]) if (method, budget) in scores else "" for budget in budgets))
+        for method in methods
+    )
+    return Table(title, ("method", *headings), rows)
+
+
+def _accuracy_cell(line: Line) -> str:
+    metrics = line["metrics"]
+    shown = f"{100 * metrics['accuracy']:.1f}"
+    if "accuracy_low" in metrics:
+        shown += f" ({100 * metrics['accuracy_low']:.1f} to {100 * metrics['accuracy_high']:.1f})"
+    if line["method"] != _UNPRUNED and "share" in metrics:
+        shown += f", {100 * metrics['share']:.0f}% of unpruned"
+        shown += f" ({100 * metrics['share_low']:.0f} to {100 * metrics['share_high']:.0f})"
+    return shown
+
+
+def _pope_cell(line: Line) -> str:
+    values = [line["metrics"].get(f"pope_{name}_f1") for name in ("random", "popular", "adversarial")]
+    return " / ".join("none" if value is None else f"{100 * value:.0f}" for value in values)
+
+
+def _public_table(lines: Sequence[Line]) -> Table:
+    """Returns a line for each benchmark, method and budget; lines of the paper stand below those they belong to."""
+    rows = []
+    for task in dict.fromkeys(line["task"] for line in lines):
+        chosen = [line for line in lines if line["task"] == task]
+        # lmms-eval's score in the unit that the paper has it in.
+        factor = BENCHMARKS[task].factor if task in BENCHMARKS else 1
+        for line in chosen:
+            metrics = line["metrics"]
+            share = f"{100 * metrics['share']:.1f}" if "share" in metrics else ""
+            cells = (f"{factor * metrics['score']:.4g}", share, f"{metrics['num_questions']:.0f}")
+            rows.append((task, line["model"] or "measured", line["method"], line["budget"], *cells))
+        budgets = {line["budget"] for line in chosen if line["method"] in ("mmtok", _UNPRUNED)}
+        for quoted in PUBLISHED:
+            if (quoted.family, quoted.benchmark) == (chosen[0]["preset"], task) and quoted.budget in budgets:
+                score = "" if quoted.score is None else f"{quoted.score:.4g}"
+                is_all = quoted.budget == "all"
+                method, share = (_UNPRUNED, "") if is_all else ("mmtok", f"{100 * quoted.share:.1f}")
+                rows.append((task, f"{quoted.model}, the paper", method, quoted.budget, score, share, ""))
+    columns = ("benchmark", "model", "method", "budget", "score", "% of unpruned", "questions")
+    return Table(_PUBLIC_TITLE, columns, tuple(rows), num_texts=4).without_empty_columns()
+
+
+def _plots(shown: Sequence[Line]) -> Iterator[Plot]:
+    for model in dict.fromkeys(line["model"] for line in shown):
+        for kind in dict.fromkeys(line["kind"] for line in shown if line["model"] == model):
+            chosen = [line for line in shown if _place(line) == (model, kind) and "tokens_kept" in line["metrics"]]
+            if len({line["budget"] for line in chosen}) > 1:
+                yield _plot(f"{model}, {kind}", chosen)
+
+
+def _plot(name: str, lines: Sequence[Line]) -> Plot:
+    figure = new_figure("tokens kept", "accuracy")
+    methods = list(dict.fromkeys(line["method"] for line in lines if line["method"] != _UNPRUNED))
     for number, method in enumerate(methods):
-        chosen = sorted(
-            (row for row in rows if row.case["method"] == method), key=lambda row: row.metrics["tokens_kept"]
-        )
+        chosen = sorted((line for line in lines if line["method"] == method), key=lambda line: line["tokens_kept"])
+        metrics = [line["metrics"] for line in chosen]
+        middles = [each["accuracy"] for each in metrics]
         colour = DOWNSAMPLED if method == "downsample" else PALETTE[number % len(PALETTE)]
         figure.add_scatter(
             name=method,
-            x=[row.metrics["tokens_kept"] for row in chosen],
-            y=[row.metrics["accuracy"] for row in chosen],
-            error_y=_error_bars(chosen),
+            x=[each["tokens_kept"] for each in metrics],
+            y=middles,
+            error_y={
+                "array": [each.get("accuracy_high", each["accuracy"]) - each["accuracy"] for each in metrics],
+                "arrayminus": [each["accuracy"] - each.get("accuracy_low", each["accuracy"]) for each in metrics],
+                "thickness": 1,
+            },
             mode="lines+markers",
             line={"color": colour, "dash": "solid" if number < len(PALETTE) else "dot"},
             marker={"color": colour, "size": 7},
         )
-    for row in rows:
-        if row.case["method"] == UNPRUNED:
-            ends = [min(each.metrics["tokens_kept"] for each in rows), row.metrics["tokens_kept"]]
-            line = {"color": GREY, "dash": "dash"}
-            figure.add_scatter(name=UNPRUNED, x=ends, y=[row.metrics["accuracy"]] * 2, mode="lines", line=line)
+    for line in lines:
+        if line["method"] == _UNPRUNED:
+            ends = [min(each["tokens_kept"] for each in lines), line["tokens_kept"]]
+            style = {"color": GREY, "dash": "dash"}
+            figure.add_scatter(name=_UNPRUNED, x=ends, y=[line["accuracy"]] * 2, mode="lines", line=style)
     figure.update_xaxes(type="log")
-    figure.update_yaxes(tickformat=".0%", title="accuracy")
-    note = f"{rows[0].metrics['num_questions']:.0f} questions; bars are 95% intervals; higher is better"
-    return plot_of(
-        f"Quality: {name}, accuracy against tokens kept", note, figure, {"x": "tokens_kept", "y": "accuracy"}
-    )
-
-
-def _error_bars(rows: Sequence[ResultRow]) -> dict[str, object]:
-    middles = [row.metrics["accuracy"] for row in rows]
-    highs = [row.metrics.get("accuracy_high", row.metrics["accuracy"]) for row in rows]
-    lows = [row.metrics.get("accuracy_low", row.metrics["accuracy"]) for row in rows]
-    return {
-        "array": [high - middle for high, middle in zip(highs, middles, strict=True)],
-        "arrayminus": [middle - low for low, middle in zip(lows, middles, strict=True)],
-        "thickness": 1,
-    }
+    figure.update_yaxes(tickformat=".0%")
+    note = f"{lines[0]['num_questions']:.0f} questions; bars are 95% intervals; higher is better"
+    formats = {"x": "tokens_kept", "y": "accuracy"}
+    return plot_of(f"Quality: {name}, accuracy against tokens kept", note, figure, formats)

@@ -2,126 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from mmtok_bench.report.blocks import Part, Plot, Table, without_empty_columns
-from mmtok_bench.report.gather import Measurement, newest
+import pandas as pd
+
+from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.metrics import compare, format_value
-from mmtok_bench.report.plots import PALETTE, new_figure, plot_of
-from mmtok_bench.results import ResultRow, latencies_ms
-from mmtok_bench.selector_report import BACKEND_COLOURS, PUBLISHED_MS
+from mmtok_bench.report.tables import PALETTE, Part, Plot, Table, new_figure, plot_of
+from mmtok_bench.results import LATENCIES
 
-__all__ = ["selector_part"]
+__all__ = ["FLOORS", "PUBLISHED_MS", "selector_part"]
+
+PUBLISHED_MS = {
+    (2880, 160): 6.417,
+    (2880, 80): 3.733,
+    (1728, 96): 3.862,
+    (1728, 48): 2.247,
+    (576, 32): 1.267,
+    (576, 16): 0.774,
+}
+"""Tokens and picks -> mean ms of 100 runs on an RTX A6000; source: MMTok, arXiv 2508.18264, Table 13."""
+
+FLOORS = {
+    "bandwidth_floor_ms": "bandwidth floor: features once, C twice",
+    "chain_floor_ms": "chain floor: argmax and maximum, K times",
+}
+"""Metric -> what no exact greedy selection is faster than."""
 
 _BASELINE = "dense"
-_LATENCY = "latency_p50_ms"
+_P20, _P50, _P80 = LATENCIES
+_COLOURS = {
+    "dense": "#8a9099",
+    "torchscript": "#b9853b",
+    "reference": "#5d6470",
+    "lazy": "#0b7a75",
+    "triton": "#76b900",
+}
+
+Line = dict[str, Any]
 
 
-def selector_part(measurements: Sequence[Measurement]) -> Part:
+def selector_part(rows: pd.DataFrame) -> Part:
     """Returns the section of one machine's rows, the newest of each case."""
-    shown = newest(measurements)
-    baselines = {_case_of_run(each): each.row for each in measurements if each.row.backend == _BASELINE}
-    batches = sorted({int(each.row.case["batch"]) for each in shown})
-    smallest = [each for each in shown if each.row.case["batch"] == batches[0]]
+    baselines = {(line["run"], *_case(line)): line[_P50] for line in records(rows) if line["backend"] == _BASELINE}
+    lines = records(newest(rows))
+    for line in lines:
+        baseline = None if line["backend"] == _BASELINE else baselines.get((line["run"], *_case(line)))
+        line["ratio"] = compare(_P50, line[_P50], baseline)
+    smallest = [line for line in lines if line["batch"] == min(each["batch"] for each in lines)]
     sentences = ["Similarity included, from features to picks; every backend's picks were checked before it was timed."]
     if not baselines:
         sentences.append("Not measured: the published loop (dense). There is no ratio to it.")
     return Part(
         title="Selection",
-        headline=_headline(smallest, baselines),
+        headline=_headline(smallest),
         sentences=tuple(sentences),
-        plots=tuple(_plots([each.row for each in smallest], batches[0])),
-        tables=(_latencies(shown, baselines),),
+        tables=(_latencies(lines),),
+        draw=lambda: _plots(smallest),
     )
 
 
-_Case = tuple[object, ...]
+def _case(line: Line) -> tuple[Any, ...]:
+    return tuple(sorted(line["case"].items()))
 
 
-def _case_of_run(each: Measurement) -> _Case:
-    return each.run, frozenset(each.row.case.items())
+def _shape(line: Line) -> tuple[int, int]:
+    return line["num_tokens"], line["num_picks"]
 
 
-def _shape(row: ResultRow) -> tuple[int, int]:
-    return int(row.case["num_tokens"]), int(row.case["num_picks"])
-
-
-def _against(each: Measurement, baselines: dict[_Case, ResultRow]) -> str:
-    baseline = baselines.get(_case_of_run(each))
-    if baseline is None or each.row.backend == _BASELINE:
-        return ""
-    return compare(_LATENCY, latencies_ms(each.row)[1], latencies_ms(baseline)[1])
-
-
-def _headline(shown: Sequence[Measurement], baselines: dict[_Case, ResultRow]) -> Table:
+def _headline(lines: Sequence[Line]) -> Table:
     """Returns the fastest backend of each case."""
-    fastest: dict[tuple[int, int], Measurement] = {}
-    for each in shown:
-        best = fastest.get(_shape(each.row))
-        if best is None or latencies_ms(each.row)[1] < latencies_ms(best.row)[1]:
-            fastest[_shape(each.row)] = each
-    lines = [
-        (
-            f"{num_tokens} → {num_picks}",
-            each.row.backend,
-            format_value(_LATENCY, latencies_ms(each.row)[1]),
-            _against(each, baselines),
-        )
-        for (num_tokens, num_picks), each in sorted(fastest.items(), reverse=True)
-    ]
+    fastest: dict[tuple[int, int], Line] = {}
+    for line in lines:
+        fastest[_shape(line)] = min(fastest.get(_shape(line), line), line, key=lambda each: each[_P50])
+    rows = tuple(
+        (f"{num_tokens} → {num_picks}", line["backend"], format_value(_P50, line[_P50]), line["ratio"])
+        for (num_tokens, num_picks), line in sorted(fastest.items(), reverse=True)
+    )
     columns = ("tokens → kept", "fastest backend", "p50, ms", "against the published loop")
-    return without_empty_columns(Table("The selection alone", columns, tuple(lines), num_texts=2))
+    return Table("The selection alone", columns, rows, num_texts=2).without_empty_columns()
 
 
-def _latencies(shown: Sequence[Measurement], baselines: dict[_Case, ResultRow]) -> Table:
-    lines = []
-    for each in shown:
-        row = each.row
-        p20_ms, p50_ms, p80_ms = (format_value(_LATENCY, value) for value in latencies_ms(row))
-        published = PUBLISHED_MS.get(_shape(row)) if row.case["batch"] == 1 else None
-        quoted = format_value(_LATENCY, published)
-        tokens, picks = _shape(row)
-        times = (p50_ms, p20_ms, p80_ms, _against(each, baselines), quoted)
-        lines.append((f"{tokens} → {picks}", row.backend, str(row.case["batch"]), *times))
+def _latencies(lines: Sequence[Line]) -> Table:
+    rows = []
+    for line in lines:
+        num_tokens, num_picks = _shape(line)
+        quoted = PUBLISHED_MS.get(_shape(line)) if line["batch"] == 1 else None
+        times = (*(format_value(_P50, line[name]) for name in (_P50, _P20, _P80)), line["ratio"])
+        floors = (format_value(_P50, line["metrics"].get(name)) for name in FLOORS)
+        texts = (f"{num_tokens} → {num_picks}", line["backend"], str(line["batch"]))
+        rows.append((*texts, *times, format_value(_P50, quoted), *floors))
     columns = ("tokens → kept", "backend", "batch", "p50, ms", "p20", "p80", "against the published loop")
-    quoted_heading = "the paper's A6000, quoted, ms"
-    table = Table("Latency of the selection", (*columns, quoted_heading), tuple(lines), num_texts=2)
-    return without_empty_columns(table)
+    more = ("the paper's A6000, quoted, ms", "bandwidth floor, ms", "chain floor, ms")
+    return Table("Latency of the selection", (*columns, *more), tuple(rows), num_texts=2).without_empty_columns()
 
 
-def _plots(rows: Sequence[ResultRow], batch: int) -> list[Plot]:
-    """Returns time against tokens, at the most picks of each, and against picks, at the tokens of most sizes."""
+def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
+    """Gives time against tokens, at the most picks of each, and against picks, at the tokens of most sizes."""
     picks: dict[int, set[int]] = {}
-    for num_tokens, num_picks in map(_shape, rows):
+    for num_tokens, num_picks in map(_shape, lines):
         picks.setdefault(num_tokens, set()).add(num_picks)
-    plots = []
+    conditions = f"batch {lines[0]['batch']}, {{}}; bars from p20 to p80; lower is better"
     if len(picks) > 1:
-        most = [row for row in rows if _shape(row)[1] == max(picks[_shape(row)[0]])]
-        note = f"batch {batch}, the most picks of each number of tokens; bars from p20 to p80; lower is better"
-        plots.append(_plot("Selection: time against tokens", "tokens N", note, most, 0))
+        most = [line for line in lines if line["num_picks"] == max(picks[line["num_tokens"]])]
+        note = conditions.format("the most picks of each number of tokens")
+        yield _plot("Selection: time against tokens", "tokens N", note, most, "num_tokens")
     fixed = max(picks, key=lambda num_tokens: (len(picks[num_tokens]), num_tokens))
     if len(picks[fixed]) > 1:
-        note = f"batch {batch}, {fixed} tokens; bars from p20 to p80; lower is better"
-        chosen = [row for row in rows if _shape(row)[0] == fixed]
-        plots.append(_plot("Selection: time against picks", "picks K", note, chosen, 1))
-    return plots
+        chosen = [line for line in lines if line["num_tokens"] == fixed]
+        note = conditions.format(f"{fixed} tokens")
+        yield _plot("Selection: time against picks", "picks K", note, chosen, "num_picks")
 
 
-def _plot(title: str, x_title: str, note: str, rows: Sequence[ResultRow], by: int) -> Plot:
+def _plot(title: str, x_title: str, note: str, lines: Sequence[Line], by: str) -> Plot:
     figure = new_figure(x_title, "p50, ms")
-    for idx, backend in enumerate(dict.fromkeys(row.backend for row in rows)):
-        points = sorted((_shape(row)[by], *latencies_ms(row)) for row in rows if row.backend == backend)
-        xs, lows, middles, highs = zip(*points, strict=True)
-        colour = BACKEND_COLOURS.get(backend, PALETTE[idx % len(PALETTE)])
+    lines = sorted(lines, key=lambda line: line[by])
+    for idx, backend in enumerate(dict.fromkeys(line["backend"] for line in lines)):
+        chosen = [line for line in lines if line["backend"] == backend]
+        colour = _COLOURS.get(backend, PALETTE[idx % len(PALETTE)])
         spread = {
-            "array": [high - middle for high, middle in zip(highs, middles, strict=True)],
-            "arrayminus": [middle - low for low, middle in zip(lows, middles, strict=True)],
+            "array": [line[_P80] - line[_P50] for line in chosen],
+            "arrayminus": [line[_P50] - line[_P20] for line in chosen],
             "thickness": 1,
         }
         style = {"line": {"color": colour}, "marker": {"color": colour, "size": 8}}
-        figure.add_scatter(name=backend, x=xs, y=middles, error_y=spread, mode="lines+markers", **style)
-    times_ms = [time_ms for row in rows for time_ms in latencies_ms(row)]
+        xs, ys = ([line[name] for line in chosen] for name in (by, _P50))
+        figure.add_scatter(name=backend, x=xs, y=ys, error_y=spread, mode="lines+markers", **style)
+    for (name, label), dash in zip(FLOORS.items(), ("dash", "dot"), strict=True):
+        floors = {line[by]: line["metrics"][name] for line in lines if name in line["metrics"]}
+        if floors:
+            grey = {"color": "#5d6470", "dash": dash}
+            figure.add_scatter(name=label, x=list(floors), y=list(floors.values()), mode="lines", line=grey)
+    times_ms = [line[name] for line in lines for name in LATENCIES]
     digits = (1, 2, 5) if max(times_ms) > 10 * min(times_ms) else (1, 1.5, 2, 3, 4, 6, 8)
     ticks_ms = [digit * 10**power for power in range(-3, 6) for digit in digits]
     figure.update_yaxes(type="log", tickvals=ticks_ms, ticktext=[f"{tick:g}" for tick in ticks_ms])
-    return plot_of(title, note, figure, {"x": "tokens", "y": _LATENCY})
+    return plot_of(title, note, figure, {"x": "tokens", "y": _P50})

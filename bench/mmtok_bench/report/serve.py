@@ -1,110 +1,165 @@
-"""The section of a served model: what a budget gains against the unpruned server, and against smaller images."""
+"""The section of a served model: what a budget gains over the unpruned server, and over smaller images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from mmtok_bench.report.blocks import Part, Table, in_words, without_empty_columns
-from mmtok_bench.report.gather import Measurement, newest
+import pandas as pd
+
+from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.metrics import compare, format_value, metric
-from mmtok_bench.report.serve_plots import exceeds_its_whole, plots_of_model
-from mmtok_bench.report.serve_rows import (
-    SHOWN_KEYS,
-    References,
-    image_px,
-    label_of,
-    load_of,
-    model_of,
-    pixels_of,
-    tokens_read,
-    variant_of,
-)
-from mmtok_bench.results import CaseValue, ResultRow
-from mmtok_bench.serve.breakeven import break_even
+from mmtok_bench.report.tables import Part, Table, in_words
 
-__all__ = ["serve_part"]
+__all__ = ["SHOWN_KEYS", "Line", "break_even", "exceeds_its_whole", "have_like_texts", "serve_lines", "serve_part"]
 
+Line = dict[str, Any]
+"""A row with what `serve_lines` adds."""
+
+SHOWN_KEYS = ("model", "image_kind", "image_px", "prefix_cache", "budget", "method", "concurrency")
+"""What of a case has a column of its own; of the other keys, those that differ between rows get one."""
+
+_VARIED = ("budget", "method", "text_tokens")
+_VARIANTS = ("unpruned", "mmtok", "downsample")
+# Image processors round a side to whole patches, and the tokens of texts are counted on the requests sent.
+_EQUAL_TOKENS = 0.1
 _LATENCIES = tuple(f"{phase}_{quantile}_ms" for phase in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99"))
+PHASES = ("vision_encoder_ms", "selection_ms", "language_prefill_ms")
+"""The measured parts of the time to first token."""
 _DETAILS = {
     "Latency": _LATENCIES,
     "Throughput": ("requests_per_s", "input_tokens_per_s", "output_tokens_per_s", "duration_s", "num_failed"),
     "Where the time goes, and memory": (
-        "vision_encoder_ms",
-        "selection_ms",
-        "language_prefill_ms",
-        "image_tokens_in",
-        "image_tokens_kept",
-        "kv_tokens_per_request",
-        "peak_memory_bytes",
-        "max_requests_at_once",
+        *(*PHASES, "image_tokens_in", "image_tokens_kept"),
+        *("kv_tokens_per_request", "peak_memory_bytes", "max_requests_at_once"),
     ),
 }
 _EXPECTED = (*_LATENCIES, *_DETAILS["Throughput"][:3], *_DETAILS["Where the time goes, and memory"])
+_GAINS = ("ttft_p50_ms", "requests_per_s")
 _TEXTS = ("model", "images", "prefix cache", "budget")
 
 
-def serve_part(measurements: Sequence[Measurement]) -> Part:
+def serve_part(rows: pd.DataFrame) -> Part:
     """Returns the section of one machine's rows, the newest of each case."""
-    references = References(measurements)
-    found = newest(measurements)
+    found = records(newest(pd.DataFrame(serve_lines(rows), dtype=object)))
     shown = _in_order(found)
-    rows = [each.row for each in found]
-    models = dict.fromkeys(map(model_of, rows))
+
+    def draw() -> Iterable[Any]:
+        from mmtok_bench.report.serve_plots import plots_of_model
+
+        for model in dict.fromkeys(line["model"] for line in found):
+            yield from plots_of_model(model, [line for line in found if line["model"] == model])
+
     return Part(
         title="Serving",
-        headline=_headline(shown, references),
-        sentences=tuple(_sentences(shown, references)),
-        plots=tuple(
-            plot for model in models for plot in plots_of_model(model, [row for row in rows if model_of(row) == model])
-        ),
-        tables=(_gains(shown, references), *_all_details([each.row for each in shown])),
+        headline=_headline(shown),
+        sentences=tuple(_sentences(shown)),
+        tables=(_gains(shown), *_details(shown)),
+        draw=draw,
     )
 
 
-def _in_order(shown: Sequence[Measurement]) -> list[Measurement]:
+def serve_lines(rows: pd.DataFrame) -> list[Line]:
+    """Returns the rows of served models with what they are called and the metrics of what they are held against.
+
+    Added are `variant`: "unpruned" is a server without the plugin, "downsample" a smaller image, "mmtok" all else;
+    `label`, budget and method in words; `tokens` of an image that the language model reads, None where not measured;
+    `load`, requests at once; `pixels`; and as `vs_unpruned` and `vs_downsampled` the newest row of the same run whose
+    case differs in budget and method alone: without the plugin, and with the image made smaller to as many tokens.
+    Texts and images are alike within a tenth of their tokens. None where there is no such row.
+    """
+    lines = [_named(line) for line in records(rows)]
+    workloads: dict[str, list[Line]] = {}
+    for line in lines:
+        workloads.setdefault(line["workload"], []).append(line)
+    for line in lines:
+        alike = [other for other in workloads[line["workload"]] if have_like_texts(line, other)]
+        unpruned = [other for other in alike if other["variant"] == "unpruned"]
+        line["vs_unpruned"] = max(unpruned, key=lambda other: other["time"], default=None)
+        apart = {
+            id(other): abs(other["tokens"] - line["tokens"]) / line["tokens"]
+            for other in alike
+            if other["variant"] == "downsample" and other["tokens"] is not None and line["tokens"]
+        }
+        least = min(apart.values(), default=1.0)
+        nearest = [other for other in alike if apart.get(id(other)) == least <= _EQUAL_TOKENS]
+        line["vs_downsampled"] = max(nearest, key=lambda other: other["time"], default=None)
+    return lines
+
+
+def _named(line: Line) -> Line:
+    case, metrics = line["case"], line["metrics"]
+    tokens = metrics.get("image_tokens_kept", metrics.get("image_tokens_in"))
+    budget = str(case.get("budget", ""))
+    if case.get("method") == "downsample":
+        variant, label = "downsample", "downsampled" if tokens is None else f"downsampled to {tokens:.0f}"
+    else:
+        variant, label = ("unpruned", "unpruned") if budget == "off" else ("mmtok", f"MMTok {budget}")
+    px = str(case.get("image_px", ""))
+    width, _, height = px.partition("x")
+    pixels = int(width) * int(height) if width.isdecimal() and height.isdecimal() else 0
+    same = sorted((name, value) for name, value in case.items() if name not in _VARIED)
+    return {
+        **line,
+        **{"variant": variant, "label": label, "tokens": tokens, "budget": budget, "px": px, "pixels": pixels},
+        **{"model": str(case.get("model", "")), "load": int(case.get("concurrency", 1))},
+        "workload": json.dumps([line["run"], same]),
+    }
+
+
+def have_like_texts(line: Line, other: Line) -> bool:
+    """Returns whether the requests' texts are of equal tokens, within a tenth."""
+    tokens, others = (int(each["case"].get("text_tokens", 0)) for each in (line, other))
+    return abs(tokens - others) <= _EQUAL_TOKENS * max(tokens, others)
+
+
+def exceeds_its_whole(line: Line) -> bool:
+    """Returns whether the parts of the time to first token, which are means, exceed its median."""
+    metrics = line["metrics"]
+    return "ttft_p50_ms" in metrics and sum(metrics.get(name, 0) for name in PHASES) > metrics["ttft_p50_ms"]
+
+
+def _in_order(lines: Sequence[Line]) -> list[Line]:
     """Returns the rows model by model, then by image, load and tokens read: servers are measured in turns."""
-    models = list(dict.fromkeys(model_of(each.row) for each in shown))
-    variants = ("unpruned", "mmtok", "downsample")
+    models = list(dict.fromkeys(line["model"] for line in lines))
     return sorted(
-        shown,
-        key=lambda each: (
-            models.index(model_of(each.row)),
-            -pixels_of(each.row),
-            load_of(each.row),
-            variants.index(variant_of(each.row)),
-            -(tokens_read(each.row) or 0),
+        lines,
+        key=lambda line: (
+            *(models.index(line["model"]), -line["pixels"], line["load"]),
+            *(_VARIANTS.index(line["variant"]), -(line["tokens"] or 0)),
         ),
     )
 
 
-def _headline(shown: Sequence[Measurement], references: References) -> Table | None:
+def _headline(shown: Sequence[Line]) -> Table | None:
     """Returns each model's largest image at the least and the most load; as in the plots, photographs, cache off."""
-    pruned = [each for each in shown if variant_of(each.row) == "mmtok" and each.row.case.get("budget") != "all"]
+    pruned = [line for line in shown if line["variant"] == "mmtok" and line["budget"] != "all"]
     for key, value in (("image_kind", "photograph"), ("prefix_cache", "off")):
-        pruned = [each for each in pruned if each.row.case.get(key) == value] or pruned
+        pruned = [line for line in pruned if line["case"].get(key) == value] or pruned
     if not pruned:
         return None
-    loads = [load_of(each.row) for each in pruned]
-    pruned = [each for each in pruned if load_of(each.row) in (min(loads), max(loads))]
-    largest = {model_of(each.row): 0 for each in pruned}
-    for each in pruned:
-        largest[model_of(each.row)] = max(largest[model_of(each.row)], pixels_of(each.row))
-    pruned = [each for each in pruned if pixels_of(each.row) == largest[model_of(each.row)]]
-    pruned.sort(key=lambda each: (list(largest).index(model_of(each.row)), load_of(each.row)))
+    loads = [line["load"] for line in pruned]
+    pruned = [line for line in pruned if line["load"] in (min(loads), max(loads))]
+    largest = {line["model"]: 0 for line in pruned}
+    for line in pruned:
+        largest[line["model"]] = max(largest[line["model"]], line["pixels"])
+    pruned = [line for line in pruned if line["pixels"] == largest[line["model"]]]
+    pruned.sort(key=lambda line: (list(largest).index(line["model"]), line["load"]))
     # The ratios first: they are what a narrow screen shows without scrolling.
     columns = (
-        *("model", "budget", "at once"),
-        *(heading for name in ("ttft_p50_ms", "requests_per_s") for heading in _gain_headings(name)[1:]),
-        *(metric("ttft_p50_ms").label, metric("requests_per_s").label, "image tokens", "image, px"),
+        *("model", "budget", "at once", *(heading for name in _GAINS for heading in _gain_headings(name)[1:])),
+        *(*(metric(name).label for name in _GAINS), "image tokens", "image, px"),
     )
     lines = []
-    for each in pruned:
-        row = each.row
-        ttft_ms, *ttft_ratios = _gain_cells(each, references, "ttft_p50_ms")
-        rate, *rate_ratios = _gain_cells(each, references, "requests_per_s")
-        texts = (model_of(row), str(row.case.get("budget", "")), str(load_of(row)))
-        lines.append((*texts, *ttft_ratios, *rate_ratios, ttft_ms, rate, _tokens(row), image_px(row)))
-    return without_empty_columns(Table("A served model", columns, tuple(lines), num_texts=2))
+    for line in pruned:
+        cells = [_gain_cells(line, name) for name in _GAINS]
+        ratios = [ratio for _, *pair in cells for ratio in pair]
+        values = [value for value, *_ in cells]
+        lines.append(
+            (line["model"], line["budget"], str(line["load"]), *ratios, *values, _tokens(line), line["px"]),
+        )
+    return Table("A served model", columns, tuple(lines), num_texts=2).without_empty_columns()
 
 
 def _gain_headings(name: str) -> tuple[str, str, str]:
@@ -113,12 +168,12 @@ def _gain_headings(name: str) -> tuple[str, str, str]:
     return label, f"{short} vs unpruned", f"{short} vs downsampled"
 
 
-def _gain_cells(each: Measurement, references: References, name: str) -> tuple[str, str, str]:
+def _gain_cells(line: Line, name: str) -> tuple[str, str, str]:
     """Returns a metric as reference -> value, and how it stands against the unpruned and the downsampled server."""
-    value = each.row.metrics.get(name)
+    value = line["metrics"].get(name)
     unpruned, downsampled = (
-        None if row is None else row.metrics.get(name)
-        for row in (references.unpruned(each), references.downsampled(each))
+        None if reference is None else reference["metrics"].get(name)
+        for reference in (line["vs_unpruned"], line["vs_downsampled"])
     )
     shown = format_value(name, value)
     if shown and unpruned is not None:
@@ -126,99 +181,149 @@ def _gain_cells(each: Measurement, references: References, name: str) -> tuple[s
     return shown, compare(name, value, unpruned), compare(name, value, downsampled)
 
 
-def _gains(shown: Sequence[Measurement], references: References) -> Table:
-    names = ("ttft_p50_ms", "requests_per_s")
-    headings = [heading for name in names for heading in _gain_headings(name)]
-    extra = _extra_keys([each.row for each in shown])[0]
+def _gains(shown: Sequence[Line]) -> Table:
+    extra = _extra_keys(shown)[0]
     lines = []
-    for each in shown:
-        row = each.row
+    for line in shown:
         cells: list[str] = []
-        for name in names:
-            value, *ratios = _gain_cells(each, references, name)
-            is_pruned = variant_of(row) == "mmtok"
-            cells += [value.rpartition(" ")[2], ratios[0], ratios[1] if is_pruned else ""]
-            if variant_of(row) == "unpruned":
-                cells[-2] = ""
-        lines.append((*_case_cells(row, extra), str(load_of(row)), _tokens(row), *cells))
+        for name in _GAINS:
+            value, unpruned, downsampled = _gain_cells(line, name)
+            cells += [
+                value.rpartition(" ")[2],
+                "" if line["variant"] == "unpruned" else unpruned,
+                downsampled if line["variant"] == "mmtok" else "",
+            ]
+        lines.append((*_case_cells(line, extra), str(line["load"]), _tokens(line), *cells))
     texts = (*_TEXTS, *map(_spoken, extra))
-    columns = (*texts, "at once", "image tokens", *headings)
-    return without_empty_columns(Table("What a budget gains", columns, tuple(lines), num_texts=len(texts)))
+    columns = (*texts, "at once", "image tokens", *(heading for name in _GAINS for heading in _gain_headings(name)))
+    return Table("What a budget gains", columns, tuple(lines), num_texts=len(texts)).without_empty_columns()
 
 
-def _all_details(rows: Sequence[ResultRow]) -> list[Table]:
+def _details(shown: Sequence[Line]) -> list[Table]:
     known = [name for names in _DETAILS.values() for name in names]
-    others = [name for name in dict.fromkeys(name for row in rows for name in row.metrics) if name not in known]
-    groups = {**_DETAILS, "Other figures": tuple(others)}
-    return [
-        _details(rows, title, names)
-        for title, names in groups.items()
-        if any(n in r.metrics for n in names for r in rows)
-    ]
-
-
-def _details(rows: Sequence[ResultRow], title: str, names: Sequence[str]) -> Table:
-    extra = _extra_keys(rows)[0]
-    lines = tuple(
-        (*_case_cells(row, extra), str(load_of(row)), *(format_value(name, row.metrics.get(name)) for name in names))
-        for row in rows
-    )
+    found = list(dict.fromkeys(name for line in shown for name in line["metrics"]))
+    extra = _extra_keys(shown)[0]
     texts = (*_TEXTS, *map(_spoken, extra))
-    columns = (*texts, "at once", *(metric(name).label for name in names))
-    return without_empty_columns(Table(title, columns, lines, num_texts=len(texts), is_detail=True))
+    tables = []
+    for title, names in {**_DETAILS, "Other figures": [name for name in found if name not in known]}.items():
+        if set(names) & set(found):
+            columns = (*texts, "at once", *(metric(name).label for name in names))
+            lines = tuple(
+                (
+                    *(*_case_cells(line, extra), str(line["load"])),
+                    *(format_value(name, line["metrics"].get(name)) for name in names),
+                )
+                for line in shown
+            )
+            table = Table(title, columns, lines, num_texts=len(texts), is_detail=True)
+            tables.append(table.without_empty_columns())
+    return tables
 
 
-def _case_cells(row: ResultRow, extra: Sequence[str]) -> tuple[str, ...]:
-    images = f"{row.case.get('image_kind', '')} {image_px(row)}".strip()
-    others = (str(row.case.get(key, "")) for key in extra)
-    return model_of(row), images, str(row.case.get("prefix_cache", "")), label_of(row), *others
+def _case_cells(line: Line, extra: Sequence[str]) -> tuple[str, ...]:
+    case = line["case"]
+    images = f"{case.get('image_kind', '')} {line['px']}".strip()
+    others = (str(case.get(key, "")) for key in extra)
+    return line["model"], images, str(case.get("prefix_cache", "")), line["label"], *others
 
 
-def _extra_keys(rows: Sequence[ResultRow]) -> tuple[list[str], dict[str, CaseValue]]:
+def _extra_keys(lines: Sequence[Line]) -> tuple[list[str], dict[str, Any]]:
     """Returns the case's other keys: those that differ between rows, and the others with their value."""
-    keys = dict.fromkeys(key for row in rows for key in row.case if key not in SHOWN_KEYS)
-    varied = [key for key in keys if len({row.case.get(key) for row in rows}) > 1]
-    return varied, {key: rows[0].case[key] for key in keys if key not in varied}
+    cases = [line["case"] for line in lines]
+    keys = dict.fromkeys(key for case in cases for key in case if key not in SHOWN_KEYS)
+    varied = [key for key in keys if len({case.get(key) for case in cases}) > 1]
+    return varied, {key: cases[0][key] for key in keys if key not in varied}
 
 
 def _spoken(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _tokens(row: ResultRow) -> str:
-    kept = tokens_read(row)
-    before = row.metrics.get("image_tokens_in", kept)
-    if kept is None:
-        return ""
+def _tokens(line: Line) -> str:
+    kept = line["tokens"]
+    before = line["metrics"].get("image_tokens_in", kept)
     shown = format_value("image_tokens_kept", kept)
     return shown if before == kept else f"{format_value('image_tokens_in', before)} → {shown}"
 
 
-def _sentences(shown: Sequence[Measurement], references: References) -> list[str]:
-    rows = [each.row for each in shown]
+def _sentences(shown: Sequence[Line]) -> list[str]:
     sentences = []
-    for run in dict.fromkeys(each.run for each in shown):
-        sentences += break_even(each.row for each in shown if each.run == run)
-    constant = _extra_keys(rows)[1]
+    for run in dict.fromkeys(line["run"] for line in shown):
+        sentences += break_even(line for line in shown if line["run"] == run)
+    constant = _extra_keys(shown)[1]
     if constant:
-        parts = [f"{_spoken(key)} {value}" for key, value in constant.items()]
-        sentences.append(f"In every row: {in_words(parts)}.")
-    if any(row.case.get("weights") == "dummy" for row in rows):
+        sentences.append(f"In every row: {in_words([f'{_spoken(key)} {value}' for key, value in constant.items()])}.")
+    if any(line["case"].get("weights") == "dummy" for line in shown):
         sentences.append("Weights called dummy are random: they take the time of trained ones, and answer nothing.")
-    failed = [row for row in rows if row.metrics.get("num_failed")]
+    failed = [f"{line['label']} at {line['load']} at once" for line in shown if line["metrics"].get("num_failed")]
     if failed:
-        cases = in_words([f"{label_of(row)} at {load_of(row)} at once" for row in failed])
-        sentences.append(f"Requests failed in {cases}: those figures are of the others.")
-    odd = [row for row in rows if load_of(row) == min(map(load_of, rows)) and exceeds_its_whole(row)]
+        sentences.append(f"Requests failed in {in_words(failed)}: those figures are of the others.")
+    quiet = min(line["load"] for line in shown)
+    odd = [f"{line['label']} of {line['px']}" for line in shown if line["load"] == quiet and exceeds_its_whole(line)]
     if odd:
-        cases = in_words(list(dict.fromkeys(f"{label_of(row)} of {image_px(row)}" for row in odd)))
+        cases = in_words(list(dict.fromkeys(odd)))
         sentences.append(f"Not split into parts, whose means exceed the median TTFT: {cases}.")
-    pruned = [each for each in shown if variant_of(each.row) == "mmtok"]
-    if pruned and not any(references.unpruned(each) for each in pruned):
+    pruned = [line for line in shown if line["variant"] == "mmtok"]
+    if pruned and not any(line["vs_unpruned"] for line in pruned):
         sentences.append("Not measured in the same run: the unpruned server. There is no ratio to it.")
-    if pruned and not any(references.downsampled(each) for each in pruned):
+    if pruned and not any(line["vs_downsampled"] for line in pruned):
         sentences.append("Not measured in the same run: images downsampled to equal tokens. There is no ratio to them.")
-    absent = [metric(name).label for name in _EXPECTED if not any(name in row.metrics for row in rows)]
+    absent = [metric(name).label for name in _EXPECTED if not any(name in line["metrics"] for line in shown)]
     if absent:
         sentences.append(f"Not measured: {in_words([label.removesuffix(', ms') for label in absent])}.")
     return sentences
+
+
+def break_even(lines: Iterable[Line]) -> list[str]:
+    """Returns a sentence for each model, prefix cache and budget: where it pays, and the flag to set where not.
+
+    It pays where the median time to first token is not longer, fewer requests are not answered a second, and one of
+    both is better. The flag's number is the smallest measured image from which on pruning pays at every load, so it is
+    on the safe side by up to the distance to the next smaller image that was measured. A row that lacks one of the
+    figures that are compared, or its counterpart, says nothing of it.
+    """
+    needed = {*_GAINS, "image_tokens_in"}
+    groups: dict[str, list[tuple[int, int, float, float]]] = {}
+    for line in lines:
+        base, case = line["vs_unpruned"], line["case"]
+        is_told = base is not None and line["metrics"].keys() >= needed and base["metrics"].keys() >= set(_GAINS)
+        if case.get("method") == "mmtok" and is_told:
+            name = f"{line['model']}, prefix cache {case.get('prefix_cache', '')}, budget {line['budget']}"
+            ttft = base["metrics"]["ttft_p50_ms"] / line["metrics"]["ttft_p50_ms"]
+            throughput = line["metrics"]["requests_per_s"] / base["metrics"]["requests_per_s"]
+            groups.setdefault(name, []).append(
+                (int(line["metrics"]["image_tokens_in"]), line["load"], ttft, throughput),
+            )
+    return [f"{name}: {_break_even_sentence(gains)}" for name, gains in groups.items()]
+
+
+def _break_even_sentence(gains: Sequence[tuple[int, int, float, float]]) -> str:
+    """Returns where a budget pays, from image tokens, requests at once and the two ratios of each row."""
+    losses = [gain for gain in gains if min(gain[2:]) < 1 or max(gain[2:]) <= 1]
+    tokens, loads = {gain[0] for gain in gains}, {gain[1] for gain in gains}
+    measured = f"{_range(tokens)} image tokens, concurrency {_range(loads)}"
+    if not losses:
+        return f"it paid everywhere measured ({measured})."
+    worst_tokens, worst_load, ttft, throughput = min(losses, key=lambda gain: min(gain[2:]))
+    example = (
+        f"the worst is {worst_tokens} image tokens at concurrency {worst_load}: time to first token "
+        f"{ttft:.2f}x as good, requests a second {throughput:.2f}x"
+    )
+    if len(losses) == len(gains):
+        return f"it paid nowhere measured ({measured}); {example}. Serve this without a budget."
+    largest_loss = max(gain[0] for gain in losses)
+    larger = [each for each in tokens if each > largest_loss]
+    if larger:
+        return (
+            f"below {min(larger)} image tokens it does not pay at every load measured; {example}. "
+            f"Set --mmtok-min-tokens-in {min(larger)}."
+        )
+    lost_at = ", ".join(map(str, sorted({gain[1] for gain in losses})))
+    return (
+        f"it does not pay at concurrency {lost_at} with the largest images measured "
+        f"({largest_loss} tokens), so no --mmtok-min-tokens-in helps there; {example}."
+    )
+
+
+def _range(numbers: set[int]) -> str:
+    return f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"

@@ -1,7 +1,7 @@
-"""mmtok bench serve: what a served model gains from a budget, at which load, and where it gains nothing.
+"""`mmtok bench serve`: what a served model gains from a budget, at which load, and where it gains nothing.
 
-From `presets` (which models, sizes, budgets) `plan` makes the servers, the cells to measure and their order; `measure`
-starts the servers, holds the one at budget `all` against the one without the plugin (`answers`), and drives every cell
-by a public load generator (`load`); `rows` joins that with what the server counted (`server_counts`); `table` and
-`breakeven` say it in print.
+From `presets` (which models, sizes, budgets) `plan` makes the servers, the cases to measure and their order; `bench`
+starts the servers and runs it; `measure` holds the server at budget `all` against the one without the plugin, drives
+each case by a public load generator (`load`), and makes a row of what that and the server counted (`rows`).
+`second_question` times the first and second question about an image.
 """

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -14,23 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from mmtok_bench.photographs import PHOTOGRAPHS, photograph
+from mmtok_bench.client import MeasurementError, user_message
+from mmtok_bench.photographs import photograph_url
 from mmtok_bench.process_tree import end_process_tree
-from mmtok_bench.serve.plan import Cell
+from mmtok_bench.serve.plan import LoadCase
 from mmtok_bench.serve.presets import Size
 
-__all__ = [
-    "LoadError",
-    "LoadResult",
-    "load_command",
-    "new_photograph",
-    "photograph_url",
-    "read_load",
-    "run_load",
-    "write_chats",
-]
+__all__ = ["LoadError", "LoadResult", "load_command", "read_load", "run_load", "write_chats"]
 
 _TIMEOUT_S = 3600.0
 _POLL_INTERVAL_S = 0.2
@@ -39,7 +26,7 @@ _LOG_END_LINES = 15
 _RANDOM_TEXT_TOKENS = 20
 
 
-class LoadError(RuntimeError):
+class LoadError(MeasurementError):
     """A load generator that failed, or that brought no answer back."""
 
 
@@ -66,18 +53,6 @@ class LoadResult:
     first_error: str = ""
 
 
-def new_photograph(size_px: Size, seed: str) -> Image.Image:
-    """Returns a photograph of this size that no other seed gives: a part of one, flipped or not."""
-    draw = random.Random(seed)
-    whole = photograph(draw.choice(list(PHOTOGRAPHS)))
-    shape = size_px[0] / size_px[1]
-    width = min(whole.width, whole.height * shape) * draw.uniform(0.7, 1.0)
-    height = width / shape
-    left, top = draw.uniform(0, whole.width - width), draw.uniform(0, whole.height - height)
-    part = whole.resize(size_px, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
-    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else part
-
-
 def write_chats(path: Path, image_px: Size, sent_px: Size, seeds: Sequence[str], questions: Sequence[str]) -> None:
     """Writes one chat a line, as the load generator's `openai` data set has them: a photograph and a question.
 
@@ -91,31 +66,12 @@ def write_chats(path: Path, image_px: Size, sent_px: Size, seeds: Sequence[str],
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for number, seed in enumerate(seeds):
-            content = [
-                {"type": "image_url", "image_url": {"url": photograph_url(image_px, sent_px, seed)}},
-                {"type": "text", "text": questions[number % len(questions)]},
-            ]
-            file.write(json.dumps({"messages": [{"role": "user", "content": content}]}) + "\n")
-
-
-def photograph_url(image_px: Size, sent_px: Size, seed: str) -> str:
-    """Returns a new photograph as a data URL: a JPEG, which is what cameras and browsers send.
-
-    Args:
-        image_px: Its size.
-        sent_px: The size to which the client shrinks it before it is sent.
-        seed: Which photograph.
-    """
-    image = new_photograph(image_px, seed)
-    if sent_px != image_px:
-        image = image.resize(sent_px, Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, format="JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+            message = user_message([photograph_url(image_px, sent_px, seed)], questions[number % len(questions)])
+            file.write(json.dumps({"messages": [message]}) + "\n")
 
 
 def load_command(
-    cell: Cell,
+    case: LoadCase,
     url: str,
     model_path: str,
     *,
@@ -125,25 +81,25 @@ def load_command(
     chats: Path,
     output: Path,
 ) -> list[str]:
-    """Returns the load generator's command line for one cell.
+    """Returns the load generator's command line for one case.
 
     Args:
-        cell: What to measure.
+        case: What to measure.
         url: The server's address.
         model_path: The model's folder, for its tokenizer and processor.
         num_requests: Requests in all.
         output_tokens: Tokens of each answer, which no end token cuts short.
         seed: Of random images.
-        chats: The file with photographs, for cells that send them.
+        chats: The file with photographs, for cases that send them.
         output: Where the load generator appends its result.
     """
-    if cell.image_kind == "photograph":
+    if case.image_kind == "photograph":
         data = [
             *("--dataset-name=openai", f"--dataset-path={chats}"),
             f"--sharegpt-output-len={output_tokens}",
         ]
     else:
-        width, height = cell.sent_px
+        width, height = case.sent_px
         data = [
             *("--dataset-name=image", "--image-count=1", "--image-content=random", "--image-format=jpeg"),
             f"--image-resolution={height}x{width}",
@@ -154,11 +110,11 @@ def load_command(
         *(sys.executable, "-m", "sglang.benchmark.serving", "--backend=sglang-oai-chat"),
         *(f"--base-url={url}", f"--model={model_path}", f"--tokenizer={model_path}"),
         *data,
-        *(f"--num-prompts={num_requests}", f"--max-concurrency={cell.concurrency}", f"--seed={seed}"),
+        *(f"--num-prompts={num_requests}", f"--max-concurrency={case.concurrency}", f"--seed={seed}"),
         # Servers are warmed up by others, with images that are not asked about here.
         "--warmup-requests=0",
         # So that the prompt's length is the server's count.
-        f"--extra-request-body={json.dumps({'stream_options': {'include_usage': True}, **cell.request_fields})}",
+        f"--extra-request-body={json.dumps({'stream_options': {'include_usage': True}, **case.request_fields})}",
         *("--disable-tqdm", "--output-details", f"--output-file={output}"),
     ]
 

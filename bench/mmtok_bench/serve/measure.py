@@ -1,228 +1,216 @@
-"""Measures one model: servers up, answers checked, cells in turns, a row as soon as a cell is done."""
+"""Measures one model: servers up, answers checked, cases in turns, a row as soon as a case is done."""
 
 from __future__ import annotations
 
-import http.client
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
-import openai
-
-from mmtok_bench.chat import ask
-from mmtok_bench.results import ResultRow
-from mmtok_bench.serve.answers import CheckedAnswer, checked_answers, first_difference
-from mmtok_bench.serve.load import (
-    LoadError,
-    load_command,
-    photograph_url,
-    read_load,
-    run_load,
-    write_chats,
-)
-from mmtok_bench.serve.plan import OFF, Cell, Method, Side, Turn
-from mmtok_bench.serve.presets import ServedModel, Size, Sweep
-from mmtok_bench.serve.questions import QUESTIONS
+from mmtok_bench.client import Answer, RequestError, ask, in_parallel
+from mmtok_bench.photographs import photograph_url
+from mmtok_bench.run import Run
+from mmtok_bench.serve.load import LoadError, load_command, read_load, run_load, write_chats
+from mmtok_bench.serve.plan import OFF, LoadCase, Method, Side, Turn
+from mmtok_bench.serve.presets import QUESTIONS, ServedModel, ServePlan, Size
 from mmtok_bench.serve.rows import Sample, serve_row
-from mmtok_bench.serve.server_counts import PeakMemory, read_counts, stage_metrics
-from mmtok_bench.serve.servers import ServerPool
-from mmtok_bench.server import ServerError, SglangServer
+from mmtok_bench.server import ServerError, ServerPool, SglangServer
+from mmtok_bench.server_metrics import PeakMemory, read_counts, stage_metrics
 
-__all__ = ["ModelRun", "chats_file", "seeds_of"]
+__all__ = ["ModelRun", "first_difference", "load_of"]
 
-_FAILURES = (ServerError, LoadError, openai.OpenAIError, http.client.HTTPException, OSError, ValueError)
-
-
-def seeds_of(sweep: Sweep, turn: Turn, cell: Cell) -> list[str]:
-    """Returns the seeds of a cell's photographs: others in every round and workload, the same for all sides."""
-    part = f"{'x'.join(map(str, cell.image_px))} round {turn.round_idx} at {cell.concurrency}"
-    return [f"{part} {number}" for number in range(sweep.requests_of(cell.concurrency))]
-
-
-def chats_file(folder: Path, turn: Turn, cell: Cell) -> Path:
-    """Returns where the chats of a cell are: one file for all sides that are sent the same images."""
-    size, sent = ("x".join(map(str, each)) for each in (cell.image_px, cell.sent_px))
-    stem = f"{cell.side.prefix_cache}-{size}-as-{sent}-at-{cell.concurrency}-round-{turn.round_idx}"
-    return folder / "chats" / f"{stem}.jsonl"
+_FAILURES = (ServerError, RequestError, LoadError, OSError)
+_CHECKED_TOKENS = 8
+# In half precision one token's logprob may differ in its last bits where a batch is cut differently.
+_LOGPROB_TOLERANCE = 1e-2
 
 
 class ModelRun:
     """One model with the prefix cache on or off.
 
     Args:
-        sweep: What is measured.
+        plan: What is measured.
         model: Of which model.
         model_path: Its folder.
-        folder: Where chats and the load generator's output go.
         pool: Its servers.
-        on_row: Called with each row as soon as all its rounds are measured.
-        on_failure: Called with what went wrong; measuring goes on with what is left.
-        on_step: Called with what is done next.
-        on_done: Called when a cell has been measured in one round, or cannot be.
+        run: Takes the rows and what went wrong; measuring goes on with what is left.
     """
 
-    def __init__(
-        self,
-        sweep: Sweep,
-        model: ServedModel,
-        model_path: Path,
-        folder: Path,
-        pool: ServerPool,
-        *,
-        on_row: Callable[[ResultRow], None],
-        on_failure: Callable[[str], None],
-        on_step: Callable[[str], None],
-        on_done: Callable[[], None],
-    ) -> None:
-        self._sweep = sweep
+    def __init__(self, plan: ServePlan, model: ServedModel, model_path: Path, pool: ServerPool[Side], run: Run) -> None:
+        self._plan = plan
         self._model = model
         self._model_path = model_path
-        self._folder = folder
         self._pool = pool
-        self._on_row = on_row
-        self._on_failure = on_failure
-        self._on_step = on_step
-        self._on_done = on_done
-        self._samples: dict[Cell, list[Sample]] = {}
+        self._run = run
+        self._samples: dict[LoadCase, list[Sample]] = {}
         self._tokens: dict[Size, int] = {}
-        self._warm: dict[Side, tuple[SglangServer, dict[tuple[Size, Method], int]]] = {}
+        self._warm: dict[tuple[SglangServer, Size, Method], int] = {}
 
-    def run(self, sides: Sequence[Side], turns: Sequence[Turn]) -> bool:
-        """Returns whether answers at budget `all` equal those of the server without the plugin; only then it measures.
+    def measure(self, sides: Sequence[Side], turns: Sequence[Turn]) -> None:
+        """Measures the cases, if answers at budget `all` equal those of the server without the plugin.
 
         Args:
             sides: The servers; the first is the one without the plugin, the second the one at budget `all`.
-            turns: In which order cells are measured.
+            turns: In which order cases are measured.
         """
         self._pool.start_all(sides)
         try:
             difference = self._check(sides[0], sides[1], turns)
         except _FAILURES as error:
-            self._on_failure(f"{self._model.name}: no comparison of answers, nothing is measured: {error}")
-            return False
+            self._run.fail(f"{self._model.name}: no comparison of answers, nothing is measured: {error}")
+            return
         if difference is not None:
-            self._on_failure(f"{self._model.name}: answers differ, nothing is measured: {difference}")
-            return False
+            self._run.fail(f"{self._model.name}: answers differ, nothing is measured: {difference}")
+            return
         try:
             for turn in turns:
-                self._measure_turn(turn)
+                for case in turn.cases:
+                    self._measure(turn, case)
+                    self._run.advance()
         finally:
             # After Ctrl-C, or with a server that died between rounds: what was measured is written.
-            for cell in list(self._samples):
-                self._write(cell)
-        return True
+            for case in list(self._samples):
+                self._write(case)
 
     def _check(self, off: Side, at_all: Side, turns: Sequence[Turn]) -> str | None:
-        sizes_px = list(dict.fromkeys(cell.image_px for turn in turns for cell in turn.cells))
-        answers: dict[str, list[CheckedAnswer]] = {}
+        sizes_px = list(dict.fromkeys(case.image_px for turn in turns for case in turn.cases))
+        answers: dict[str, list[Answer]] = {}
         # The server without the plugin second: where one runs at a time, it is the first that is measured.
         for side in (at_all, off):
-            self._on_step(f"{self._model.name}: starting and checking the server at budget {side.budget}")
-            answers[side.budget] = checked_answers(self._pool.get(side), sizes_px)
-        counts = (answer.num_image_tokens for answer in answers[OFF])
+            self._run.step(f"{self._model.name}: starting and checking the server at budget {side.budget}")
+            client = self._pool.get(side).client()
+            answers[side.budget] = [
+                ask(
+                    client,
+                    photograph_url(size_px, size_px, f"check {number}"),
+                    QUESTIONS[number % len(QUESTIONS)],
+                    max_tokens=_CHECKED_TOKENS,
+                    with_logprobs=True,
+                )
+                for number, size_px in enumerate(sizes_px)
+            ]
+        counts = (answer.num_image_tokens or 0 for answer in answers[OFF])
         self._tokens = dict(zip(sizes_px, counts, strict=True))
         return first_difference(answers[OFF], answers[at_all.budget])
 
-    def _measure_turn(self, turn: Turn) -> None:
-        for cell in turn.cells:
-            self._on_step(_describe(self._model, cell))
-            try:
-                if turn.side not in self._pool.dead:
-                    self._measure(turn, cell)
-            except _FAILURES as error:
-                self._report(turn.side, cell, error)
-            self._on_done()
-
-    def _measure(self, turn: Turn, cell: Cell) -> None:
-        server = self._pool.get(turn.side)
-        kept = self._warm_up(server, turn.side, cell)
-        sample = self._sample(server, turn, cell, kept)
-        samples = self._samples.setdefault(cell, [])
-        samples.append(sample)
-        if sample.load.num_failed:
-            failed = f"{sample.load.num_failed} requests failed, the first with: {sample.load.first_error}"
-            self._on_failure(f"{_describe(self._model, cell)}: {failed}")
-        if len(samples) == self._sweep.rounds:
-            self._write(cell)
-
-    def _report(self, side: Side, cell: Cell, error: Exception) -> None:
+    def _measure(self, turn: Turn, case: LoadCase) -> None:
+        what = _describe(self._model, case)
+        self._run.step(what)
+        if turn.side in self._pool.dead:
+            return
         try:
-            # A server that died is reported with its log's end, whatever its clients saw of it.
-            self._pool.get(side)
-        except ServerError as death:
-            self._on_failure(f"{self._model.name}: no more cells of budget {side.budget}: {death}")
-        else:
-            self._on_failure(f"{_describe(self._model, cell)}: {type(error).__name__}: {error}")
+            server = self._pool.get(turn.side)
+            sample = self._sample(server, turn, case, self._warm_up(server, case))
+        except _FAILURES as error:
+            try:
+                # A server that died is reported with its log's end, whatever its clients saw of it.
+                self._pool.get(turn.side)
+            except ServerError as death:
+                self._run.fail(f"{self._model.name}: no more cases of budget {turn.side.budget}: {death}")
+            else:
+                self._run.fail(f"{what}: {type(error).__name__}: {error}")
+            return
+        self._samples.setdefault(case, []).append(sample)
+        if sample.load.num_failed:
+            self._run.fail(
+                f"{what}: {sample.load.num_failed} requests failed, the first with: {sample.load.first_error}"
+            )
+        if len(self._samples[case]) == self._plan.rounds:
+            self._write(case)
 
-    def _write(self, cell: Cell) -> None:
-        self._on_row(serve_row(self._sweep, self._model, cell, self._samples.pop(cell)))
+    def _write(self, case: LoadCase) -> None:
+        self._run.add(serve_row(self._plan, self._model, case, self._samples.pop(case)))
 
-    def _warm_up(self, server: SglangServer, side: Side, cell: Cell) -> int:
+    def _warm_up(self, server: SglangServer, case: LoadCase) -> int:
         """Returns the tokens that the model reads of an image of this size; the first time, the server is warmed up."""
-        known = self._warm.get(side)
-        if known is None or known[0] is not server:
-            known = self._warm[side] = (server, {})
-        counts = known[1]
-        warmed_up = cell.sent_px, cell.method
-        if warmed_up not in counts:
+        key = server, case.sent_px, case.method
+        if key not in self._warm:
             # On a CPU a request takes seconds, and there is nothing to compile or tune for more of them.
-            num_requests = 1 if self._sweep.device == "cpu" else max(self._sweep.concurrencies)
-            seeds = [f"warm-up {cell.sent_px} {number}" for number in range(num_requests)]
-            counts[warmed_up] = self._ask_all(server, seeds, cell, cell.sent_px, num_requests)
-        return counts[warmed_up]
+            num_requests = 1 if self._plan.device == "cpu" else max(self._plan.concurrencies)
+            seeds = [f"warm-up {case.sent_px} {number}" for number in range(num_requests)]
+            self._warm[key] = self._ask_all(server, seeds, case, case.sent_px, num_requests)
+        return self._warm[key]
 
-    def _ask_all(self, server: SglangServer, seeds: Sequence[str], cell: Cell, image_px: Size, at_once: int) -> int:
+    def _ask_all(self, server: SglangServer, seeds: Sequence[str], case: LoadCase, image_px: Size, at_once: int) -> int:
         client = server.client()
 
         def ask_about(seed: str) -> int:
-            url = photograph_url(image_px, cell.sent_px, seed)
-            return ask(client, url, QUESTIONS[0], max_tokens=2, fields=cell.request_fields).num_image_tokens
+            url = photograph_url(image_px, case.sent_px, seed)
+            return ask(client, url, QUESTIONS[0], max_tokens=2, fields=case.request_fields).num_image_tokens or 0
 
-        with ThreadPoolExecutor(at_once) as threads:
-            return max(threads.map(ask_about, seeds))
+        return max(in_parallel(at_once, ask_about, seeds))
 
-    def _sample(self, server: SglangServer, turn: Turn, cell: Cell, kept: int) -> Sample:
-        num_requests = self._sweep.requests_of(cell.concurrency)
-        chats = chats_file(self._folder, turn, cell)
-        if cell.image_kind == "photograph" and not chats.exists():
+    def _sample(self, server: SglangServer, turn: Turn, case: LoadCase, kept: int) -> Sample:
+        command, chats, output = load_of(self._plan, turn, case, server, self._model_path, self._run.folder)
+        seeds = _seeds_of(self._plan, turn, case)
+        if case.image_kind == "photograph" and not chats.exists():
             # With the prefix cache on, servers are asked the first question about every image beforehand.
-            questions = QUESTIONS if cell.side.prefix_cache == "off" else QUESTIONS[1:]
-            write_chats(chats, cell.image_px, cell.sent_px, seeds_of(self._sweep, turn, cell), questions)
-        if cell.side.prefix_cache == "on":
-            self._ask_all(server, seeds_of(self._sweep, turn, cell), cell, cell.image_px, cell.concurrency)
-        stem = f"{cell.method}-{cell.budget.replace('%', 'pct')}-{cell.image_kind}-{chats.stem}"
-        output, log = self._folder / "load" / f"{stem}.jsonl", self._folder / "load" / f"{stem}.log"
-        command = load_command(
-            cell,
-            server.url,
-            str(self._model_path),
-            num_requests=num_requests,
-            output_tokens=self._sweep.output_tokens,
-            seed=turn.round_idx * 1000 + cell.concurrency,
-            chats=chats,
-            output=output,
-        )
+            questions = QUESTIONS if case.side.prefix_cache == "off" else QUESTIONS[1:]
+            write_chats(chats, case.image_px, case.sent_px, seeds, questions)
+        if case.side.prefix_cache == "on":
+            self._ask_all(server, seeds, case, case.image_px, case.concurrency)
         before = read_counts(server)
-        with PeakMemory(server.process_id, self._sweep.device) as memory:
-            run_load(command, log, is_server_alive=server.is_alive)
+        with PeakMemory(server.process_id, on_cpu=self._plan.device == "cpu") as memory:
+            run_load(command, output.with_suffix(".log"), is_server_alive=server.is_alive)
         load = read_load(output)
         return Sample(
             load=load,
-            stages=stage_metrics(before, read_counts(server), num_requests),
+            stages=stage_metrics(before, read_counts(server), len(seeds)),
             peak_memory_bytes=memory.peak_bytes,
             max_total_tokens=int(server.server_info()["max_total_num_tokens"]),
-            image_tokens_in=self._tokens[cell.image_px],
+            image_tokens_in=self._tokens[case.image_px],
             image_tokens_kept=kept,
         )
 
 
-def _describe(model: ServedModel, cell: Cell) -> str:
-    size, sent = ("x".join(map(str, each)) for each in (cell.image_px, cell.sent_px))
+def load_of(
+    plan: ServePlan, turn: Turn, case: LoadCase, server: SglangServer, model_path: Path, folder: Path
+) -> tuple[list[str], Path, Path]:
+    """Returns the load generator's command of a case, the file of its chats, and that of its result.
+
+    One file of chats serves all sides that are sent the same images.
+    """
+    size, sent = ("x".join(map(str, each)) for each in (case.image_px, case.sent_px))
+    images = f"{case.side.prefix_cache}-{size}-as-{sent}-at-{case.concurrency}-round-{turn.round_idx}"
+    chats = folder / "chats" / f"{images}.jsonl"
+    output = folder / "load" / f"{case.method}-{case.budget.replace('%', 'pct')}-{case.image_kind}-{images}.jsonl"
+    command = load_command(
+        case,
+        server.url,
+        str(model_path),
+        num_requests=plan.requests_of(case.concurrency),
+        output_tokens=plan.output_tokens,
+        seed=turn.round_idx * 1000 + case.concurrency,
+        chats=chats,
+        output=output,
+    )
+    return command, chats, output
+
+
+def first_difference(without: Sequence[Answer], with_all: Sequence[Answer]) -> str | None:
+    """Returns what tells two servers' answers apart, in words; None if nothing does."""
+    for number, (left, right) in enumerate(zip(without, with_all, strict=True)):
+        if left.text != right.text:
+            return f"answer {number}: {left.text!r} without the plugin, {right.text!r} at budget all"
+        if left.num_image_tokens != right.num_image_tokens:
+            return f"answer {number}: {left.num_image_tokens} image tokens without, {right.num_image_tokens} at all"
+        pairs = zip(left.logprobs, right.logprobs, strict=True)
+        furthest = max((abs(one - other) for one, other in pairs), default=0.0)
+        if furthest > _LOGPROB_TOLERANCE:
+            return f"answer {number}: its logprobs differ by up to {furthest:.2g}, allowed are {_LOGPROB_TOLERANCE}"
+    return None
+
+
+def _seeds_of(plan: ServePlan, turn: Turn, case: LoadCase) -> list[str]:
+    """Returns the seeds of a case's photographs: others in every round and workload, the same for all sides."""
+    part = f"{'x'.join(map(str, case.image_px))} round {turn.round_idx} at {case.concurrency}"
+    return [f"{part} {number}" for number in range(plan.requests_of(case.concurrency))]
+
+
+def _describe(model: ServedModel, case: LoadCase) -> str:
+    size, sent = ("x".join(map(str, each)) for each in (case.image_px, case.sent_px))
     sending = ""
-    if cell.method == "downsample":
-        sending = " made smaller" if cell.request_fields else f" sent as {sent}"
-    cache = f", prefix cache {cell.side.prefix_cache}"
+    if case.method == "downsample":
+        sending = " made smaller" if case.request_fields else f" sent as {sent}"
     return (
-        f"{model.name}: budget {cell.side.budget}, {cell.image_kind} {size}{sending}, "
-        f"concurrency {cell.concurrency}{cache}"
+        f"{model.name}: budget {case.side.budget}, {case.image_kind} {size}{sending}, "
+        f"concurrency {case.concurrency}, prefix cache {case.side.prefix_cache}"
     )

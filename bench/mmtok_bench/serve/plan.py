@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmtok_bench.serve.presets import ImageKind, PrefixCache, ServedModel, Size, Sweep
+from mmtok_bench.serve.presets import ImageKind, PrefixCache, ServedModel, ServePlan, Size
 
-__all__ = ["OFF", "Cell", "Method", "Side", "Turn", "plan_cells", "plan_turns", "sides_of"]
+__all__ = ["OFF", "LoadCase", "Method", "Side", "Turn", "plan_cases", "plan_turns", "sides_of"]
 
 OFF = "off"
 """The budget of a server without the plugin's flags."""
@@ -32,7 +32,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class LoadCase:
     """One row's worth of requests.
 
     Args:
@@ -68,11 +68,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Cells that one server measures before another has its turn."""
+    """Cases that one server measures before another has its turn."""
 
     round_idx: int
     side: Side
-    cells: tuple[Cell, ...]
+    cases: tuple[LoadCase, ...]
 
 
 def sides_of(model: ServedModel, prefix_cache: PrefixCache) -> list[Side]:
@@ -81,54 +81,54 @@ def sides_of(model: ServedModel, prefix_cache: PrefixCache) -> list[Side]:
     return [Side(budget, prefix_cache) for budget in budgets]
 
 
-def plan_cells(
+def plan_cases(
     model: ServedModel,
-    sweep: Sweep,
+    plan: ServePlan,
     prefix_cache: PrefixCache,
     downsample: Callable[[Size, str], Size | None],
-) -> list[Cell]:
+) -> list[LoadCase]:
     """Returns what is measured of a model, workload by workload, in each the sides in order.
 
     With the prefix cache on there are photographs only: the load generator's random images never come twice.
 
     Args:
         model: The model.
-        sweep: Loads and kinds of images.
+        plan: Loads and kinds of images.
         prefix_cache: Off or on.
         downsample: The size at which an image of this size has about the tokens that this budget keeps; its own where
             the client cannot send it so, but the plugin can make it; or None.
     """
-    kinds = [kind for kind in sweep.image_kinds if prefix_cache == "off" or kind == "photograph"]
-    cells = []
-    for kind, size_px, concurrency in itertools.product(kinds, model.sizes_px, sweep.concurrencies):
+    kinds = [kind for kind in plan.image_kinds if prefix_cache == "off" or kind == "photograph"]
+    cases = []
+    for kind, size_px, concurrency in itertools.product(kinds, model.sizes_px, plan.concurrencies):
         sides = sides_of(model, prefix_cache)
         for side in sides:
             method: Method = "none" if side.budget in (OFF, "all") else "mmtok"
-            cells.append(Cell(side, method, side.budget, kind, size_px, size_px, concurrency))
+            cases.append(LoadCase(side, method, side.budget, kind, size_px, size_px, concurrency))
         for side in sides[2:]:
             sent_px = downsample(size_px, side.budget)
             if sent_px is not None:
                 asked = side if sent_px == size_px else sides[0]
-                cells.append(Cell(asked, "downsample", side.budget, kind, size_px, sent_px, concurrency))
-    return cells
+                cases.append(LoadCase(asked, "downsample", side.budget, kind, size_px, sent_px, concurrency))
+    return cases
 
 
-def plan_turns(cells: Sequence[Cell], *, rounds: int, side_by_side: bool) -> list[Turn]:
+def plan_turns(cases: Sequence[LoadCase], *, rounds: int, side_by_side: bool) -> list[Turn]:
     """Returns the order in which servers are asked: every other time backwards, so that drift hits all alike.
 
     Args:
-        cells: What `plan_cells` returns.
-        rounds: How often each cell is measured.
+        cases: What `plan_cases` returns.
+        rounds: How often each case is measured.
         side_by_side: Take turns after every workload; otherwise after everything that a server is to measure, since
             another one has to be started for it.
     """
     turns: list[Turn] = []
     backwards = False
     for round_idx in range(rounds):
-        workloads = [list(group) for _, group in itertools.groupby(cells, key=lambda cell: cell.workload)]
-        for group in workloads if side_by_side else [list(cells)]:
-            sides = list(dict.fromkeys(cell.side for cell in group))
+        workloads = [list(group) for _, group in itertools.groupby(cases, key=lambda case: case.workload)]
+        for group in workloads if side_by_side else [list(cases)]:
+            sides = list(dict.fromkeys(case.side for case in group))
             for side in reversed(sides) if backwards else sides:
-                turns.append(Turn(round_idx, side, tuple(cell for cell in group if cell.side == side)))
+                turns.append(Turn(round_idx, side, tuple(case for case in group if case.side == side)))
             backwards = not backwards
     return turns

@@ -1,19 +1,28 @@
-"""What is measured on which machine: models, image sizes, budgets and loads, as data."""
+"""What is measured on which machine: models, image sizes, budgets and loads, as data; and what flags change of it."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from mmtok_bench.families import Family
 
-__all__ = ["PRESETS", "ImageKind", "PrefixCache", "ServedModel", "Size", "Sweep", "preset_for_device"]
+__all__ = ["QUESTIONS", "SERVE_PRESETS", "ImageKind", "PrefixCache", "ServePlan", "ServedModel", "Size", "plan_of"]
 
 ImageKind = Literal["photograph", "random"]
 PrefixCache = Literal["off", "on"]
 Size = tuple[int, int]
 """Width and height in pixels."""
+
+QUESTIONS = (
+    "What is in the middle of this picture, and which colours does it have? Answer in one short sentence.",
+    "How many different things can be seen in this picture? Name the largest one in one short sentence.",
+    "Where was this picture taken, inside or outside? Say in one short sentence how it can be seen.",
+    "Is there a person, an animal or a machine in this picture? Say in one short sentence where it is.",
+)
+"""What is asked about photographs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class ServePlan:
     """Everything that `mmtok bench serve` measures in one go.
 
     Args:
@@ -47,7 +56,7 @@ class Sweep:
         image_kinds: Photographs, random pixels, or both.
         prefix_caches: "off": servers without one, every image new. "on": images that the server has seen before,
             each with another question.
-        num_requests: Of each cell and round, at least; never fewer than twice the concurrency.
+        num_requests: Of each case and round, at least; never fewer than twice the concurrency.
         output_tokens: Length of every answer.
         rounds: How often the servers take turns.
         side_by_side: All servers of a model run at once, and idle ones sleep. Otherwise one runs at a time.
@@ -67,39 +76,33 @@ class Sweep:
     arguments: tuple[str, ...] = ()
 
     def requests_of(self, concurrency: int) -> int:
-        """Returns the number of requests of one cell in one round."""
+        """Returns the number of requests of one case in one round."""
         return max(self.num_requests, 2 * concurrency)
 
 
 # The paper's Tables 12 and 13: 867.6 tokens on average to 86.8 (1008 x 672 pixels are 864), up to 2880 to 160, and 576
 # to 64. The smaller images say where pruning stops to pay.
-_QWEN_7B = ServedModel("qwen2.5-vl-7b", "qwen2.5-vl", ((1008, 672), (448, 448), (224, 224)), ("20%", "10%", "5%"))
 _NEXT_SIZES: tuple[Size, ...] = ((672, 672), (672, 336))
-_NEXT_7B = ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",))
-_NEXT_13B = ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",))
-_LLAVA_7B = ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",))
-_LLAVA_13B = ServedModel("llava-1.5-13b", "llava-1.5", ((336, 336),), ("64",))
-
-_GPU_MODELS = (_QWEN_7B, _NEXT_7B, _NEXT_13B, _LLAVA_7B, _LLAVA_13B)
-
-
-def _gpu(name: str, concurrencies: tuple[int, ...]) -> Sweep:
-    return Sweep(
-        name,
-        "cuda",
-        _GPU_MODELS,
-        concurrencies,
-        image_kinds=("photograph", "random"),
-        prefix_caches=("off", "on"),
-    )
+_GPU_MODELS = (
+    ServedModel("qwen2.5-vl-7b", "qwen2.5-vl", ((1008, 672), (448, 448), (224, 224)), ("20%", "10%", "5%")),
+    ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",)),
+    ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",)),
+    ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",)),
+    ServedModel("llava-1.5-13b", "llava-1.5", ((336, 336),), ("64",)),
+)
 
 
-PRESETS: Mapping[str, Sweep] = {
+def _gpu(name: str, concurrencies: tuple[int, ...]) -> ServePlan:
+    kinds: tuple[ImageKind, ...] = ("photograph", "random")
+    return ServePlan(name, "cuda", _GPU_MODELS, concurrencies, image_kinds=kinds, prefix_caches=("off", "on"))
+
+
+SERVE_PRESETS: Mapping[str, ServePlan] = {
     # 48 GB: a 13B model in half precision leaves room for 8 images of 2928 tokens at a time.
     "a6000": _gpu("a6000", (1, 4, 16)),
     "h100": _gpu("h100", (1, 4, 16, 64)),
     "h200": _gpu("h200", (1, 4, 16, 64)),
-    "cpu": Sweep(
+    "cpu": ServePlan(
         "cpu",
         "cpu",
         (
@@ -125,3 +128,55 @@ def preset_for_device(name: str | None) -> str:
     if name is None:
         return "cpu"
     return next((preset for preset in ("h200", "h100") if preset in name.lower()), "a6000")
+
+
+def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan:
+    """Returns what the flags ask for, on top of a preset.
+
+    Args:
+        arguments: Of `mmtok bench serve`.
+        device_name: The accelerator's; None for none.
+
+    Raises:
+        ValueError: Flags that do not go together, a model that the preset has not, or a folder without a checkpoint.
+    """
+    plan = SERVE_PRESETS[arguments.preset or preset_for_device(device_name)]
+    if plan.device == "cuda" and device_name is None and not arguments.dry_run:
+        raise ValueError(f"preset {plan.preset} is for a GPU, and PyTorch sees none here: --preset cpu, or --dry-run")
+    models = _models(arguments, plan)
+    if arguments.image_px:
+        models = [replace(model, sizes_px=tuple(arguments.image_px)) for model in models]
+    if arguments.budgets:
+        budgets = tuple(budget for budget in arguments.budgets if budget != "all")
+        models = [replace(model, budgets=budgets) for model in models]
+    given = {
+        "concurrencies": arguments.concurrency,
+        "image_kinds": arguments.image_kinds,
+        "prefix_caches": arguments.prefix_cache,
+        "num_requests": arguments.num_requests,
+        "output_tokens": arguments.output_tokens,
+        "rounds": arguments.rounds,
+    }
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
+    return replace(plan, models=tuple(models), arguments=(*plan.arguments, *arguments.server_args), **given)
+
+
+def _models(arguments: argparse.Namespace, plan: ServePlan) -> list[ServedModel]:
+    if arguments.model_path is None:
+        if arguments.family is not None:
+            raise ValueError("--family is of a checkpoint: give it with --model-path")
+        known = {model.name: model for model in plan.models}
+        names = arguments.models or list(known)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"preset {plan.preset} has {', '.join(known)}; got {unknown[0]!r}")
+        return [known[name] for name in names]
+    if arguments.models:
+        raise ValueError("--models chooses from a preset, --model-path names one checkpoint: give one of them")
+    if arguments.family is None:
+        raise ValueError(f"--model-path needs --family, one of {', '.join(get_args(Family))}")
+    folder = arguments.model_path
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model-path {folder} holds no config.json: expected the folder of a checkpoint")
+    like = next(model for model in (*plan.models, *_GPU_MODELS) if model.family == arguments.family)
+    return [replace(like, name=folder.resolve().name, model_path=str(folder))]

@@ -1,4 +1,4 @@
-"""Result rows of served models: one a cell, from everything that was seen while it was measured."""
+"""Result rows of served models: one a case, from everything that was seen while it was measured."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from mmtok_bench.results import CaseValue, ResultRow, make_row
 from mmtok_bench.serve.load import LoadResult
-from mmtok_bench.serve.plan import Cell
-from mmtok_bench.serve.presets import ServedModel, Sweep
+from mmtok_bench.serve.plan import LoadCase
+from mmtok_bench.serve.presets import ServedModel, ServePlan
 
-__all__ = ["BENCH", "Sample", "serve_row"]
+__all__ = ["BENCH", "Sample", "known_case", "serve_row"]
 
 BENCH = "serve"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One cell in one round.
+    """One case in one round.
 
     Args:
         load: What the load generator saw.
@@ -40,41 +40,42 @@ class Sample:
     image_tokens_kept: int
 
 
-def serve_row(sweep: Sweep, model: ServedModel, cell: Cell, samples: Sequence[Sample]) -> ResultRow:
-    """Returns the row of a cell: the requests of all rounds together.
-
-    Args:
-        sweep: What is measured.
-        model: Which model was served.
-        cell: What was measured of it.
-        samples: Of each round, at least one.
-    """
-    loads = [sample.load for sample in samples]
-    num_requests = sum(len(load.ttfts_s) for load in loads)
-    prompt_tokens = [count for load in loads for count in load.prompt_tokens]
-    text_tokens = np.mean(prompt_tokens) - samples[0].image_tokens_kept
-    case: dict[str, CaseValue] = {
+def known_case(plan: ServePlan, model: ServedModel, measured: LoadCase) -> dict[str, CaseValue]:
+    """Returns the row's case as far as it is known before it is measured."""
+    return {
         "model": model.name,
         "family": model.family,
         "weights": "dummy" if model.model_path is None else "checkpoint",
-        "image_kind": cell.image_kind,
-        "image_px": "x".join(map(str, cell.image_px)),
-        "budget": cell.budget,
-        "method": cell.method,
-        "concurrency": cell.concurrency,
-        "prefix_cache": cell.side.prefix_cache,
-        "text_tokens": round(float(text_tokens)),
-        "output_tokens": sweep.output_tokens,
-        "preset": sweep.preset,
+        "image_kind": measured.image_kind,
+        "image_px": "x".join(map(str, measured.image_px)),
+        "budget": measured.budget,
+        "method": measured.method,
+        "concurrency": measured.concurrency,
+        "prefix_cache": measured.side.prefix_cache,
+        "output_tokens": plan.output_tokens,
+        "preset": plan.preset,
     }
-    metrics = _latencies(loads) | _throughput(loads) | _stages(samples) | _tokens_and_memory(samples, sweep)
+
+
+def serve_row(plan: ServePlan, model: ServedModel, measured: LoadCase, samples: Sequence[Sample]) -> ResultRow:
+    """Returns the row of a case: the requests of all rounds together.
+
+    Args:
+        plan: What is measured.
+        model: Which model was served.
+        measured: What was measured of it.
+        samples: Of each round, at least one.
+    """
+    loads = [sample.load for sample in samples]
+    prompt_tokens = [count for load in loads for count in load.prompt_tokens]
+    text_tokens = round(float(np.mean(prompt_tokens)) - samples[0].image_tokens_kept)
     return make_row(
         BENCH,
-        case,
+        {**known_case(plan, model, measured), "text_tokens": text_tokens},
         "sglang",
-        metrics,
-        num_runs=num_requests,
-        device=torch.device(sweep.device),
+        _latencies(loads) | _throughput(loads) | _stages(samples) | _tokens_and_memory(samples, plan),
+        num_runs=sum(len(load.ttfts_s) for load in loads),
+        device=torch.device(plan.device),
         num_threads=len(os.sched_getaffinity(0)),
     )
 
@@ -112,10 +113,10 @@ def _stages(samples: Sequence[Sample]) -> dict[str, float]:
     return metrics
 
 
-def _tokens_and_memory(samples: Sequence[Sample], sweep: Sweep) -> dict[str, float]:
+def _tokens_and_memory(samples: Sequence[Sample], plan: ServePlan) -> dict[str, float]:
     prompt_tokens = [count for sample in samples for count in sample.load.prompt_tokens]
     # The last token of an answer is never read.
-    kv_tokens = float(np.mean(prompt_tokens)) + sweep.output_tokens - 1
+    kv_tokens = float(np.mean(prompt_tokens)) + plan.output_tokens - 1
     first = samples[0]
     return {
         "image_tokens_in": first.image_tokens_in,

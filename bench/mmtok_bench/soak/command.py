@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from mmtok_bench.families import Family
 
@@ -20,53 +20,12 @@ if TYPE_CHECKING:
     from mmtok_bench.soak.faults import Row
     from mmtok_bench.soak.trial import ServerPool, Trial
 
-__all__ = ["BENCH", "add_soak_parser", "run_soak"]
+__all__ = ["BENCH", "run_soak"]
 
 BENCH = "soak"
-_DEFAULT_FAMILIES: tuple[Family, ...] = ("qwen2.5-vl", "llava-1.5")
 _INTERRUPTED = 130
 _MIN_ROW_S = 20.0
 _MAX_WORDS = 600
-
-
-def add_soak_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds `mmtok soak`; imports nothing that is slow to import."""
-    soak = commands.add_parser(
-        "soak",
-        help="inject faults into real servers, and see what holds",
-        description="Injects faults into servers of tiny models and checks what holds afterwards: docs/reliability.md. "
-        "Traffic goes to this machine only.",
-    )
-    soak.add_argument("--rows", type=_names, help="some of the table's rows: fuzz,storm (default: all)")
-    soak.add_argument(
-        "--families",
-        type=_families,
-        default=_DEFAULT_FAMILIES,
-        help=f"some of {','.join(get_args(Family))} (default {','.join(_DEFAULT_FAMILIES)})",
-    )
-    soak.add_argument(
-        "--minutes",
-        type=_minutes,
-        default=5.0,
-        help="of faults, the start of servers not counted; 30 runs every row in full (default 5)",
-    )
-    soak.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
-    soak.add_argument("--json", action="store_true", help="print the rows, a JSON object a line")
-    soak.add_argument("--list", action="store_true", help="print the rows' names and what they do, and stop")
-    soak.add_argument(
-        "--results-dir",
-        type=Path,
-        default=Path("artifacts/soak"),
-        help="for a new file of rows, logs and failures (default artifacts/soak)",
-    )
-    soak.add_argument(
-        "--write-table",
-        nargs="+",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="write the table of docs/reliability.md from files of rows, and stop",
-    )
-    soak.add_argument("--page", type=Path, default=Path("docs/reliability.md"), help="default docs/reliability.md")
 
 
 def run_soak(arguments: argparse.Namespace) -> int:
@@ -145,8 +104,8 @@ def _run_row(
     """Returns what was written of one row and family, and how many things did not hold."""
     import torch
 
-    from mmtok_bench.progress import progress_bar
     from mmtok_bench.results import append_row, make_row
+    from mmtok_bench.run import progress_bar
     from mmtok_bench.server import ServerError
     from mmtok_bench.soak.trial import Trial
 
@@ -218,29 +177,3 @@ def _write_failures(trial: Trial, path: Path, row: Row) -> None:
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for failure in trial.failures:
             file.write(f"{row.name} {trial.family}: {failure.what}\n    {failure.reproduction!r}\n")
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
-    return names
-
-
-def _families(text: str) -> tuple[Family, ...]:
-    known: dict[str, Family] = {family: family for family in get_args(Family)}
-    names = _names(text)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {','.join(unknown)}")
-    return tuple(known[name] for name in names)
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, got {text!r}")
-    return minutes

@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import Any
 
-from mmtok_bench.chat import image_url
+from mmtok_bench.client import image_url
 from mmtok_bench.families import Family
 from mmtok_bench.photographs import PHOTOGRAPHS, photograph
 from mmtok_bench.server import SglangServer

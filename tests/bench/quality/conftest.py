@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmtok_bench.families import Family
-from mmtok_bench.quality.pocket import pocket_server
+from mmtok_bench.pocket import pocket_checkpoint
+from mmtok_bench.quality.bench import quality_server
 from mmtok_bench.server import SglangServer
 
 
@@ -19,7 +20,9 @@ def pocket_model_of() -> Iterator[Callable[[Family], SglangServer]]:
     Not kept for the session: servers take gigabytes, and other tests start theirs.
     """
     with contextlib.ExitStack() as servers:
-        yield cache(lambda family: servers.enter_context(pocket_server(family, torch.device("cpu"))))
+        yield cache(
+            lambda family: servers.enter_context(quality_server(pocket_checkpoint(family), family, torch.device("cpu")))
+        )
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A server that speaks chat completions and knows no model: for what happens on this side of HTTP."""
+"""A server that streams chat completions and knows no model: for what happens on this side of HTTP."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ def budget_of(body: dict[str, Any]) -> str:
 
 
 def completion(text: str | None, num_image_tokens: int) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
     return {
         "id": "0",
-        "object": "chat.completion",
+        "object": "chat.completion.chunk",
         "created": 0,
         "model": "default",
-        "choices": [{"index": 0, "finish_reason": "length", "message": message}],
+        "choices": [{"index": 0, "finish_reason": "length", "delta": {"role": "assistant", "content": text}}],
         "usage": {
             "prompt_tokens": 12 + num_image_tokens,
             "completion_tokens": 1,
@@ -55,18 +54,25 @@ def serving(reply: Reply, info: dict[str, Any] | None = None) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            self._send(*reply(body))
+            status, answer = reply(body)
+            if status != 200:
+                self._send(status, json.dumps(answer), "application/json")
+                return
+            # SGLang sends the usage in a piece of its own, without choices.
+            pieces = [{**answer, "usage": None}, {**answer, "choices": []}]
+            events = [*map(json.dumps, pieces), "[DONE]"]
+            self._send(200, "".join(f"data: {event}\n\n" for event in events), "text/event-stream")
 
         def do_GET(self) -> None:
-            self._send(200, info or {})
+            self._send(200, json.dumps(info or {}), "application/json")
 
         def log_message(self, format: str, *arguments: Any) -> None:
             pass
 
-        def _send(self, status: int, answer: dict[str, Any]) -> None:
-            text = json.dumps(answer).encode()
+        def _send(self, status: int, said: str, kind: str) -> None:
+            text = said.encode()
             self.send_response(status)
-            self.send_header("content-type", "application/json")
+            self.send_header("content-type", kind)
             self.send_header("content-length", str(len(text)))
             self.end_headers()
             # A client that gave up the others after a failed request is what some tests are about.

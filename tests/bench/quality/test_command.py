@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mmtok_bench.quality import lmms_eval, pocket, public
+from mmtok_bench.quality import bench, lmms_eval, public
 from mmtok_bench.results import read_rows
 from mmtok_deploy.cli import main
 from tests.bench.quality.stand_in import budget_of, completion, says, serving
@@ -26,13 +26,13 @@ def arguments(url: str, folder: Path, *more: str) -> list[str]:
     return ["quality", f"--url={url}", *few, f"--results-dir={folder}", *more]
 
 
-def test_table_rows_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_and_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(says("yes"), PRUNES) as url:
         assert main(arguments(url, tmp_path)) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "made up: existence: accuracy, % (95% interval), 16 questions; chance 50" in shown
     assert "made up: existence, POPE's F1, %" in shown
-    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".answers", ".png"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".answers"}
     report = tmp_path / "report.md"
     assert main(["bench", "report", str(tmp_path), "--markdown", str(report)]) == 0
     assert "## Quality" in report.read_text() or "# Quality" in report.read_text()
@@ -67,8 +67,8 @@ def test_what_the_agent_did_not_answer_is_asked_again(
     command += ["--num-questions=8", f"--results-dir={tmp_path}"]
     with serving(says("2"), PRUNES) as url:
         servers = contextlib.nullcontext((url, SimpleNamespace(url=url)))
-        monkeypatch.setattr(pocket, "_served", lambda *arguments: servers)
-        monkeypatch.setattr(pocket, "read_counts", lambda server: counts)
+        monkeypatch.setattr(bench, "_served", lambda *arguments: servers)
+        monkeypatch.setattr(bench, "read_counts", lambda server: counts)
         assert main(command) == 1
         assert "1 of 8 questions had no answer of the agent" in capsys.readouterr().err
         (path,) = tmp_path.glob("*.jsonl")
@@ -109,7 +109,10 @@ def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["setup"], "the same command installs what is missing"),
-        (["--tasks=pope", "--budgets=64", "--model-path=m"], "name those that are left by --budgets"),
+        (
+            ["--tasks=pope", "--budgets=64", "--model-path=m"],
+            "the rows of finished budgets are kept, and --resume goes on from them",
+        ),
         (["--tasks=count"], "--resume goes on from it"),
     ],
 )
@@ -121,7 +124,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(lmms_eval, "install", interrupt)
     monkeypatch.setattr(public, "run_public_tasks", interrupt)
-    monkeypatch.setattr(pocket, "run_pocket_tasks", interrupt)
+    monkeypatch.setattr(bench, "run_pocket_tasks", interrupt)
     assert main(["quality", *arguments]) == 130
     assert said in capsys.readouterr().err
 

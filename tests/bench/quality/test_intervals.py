@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmtok_bench.quality.intervals import accuracy_interval, share_interval
+from mmtok_bench.quality.scoring import accuracy_interval, share_interval
 
 
 @pytest.fixture

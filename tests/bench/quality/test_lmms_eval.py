@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_bench.quality.benchmarks import BENCHMARKS, PAPER_BUDGETS
-from mmtok_bench.quality.lmms_eval import LmmsEvalError, command_line, program_of, run
-from mmtok_bench.quality.public_table import public_table
-from mmtok_bench.quality.published import PUBLISHED
-from mmtok_bench.results import CaseValue, read_rows
+from mmtok_bench.quality.lmms_eval import LmmsEvalError, command_line, program_of, run_lmms_eval
+from mmtok_bench.quality.published import BENCHMARKS, PAPER_BUDGETS, PUBLISHED
+from mmtok_bench.report.frame import frame_of
+from mmtok_bench.report.quality import quality_part
+from mmtok_bench.report.tables import Table
+from mmtok_bench.results import CaseValue, ResultRow, read_rows
 from mmtok_deploy.cli import main
 from tests.bench.report.rows import row
 
@@ -60,7 +61,7 @@ def make_program(venv: Path, samples: str | None, output: str = "") -> Path:
 def run_program(tmp_path: Path, samples: str | None, output: str = "", tasks: tuple[str, ...] = ("pope",)) -> float:
     program = make_program(tmp_path / "venv", samples, output)
     command = command_line(program, tasks, "http://127.0.0.1:9", tmp_path / "out", num_at_once=4)
-    score = run(command, tasks, tmp_path / "out")["pope"]
+    score = run_lmms_eval(command, tasks, tmp_path / "out")["pope"]
     assert score.num_questions == 40
     assert score.metrics == {"pope_f1_score": 0.5, "pope_accuracy": 0.75}
     return score.metrics["pope_f1_score"]
@@ -136,7 +137,6 @@ def test_dry_run_starts_a_server_for_each_budget(capsys: pytest.CaptureFixture[s
         (["--tasks=pope", "--model-path=m"], "--family"),
         (["--tasks=pope", "--budgets=64"], "--model-path"),
         (["--tasks=pope", "--budgets=64,32", "--url=http://127.0.0.1:9"], "one --budgets"),
-        (["--tasks=pope", "--budgets=64", "--model-path=m", "--resume=x.jsonl"], "--resume"),
         (["--tasks=pope,count", "--budgets=64", "--model-path=m"], "one by one"),
         (["--tasks=pope", "--budgets=64", "--methods=fastv", "--model-path=m"], "method is one of"),
         (["--tasks=count", "--resume=nowhere.jsonl", "--url=http://127.0.0.1:9"], "nowhere.jsonl is none"),
@@ -146,6 +146,11 @@ def test_dry_run_starts_a_server_for_each_budget(capsys: pytest.CaptureFixture[s
 def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quality", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def public_table(rows: list[ResultRow]) -> Table:
+    (table,) = quality_part(frame_of(rows)).tables
+    return table
 
 
 def test_the_papers_rows_of_the_same_budget_stand_below_ours() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +12,7 @@ from scipy import stats
 
 from mmtok_bench.families import Family
 from mmtok_bench.pocket import PICTURE_PX
-from mmtok_bench.quality.answers import answers_beside, read_answers
-from mmtok_bench.quality.asking import Asker
-from mmtok_bench.quality.plan import Plan
+from mmtok_bench.quality.plan import QualityPlan, answers_beside, read_answers
 from mmtok_bench.quality.recorded import (
     RECORDED_BUDGET,
     RECORDED_METHOD,
@@ -25,6 +22,7 @@ from mmtok_bench.quality.recorded import (
 )
 from mmtok_bench.quality.sweep import Sweep
 from mmtok_bench.results import CaseValue
+from mmtok_bench.run import Run
 from mmtok_bench.server import SglangServer
 from tests.bench.report.rows import row
 
@@ -39,18 +37,12 @@ LEVEL = 0.001
 def test_accuracy_is_not_below_the_recorded_one(
     family: Family, pocket_model_of: Callable[[Family], SglangServer], tmp_path: Path
 ) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.touch()
-    plan = Plan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=NUM_QUESTIONS)
-    sweep = Sweep(plan, path, "pocket", picture_px=PICTURE_PX[family])
+    plan = QualityPlan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=NUM_QUESTIONS)
+    run = Run("quality", tmp_path)
+    sweep = Sweep(plan, run, "pocket", picture_px=PICTURE_PX[family])
     sweep.prepare()
-
-    async def ask() -> None:
-        async with Asker(pocket_model_of(family).url, num_at_once=32) as asker:
-            await sweep.run(asker, lambda: None, lambda cell: None)
-
-    asyncio.run(ask())
-    (answers,) = read_answers(answers_beside(path)).values()
+    sweep.ask_all(pocket_model_of(family).client(), num_at_once=32)
+    (answers,) = read_answers(answers_beside(run.path)).values()
     right = Counter(str(answer.kind) for answer in answers if answer.is_right)
     for kind, accuracy in RECORDED[family].accuracy.items():
         found = stats.binomtest(right[kind], NUM_QUESTIONS, accuracy, alternative="less")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mmtok_bench.pocket.questions import make_scenes, picture_of
-from mmtok_bench.quality.answers import read_answers
 from mmtok_bench.quality.lmms_eval import VERSION
+from mmtok_bench.quality.plan import read_answers
 from mmtok_bench.results import read_rows
 from mmtok_bench.server import SglangServer
 from mmtok_deploy.cli import main
@@ -57,7 +57,6 @@ def test_pocket_tasks(served_pocket_model: SglangServer, tmp_path: Path, capsys:
     (path,) = tmp_path.glob("*.jsonl")
     assert len(read_rows(path)) == len(rows) == 17 * 4
     assert path.with_suffix(".answers").is_file()
-    assert path.with_suffix(".png").stat().st_size > 10_000
     assert main([*command, f"--results-dir={tmp_path / 'again'}", "--methods=mmtok", "--json"]) == 0
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     before = [row["metrics"]["accuracy"] for row in rows if row["case"]["method"] in ("unpruned", "mmtok")]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,37 +7,35 @@ from typing import Any
 
 import pytest
 
+from mmtok_bench.client import RequestError, openai_client
 from mmtok_bench.pocket.questions import Kind
-from mmtok_bench.quality.answers import Cell, answers_beside, read_answers
-from mmtok_bench.quality.asking import Asker, RequestError
-from mmtok_bench.quality.plan import WITH_AGENT, Plan
+from mmtok_bench.quality.plan import WITH_AGENT, QualityPlan, Setting, answers_beside, read_answers
 from mmtok_bench.quality.sweep import NotPrunedError, Sweep
 from mmtok_bench.results import read_rows
+from mmtok_bench.run import Run
 from tests.bench.quality.stand_in import TOKENS, Reply, budget_of, completion, says, serving
 from tests.bench.report.rows import selector_rows, write
 
 KINDS: tuple[Kind, ...] = ("existence", "count")
-PLAN = Plan(methods=("mmtok", "even"), budgets=("4", "all"), seeds=(0, 1), kinds=KINDS, num_questions=12)
+PLAN = QualityPlan(methods=("mmtok", "even"), budgets=("4", "all"), seeds=(0, 1), kinds=KINDS, num_questions=12)
 
 
-def run(plan: Plan, path: Path, reply: Reply, model: str = "pocket") -> tuple[Sweep, int]:
+def run(plan: QualityPlan, path: Path, reply: Reply, model: str = "pocket") -> tuple[Sweep, int]:
     """Returns the sweep, and how many requests it took."""
-    asked = 0
+    asked: list[str] = []
 
-    def on_answer() -> None:
-        nonlocal asked
-        asked += 1
-
-    async def ask(url: str) -> None:
-        async with Asker(url, num_at_once=8) as asker:
-            await sweep.run(asker, on_answer, lambda cell: None)
+    def counted(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        status, answer = reply(body)
+        if status == 200:
+            asked.append(budget_of(body))
+        return status, answer
 
     path.touch()
-    sweep = Sweep(plan, path, model)
+    sweep = Sweep(plan, Run("quality", path.parent, resume=path), model)
     sweep.prepare()
-    with serving(reply) as url:
-        asyncio.run(ask(url))
-    return sweep, asked
+    with serving(counted) as url:
+        sweep.ask_all(openai_client(url), num_at_once=8)
+    return sweep, len(asked)
 
 
 def blind_below(num_tokens: int) -> Reply:
@@ -58,10 +55,12 @@ def test_every_setting_and_seed_has_its_rows(tmp_path: Path) -> None:
     rows = read_rows(path)
     cases = {tuple(row.case[key] for key in ("method", "budget", "seed", "kind")) for row in rows}
     settings = [("unpruned", "all"), ("mmtok", "4"), ("even", "4")]
-    assert PLAN.settings() == settings
+    assert PLAN.pairs() == settings
     assert cases == {(*setting, seed, kind) for setting in settings for seed in ("0", "1", "all") for kind in KINDS}
     assert [row.case["seed"] for row in sweep.rows()] == ["all"] * 6
-    assert set(read_answers(answers_beside(path))) == {Cell(*setting, seed) for setting in settings for seed in (0, 1)}
+    assert set(read_answers(answers_beside(path))) == {
+        Setting(*setting, seed) for setting in settings for seed in (0, 1)
+    }
 
 
 def test_metrics_of_a_constant_answer(tmp_path: Path) -> None:
@@ -110,10 +109,10 @@ def test_going_on_asks_only_what_is_left(tmp_path: Path) -> None:
 
 def test_going_on_with_other_questions_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    plan = Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=3)
+    plan = QualityPlan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=3)
     run(plan, path, says("yes"))
     with pytest.raises(ValueError, match="answers to other questions"):
-        run(Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=4), path, says("yes"))
+        run(QualityPlan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=4), path, says("yes"))
 
 
 def lines_of(path: Path) -> list[str]:
@@ -139,33 +138,31 @@ def test_going_on_after_a_kill_loses_nothing_and_has_nothing_twice(
     asked = run(plan, path, says("yes"))[1]
     assert asked == 48 - 12 * (num_answers // 12)
     assert len(lines_of(answers)) == len(said)
-    assert {cell: len(each) for cell, each in read_answers(answers).items()} == {
-        Cell(method, budget, seed): 12 for method, budget in plan.settings() for seed in plan.seeds
-    }
+    assert {setting: len(each) for setting, each in read_answers(answers).items()} == dict.fromkeys(plan.settings(), 12)
     cases = [row.case for row in read_rows(path)]
     assert sorted(map(str, cases)) == sorted(str(json.loads(line)["case"]) for line in rows)
     assert run(plan, path, says("yes"))[1] == 0
 
 
-def test_what_a_killed_run_left_is_told(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
-    plan = Plan(methods=("even",), budgets=("4",), seeds=(0,), kinds=KINDS, num_questions=6)
+    plan = QualityPlan(methods=("even",), budgets=("4",), seeds=(0,), kinds=KINDS, num_questions=6)
     run(plan, path, says("yes"))
     for each in (path, answers_beside(path)):
         each.write_text(each.read_text()[:-9])
-    sweep = Sweep(plan, path, "pocket")
+    sweep = Sweep(plan, Run("quality", tmp_path, resume=path), "pocket")
+    assert capsys.readouterr().err == f"the last line of {path} was cut off and is dropped\n"
     assert sweep.prepare() == [
-        f"the last line of {path} was cut off and is dropped",
         f"the last line of {answers_beside(path)} was cut off and is dropped",
         "not all answers of even at 4, seed 0, were written: it is asked again",
     ]
-    assert Sweep(plan, path, "pocket").prepare() == []
+    assert Sweep(plan, Run("quality", tmp_path, resume=path), "pocket").prepare() == []
     assert sweep.num_done == 0
 
 
 def test_going_on_with_another_model_or_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    plan = Plan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=3)
+    plan = QualityPlan(methods=("mmtok",), budgets=("4",), seeds=(0,), num_questions=3)
     run(plan, path, says("yes"))
     with pytest.raises(ValueError, match="holds rows of pocket tasks on pocket, here are pocket tasks on other: go on"):
         run(plan, path, says("yes"), model="other")
@@ -183,10 +180,9 @@ def test_going_on_with_other_seeds_than_the_pooled_rows_are_of_is_refused(tmp_pa
 
 
 def test_the_server_with_an_agent_is_asked_what_is_its_part(tmp_path: Path) -> None:
-    plan = Plan(methods=("mmtok", WITH_AGENT), budgets=("4",), seeds=(0,), kinds=KINDS, num_questions=4)
-    path = tmp_path / "rows.jsonl"
-    path.touch()
-    sweep = Sweep(plan, path, "pocket")
+    plan = QualityPlan(methods=("mmtok", WITH_AGENT), budgets=("4",), seeds=(0,), kinds=KINDS, num_questions=4)
+    agent_run = Run("quality", tmp_path)
+    sweep = Sweep(plan, agent_run, "pocket")
     sweep.prepare()
     methods: list[str] = []
 
@@ -194,14 +190,12 @@ def test_the_server_with_an_agent_is_asked_what_is_its_part(tmp_path: Path) -> N
         methods.append(body["mm_processor_kwargs"]["mmtok_method"])
         return says("no")(body)
 
-    async def ask(url: str, agent_url: str) -> None:
-        async with Asker(url, num_at_once=2) as asker, Asker(agent_url, num_at_once=2) as agent_asker:
-            await sweep.run(asker, lambda: None, lambda cell: None, agent_asker=agent_asker)
-
     with serving(says("yes")) as url, serving(no_by) as agent_url:
-        asyncio.run(ask(url, agent_url))
+        sweep.ask_all(openai_client(url), num_at_once=2, agent_client=openai_client(agent_url))
+    path = agent_run.path
     said = {
-        cell.method: {answer.said for answer in found} for cell, found in read_answers(answers_beside(path)).items()
+        setting.method: {answer.said for answer in found}
+        for setting, found in read_answers(answers_beside(path)).items()
     }
     assert said == {"mmtok": {"yes"}, WITH_AGENT: {"no"}}
     assert methods == ["mmtok"] * 8
@@ -209,7 +203,7 @@ def test_the_server_with_an_agent_is_asked_what_is_its_part(tmp_path: Path) -> N
 
 def test_an_agent_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="asked of a server with --mmtok-agent-url"):
-        run(Plan(methods=(WITH_AGENT,), budgets=("4",), seeds=(0,)), tmp_path / "rows.jsonl", says("yes"))
+        run(QualityPlan(methods=(WITH_AGENT,), budgets=("4",), seeds=(0,)), tmp_path / "rows.jsonl", says("yes"))
 
 
 def test_a_server_that_does_not_prune_is_an_error(tmp_path: Path) -> None:
@@ -217,7 +211,7 @@ def test_a_server_that_does_not_prune_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotPrunedError, match=r"with mmtok at 4, .* as many prompt tokens as unpruned"):
         run(PLAN, path, lambda body: (200, completion("yes", 196)))
     assert {row.case["method"] for row in read_rows(path)} == {"unpruned"}
-    assert {cell.method for cell in read_answers(answers_beside(path))} == {"unpruned"}
+    assert {setting.method for setting in read_answers(answers_beside(path))} == {"unpruned"}
 
 
 @pytest.mark.parametrize(
@@ -234,4 +228,4 @@ def test_a_server_that_does_not_prune_is_an_error(tmp_path: Path) -> None:
 )
 def test_plans_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Plan(**changes)
+        QualityPlan(**changes)

@@ -15,7 +15,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
 from mmtok_bench.report.document import Report, make_report
-from mmtok_bench.report.gather import read_results
+from mmtok_bench.report.frame import read_results
 from mmtok_deploy.cli import main
 from tests.bench.report.rows import GPU, NEW, OLD, selector_rows, serve_rows, write
 
@@ -99,7 +99,7 @@ def test_a_fetch_would_be_refused(browser: webdriver.Chrome) -> None:
 
 def test_every_plot_is_drawn(browser: webdriver.Chrome, expected: Report) -> None:
     plots = [plot for chapter in expected.chapters for part in chapter.parts for plot in part.plots]
-    # Of two machines six plots each of a served model, and of one of them two of the selector.
+    # From two machines six plots each of a served model, and of one of them two of the selector.
     assert len(plots) == 14
     drawn = ask(
         browser,

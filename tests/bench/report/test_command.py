@@ -113,7 +113,7 @@ def test_what_cannot_be_reported(rows: Path, capsys: pytest.CaptureFixture[str])
     append_row(newer, replace(selector_rows()[0], schema=3))
     assert "newer.jsonl:1 is no result row: its schema is 3" in message(rows, newer)
     other = write(rows.with_name("other.jsonl"), [row("selector", {"num_tokens": 9}, {"latency_p50_ms": 1.0})])
-    assert f"a row of selector has no 'batch' in {other}" in message(other)
+    assert f"a row of selector has no 'num_picks' in {other}" in message(other)
 
 
 def test_two_commits(tmp_path: Path) -> None:

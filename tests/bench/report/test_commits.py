@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from mmtok_bench.report.commits import compare_commits
-from mmtok_bench.report.gather import Measurement
+from mmtok_bench.report.frame import frame_of
 from tests.bench.report.rows import CPU, GPU, NEW, OLD, selector_rows, serve_rows
 
 
-def measured() -> list[Measurement]:
+def measured() -> pd.DataFrame:
     old = [*selector_rows(GPU, OLD), *selector_rows(CPU, OLD)[:2]]
     new = [*selector_rows(GPU, NEW, speed=2)[:-1], *serve_rows(CPU)[:1]]
-    return [Measurement(each, each.commit) for each in (*old, *new)]
+    return frame_of([*old, *new])
 
 
 def test_cases_of_both_commits_on_one_machine() -> None:
@@ -34,7 +35,7 @@ def test_the_order_tells_the_direction() -> None:
 
 
 def test_nothing_in_common_is_said() -> None:
-    rows = [Measurement(each, "") for each in (*selector_rows(CPU, OLD), *selector_rows(GPU, NEW))]
+    rows = frame_of([*selector_rows(CPU, OLD), *selector_rows(GPU, NEW)])
     part = compare_commits(rows, OLD, NEW)
     assert part.sentences == (f"No case was measured at both {OLD} and {NEW} on the same machine.",)
     assert [table.title for table in part.tables] == ["In one commit alone"]

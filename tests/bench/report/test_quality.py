@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from mmtok_bench.report.document import make_report
-from mmtok_bench.report.gather import Measurement
-from mmtok_bench.report.markdown import to_markdown
+from mmtok_bench.report.document import make_report, to_markdown
+from mmtok_bench.report.frame import frame_of
 from mmtok_bench.report.quality import quality_part
 from mmtok_bench.results import CaseValue, ResultRow
 from tests.bench.report.rows import row
@@ -31,12 +30,8 @@ ROWS = [
 ]
 
 
-def measured(rows: list[ResultRow]) -> list[Measurement]:
-    return [Measurement(each, "rows.jsonl") for each in rows]
-
-
 def test_a_line_for_each_method_against_tokens_kept() -> None:
-    (plot,) = quality_part(measured(ROWS)).plots
+    (plot,) = quality_part(frame_of(ROWS)).plots
     lines = {trace.name: (list(trace.x), list(trace.y)) for trace in plot.figure.data}
     assert lines == {
         "mmtok": ([4, 49], [0.4, 0.72]),
@@ -48,7 +43,7 @@ def test_a_line_for_each_method_against_tokens_kept() -> None:
 
 
 def test_methods_down_budgets_across() -> None:
-    (table,) = quality_part(measured(ROWS)).tables
+    (table,) = quality_part(frame_of(ROWS)).tables
     assert table.title == (
         "pocket llava-1.5: count: accuracy, % (95% interval), 510 questions; chance 20, always the commonest answer 25"
     )
@@ -72,8 +67,8 @@ def test_methods_down_budgets_across() -> None:
 
 def test_single_seeds_give_way_to_all_of_them() -> None:
     one = scored("mmtok", "25%", 49, 0.1, seed="0")
-    assert quality_part(measured([one, *ROWS])).tables == quality_part(measured(ROWS)).tables
-    (table,) = quality_part(measured([one])).tables
+    assert quality_part(frame_of([one, *ROWS])).tables == quality_part(frame_of(ROWS)).tables
+    (table,) = quality_part(frame_of([one])).tables
     assert table.rows[0][1].startswith("10.0")
 
 
@@ -81,7 +76,7 @@ def test_models_are_apart() -> None:
     others = [
         scored(*given, model="pocket qwen2.5-vl") for given in (("mmtok", "25%", 49, 0.5), ("mmtok", "4", 4, 0.3))
     ]
-    part = quality_part(measured([*ROWS, *others]))
+    part = quality_part(frame_of([*ROWS, *others]))
     assert [table.title.split(":")[0] for table in part.tables] == ["pocket llava-1.5", "pocket qwen2.5-vl"]
     assert [plot.title.split(",")[0] for plot in part.plots] == [
         "Quality: pocket llava-1.5",
@@ -95,30 +90,30 @@ def fewer(row: ResultRow, **changes: CaseValue) -> ResultRow:
 
 def test_a_table_is_of_one_set_of_questions() -> None:
     later = [replace(fewer(each, question_set="few"), time="2026-11-22T10:00:00+00:00") for each in ROWS[:2]]
-    part = quality_part(measured([*ROWS, *later]))
-    assert part.tables == quality_part(measured(ROWS)).tables
+    part = quality_part(frame_of([*ROWS, *later]))
+    assert part.tables == quality_part(frame_of(ROWS)).tables
     assert part.sentences[1].endswith("; left out are 2 rows of pocket llava-1.5 over 10 questions.")
-    assert quality_part(measured(later)).sentences[1:] == ()
+    assert quality_part(frame_of(later)).sentences[1:] == ()
 
 
 def test_of_sets_as_large_the_newest_counts() -> None:
     other = replace(scored("mmtok", "25%", 49, 0.9, question_set="new"), time="2026-11-22T10:00:00+00:00")
     for rows in ([*ROWS, other], [other, *ROWS]):
-        (table,) = quality_part(measured(rows)).tables
+        (table,) = quality_part(frame_of(rows)).tables
         assert [line[0] for line in table.rows] == ["mmtok"]
         assert table.rows[0][1].startswith("90.0")
 
 
 def test_a_model_of_one_seed_stands_beside_one_of_several() -> None:
     single = [scored(*given, model="one", seed="0", question_set="s0") for given in (("mmtok", "4", 4, 0.5),)]
-    part = quality_part(measured([*ROWS, *single]))
+    part = quality_part(frame_of([*ROWS, *single]))
     assert [table.title.split(":")[0] for table in part.tables] == ["pocket llava-1.5", "one"]
     assert part.sentences[1:] == ()
 
 
 def test_single_seeds_of_what_is_not_shown_are_told() -> None:
     seeds = [scored(method, "4", 4, 0.3, seed="0", question_set="s0") for method in ("mmtok", "divprune")]
-    part = quality_part(measured([*ROWS, *seeds]))
+    part = quality_part(frame_of([*ROWS, *seeds]))
     assert part.sentences[1].endswith("left out are 1 row of pocket llava-1.5 over 510 questions.")
 
 
@@ -126,7 +121,7 @@ def test_in_the_report() -> None:
     public: dict[str, CaseValue] = {"task": "pope", "kind": "public", "method": "mmtok", "budget": "4", "seed": "0"}
     public |= {"preset": "llava-1.5", "model": "llava-hf/llava-1.5-7b-hf"}
     rows = [*ROWS, row("quality", public, {"score": 0.8512, "num_questions": 9000.0, "share": 0.99})]
-    page = to_markdown(make_report(measured(rows), [], None))
+    page = to_markdown(make_report(frame_of(rows), [], None))
     assert "llava-hf/llava-1.5-7b-hf" in page
     assert "| 85.12 |" in page
     assert "LLaVA-1.5-7B, the paper" in page

@@ -3,21 +3,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
-from mmtok_bench.report.blocks import Part, Table
-from mmtok_bench.report.gather import Measurement
-from mmtok_bench.report.serve import serve_part
+from mmtok_bench.report.frame import frame_of
+from mmtok_bench.report.serve import Line, serve_lines, serve_part
 from mmtok_bench.report.serve_plots import phases_ms
-from mmtok_bench.report.serve_rows import References, label_of, variant_of
+from mmtok_bench.report.tables import Part, Table
 from mmtok_bench.results import ResultRow
 from tests.bench.report.rows import NEW, OLD, row, serve_case, serve_rows
 
 TTFT = {"ttft_p50_ms": 100.0, "image_tokens_in": 864, "image_tokens_kept": 864}
 
 
-def measured(rows: Sequence[ResultRow], file: str = "rows.jsonl") -> list[Measurement]:
-    return [Measurement(each, file) for each in rows]
+def measured(rows: Sequence[ResultRow], file: str = "rows.jsonl") -> pd.DataFrame:
+    return frame_of(rows, file)
 
 
 def serve(budget: str, method: str, kept: float, commit: str = NEW, **changes: str | int) -> ResultRow:
@@ -35,39 +35,38 @@ UNPRUNED = serve("off", "none", 864)
 SMALLER = serve("10%", "downsample", 90)
 
 
+def first_line(*frames: pd.DataFrame) -> Line:
+    """Returns the first row with what it is held against."""
+    return serve_lines(pd.concat(frames, ignore_index=True))[0]
+
+
 def test_names() -> None:
-    assert [label_of(each) for each in (UNPRUNED, PRUNED, SMALLER, serve("all", "none", 864))] == [
-        "unpruned",
-        "MMTok 10%",
-        "downsampled to 90",
-        "MMTok all",
-    ]
+    lines = serve_lines(measured([UNPRUNED, PRUNED, SMALLER, serve("all", "none", 864)]))
+    assert [line["label"] for line in lines] == ["unpruned", "MMTok 10%", "downsampled to 90", "MMTok all"]
     # Downsampling is done by a server without the plugin: whatever its budget is called, it is no reference.
-    assert variant_of(serve("off", "downsample", 90)) == "downsample"
+    assert first_line(measured([serve("off", "downsample", 90)]))["variant"] == "downsample"
 
 
 def test_references_are_of_the_same_run_and_case() -> None:
-    (pruned,) = measured([PRUNED])
-    assert References(measured([UNPRUNED, PRUNED, SMALLER])).unpruned(pruned) == UNPRUNED
-    assert References(measured([UNPRUNED, PRUNED, SMALLER])).downsampled(pruned) == SMALLER
+    pruned = measured([PRUNED])
+    line = first_line(measured([PRUNED, UNPRUNED, SMALLER]))
+    assert (line["vs_unpruned"]["metrics"], line["vs_downsampled"]["metrics"]) == (UNPRUNED.metrics, SMALLER.metrics)
     strangers = [
-        *measured([UNPRUNED, SMALLER], "other.jsonl"),
-        *measured([replace(each, commit=OLD) for each in (UNPRUNED, SMALLER)]),
-        *measured([replace(each, num_threads=1) for each in (UNPRUNED, SMALLER)]),
-        *measured([serve("off", "none", 864, concurrency=4), serve("10%", "downsample", 90, concurrency=4)]),
-        *measured([serve("off", "none", 864, prefix_cache="on"), serve("10%", "downsample", 90, image_kind="random")]),
+        measured([UNPRUNED, SMALLER], "other.jsonl"),
+        measured([replace(each, commit=OLD) for each in (UNPRUNED, SMALLER)]),
+        measured([replace(each, num_threads=1) for each in (UNPRUNED, SMALLER)]),
+        measured([serve("off", "none", 864, concurrency=4), serve("10%", "downsample", 90, concurrency=4)]),
+        measured([serve("off", "none", 864, prefix_cache="on"), serve("10%", "downsample", 90, image_kind="random")]),
     ]
-    references = References([pruned, *strangers])
-    assert references.unpruned(pruned) is None
-    assert references.downsampled(pruned) is None
+    alone = first_line(pruned, *strangers)
+    assert alone["vs_unpruned"] is alone["vs_downsampled"] is None
 
 
 @pytest.mark.parametrize(("text_tokens", "is_like"), [(28, True), (33, True), (26, False), (34, False)])
 def test_texts_are_counted_on_what_was_sent(text_tokens: int, is_like: bool) -> None:
-    (pruned,) = measured([PRUNED])
-    other = serve("off", "none", 864, text_tokens=text_tokens)
-    assert (References(measured([other])).unpruned(pruned) == other) is is_like
-    part = serve_part(measured([PRUNED, other]))
+    rows = measured([PRUNED, serve("off", "none", 864, text_tokens=text_tokens)])
+    assert (first_line(rows)["vs_unpruned"] is not None) is is_like
+    part = serve_part(rows)
     assert [trace.name for trace in part.plots[0].figure.data] == (["MMTok", "unpruned"] if is_like else ["MMTok"])
 
 
@@ -81,17 +80,13 @@ def test_a_metric_of_no_group_has_a_table() -> None:
 
 @pytest.mark.parametrize(("tokens", "is_equal"), [(78, True), (77, False), (94, True), (95, False)])
 def test_equal_tokens_are_within_a_tenth(tokens: int, is_equal: bool) -> None:
-    (pruned,) = measured([PRUNED])
-    found = References(measured([serve("off", "downsample", tokens)])).downsampled(pruned)
-    assert (found is not None) is is_equal
+    line = first_line(measured([PRUNED, serve("off", "downsample", tokens)]))
+    assert (line["vs_downsampled"] is not None) is is_equal
 
 
 def test_the_nearest_in_tokens_is_the_reference() -> None:
-    (pruned,) = measured([PRUNED])
-    others = measured([serve("off", "downsample", tokens) for tokens in (80, 87, 93)])
-    found = References(others).downsampled(pruned)
-    assert found is not None
-    assert found.metrics["image_tokens_kept"] == 87
+    line = first_line(measured([PRUNED, *(serve("off", "downsample", tokens) for tokens in (80, 87, 93))]))
+    assert line["vs_downsampled"]["metrics"]["image_tokens_kept"] == 87
 
 
 def test_the_headline_says_both_ratios() -> None:
@@ -144,10 +139,11 @@ def test_unpruned_rows_alone_have_no_headline() -> None:
 
 def test_the_parts_of_a_first_token_add_up() -> None:
     metrics = {"ttft_p50_ms": 100.0, "vision_encoder_ms": 30.0, "selection_ms": 5.0, "language_prefill_ms": 50.0}
-    parts = phases_ms(row("serve", {}, metrics))
-    assert parts == {"vision encoder": 30.0, "selection": 5.0, "language prefill": 50.0, "rest of TTFT": 15.0}
-    assert phases_ms(row("serve", {}, {**metrics, "ttft_p50_ms": 84.0})) == {}
-    assert phases_ms(row("serve", {}, {"ttft_p50_ms": 84.0})) == {}
+    (line,) = serve_lines(measured([row("serve", {}, metrics)]))
+    parts = {"vision encoder": 30.0, "selection": 5.0, "language prefill": 50.0, "rest of TTFT": 15.0}
+    assert phases_ms(line) == parts
+    for others in ({**metrics, "ttft_p50_ms": 84.0}, {"ttft_p50_ms": 84.0}):
+        assert phases_ms(serve_lines(measured([row("serve", {}, others)]))[0]) == {}
 
 
 def test_plots_of_every_metric() -> None:

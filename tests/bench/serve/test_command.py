@@ -193,7 +193,7 @@ def test_a_sweep_one_of_whose_servers_dies(tmp_path: Path, capsys: pytest.Captur
     assert code == 1
     said = [line for line in printed.err.splitlines() if line.startswith("qwen2.5-vl: ")]
     failures = [line for line in said if ": starting" not in line and not line.endswith("prefix cache off")]
-    assert failures == ["qwen2.5-vl: no more cells of budget all: the server at budget all died."]
+    assert failures == ["qwen2.5-vl: no more cases of budget all: the server died."]
     assert "The end of its log:" in printed.err
     assert servers_of(tmp_path) == []
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mmtok_bench.serve.dummy_models import make_processor
+from mmtok_bench.dummy_models import make_processor
 from mmtok_bench.serve.image_tokens import count_image_tokens, downsampled_px
 from mmtok_bench.serve.presets import Size
 

@@ -11,7 +11,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from mmtok_bench.serve.load import LoadError, new_photograph, read_load, run_load, write_chats
+from mmtok_bench.serve.load import LoadError, read_load, run_load, write_chats
 
 # The fields that are read of a line of `--output-file` with `--output-details`; times in seconds.
 RESULT: dict[str, Any] = {
@@ -92,9 +92,3 @@ def test_every_chat_is_about_another_photograph_of_the_size_that_is_sent(tmp_pat
     assert len({image.tobytes() for image in sent}) == len(seeds)
     chats = [json.loads(line)["messages"] for line in (tmp_path / "chats" / "it.jsonl").read_text().splitlines()]
     assert [chat[0]["content"][1]["text"] for chat in chats] == ["One?", "Two?"] * 6
-
-
-def test_the_seed_decides_the_photograph() -> None:
-    one, same, other = (new_photograph((64, 48), seed) for seed in ("a", "a", "b"))
-    assert one.tobytes() == same.tobytes() != other.tobytes()
-    assert one.size == (64, 48)

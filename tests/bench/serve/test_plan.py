@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from mmtok_bench.serve.plan import Cell, Side, plan_cells, plan_turns, sides_of
-from mmtok_bench.serve.presets import PRESETS, ServedModel, Size
+from mmtok_bench.serve.plan import LoadCase, Side, plan_cases, plan_turns, sides_of
+from mmtok_bench.serve.presets import SERVE_PRESETS, ServedModel, Size
 
-SWEEP = replace(PRESETS["cpu"], concurrencies=(1, 4), image_kinds=("photograph", "random"), rounds=2)
+PLAN = replace(SERVE_PRESETS["cpu"], concurrencies=(1, 4), image_kinds=("photograph", "random"), rounds=2)
 MODEL = ServedModel("it", "qwen2.5-vl", ((1008, 784),), ("10%",))
 SMALLER = (336, 252)
 
@@ -17,9 +17,9 @@ def smaller(size_px: Size, budget: str) -> Size | None:
     return SMALLER
 
 
-def order(cells: list[Cell], *, side_by_side: bool) -> list[tuple[int, int, str]]:
-    turns = plan_turns(cells, rounds=2, side_by_side=side_by_side)
-    return [(turn.round_idx, cell.concurrency, turn.side.budget) for turn in turns for cell in turn.cells]
+def order(cases: list[LoadCase], *, side_by_side: bool) -> list[tuple[int, int, str]]:
+    turns = plan_turns(cases, rounds=2, side_by_side=side_by_side)
+    return [(turn.round_idx, case.concurrency, turn.side.budget) for turn in turns for case in turn.cases]
 
 
 def test_sides_differ_by_nothing_but_the_budget_and_the_cache() -> None:
@@ -37,43 +37,43 @@ def test_budget_all_runs_once_whether_asked_for_or_not() -> None:
 
 
 def test_every_workload_is_measured_on_every_side_and_with_a_smaller_image() -> None:
-    cells = plan_cells(MODEL, SWEEP, "off", smaller)
-    assert len(cells) == 2 * 2 * 4
-    first = [(cell.side.budget, cell.method, cell.budget, cell.sent_px) for cell in cells[:4]]
+    cases = plan_cases(MODEL, PLAN, "off", smaller)
+    assert len(cases) == 2 * 2 * 4
+    first = [(case.side.budget, case.method, case.budget, case.sent_px) for case in cases[:4]]
     assert first == [
         ("off", "none", "off", (1008, 784)),
         ("all", "none", "all", (1008, 784)),
         ("10%", "mmtok", "10%", (1008, 784)),
         ("off", "downsample", "10%", SMALLER),
     ]
-    assert {cell.image_kind for cell in cells} == {"photograph", "random"}
+    assert {case.image_kind for case in cases} == {"photograph", "random"}
 
 
 def test_where_only_the_server_can_make_images_smaller_it_is_asked_to() -> None:
-    cells = plan_cells(MODEL, SWEEP, "off", lambda size_px, budget: size_px)
-    smaller = [cell for cell in cells if cell.method == "downsample"]
+    cases = plan_cases(MODEL, PLAN, "off", lambda size_px, budget: size_px)
+    smaller = [case for case in cases if case.method == "downsample"]
     assert len(smaller) == 2 * 2
-    assert {(cell.side.budget, cell.sent_px) for cell in smaller} == {("10%", (1008, 784))}
-    for cell in cells:
-        asks = {"mm_processor_kwargs": {"mmtok_method": "downsample"}} if cell in smaller else {}
-        assert cell.request_fields == asks
+    assert {(case.side.budget, case.sent_px) for case in smaller} == {("10%", (1008, 784))}
+    for case in cases:
+        asks = {"mm_processor_kwargs": {"mmtok_method": "downsample"}} if case in smaller else {}
+        assert case.request_fields == asks
 
 
 def test_where_no_smaller_image_has_fewer_tokens_there_is_no_such_row() -> None:
-    cells = plan_cells(MODEL, SWEEP, "off", lambda size_px, budget: None)
-    assert {cell.method for cell in cells} == {"none", "mmtok"}
+    cases = plan_cases(MODEL, PLAN, "off", lambda size_px, budget: None)
+    assert {case.method for case in cases} == {"none", "mmtok"}
 
 
 def test_random_images_are_never_seen_twice() -> None:
-    assert {cell.image_kind for cell in plan_cells(MODEL, SWEEP, "on", smaller)} == {"photograph"}
-    only_random = replace(SWEEP, image_kinds=("random",))
-    assert plan_cells(MODEL, only_random, "on", smaller) == []
+    assert {case.image_kind for case in plan_cases(MODEL, PLAN, "on", smaller)} == {"photograph"}
+    only_random = replace(PLAN, image_kinds=("random",))
+    assert plan_cases(MODEL, only_random, "on", smaller) == []
 
 
 def test_side_by_side_servers_alternate_after_every_workload() -> None:
-    cells = plan_cells(MODEL, replace(SWEEP, image_kinds=("photograph",)), "off", lambda *_: None)
+    cases = plan_cases(MODEL, replace(PLAN, image_kinds=("photograph",)), "off", lambda *_: None)
     forwards, backwards = ["off", "all", "10%"], ["10%", "all", "off"]
-    assert order(cells, side_by_side=True) == [
+    assert order(cases, side_by_side=True) == [
         *((0, 1, budget) for budget in forwards),
         *((0, 4, budget) for budget in backwards),
         *((1, 1, budget) for budget in forwards),
@@ -82,18 +82,18 @@ def test_side_by_side_servers_alternate_after_every_workload() -> None:
 
 
 def test_one_server_at_a_time_measures_everything_before_the_next_is_started() -> None:
-    cells = plan_cells(MODEL, replace(SWEEP, image_kinds=("photograph",)), "off", lambda *_: None)
+    cases = plan_cases(MODEL, replace(PLAN, image_kinds=("photograph",)), "off", lambda *_: None)
     forwards = [(0, concurrency, budget) for budget in ("off", "all", "10%") for concurrency in (1, 4)]
     backwards = [(1, concurrency, budget) for budget in ("10%", "all", "off") for concurrency in (1, 4)]
-    assert order(cells, side_by_side=False) == forwards + backwards
+    assert order(cases, side_by_side=False) == forwards + backwards
 
 
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_every_cell_is_measured_once_a_round_by_its_own_side(side_by_side: bool) -> None:
-    cells = plan_cells(MODEL, SWEEP, "off", smaller)
-    turns = plan_turns(cells, rounds=3, side_by_side=side_by_side)
+    cases = plan_cases(MODEL, PLAN, "off", smaller)
+    turns = plan_turns(cases, rounds=3, side_by_side=side_by_side)
     for round_idx in range(3):
-        measured = [cell for turn in turns if turn.round_idx == round_idx for cell in turn.cells]
-        assert sorted(map(repr, measured)) == sorted(map(repr, cells))
-    assert all(cell.side == turn.side for turn in turns for cell in turn.cells)
+        measured = [case for turn in turns if turn.round_idx == round_idx for case in turn.cases]
+        assert sorted(map(repr, measured)) == sorted(map(repr, cases))
+    assert all(case.side == turn.side for turn in turns for case in turn.cases)
     assert Side("off", "off") in {turn.side for turn in turns}

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_bench.serve.dummy_models import DUMMY_MODELS
-from mmtok_bench.serve.presets import PRESETS, preset_for_device
+from mmtok_bench.dummy_models import DUMMY_MODELS
+from mmtok_bench.serve.presets import SERVE_PRESETS, preset_for_device
 from mmtok_deploy.budget import Budget
 
 
@@ -21,9 +21,9 @@ def test_the_preset_that_fits(device: str | None, preset: str) -> None:
     assert preset_for_device(device) == preset
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SERVE_PRESETS)
 def test_presets_can_be_served(name: str) -> None:
-    sweep = PRESETS[name]
+    sweep = SERVE_PRESETS[name]
     assert sweep.preset == name
     assert len({model.name for model in sweep.models}) == len(sweep.models)
     for model in sweep.models:
@@ -32,5 +32,5 @@ def test_presets_can_be_served(name: str) -> None:
 
 
 def test_requests_keep_every_client_busy_twice() -> None:
-    sweep = PRESETS["h200"]
+    sweep = SERVE_PRESETS["h200"]
     assert [sweep.requests_of(concurrency) for concurrency in (1, 16, 64)] == [32, 32, 128]

@@ -8,7 +8,7 @@ import pytest
 from mmtok_bench.results import append_row, read_rows
 from mmtok_bench.serve.load import LoadResult
 from mmtok_bench.serve.rows import Sample, serve_row
-from tests.bench.serve.made_up_rows import MODEL, SWEEP, cell, row, sample
+from tests.bench.serve.made_up_rows import MODEL, PLAN, load_case, row, sample
 
 # (0.1, 0.3) s to the first token, then 10 and 30 ms; 2 s in all.
 FIRST = LoadResult((0.1, 0.3), ((0.01, 0.03), (0.01, 0.03)), (140, 140), 6, 2.0)
@@ -21,7 +21,7 @@ def test_rounds_are_one_row() -> None:
         Sample(load, stage, peak, 1000, 1008, 100)
         for load, stage, peak in zip((FIRST, SECOND), stages, (10, 30), strict=True)
     ]
-    made = serve_row(SWEEP, MODEL, cell("mmtok", "10%"), samples)
+    made = serve_row(PLAN, MODEL, load_case("mmtok", "10%"), samples)
     assert made.num_runs == 3
     assert made.case == {
         "model": "qwen2.5-vl-0.5b",
@@ -61,8 +61,8 @@ def test_rounds_are_one_row() -> None:
 def test_what_was_not_measured_is_absent() -> None:
     without = row("none", "off", 100)
     assert not {"vision_encoder_ms", "selection_ms", "language_prefill_ms", "num_fallbacks"} & set(without.metrics)
-    one_token = replace(sample(cell("none", "off"), 100), load=replace(FIRST, itls_s=((), ())))
-    metrics = serve_row(SWEEP, MODEL, cell("none", "off"), [one_token]).metrics
+    one_token = replace(sample(load_case("none", "off"), 100), load=replace(FIRST, itls_s=((), ())))
+    metrics = serve_row(PLAN, MODEL, load_case("none", "off"), [one_token]).metrics
     assert not any(name.startswith("itl") for name in metrics)
     assert metrics["e2e_p50_ms"] == metrics["ttft_p50_ms"]
 

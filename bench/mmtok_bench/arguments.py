@@ -1,0 +1,117 @@
+"""What the command lines of the benchmarks have in common: types of arguments, and the options of every run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmtok_deploy.budget import Budget
+
+__all__ = ["add_run_arguments", "budget", "count", "each", "image_size", "minutes", "one_of", "runs", "seed", "shape"]
+
+_T = TypeVar("_T")
+
+
+def add_run_arguments(parser: Any, folder: str, *, with_resume: bool = True) -> None:
+    """Adds where a run writes, whether it goes on with an earlier one, and how it prints.
+
+    Args:
+        parser: An argparse parser or a group of one.
+        folder: The default of --results-dir.
+        with_resume: Whether the benchmark can go on with an earlier run's rows.
+    """
+    parser.add_argument(
+        *("--results-dir", "--output"),
+        type=Path,
+        default=Path(folder),
+        metavar="FOLDER",
+        help=f"for a new file of rows, logs and models (default {folder}); no older file is changed",
+    )
+    if with_resume:
+        parser.add_argument(
+            "--resume", type=Path, metavar="FILE.jsonl", help="go on with an earlier run's rows: those are not measured"
+        )
+    parser.add_argument("--json", action="store_true", help="print the rows, a JSON object a line")
+
+
+def each(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
+    """Returns what parses values with commas between."""
+
+    def parse_list(text: str) -> list[_T]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:
+            raise argparse.ArgumentTypeError(f"expected values with commas between, got {text!r}")
+        return [parse(part) for part in parts]
+
+    return parse_list
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """Returns what takes one of these names."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(names)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def count(text: str) -> int:
+    """Returns a whole number of at least 1."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def runs(text: str) -> int:
+    """Returns a number of timed runs, of which at least 2 have quantiles."""
+    if count(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2 runs, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """Returns a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def minutes(text: str) -> float:
+    """Returns a number of minutes above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, got {text!r}")
+    return number
+
+
+def budget(text: str) -> str:
+    """Returns a budget as --mmtok-budget takes it."""
+    try:
+        return str(Budget.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Returns width and height in pixels."""
+    width, separator, height = text.partition("x")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"expected width x height in pixels, such as 1008x672, got {text!r}")
+    return count(width), count(height)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Returns the tokens of an image and how many of them are picked."""
+    num_tokens, separator, num_picks = text.partition("x")
+    if not separator or count(num_picks) > count(num_tokens):
+        raise argparse.ArgumentTypeError(f"expected tokens x picks, such as 2880x160, no more picks: got {text!r}")
+    return int(num_tokens), int(num_picks)

@@ -1,0 +1,169 @@
+"""Questions about images, as any client of an OpenAI-compatible server asks them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import openai
+from openai.types.chat import ChatCompletionContentPartParam, ChatCompletionUserMessageParam
+from PIL import Image
+
+__all__ = [
+    "Answer",
+    "MeasurementError",
+    "RequestError",
+    "ask",
+    "image_url",
+    "in_parallel",
+    "openai_client",
+    "user_message",
+]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class MeasurementError(RuntimeError):
+    """What ended a measurement from outside: a server, a request or another program failed."""
+
+
+class RequestError(MeasurementError):
+    """A request that failed: it is neither a right nor a wrong answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back.
+
+    Args:
+        text: The generated text.
+        ttft_ms: Milliseconds from sending the request to the first piece of text, or to the end if there is none.
+        latency_ms: To the end of the answer.
+        num_prompt_tokens: Tokens of the prompt, the image's included.
+        num_image_tokens: Tokens of the image in the prompt; None where the server does not count them.
+        num_cached_tokens: Prompt tokens taken from the server's prefix cache.
+        logprobs: Those of the answer's tokens, if they were asked for.
+    """
+
+    text: str
+    ttft_ms: float
+    latency_ms: float
+    num_prompt_tokens: int
+    num_image_tokens: int | None
+    num_cached_tokens: int
+    logprobs: tuple[float, ...] = ()
+
+
+def openai_client(url: str, *, timeout_s: float = 300.0) -> openai.OpenAI:
+    """Returns the official client of a server at this address (without a path); no proxy, and no second try."""
+    return openai.OpenAI(
+        base_url=f"{url.rstrip('/')}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=timeout_s,
+        http_client=openai.DefaultHttpxClient(trust_env=False),
+    )
+
+
+def ask(
+    client: openai.OpenAI,
+    image: str,
+    question: str,
+    *,
+    max_tokens: int = 16,
+    ignore_eos: bool = True,
+    with_logprobs: bool = False,
+    fields: Mapping[str, Any] | None = None,
+) -> Answer:
+    """Returns a server's greedy answer to a question about an image, streamed.
+
+    Args:
+        client: Of a server started with `--enable-cache-report`, without which it does not count image tokens.
+        image: What `image_url` returns, or the address of an image.
+        question: The user's text.
+        max_tokens: Length of the answer.
+        ignore_eos: Whether it is not ended before by an end token.
+        with_logprobs: Whether the logprobs of its tokens are asked for.
+        fields: Further ones of the request's body, as `mm_processor_kwargs`.
+
+    Raises:
+        RequestError: The server refused the request, cannot be reached, or sent no text, usage or logprobs.
+    """
+    started_s = time.perf_counter()
+    pieces: list[str] = []
+    logprobs: list[float] = []
+    ttft_s, usage = None, None
+    try:
+        stream = client.chat.completions.create(
+            model="default",
+            messages=[user_message([image], question)],
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            logprobs=with_logprobs or openai.omit,
+            extra_body={"ignore_eos": ignore_eos, **(fields or {})},
+        )
+        for chunk in stream:
+            usage = chunk.usage or usage
+            choice = chunk.choices[0] if chunk.choices else None
+            if choice is not None and choice.delta.content is not None:
+                if choice.delta.content and ttft_s is None:
+                    ttft_s = time.perf_counter() - started_s
+                pieces.append(choice.delta.content)
+            if choice is not None and choice.logprobs is not None:
+                logprobs += [token.logprob for token in choice.logprobs.content or ()]
+    except openai.OpenAIError as error:
+        raise RequestError(f"{question!r} with {fields} failed: {error}") from error
+    latency_s = time.perf_counter() - started_s
+    missing = "text" if not pieces else "usage" if usage is None else "logprobs"
+    if not pieces or usage is None or (with_logprobs and not logprobs):
+        raise RequestError(f"{question!r} came back without {missing}: is this an SGLang server?")
+    details = usage.prompt_tokens_details
+    # SGLang's own field, which the OpenAI client passes on without a declaration.
+    num_image_tokens = getattr(details, "image_tokens", None)
+    return Answer(
+        text="".join(pieces),
+        ttft_ms=1000 * (latency_s if ttft_s is None else ttft_s),
+        latency_ms=1000 * latency_s,
+        num_prompt_tokens=usage.prompt_tokens,
+        num_image_tokens=num_image_tokens if isinstance(num_image_tokens, int) else None,
+        num_cached_tokens=(details.cached_tokens or 0) if details else 0,
+        logprobs=tuple(logprobs),
+    )
+
+
+def user_message(images: Iterable[str], question: str) -> ChatCompletionUserMessageParam:
+    """Returns a user's turn: images by their addresses, then the question."""
+    content: list[ChatCompletionContentPartParam] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+def in_parallel(num_threads: int, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """Returns `work` of each item, so many at a time, begun in their order.
+
+    The first error, or Ctrl-C, drops those that have not begun and is raised. Those that have begun end with their
+    server, which is stopped soon after: nobody waits for their answers here.
+    """
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        results = [done.result() for done in [pool.submit(work, item) for item in items]]
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+    return results
+
+
+def image_url(image: Image.Image, *, lossless: bool = True) -> str:
+    """Returns a data URL with the image as a PNG, which keeps every pixel, or as a JPEG, which cameras send."""
+    file = io.BytesIO()
+    kind, options = ("png", {}) if lossless else ("jpeg", {"quality": 90})
+    image.save(file, format=kind.upper(), **options)
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,224 @@
+"""The parts of the command line that measure: `mmtok demo`, `bench`, `quality` and `soak`; imports nothing slow."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, get_args
+
+from mmtok_bench.arguments import (
+    add_run_arguments,
+    budget,
+    count,
+    each,
+    image_size,
+    minutes,
+    one_of,
+    runs,
+    seed,
+    shape,
+)
+from mmtok_bench.families import Family, PocketFamily
+from mmtok_deploy.methods import MethodName
+
+__all__ = ["add_bench_commands", "run_bench_command"]
+
+_FAMILIES, _POCKET_FAMILIES, _METHODS = get_args(Family), get_args(PocketFamily), get_args(MethodName)
+_SOAKED = ("qwen2.5-vl", "llava-1.5")
+
+
+def add_bench_commands(commands: Any) -> None:
+    """Adds the commands to the parser of `mmtok`."""
+    _add_demo(commands)
+    benches = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True, metavar="WHAT")
+    _add_selector(benches)
+    _add_serve(benches)
+    _add_second_question(benches)
+    _add_report(benches)
+    _add_quality(commands)
+    _add_soak(commands)
+
+
+def run_bench_command(arguments: argparse.Namespace) -> int:
+    """Returns the exit code of one of these commands: 0 ok, 1 something failed, 2 usage, 130 after Ctrl-C."""
+    code: int = resolve_name(arguments.run)(arguments)
+    return code
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="ask a small model about a picture, with and without a budget")
+    demo.set_defaults(run="mmtok_bench.demo:run_demo")
+    demo.add_argument(
+        "--family", default="llava-1.5", choices=_POCKET_FAMILIES, help="of the model (default llava-1.5)"
+    )
+    demo.add_argument(
+        "--budget", default="25%", type=budget, help="vision tokens to keep: 64, 25%%, 0.25 (default 25%%)"
+    )
+    demo.add_argument(
+        "--folder", default=Path("artifacts/demo"), type=Path, help="where to write (default artifacts/demo)"
+    )
+
+
+def _add_selector(benches: Any) -> None:
+    selector = benches.add_parser("selector", help="how long the selection takes, beside the published loop")
+    selector.set_defaults(run="mmtok_bench.selector.bench:run_selector_bench")
+    selector.add_argument("--shapes", type=each(shape), help="tokens x picks: 2880x160,576x16 (default: the paper's)")
+    selector.add_argument("--batch", type=each(count), help="images in one call: 1,8,32 (default 1; all three on CUDA)")
+    selector.add_argument("--backends", type=each(str), help="dense,torchscript,lazy,... (default: all)")
+    selector.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    selector.add_argument("--threads", type=count, help="of PyTorch on the CPU (default: its own)")
+    selector.add_argument("--runs", type=runs, default=15, help="timed runs of each, at least 2 (default 15)")
+    add_run_arguments(selector, "artifacts/bench/selector")
+
+
+def _add_serve(benches: Any) -> None:
+    serve = benches.add_parser(
+        "serve",
+        help="what a served model gains from a budget: latency, throughput, memory, and where it gains nothing",
+        description="Starts SGLang servers without the plugin and at every budget, and drives them with SGLang's own "
+        "load generator. Whatever is not given comes from the preset.",
+    )
+    serve.set_defaults(run="mmtok_bench.serve.bench:run_serve_bench")
+    serve.add_argument(
+        "--preset", choices=("a6000", "h100", "h200", "cpu"), help="default: the one that fits this machine"
+    )
+    model = serve.add_mutually_exclusive_group()
+    model.add_argument("--model-path", type=Path, metavar="FOLDER", help="measure this checkpoint; needs --family")
+    model.add_argument(
+        "--dummy-weights",
+        action="store_true",
+        help="the preset's models at full size with random weights, without any download (the default)",
+    )
+    serve.add_argument("--family", choices=_FAMILIES, help="of the checkpoint at --model-path")
+    serve.add_argument("--models", type=each(str), metavar="NAMES", help="only these of the preset")
+    serve.add_argument("--budgets", type=each(budget), help="all,20%%,10%%,5%%,64; all is always among them")
+    serve.add_argument("--concurrency", type=each(count), help="requests under way at a time: 1,4,16,64")
+    serve.add_argument("--image-px", type=each(image_size), help="sizes of images, width x height: 1008x672,448x448")
+    serve.add_argument("--image-kinds", type=each(one_of("photograph", "random")), help="photograph,random")
+    serve.add_argument("--prefix-cache", type=each(one_of("off", "on")), help="off,on")
+    serve.add_argument(
+        "--num-requests", type=count, help="of each row and round; never fewer than twice the concurrency"
+    )
+    serve.add_argument("--output-tokens", type=count, help="length of every answer")
+    serve.add_argument("--rounds", type=count, help="how often the servers take turns, in alternating order")
+    serve.add_argument(
+        "--server-args",
+        type=shlex.split,
+        default=[],
+        metavar="'ARGS'",
+        help="further arguments of every server, in one word: --server-args='--attention-backend triton'",
+    )
+    add_run_arguments(serve, "artifacts/bench/serve")
+    serve.add_argument("--dry-run", action="store_true", help="print every command instead of running it")
+
+
+def _add_second_question(benches: Any) -> None:
+    second = benches.add_parser("second-question", help="time to first token of a second question about an image")
+    second.set_defaults(run="mmtok_bench.serve.second_question:run_second_question_bench")
+    add_run_arguments(second, "artifacts/bench/second-question", with_resume=False)
+
+
+def _add_report(benches: Any) -> None:
+    report = benches.add_parser("report", help="one page of plots and tables of what was measured")
+    report.set_defaults(run="mmtok_bench.report.command:run_report")
+    report.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="files of rows, or folders of them")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE.html", help="the page (default artifacts/bench/report.html)"
+    )
+    report.add_argument("--markdown", type=Path, metavar="FILE.md", help="the tables as Markdown; alone, no page")
+    report.add_argument(
+        "--compare", nargs=2, metavar=("OLD", "NEW"), help="hold a commit's rows against those of an older one"
+    )
+    report.add_argument("--force", action="store_true", help="replace files that are there")
+
+
+def _add_quality(commands: Any) -> None:
+    quality = commands.add_parser(
+        "quality",
+        help="does pruning hurt: scores of a served model by task, method and budget",
+        description="Scores of a served model by task, method and budget: the pocket tasks, which need nothing but "
+        "this package, or public benchmarks by lmms-eval, which `mmtok quality setup` installs.",
+    )
+    quality.set_defaults(run="mmtok_bench.quality.bench:run_quality")
+    quality.add_argument("action", nargs="?", choices=("run", "setup"), default="run", help="default: run")
+    what = quality.add_argument_group("what is asked")
+    what.add_argument(
+        "--tasks",
+        type=each(str),
+        default=["pocket"],
+        help="pocket, or some of its kinds (existence,count,position,reading); or public ones: gqa,mmbench,mme,... "
+        "(default pocket)",
+    )
+    what.add_argument(
+        "--methods",
+        type=each(str),
+        help=f"some of {','.join(_METHODS)} (default: all that the family can run), or mmtok+agent: a second server, "
+        "to whose guidance the first one's unpruned answer is added",
+    )
+    what.add_argument("--budgets", type=each(str), help="default all,50%%,25%%,11%%,5%%,4; public tasks: the family's")
+    what.add_argument("--seeds", type=each(seed), default=[0, 1, 2], help="of the pocket scenes (default 0,1,2)")
+    what.add_argument(
+        "--num-questions",
+        type=count,
+        help="of each kind and seed (default 170), or of each public task (default: all of them)",
+    )
+    served = quality.add_argument_group("what is asked of")
+    served.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start one")
+    served.add_argument(
+        "--family",
+        choices=_FAMILIES,
+        help="of the model: which pocket model is served (default llava-1.5), or what the server of --model-path "
+        "needs; which methods are run; for public tasks, the paper's budgets",
+    )
+    served.add_argument("--model-path", help="what the started server serves (default: a pocket model)")
+    served.add_argument(
+        "--server-arg", action="append", default=[], metavar="ARG", help="of the started server; once for each argument"
+    )
+    served.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    served.add_argument(
+        "--concurrency", type=count, help="requests under way at a time (default 32; 8 for the family qwen2.5-vl)"
+    )
+    served.add_argument("--max-tokens", type=count, help="of a pocket answer (default: as many words as the right one)")
+    lmms = quality.add_argument_group("public tasks")
+    lmms.add_argument("--lmms-venv", type=Path, default=Path("artifacts/lmms-eval"), help="default artifacts/lmms-eval")
+    lmms.add_argument("--include-path", type=Path, help="a folder of further lmms-eval task files")
+    written = quality.add_argument_group("what is written")
+    add_run_arguments(written, "artifacts/quality")
+    written.add_argument("--record", action="store_true", help="write what `make test` holds the pocket models to")
+    written.add_argument("--dry-run", action="store_true", help="print what would be started and asked, and stop")
+
+
+def _add_soak(commands: Any) -> None:
+    soak = commands.add_parser(
+        "soak",
+        help="inject faults into real servers, and see what holds",
+        description="Injects faults into servers of tiny models and checks what holds afterwards: docs/reliability.md. "
+        "Traffic goes to this machine only.",
+    )
+    soak.set_defaults(run="mmtok_bench.soak.command:run_soak")
+    soak.add_argument("--rows", type=each(str), help="some of the table's rows: fuzz,storm (default: all)")
+    soak.add_argument(
+        "--families",
+        type=each(one_of(*_FAMILIES)),
+        default=list(_SOAKED),
+        help=f"some of {','.join(_FAMILIES)} (default {','.join(_SOAKED)})",
+    )
+    soak.add_argument(
+        "--minutes",
+        type=minutes,
+        default=5.0,
+        help="of faults, the start of servers not counted; 30 runs every row in full (default 5)",
+    )
+    soak.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
+    add_run_arguments(soak, "artifacts/soak", with_resume=False)
+    soak.add_argument("--list", action="store_true", help="print the rows' names and what they do, and stop")
+    soak.add_argument(
+        "--write-table",
+        nargs="+",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write the table of docs/reliability.md from files of rows, and stop",
+    )
+    soak.add_argument("--page", type=Path, default=Path("docs/reliability.md"), help="default docs/reliability.md")

@@ -1,0 +1,183 @@
+"""Models of real size without weights: configuration, processor and tokenizer, written without any download.
+
+SGLang draws the weights itself (`--load-format dummy`): small uniform numbers, the same on every start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtok_bench.byte_tokenizer import Vocabulary
+from mmtok_bench.model_configs import llava_config, llava_next_config, qwen_config
+from mmtok_bench.serve.presets import QUESTIONS
+from mmtok_bench.tiny_processors import llava_next_processor, llava_processor, qwen_processor
+
+__all__ = ["DUMMY_ARGUMENTS", "DUMMY_MODELS", "make_processor", "write_dummy_model"]
+
+DUMMY_ARGUMENTS = ("--load-format=dummy",)
+"""What a server of a folder without weights is started with."""
+
+# float16, in which the LLaVAs are published, has not the range for features of weights below 1e-3.
+_DTYPE = "bfloat16"
+
+_QWEN_VOCABULARY = 152064
+_LLAVA_VOCABULARY = 32064
+
+_QWEN_7B = {
+    "vocab_size": _QWEN_VOCABULARY,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128000,
+}
+_QWEN_7B_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+_VICUNA_7B = {
+    "vocab_size": _LLAVA_VOCABULARY,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+_VICUNA_13B = {
+    **_VICUNA_7B,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+_CLIP_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "projection_dim": 768,
+}
+
+# For a CPU: the language model of Qwen2.5-0.5B, and encoders so small that it dominates. (In the 7B models the encoder
+# takes about a third of a prefill's arithmetic with Qwen2.5-VL and a twentieth with LLaVA-1.5.)
+_TEXT_05B = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+}
+# One head and two blocks, within windows and to the whole image: on a CPU, SGLang 0.5.23 computes the whole matrix of
+# attention for windows too, which with more of them would take longer than the language model.
+_QWEN_SMALL_VISION = {
+    "depth": 2,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_heads": 1,
+    "fullatt_block_indexes": [1],
+}
+_CLIP_SMALL = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "projection_dim": 384,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _DummyModel:
+    """One model: its processor, and its configuration for the processor's tokenizer."""
+
+    processor: Callable[[], Any]
+    config: Callable[[Any], Any]
+
+
+def _words(size: int) -> Vocabulary:
+    """Returns a vocabulary in which each word of a prompt is one token, as it is in a real one."""
+    roles = ("system", "You are a helpful assistant.", "user", "assistant", "USER: ", " ASSISTANT:")
+    return Vocabulary("\n".join((*QUESTIONS, *roles)), size)
+
+
+def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
+    return _DummyModel(
+        lambda: qwen_processor(_words(text["vocab_size"]), max_image_tokens=16384),
+        lambda tokenizer: qwen_config(tokenizer, text, vision),
+    )
+
+
+def _llava(text: dict[str, Any], clip: dict[str, Any], image_px: int = 336) -> _DummyModel:
+    return _DummyModel(
+        # As the published processor: the middle of an image, not a padded square.
+        lambda: llava_processor(False, _words(text["vocab_size"]), image_px=image_px),
+        lambda tokenizer: llava_config(tokenizer, text, clip, image_px=image_px),
+    )
+
+
+def _llava_next(text: dict[str, Any]) -> _DummyModel:
+    return _DummyModel(
+        lambda: llava_next_processor(_words(text["vocab_size"])),
+        lambda tokenizer: llava_next_config(tokenizer, text, _CLIP_L),
+    )
+
+
+DUMMY_MODELS: dict[str, _DummyModel] = {
+    "qwen2.5-vl-7b": _qwen(_QWEN_7B, _QWEN_7B_VISION),
+    "llava-1.5-7b": _llava(_VICUNA_7B, _CLIP_L),
+    "llava-1.5-13b": _llava(_VICUNA_13B, _CLIP_L),
+    "llava-next-7b": _llava_next(_VICUNA_7B),
+    "llava-next-13b": _llava_next(_VICUNA_13B),
+    "qwen2.5-vl-0.5b": _qwen({**_TEXT_05B, "vocab_size": 151936, "tie_word_embeddings": True}, _QWEN_SMALL_VISION),
+    # 448 pixels, where the published model has 336: 1024 tokens, where it has 576.
+    "llava-1.5-0.5b": _llava({**_TEXT_05B, "vocab_size": 151936}, _CLIP_SMALL, 448),
+}
+"""By name; sizes of the 7B and 13B models are those of the published checkpoints."""
+
+
+def make_processor(name: str) -> Any:
+    """Returns the processor of one of `DUMMY_MODELS`."""
+    return DUMMY_MODELS[name].processor()
+
+
+def write_dummy_model(name: str, folder: Path) -> Path:
+    """Returns `folder`, which then holds a model without weights, for `DUMMY_ARGUMENTS`.
+
+    Args:
+        name: One of `DUMMY_MODELS`.
+        folder: Where to write; what an earlier call wrote there is written anew.
+
+    Raises:
+        ValueError: An unknown name.
+        FileExistsError: The folder holds weights: it is somebody's checkpoint.
+    """
+    if name not in DUMMY_MODELS:
+        raise ValueError(f"a model without weights is one of {', '.join(DUMMY_MODELS)}, got {name!r}")
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+        raise FileExistsError(f"{folder} holds weights, a model without weights is not written over them")
+    model = DUMMY_MODELS[name]
+    processor = model.processor()
+    config = model.config(processor.tokenizer)
+    config.dtype = _DTYPE
+    config.architectures = [_ARCHITECTURES[config.model_type]]
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+_ARCHITECTURES = {
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+}

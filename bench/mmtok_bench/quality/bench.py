@@ -1,0 +1,229 @@
+"""Runs `mmtok quality`: on the pocket tasks here, on public benchmarks by `public`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mmtok_bench.client import openai_client
+from mmtok_bench.families import Family, family_arguments
+from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
+from mmtok_bench.pocket.questions import KINDS
+from mmtok_bench.pocket.scenes import SCENE_PX
+from mmtok_bench.quality import lmms_eval, public
+from mmtok_bench.quality.plan import METHODS, WITH_AGENT, QualityPlan, answers_beside
+from mmtok_bench.quality.recorded import RECORDED, RECORDED_BUDGET, RECORDED_METHOD, record
+from mmtok_bench.quality.rows import BENCH
+from mmtok_bench.quality.sweep import Sweep
+from mmtok_bench.run import Run, run_command
+from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, fetch, make_server, started
+from mmtok_bench.server_metrics import read_counts
+from mmtok_deploy.methods import MethodName
+
+__all__ = ["quality_server", "run_quality"]
+
+_DEFAULT_FAMILY: Family = "llava-1.5"
+# Qwen2.5-VL has no class token, whose attention VisionZip ranks by; LLaVA-NeXT's tiles have one size.
+_IMPOSSIBLE: Mapping[Family, MethodName] = {"qwen2.5-vl": "visionzip", "llava-next": "downsample"}
+# As long as a server with many requests under way may take: a question that is not answered ends the run.
+_AGENT_TIMEOUT_MS = 60_000
+_SIZES = {"max_total_tokens": 65536, "max_running_requests": 64}
+# Each request chooses method and budget; without a line in the log for each of tens of thousands of requests.
+_SERVED = ("--mmtok-budget=all", "--enable-cache-report", "--log-level-http=warning")
+
+
+def run_quality(arguments: argparse.Namespace) -> int:
+    """Returns the exit code of `mmtok quality`: 0, 1 where it failed, 2 for a wrong argument, 130 after Ctrl-C."""
+    if arguments.concurrency is None:
+        # On a CPU, SGLang's encoder of Qwen2.5-VL computes attention between all patches of all images of a batch.
+        arguments.concurrency = 8 if arguments.family == "qwen2.5-vl" else 32
+    command = partial(run_command, "mmtok quality")
+    if arguments.action == "setup":
+        return command(
+            lambda: lmms_eval.install(arguments.lmms_venv), stopped="the same command installs what is missing."
+        )
+    is_pocket = any(task in ("pocket", *KINDS) for task in arguments.tasks)
+    if is_pocket:
+        kept = "what was finished is kept, and --resume goes on from it."
+        return command(lambda: run_pocket_tasks(arguments), stopped=kept)
+    kept = "the rows of finished budgets are kept, and --resume goes on from them."
+    return command(lambda: public.run_public_tasks(arguments), stopped=kept)
+
+
+def run_pocket_tasks(arguments: argparse.Namespace) -> int:
+    """Returns the exit code of `mmtok quality` on the pocket tasks.
+
+    Raises:
+        ValueError: A plan that cannot be asked, or an earlier run's file that does not fit it.
+        MeasurementError: The server or a request failed; finished settings are kept.
+    """
+    plan = _plan(arguments)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.dry_run:
+        _print_plan(plan, arguments, device)
+        return 0
+    run = Run(BENCH, arguments.results_dir, resume=arguments.resume, json_output=arguments.json)
+    family: Family = arguments.family or _DEFAULT_FAMILY
+    sweep = Sweep(plan, run, _model_name(arguments), device=device, picture_px=PICTURE_PX.get(family, SCENE_PX))
+    for note in sweep.prepare():
+        print(f"mmtok quality: {note}", file=sys.stderr)
+    try:
+        with _served(arguments, plan, device, run) as (url, guided):
+            _check_server(url)
+            with run.steps(plan.num_requests, sweep.num_done):
+                sweep.ask_all(
+                    openai_client(url),
+                    num_at_once=arguments.concurrency,
+                    max_tokens=arguments.max_tokens,
+                    agent_client=None if guided is None else openai_client(guided.url),
+                    # Setting by setting: a server that is started for --resume has not counted what was missed before.
+                    check_agent=lambda: _check_agent(guided),
+                )
+            if guided is not None:
+                run.console.print(_cost_of_agent(guided))
+    except Exception:
+        print(f"What was finished is in {run.path}; --resume goes on from it.", file=sys.stderr)
+        raise
+    rows = sweep.rows()
+    run.show(rows)
+    run.console.print(f"Written: {answers_beside(run.path)}", markup=False, soft_wrap=True)
+    if arguments.record:
+        record(rows, family, RECORDED)
+        run.console.print(f"Written: {RECORDED}", markup=False, soft_wrap=True)
+    return 0
+
+
+def quality_server(
+    model_path: str | Path, family: Family | None, device: torch.device, *arguments: str, log_path: Path | None = None
+) -> SglangServer:
+    """Returns a server, not yet started, whose requests each choose method and budget."""
+    on_cpu = device.type == "cpu"
+    # A model this small gains nothing from a second thread, and the tokenizer's process has the other core.
+    env = {"OMP_NUM_THREADS": "1"} if on_cpu else {}
+    return make_server(model_path, family, *_SERVED, *arguments, on_cpu=on_cpu, env=env, log_path=log_path, **_SIZES)
+
+
+def _plan(arguments: argparse.Namespace) -> QualityPlan:
+    default = QualityPlan()
+    asked = KINDS if arguments.tasks == ["pocket"] else arguments.tasks
+    if not set(asked) <= set(KINDS):
+        raise ValueError(
+            f"expected pocket, or kinds of it, or public tasks: got {', '.join(asked)}; run them one by one"
+        )
+    possible = [name for name in METHODS if name != _IMPOSSIBLE.get(arguments.family)]
+    plan = QualityPlan(
+        methods=tuple(arguments.methods or possible),
+        budgets=tuple(arguments.budgets or default.budgets),
+        seeds=tuple(arguments.seeds),
+        kinds=tuple(kind for kind in KINDS if kind in asked),
+        num_questions=arguments.num_questions or default.num_questions,
+    )
+    if arguments.record and (arguments.url or arguments.model_path):
+        raise ValueError("--record is for the pocket models that this package brings along: drop it")
+    if arguments.record and ((RECORDED_METHOD, RECORDED_BUDGET) not in plan.pairs() or len(plan.seeds) < 2):
+        raise ValueError(
+            f"--record writes {RECORDED_METHOD} at {RECORDED_BUDGET} over several seeds: have them among --methods, "
+            "--budgets and --seeds, or drop it"
+        )
+    if arguments.url and WITH_AGENT in plan.methods:
+        raise ValueError(f"{WITH_AGENT} needs two servers, which are started without --url: drop one of the two")
+    return plan
+
+
+def _model_name(arguments: argparse.Namespace) -> str:
+    """Returns what rows call the model."""
+    if arguments.url:
+        return str(_server_info(arguments.url).get("model_path", arguments.url))
+    return arguments.model_path or f"pocket {arguments.family or _DEFAULT_FAMILY}"
+
+
+def _check_server(url: str) -> None:
+    if _server_info(url).get("mmtok_budget") is None:
+        raise ServerError(f"the server at {url} does not prune: start it with --mmtok-budget all")
+
+
+def _server_info(url: str) -> dict[str, object]:
+    try:
+        info: dict[str, object] = json.loads(fetch(f"{url.rstrip('/')}/server_info"))
+    except ValueError as error:
+        raise ServerError(f"{url} does not say what it is ({error}): expected an SGLang server there") from error
+    return info
+
+
+def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, Family | None]:
+    """Returns the checkpoint that is to be served, and its family."""
+    if arguments.model_path is not None:
+        return arguments.model_path, arguments.family
+    family: Family = arguments.family or _DEFAULT_FAMILY
+    return pocket_checkpoint(family), family
+
+
+def _print_plan(plan: QualityPlan, arguments: argparse.Namespace, device: torch.device) -> None:
+    if arguments.url:
+        print(f"a running server at {arguments.url}")
+    else:
+        model_path, family = _chosen(arguments)
+        small = cpu_arguments(**_SIZES) if device.type == "cpu" else []
+        given = [*small, *_SERVED, *family_arguments(family), *arguments.server_arg]
+        command = ["python", "-m", "sglang.launch_server", f"--model-path={model_path}", *given]
+        print(shlex.join(command))
+        if WITH_AGENT in plan.methods:
+            print(shlex.join([*command, *_agent_arguments("http://127.0.0.1:PORT_OF_THE_FIRST/v1")]))
+    for method, budget in plan.pairs():
+        print(f"{method} at {budget}: {', '.join(plan.kinds)}, {plan.num_questions} each, seeds {plan.seeds}")
+    print(f"{plan.num_requests} requests, {arguments.concurrency} at a time")
+
+
+@contextlib.contextmanager
+def _served(
+    arguments: argparse.Namespace, plan: QualityPlan, device: torch.device, run: Run
+) -> Iterator[tuple[str, SglangServer | None]]:
+    """Gives the address of the running server, or of one that is started for the block; and the one with an agent.
+
+    The agent is the first server, which prunes nothing unless it is asked to: the model is its own agent.
+    """
+    if arguments.url:
+        yield arguments.url, None
+        return
+    make = partial(quality_server, *_chosen(arguments), device, *arguments.server_arg)
+    servers = [make(log_path=run.path.with_suffix(".log"))]
+    if WITH_AGENT in plan.methods:
+        with_agent = _agent_arguments(f"{servers[0].url}/v1")
+        servers.append(make(*with_agent, log_path=run.path.with_suffix(".agent.log")))
+    with started(*servers):
+        with run.console.status("starting the server" if len(servers) == 1 else "starting two servers"):
+            for server in servers:
+                server.wait_until_ready()
+        yield servers[0].url, servers[1] if len(servers) > 1 else None
+
+
+def _agent_arguments(url: str) -> list[str]:
+    return [f"--mmtok-agent-url={url}", f"--mmtok-agent-timeout-ms={_AGENT_TIMEOUT_MS}", "--enable-metrics"]
+
+
+def _check_agent(server: SglangServer | None) -> None:
+    """Returns if the agent answered every question so far.
+
+    Raises:
+        ServerError: It did not, so that the scores would not be those of an agent.
+    """
+    counts = read_counts(server) if server is not None else {}
+    num_missed = sum(counts.get(f"mmtok:agent_{name}_total", 0) for name in ("timeouts", "errors", "skips"))
+    if num_missed:
+        num_asked = counts.get("mmtok:agent_milliseconds_count", 0)
+        raise ServerError(f"{num_missed:.0f} of {num_asked:.0f} questions had no answer of the agent: see its log")
+
+
+def _cost_of_agent(server: SglangServer) -> str:
+    counts = read_counts(server)
+    num_asked = counts.get("mmtok:agent_milliseconds_count", 0)
+    mean_ms = counts.get("mmtok:agent_milliseconds_sum", 0) / max(1, num_asked)
+    return f"The agent was asked {num_asked:.0f} times; a request waited {mean_ms:.1f} ms for it, on average."

@@ -1,0 +1,104 @@
+"""Result rows as a DataFrame, with where they come from: their file, run and machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mmtok_bench.results import ResultRow, UnfinishedRowWarning, read_rows
+
+__all__ = ["frame_of", "is_cpu", "names_in", "newest", "read_results", "records"]
+
+
+def frame_of(rows: Iterable[ResultRow], file: str = "") -> pd.DataFrame:
+    """Returns a line a row, in which each key of a case and each metric is a column, NaN where a row has none.
+
+    Further columns: `bench`, `backend`, `device`, `num_threads`, `versions`, `commit`, `time` and `num_runs` of the
+    row; `case` and `metrics`, its own dictionaries; `file`; `machine`, the device and for a CPU its threads, since a
+    GPU's rows are its own however many threads fed it; `run`, since rows of one file, machine and commit may be held
+    against one another; `case_id`: benchmark, case and backend.
+    """
+    lines = []
+    for row in rows:
+        threads = f", {row.num_threads} thread{'s' if row.num_threads > 1 else ''}"
+        machine = row.device + (threads if is_cpu(row.device) else "")
+        lines.append(
+            {
+                **row.case,
+                **row.metrics,
+                **{name: getattr(row, name) for name in ("bench", "backend", "device", "num_threads", "versions")},
+                **{name: getattr(row, name) for name in ("commit", "time", "num_runs", "case", "metrics")},
+                **{"file": file, "machine": machine, "run": f"{file}\n{machine}\n{row.commit}"},
+                "case_id": json.dumps([row.bench, sorted(row.case.items()), row.backend]),
+            }
+        )
+    return pd.DataFrame(lines, dtype=object)
+
+
+def is_cpu(machine: str) -> bool:
+    """Returns whether this is a CPU: the name of one ends in its cores, and maybe threads."""
+    return re.search(r", \d+ cores(, \d+ threads?)?$", machine) is not None
+
+
+def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Returns each line as a dictionary."""
+    lines: list[dict[str, Any]] = rows.to_dict("records")
+    return lines
+
+
+def names_in(rows: pd.DataFrame, column: str) -> list[str]:
+    """Returns the keys of a column's dictionaries, "case" or "metrics", in the order in which they come."""
+    return list(dict.fromkeys(name for values in rows[column] for name in values))
+
+
+def newest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns the last measurement of each case on each machine, in the order in which the cases came first."""
+    keys = ["machine", "case_id"]
+    last = rows.sort_values("time", kind="stable").drop_duplicates(keys, keep="last")
+    return rows.drop_duplicates(keys)[keys].merge(last, on=keys, how="left")
+
+
+def read_results(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
+    """Returns the rows of files, and of the .jsonl files below folders; and a sentence on each line that was cut off.
+
+    What a run left in a folder of its own, `x/` beside `x.jsonl`, is another program's output: only its rows are read.
+
+    Raises:
+        ValueError: A file that is missing or holds something else, or not one row in all of them.
+    """
+    frames = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnfinishedRowWarning)
+        for path in _files(paths):
+            frames.append(frame_of(read_rows(path), str(path)))
+    if all(frame.empty for frame in frames):
+        raise ValueError(f"there is no row in {', '.join(map(str, paths))}: the measuring was ended before its first")
+    notes = [str(each.message) for each in caught if each.category is UnfinishedRowWarning]
+    return pd.concat([frame for frame in frames if not frame.empty], ignore_index=True), notes
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    files: dict[Path, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; expected a file of result rows, or a folder of them")
+        found = _rows_below(path) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"there is no .jsonl file in {path}")
+        # A file named twice counts once.
+        files.update({each.resolve(): each for each in found})
+    return list(files.values())
+
+
+def _rows_below(folder: Path) -> list[Path]:
+    def is_of_a_run(path: Path) -> bool:
+        between = path.parents[: len(path.relative_to(folder).parts) - 1]
+        return any(each.with_name(f"{each.name}.jsonl").is_file() for each in between)
+
+    return [path for path in sorted(folder.rglob("*.jsonl")) if not is_of_a_run(path)]

@@ -1,0 +1,152 @@
+"""One run of a benchmark: its rows, its progress, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mmtok_bench.client import MeasurementError
+from mmtok_bench.process_tree import sigterm_raises_exit
+from mmtok_bench.results import CaseValue, ResultRow, append_row, drop_unfinished_line, new_result_file, read_rows
+
+__all__ = ["INTERRUPTED", "Run", "progress_bar", "quiet_transformers", "run_command"]
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
+# Steps are uneven: the time that is left is guessed from the last two minutes.
+_SPEED_PERIOD_S = 120.0
+
+
+class Run:
+    """The rows of one run, which are written as they come, its progress bar and its output.
+
+    Args:
+        bench: What the rows are of.
+        folder: Where a new file of rows goes; older files are never touched.
+        resume: An earlier run's file, which is gone on with; its rows are not measured again.
+        json_output: Print rows as JSON lines, and all else to stderr.
+
+    Raises:
+        ValueError: A file to go on with that is not there, or holds something else than rows.
+    """
+
+    def __init__(self, bench: str, folder: Path, *, resume: Path | None = None, json_output: bool = False) -> None:
+        if resume is not None and not resume.is_file():
+            raise ValueError(f"--resume names an earlier run's file of rows, and {resume} is none")
+        self.console = Console(highlight=False, stderr=json_output)
+        self.path = resume or new_result_file(folder, bench)
+        if resume is not None and drop_unfinished_line(resume):
+            print(f"the last line of {resume} was cut off and is dropped", file=sys.stderr)
+        self.rows = read_rows(self.path)
+        self.failures: list[str] = []
+        self._json_output = json_output
+        self._progress: Progress | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's logs and other programs' output go, beside its rows."""
+        return self.path.with_suffix("")
+
+    def has(self, **case: CaseValue) -> bool:
+        """Returns whether there is a row of a case with these values."""
+        return any(case.items() <= row.case.items() for row in self.rows)
+
+    def add(self, row: ResultRow) -> None:
+        """Writes a row, at once: what was measured survives what comes after."""
+        append_row(self.path, row)
+        self.rows.append(row)
+
+    def fail(self, failure: str) -> None:
+        """Reports what could not be measured, which makes the exit code 1."""
+        self.failures.append(failure)
+        self.console.print(failure, style="red", markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def steps(self, total: int | None, done: int = 0) -> Iterator[None]:
+        """Shows a progress bar of so many steps while the block runs."""
+        with progress_bar(self.console) as self._progress:
+            self._progress.add_task("", total=total, completed=done)
+            yield
+        self._progress = None
+
+    def step(self, text: str, *, always: bool = False) -> None:
+        """Says what is done now, in the progress bar; in a line of its own where there is none, or `always`."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=text)
+        if always or not self.console.is_terminal:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def advance(self, num_steps: int = 1) -> None:
+        """Counts steps as done."""
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0], num_steps)
+
+    def show(self, rows: Sequence[ResultRow] | None = None) -> None:
+        """Prints rows, all of them unless given: as JSON, or the report's tables and sentences; and their file."""
+        shown = self.rows if rows is None else rows
+        if self._json_output:
+            for row in shown:
+                print(json.dumps(asdict(row)))
+        else:
+            from mmtok_bench.report.document import print_rows
+
+            print_rows(shown, self.console)
+        self.console.print(f"Written: {self.path}", markup=False, soft_wrap=True)
+
+
+def run_command(command: str, work: Callable[[], int], *, stopped: str = "the servers have ended.") -> int:
+    """Returns the exit code of a benchmark: that of `work`, or of the exception that ended it.
+
+    1 where a server, a request or another program failed, 2 for wrong arguments (ValueError), 130 after Ctrl-C.
+    SIGTERM ends the servers too.
+
+    Args:
+        command: What its messages begin with.
+        work: Runs it.
+        stopped: What is said after Ctrl-C.
+    """
+    try:
+        with sigterm_raises_exit():
+            return work()
+    except ValueError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    except (MeasurementError, OSError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"Stopped; {stopped}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def progress_bar(console: Console, *more_columns: str) -> Progress:
+    """Returns a progress display with the steps done, the time taken and the time left; it is gone when it ends.
+
+    Args:
+        console: Where it is shown, if that is a terminal.
+        *more_columns: Formats of further columns, such as "{task.fields[loss]}".
+    """
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
+        *(TextColumn(column, markup=False) for column in more_columns),
+        console=console,
+        transient=True,
+        speed_estimate_period=_SPEED_PERIOD_S,
+    )
+
+
+def quiet_transformers() -> None:
+    """Leaves out what Transformers prints about checkpoints of a few megabytes."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

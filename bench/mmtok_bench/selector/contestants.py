@@ -1,0 +1,153 @@
+"""What is timed: the published loop, the backends, and the exported graphs."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.backends import BackendName, get_backend, reference
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.coverage import coverage_matrix
+from mmtok_deploy.executors import Executor, make_executor
+from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
+from mmtok_deploy.problem import SelectionProblem
+
+__all__ = ["BASELINES", "Contestant", "contestants", "first_wrong_pick"]
+
+Contestant = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Tensor]]
+"""Selects for a batch; returns the picks of each problem alone."""
+
+_EXPORTED_FORMS = {"onnx-lazy": "lazy", "onnx-loop": "loop", "onnx-unrolled": "unrolled"}
+_NOT_FOR_SPEED = ("reference", "blocked")
+
+
+def contestants(names: Sequence[str], device: torch.device) -> dict[str, Contestant]:
+    """Returns what is timed, by name; for no names, the published loop and the fast backends there.
+
+    Raises:
+        ValueError: A name that is unknown, or does not run on the device.
+    """
+    backends = [name for name in get_args(BackendName) if name != "auto"]
+    known = (*BASELINES, *backends, *_EXPORTED_FORMS)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"a backend to time is one of {', '.join(known)}, got {unknown[0]!r}")
+    if not names:
+        fast = [name for name in backends if name not in _NOT_FOR_SPEED and _runs_on(name, device)]
+        names = [*BASELINES, *fast]
+    return {name: _contestant(name, device) for name in names}
+
+
+def first_wrong_pick(select: Contestant, problems: Sequence[SelectionProblem], config: SelectionConfig) -> str | None:
+    """Returns what is wrong with the picks, None if they are greedy up to what float32 rounds."""
+    for problem, order in zip(problems, select(problems, config), strict=True):
+        if torch.equal(order, reference.select([problem], config)[0].order):
+            continue  # a replay in double precision takes seconds for thousands of tokens
+        try:
+            replay_greedy(problem, config, order.tolist())
+        except WrongPickError as error:
+            return str(error)
+    return None
+
+
+def _contestant(name: str, device: torch.device) -> Contestant:
+    if name in BASELINES:
+        return BASELINES[name]
+    if name in _EXPORTED_FORMS:
+        return _exported_graph(_EXPORTED_FORMS[name], device)
+    backend = get_backend(next(each for each in get_args(BackendName) if each == name), device)
+    return lambda problems, config: [selection.order for selection in backend(problems, config)]
+
+
+def _runs_on(name: str, device: torch.device) -> bool:
+    try:
+        _contestant(name, device)
+    except ValueError:
+        return False
+    return True
+
+
+def _dense_loop(matrix: Tensor, num_picks: int) -> Tensor:
+    """Returns the picks [K] from C [M + N, N]: every pick computes the gain of every token.
+
+    Source: MMTok, arXiv 2508.18264, Algorithm 2, in the operations that its authors use.
+    """
+    covered = torch.zeros(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    picked = torch.zeros(matrix.shape[1], dtype=torch.bool, device=matrix.device)
+    order = torch.zeros(num_picks, dtype=torch.int64, device=matrix.device)
+    for pick in range(num_picks):
+        gains = (matrix - covered.unsqueeze(1)).clamp(min=0).sum(dim=0)
+        best = gains.masked_fill(picked, -float("inf")).argmax()
+        order[pick] = best
+        picked[best] = True
+        covered = torch.maximum(covered, matrix[:, best])
+    return order
+
+
+def _baseline(loop: Callable[[Tensor, int], Tensor]) -> Contestant:
+    @torch.no_grad()
+    def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Tensor]:
+        return [
+            loop(coverage_matrix(problem.vision, problem.keys, problem.text, config), problem.num_picks)
+            for problem in problems
+        ]
+
+    return select
+
+
+def _scripted() -> Callable[[Tensor, int], Tensor]:
+    with warnings.catch_warnings():
+        # TorchScript is what the authors compile with; PyTorch advises against it by now.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted: Callable[[Tensor, int], Tensor] = torch.jit.script(_dense_loop)
+    return scripted
+
+
+BASELINES: dict[str, Contestant] = {"dense": _baseline(_dense_loop), "torchscript": _baseline(_scripted())}
+"""The loop as PyTorch operations, and compiled by TorchScript as the authors do; no token may be excluded."""
+
+
+def _exported_graph(form: str, device: torch.device) -> Contestant:
+    """Returns a selection by graphs of this form, each exported in its first call on problems of its sizes."""
+    executors: dict[tuple[int, ...], Executor] = {}
+
+    def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Tensor]:
+        first = problems[0]
+        key = (len(problems), len(first.vision), len(first.text), first.num_picks)
+        if key not in executors:
+            executors[key] = _export(form, problems, config, device)
+        return [selection.order for selection in executors[key].select(problems)]
+
+    return select
+
+
+def _export(form: str, problems: Sequence[SelectionProblem], config: SelectionConfig, device: torch.device) -> Executor:
+    # Only an exported graph needs ONNX.
+    from mmtok_deploy.dim_range import DimRange
+    from mmtok_export.artifact import export_model
+    from mmtok_export.selection_graph import FORMS, SelectionSpec, build_selection
+
+    first = problems[0]
+    spec = SelectionSpec(
+        budget=first.num_picks,
+        num_tokens=DimRange.fixed(len(first.vision)),
+        num_words=DimRange.fixed(len(first.text)),
+        batch=DimRange(1, len(problems), len(problems)),
+        vision_width=first.vision.shape[1],
+        keys_width=first.keys.shape[1],
+        dtype="float32",
+        keys_dtype="float32",
+        config=config,
+        form=next(each for each in FORMS if each == form),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "selection.onnx"
+        export_model(build_selection(spec), path, "selection", spec)
+        return make_executor("auto", device, config, path)

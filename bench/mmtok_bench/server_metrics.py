@@ -1,0 +1,102 @@
+"""What a server counted while it was measured: times by stage from its metrics, and the most memory it held."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from mmtok_bench.process_tree import process_tree
+from mmtok_bench.server import SglangServer, fetch
+
+__all__ = ["PeakMemory", "parse_counts", "read_counts", "stage_metrics"]
+
+_SAMPLE_INTERVAL_S = 1.0
+_STAGES = {
+    "vision_encoder_ms": "mmtok:vision_encoder_milliseconds_sum",
+    "selection_ms": "mmtok:selection_milliseconds_sum",
+    "language_prefill_ms": "mmtok:language_prefill_milliseconds_sum",
+}
+_FALLBACKS = "mmtok:selection_fallbacks_total"
+
+
+def read_counts(server: SglangServer) -> dict[str, float]:
+    """Returns the plugin's counters and sums of a server with `--enable-metrics`; none without the plugin's flags.
+
+    Raises:
+        ServerError: The server does not answer.
+    """
+    return parse_counts(fetch(f"{server.url}/metrics"))
+
+
+def parse_counts(text: str) -> dict[str, float]:
+    """Returns the plugin's counters and sums in Prometheus's text format, added up over labels."""
+    counts: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("mmtok:") and not sample.name.endswith("_bucket"):
+                counts[sample.name] = counts.get(sample.name, 0.0) + float(sample.value)
+    return counts
+
+
+def stage_metrics(before: Mapping[str, float], after: Mapping[str, float], num_requests: int) -> dict[str, float]:
+    """Returns milliseconds a request by stage, and images that kept evenly spaced tokens; absent what is not counted.
+
+    Args:
+        before: `read_counts` before the requests.
+        after: And after them.
+        num_requests: Requests in between.
+    """
+    counted = {name: after[name] - before.get(name, 0.0) for name in after}
+    metrics = {name: counted[count] / num_requests for name, count in _STAGES.items() if count in counted}
+    return metrics | ({"num_fallbacks": counted[_FALLBACKS]} if _FALLBACKS in counted else {})
+
+
+class PeakMemory:
+    """The most memory in use while a `with` block runs, looked at once a second.
+
+    On a CPU: the resident memory of the server's processes, added up (pages that they share count several times). On
+    CUDA: what is in use of the first device, by whomever.
+
+    Args:
+        server_pid: The server's first process.
+        on_cpu: Which of both.
+    """
+
+    def __init__(self, server_pid: int, *, on_cpu: bool) -> None:
+        self.peak_bytes = 0
+        # Found once: looking through all processes every second would take time from the server on two cores.
+        self._processes = process_tree(server_pid) if on_cpu else None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, self._used_bytes())
+            if self._stopped.wait(_SAMPLE_INTERVAL_S):
+                return
+
+    def _used_bytes(self) -> int:
+        if self._processes is None:
+            return int(torch.cuda.device_memory_used())
+        total = 0
+        for process in self._processes:
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        return total
