@@ -7,13 +7,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import psutil  # type: ignore[import-untyped]
 
-__all__ = ["end_process_tree", "process_tree", "sigterm_raises_exit"]
+__all__ = ["end_process_tree", "process_tree", "sigterm_raises_exit", "sum_resident_bytes"]
 
 _POLL_INTERVAL_S = 0.05
 
@@ -72,6 +72,15 @@ def sigterm_raises_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def sum_resident_bytes(processes: Iterable[psutil.Process]) -> int:
+    """Returns the resident memory of processes together; pages that they share count several times."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += int(process.memory_info().rss)
+    return total
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -6,11 +6,10 @@ import threading
 from collections.abc import Mapping
 from types import TracebackType
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from mmtok_bench.process_tree import process_tree
+from mmtok_bench.process_tree import process_tree, sum_resident_bytes
 from mmtok_bench.server import SglangServer, fetch
 
 __all__ = ["PeakMemory", "parse_counts", "read_counts", "stage_metrics"]
@@ -93,10 +92,4 @@ class PeakMemory:
     def _used_bytes(self) -> int:
         if self._processes is None:
             return int(torch.cuda.device_memory_used())
-        total = 0
-        for process in self._processes:
-            try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        return total
+        return sum_resident_bytes(self._processes)

@@ -20,7 +20,7 @@ from mmtok_bench.soak.fixed_chats import (
     largest_difference,
     small_image,
 )
-from mmtok_bench.soak.trial import Trial, make_server, resident_bytes, send
+from mmtok_bench.soak.trial import Served, Trial, make_soak_server, resident_bytes, send
 
 __all__ = ["MODES", "TIMEOUT_MS", "Agent", "abuse_the_agent", "agent_itself"]
 
@@ -207,7 +207,7 @@ def _awake(trial: Trial, server: SglangServer, agent: Agent) -> bool:
 
 def agent_itself(trial: Trial, *flags: str) -> None:
     """Starts a server that is its own agent: it does not start, or its requests are answered in time."""
-    server = make_server(trial.family, trial.folder, *flags, f"--mmtok-agent-timeout-ms={TIMEOUT_MS}")
+    server = make_soak_server(Served(trial.family, trial.folder, (*flags, f"--mmtok-agent-timeout-ms={TIMEOUT_MS}")))
     server.args = (*server.args, f"--mmtok-agent-url={server.url}/v1")
     trial.count("starts_as_its_own_agent")
     try:

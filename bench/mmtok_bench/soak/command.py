@@ -1,133 +1,85 @@
-"""mmtok soak."""
+"""Runs `mmtok soak`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from mmtok_bench.families import Family
+from mmtok_bench.results import make_row
+from mmtok_bench.run import Run, quiet_transformers, run_command
+from mmtok_bench.server import ServerError, ServerPool
+from mmtok_bench.soak import faults
+from mmtok_bench.soak.faults import Row
+from mmtok_bench.soak.table import write_table
+from mmtok_bench.soak.trial import Served, Trial, make_soak_server
 
-if TYPE_CHECKING:
-    from rich.console import Console
+__all__ = ["run_soak"]
 
-    from mmtok_bench.results import ResultRow
-    from mmtok_bench.soak.faults import Row
-    from mmtok_bench.soak.trial import ServerPool, Trial
-
-__all__ = ["BENCH", "run_soak"]
-
-BENCH = "soak"
-_INTERRUPTED = 130
+_BENCH = "soak"
 _MIN_ROW_S = 20.0
 _MAX_WORDS = 600
 
 
 def run_soak(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok soak`: 0 if all holds, 1 if something does not, 2 usage, 130 after Ctrl-C."""
-    from mmtok_bench.soak.faults import ROWS
-    from mmtok_bench.soak.table import write_table
+    return run_command("mmtok soak", lambda: _run(arguments))
 
-    try:
-        if arguments.write_table:
-            write_table(arguments.write_table, arguments.page)
-            print(f"Written: {arguments.page}")
-            return 0
-        unknown = [name for name in arguments.rows or () if name not in ROWS]
-        if unknown:
-            raise ValueError(f"--rows takes some of {','.join(ROWS)}, got {','.join(unknown)}")
-    except (ValueError, OSError) as error:
-        print(f"mmtok soak: {error}", file=sys.stderr)
-        return 2
-    rows = [ROWS[name] for name in arguments.rows or ROWS]
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.write_table:
+        missing = [path for path in arguments.write_table if not path.is_file()]
+        if missing:
+            raise ValueError(f"--write-table takes files of rows, and {missing[0]} is none")
+        write_table(arguments.write_table, arguments.page)
+        print(f"Written: {arguments.page}")
+        return 0
+    unknown = [name for name in arguments.rows or () if name not in faults.ROWS]
+    if unknown:
+        raise ValueError(f"--rows takes some of {','.join(faults.ROWS)}, got {','.join(unknown)}")
+    rows = [faults.ROWS[name] for name in arguments.rows or faults.ROWS]
     if arguments.list:
         for row in rows:
             print(f"{row.name:<10} {row.fault}")
         return 0
-    return _run(arguments, rows)
-
-
-def _run(arguments: argparse.Namespace, rows: list[Row]) -> int:
-    import transformers
-    from rich.console import Console
-
-    from mmtok_bench.process_tree import sigterm_raises_exit
-    from mmtok_bench.results import new_result_file
-    from mmtok_bench.soak.trial import ServerPool
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    console = Console(highlight=False, stderr=arguments.json)
-    path = new_result_file(arguments.results_dir, BENCH)
-    results: list[ResultRow] = []
-    num_failures = 0
+    quiet_transformers()
+    run = Run(_BENCH, arguments.results_dir, json_output=arguments.json)
     total_weight = sum(row.minutes * _num_families(arguments, row) for row in rows)
-    pool = ServerPool()
-    interrupted = False
     try:
-        with sigterm_raises_exit():
+        with ServerPool(make_soak_server, restarts=True) as pool:
             for family in arguments.families:
                 for row in rows:
-                    if row.is_of_one_family and family != arguments.families[0]:
-                        continue
-                    limit_s = max(_MIN_ROW_S, 60 * arguments.minutes * row.minutes / total_weight)
-                    result, failed = _run_row(arguments, row, family, limit_s, pool, console, path)
-                    results.append(result)
-                    num_failures += failed
-    except KeyboardInterrupt:
-        interrupted = True
+                    if not (row.is_of_one_family and family != arguments.families[0]):
+                        limit_s = max(_MIN_ROW_S, 60 * arguments.minutes * row.minutes / total_weight)
+                        _run_row(arguments, row, family, limit_s, pool, run)
     finally:
-        pool.close()
-    if arguments.json:
-        print("\n".join(json.dumps(asdict(each)) for each in results))
-    console.print(f"Written: {path}", markup=False, soft_wrap=True)
-    if interrupted:
-        console.print("Stopped; the servers have ended.")
-        return _INTERRUPTED
-    return 1 if num_failures else 0
+        # What did not hold was said row by row: a table of counts says less.
+        run.show(rows=run.rows if arguments.json else [])
+    return 1 if run.failures else 0
 
 
 def _run_row(
-    arguments: argparse.Namespace,
-    row: Row,
-    family: Family,
-    limit_s: float,
-    pool: ServerPool,
-    console: Console,
-    path: Path,
-) -> tuple[ResultRow, int]:
-    """Returns what was written of one row and family, and how many things did not hold."""
-    import torch
+    arguments: argparse.Namespace, row: Row, family: Family, limit_s: float, pool: ServerPool[Served], run: Run
+) -> None:
+    def step(text: str) -> None:
+        run.step(f"{family} {row.name}: {text}", always=text.startswith("FAILED"))
 
-    from mmtok_bench.results import append_row, make_row
-    from mmtok_bench.run import progress_bar
-    from mmtok_bench.server import ServerError
-    from mmtok_bench.soak.trial import Trial
-
-    with progress_bar(console) as progress:
-        bar = progress.add_task(f"{family} {row.name}", total=None)
-
-        def step(text: str) -> None:
-            progress.update(bar, description=f"{family} {row.name}: {text[:120]}")
-            if text.startswith("FAILED") or not console.is_terminal:
-                progress.console.print(f"{family} {row.name}: {text}", markup=False, soft_wrap=True)
-
-        trial = Trial(
-            family,
-            path.with_suffix(""),
-            minutes=arguments.minutes,
-            num_families=_num_families(arguments, row),
-            seed=arguments.seed,
-            on_step=step,
-            pool=pool,
-        )
-        trial.limit(limit_s)
-        start_s = time.monotonic()
+    trial = Trial(
+        family,
+        run.folder,
+        minutes=arguments.minutes,
+        num_families=_num_families(arguments, row),
+        seed=arguments.seed,
+        on_step=step,
+        pool=pool,
+    )
+    trial.limit(limit_s)
+    start_s = time.monotonic()
+    with run.steps(None):
         try:
             row.run(trial)
         except ServerError as error:
@@ -136,20 +88,24 @@ def _run_row(
             trial.fail("the row broke off", f"{type(error).__name__}: {error}"[:1000])
     if not trial.failures and not set(trial.counts) - {"fixed_chats"}:
         trial.fail("nothing was run", f"within {trial.minutes:g} minutes: give the run more")
-    result = make_row(
-        BENCH,
-        {"row": row.name, "family": family, "seed": arguments.seed, "minutes": arguments.minutes, "lost": _lost(trial)},
-        "sglang",
-        _metrics(trial, time.monotonic() - start_s),
-        num_runs=max(1, sum(trial.counts.values())),
-        device=torch.device("cpu"),
+    lost = _lost(trial)
+    run.add(
+        make_row(
+            _BENCH,
+            {"row": row.name, "family": family, "seed": arguments.seed, "minutes": arguments.minutes, "lost": lost},
+            "sglang",
+            _metrics(trial, time.monotonic() - start_s),
+            num_runs=max(1, sum(trial.counts.values())),
+            device=torch.device("cpu"),
+        )
     )
-    append_row(path, result)
-    _write_failures(trial, path.with_suffix("") / "failures.txt", row)
-    verdict = "holds" if not trial.failures else f"{len(trial.failures)} FAILURES: {result.case['lost']}"
+    _write_failures(trial, run.folder / "failures.txt", row)
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in trial.counts.items())
-    console.print(f"{family} {row.name}, seed {arguments.seed}: {verdict} ({counts})", markup=False, soft_wrap=True)
-    return result, len(trial.failures)
+    what = f"{family} {row.name}, seed {arguments.seed}"
+    if trial.failures:
+        run.fail(f"{what}: {len(trial.failures)} FAILURES: {lost} ({counts})")
+    else:
+        run.console.print(f"{what}: holds ({counts})", markup=False, soft_wrap=True)
 
 
 def _num_families(arguments: argparse.Namespace, row: Row) -> int:

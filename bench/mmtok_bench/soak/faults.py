@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmtok_bench.process_tree import end_process_tree
+from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.agent import TIMEOUT_MS, Agent, abuse_the_agent, agent_itself
 from mmtok_bench.soak.event_loop import block_the_event_loop
 from mmtok_bench.soak.fuzz import fuzz, judge_failed
@@ -61,42 +62,21 @@ def _fuzz(trial: Trial) -> None:
             judge_failed(trial, plain, failed)
 
 
-def _images(trial: Trial) -> None:
-    with trial.served(*_SERVED) as server:
-        send_odd_images(trial, server, trial.scaled(400, at_least=20))
+def _on_a_server(
+    fault: Callable[[Trial, SglangServer, int], None], full: int, at_least: int = 1
+) -> Callable[[Trial], None]:
+    """Returns what runs a fault on a server with a budget, so many times in a run of 30 minutes."""
 
+    def run(trial: Trial) -> None:
+        with trial.served(*_SERVED) as server:
+            fault(trial, server, trial.scaled(full, at_least=at_least))
 
-def _event_loop(trial: Trial) -> None:
-    with trial.served(*_SERVED) as server:
-        block_the_event_loop(trial, server, trial.scaled(6))
-
-
-def _weights(trial: Trial) -> None:
-    with trial.served(*_SERVED) as server:
-        update_weights(trial, server, trial.scaled(50, at_least=4))
+    return run
 
 
 def _storm(trial: Trial) -> None:
     with trial.served(*STORM_FLAGS, **STORM_ENVIRONMENT) as server:
         storm(trial, server, trial.scaled(8000, at_least=300))
-
-
-def _leak(trial: Trial) -> None:
-    with trial.served(*_SERVED) as server:
-        leak(trial, server, trial.scaled(4000, at_least=200))
-
-
-def _out_of_memory(trial: Trial) -> None:
-    # Every point at 30 minutes: no hook makes as many as its part of this.
-    out_of_memory(trial, trial.scaled(4000, at_least=30), *_SERVED)
-
-
-def _values(trial: Trial) -> None:
-    features_that_are_not_numbers(trial, trial.scaled(54, at_least=9), *_SERVED)
-
-
-def _hooks(trial: Trial) -> None:
-    hooks_that_raise(trial, *_SERVED)
 
 
 def _agent(trial: Trial) -> None:
@@ -105,10 +85,6 @@ def _agent(trial: Trial) -> None:
         with trial.served(*_SERVED, *flags) as server:
             abuse_the_agent(trial, server, agent, trial.scaled(10, at_least=2))
     agent_itself(trial, *_SERVED)
-
-
-def _kill(trial: Trial) -> None:
-    kill_processes(trial, trial.scaled(20), *_SERVED)
 
 
 def _artifacts(trial: Trial) -> None:
@@ -214,7 +190,7 @@ ROWS: dict[str, Row] = {
             "files made by Pillow or by hand, with a budget, `all` and `downsample`",
             "2xx or 4xx within 60 s, and under 2 GB more memory",
             1.5,
-            _images,
+            _on_a_server(send_odd_images, 400, 20),
         ),
         Row(
             "events",
@@ -222,7 +198,7 @@ ROWS: dict[str, Row] = {
             "a local server that takes connections and says nothing; chats with 10 MB of text",
             "`/health` answers within 250 ms",
             1,
-            _event_loop,
+            _on_a_server(block_the_event_loop, 6),
         ),
         Row(
             "weights",
@@ -230,7 +206,7 @@ ROWS: dict[str, Row] = {
             "`/update_weights_from_disk` to another checkpoint and back, with and without `flush_cache`",
             "answers are those of the loaded weights, or the update is refused",
             1,
-            _weights,
+            _on_a_server(update_weights, 50, 4),
         ),
         Row(
             "leak",
@@ -238,7 +214,7 @@ ROWS: dict[str, Row] = {
             "a new guidance each, one after another",
             "resident memory grows by under 1 MB per 1,000; no threads or files are left",
             2,
-            _leak,
+            _on_a_server(leak, 4000, 200),
         ),
         Row(
             "storm",
@@ -254,7 +230,8 @@ ROWS: dict[str, Row] = {
             "a second plugin raises in place of an operation's result",
             "the request is answered, the next identical one is exact",
             2,
-            _out_of_memory,
+            # Every point at 30 minutes: no hook makes as many as its part of this.
+            lambda trial: out_of_memory(trial, trial.scaled(4000, at_least=30), *_SERVED),
         ),
         Row(
             "values",
@@ -262,7 +239,7 @@ ROWS: dict[str, Row] = {
             "a second plugin writes them after the encoder: one, some, all",
             "the request is answered, the next identical one is exact",
             1,
-            _values,
+            lambda trial: features_that_are_not_numbers(trial, trial.scaled(54, at_least=9), *_SERVED),
         ),
         Row(
             "hooks",
@@ -270,7 +247,7 @@ ROWS: dict[str, Row] = {
             "a second plugin raises in its place",
             "the request ends, the server lives",
             0.5,
-            _hooks,
+            lambda trial: hooks_that_raise(trial, *_SERVED),
         ),
         Row(
             "agent",
@@ -287,7 +264,7 @@ ROWS: dict[str, Row] = {
             "a process drawn from a seed",
             "all are gone within 10 s, no orphan runs on",
             4,
-            _kill,
+            lambda trial: kill_processes(trial, trial.scaled(20), *_SERVED),
             True,
         ),
         Row(

@@ -8,9 +8,10 @@ import random
 from collections.abc import Callable
 from typing import Any, get_args
 
+from mmtok_bench.client import in_parallel
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import small_image
-from mmtok_bench.soak.trial import Reply, Trial, in_parallel, send
+from mmtok_bench.soak.trial import Reply, Trial, send
 from mmtok_deploy.methods import MethodName
 
 __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]

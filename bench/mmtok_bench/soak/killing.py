@@ -12,7 +12,7 @@ import psutil  # type: ignore[import-untyped]
 from mmtok_bench.process_tree import process_tree
 from mmtok_bench.server import ServerError, SglangServer
 from mmtok_bench.soak.fixed_chats import chat_body, small_image
-from mmtok_bench.soak.trial import Trial, make_server, send
+from mmtok_bench.soak.trial import Served, Trial, make_soak_server, send
 
 __all__ = ["kill_processes"]
 
@@ -29,7 +29,7 @@ def kill_processes(trial: Trial, num_trials: int, *flags: str) -> None:
         if trial.is_over():
             break
         trial.step(f"SIGKILL {number + 1} of {num_trials}: starting a server")
-        server = make_server(trial.family, trial.folder, *flags)
+        server = make_soak_server(Served(trial.family, trial.folder, flags))
         try:
             with server:
                 trial.not_counted(server.start_s or 0)

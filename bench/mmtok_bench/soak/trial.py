@@ -7,22 +7,20 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil  # type: ignore[import-untyped]
 
-from mmtok_bench.families import Family, family_arguments
-from mmtok_bench.process_tree import process_tree
-from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, cpu_environment
+from mmtok_bench.families import Family
+from mmtok_bench.process_tree import process_tree, sum_resident_bytes
+from mmtok_bench.server import ServerError, ServerPool, SglangServer, make_server
 from mmtok_bench.soak.fixed_chats import TOLERANCE, ask_fixed_chats, largest_difference
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 
-__all__ = ["Failure", "Reply", "ServerPool", "Trial", "in_parallel", "make_server", "resident_bytes", "send"]
+__all__ = ["Failure", "Reply", "Served", "Trial", "make_soak_server", "resident_bytes", "send"]
 
 _FULL_MINUTES = 30.0
 _MAX_SERVER_BYTES = 8 << 30
@@ -72,69 +70,30 @@ def send(
         return Reply(0, f"{type(error).__name__}: {error}", time.monotonic() - start_s)
 
 
-def in_parallel(num_threads: int, work: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Calls `work` with each item, so many at a time; on Ctrl-C those that have not begun are dropped.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What sets a server of the soak apart: its family, and flags and environment besides the usual ones."""
 
-    Those that have begun end with their server, which is stopped soon after: nobody waits for their answers here.
-    """
-    pool = ThreadPoolExecutor(num_threads)
-    try:
-        for done in [pool.submit(work, item) for item in items]:
-            done.result()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+    family: Family
+    folder: Path
+    flags: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
 
 
-def make_server(family: Family, folder: Path, *flags: str, seed: int = 0, **environment: str) -> SglangServer:
-    """Returns a server, not started, of the family's tiny checkpoint with these flags besides the usual ones."""
-    checkpoint = make_tiny_checkpoint(family, folder / "checkpoints" / f"{family}-{seed}", seed=seed)
-    return SglangServer(
+def make_soak_server(key: Served) -> SglangServer:
+    """Returns a server, not started, of the family's tiny checkpoint."""
+    checkpoint = make_tiny_checkpoint(key.family, key.folder / "checkpoints" / f"{key.family}-0")
+    # /health then answers from the event loop at once, in place of a generation that takes a second.
+    usual = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    log = f"{key.family}-{time.strftime('%H%M%S')}-{time.monotonic_ns() % 1000:03d}.log"
+    return make_server(
         checkpoint,
-        *cpu_arguments(),
-        *family_arguments(family),
-        *flags,
-        env=cpu_environment()
-        # /health then answers from the event loop at once, in place of a generation that takes a second.
-        | {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        | environment,
-        log_path=folder / "logs" / f"{family}-{time.strftime('%H%M%S')}-{time.monotonic_ns() % 1000:03d}.log",
+        key.family,
+        *key.flags,
+        env=usual | dict(key.environment),
+        log_path=key.folder / "logs" / log,
         start_timeout_s=_START_TIMEOUT_S,
     )
-
-
-class ServerPool:
-    """One running server at a time; the next row that asks for the same flags is given the same one."""
-
-    def __init__(self, make: Callable[..., SglangServer] = make_server) -> None:
-        self._make = make
-        self._key: object = None
-        self._server: SglangServer | None = None
-
-    def get(
-        self, family: Family, folder: Path, *flags: str, on_start: Callable[[str], None], **environment: str
-    ) -> SglangServer:
-        """Returns a server of these flags that takes requests.
-
-        Raises:
-            ServerError: It does not start.
-        """
-        key = (family, flags, tuple(sorted(environment.items())))
-        if self._server is None or key != self._key or not self._server.is_alive():
-            self.close()
-            on_start("starting a server")
-            server = self._make(family, folder, *flags, **environment)
-            self._server, self._key = server, key
-            server.start()
-        self._server.wait_until_ready()
-        return self._server
-
-    def close(self) -> None:
-        """Ends the server, if there is one."""
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
 
 
 class Trial:
@@ -159,7 +118,7 @@ class Trial:
         num_families: int = 1,
         seed: int = 0,
         on_step: Callable[[str], None] = lambda text: None,
-        pool: ServerPool | None = None,
+        pool: ServerPool[Served] | None = None,
     ) -> None:
         self.family = family
         self.folder = folder
@@ -213,12 +172,13 @@ class Trial:
         if self._pool is None:
             raise RuntimeError("a trial without a pool has no servers of its own: use checked()")
         start_s = time.monotonic()
-        server = self._pool.get(self.family, self.folder, *flags, on_start=self.step, **environment)
+        self.step("waiting for a server")
+        server = self._pool.get(Served(self.family, self.folder, flags, tuple(sorted(environment.items()))))
         self.not_counted(time.monotonic() - start_s)
         with self.checked(server):
             yield server
         if not server.is_alive():
-            self._pool.close()
+            self._pool.stop_all()
 
     @contextlib.contextmanager
     def checked(self, server: SglangServer) -> Iterator[None]:
@@ -280,9 +240,7 @@ class Trial:
 
 def resident_bytes(server: SglangServer) -> int:
     """Returns the resident memory of all of a server's processes."""
-    total = 0
-    with contextlib.suppress(ServerError):
-        for process in process_tree(server.process_id):
-            with contextlib.suppress(psutil.Error):
-                total += int(process.memory_info().rss)
-    return total
+    try:
+        return sum_resident_bytes(process_tree(server.process_id))
+    except ServerError:
+        return 0

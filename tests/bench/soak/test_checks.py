@@ -8,10 +8,11 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from mmtok_bench.server import ServerPool
 from mmtok_bench.soak import killing
 from mmtok_bench.soak.event_loop import block_the_event_loop
 from mmtok_bench.soak.killing import kill_processes
-from mmtok_bench.soak.trial import ServerPool, Trial
+from mmtok_bench.soak.trial import Served, Trial
 from tests.bench.soak.stub_server import StubServer
 
 
@@ -47,7 +48,7 @@ def test_a_server_that_ends_afterwards_is_a_failure(trial: Trial) -> None:
 
 
 def test_a_server_that_ends_meanwhile_is_a_failure_and_the_next_row_gets_another(trial: Trial) -> None:
-    pool = ServerPool(lambda family, folder, *flags, **environment: StubServer(folder, *flags))
+    pool = ServerPool[Served](lambda key: StubServer(key.folder, *key.flags), restarts=True)
     row = Trial("qwen2.5-vl", trial.folder, pool=pool)
     try:
         with row.served() as server:
@@ -63,7 +64,7 @@ def test_a_server_that_ends_meanwhile_is_a_failure_and_the_next_row_gets_another
         with row.served("blocks") as server:
             assert server.process_id != second
     finally:
-        pool.close()
+        pool.stop_all()
     assert not psutil.pid_exists(second)
 
 
@@ -74,11 +75,11 @@ def test_a_server_that_ends_meanwhile_is_a_failure_and_the_next_row_gets_another
 def test_killing(trial: Trial, monkeypatch: pytest.MonkeyPatch, wrongs: list[str], failure: str | None) -> None:
     made: list[StubServer] = []
 
-    def make_server(family: str, folder: Path, *flags: str) -> StubServer:
-        made.append(StubServer(folder, *flags))
+    def make_server(key: Served) -> StubServer:
+        made.append(StubServer(key.folder, *key.flags))
         return made[-1]
 
-    monkeypatch.setattr(killing, "make_server", make_server)
+    monkeypatch.setattr(killing, "make_soak_server", make_server)
     monkeypatch.setattr(killing, "_GONE_WITHIN_S", 1.0)
     kill_processes(trial, 3, *wrongs)
     assert trial.counts["kills"] == 3

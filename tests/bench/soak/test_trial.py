@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmtok_bench.client import in_parallel
 from mmtok_bench.soak.images import odd_images
 from mmtok_bench.soak.storm import _judge_growth
-from mmtok_bench.soak.trial import Trial, in_parallel
+from mmtok_bench.soak.trial import Trial
 
 
 def trial(minutes: float = 30.0, num_families: int = 1) -> Trial:
