@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtok_bench.byte_tokenizer import Vocabulary
-from mmtok_bench.model_configs import llava_config, llava_next_config, qwen_config
+from mmtok_bench.model_parts import (
+    CLIP_VIT_L,
+    Vocabulary,
+    llava_config,
+    llava_next_config,
+    llava_next_processor,
+    llava_processor,
+    qwen_config,
+    qwen_processor,
+)
 from mmtok_bench.serve.presets import QUESTIONS
-from mmtok_bench.tiny_processors import llava_next_processor, llava_processor, qwen_processor
 
 __all__ = ["DUMMY_ARGUMENTS", "DUMMY_MODELS", "make_processor", "write_dummy_model"]
 
@@ -60,14 +67,6 @@ _VICUNA_13B = {
     "num_attention_heads": 40,
     "num_key_value_heads": 40,
 }
-_CLIP_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "projection_dim": 768,
-}
-
 # For a CPU: the language model of Qwen2.5-0.5B, and encoders so small that it dominates. (In the 7B models the encoder
 # takes about a third of a prefill's arithmetic with Qwen2.5-VL and a twentieth with LLaVA-1.5.)
 _TEXT_05B = {
@@ -128,14 +127,14 @@ def _llava(text: dict[str, Any], clip: dict[str, Any], image_px: int = 336) -> _
 def _llava_next(text: dict[str, Any]) -> _DummyModel:
     return _DummyModel(
         lambda: llava_next_processor(_words(text["vocab_size"])),
-        lambda tokenizer: llava_next_config(tokenizer, text, _CLIP_L),
+        lambda tokenizer: llava_next_config(tokenizer, text, CLIP_VIT_L),
     )
 
 
 DUMMY_MODELS: dict[str, _DummyModel] = {
     "qwen2.5-vl-7b": _qwen(_QWEN_7B, _QWEN_7B_VISION),
-    "llava-1.5-7b": _llava(_VICUNA_7B, _CLIP_L),
-    "llava-1.5-13b": _llava(_VICUNA_13B, _CLIP_L),
+    "llava-1.5-7b": _llava(_VICUNA_7B, CLIP_VIT_L),
+    "llava-1.5-13b": _llava(_VICUNA_13B, CLIP_VIT_L),
     "llava-next-7b": _llava_next(_VICUNA_7B),
     "llava-next-13b": _llava_next(_VICUNA_13B),
     "qwen2.5-vl-0.5b": _qwen({**_TEXT_05B, "vocab_size": 151936, "tie_word_embeddings": True}, _QWEN_SMALL_VISION),

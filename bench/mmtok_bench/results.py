@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import torch
 
@@ -206,23 +207,13 @@ def _parse_row(values: object) -> ResultRow:
         raise ValueError(f"it has no {', '.join(missing)}")
     for field, expected in _FIELD_TYPES.items():
         if not isinstance(values[field], expected):
-            raise ValueError(f"its {field} is {values[field]!r}, expected {expected.__name__}")
+            raise ValueError(
+                f"its {field} is {values[field]!r}, expected {'dict' if expected is Mapping else expected.__name__}"
+            )
     return ResultRow(**{field: values[field] for field in _FIELD_TYPES})
 
 
-_FIELD_TYPES: dict[str, type] = {
-    "bench": str,
-    "case": dict,
-    "backend": str,
-    "metrics": dict,
-    "num_runs": int,
-    "device": str,
-    "num_threads": int,
-    "versions": dict,
-    "commit": str,
-    "time": str,
-    "schema": int,
-}
+_FIELD_TYPES: dict[str, type] = {name: get_origin(kind) or kind for name, kind in get_type_hints(ResultRow).items()}
 
 
 def device_name(device: torch.device) -> str:

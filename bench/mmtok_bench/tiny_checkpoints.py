@@ -13,8 +13,15 @@ import torch
 import transformers
 
 from mmtok_bench.families import Family
-from mmtok_bench.model_configs import llava_config, llava_next_config, qwen_config
-from mmtok_bench.tiny_processors import llava_next_processor, llava_processor, qwen_processor
+from mmtok_bench.model_parts import (
+    CLIP_VIT_L,
+    llava_config,
+    llava_next_config,
+    llava_next_processor,
+    llava_processor,
+    qwen_config,
+    qwen_processor,
+)
 
 __all__ = ["make_tiny_checkpoint"]
 
@@ -49,13 +56,6 @@ _TINY_CLIP = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "projection_dim": 64,
-}
-_REAL_CLIP = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "projection_dim": 768,
 }
 
 
@@ -101,7 +101,7 @@ def make_tiny_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         made = Path(scratch) / "checkpoint"
-        model, processor = _build(family, seed, pad_to_square, _REAL_CLIP if real_encoder else _TINY_CLIP)
+        model, processor = _build(family, seed, pad_to_square, CLIP_VIT_L if real_encoder else _TINY_CLIP)
         model.to(torch.bfloat16).save_pretrained(made)
         processor.save_pretrained(made)
         (made / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")

@@ -12,7 +12,7 @@ from tokenizers import Regex, decoders
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from mmtok_bench.model_configs import qwen_config
+from mmtok_bench.model_parts import qwen_config
 from mmtok_bench.pocket import PICTURE_PX
 from mmtok_bench.pocket.scenes import SCENE_PX
 from pocket_training.model import (

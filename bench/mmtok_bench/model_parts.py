@@ -1,0 +1,272 @@
+"""Parts of models without trained weights: tokenizers, the real processors and templates, and configurations."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+__all__ = [
+    "BYTES",
+    "CLIP_VIT_L",
+    "Vocabulary",
+    "llava_config",
+    "llava_next_config",
+    "llava_next_processor",
+    "llava_processor",
+    "qwen_config",
+    "qwen_processor",
+]
+
+Sizes = Mapping[str, Any]
+
+CLIP_VIT_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "projection_dim": 768,
+}
+"""The vision encoder of the published LLaVAs."""
+
+_QWEN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_LLAVA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image_url' in content %}{{ '<image>\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'text' %}{{ content['text'] + ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+_LLAVA_IMAGE_PX = 336
+_LLAVA_PATCH_PX = 14
+_LLAVA_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+_LLAVA_PROCESSOR: dict[str, Any] = {
+    "patch_size": _LLAVA_PATCH_PX,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+    "chat_template": _LLAVA_TEMPLATE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What a tokenizer knows beside the 256 bytes and its special tokens.
+
+    Args:
+        text: Its words (with the space before them, punctuation by itself) are one token each.
+        size: Tokens in all, special ones included: made-up words fill it, so that every token id decodes to text.
+            None for no filling.
+    """
+
+    text: str = ""
+    size: int | None = None
+
+
+BYTES = Vocabulary()
+
+
+def _byte_tokenizer(
+    special_tokens: Sequence[str],
+    *,
+    bos_token: str | None,
+    eos_token: str,
+    pad_token: str,
+    vocabulary: Vocabulary = BYTES,
+) -> Any:
+    """Returns a fast tokenizer; special tokens have the highest ids.
+
+    Raises:
+        ValueError: A vocabulary that is smaller than what has to be in it.
+    """
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens += dict.fromkeys(piece for piece, _ in splitter.pre_tokenize_str(vocabulary.text) if len(piece) > 1)
+    if vocabulary.size is not None:
+        num_missing = vocabulary.size - len(tokens) - len(special_tokens)
+        if num_missing < 0:
+            raise ValueError(f"a vocabulary of {vocabulary.size} tokens is {-num_missing} too small")
+        tokens += (_made_up_word(number) for number in range(num_missing))
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
+    # ignore_merges: a word that is a token is not put together from bytes.
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=vocabulary != BYTES))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special_tokens))
+    if bos_token is not None:
+        bos = (bos_token, tokenizer.token_to_id(bos_token))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos_token} $A", pair=f"{bos_token} $A {bos_token} $B", special_tokens=[bos]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        pad_token=pad_token,
+        extra_special_tokens=[token for token in special_tokens if token not in (bos_token, eos_token, pad_token)],
+    )
+
+
+def _made_up_word(number: int) -> str:
+    # Letters alone, so that the splitter keeps a word whole; "Ġ" is the byte-level alphabet's space.
+    letters = ""
+    for _ in range(4):
+        number, letter = divmod(number, 26)
+        letters += string.ascii_lowercase[letter]
+    return f"Ġzq{letters}"
+
+
+def qwen_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 1280) -> Any:
+    """Returns the processor of Qwen2.5-VL; a larger image is shrunk to `max_image_tokens`."""
+    vision_tokens = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = _byte_tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vision_tokens],
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        vocabulary=vocabulary,
+    )
+    sizes = {"shortest_edge": 4 * 28 * 28, "longest_edge": max_image_tokens * 28 * 28}
+    return transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=sizes),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(size=sizes),
+        chat_template=_QWEN_TEMPLATE,
+    )
+
+
+def _llava_image_sizes(image_px: int) -> dict[str, Any]:
+    return {"size": {"shortest_edge": image_px}, "crop_size": {"height": image_px, "width": image_px}}
+
+
+def _llava_tokenizer(vocabulary: Vocabulary) -> Any:
+    return _byte_tokenizer(
+        ["<s>", "</s>", "<pad>", "<image>"],
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        vocabulary=vocabulary,
+    )
+
+
+def llava_processor(pad_to_square: bool, vocabulary: Vocabulary = BYTES, *, image_px: int = _LLAVA_IMAGE_PX) -> Any:
+    """Returns the processor of LLaVA-1.5, which pads an image to a square or crops its middle."""
+    image_processor = transformers.LlavaImageProcessor(**_llava_image_sizes(image_px), do_pad=pad_to_square)
+    return transformers.LlavaProcessor(
+        image_processor=image_processor, tokenizer=_llava_tokenizer(vocabulary), **_LLAVA_PROCESSOR
+    )
+
+
+def llava_next_processor(vocabulary: Vocabulary = BYTES) -> Any:
+    """Returns the processor of LLaVA-NeXT, which cuts an image into a base tile and up to 4 crops."""
+    image_processor = transformers.LlavaNextImageProcessor(
+        **_llava_image_sizes(_LLAVA_IMAGE_PX), image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
+    )
+    return transformers.LlavaNextProcessor(
+        image_processor=image_processor, tokenizer=_llava_tokenizer(vocabulary), **_LLAVA_PROCESSOR
+    )
+
+
+def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+    """Returns a Qwen2.5-VL configuration.
+
+    Args:
+        tokenizer: Of `qwen_processor`.
+        text: Fields of the language model; a head's width is a multiple of 16.
+        vision: Fields of the vision encoder, which attends within windows of 112 pixels where
+            `fullatt_block_indexes` names no block.
+    """
+    token_id = tokenizer.convert_tokens_to_ids
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    return transformers.Qwen2_5_VLConfig(
+        text_config={
+            "rope_parameters": {
+                "rope_type": "default",
+                "type": "mrope",
+                # A quarter of the rotations for time, three eighths each for height and width, as in every size.
+                "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
+                "rope_theta": 1000000.0,
+            },
+            "tie_word_embeddings": False,
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+            **text,
+        },
+        vision_config={
+            "out_hidden_size": text["hidden_size"],
+            "window_size": 112,
+            "tokens_per_second": 2,
+            **vision,
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+
+
+def llava_config(tokenizer: Any, text: Sizes, clip: Sizes, *, image_px: int = _LLAVA_IMAGE_PX) -> Any:
+    """Returns a LLaVA-1.5 configuration.
+
+    Args:
+        tokenizer: Of `llava_processor`.
+        text: Fields of the Llama.
+        clip: Fields of the vision encoder.
+        image_px: Side of the square that the encoder reads.
+    """
+    return transformers.LlavaConfig(
+        **_llava_fields(tokenizer, text, clip, image_px), image_seq_length=(image_px // _LLAVA_PATCH_PX) ** 2
+    )
+
+
+def llava_next_config(tokenizer: Any, text: Sizes, clip: Sizes) -> Any:
+    """Returns a LLaVA-NeXT configuration; arguments as of `llava_config`."""
+    return transformers.LlavaNextConfig(
+        **_llava_fields(tokenizer, text, clip, _LLAVA_IMAGE_PX), image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
+    )
+
+
+def _llava_fields(tokenizer: Any, text: Sizes, clip: Sizes, image_px: int) -> dict[str, Any]:
+    return {
+        "text_config": transformers.LlamaConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **text,
+        ),
+        "vision_config": transformers.CLIPVisionConfig(image_size=image_px, patch_size=_LLAVA_PATCH_PX, **clip),
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+    }
