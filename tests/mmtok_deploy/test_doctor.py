@@ -173,11 +173,11 @@ def test_python_is_too_old(quick: pytest.MonkeyPatch) -> None:
 
 
 def test_an_extra_is_missing(quick: pytest.MonkeyPatch) -> None:
-    install(quick, matplotlib=None, openai=None)
+    install(quick, openai=None, plotly=None)
     code, checks = run_checks()
     assert code == 0
     assert checks["extra bench"]["status"] == "optional"
-    assert checks["extra bench"]["found"].endswith("missing: matplotlib, openai")
+    assert checks["extra bench"]["found"].endswith("missing: openai, plotly")
     assert checks["extra bench"]["fix"] == "pip install 'mmtok-deploy[bench]'"
 
 
