@@ -39,7 +39,7 @@ class RequestError(MeasurementError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back.
+    """What a server answered.
 
     Args:
         text: The generated text.
@@ -149,7 +149,7 @@ def in_parallel(num_threads: int, work: Callable[[_Item], _Result], items: Itera
     """Returns `work` of each item, so many at a time, begun in their order.
 
     The first error, or Ctrl-C, drops those that have not begun and is raised. Those that have begun end with their
-    server, which is stopped soon after: nobody waits for their answers here.
+    server, which is stopped soon after; their answers are not waited for.
     """
     pool = ThreadPoolExecutor(num_threads)
     try:

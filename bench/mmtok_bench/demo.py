@@ -25,7 +25,7 @@ from mmtok_bench.server import SglangServer, make_server, started
 
 __all__ = ["run_demo"]
 
-# Of scenes that the model was not trained on: one with six things, a digit and a letter.
+# A scene that the model was not trained on: six things, a digit and a letter.
 _SCENE_SEED = 107
 _NUM_QUESTIONS = 8
 _SHOWN_KINDS = ("position", "reading")

@@ -158,7 +158,7 @@ def write_dummy_model(name: str, folder: Path) -> Path:
 
     Raises:
         ValueError: An unknown name.
-        FileExistsError: The folder holds weights: it is somebody's checkpoint.
+        FileExistsError: The folder holds weights: it is a checkpoint.
     """
     if name not in DUMMY_MODELS:
         raise ValueError(f"a model without weights is one of {', '.join(DUMMY_MODELS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Ending a process and everything it has started, and living up to that when this process is ended itself."""
+"""Ends a process and everything it has started, also when this process is ended itself."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def end_process_tree(session_id: int, *, grace_s: float) -> None:
 
 @contextlib.contextmanager
 def sigterm_raises_exit() -> Iterator[None]:
-    """Makes SIGTERM unwind the `with` blocks, as Ctrl-C does, where nobody else handles it."""
+    """Makes SIGTERM unwind the `with` blocks, as Ctrl-C does, unless SIGTERM has a handler already."""
 
     def raise_exit(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -441,7 +441,7 @@ def running(*servers: SglangServer) -> Iterator[None]:
 def _reserve_port() -> socket.socket:
     """Returns a socket that keeps its port from other reservations, in any process, but not from a server.
 
-    Servers bind with SO_REUSEADDR, which shares a port that nobody listens at if its holder allows it; the next
+    Servers bind with SO_REUSEADDR, which shares a port without a listener if its holder allows it; the next
     reservation binds without, which does not.
     """
     for port in random.sample(_PORTS, 200):

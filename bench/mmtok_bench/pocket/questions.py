@@ -155,7 +155,7 @@ class AskedScene:
     """A scene and what is asked about it.
 
     Args:
-        seed: Of the set that the scene is in.
+        seed: Seed of the set that the scene is in.
         index: The scene's number in it.
         scene: What is to be seen.
         questions: All kinds together, no text twice.
@@ -190,7 +190,7 @@ def make_scenes(seed: int, num_questions: int, kinds: Sequence[Kind] = KINDS) ->
         scene = scene_at(seed, index)
         asked: list[tuple[Question, str]] = []
         for kind in kinds:
-            # Of its own for each kind, so that leaving out a kind changes no question of another.
+            # A generator for each kind, so that leaving out a kind changes no question of another.
             rng = np.random.default_rng([seed, HELD_OUT, index, KINDS.index(kind) + 1])
             chosen = _existence_pair(rng, scene, index) if kind == "existence" else _distinct(rng, scene, kind)
             asked += chosen[: missing[kind]]

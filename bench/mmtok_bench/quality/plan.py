@@ -46,11 +46,11 @@ class QualityPlan:
     """What is asked.
 
     Args:
-        methods: Of choosing the tokens; `WITH_AGENT` is one.
+        methods: Methods of choosing the tokens; `WITH_AGENT` is one.
         budgets: As `Budget.parse` reads them; "all" is asked once, whatever the methods, and first.
-        seeds: Of the held-out scenes, and of the method `random`.
-        kinds: Of questions.
-        num_questions: Of each kind and seed.
+        seeds: Seeds of the held-out scenes, and of the method `random`.
+        kinds: Kinds of questions.
+        num_questions: Questions of each kind and seed.
 
     Raises:
         ValueError: Nothing to ask, something twice, or a method, a budget or a kind that is not there.
@@ -102,17 +102,17 @@ class ScoredAnswer:
     Args:
         method: With its budget and seed, the setting that it belongs to.
         budget: As on the command line.
-        seed: Of the scenes.
+        seed: Seed of the scenes.
         scene: Number of the scene in the seed's set.
-        kind: Of the question.
+        kind: The question's kind.
         setting: POPE's, for existence; else "".
         question: Asked.
         expected: What is right.
         said: What came.
         is_right: After normalisation.
-        num_prompt_tokens: Of the request.
+        num_prompt_tokens: Tokens of the request's prompt.
         num_image_tokens: Kept of the image; None where the server does not count them.
-        latency_ms: Of the request, others running beside it.
+        latency_ms: Latency of the request, others running beside it.
         cell_s: How long all questions of the setting took.
         question_set: `fingerprint` of the setting's questions.
     """

@@ -52,7 +52,7 @@ PAPER_BUDGETS: Mapping[Family, tuple[str, ...]] = {
     "llava-next": ("all", "640", "320", "160"),
     "qwen2.5-vl": ("all", "20%", "10%", "5%"),
 }
-"""Of Figure 1, by family."""
+"""The budgets of Figure 1, by family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,11 @@ class Published:
     """One figure of the paper.
 
     Args:
-        family: Of the model.
-        model: The very one.
+        family: The model's family.
+        model: The exact model.
         benchmark: A key of `BENCHMARKS`.
         budget: As `--mmtok-budget` has it.
-        share: Of the unpruned score.
+        share: The score as a share of the unpruned one.
         score: Accuracy in %, POPE's F1 in %, MME's perception and cognition together; None where it is not told.
     """
 

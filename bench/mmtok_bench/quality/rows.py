@@ -1,4 +1,4 @@
-"""Rows of scores from answers: each kind of a cell, and of all seeds together."""
+"""Rows of scores from answers: one for each kind of question, of one seed and of all seeds together."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows_of(
     """Returns a row for each kind, in the order of `KINDS`, of one method and budget.
 
     Args:
-        answers: Of one method and budget; of one seed, or of all.
+        answers: Answers with one method and budget, to the questions of one seed or of all.
         unpruned: Those to the same questions at budget "all"; empty leaves the share out.
         model: What rows call it.
         seed: A seed's number, or `ALL_SEEDS`.

@@ -1,4 +1,4 @@
-"""Marks: which answers are right, what POPE counts, what guessing would reach, and how sure a score is."""
+"""Which answers are right, POPE's figures, the accuracy of guessing, and the intervals of scores."""
 
 from __future__ import annotations
 

@@ -109,10 +109,10 @@ class Sweep:
         """Asks what is left of the plan.
 
         Args:
-            client: Of the server.
+            client: The server's client.
             num_at_once: Requests under way at a time.
             max_tokens: Length of an answer; None allows the words of the question's right answer.
-            agent_client: Of the server with an agent, for the method `WITH_AGENT`.
+            agent_client: Client of the server with an agent, for the method `WITH_AGENT`.
             check_agent: Called before the answers of a setting of `WITH_AGENT` are kept; raises where they are not an
                 agent's.
 

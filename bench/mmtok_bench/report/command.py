@@ -40,7 +40,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 def _write(path: Path, text: str, force: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it first: whoever reads the old file never sees half of the new one.
+    # Written beside it first, so that a reader of the old file never sees half of the new one.
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     if force:

@@ -48,7 +48,7 @@ class Report:
     """What a page says.
 
     Args:
-        title: Of the page.
+        title: The page's title.
         headlines: The tables that lead it, over all machines.
         notes: What was not measured, and what was left out.
         chapters: One a machine, GPUs first, then the comparison of commits if there is one.

@@ -89,7 +89,7 @@ class Part:
     """What the rows of one benchmark on one machine say.
 
     Args:
-        title: Of the section.
+        title: The section's title.
         headline: The table that leads the page, if there is something to compare.
         sentences: What to know before reading the figures, and what was not measured.
         tables: The figures themselves.

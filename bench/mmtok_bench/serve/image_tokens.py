@@ -33,8 +33,8 @@ def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: in
     square: it is sent at its own size, and the plugin's method `downsample` makes that square smaller.
 
     Args:
-        processor: Of the model.
-        family: Of the model.
+        processor: The model's processor.
+        family: The model's family.
         size_px: The image's size.
         num_tokens: Tokens wanted.
     """
@@ -51,7 +51,7 @@ def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: in
     fewer = {size: count for size, count in counts.items() if count < num_unshrunk}
     if not fewer:
         return None
-    # Of equal counts the largest image, which shows the most.
+    # Among equal counts the largest image, which shows the most.
     return min(fewer, key=lambda size: (abs(fewer[size] - num_tokens), -size[0]))
 
 
