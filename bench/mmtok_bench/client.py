@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import openai
@@ -43,7 +44,7 @@ class Answer:
 
     Args:
         text: The generated text.
-        ttft_ms: Milliseconds from sending the request to the first piece of text, or to the end if there is none.
+        ttft_ms: Milliseconds from sending the request to the first piece of text, or to the end where none is streamed.
         latency_ms: To the end of the answer.
         num_prompt_tokens: Tokens of the prompt, the image's included.
         num_image_tokens: Tokens of the image in the prompt; None where the server does not count them.
@@ -81,7 +82,7 @@ def ask(
     with_logprobs: bool = False,
     fields: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """Returns a server's greedy answer to a question about an image, streamed.
+    """Returns a server's greedy answer to a question about an image; streamed, but for one with logprobs.
 
     Args:
         client: Of a server started with `--enable-cache-report`, without which it does not count image tokens.
@@ -95,47 +96,50 @@ def ask(
     Raises:
         RequestError: The server refused the request, cannot be reached, or sent no text, usage or logprobs.
     """
+    create: Any = partial(
+        client.chat.completions.create,
+        model="default",
+        messages=[user_message([image], question)],
+        max_tokens=max_tokens,
+        temperature=0,
+        extra_body={"ignore_eos": ignore_eos, **(fields or {})},
+    )
+    text: str | None = None
+    logprobs: tuple[float, ...] = ()
+    usage, ttft_s = None, None
     started_s = time.perf_counter()
-    pieces: list[str] = []
-    logprobs: list[float] = []
-    ttft_s, usage = None, None
     try:
-        stream = client.chat.completions.create(
-            model="default",
-            messages=[user_message([image], question)],
-            max_tokens=max_tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            logprobs=with_logprobs or openai.omit,
-            extra_body={"ignore_eos": ignore_eos, **(fields or {})},
-        )
-        for chunk in stream:
-            usage = chunk.usage or usage
-            choice = chunk.choices[0] if chunk.choices else None
-            if choice is not None and choice.delta.content is not None:
-                if choice.delta.content and ttft_s is None:
+        if with_logprobs:
+            # Streamed, SGLang 0.5.23 leaves out those of tokens that are no whole character by themselves.
+            answer = create(logprobs=True)
+            usage, text = answer.usage, answer.choices[0].message.content
+            found = answer.choices[0].logprobs
+            logprobs = tuple(token.logprob for token in (found.content if found else None) or ())
+        else:
+            for chunk in create(stream=True, stream_options={"include_usage": True}):
+                usage = chunk.usage or usage
+                piece = chunk.choices[0].delta.content if chunk.choices else None
+                if piece and ttft_s is None:
                     ttft_s = time.perf_counter() - started_s
-                pieces.append(choice.delta.content)
-            if choice is not None and choice.logprobs is not None:
-                logprobs += [token.logprob for token in choice.logprobs.content or ()]
+                if piece is not None:
+                    text = (text or "") + piece
     except openai.OpenAIError as error:
         raise RequestError(f"{question!r} with {fields} failed: {error}") from error
     latency_s = time.perf_counter() - started_s
-    missing = "text" if not pieces else "usage" if usage is None else "logprobs"
-    if not pieces or usage is None or (with_logprobs and not logprobs):
+    missing = "text" if text is None else "usage" if usage is None else "logprobs"
+    if text is None or usage is None or (with_logprobs and not logprobs):
         raise RequestError(f"{question!r} came back without {missing}: is this an SGLang server?")
     details = usage.prompt_tokens_details
     # SGLang's own field, which the OpenAI client passes on without a declaration.
     num_image_tokens = getattr(details, "image_tokens", None)
     return Answer(
-        text="".join(pieces),
+        text=text,
         ttft_ms=1000 * (latency_s if ttft_s is None else ttft_s),
         latency_ms=1000 * latency_s,
         num_prompt_tokens=usage.prompt_tokens,
         num_image_tokens=num_image_tokens if isinstance(num_image_tokens, int) else None,
         num_cached_tokens=(details.cached_tokens or 0) if details else 0,
-        logprobs=tuple(logprobs),
+        logprobs=logprobs,
     )
 
 

@@ -59,6 +59,27 @@ def test_a_stream_without_text_or_usage_is_refused(chunks: list[dict[str, Any]],
         ask(client_of(chunks, []), "", "What is it?")
 
 
+def test_logprobs_are_those_of_the_answer_as_a_whole() -> None:
+    requests: list[dict[str, Any]] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        requests.append(json.loads(request.content))
+        tokens: list[dict[str, Any]] = [
+            {"token": each, "logprob": logprob, "top_logprobs": []} for each, logprob in (("a", -0.5), ("b", -1))
+        ]
+        message = {"role": "assistant", "content": "ab"}
+        choice = {"index": 0, "finish_reason": "length", "message": message, "logprobs": {"content": tokens}}
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "default", "choices": [choice]}
+        return httpx.Response(200, json=answer | {"usage": USAGE})
+
+    transport = httpx.Client(transport=httpx.MockTransport(handle))
+    client = openai.OpenAI(base_url="http://server/v1", api_key="none", http_client=transport)
+    answer = ask(client, "data:,", "What is it?", with_logprobs=True)
+    assert (answer.text, answer.logprobs, answer.num_image_tokens) == ("ab", (-0.5, -1), 29)
+    assert requests[0]["logprobs"] is True
+    assert not requests[0].get("stream")
+
+
 def test_an_image_travels_as_a_png() -> None:
     assert image_url(Image.new("RGB", (2, 2))).startswith("data:image/png;base64,iVBORw0KGgo")
 

@@ -192,8 +192,11 @@ def first_difference(without: Sequence[Answer], with_all: Sequence[Answer]) -> s
             return f"answer {number}: {left.text!r} without the plugin, {right.text!r} at budget all"
         if left.num_image_tokens != right.num_image_tokens:
             return f"answer {number}: {left.num_image_tokens} image tokens without, {right.num_image_tokens} at all"
-        pairs = zip(left.logprobs, right.logprobs, strict=True)
-        furthest = max((abs(one - other) for one, other in pairs), default=0.0)
+        if len(left.logprobs) != len(right.logprobs):
+            return (
+                f"answer {number}: {len(left.logprobs)} tokens without the plugin, {len(right.logprobs)} at budget all"
+            )
+        furthest = max(abs(one - other) for one, other in zip(left.logprobs, right.logprobs, strict=True))
         if furthest > _LOGPROB_TOLERANCE:
             return f"answer {number}: its logprobs differ by up to {furthest:.2g}, allowed are {_LOGPROB_TOLERANCE}"
     return None
