@@ -7,15 +7,15 @@ from mmtok_deploy.presets import PRESETS, Preset
 
 
 @pytest.mark.parametrize(
-    ("family", "tv_temp", "guidance", "budget_rule"),
+    ("family", "tv_temp", "guidance"),
     [
-        ("llava-1.5", 0.02, "keywords", "image"),
-        ("llava-next", 0.02, "keywords", "tile"),
-        ("qwen2.5-vl", 0.01, "question", "image"),
+        ("llava-1.5", 0.02, "keywords"),
+        ("llava-next", 0.02, "keywords"),
+        ("qwen2.5-vl", 0.01, "question"),
     ],
 )
-def test_constants_are_the_authors(family: str, tv_temp: float, guidance: str, budget_rule: str) -> None:
+def test_constants_are_the_authors(family: str, tv_temp: float, guidance: str) -> None:
     preset = PRESETS[family]
     assert isinstance(preset, Preset)
     assert preset.config == SelectionConfig(tv_temp=tv_temp, vv_temp=0.2, alpha=0.5, coverage="multimodal")
-    assert (preset.guidance, preset.budget_rule) == (guidance, budget_rule)
+    assert preset.guidance == guidance
