@@ -22,32 +22,44 @@ _EXTRAS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage, 130 Ctrl-C."""
-    # Inside, so that every layer may start from here; light, so that --help is quick.
-    from mmtok_bench.commands import add_bench_commands
-    from mmtok_export.command import add_export_parser
-
-    parser = argparse.ArgumentParser(prog="mmtok", description="MMTok vision-token selection, made deployable.")
-    parser.add_argument("--version", action="version", version=f"mmtok-deploy {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    add_bench_commands(commands)
-    add_export_parser(commands)
-    # Trains the pocket models: beside the packages in a checkout, and in no wheel.
-    if importlib.util.find_spec("pocket_training") is not None:
-        from pocket_training.command import add_pocket_parser
-
-        add_pocket_parser(commands)
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
     try:
-        return _run(arguments)
+        return _run(_parser(given).parse_args(given))
     except ModuleNotFoundError as error:
         print(
-            f"mmtok {arguments.command} needs {error.name}, which is not installed: "
-            f"pip install 'mmtok-deploy[{_EXTRAS[arguments.command]}]'",
+            f"mmtok {given[0]} needs {error.name}, which is not installed: "
+            f"pip install 'mmtok-deploy[{_EXTRAS[given[0]]}]'",
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        print("mmtok: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    """Returns the parser; where `export` or `doctor` is asked for, of that alone, which imports nothing slow."""
+    parser = argparse.ArgumentParser(prog="mmtok", description="MMTok vision-token selection, made deployable.")
+    parser.add_argument("--version", action="version", version=f"mmtok-deploy {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    alone = argv[0] if argv and argv[0] in ("doctor", "export") else None
+    if alone in (None, "doctor"):
+        doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
+        doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    if alone in (None, "export"):
+        from mmtok_export.command import add_export_parser
+
+        add_export_parser(commands)
+    if alone is None:
+        from mmtok_bench.commands import add_bench_commands
+
+        add_bench_commands(commands)
+        # Trains the pocket models: beside the packages in a checkout, and in no wheel.
+        if importlib.util.find_spec("pocket_training") is not None:
+            from pocket_training.command import add_pocket_parser
+
+            add_pocket_parser(commands)
+    return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -16,8 +16,9 @@ from mmtok_deploy.backends import BackendName, fastest_backend, get_backend
 from mmtok_deploy.backends.blocked import max_matrix_bytes, within_memory
 from mmtok_deploy.backends.triton_plan import FeatureTypes
 from mmtok_deploy.config import SelectionConfig
-from mmtok_deploy.engine_check import sample_problems, what_is_wrong
+from mmtok_deploy.engine_check import hold_to_reference, sample_problems
 from mmtok_deploy.engines import Engine, EngineError, open_engine
+from mmtok_deploy.greedy_replay import WrongPickError
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.problem import Selection, SelectionProblem
 
@@ -192,9 +193,12 @@ class EngineExecutor:
         except Exception as error:  # whatever a file that is not what it says may raise
             raise EngineError(f"{self.name} does not run: {type(error).__name__}: {error}") from error
         for problem, selection in results:
-            wrong = what_is_wrong(problem, self.manifest.constants, selection)
-            if wrong is not None:
-                raise EngineError(f"{self.name} does not select as the reference does ({wrong}): export it again")
+            try:
+                hold_to_reference(problem, self.manifest.constants, selection)
+            except WrongPickError as error:
+                raise EngineError(
+                    f"{self.name} does not select as the reference does ({error}): export it again"
+                ) from error
 
     def _groups(self, problems: Sequence[SelectionProblem]) -> list[list[int]]:
         """Returns which problems run together: as many of one size as the file takes."""

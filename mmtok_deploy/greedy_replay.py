@@ -47,7 +47,9 @@ class GreedyReplay:
     smallest_lead: float
 
 
-def replay_greedy(problem: SelectionProblem, config: SelectionConfig, order: Sequence[int]) -> GreedyReplay:
+def replay_greedy(
+    problem: SelectionProblem, config: SelectionConfig, order: Sequence[int], *, coverage_error: float = 0.0
+) -> GreedyReplay:
     """Returns the replay of `order`, the picks of some backend for `problem`.
 
     Each pick must have the largest gain after the picks before it, in double precision, or one that float32 cannot
@@ -60,6 +62,8 @@ def replay_greedy(problem: SelectionProblem, config: SelectionConfig, order: Seq
         problem: What was selected from.
         config: Temperatures, weight, coverage.
         order: [K] token indices as picked.
+        coverage_error: Share of the coverage so far within which two gains are a close call as well. Gains of a picture
+            of nearly equal parts are small beside it, and whoever sums in another order rounds on its scale.
 
     Raises:
         WrongPickError: A token that may not be picked, a number of tokens other than `problem.num_picks`, or a gain
@@ -89,7 +93,7 @@ def replay_greedy(problem: SelectionProblem, config: SelectionConfig, order: Seq
         rivals = (is_open & (bounds >= _RIVAL_SHARE * gain)).nonzero()[:, 0]
         if len(rivals):
             bounds[rivals], errors = _gains(columns[rivals], covered, entry_errors)
-            leads = (gain - bounds[rivals]) / (error + errors).clamp_(min=1e-300)
+            leads = (gain - bounds[rivals]) / (error + errors + coverage_error * covered.sum()).clamp_(min=1e-300)
             closest = int(leads.argmin())
             lead = float(leads[closest])
             if lead < -1:

@@ -13,12 +13,18 @@ from mmtok_deploy.dim_range import DimRange
 
 __all__ = ["ArtifactError", "Check", "Format", "Kind", "Manifest", "TensorInfo", "FileInfo", "describe_file"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 Kind = Literal["selection", "encoder", "attached"]
 """The selection by itself, joined to a vision encoder of ours, or to an encoder that somebody else exported."""
 Format = Literal["onnx", "tensorrt", "tensorrt-rtx"]
-CheckStatus = Literal["passed", "not run"]
+CheckStatus = Literal["passed", "selection only", "not run"]
+
+BUDGET_DIMENSION = "K"
+"""Of outputs, where how many tokens are kept is told at run time."""
+_METADATA_PREFIX = "mmtok."
+# One place a kept token, the first after the batch.
+_KEPT_OUTPUTS = ("kept", "order", "visual_tokens", "coverage")
 
 _DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 
@@ -71,7 +77,8 @@ class Check:
     """A comparison with the float32 reference.
 
     Args:
-        status: "passed", or "not run" where the file cannot run on the machine that made it.
+        status: "passed"; "selection only" where the encoder before it cannot run on the machine that made it; "not run"
+            where nothing can, or nothing was asked for.
         runtime: What ran it, with its version; empty if nothing did.
         detail: What was compared, or why nothing was.
     """
@@ -98,14 +105,16 @@ class Manifest:
         inputs: In the graph's order.
         outputs: In the graph's order.
         dimensions: The named sizes: B images, N vision tokens, M rows of text, and what they may be.
-        budget: K, tokens kept.
+        budget: K, tokens kept; the most that may be asked for where the graph takes a budget or a share.
         form: How the picks are made; a `Form` of the exporter.
         constants: Temperatures, weight, coverage.
         details: What else there is to know, by kind: an encoder's family, image size and grid; the tensors that a
             selection is attached to; an engine's compute capabilities.
         versions: Of the libraries that made it.
+        requires: Oldest version of each library that runs it.
         created: UTC time, ISO 8601.
         check: The comparison with the reference at export.
+        share: Of the tokens of the image at hand, which the graph keeps, "10%"; empty where it keeps a count.
     """
 
     kind: Kind
@@ -118,8 +127,10 @@ class Manifest:
     form: str
     constants: SelectionConfig
     versions: dict[str, str]
+    requires: dict[str, str]
     created: str
     check: Check
+    share: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,16 +141,52 @@ class Manifest:
             raise ValueError("files names at least the file itself")
         if not _is_count(self.budget) or self.budget < 1:
             raise ValueError(f"budget is a number of at least 1, got {self.budget!r:.100}")
-        for name in ("form", "created"):
+        for name in ("form", "created", "share"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is a text, got {getattr(self, name)!r:.100}")
-        if not all(isinstance(each, str) for each in (*self.versions, *self.versions.values())):
-            raise ValueError("versions holds a text for each library")
+        for versions in (self.versions, self.requires):
+            if not all(isinstance(each, str) for each in (*versions, *versions.values())):
+                raise ValueError("versions and requires hold a text for each library")
         if not isinstance(self.details, dict):
             raise ValueError(f"details is an object, got {self.details!r:.100}")
         for size in self.dimensions.values():
             if not all(_is_count(each) for each in (size.minimum, size.optimum, size.maximum)):
                 raise ValueError(f"a dimension has whole numbers, got {size!r:.200}")
+        num_kept = BUDGET_DIMENSION if self.takes_budget or self.share else self.budget
+        for tensor in self.outputs:
+            if tensor.name in _KEPT_OUTPUTS and tensor.shape[1:2] != (num_kept,):
+                raise ValueError(
+                    f"budget is {self.budget}, and {tensor.name} is {list(tensor.shape)}: expected {num_kept}"
+                )
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether the number of tokens to keep is an input, one an image."""
+        return any(tensor.name == "budget" for tensor in self.inputs)
+
+    def contract(self) -> str:
+        """Returns the checksum of what the graph computes, which the graph itself holds as well (`metadata`)."""
+        said = {name: getattr(self, name) for name in ("kind", "budget", "share", "form")}
+        said |= {
+            "constants": asdict(self.constants),
+            "inputs": [asdict(tensor) for tensor in self.inputs],
+            "outputs": [asdict(tensor) for tensor in self.outputs],
+            "dimensions": {name: str(size) for name, size in sorted(self.dimensions.items())},
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def metadata(self) -> dict[str, str]:
+        """Returns what stands in the graph's `metadata_props`, by which a file without its manifest is known."""
+        said = {
+            "version": self.versions.get("mmtok-deploy", ""),
+            "file": self.files[0].name,
+            "budget": self.share or str(self.budget),
+            "form": self.form,
+            "constants": json.dumps(asdict(self.constants)),
+            "preset": str(self.details.get("preset") or ""),
+            "contract_sha256": self.contract(),
+        }
+        return {f"{_METADATA_PREFIX}{name}": value for name, value in said.items()}
 
     def input(self, name: str) -> TensorInfo:
         """Returns the input of that name.
@@ -202,8 +249,11 @@ class Manifest:
             ArtifactError: The file or its manifest is missing, or a file has changed.
         """
         path = cls.path_of(file)
+        if file.is_dir():
+            raise ArtifactError(f"{file} is a folder: name the exported file in it")
         if not file.is_file():
-            raise ArtifactError(f"{file} {'is no file' if file.exists() else 'does not exist'}")
+            links_to = f" (it is a link to {file.readlink()})" if file.is_symlink() else ""
+            raise ArtifactError(f"{file} {'is no file' if file.exists() else 'does not exist'}{links_to}")
         if not path.is_file():
             raise ArtifactError(f"{path} is not there, which is written beside {file.name}: keep the files together")
         try:

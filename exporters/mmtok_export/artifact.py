@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +21,22 @@ import torch
 from mmtok_deploy import __version__
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines.onnxruntime import VERSION
-from mmtok_deploy.manifest import Check, FileInfo, Kind, Manifest, TensorInfo, describe_file
-from mmtok_export.check import check_artifact
+from mmtok_deploy.manifest import Check, FileInfo, Kind, Manifest, describe_file
+from mmtok_export.check import check_artifact, estimated_seconds
+from mmtok_export.graph_file import tensor_infos
 from mmtok_export.selection_graph import SelectionSpec
+from mmtok_export.whole_graph import Encoder
 
 __all__ = ["check_output", "export_model", "file_infos", "new_artifact", "now"]
 
 # A protobuf message ends at 2 GiB, and loading a large one takes twice its size of memory.
 _MAX_INLINE_BYTES = 256 * 2**20
 _WEIGHTS_SUFFIX = ".data"
-_DTYPE_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.INT32: "int32",
-    ir.DataType.BOOL: "bool",
-}
+# What ONNX Runtime 1.18 reads.
+_OLDEST_ONNX_RUNTIME, _TRIED_OPSET, _TRIED_IR_VERSION = "1.18", 21, 10
+_SECONDS_WITHOUT_A_WORD = 10
+# Of the folder that a file is made in, beside where it will be.
+_UNFINISHED = ".mmtok-unfinished"
 
 
 def export_model(
@@ -48,8 +48,11 @@ def export_model(
     details: Mapping[str, Any] | None = None,
     dimensions: Mapping[str, DimRange] | None = None,
     source: Path | None = None,
+    encoder: Encoder | None = None,
+    has_check: bool = True,
     force: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Writes a model that holds a selection as an ONNX file, checked against the reference; returns its manifest.
 
@@ -61,8 +64,11 @@ def export_model(
         details: For the manifest.
         dimensions: Ranges of further named sizes.
         source: The file that the model was read from, which stays; so do its weights.
+        encoder: What the encoder in the model was made from, which the check holds it against.
+        has_check: Whether it is checked.
         force: Whether it may replace a file.
         on_step: Called with what is done next.
+        on_note: Called with what the user should know of it.
 
     Raises:
         FileExistsError: The file is there and may not be replaced.
@@ -70,30 +76,41 @@ def export_model(
         CheckFailedError: The graph does not give the reference's answer.
     """
     _check_source(path, model, source)
+    manifest = Manifest(
+        kind=kind,
+        format="onnx",
+        files=(FileInfo(path.name, 0, ""),),
+        inputs=tensor_infos(model.graph.inputs),
+        outputs=tensor_infos(model.graph.outputs),
+        dimensions={"B": spec.batch, "N": spec.num_tokens, "M": spec.num_words, **(dimensions or {})},
+        budget=spec.budget,
+        form=spec.form,
+        constants=spec.config,
+        versions=_versions(),
+        requires=_requires(model),
+        created=now(),
+        check=Check("not run", "", "--skip-check"),
+        details=dict(details or {}),
+    )
     with new_artifact(path, force=force) as file:
         on_step(f"writing {path.name}")
+        model.metadata_props.update(manifest.metadata())
         _save_model(model, file)
         on_step("computing checksums")
-        manifest = Manifest(
-            kind=kind,
-            format="onnx",
-            files=file_infos(file),
-            inputs=_tensor_infos(model.graph.inputs),
-            outputs=_tensor_infos(model.graph.outputs),
-            dimensions={"B": spec.batch, "N": spec.num_tokens, "M": spec.num_words, **(dimensions or {})},
-            budget=spec.budget,
-            form=spec.form,
-            constants=spec.config,
-            versions=_versions(),
-            created=now(),
-            check=Check("not run", "", ""),
-            details=dict(details or {}),
-        )
-        Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
-        check = check_artifact(file, manifest, on_case=lambda case: on_step(f"checking {case}"))
-        manifest = replace(manifest, check=check)
-        Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = replace(manifest, files=file_infos(file))
+        _write_manifest(file, manifest)
+        if has_check:
+            seconds = estimated_seconds(manifest)
+            if seconds > _SECONDS_WITHOUT_A_WORD:
+                on_note(f"the check takes about {seconds:.0f} s on this machine; --skip-check leaves it out")
+            check = check_artifact(file, manifest, encoder=encoder, on_case=lambda case: on_step(f"checking {case}"))
+            manifest = replace(manifest, check=check)
+            _write_manifest(file, manifest)
     return manifest
+
+
+def _write_manifest(file: Path, manifest: Manifest) -> None:
+    Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
 
 
 @contextmanager
@@ -109,7 +126,12 @@ def new_artifact(path: Path, *, force: bool) -> Iterator[Path]:
     """
     check_output(path, force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with _locked(path.parent):
+        _clear_unfinished(path.parent)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent))
+        # Held while this process lives, however it ends.
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield folder / path.name
         # Minutes may have passed, in which another export wrote it.
@@ -122,6 +144,30 @@ def new_artifact(path: Path, *, force: bool) -> Iterator[Path]:
             os.replace(file, path.parent / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _clear_unfinished(parent: Path) -> None:
+    """Removes what an export that was killed has left: gigabytes, of which nobody would know."""
+    for folder in parent.glob(f".*{_UNFINISHED}"):
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:  # another export, at work
+            pass
+        finally:
+            os.close(lock)
 
 
 def check_output(path: Path, *, force: bool) -> None:
@@ -129,6 +175,8 @@ def check_output(path: Path, *, force: bool) -> None:
     if path.is_dir() or not path.name:
         raise FileExistsError(f"{path} is a folder: name a file, --output FILE")
     for existing in _files_of(path):
+        if existing.is_symlink() and not existing.exists():
+            raise FileExistsError(f"{existing} is a link to {existing.readlink()}, which is not there: remove the link")
         if existing.exists() and not force:
             raise FileExistsError(f"{existing} is there already: choose another --output, or --force to replace it")
 
@@ -174,32 +222,18 @@ def file_infos(path: Path) -> tuple[FileInfo, ...]:
     return tuple(describe_file(file) for file in (path, *others))
 
 
-def _tensor_infos(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
-    """Returns the manifest's entries for a graph's inputs or outputs."""
-    return tuple(
-        TensorInfo(
-            value.name or "",
-            _dtype_name(value),
-            tuple(
-                size if isinstance(size, int) else size.value or f"{value.name}_{axis}"
-                for axis, size in enumerate(value.shape or ())
-            ),
-        )
-        for value in values
-    )
-
-
-def _dtype_name(value: ir.Value) -> str:
-    name = None if value.dtype is None else _DTYPE_NAMES.get(value.dtype)
-    if name is None:
-        raise ValueError(f"{value.name} has the type {value.dtype}: expected one of {', '.join(_DTYPE_NAMES.values())}")
-    return name
-
-
 def _versions() -> dict[str, str]:
     libraries = {"onnx": onnx, "onnxscript": onnxscript, "torch": torch}
     versions = {name: str(library.__version__) for name, library in libraries.items()}
     return {"mmtok-deploy": __version__, **versions, "onnxruntime": VERSION}
+
+
+def _requires(model: ir.Model) -> dict[str, str]:
+    """Returns what a runtime must read; ONNX Runtime's version is the oldest that was tried."""
+    opset, ir_version = model.graph.opset_imports.get("", 0), model.ir_version
+    needed = {"onnx opset": str(opset), "onnx ir version": str(ir_version)}
+    is_tried = opset <= _TRIED_OPSET and ir_version <= _TRIED_IR_VERSION
+    return needed | ({"onnxruntime": _OLDEST_ONNX_RUNTIME} if is_tried else {})
 
 
 def now() -> str:

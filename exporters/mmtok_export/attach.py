@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript import GraphBuilder
+from torch import Tensor
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.engines.onnxruntime import run_on_cpu
 from mmtok_export.budget import num_kept
 from mmtok_export.join import builder_on, join_selection
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
+from mmtok_export.whole_graph import Encoder
 
-__all__ = ["Attachment", "attach_selection", "open_dimensions"]
+__all__ = ["Attached", "Attachment", "attach_selection", "open_dimensions"]
 
 # The operators of the selection take their axes as inputs, which came with this opset.
 _MIN_OPSET = 18
@@ -56,8 +61,25 @@ class Attachment:
     grid_width: int | None = None
 
 
-def attach_selection(onnx_file: Path, attachment: Attachment) -> tuple[ir.Model, SelectionSpec, dict[str, Any]]:
-    """Returns the encoder with the selection at its end, the selection's sizes, and details for the manifest.
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """An encoder of somebody else's with the selection at its end.
+
+    Args:
+        model: What was made.
+        spec: The selection's sizes.
+        details: For the manifest.
+        encoder: The encoder's file run by itself, and its tensors made features by PyTorch.
+    """
+
+    model: ir.Model
+    spec: SelectionSpec
+    details: dict[str, Any]
+    encoder: Encoder
+
+
+def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
+    """Returns the encoder with the selection at its end.
 
     Everything that the encoder gave before it still gives; its weights stay where they are until the model is saved.
 
@@ -78,7 +100,28 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> tuple[ir.Model,
     spec = _spec(attachment, vision, keys)
     edges = join_selection(builder, vision, keys, spec, grid_width=attachment.grid_width)
     source = {"onnx": onnx_file.name, "vision": attachment.vision, "keys": attachment.keys}
-    return model, spec, {"edges": edges, "attached_to": source}
+    details = {"edges": edges, "attached_to": source}
+    return Attached(model, spec, details, partial(_run_alone, onnx_file, attachment, spec.keys_dtype))
+
+
+def _run_alone(
+    onnx_file: Path, attachment: Attachment, keys_dtype: str, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Returns vision [B, N, D] and keys [B, N, d] of the encoder's own file."""
+    model = ir.load(onnx_file)
+    names = [attachment.vision, attachment.keys, *([attachment.keys_index] if attachment.keys_index else [])]
+    taken = list(dict.fromkeys(name for name in names if name not in inputs))
+    graph = ir.convenience.extract(model.graph, [str(value.name) for value in model.graph.inputs], taken)
+    alone = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
+    found = inputs | run_on_cpu(alone, onnx_file.parent, inputs, taken)
+    vision, keys = (
+        tensor if tensor.ndim == 3 else tensor[None] for tensor in (found[attachment.vision], found[attachment.keys])
+    )
+    if attachment.keys_per_token > 1 or attachment.keys_index is not None:
+        keys = keys.unflatten(1, (-1, attachment.keys_per_token)).float().mean(dim=2)
+    if attachment.keys_index is not None:
+        keys = keys[:, found[attachment.keys_index].long()]
+    return vision, keys.to(getattr(torch, keys_dtype))
 
 
 def open_dimensions(model: ir.Model) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,20 +13,16 @@ from torch import Tensor
 
 from mmtok_deploy.coverage import coverage_matrix
 from mmtok_deploy.engines import Engine, open_engine
+from mmtok_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from mmtok_deploy.engines.tensorrt import compute_capability
-from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
 from mmtok_deploy.manifest import Check, Manifest, TensorInfo
-from mmtok_deploy.problem import SelectionProblem
+from mmtok_export.graph_file import load_graph
+from mmtok_export.picks import CheckFailedError, Compared, hold_image
+from mmtok_export.whole_graph import SELECTION_INPUTS, SELECTION_OUTPUTS, CannotRunError, Encoder, check_whole_graph
 
-__all__ = ["CheckFailedError", "check_artifact"]
+__all__ = ["CheckFailedError", "check_artifact", "estimated_seconds"]
 
-# Relative. Matrix products and sums of thousands of terms, in another order; 1.1e-5 was seen.
-_COVERAGE_TOLERANCE = 1e-4
 _NUM_CLUSTERS = 24
-
-
-class CheckFailedError(Exception):
-    """An exported file whose answer is not the reference's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,30 +32,109 @@ class _Sizes:
     num_words: int
 
 
-def check_artifact(file: Path, manifest: Manifest, *, on_case: Callable[[str], None] = lambda _: None) -> Check:
+def check_artifact(
+    file: Path,
+    manifest: Manifest,
+    *,
+    encoder: Encoder | None = None,
+    features: dict[str, Tensor] | None = None,
+    on_case: Callable[[str], None] = lambda _: None,
+) -> Check:
     """Returns the result of running a file's selection on synthetic features and replaying it in double precision.
 
     Smallest, optimal and largest sizes, each without and with padded text and excluded tokens. Every pick must gain
     the most after the picks before it, up to what float32 rounds (`greedy_replay.py`). The selection of a graph with
-    an encoder is cut out of it first.
+    an encoder is cut out of it first; then the whole graph runs once, on photographs, where the CPU can run it.
 
     Args:
         file: The file; it is what its manifest says.
         manifest: Its manifest.
+        encoder: What the encoder in it was made from, which its features are held against.
+        features: Somebody's own in place of the synthetic ones and the photographs: inputs of the selection, or of the
+            whole graph. Without `text_mask` all rows of text count, without `excluded` no token is.
         on_case: Called before each case with its sizes.
 
     Raises:
-        CheckFailedError: Another token, another order, another value of coverage.
+        CheckFailedError: Another token, another order, another value of coverage; an encoder's features that are not
+            finite, or not those of `encoder`.
+        ArtifactError: The file is not the one that its manifest describes.
         EngineError: The file cannot run here, though it should.
+        ValueError: `features` are neither.
     """
     obstacle = None if manifest.format == "onnx" else _obstacle_here(manifest)
     if obstacle is not None:
         return Check("not run", "", obstacle)
     device = torch.device("cpu" if manifest.format == "onnx" else "cuda")
-    if manifest.kind == "selection":
-        return _check_engine(open_engine(file, device), device, on_case)
-    with tempfile.TemporaryDirectory() as folder:
-        return _check_engine(_selection_alone(file, manifest, Path(folder)), device, on_case)
+    engine = open_engine(file, device) if manifest.kind == "selection" else _selection_alone(file, manifest)
+    given = None if features is None else _given(manifest, engine.manifest, features)
+    if given is None or not given.keys() - _names(engine.manifest):
+        check = _check_engine(engine, device, given, on_case)
+        if manifest.kind == "selection":
+            return check
+        if given is not None:
+            return replace(check, status="selection only")
+    else:
+        check = Check("passed", engine.name, "")
+    on_case("the whole graph")
+    try:
+        whole = check_whole_graph(file, manifest, encoder, given)
+    except CannotRunError as error:
+        why = " ".join(str(error).split())
+        return Check("selection only", check.runtime, f"{check.detail}; the whole graph did not run: {why}")
+    return replace(check, detail="; ".join(filter(None, (check.detail, whole))))
+
+
+def estimated_seconds(manifest: Manifest) -> float:
+    """Returns about how long `check_artifact` takes of the largest sizes on this machine, from a product's time."""
+    side = 384
+    square = torch.randn(side, side)
+    torch.mm(square, square)
+    started = time.perf_counter()
+    torch.mm(square, square)
+    seconds_per_term = (time.perf_counter() - started) / side**3
+    batch, num_tokens = (manifest.dimensions[name].maximum for name in ("B", "N"))
+    width = (
+        sum(int(edge["width"]) for edge in manifest.details["edges"].values())
+        if "edges" in manifest.details
+        else (sum(int(manifest.input(name).shape[-1]) for name in ("vision", "keys")))
+    )
+    # The graph's product and two in double precision, of each case; passes over the matrix; every gain of a loop.
+    product = 8 * num_tokens**2 * width * seconds_per_term
+    passes = num_tokens**2 * 1e-8 * (20 + (0 if manifest.form == "lazy" else manifest.budget))
+    return 2 * min(batch, 2) * (product + passes)
+
+
+def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns somebody's features as inputs of the selection or of the whole graph, in their dtypes.
+
+    Raises:
+        ValueError: They are inputs of neither, or the dtype would round them.
+    """
+    optional = {"text_mask", "excluded"}
+    for described in (selection, manifest):
+        names = _names(described)
+        if described.kind != "selection" and described is manifest:
+            optional |= {"text"}
+        if not names - optional <= features.keys() or not features.keys() <= names:
+            continue
+        inputs = {}
+        for name, tensor in features.items():
+            inputs[name] = tensor.to(getattr(torch, described.input(name).dtype))
+            if not torch.equal(inputs[name].to(tensor.dtype), tensor):
+                raise ValueError(f"{name} is {tensor.dtype}, and the file takes {described.input(name).dtype}: rounded")
+        if "text" in inputs:
+            inputs.setdefault("text_mask", torch.ones(inputs["text"].shape[:2], dtype=torch.bool))
+        if "vision" in inputs:
+            inputs.setdefault("excluded", torch.zeros(inputs["vision"].shape[:2], dtype=torch.bool))
+        return inputs
+    raise ValueError(
+        f"--features holds {', '.join(features)}: expected {', '.join(sorted(_names(selection)))}"
+        + ("" if manifest.kind == "selection" else f", or {', '.join(sorted(_names(manifest)))}")
+    )
+
+
+def _names(manifest: Manifest) -> set[str]:
+    return {tensor.name for tensor in manifest.inputs}
 
 
 def _obstacle_here(manifest: Manifest) -> str | None:
@@ -75,65 +150,36 @@ def _obstacle_here(manifest: Manifest) -> str | None:
     return None
 
 
-def _check_engine(engine: Engine, device: torch.device, on_case: Callable[[str], None]) -> Check:
+def _check_engine(
+    engine: Engine, device: torch.device, given: dict[str, Tensor] | None, on_case: Callable[[str], None]
+) -> Check:
+    compared = Compared()
+    if given is not None:
+        _check_case(engine, given, device, compared)
+        return Check("passed", engine.name, f"of the given features, {compared}")
     dimensions = engine.manifest.dimensions
     sizes = dict.fromkeys(
         _Sizes(*(getattr(dimensions[name], which) for name in ("B", "N", "M")))
         for which in ("minimum", "optimum", "maximum")
     )
-    num_picks = num_close = 0
     for case in sizes:
         for is_padded in (False, True):
             what = ", padding and excluded tokens" if is_padded else ""
             on_case(f"{case.batch} x {case.num_tokens} tokens, {case.num_words} words{what}")
-            picks, close = _check_case(engine, case, device, is_padded)
-            num_picks, num_close = num_picks + picks, num_close + close
-    detail = f"{num_close} of them within rounding of the best" if num_close else "all equal"
-    return Check("passed", engine.name, f"{num_picks} picks compared, {detail}")
+            _check_case(engine, _features(engine.manifest, case, is_padded), device, compared)
+    return Check("passed", engine.name, str(compared))
 
 
-def _check_case(engine: Engine, sizes: _Sizes, device: torch.device, is_padded: bool) -> tuple[int, int]:
-    """Returns how many picks of the first and the last image were compared, and how many were close calls."""
-    inputs = _features(engine.manifest, sizes, is_padded)
+def _check_case(engine: Engine, inputs: dict[str, Tensor], device: torch.device, compared: Compared) -> None:
+    """Holds the first and the last image against the reference."""
     outputs = engine.run({name: tensor.to(device) for name, tensor in inputs.items()})
-    results = [
-        _check_image(
+    for image in sorted({0, len(inputs["vision"]) - 1}):
+        replay = hold_image(
             {name: tensor[image] for name, tensor in inputs.items()},
             {name: tensor[image].cpu() for name, tensor in outputs.items()},
             engine.manifest,
         )
-        for image in sorted({0, sizes.batch - 1})
-    ]
-    return sum(picks for picks, _ in results), sum(close for _, close in results)
-
-
-def _check_image(inputs: dict[str, Tensor], outputs: dict[str, Tensor], manifest: Manifest) -> tuple[int, int]:
-    text = inputs["text"][inputs["text_mask"]]
-    vision, excluded = inputs["vision"], inputs["excluded"]
-    num_picks = min(manifest.budget, len(vision) - int(excluded.sum()))
-    problem = SelectionProblem(vision, inputs["keys"], text, num_picks, excluded)
-    order, missing = outputs["order"][:num_picks], outputs["order"][num_picks:]
-    if (missing != -1).any():
-        raise CheckFailedError(f"only {num_picks} tokens may be picked, got {outputs['order'].tolist()}")
-    try:
-        replay = replay_greedy(problem, manifest.constants, order.tolist())
-    except WrongPickError as error:
-        raise CheckFailedError(str(error)) from error
-    kept = order.sort().values
-    if outputs["kept"].tolist() != [*kept.tolist(), *missing.tolist()]:
-        raise CheckFailedError(f"kept is not order sorted: {outputs['kept'].tolist()}, {order.tolist()}")
-    if not torch.equal(outputs["visual_tokens"][:num_picks], vision[kept]):
-        raise CheckFailedError("visual_tokens are not the rows that kept names")
-    for name, found, wanted in (
-        ("coverage", outputs["coverage"][:num_picks].double(), replay.coverage),
-        ("total", outputs["total"].double(), replay.total),
-    ):
-        if not torch.allclose(found, wanted, rtol=_COVERAGE_TOLERANCE, atol=0):
-            largest = ((found - wanted).abs() / wanted).max()
-            raise CheckFailedError(
-                f"{name} differs from double precision by {largest:.1e}, allowed {_COVERAGE_TOLERANCE}"
-            )
-    return num_picks, replay.num_close_calls
+        compared.add(replay)
 
 
 def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, Tensor]:
@@ -167,23 +213,26 @@ def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, T
     return inputs
 
 
-def _selection_alone(file: Path, manifest: Manifest, folder: Path) -> Engine:
+def _selection_alone(file: Path, manifest: Manifest) -> Engine:
     """Returns the selection cut out of a graph with an encoder, running on the CPU."""
-    from mmtok_deploy.engines.onnxruntime import OnnxRuntimeEngine
-
     edges = manifest.details["edges"]
-    model = ir.load(file)
-    others, outputs = ["text", "text_mask", "excluded"], ["kept", "order", "visual_tokens", "coverage", "total"]
-    graph = ir.convenience.extract(model.graph, [*(edge["name"] for edge in edges.values()), *others], outputs)
+    model = load_graph(file, manifest)
+    others = [name for name in (*SELECTION_INPUTS, "budget") if name in _names(manifest)]
+    graph = ir.convenience.extract(
+        model.graph, [*(edge["name"] for edge in edges.values()), *others], list(SELECTION_OUTPUTS)
+    )
     for value, name in zip(graph.inputs, edges, strict=False):
         value.name = name
-    alone = folder / "selection.onnx"
-    ir.save(ir.Model(graph, ir_version=model.ir_version), alone)
+    alone = ir.external_data.load_to_model(ir.Model(graph, ir_version=model.ir_version))
     tensors = {tensor.name: tensor for tensor in (*manifest.inputs, *manifest.outputs)}
-    features = [TensorInfo(name, edge["dtype"], ("B", "N", edge["width"])) for name, edge in edges.items()]
+    batch, num_tokens = tensors["excluded"].shape
+    features = [TensorInfo(name, edge["dtype"], (batch, num_tokens, edge["width"])) for name, edge in edges.items()]
     described = replace(
         manifest,
+        kind="selection",
         inputs=(*features, *(tensors[name] for name in others)),
-        outputs=tuple(tensors[name] for name in outputs),
+        outputs=tuple(tensors[name] for name in SELECTION_OUTPUTS),
     )
-    return OnnxRuntimeEngine(alone, described, torch.device("cpu"))
+    alone.metadata_props.update(described.metadata())
+    content = ir.to_proto(alone).SerializeToString()
+    return OnnxRuntimeEngine(file, described, torch.device("cpu"), None, content)

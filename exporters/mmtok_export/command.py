@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -19,13 +20,17 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmtok_deploy.manifest import Manifest
     from mmtok_export.tensorrt import Library
 
 __all__ = ["add_export_parser", "run_export"]
 
 _FOLDER = Path("artifacts/export")
+_SECONDS_WITHOUT_A_WORD = 10
 _INTERRUPTED = 130
+_LIBRARIES_WITH_ERRORS = ("google", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch")
 
 
 class _Widths(NamedTuple):
@@ -101,34 +106,59 @@ def add_export_parser(commands: Any) -> None:
 
     check = kinds.add_parser("check", help="hold an exported file against the reference again")
     check.add_argument("file", type=Path, help="an ONNX file or an engine, with its manifest beside it")
+    check.add_argument(
+        "--features", type=Path, metavar="X.npz", help="your own: the selection's inputs by name, or the whole graph's"
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of `mmtok export`: 0 ok, 1 a check or a build failed, 2 usage."""
-    from mmtok_deploy.engines import EngineError
-    from mmtok_export.check import CheckFailedError
-    from mmtok_export.tensorrt import EngineBuildError
-
-    run = {"selection": _selection, "encoder": _encoder, "attach": _attach, "check": _check}[arguments.kind]
+    """Returns the exit code of `mmtok export`: 0 ok, 1 a check or a build failed, 2 usage, 130 Ctrl-C."""
     # So that a job scheduler's end leaves no half-written folder either.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with Console(stderr=True).status("Starting") as status:
-            run(arguments, lambda step: status.update(step[:1].upper() + step[1:]))
+            return _run(arguments, lambda step: status.update(step[:1].upper() + step[1:]))
     except KeyboardInterrupt:
         return _fail("interrupted; nothing half-written was left behind", _INTERRUPTED)
-    except (CheckFailedError, EngineBuildError, EngineError) as error:
-        return _fail(str(error), 1)
     except OSError as error:
         hint = ": free some space, or choose another --output" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
         return _fail(f"{error}{hint}", 2)
+    except ModuleNotFoundError:
+        raise  # the command line says what to install
     except ValueError as error:
         return _fail(str(error), 2)
-    except MemoryError:
-        return _fail("out of memory: export for smaller images", 2)
+    except (MemoryError, RuntimeError) as error:
+        return _fail(_library_error(error), 2)
+    except Exception as error:
+        # Libraries whose errors have no common class.
+        if type(error).__module__.partition(".")[0] not in _LIBRARIES_WITH_ERRORS:
+            raise
+        return _fail(_library_error(error), 2)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> int:
+    from mmtok_deploy.engines import EngineError
+    from mmtok_export.picks import CheckFailedError
+    from mmtok_export.tensorrt import EngineBuildError
+
+    run = {"selection": _selection, "encoder": _encoder, "attach": _attach, "check": _check}[arguments.kind]
+    try:
+        run(arguments, on_step)
+    except (CheckFailedError, EngineBuildError, EngineError) as error:
+        return _fail(str(error), 1)
     return 0
+
+
+def _library_error(error: BaseException) -> str:
+    """Returns a library's error in one line, with what to do."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said.lower():
+        return f"out of memory ({said:.200}): export for fewer tokens or smaller images, or on a larger machine"
+    if type(error).__module__.startswith(("google", "onnx.")):
+        return f"protobuf does not take it ({said:.200}): a graph ends at 2 GiB; keep its weights in a file beside it"
+    return f"{type(error).__module__}.{type(error).__name__}: {said:.400}"
 
 
 def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
@@ -150,11 +180,12 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
         form=arguments.form,
     )
     name = f"selection-{arguments.preset or 'llava-1.5'}-n{_in_name(spec.num_tokens)}-k{spec.budget}.onnx"
-    path = arguments.output or _FOLDER / name
+    path = _output(arguments, name)
     engine = _planned_engine(path, spec.budget, arguments)
     on_step("building the graph")
     model = build_selection(spec)
-    manifest = export_model(model, path, "selection", spec, force=arguments.force, on_step=on_step)
+    details = {"preset": arguments.preset}
+    manifest = export_model(model, path, "selection", spec, details=details, **_how(arguments, on_step))
     _report(path, manifest)
     _build_engine(path, engine, arguments, on_step)
 
@@ -167,7 +198,7 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
 
     budget = num_kept(arguments.budget, DimRange.fixed(num_tokens_of(arguments.model, arguments.image_size)))
     name = f"encoder-{arguments.model.resolve().name}-k{budget}.onnx"
-    path = arguments.output or _FOLDER / name
+    path = _output(arguments, name)
     engine = _planned_engine(path, budget, arguments)
     on_step(f"exporting the encoder of {arguments.model}")
     joined = build_joined_encoder(
@@ -182,7 +213,13 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
         random_weights=arguments.random_weights,
     )
     manifest = export_model(
-        joined.model, path, "encoder", joined.spec, details=joined.details, force=arguments.force, on_step=on_step
+        joined.model,
+        path,
+        "encoder",
+        joined.spec,
+        details=joined.details,
+        encoder=joined.encoder,
+        **_how(arguments, on_step),
     )
     _report(path, manifest)
     _build_engine(path, engine, arguments, on_step)
@@ -205,8 +242,9 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         grid_width=arguments.grid_width,
     )
     on_step(f"reading {arguments.onnx}")
-    model, spec, details = attach_selection(arguments.onnx, attachment)
-    path = arguments.output or _FOLDER / f"{arguments.onnx.stem}-k{spec.budget}.onnx"
+    attached = attach_selection(arguments.onnx, attachment)
+    model, spec = attached.model, attached.spec
+    path = _output(arguments, f"{arguments.onnx.stem}-k{spec.budget}.onnx")
     engine = _planned_engine(path, spec.budget, arguments)
     _check_dimensions(open_dimensions(model), dict(arguments.dim), has_engine=engine is not None)
     manifest = export_model(
@@ -214,11 +252,11 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         path,
         "attached",
         spec,
-        details=details,
+        details=attached.details | {"preset": arguments.preset},
         dimensions=dict(arguments.dim),
         source=arguments.onnx,
-        force=arguments.force,
-        on_step=on_step,
+        encoder=attached.encoder,
+        **_how(arguments, on_step),
     )
     _report(path, manifest)
     _build_engine(path, engine, arguments, on_step)
@@ -226,14 +264,53 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
 
 def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_deploy.manifest import Manifest
-    from mmtok_export.check import CheckFailedError, check_artifact
+    from mmtok_export.check import CheckFailedError, check_artifact, estimated_seconds
 
     on_step(f"reading {arguments.file}")
     manifest = Manifest.load(arguments.file)
-    check = check_artifact(arguments.file, manifest, on_case=lambda case: on_step(f"checking {case}"))
+    features = None if arguments.features is None else _load_features(arguments.features)
+    if features is None and (seconds := estimated_seconds(manifest)) > _SECONDS_WITHOUT_A_WORD:
+        _note(f"it takes about {seconds:.0f} s on this machine")
+    check = check_artifact(
+        arguments.file, manifest, features=features, on_case=lambda case: on_step(f"checking {case}")
+    )
     _report(arguments.file, replace(manifest, check=check))
-    if check.status != "passed":
+    if check.status == "not run":
         raise CheckFailedError(f"{arguments.file} was not checked: {check.detail}")
+
+
+def _load_features(path: Path) -> dict[str, Tensor]:
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile's, numpy's and pickle's have no common class
+        raise ValueError(f"{path} is no .npz of arrays, one an input: {error}") from error
+
+
+def _output(arguments: argparse.Namespace, name: str) -> Path:
+    """Returns where to write: a file, or one of that name in a folder."""
+    if arguments.output is None:
+        return _FOLDER / name
+    is_folder = arguments.output.endswith(("/", os.sep)) or Path(arguments.output).is_dir()
+    return Path(arguments.output) / name if is_folder else Path(arguments.output)
+
+
+def _how(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> dict[str, Any]:
+    return {
+        "has_check": not arguments.skip_check,
+        "force": arguments.force,
+        "on_step": on_step,
+        "on_note": _note,
+    }
+
+
+def _note(text: str) -> None:
+    print(f"mmtok export: {text}", file=sys.stderr, flush=True)
 
 
 def _planned_engine(onnx_file: Path, budget: int, arguments: argparse.Namespace) -> tuple[Path, Library] | None:
@@ -277,7 +354,10 @@ def _build_engine(
         return
     path, library = engine
     on_step(f"building {path.name}")
-    _report(path, build_engine(onnx_file, path, library, arguments.target, force=arguments.force))
+    manifest = build_engine(
+        onnx_file, path, library, arguments.target, has_check=not arguments.skip_check, force=arguments.force
+    )
+    _report(path, manifest)
 
 
 def _report(path: Path, manifest: Manifest) -> None:
@@ -309,7 +389,8 @@ def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
     parser.add_argument("--vv-temp", type=float, help="temperature of the vision-to-vision softmax")
     parser.add_argument("--alpha", type=float, help="weight of covering the image against covering the text")
     parser.add_argument("--coverage", choices=get_args(Coverage), help="what the kept tokens cover")
-    parser.add_argument("--output", type=Path, metavar="FILE.onnx", help=f"where to write (default under {_FOLDER})")
+    parser.add_argument("--output", metavar="FILE.onnx", help=f"where to write, a file or FOLDER/ (default {_FOLDER}/)")
+    parser.add_argument("--skip-check", action="store_true", help="write it without holding it against the reference")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument(
         "--tensorrt", nargs="?", const="auto", choices=_LIBRARIES, help="build an engine as well (default auto)"

@@ -9,13 +9,16 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.encoders import EncoderError, describe_encoder, export_encoder, native_image_size
 from mmtok_export.join import builder_on, join_selection
+from mmtok_export.pixels import MEAN, STD
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
+from mmtok_export.whole_graph import Encoder
 
 __all__ = ["JoinedEncoder", "build_joined_encoder", "num_tokens_of"]
 
@@ -29,11 +32,13 @@ class JoinedEncoder:
             M-RoPE `positions`.
         spec: The selection's sizes.
         details: For the manifest.
+        encoder: The PyTorch module by itself.
     """
 
     model: ir.Model
     spec: SelectionSpec
     details: dict[str, Any]
+    encoder: Encoder
 
 
 def build_joined_encoder(
@@ -92,8 +97,16 @@ def build_joined_encoder(
         "grid": list(encoder.grid),
         "random_weights": random_weights,
         "edges": edges,
+        "preset": encoder.family,
+        "pixels": {**encoder.module.pixel_layout, "mean": MEAN, "std": STD},
     }
-    return JoinedEncoder(encoder.model, spec, details)
+
+    @torch.inference_mode()
+    def run(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        vision, keys = encoder.module(inputs["pixels"])
+        return vision, keys
+
+    return JoinedEncoder(encoder.model, spec, details, run)
 
 
 def num_tokens_of(checkpoint: Path, image_size: tuple[int, int] | None) -> int:

@@ -13,6 +13,7 @@ from mmtok_deploy.engines.tensorrt import compute_capability, tensorrt_module
 from mmtok_deploy.manifest import ArtifactError, Check, Manifest, TensorInfo
 from mmtok_export.artifact import file_infos, new_artifact, now
 from mmtok_export.check import check_artifact
+from mmtok_export.graph_file import load_graph
 
 __all__ = [
     "EngineBuildError",
@@ -86,7 +87,15 @@ def engine_path(onnx_file: Path, library: Library, targets: list[str]) -> Path:
     return onnx_file.with_name(f"{onnx_file.stem}.{capabilities}{'.rtx' if library == 'tensorrt-rtx' else ''}.engine")
 
 
-def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[str], *, force: bool = False) -> Manifest:
+def build_engine(
+    onnx_file: Path,
+    path: Path,
+    library: Library,
+    targets: list[str],
+    *,
+    has_check: bool = True,
+    force: bool = False,
+) -> Manifest:
     """Writes an exported ONNX file's engine, and returns its manifest.
 
     Strongly typed, without TF32: float32 stays float32. The optimization profile is the manifest's ranges.
@@ -96,6 +105,7 @@ def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[st
         path: Where the engine goes.
         library: What builds it.
         targets: Compute capabilities ("8.6"); none for the GPU at hand.
+        has_check: Whether it is checked, where its GPU is.
         force: Whether it may replace a file.
 
     Raises:
@@ -105,6 +115,7 @@ def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[st
         CheckFailedError: A GPU that it is built for is at hand, and the engine's answer is not the reference's.
     """
     source = Manifest.load(onnx_file)
+    load_graph(onnx_file, source)
     module = tensorrt_module(library)
     with new_artifact(path, force=force) as file:
         file.write_bytes(_serialized(module, onnx_file, source, library, targets))
@@ -114,11 +125,13 @@ def build_engine(onnx_file: Path, path: Path, library: Library, targets: list[st
             files=file_infos(file),
             details=source.details | {"compute_capabilities": _wanted(targets), "onnx_sha256": source.files[0].sha256},
             versions=source.versions | {library: module.__version__},
+            requires={library: module.__version__},
             created=now(),
-            check=Check("not run", "", ""),
+            check=Check("not run", "", "--skip-check"),
         )
         Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
-        manifest = replace(manifest, check=check_artifact(file, manifest))
+        if has_check:
+            manifest = replace(manifest, check=check_artifact(file, manifest))
         Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

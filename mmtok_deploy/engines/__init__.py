@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
 
-__all__ = ["Engine", "EngineError", "allocate_outputs", "check_inputs", "check_tensors", "open_engine"]
+__all__ = ["Engine", "EngineError", "allocate_outputs", "check_inputs", "check_graph", "open_engine"]
 
 
 class EngineError(RuntimeError):
@@ -65,13 +65,20 @@ def open_engine(file: Path, device: torch.device, provider: str | None = None, s
     return TensorRTEngine(file, manifest, device, content)
 
 
-def check_tensors(manifest: Manifest, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> None:
-    """Raises ArtifactError if an engine's own inputs and outputs are not those that its manifest names.
+def check_graph(
+    manifest: Manifest,
+    inputs: Sequence[TensorInfo],
+    outputs: Sequence[TensorInfo],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Raises ArtifactError if a graph is not the one that its manifest describes. Whatever loads a file asks this.
 
     Args:
         manifest: The manifest.
         inputs: As the library reports them; a size that it leaves open is a name, "" where it has none.
         outputs: The same.
+        metadata: The graph's `metadata_props`: constants, form and ranges, which its tensors do not show. None for an
+            engine, which has none.
     """
     for kind, described, found in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
         expected = {tensor.name: tensor for tensor in described}
@@ -88,16 +95,18 @@ def check_tensors(manifest: Manifest, inputs: Sequence[TensorInfo], outputs: Seq
                     f"{tensor.name} as {tensor.dtype} {_shape(tensor)}",
                     f"{wanted.dtype} {_shape(wanted)}",
                 )
+    if metadata is not None:
+        for name, said in manifest.metadata().items():
+            if metadata.get(name) != said:
+                raise _not_described(manifest, f"{name} {metadata.get(name)}", said)
 
 
 def _may_be(manifest: Manifest, found: int | str, described: int | str) -> bool:
     if isinstance(described, int):
         return found == described
     allowed = manifest.dimensions.get(described)
-    if allowed is None:
-        return False
-    # An engine with a fixed size takes that one only.
-    return isinstance(found, str) or (allowed.is_fixed and found == allowed.minimum)
+    # An encoder's own sizes have no range; an engine with a fixed size takes that one only.
+    return isinstance(found, str) or (allowed is not None and allowed.is_fixed and found == allowed.minimum)
 
 
 def _not_described(manifest: Manifest, found: str, described: str) -> ArtifactError:

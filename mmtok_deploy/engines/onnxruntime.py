@@ -9,11 +9,11 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs, check_tensors
+from mmtok_deploy.engines import EngineError, allocate_outputs, check_graph, check_inputs
 from mmtok_deploy.environment import tf32_is_forbidden
 from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
 
-__all__ = ["VERSION", "OnnxRuntimeEngine"]
+__all__ = ["VERSION", "OnnxRuntimeEngine", "run_on_cpu"]
 
 VERSION: str = onnxruntime.__version__
 """The version of the library, whichever of its distributions (onnxruntime, onnxruntime-gpu) is installed."""
@@ -53,8 +53,8 @@ class OnnxRuntimeEngine:
         manifest: Its manifest.
         device: Where inputs and outputs are.
         provider: CPUExecutionProvider, CUDAExecutionProvider or TensorrtExecutionProvider; by default the device's.
-        content: The file's bytes, which are what is loaded; None reads the file. One with weights in files of their own
-            is always read from its folder.
+        content: The file's bytes, which are what is loaded; None reads the file. Weights in files of their own are read
+            from its folder.
 
     Raises:
         ArtifactError: Its inputs and outputs are not those of the manifest.
@@ -73,16 +73,13 @@ class OnnxRuntimeEngine:
         _check_provider(provider, device)
         # A stream of its own: PyTorch's current stream changes from call to call, a session's never does.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options = _options(file.parent)
         if device.type == "cpu":
             # PyTorch computes between the runs: its threads and these must not wait for each other in busy loops.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
-                file if content is None or len(manifest.files) > 1 else content,
-                options,
-                providers=_providers(provider, device, self._stream),
+                file if content is None else content, options, providers=_providers(provider, device, self._stream)
             )
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise EngineError(f"ONNX Runtime cannot load {file.name}: {error}") from error
@@ -93,7 +90,8 @@ class OnnxRuntimeEngine:
                 "are the libraries that it needs (CUDA, cuDNN, TensorRT) installed?"
             )
         self._session.disable_fallback()
-        check_tensors(manifest, _tensors(self._session.get_inputs()), _tensors(self._session.get_outputs()))
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        check_graph(manifest, _tensors(self._session.get_inputs()), _tensors(self._session.get_outputs()), metadata)
         self.name = f"onnxruntime {VERSION}, {provider}"
         self.manifest = manifest
         self._device = device
@@ -125,6 +123,33 @@ class OnnxRuntimeEngine:
         current.wait_stream(self._stream)
         for tensor in tensors:
             tensor.record_stream(self._stream)
+
+
+def run_on_cpu(content: bytes, folder: Path, inputs: dict[str, Tensor], outputs: list[str]) -> dict[str, Tensor]:
+    """Returns the outputs of a graph that has no manifest, run once on the CPU.
+
+    Args:
+        content: The graph.
+        folder: Where the files of its weights are.
+        inputs: By name.
+        outputs: Names.
+
+    Raises:
+        EngineError: ONNX Runtime does not load or run it: operators or types that its CPU provider does not have.
+    """
+    try:
+        session = onnxruntime.InferenceSession(content, _options(folder), providers=[_CPU])
+        values = session.run(outputs, {name: tensor.numpy() for name, tensor in inputs.items()})
+        return {name: torch.from_numpy(value) for name, value in zip(outputs, values, strict=True)}
+    except Exception as error:  # ONNX Runtime's errors have no common class
+        raise EngineError(f"ONNX Runtime {VERSION} on the CPU: {error}") from error
+
+
+def _options(folder: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options
 
 
 def _tensors(described: Any) -> list[TensorInfo]:

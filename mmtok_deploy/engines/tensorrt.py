@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmtok_deploy.engines import EngineError, allocate_outputs, check_inputs, check_tensors
+from mmtok_deploy.engines import EngineError, allocate_outputs, check_graph, check_inputs
 from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
 
 __all__ = ["TensorRTEngine", "compute_capability", "engine_tensors", "tensorrt_module"]
@@ -58,7 +58,7 @@ class TensorRTEngine:
             self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes() if content is None else content)
             if self._engine is None:
                 raise EngineError(f"TensorRT does not take {file.name}: its messages are above")
-            check_tensors(manifest, *engine_tensors(self._engine))
+            check_graph(manifest, *engine_tensors(self._engine))
             self._context = self._engine.create_execution_context()
         self.name = f"{manifest.format} {library.__version__} on {torch.cuda.get_device_name(device)}"
         self.manifest = manifest

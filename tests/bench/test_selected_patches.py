@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtok_bench.photographs import photograph
 from mmtok_bench.selected_patches import OneGridFamily, select_patches
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_deploy.photographs import photograph
 
 QUESTION = "What is on the table?"
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_bench import tiny_checkpoints
 from mmtok_bench.families import Family
-from mmtok_bench.photographs import photograph
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_deploy.photographs import photograph
 
 FAMILIES: list[Family] = ["qwen2.5-vl", "llava-1.5", "llava-next"]
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]

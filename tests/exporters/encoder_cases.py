@@ -16,8 +16,8 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_window_index
 
 from mmtok_bench.families import Family
-from mmtok_bench.photographs import photograph
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_deploy.photographs import photograph
 from mmtok_export.encoders import ExportedEncoder
 
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ from torch import Tensor
 
 from mmtok_deploy import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.manifest import Manifest, describe_file
 from mmtok_export.selection_graph import FeatureDtype, Form, SelectionSpec, build_selection
 from tests.mmtok_deploy.problems import Problem
 
-__all__ = ["all_nodes", "batch_of", "run", "session_of", "spec_for"]
+__all__ = ["all_nodes", "batch_of", "relabel", "run", "session_of", "spec_for"]
 
 
 def spec_for(
@@ -89,3 +92,11 @@ def all_nodes(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from all_nodes(attribute.g)
+
+
+def relabel(file: Path, manifest: Manifest) -> None:
+    """Has a file and its manifest say the same, whatever the graph computes."""
+    model = ir.load(file)
+    model.metadata_props.update(manifest.metadata())
+    ir.save(model, file)
+    Manifest.path_of(file).write_text(replace(manifest, files=(describe_file(file),)).to_json())

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from mmtok_deploy import SelectionConfig
@@ -25,7 +26,11 @@ def test_a_file_and_its_manifest_and_nothing_else(exported: Path, spec: Selectio
     assert manifest.dimensions == {"B": spec.batch, "N": spec.num_tokens, "M": spec.num_words}
     assert manifest.check.status == "passed"
     assert re.fullmatch(r"\d\d picks compared, all equal", manifest.check.detail)
-    assert json.loads(Manifest.path_of(exported).read_text())["schema"] == 1
+    assert manifest.requires == {"onnx opset": "20", "onnx ir version": "10", "onnxruntime": "1.18"}
+    metadata = onnxruntime.InferenceSession(exported).get_modelmeta().custom_metadata_map
+    assert metadata == manifest.metadata()
+    assert (metadata["mmtok.file"], metadata["mmtok.budget"]) == ("selection.onnx", "5")
+    assert json.loads(Manifest.path_of(exported).read_text())["schema"] == 2
 
 
 def test_large_weights_stand_beside_the_graph(
@@ -96,6 +101,25 @@ def test_whatever_happens_nothing_half_written_is_left(tmp_path: Path) -> None:
         file.write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_has_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    script = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from mmtok_export.artifact import new_artifact\n"
+        f"with new_artifact(Path({str(tmp_path)!r}) / 'a.onnx', force=False) as file:\n"
+        "    file.write_text('gigabytes')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with new_artifact(tmp_path / "b.onnx", force=False) as file:
+        # One that is being written stays.
+        with new_artifact(tmp_path / "c.onnx", force=False) as other:
+            other.write_text("c")
+        file.write_text("b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.onnx", "c.onnx"]
 
 
 def test_no_space_left(tmp_path: Path) -> None:

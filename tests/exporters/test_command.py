@@ -1,14 +1,30 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from mmtok_deploy import SelectionConfig
 from mmtok_deploy.cli import main
-from mmtok_deploy.manifest import Manifest
+from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.engines import open_engine
+from mmtok_deploy.manifest import ArtifactError, Manifest
+from mmtok_export import artifact, command
+from mmtok_export.check import estimated_seconds
+from mmtok_export.tensorrt import build_engine
+from tests.exporters.graphs import relabel
 
 SMALL = ["--budget=4", "--tokens=16", "--text-tokens=3", "--vision-width=8", "--keys-width=6", "--dtype=float32"]
 
@@ -110,12 +126,175 @@ def test_check_refuses_a_file_that_changed(exported: Path, capsys: pytest.Captur
 
 
 def test_check_finds_a_wrong_answer(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = Manifest.load(exported)
+    relabel(exported, replace(manifest, constants=SelectionConfig(vv_temp=0.9)))
+    assert export("check", str(exported)) == 1
+    assert re.search(r"mmtok export: (pick|coverage|total)", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 7}, r"budget is 7, and kept is \['B', 5\]"),
+        ({"form": "loop"}, "has mmtok.form lazy, its manifest says loop"),
+        ({"constants": {"tv_temp": 0.5, "vv_temp": 0.2, "alpha": 0.5, "coverage": "text"}}, "has mmtok.constants"),
+        ({"dimensions": {"B": [1, 1, 9], "N": [5, 20, 40], "M": [1, 3, 9]}}, "has mmtok.contract_sha256"),
+        ({"inputs": {"text": "float16"}}, "has text as float32 .* manifest says float16"),
+        ({"outputs": {"total": ["M"]}}, "has mmtok.contract_sha256"),
+    ],
+)
+def test_a_manifest_that_is_not_the_graphs_is_refused_by_whatever_loads_it(
+    exported: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
     path = Manifest.path_of(exported)
     values = json.loads(path.read_text())
-    values["constants"]["vv_temp"] = 0.9
+    for name, new in change.items():
+        if name == "dimensions":
+            values[name] = {
+                key: dict(zip(("minimum", "optimum", "maximum"), sizes, strict=True)) for key, sizes in new.items()
+            }
+        elif name == "inputs":
+            for tensor in values[name]:
+                tensor["dtype"] = new.get(tensor["name"], tensor["dtype"])
+        elif name == "outputs":
+            for tensor in values[name]:
+                tensor["shape"] = new.get(tensor["name"], tensor["shape"])
+        else:
+            values[name] = new
     path.write_text(json.dumps(values))
-    assert export("check", str(exported)) == 1
-    assert "mmtok export: " in capsys.readouterr().err
+    assert export("check", str(exported)) == 2
+    assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(ArtifactError, match=message):
+        open_engine(exported, torch.device("cpu"))
+    with pytest.raises(ArtifactError, match=message):
+        build_engine(exported, exported.with_name("a.engine"), "tensorrt-rtx", ["8.6"])
+
+
+def test_features_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    widths = {name: int(Manifest.load(exported).input(name).shape[-1]) for name in ("vision", "keys", "text")}
+    sizes = {"vision": 20, "keys": 20, "text": 3}
+    own: dict[str, Any] = {
+        name: rng.standard_normal((2, sizes[name], width), dtype=np.float32) for name, width in widths.items()
+    }
+    np.savez(tmp_path / "own.npz", **own)
+    assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 0
+    assert "check passed: of the given features, 10 picks compared" in capsys.readouterr().out
+    np.savez(tmp_path / "own.npz", **{**own, "more": own["text"]})
+    assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
+    assert "--features holds vision, keys, text, more: expected excluded, keys, text" in capsys.readouterr().err
+    np.savez(tmp_path / "own.npz", **{**own, "text": own["text"].astype(np.float64) + 1e-12})
+    assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
+    assert "text is torch.float64, and the file takes float32" in capsys.readouterr().err
+    (tmp_path / "own.npz").write_text("nothing")
+    assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
+    assert "own.npz is no .npz of arrays" in capsys.readouterr().err
+
+
+def test_skip_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export("selection", *SMALL, f"--output={tmp_path}/a.onnx", "--skip-check") == 0
+    assert "check not run: --skip-check" in capsys.readouterr().out
+    assert Manifest.load(tmp_path / "a.onnx").check.status == "not run"
+
+
+def test_a_long_check_says_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(artifact, "_SECONDS_WITHOUT_A_WORD", -1)
+    assert export("selection", *SMALL, f"--output={tmp_path}/a.onnx") == 0
+    assert re.search(r"the check takes about \d+ s on this machine; --skip-check", capsys.readouterr().err)
+
+
+def test_a_large_graph_is_estimated_larger(exported: Path) -> None:
+    manifest = Manifest.load(exported)
+    large = replace(manifest, dimensions=manifest.dimensions | {"N": DimRange.fixed(16384)})
+    assert estimated_seconds(manifest) < 1
+    assert estimated_seconds(large) > 20
+
+
+def test_a_folder_as_output_means_a_file_in_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for output in ("there", "there/", "new/"):
+        assert export("selection", *SMALL, f"--output={tmp_path}/{output}", "--force") == 0
+        assert (tmp_path / output / "selection-llava-1.5-n16-k4.onnx").is_file()
+
+
+def test_a_link_to_nowhere(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = tmp_path / "link.onnx"
+    link.symlink_to("nowhere.onnx")
+    assert export("selection", *SMALL, f"--output={link}", "--force") == 2
+    assert "link.onnx is a link to nowhere.onnx, which is not there: remove the link" in capsys.readouterr().err
+    assert link.is_symlink()
+    assert export("check", str(link)) == 2
+    assert "link.onnx does not exist (it is a link to nowhere.onnx)" in capsys.readouterr().err
+
+
+def test_a_folder_is_not_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export("check", str(tmp_path)) == 2
+    assert "is a folder: name the exported file in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\n you tried"),
+            "out of memory .*fewer",
+        ),
+        (MemoryError(), "out of memory"),
+        (DecodeError("Error parsing message"), "protobuf does not take it .* 2 GiB"),
+        (onnx.checker.ValidationError("field 'x'\nnot set"), r"(onnx.*|protobuf).*not set"),
+        (RuntimeError("something else\nand more"), r"RuntimeError: something else and more$"),
+    ],
+)
+def test_a_librarys_error_is_one_line(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "_selection", fail)
+    assert export("selection", *SMALL) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert re.search(message, said)
+
+
+def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("no such key")
+
+    monkeypatch.setattr(command, "_selection", fail)
+    with pytest.raises(KeyError):
+        export("selection", *SMALL)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["selection", "--budget=x"], ["check"]])
+def test_help_and_wrong_arguments_do_not_wait_for_libraries(arguments: list[str]) -> None:
+    script = (
+        "import sys\nfrom mmtok_deploy.cli import main\n"
+        f"try: main(['export', *{arguments}])\nfinally: print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    loaded = set(done.stdout.split())
+    assert "mmtok_export.command" in loaded
+    assert not loaded & {"torch", "onnx", "onnxruntime", "transformers", "numpy"}
+
+
+def test_interrupted_while_libraries_are_imported(tmp_path: Path) -> None:
+    # A stand-in for PyTorch is imported for as long as the test wants.
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "mmtok_deploy", "export", "selection", *SMALL, f"--output={tmp_path}/a.onnx"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.splitlines() == ["mmtok export: interrupted; nothing half-written was left behind"]
 
 
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

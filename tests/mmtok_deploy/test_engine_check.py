@@ -17,7 +17,7 @@ import torch
 
 from mmtok_deploy import Budget, SelectionConfig, executors
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.engines import EngineError, check_tensors
+from mmtok_deploy.engines import EngineError, check_graph
 from mmtok_deploy.engines.tensorrt import TensorRTEngine, engine_tensors
 from mmtok_deploy.executors import EngineExecutor, make_executor
 from mmtok_deploy.manifest import ArtifactError, Check, Manifest, TensorInfo, describe_file
@@ -27,7 +27,7 @@ from mmtok_export.selection_graph import build_selection
 from mmtok_sglang.engine_file import EngineMismatchError, check_engine_file
 from mmtok_sglang.families import FAMILIES
 from mmtok_sglang.settings import Settings
-from tests.exporters.graphs import spec_for
+from tests.exporters.graphs import relabel, spec_for
 from tests.mmtok_deploy.problems import random_problem
 
 CPU = torch.device("cpu")
@@ -124,8 +124,7 @@ def test_what_is_hashed_is_what_is_loaded(file: Path, monkeypatch: pytest.Monkey
 
 def test_a_file_of_other_constants_than_its_manifest_says_selects_otherwise(file: Path) -> None:
     changed = SelectionConfig(tv_temp=1.0, vv_temp=3.0, alpha=4.0)
-    lying = replace(Manifest.load(file), constants=changed)
-    Manifest.path_of(file).write_text(lying.to_json())
+    relabel(file, replace(Manifest.load(file), constants=changed))
     with pytest.raises(EngineError, match=r"does not select as the reference does .*: export it again"):
         start(settings_for(file, changed))
 
@@ -253,16 +252,16 @@ class TestTensors:
     def test_what_the_library_reports_is_held_against_the_manifest(self, file: Path, change: Any, message: str) -> None:
         manifest = Manifest.load(file)
         tensors = {tensor.name: tensor for tensor in manifest.outputs}
-        check_tensors(manifest, manifest.inputs, list(tensors.values()))
+        check_graph(manifest, manifest.inputs, list(tensors.values()))
         change(tensors)
         with pytest.raises(ArtifactError, match=message):
-            check_tensors(manifest, manifest.inputs, list(tensors.values()))
+            check_graph(manifest, manifest.inputs, list(tensors.values()))
 
     def test_a_tensorrt_engine(self, file: Path) -> None:
         """Its API, without a GPU."""
         manifest = Manifest.load(file)
         engine = StandInEngine(manifest)
-        check_tensors(manifest, *engine_tensors(engine))
+        check_graph(manifest, *engine_tensors(engine))
         engine.dtypes["kept"] = "FP8"
         with pytest.raises(ArtifactError, match="kept is a FP8, which no exported file has"):
             engine_tensors(engine)

@@ -122,3 +122,12 @@ def test_features_that_are_not_finite_have_no_greedy_pick() -> None:
     problem.vision[1, 2] = math.nan
     with pytest.raises(WrongPickError, match="pick 0 is token 0, whose gain is not finite"):
         replay_greedy(problem, DEFAULT, [0, 1])
+
+
+def test_gains_closer_than_the_coverage_is_rounded_are_told_apart_only_if_asked() -> None:
+    problem = random_problem(60).picking(30)
+    order = reference.select([problem], DEFAULT)[0].order.tolist()
+    swapped = [*order[:20], order[25], *order[21:25], order[20], *order[26:]]
+    with pytest.raises(WrongPickError, match="pick 20 is token"):
+        replay_greedy(problem, DEFAULT, swapped)
+    assert replay_greedy(problem, DEFAULT, swapped, coverage_error=0.05).num_close_calls > 0

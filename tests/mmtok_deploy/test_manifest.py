@@ -27,6 +27,7 @@ def file(tmp_path: Path) -> Path:
         form="lazy",
         constants=SelectionConfig(0.01, 0.3, 0.7, "text"),
         versions={"mmtok-deploy": "0.1.0"},
+        requires={"onnxruntime": "1.18"},
         created="2026-11-21T00:00:00+00:00",
         check=Check("passed", "onnxruntime", "all equal"),
         details={"edges": {"vision": {"width": 8}}},
@@ -79,7 +80,7 @@ def test_without_a_manifest(file: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema 2 is not understood, this version reads 1"),
+        ({"schema": 1}, "schema 1 is not understood, this version reads 2"),
         ({"surprise": 1}, "fields differ: surprise"),
         ({"kind": "poem"}, "kind is one of selection, encoder, attached, got 'poem'"),
         ({"files": []}, "files names at least"),

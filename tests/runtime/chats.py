@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmtok_bench.photographs import photograph
+from mmtok_deploy.photographs import photograph
 
 __all__ = ["Chat", "Part", "data_url", "small"]
 

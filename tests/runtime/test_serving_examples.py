@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_bench.photographs import photograph
+from mmtok_deploy.photographs import photograph
 from tests.runtime.serving import Served
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serve_and_ask.py"

@@ -7,11 +7,11 @@ import argparse
 import torch
 
 from mmtok_bench.client import ask, image_url
-from mmtok_bench.photographs import PHOTOGRAPHS, photograph
 from mmtok_bench.results import make_latency_row
 from mmtok_bench.run import Run, quiet_transformers, run_command
 from mmtok_bench.server import make_server, running
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
 
 __all__ = ["run_second_question_bench"]
 

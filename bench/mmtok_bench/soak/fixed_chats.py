@@ -8,8 +8,8 @@ from typing import Any
 
 from mmtok_bench.client import image_url
 from mmtok_bench.families import Family
-from mmtok_bench.photographs import PHOTOGRAPHS, photograph
 from mmtok_bench.server import SglangServer
+from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
 
 __all__ = [
     "TOLERANCE",

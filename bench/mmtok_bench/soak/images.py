@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from mmtok_bench.client import in_parallel
-from mmtok_bench.photographs import photograph
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import chat_body
 from mmtok_bench.soak.trial import Trial, resident_bytes, send
+from mmtok_deploy.photographs import photograph
 
 __all__ = ["odd_images", "send_odd_images"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import openai
 
 from mmtok_bench.client import in_parallel
-from mmtok_bench.photographs import PHOTOGRAPHS
 from mmtok_bench.process_tree import process_tree
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import Account, ask_for_logprobs, chat_body, largest_difference, small_image
 from mmtok_bench.soak.trial import Trial, resident_bytes, send
+from mmtok_deploy.photographs import PHOTOGRAPHS
 
 __all__ = ["MIN_JUDGED", "STORM_ENVIRONMENT", "STORM_FLAGS", "leak", "storm"]
 

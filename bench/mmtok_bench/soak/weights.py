@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmtok_bench.photographs import PHOTOGRAPHS
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import (
     TOLERANCE,
@@ -16,6 +15,7 @@ from mmtok_bench.soak.fixed_chats import (
 )
 from mmtok_bench.soak.trial import Reply, Trial, send
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_deploy.photographs import PHOTOGRAPHS
 
 __all__ = ["update_weights"]
 

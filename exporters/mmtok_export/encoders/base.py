@@ -31,6 +31,7 @@ class Encoder(nn.Module):
         family: The preset's name.
         has_positions: Whether the language model reads (t, h, w) positions (M-RoPE) and not a running number.
         pixels_shape: Shape of `pixels`, as the family's image processor yields it for B images.
+        pixel_layout: `layout` "images" ([B, 3, height, width]) or "patches" (`pixels.patches_of`, with its arguments).
         grid: (t, h, w) of one image's tokens.
         vision_width: D.
         keys_width: d.
@@ -42,6 +43,7 @@ class Encoder(nn.Module):
     family: str
     has_positions: bool
     pixels_shape: tuple[int, ...]
+    pixel_layout: dict[str, Any]
     grid: tuple[int, int, int]
     vision_width: int
     keys_width: int
@@ -73,6 +75,7 @@ class ExportedEncoder:
 
     Args:
         model: Its weights are PyTorch's memory, not a copy; save it with external data.
+        module: What was exported.
         family: The preset's name, "llava-1.5" or "qwen2.5-vl".
         image_size: (width, height) in pixels.
         batch_size: B.
@@ -86,6 +89,7 @@ class ExportedEncoder:
     """
 
     model: onnx_ir.Model
+    module: Encoder
     family: str
     image_size: tuple[int, int]
     batch_size: int

@@ -65,6 +65,7 @@ def export_encoder(
     model.graph.name = f"{encoder.family} encoder"
     return ExportedEncoder(
         model=model,
+        module=encoder,
         family=encoder.family,
         image_size=image_size,
         batch_size=batch_size,

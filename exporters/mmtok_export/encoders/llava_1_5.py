@@ -37,6 +37,7 @@ class Llava15Encoder(Encoder):
             )
         side = vision.image_size // vision.patch_size
         self.pixels_shape = (batch_size, vision.num_channels, vision.image_size, vision.image_size)
+        self.pixel_layout = {"layout": "images"}
         self.grid = (1, side, side)
         self.vision_width = config.text_config.hidden_size
         self.keys_width = vision.hidden_size

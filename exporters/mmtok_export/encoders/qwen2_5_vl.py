@@ -46,6 +46,12 @@ class Qwen25VLEncoder(Encoder):
         self.patches = torch.Size((1, height // vision.patch_size, width // vision.patch_size))
         patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         self.pixels_shape = (batch_size * self.patches.numel(), patch_width)
+        self.pixel_layout = {
+            "layout": "patches",
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+        }
         self.grid = (1, self.patches[1] // vision.spatial_merge_size, self.patches[2] // vision.spatial_merge_size)
         self.vision_width = vision.out_hidden_size
         self.keys_width = vision.hidden_size

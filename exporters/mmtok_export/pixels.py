@@ -1,0 +1,55 @@
+"""Photographs as an encoder takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
+
+__all__ = ["MEAN", "STD", "images_of", "patches_of"]
+
+# Of CLIP's image processor, which LLaVA's and Qwen2.5-VL's are as well.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def images_of(size: tuple[int, int], num_images: int) -> Tensor:
+    """Returns photographs [B, 3, height, width] float32, normalised as CLIP's.
+
+    Args:
+        size: (width, height) in pixels.
+        num_images: B; photographs come again where there are not as many.
+
+    Raises:
+        ModuleNotFoundError: scikit-image, which ships them, is not installed.
+    """
+    names = list(PHOTOGRAPHS)
+    pictures = [photograph(names[idx % len(names)]).resize(size) for idx in range(num_images)]
+    pixels = torch.stack([torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures])
+    images = pixels.view(num_images, size[1], size[0], 3).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    return (images - mean) / std
+
+
+def patches_of(images: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int, **_: Any) -> Tensor:
+    """Returns images as Qwen2.5-VL's image processor cuts them: [B * patches, 3 * frames * patch * patch].
+
+    The patches that make a token follow one another, and an image is a film of equal frames.
+
+    Args:
+        images: [B, 3, height, width].
+        patch_size: Pixels of a side.
+        temporal_patch_size: Frames of a patch.
+        merge_size: Patches on a side of a token.
+    """
+    num_images, channels, height, width = images.shape
+    side = patch_size * merge_size
+    cells = images.view(
+        num_images, channels, height // side, merge_size, patch_size, width // side, merge_size, patch_size
+    )
+    # rows of tokens, columns of tokens, row and column in the token, channel, row and column in the patch
+    patches = cells.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, channels, 1, patch_size**2)
+    return patches.expand(-1, -1, temporal_patch_size, -1).flatten(1)
