@@ -152,6 +152,10 @@ class EngineExecutor:
         file = manifest.files[0].name
         if manifest.kind != "selection":
             raise EngineError(f"{file} holds an encoder as well, a server has its own: mmtok export selection")
+        if manifest.share:
+            raise EngineError(
+                f"{file} keeps {manifest.share} by itself, a server asks for a number: export it with --budget-input"
+            )
         if manifest.constants != config:
             raise EngineError(f"{file} was exported with {manifest.constants}, the server has {config}")
         if 1 not in manifest.dimensions["B"]:
@@ -168,7 +172,7 @@ class EngineExecutor:
             outputs = self._engine.run(self._inputs([problems[idx] for idx in group]))
             for row, idx in enumerate(group):
                 image = {name: tensor[row] for name, tensor in outputs.items()}
-                selections[idx] = _selection(image, problems[idx].num_picks, self.manifest.budget)
+                selections[idx] = _selection(image, problems[idx].num_picks)
         return [selections[idx] for idx in range(len(problems))]
 
     def check(self) -> None:
@@ -225,7 +229,8 @@ class EngineExecutor:
             text_mask[row, : len(problem.text)] = True
             if problem.excluded is not None:
                 excluded[row] = problem.excluded
-        return {
+        budget = torch.tensor([max(1, problem.num_picks) for problem in problems])
+        return ({"budget": budget} if self.manifest.takes_budget else {}) | {
             "vision": _stack([problem.vision for problem in problems], dtypes["vision"]),
             "keys": _stack([problem.keys for problem in problems], dtypes["keys"]),
             "text": text,
@@ -270,7 +275,7 @@ def _exactly(features: Tensor, dtype: torch.dtype) -> Tensor:
     return features.to(dtype)
 
 
-def _selection(image: dict[str, Tensor], num_picks: int, budget: int) -> Selection:
+def _selection(image: dict[str, Tensor], num_picks: int) -> Selection:
     order = image["order"][:num_picks]
-    kept = image["kept"] if num_picks == budget else order.sort().values
+    kept = image["kept"] if num_picks == len(image["kept"]) else order.sort().values
     return Selection(order, kept, image["coverage"][:num_picks], image["total"])

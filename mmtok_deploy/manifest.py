@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 
@@ -152,6 +153,8 @@ class Manifest:
         for size in self.dimensions.values():
             if not all(_is_count(each) for each in (size.minimum, size.optimum, size.maximum)):
                 raise ValueError(f"a dimension has whole numbers, got {size!r:.200}")
+        if self.share:
+            Budget.parse(self.share)
         num_kept = BUDGET_DIMENSION if self.takes_budget or self.share else self.budget
         for tensor in self.outputs:
             if tensor.name in _KEPT_OUTPUTS and tensor.shape[1:2] != (num_kept,):
@@ -163,6 +166,16 @@ class Manifest:
     def takes_budget(self) -> bool:
         """Whether the number of tokens to keep is an input, one an image."""
         return any(tensor.name == "budget" for tensor in self.inputs)
+
+    def num_kept(self, num_tokens: int, asked: int | None = None) -> int:
+        """Returns how many places of `kept` an image fills where no token is excluded.
+
+        Args:
+            num_tokens: N, of the image.
+            asked: Its budget, where the graph takes one.
+        """
+        budget = Budget.parse(self.share) if self.share else Budget(self.budget if asked is None else asked)
+        return min(self.budget, budget.num_kept(num_tokens))
 
     def contract(self) -> str:
         """Returns the checksum of what the graph computes, which the graph itself holds as well (`metadata`)."""

@@ -19,6 +19,7 @@ import onnxscript
 import torch
 
 from mmtok_deploy import __version__
+from mmtok_deploy.budget import Budget
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines.onnxruntime import VERSION
 from mmtok_deploy.manifest import Check, FileInfo, Kind, Manifest, describe_file
@@ -90,6 +91,7 @@ def export_model(
         requires=_requires(model),
         created=now(),
         check=Check("not run", "", "--skip-check"),
+        share="" if spec.share is None else str(Budget(ratio=spec.share)),
         details=dict(details or {}),
     )
     with new_artifact(path, force=force) as file:

@@ -18,7 +18,7 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines.onnxruntime import run_on_cpu
-from mmtok_export.budget import num_kept
+from mmtok_export.budget import num_kept, share_of
 from mmtok_export.join import builder_on, join_selection
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 from mmtok_export.whole_graph import Encoder
@@ -41,12 +41,14 @@ class Attachment:
         keys_per_token: Features that the projector merges into one token: consecutive ones, whose mean is its key.
         keys_index: Integer tensor [N]: which merged feature belongs to each token, where the encoder works in another
             order than it answers in (Qwen2.5-VL's `reverse_window_index`).
-        budget: K, or a share of N where that is fixed.
+        budget: K, or a share of N.
         num_tokens: N; None to read it from the graph.
         num_words: M.
         config: Temperatures, weight, coverage.
         form: How the picks are made.
         grid_width: Tokens in a row of the image, for the output `positions`.
+        takes_budget: Whether the budget is an input, and K the largest.
+        is_unpruned_given: Whether all tokens are an output too.
     """
 
     vision: str
@@ -59,6 +61,8 @@ class Attachment:
     config: SelectionConfig
     form: Form
     grid_width: int | None = None
+    takes_budget: bool = False
+    is_unpruned_given: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,14 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
     vision = _batched(builder, _find(model.graph, attachment.vision))
     keys = _batched(builder, _merged_keys(builder, model.graph, attachment))
     spec = _spec(attachment, vision, keys)
-    edges = join_selection(builder, vision, keys, spec, grid_width=attachment.grid_width)
+    edges = join_selection(
+        builder,
+        vision,
+        keys,
+        spec,
+        grid_width=attachment.grid_width,
+        is_unpruned_given=attachment.is_unpruned_given,
+    )
     source = {"onnx": onnx_file.name, "vision": attachment.vision, "keys": attachment.keys}
     details = {"edges": edges, "attached_to": source}
     return Attached(model, spec, details, partial(_run_alone, onnx_file, attachment, spec.keys_dtype))
@@ -253,6 +264,8 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
         keys_dtype=_dtype(keys),
         config=attachment.config,
         form=attachment.form,
+        takes_budget=attachment.takes_budget,
+        share=share_of(attachment.budget, num_tokens, is_input=attachment.takes_budget),
     )
 
 

@@ -110,7 +110,7 @@ def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor])
     Raises:
         ValueError: They are inputs of neither, or the dtype would round them.
     """
-    optional = {"text_mask", "excluded"}
+    optional = {"text_mask", "excluded", "budget"}
     for described in (selection, manifest):
         names = _names(described)
         if described.kind != "selection" and described is manifest:
@@ -126,6 +126,8 @@ def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor])
             inputs.setdefault("text_mask", torch.ones(inputs["text"].shape[:2], dtype=torch.bool))
         if "vision" in inputs:
             inputs.setdefault("excluded", torch.zeros(inputs["vision"].shape[:2], dtype=torch.bool))
+            if described.takes_budget:
+                inputs.setdefault("budget", torch.full((len(inputs["vision"]),), described.budget))
         return inputs
     raise ValueError(
         f"--features holds {', '.join(features)}: expected {', '.join(sorted(_names(selection)))}"
@@ -172,7 +174,7 @@ def _check_engine(
 
 def _check_case(engine: Engine, inputs: dict[str, Tensor], device: torch.device, compared: Compared) -> None:
     """Holds the first and the last image against the reference."""
-    outputs = engine.run({name: tensor.to(device) for name, tensor in inputs.items()})
+    outputs = engine.run({name: tensor if name == "budget" else tensor.to(device) for name, tensor in inputs.items()})
     for image in sorted({0, len(inputs["vision"]) - 1}):
         replay = hold_image(
             {name: tensor[image] for name, tensor in inputs.items()},
@@ -204,6 +206,8 @@ def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, T
     num_excluded = (1 + (sizes.num_tokens // 8 + image)).clamp(max=sizes.num_tokens - 1) * is_padded
     inputs = {name: tensor.to(getattr(torch, manifest.input(name).dtype)) for name, tensor in features.items()}
     inputs |= {"text_mask": words >= num_padding, "excluded": tokens < num_excluded}
+    if manifest.takes_budget:
+        inputs["budget"] = (manifest.budget - is_padded - image[:, 0]).clamp(min=1)
     if is_padded and sizes.num_tokens > 1:
         # What would be picked first, so that a graph which does not read `excluded` is found out.
         for one in {0, sizes.batch - 1}:
@@ -217,7 +221,7 @@ def _selection_alone(file: Path, manifest: Manifest) -> Engine:
     """Returns the selection cut out of a graph with an encoder, running on the CPU."""
     edges = manifest.details["edges"]
     model = load_graph(file, manifest)
-    others = [name for name in (*SELECTION_INPUTS, "budget") if name in _names(manifest)]
+    others = [name for name in SELECTION_INPUTS if name in _names(manifest)]
     graph = ir.convenience.extract(
         model.graph, [*(edge["name"] for edge in edges.values()), *others], list(SELECTION_OUTPUTS)
     )

@@ -48,6 +48,7 @@ _FLOAT32_KEYS = {"qwen2.5-vl"}
 _FORMS = ("lazy", "loop", "unrolled")
 _DTYPES = ("float16", "bfloat16", "float32")
 _SIZES = "a size, MIN:MAX or MIN:OPTIMUM:MAX"
+_UNPRUNED = "all tokens are an output as well, unpruned_tokens"
 _LIBRARIES = ("auto", "tensorrt-rtx", "tensorrt")
 
 
@@ -87,6 +88,7 @@ def add_export_parser(commands: Any) -> None:
     encoder.add_argument(
         "--random-weights", action="store_true", help="from config.json alone, to try sizes and engines"
     )
+    encoder.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
     _add_common(encoder, "default: the model's")
 
     attach = kinds.add_parser("attach", help="the selection at the end of an encoder that is an ONNX file already")
@@ -102,6 +104,7 @@ def add_export_parser(commands: Any) -> None:
     attach.add_argument(
         "--dim", type=_named_range, action="append", default=[], metavar="NAME=RANGE", help="range of another open size"
     )
+    attach.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
     _add_common(attach, "needed where a temperature or alpha is not given")
 
     check = kinds.add_parser("check", help="hold an exported file against the reference again")
@@ -163,7 +166,7 @@ def _library_error(error: BaseException) -> str:
 
 def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_export.artifact import export_model
-    from mmtok_export.budget import num_kept
+    from mmtok_export.budget import num_kept, share_of
     from mmtok_export.selection_graph import SelectionSpec, build_selection
 
     widths = _WIDTHS[arguments.preset or "llava-1.5"]
@@ -178,10 +181,12 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
         keys_dtype=arguments.keys_dtype or ("float32" if arguments.preset in _FLOAT32_KEYS else arguments.dtype),
         config=_config(arguments, "llava-1.5"),
         form=arguments.form,
+        takes_budget=arguments.budget_input,
+        share=share_of(arguments.budget, arguments.tokens, is_input=arguments.budget_input),
     )
     name = f"selection-{arguments.preset or 'llava-1.5'}-n{_in_name(spec.num_tokens)}-k{spec.budget}.onnx"
     path = _output(arguments, name)
-    engine = _planned_engine(path, spec.budget, arguments)
+    engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
     on_step("building the graph")
     model = build_selection(spec)
     details = {"preset": arguments.preset}
@@ -199,12 +204,14 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
     budget = num_kept(arguments.budget, DimRange.fixed(num_tokens_of(arguments.model, arguments.image_size)))
     name = f"encoder-{arguments.model.resolve().name}-k{budget}.onnx"
     path = _output(arguments, name)
-    engine = _planned_engine(path, budget, arguments)
+    engine = _planned_engine(path, budget, arguments, is_told=arguments.budget_input)
     on_step(f"exporting the encoder of {arguments.model}")
     joined = build_joined_encoder(
         arguments.model,
         arguments.image_size,
         budget,
+        takes_budget=arguments.budget_input,
+        is_unpruned_given=arguments.unpruned,
         num_words=arguments.text_tokens,
         dtype=arguments.dtype,
         form=arguments.form,
@@ -240,12 +247,14 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         config=_config(arguments, None),
         form=arguments.form,
         grid_width=arguments.grid_width,
+        takes_budget=arguments.budget_input,
+        is_unpruned_given=arguments.unpruned,
     )
     on_step(f"reading {arguments.onnx}")
     attached = attach_selection(arguments.onnx, attachment)
     model, spec = attached.model, attached.spec
     path = _output(arguments, f"{arguments.onnx.stem}-k{spec.budget}.onnx")
-    engine = _planned_engine(path, spec.budget, arguments)
+    engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
     _check_dimensions(open_dimensions(model), dict(arguments.dim), has_engine=engine is not None)
     manifest = export_model(
         model,
@@ -313,7 +322,9 @@ def _note(text: str) -> None:
     print(f"mmtok export: {text}", file=sys.stderr, flush=True)
 
 
-def _planned_engine(onnx_file: Path, budget: int, arguments: argparse.Namespace) -> tuple[Path, Library] | None:
+def _planned_engine(
+    onnx_file: Path, budget: int, arguments: argparse.Namespace, *, is_told: bool
+) -> tuple[Path, Library] | None:
     """Returns where the engine will be and what builds it; what stands in the way shows before anything is made."""
     from mmtok_deploy.engines.tensorrt import tensorrt_module
     from mmtok_export.artifact import check_output
@@ -324,6 +335,8 @@ def _planned_engine(onnx_file: Path, budget: int, arguments: argparse.Namespace)
         if arguments.target:
             raise ValueError("--target is for an engine: add --tensorrt")
         return None
+    if is_told:
+        raise ValueError("an engine makes a fixed number of picks: name a --budget of tokens without --budget-input")
     library: Library = choose_library(arguments.target) if arguments.tensorrt == "auto" else arguments.tensorrt
     check_targets(library, arguments.target, budget)
     tensorrt_module(library)
@@ -364,7 +377,8 @@ def _report(path: Path, manifest: Manifest) -> None:
     size_bytes = sum(file.size_bytes for file in manifest.files)
     size = f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
     sizes = ", ".join(f"{name} {allowed}" for name, allowed in manifest.dimensions.items())
-    print(f"{path}  {size}, keeps {manifest.budget} tokens, {manifest.form}; {sizes}")
+    kept = manifest.share or f"{'up to ' if manifest.takes_budget else ''}{manifest.budget} tokens"
+    print(f"{path}  {size}, keeps {kept}, {manifest.form}; {sizes}")
     runtime = f" ({manifest.check.runtime})" if manifest.check.runtime else ""
     print(f"  check {manifest.check.status}: {manifest.check.detail}{runtime}", flush=True)
 
@@ -375,7 +389,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
-    parser.add_argument("--budget", type=_budget, required=True, help="tokens to keep: 64, or 10%% of a fixed number")
+    parser.add_argument("--budget", type=_budget, required=True, help="tokens to keep: 64, or 10%% of an image's")
+    parser.add_argument(
+        "--budget-input", action="store_true", help="each image's budget is an input, and --budget the largest"
+    )
     parser.add_argument(
         "--text-tokens",
         type=_range,

@@ -46,6 +46,8 @@ def build_joined_encoder(
     image_size: tuple[int, int] | None,
     budget: int,
     *,
+    takes_budget: bool = False,
+    is_unpruned_given: bool = False,
     num_words: DimRange,
     dtype: FeatureDtype,
     form: Form,
@@ -59,6 +61,8 @@ def build_joined_encoder(
         checkpoint: Hugging Face checkpoint directory.
         image_size: (width, height) in pixels; None for a model that has one size.
         budget: K.
+        takes_budget: Whether the budget is an input, and K the largest.
+        is_unpruned_given: Whether all tokens are an output too.
         num_words: M.
         dtype: Of the weights, the text and the kept tokens.
         form: How the picks are made.
@@ -88,9 +92,12 @@ def build_joined_encoder(
         keys_dtype=next(name for name, each in FEATURE_DTYPES.items() if each == keys.dtype),
         config=config or PRESETS[encoder.family].config,
         form=form,
+        takes_budget=takes_budget,
     )
     grid_width = encoder.grid[2] if encoder.has_positions else None
-    edges = join_selection(builder_on(graph), vision, keys, spec, grid_width=grid_width)
+    edges = join_selection(
+        builder_on(graph), vision, keys, spec, grid_width=grid_width, is_unpruned_given=is_unpruned_given
+    )
     details = {
         "family": encoder.family,
         "image_size": list(size),

@@ -7,12 +7,20 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from mmtok_export.selection_graph import FEATURE_DTYPES, Features, SelectionSpec, add_selection, dim
+from mmtok_export.selection_graph import (
+    FEATURE_DTYPES,
+    Features,
+    SelectionSpec,
+    add_selection,
+    budget_input,
+    dim,
+    kept_dim,
+)
 
 __all__ = ["builder_on", "join_selection"]
 
-_INPUTS = ("text", "text_mask", "excluded")
-_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total", "positions")
+_INPUTS = ("text", "text_mask", "excluded", "budget")
+_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total", "positions", "unpruned_tokens")
 
 
 def builder_on(graph: ir.Graph) -> GraphBuilder:
@@ -26,7 +34,13 @@ def builder_on(graph: ir.Graph) -> GraphBuilder:
 
 
 def join_selection(
-    builder: GraphBuilder, vision: ir.Value, keys: ir.Value, spec: SelectionSpec, *, grid_width: int | None = None
+    builder: GraphBuilder,
+    vision: ir.Value,
+    keys: ir.Value,
+    spec: SelectionSpec,
+    *,
+    grid_width: int | None = None,
+    is_unpruned_given: bool = False,
 ) -> dict[str, dict[str, str | int]]:
     """Appends the selection to a graph, with its inputs `text`, `text_mask` and `excluded` and its outputs.
 
@@ -37,6 +51,7 @@ def join_selection(
         spec: What is selected.
         grid_width: Tokens in a row of the image, for a model with M-RoPE: adds the output `positions` [B, 3, K] int64,
             each kept token's (t, h, w) in the image's grid; -1 where there is none.
+        is_unpruned_given: Whether all tokens are an output too, `unpruned_tokens` [B, N, D].
 
     Returns:
         What the check cuts the selection out by: the `name`, `dtype` and `width` of the `vision` and `keys` that it is
@@ -60,11 +75,15 @@ def join_selection(
         text=builder.input("text", vision.dtype, [batch, words, spec.vision_width]),
         text_mask=builder.input("text_mask", ir.DataType.BOOL, [batch, words]),
         excluded=builder.input("excluded", ir.DataType.BOOL, [batch, dim(spec.num_tokens, "N")]),
+        budget=budget_input(builder, spec),
     )
     outputs = add_selection(builder, features, spec)
     if grid_width is not None:
         outputs["positions"] = _positions(builder.op, outputs["kept"], grid_width)
-        outputs["positions"].shape = ir.Shape([batch, 3, spec.budget])
+        outputs["positions"].shape = ir.Shape([batch, 3, kept_dim(spec)])
+    if is_unpruned_given:
+        outputs["unpruned_tokens"] = builder.op.Identity(vision)
+        outputs["unpruned_tokens"].shape = ir.Shape([batch, dim(spec.num_tokens, "N"), spec.vision_width])
     for name, value in outputs.items():
         builder.add_output(value, name)
     names: dict[ir.DataType | None, str] = {dtype: name for name, dtype in FEATURE_DTYPES.items()}

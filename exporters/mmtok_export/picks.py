@@ -37,7 +37,7 @@ def hold_image(inputs: dict[str, Tensor], outputs: dict[str, Tensor], manifest: 
     """Returns the replay of one image's selection.
 
     Args:
-        inputs: `vision`, `keys`, `text`, `text_mask` and `excluded` of the image.
+        inputs: `vision`, `keys`, `text`, `text_mask`, `excluded` and, where the graph takes it, `budget` of the image.
         outputs: The selection's, of the image.
         manifest: What the graph is said to compute.
 
@@ -45,7 +45,8 @@ def hold_image(inputs: dict[str, Tensor], outputs: dict[str, Tensor], manifest: 
         CheckFailedError: Another token, another order, other rows, another value of coverage.
     """
     vision, excluded = inputs["vision"], inputs["excluded"]
-    num_picks = min(manifest.budget, len(vision) - int(excluded.sum()))
+    asked = int(inputs["budget"]) if "budget" in inputs else None
+    num_picks = min(manifest.num_kept(len(vision), asked), len(vision) - int(excluded.sum()))
     problem = SelectionProblem(vision, inputs["keys"], inputs["text"][inputs["text_mask"]], num_picks, excluded)
     order, kept = outputs["order"], outputs["kept"]
     if (order[num_picks:] != -1).any() or (kept[num_picks:] != -1).any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from onnxscript import GraphBuilder
 
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.manifest import BUDGET_DIMENSION
 
 __all__ = [
     "FEATURE_DTYPES",
@@ -20,8 +22,10 @@ __all__ = [
     "Features",
     "SelectionSpec",
     "add_selection",
+    "budget_input",
     "build_selection",
     "dim",
+    "kept_dim",
 ]
 
 Form = Literal["loop", "unrolled", "lazy"]
@@ -53,7 +57,8 @@ class SelectionSpec:
     """What a selection graph is built for.
 
     Args:
-        budget: K, tokens kept.
+        budget: K, tokens kept; the most that may be asked for where the graph takes a budget or keeps a share. An image
+            of fewer tokens keeps them all.
         num_tokens: N, vision tokens.
         num_words: M, rows of text, padding included.
         batch: B, images.
@@ -63,9 +68,12 @@ class SelectionSpec:
         keys_dtype: Of keys: means over several features are float32 where the model is not.
         config: Temperatures, weight, coverage.
         form: How the picks are made.
+        takes_budget: Whether the graph has an input `budget`, a number of tokens an image.
+        share: Of the image's tokens, in place of a number.
 
     Raises:
-        ValueError: A budget above the smallest number of tokens, or a size below 1.
+        ValueError: A budget above the largest number of tokens, a size below 1, or a form that makes a fixed number of
+            picks where the number is told at run time.
     """
 
     budget: int
@@ -78,21 +86,30 @@ class SelectionSpec:
     keys_dtype: FeatureDtype
     config: SelectionConfig
     form: Form
+    takes_budget: bool = False
+    share: Fraction | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget", "vision_width", "keys_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
-        if self.budget > self.num_tokens.minimum:
+        if self.budget > self.num_tokens.maximum:
             raise ValueError(
                 f"a graph that keeps {self.budget} tokens needs images of at least as many, got {self.num_tokens}: "
-                "lower the budget or raise the smallest number of tokens"
+                "lower the budget or raise the largest number of tokens"
             )
         for dtype in (self.dtype, self.keys_dtype):
             if dtype not in FEATURE_DTYPES:
                 raise ValueError(f"dtype is one of {', '.join(FEATURE_DTYPES)}, got {dtype!r}")
         if self.form not in FORMS:
             raise ValueError(f"form is one of {', '.join(FORMS)}, got {self.form!r}")
+        if self.form == "unrolled" and self.is_told_at_run_time:
+            raise ValueError("the unrolled form writes out a fixed number of picks: choose --form lazy or loop")
+
+    @property
+    def is_told_at_run_time(self) -> bool:
+        """Whether the number of tokens kept is not known before the graph runs."""
+        return self.takes_budget or self.share is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +122,7 @@ class Features:
         text: [B, M, D] embeddings of the guidance words.
         text_mask: [B, M] bool, False for padding.
         excluded: [B, N] bool, tokens never to pick.
+        budget: [B] int64, tokens to keep of each image, where the graph takes it; taken as the nearest of 1 to K.
     """
 
     vision: ir.Value
@@ -112,6 +130,7 @@ class Features:
     text: ir.Value
     text_mask: ir.Value
     excluded: ir.Value
+    budget: ir.Value | None = None
 
 
 def build_selection(spec: SelectionSpec) -> ir.Model:
@@ -129,10 +148,16 @@ def build_selection(spec: SelectionSpec) -> ir.Model:
         text=builder.input("text", dtype, [batch, words, spec.vision_width]),
         text_mask=builder.input("text_mask", ir.DataType.BOOL, [batch, words]),
         excluded=builder.input("excluded", ir.DataType.BOOL, [batch, tokens]),
+        budget=budget_input(builder, spec),
     )
     for name, value in add_selection(builder, features, spec).items():
         builder.add_output(value, name)
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="mmtok-deploy")
+
+
+def budget_input(builder: GraphBuilder, spec: SelectionSpec) -> ir.Value | None:
+    """Returns the graph's input `budget`, if it has one."""
+    return builder.input("budget", ir.DataType.INT64, [dim(spec.batch, "B")]) if spec.takes_budget else None
 
 
 def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec) -> dict[str, ir.Value]:
@@ -140,7 +165,8 @@ def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec
 
     Returns:
         By name:
-        `kept`: [B, K] int64, token indices in raster order; -1 at the end where fewer than K tokens may be picked.
+        `kept`: [B, K] int64, token indices in raster order; -1 at the end where an image keeps fewer than K, because
+            fewer may be picked or it has a smaller budget. K is the largest budget of the batch where it is told.
         `order`: [B, K] int64, the same as picked. The first j are the selection for a budget of j.
         `visual_tokens`: [B, K, D] in the dtype of `vision`, its rows `kept`; zero where `kept` is -1.
         `coverage`: [B, K] float32, f(S) after each pick; never falls.
@@ -152,8 +178,10 @@ def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec
     op = builder.op
     columns, is_finite = _coverage_columns(op, features, spec.config)
     row_maxima = op.ReduceMax(columns, [1], keepdims=0)
-    order, coverage = _pick_all(op, columns, op.Mul(row_maxima, 0.0), features.excluded, spec)
-    kept = _raster_order(op, order, columns, spec.budget)
+    budgets, num_trips = _budgets(op, features, spec)
+    order, coverage = _pick_all(op, columns, op.Mul(row_maxima, 0.0), features.excluded, spec, budgets, num_trips)
+    num_kept = [num_trips] if isinstance(num_trips, int) else op.Reshape(num_trips, [1])
+    kept = _raster_order(op, order, columns, num_kept)
     is_kept = op.Unsqueeze(op.GreaterOrEqual(kept, 0), [2])
     # By way of float32, which is exact: ONNX Runtime's Where has no bfloat16.
     rows = op.Cast(_rows(op, features.vision, op.Max(kept, 0)), to=ir.DataType.FLOAT)
@@ -165,12 +193,12 @@ def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec
         "total": op.Where(is_finite, op.ReduceSum(row_maxima, [1], keepdims=0), float("nan")),
     }
     builder.pop_module()
-    batch = dim(spec.batch, "B")
+    batch, num_kept = dim(spec.batch, "B"), kept_dim(spec)
     shapes: dict[str, list[int | str]] = {
-        "kept": [batch, spec.budget],
-        "order": [batch, spec.budget],
-        "visual_tokens": [batch, spec.budget, spec.vision_width],
-        "coverage": [batch, spec.budget],
+        "kept": [batch, num_kept],
+        "order": [batch, num_kept],
+        "visual_tokens": [batch, num_kept, spec.vision_width],
+        "coverage": [batch, num_kept],
         "total": [batch],
     }
     for name, value in outputs.items():
@@ -183,11 +211,31 @@ def dim(size: DimRange, name: str) -> int | str:
     return size.minimum if size.is_fixed else name
 
 
+def kept_dim(spec: SelectionSpec) -> int | str:
+    """Returns K as a graph's outputs state it."""
+    return BUDGET_DIMENSION if spec.is_told_at_run_time else spec.budget
+
+
+def _budgets(op: Any, features: Features, spec: SelectionSpec) -> tuple[ir.Value | None, ir.Value | int]:
+    """Returns the budget of each image [B, 1] where they may differ, and the number of picks to make."""
+    if features.budget is not None:
+        budgets = op.Unsqueeze(op.Clip(features.budget, 1, spec.budget), [1, 2])
+        one_an_image = op.Unsqueeze(op.Cast(op.Slice(features.excluded, [0], [1], [1]), to=ir.DataType.INT64), [2])
+        budgets = op.Squeeze(_of_one_shape(op, budgets, one_an_image), [2])
+        return budgets, op.ReduceMax(budgets, keepdims=0)
+    if spec.share is None:
+        return None, spec.budget
+    num_tokens = op.Squeeze(op.Shape(features.vision, start=1, end=2))
+    whole = op.Div(op.Mul(num_tokens, spec.share.numerator), spec.share.denominator)
+    return None, op.Max(whole, 1)
+
+
 def _coverage_columns(op: Any, features: Features, config: SelectionConfig) -> tuple[ir.Value, ir.Value]:
     """Returns C transposed, [B, N, R] so that a column is contiguous, and which images' features are finite [B]."""
     vision, vision_ok = _unit_rows(op, features.vision)
     keys, keys_ok = _unit_rows(op, features.keys)
     words = op.Unsqueeze(features.text_mask, [2])
+    words = op.Greater(_of_one_shape(op, op.Cast(words, to=ir.DataType.FLOAT), _first_of_rows(op, features.text)), 0.5)
     text, text_ok = _unit_rows(op, features.text, words)
     num_words = op.ReduceSum(op.Cast(words, to=ir.DataType.FLOAT), [1], keepdims=1)
     blocks = []
@@ -201,8 +249,19 @@ def _coverage_columns(op: Any, features: Features, config: SelectionConfig) -> t
         alpha = 1.0 if config.coverage == "vision" else op.Where(op.Greater(num_words, 0.0), float(config.alpha), 1.0)
         blocks.append(op.Mul(rows, op.Div(alpha, num_tokens)))
     matrix = op.Concat(*blocks, _padding(op, blocks), axis=1)
-    is_finite = op.And(op.And(vision_ok, keys_ok), text_ok)
+    # Side by side, so that a runtime refuses another batch.
+    are_finite = [op.Unsqueeze(op.Cast(each, to=ir.DataType.FLOAT), [1]) for each in (vision_ok, keys_ok, text_ok)]
+    is_finite = op.Greater(op.ReduceMin(op.Concat(*are_finite, axis=1), [1], keepdims=0), 0.5)
     return _transpose(op, matrix), is_finite
+
+
+def _of_one_shape(op: Any, value: ir.Value, other: ir.Value) -> ir.Value:
+    """Returns value [B, R, 1], where a runtime refuses another B or R of `other`, which it else would repeat."""
+    return op.Slice(op.Concat(value, other, axis=2), [0], [1], [2])
+
+
+def _first_of_rows(op: Any, rows: ir.Value) -> ir.Value:
+    return op.Cast(op.Slice(rows, [0], [1], [2]), to=ir.DataType.FLOAT)
 
 
 def _padding(op: Any, blocks: list[ir.Value]) -> ir.Value:
@@ -237,11 +296,19 @@ def _transpose(op: Any, matrices: ir.Value) -> ir.Value:
 
 
 def _pick_all(
-    op: Any, columns: ir.Value, covered: ir.Value, excluded: ir.Value, spec: SelectionSpec
+    op: Any,
+    columns: ir.Value,
+    covered: ir.Value,
+    excluded: ir.Value,
+    spec: SelectionSpec,
+    budgets: ir.Value | None,
+    num_trips: ir.Value | int,
 ) -> tuple[ir.Value, ir.Value]:
     """Returns order [B, K] and coverage [B, K]."""
-    bounds = op.Mul(op.ReduceSum(columns, [2], keepdims=0), _ABOVE_ROUNDING)
-    bounds = op.Where(excluded, _BARRED, bounds)
+    bounds = op.Mul(op.ReduceSum(columns, [2], keepdims=1), _ABOVE_ROUNDING)
+    excluded = op.Unsqueeze(op.Cast(excluded, to=ir.DataType.FLOAT), [2])
+    bounds = op.Where(op.Greater(_of_one_shape(op, excluded, bounds), 0.5), _BARRED, bounds)
+    bounds = op.Squeeze(bounds, [2])
     indices = op.Range(0, op.Squeeze(op.Shape(columns, start=1, end=2)), 1)
     if spec.form == "unrolled":
         picks, values = [], []
@@ -253,8 +320,10 @@ def _pick_all(
 
     refresh = _lazy_gains(min(LAZY_WIDTH, spec.num_tokens.minimum)) if spec.form == "lazy" else _all_gains
 
-    def body(op: Any, _: ir.Value, __: ir.Value, covered: ir.Value, bounds: ir.Value) -> Sequence[ir.Value]:
+    def body(op: Any, place: ir.Value, __: ir.Value, covered: ir.Value, bounds: ir.Value) -> Sequence[ir.Value]:
         op.builder.push_module("pick")  # a value's name is used once, in subgraphs as well
+        if budgets is not None:
+            bounds = op.Where(op.Less(place, budgets), bounds, _BARRED)
         return op.Identity(True), *_pick(op, columns, covered, bounds, indices, refresh)
 
     floats, ints = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
@@ -270,7 +339,7 @@ def _pick_all(
         name="pick",
     )
     # The trip count alone ends the loop: to TensorRT a condition beside it is a warning.
-    *_, picks, values = op.Loop(spec.budget, None, covered, bounds, body=loop, _outputs=4)
+    *_, picks, values = op.Loop(num_trips, None, covered, bounds, body=loop, _outputs=4)
     return op.Transpose(picks, perm=[1, 0]), op.Transpose(values, perm=[1, 0])
 
 
@@ -364,9 +433,9 @@ def _rows(op: Any, rows: ir.Value, indices: ir.Value) -> ir.Value:
     return op.GatherND(rows, op.Unsqueeze(indices, [2]), batch_dims=1)
 
 
-def _raster_order(op: Any, order: ir.Value, columns: ir.Value, budget: int) -> ir.Value:
+def _raster_order(op: Any, order: ir.Value, columns: ir.Value, num_kept: ir.Value | list[int]) -> ir.Value:
     """Returns order [B, K] sorted, with every -1 at the end."""
     beyond = op.Squeeze(op.Shape(columns, start=1, end=2))
     places = op.Where(op.Less(order, 0), beyond, order)
-    sorted_places, _ = op.TopK(places, [budget], axis=1, largest=0, sorted=1, _outputs=2)
+    sorted_places, _ = op.TopK(places, num_kept, axis=1, largest=0, sorted=1, _outputs=2)
     return op.Where(op.Equal(sorted_places, beyond), -1, sorted_places)

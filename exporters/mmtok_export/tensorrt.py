@@ -116,6 +116,10 @@ def build_engine(
     """
     source = Manifest.load(onnx_file)
     load_graph(onnx_file, source)
+    if source.takes_budget or source.share:
+        raise EngineBuildError(
+            f"{onnx_file.name} is told how many tokens to keep as it runs: an engine keeps a fixed count"
+        )
     module = tensorrt_module(library)
     with new_artifact(path, force=force) as file:
         file.write_bytes(_serialized(module, onnx_file, source, library, targets))

@@ -21,7 +21,7 @@ __all__ = ["SELECTION_INPUTS", "SELECTION_OUTPUTS", "CannotRunError", "Encoder",
 Encoder = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 """The encoder by itself: its inputs by name -> vision [B, N, D] and keys [B, N, d]."""
 
-SELECTION_INPUTS = ("text", "text_mask", "excluded")
+SELECTION_INPUTS = ("text", "text_mask", "excluded", "budget")
 SELECTION_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total")
 
 # Of the length of all features: the sums are made in another order, and in float16 and bfloat16 rounded each time.
@@ -72,7 +72,7 @@ def check_whole_graph(
         for name, apart in (("vision", vision), ("keys", keys))
     ]
     compared = Compared()
-    features = found | {name: inputs[name] for name in SELECTION_INPUTS}
+    features = found | {name: inputs[name] for name in SELECTION_INPUTS if name in inputs}
     for image in range(len(vision)):
         compared.add(
             hold_image(
@@ -162,7 +162,8 @@ def _question(manifest: Manifest, vision: Tensor) -> dict[str, Tensor]:
     text_mask[:, 1:2] = False
     excluded = torch.zeros(num_images, num_tokens, dtype=torch.bool)
     excluded[:, 1:2] = True
-    return {
+    budget = (manifest.budget - torch.arange(num_images)).clamp(min=1)
+    return ({"budget": budget} if manifest.takes_budget else {}) | {
         "text": text.to(getattr(torch, manifest.input("text").dtype)),
         "text_mask": text_mask,
         "excluded": excluded,

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
+from mmtok_deploy.manifest import BUDGET_DIMENSION, ArtifactError, Manifest, TensorInfo
 
 __all__ = ["Engine", "EngineError", "allocate_outputs", "check_inputs", "check_graph", "open_engine"]
 
@@ -127,9 +127,11 @@ def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.de
     sizes: dict[str, int] = {}
     for expected in manifest.inputs:
         found = inputs[expected.name]
-        if found.dtype != getattr(torch, expected.dtype) or not _same_device(found.device, device):
+        # The host reads the budget, to make room for the outputs.
+        place = torch.device("cpu") if expected.name == "budget" else device
+        if found.dtype != getattr(torch, expected.dtype) or not _same_device(found.device, place):
             raise EngineError(
-                f"{expected.name} is {expected.dtype} on {device}, got {str(found.dtype)[6:]} on {found.device}"
+                f"{expected.name} is {expected.dtype} on {place}, got {str(found.dtype)[6:]} on {found.device}"
             )
         if len(found.shape) != len(expected.shape):
             raise EngineError(f"{expected.name} has shape {_shape(expected)}, got {tuple(found.shape)}")
@@ -142,6 +144,13 @@ def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.de
                     f"{expected.name} has shape {_shape(expected)} ({ranges}), got {tuple(found.shape)}: "
                     "export a file for these sizes"
                 )
+    if manifest.takes_budget:
+        budgets = inputs["budget"].tolist()
+        if not all(1 <= budget <= manifest.budget for budget in budgets):
+            raise EngineError(f"budget is 1 to {manifest.budget} of each image, got {budgets}")
+        sizes[BUDGET_DIMENSION] = max(budgets)
+    elif manifest.share:
+        sizes[BUDGET_DIMENSION] = manifest.num_kept(sizes["N"])
     return sizes
 
 

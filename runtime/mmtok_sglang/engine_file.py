@@ -77,7 +77,7 @@ def _budget_problems(manifest: Manifest, settings: Settings, family: Family, con
     needed = family.max_num_kept(num_tokens, budget, config)
     # A share of images of any size: the largest needs all of the file's picks, the others the first of them.
     is_share = budget.tokens is None and family.num_selected_from(config) is None
-    if needed == manifest.budget or (is_share and needed < manifest.budget):
+    if needed == manifest.budget or ((is_share or manifest.takes_budget) and needed < manifest.budget):
         return []
     return [f"keeps {manifest.budget} tokens, --mmtok-budget {budget} keeps {needed} of {num_tokens}"]
 

@@ -224,8 +224,8 @@ def test_a_share_of_the_graphs_own_number_of_tokens(
     assert Manifest.load(tmp_path / "artifacts/export/visual-k6.onnx").budget == 6
     visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
     open_size = [argument for argument in command(visual, "--preset=qwen2.5-vl") if "grid" not in argument]
-    assert main([*open_size, "--budget=25%", f"--tokens={BUDGET}:64"]) == 2
-    assert "a budget of 25% needs a fixed number of tokens, got 6:64" in capsys.readouterr().err
+    assert main([*open_size, "--budget=25%", f"--tokens={BUDGET}:64"]) == 0
+    assert Manifest.load(tmp_path / "artifacts/export/visual-k16.onnx").share == "25%"
 
 
 def test_an_open_size_that_is_called_as_ours(encoder: WindowedEncoder, tmp_path: Path) -> None:

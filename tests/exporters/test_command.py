@@ -89,7 +89,6 @@ def test_where_it_goes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         (["--budget=20"], "keeps 20 tokens needs images of at least as many, got 16"),
         (["--budget=all"], "a budget of all tokens needs no selection"),
-        (["--budget=10%", "--tokens=8:16"], "needs a fixed number of tokens, got 8:16"),
         (["--budget=-4"], "budget '-4' is not understood"),
         (["--tokens=16:8"], "MIN <= OPTIMUM <= MAX, got 16:8:8"),
         (["--text-tokens=0"], "1 <= MIN"),
