@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
+import math
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript import GraphBuilder
 from torch import Tensor
 
@@ -19,16 +19,24 @@ from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines.onnxruntime import run_on_cpu
 from mmtok_export.budget import num_kept, share_of
+from mmtok_export.foreign_graph import (
+    OWN_DIMENSIONS,
+    candidates,
+    find_value,
+    is_a_step,
+    load_foreign,
+    num_patches,
+    read_foreign,
+    shape_text,
+)
 from mmtok_export.join import builder_on, join_selection
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 from mmtok_export.whole_graph import Encoder
 
 __all__ = ["Attached", "Attachment", "attach_selection", "open_dimensions"]
 
-# The operators of the selection take their axes as inputs, which came with this opset.
-_MIN_OPSET = 18
-_NUM_SUGGESTIONS = 5
-_OWN_DIMENSIONS = ("B", "N", "M")
+_MAX_EXTRA_TOKENS = 16
+_OPEN_BATCH = DimRange(1, 1, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +44,9 @@ class Attachment:
     """Where in a graph the features are, and what is selected from them.
 
     Args:
-        vision: Tensor of the tokens after the projector, [N, D] or [B, N, D].
-        keys: Tensor of the features before it: [N * keys_per_token, d], or with a batch in front.
+        vision: Tensor of the tokens after the projector, [N, D], [B, N, D], or a map [B, D, H, W] or [B, H, W, D].
+        keys: Tensor of the features before it: [N * keys_per_token, d], with a batch in front, or a map; None to be
+            told which there are.
         keys_per_token: Features that the projector merges into one token: consecutive ones, whose mean is its key.
         keys_index: Integer tensor [N]: which merged feature belongs to each token, where the encoder works in another
             order than it answers in (Qwen2.5-VL's `reverse_window_index`).
@@ -49,10 +58,13 @@ class Attachment:
         grid_width: Tokens in a row of the image, for the output `positions`.
         takes_budget: Whether the budget is an input, and K the largest.
         is_unpruned_given: Whether all tokens are an output too.
+        batch: B, where the graph leaves it open.
+        skip_tokens: Class and register tokens in front of the patches; None to tell them by the shapes.
+        map_layout: "nchw" or "nhwc", where a map could lie either way.
     """
 
     vision: str
-    keys: str
+    keys: str | None
     keys_per_token: int
     keys_index: str | None
     budget: Budget
@@ -63,6 +75,9 @@ class Attachment:
     grid_width: int | None = None
     takes_budget: bool = False
     is_unpruned_given: bool = False
+    batch: DimRange | None = None
+    skip_tokens: int | None = None
+    map_layout: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +107,19 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
         attachment: Where the features are.
 
     Raises:
-        ValueError: Not an ONNX file, an opset below 18, a tensor that is not there (the message lists the nearest
-            names), or tensors that do not belong together.
+        ValueError: Not an ONNX file, an opset that ONNX does not convert to 18, a tensor that is not there or no
+            features (the message lists the nearest), or tensors that do not belong together.
         FileNotFoundError: The file is not there.
     """
-    model = _load(onnx_file)
+    names = [attachment.vision, *([attachment.keys] if attachment.keys else [])]
+    model = load_foreign(onnx_file, names)
     _check_attachment(attachment)
     builder = builder_on(model.graph)
-    vision = _batched(builder, _find(model.graph, attachment.vision))
-    keys = _batched(builder, _merged_keys(builder, model.graph, attachment))
+    vision = find_value(model.graph, attachment.vision)
+    keys = _keys_of(attachment, model.graph, vision, onnx_file)
+    layouts = _layouts(attachment, model.graph, vision, keys)
+    vision, keys = (_rows(builder, value, layout) for value, layout in zip((vision, keys), layouts, strict=True))
+    keys = _merged_keys(builder, model.graph, keys, attachment)
     spec = _spec(attachment, vision, keys)
     edges = join_selection(
         builder,
@@ -112,21 +131,26 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
     )
     source = {"onnx": onnx_file.name, "vision": attachment.vision, "keys": attachment.keys}
     details = {"edges": edges, "attached_to": source}
-    return Attached(model, spec, details, partial(_run_alone, onnx_file, attachment, spec.keys_dtype))
+    return Attached(model, spec, details, partial(_run_alone, onnx_file, attachment, layouts, spec.keys_dtype))
 
 
 def _run_alone(
-    onnx_file: Path, attachment: Attachment, keys_dtype: str, inputs: dict[str, Tensor]
+    onnx_file: Path,
+    attachment: Attachment,
+    layouts: tuple[_Layout, _Layout],
+    keys_dtype: str,
+    inputs: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Returns vision [B, N, D] and keys [B, N, d] of the encoder's own file."""
-    model = ir.load(onnx_file)
-    names = [attachment.vision, attachment.keys, *([attachment.keys_index] if attachment.keys_index else [])]
+    model = read_foreign(onnx_file)
+    names = [attachment.vision, str(attachment.keys), *([attachment.keys_index] if attachment.keys_index else [])]
     taken = list(dict.fromkeys(name for name in names if name not in inputs))
     graph = ir.convenience.extract(model.graph, [str(value.name) for value in model.graph.inputs], taken)
     alone = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
     found = inputs | run_on_cpu(alone, onnx_file.parent, inputs, taken)
     vision, keys = (
-        tensor if tensor.ndim == 3 else tensor[None] for tensor in (found[attachment.vision], found[attachment.keys])
+        layout.rows_of(found[name])
+        for layout, name in zip(layouts, (attachment.vision, str(attachment.keys)), strict=True)
     )
     if attachment.keys_per_token > 1 or attachment.keys_index is not None:
         keys = keys.unflatten(1, (-1, attachment.keys_per_token)).float().mean(dim=2)
@@ -138,7 +162,7 @@ def _run_alone(
 def open_dimensions(model: ir.Model) -> set[str]:
     """Returns the names of the sizes that a model's inputs leave open, but for the selection's own."""
     names = {size.value for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
-    return {str(name) for name in names if name not in _OWN_DIMENSIONS}
+    return {str(name) for name in names if name not in OWN_DIMENSIONS}
 
 
 def _check_attachment(attachment: Attachment) -> None:
@@ -148,85 +172,149 @@ def _check_attachment(attachment: Attachment) -> None:
         raise ValueError(f"--grid-width is at least 1, got {attachment.grid_width}")
 
 
-def _rename_dimensions(model: ir.Model) -> None:
-    """Renames the encoder's open sizes where they are called as the selection's."""
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    for value in values:
-        if value.shape is not None and not value.is_initializer():
-            sizes = [size if isinstance(size, int) else size.value for size in value.shape]
-            value.shape = ir.Shape([f"encoder_{size}" if size in _OWN_DIMENSIONS else size for size in sizes])
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the features lie in a tensor.
+
+    Args:
+        is_map: "nchw" or "nhwc" for a map, "" for rows.
+        num_skipped: Class and register tokens in front.
+    """
+
+    is_map: str
+    num_skipped: int
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """Returns [B, N, width] of a tensor."""
+        if self.is_map == "nchw":
+            tensor = tensor.flatten(2).transpose(1, 2)
+        elif self.is_map == "nhwc":
+            tensor = tensor.flatten(1, 2)
+        return (tensor if tensor.ndim == 3 else tensor[None])[:, self.num_skipped :]
 
 
-def _load(path: Path) -> ir.Model:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's errors have no common class
-        raise ValueError(f"{path} is not an ONNX file: {error}") from error
-    opset = model.graph.opset_imports.get("", 0)
-    if opset < _MIN_OPSET:
-        raise ValueError(f"{path} has opset {opset}, the selection needs {_MIN_OPSET} or later: export it again")
-    ShapeInferencePass()(model)
-    _rename_dimensions(model)
-    return model
+def _layouts(attachment: Attachment, graph: ir.Graph, vision: ir.Value, keys: ir.Value) -> tuple[_Layout, _Layout]:
+    """Returns how vision and keys lie; tokens that are no patches are told by the first convolution's, or by the other.
+
+    Raises:
+        ValueError: A rank that no features have, or a map that could lie either way.
+    """
+    maps = [_map_of(value, attachment.map_layout) for value in (vision, keys)]
+    rows = [_num_rows(value, is_map) for value, is_map in zip((vision, keys), maps, strict=True)]
+    if attachment.skip_tokens is not None:
+        fewest = min((each for each in rows if isinstance(each, int)), default=0)
+        skipped = [
+            0 if is_map or (each == fewest and rows[0] != rows[1]) else attachment.skip_tokens
+            for each, is_map in zip(rows, maps, strict=True)
+        ]
+    elif attachment.keys_per_token > 1:
+        skipped = [0, 0]
+    else:
+        known = [each for each in rows if isinstance(each, int)]
+        wanted = num_patches(graph) or min(known, default=0)
+        extra = [each - wanted if isinstance(each, int) else 0 for each in rows]
+        skipped = [each if 0 <= each <= _MAX_EXTRA_TOKENS else 0 for each in extra]
+    return _Layout(maps[0], skipped[0]), _Layout(maps[1], skipped[1])
 
 
-def _find(graph: ir.Graph, name: str) -> ir.Value:
-    values = {value.name: value for value in graph.inputs if value.name}
-    values |= {value.name: value for node in graph for value in node.outputs if value.name}
-    if name in values:
-        return values[name]
-    nearest = difflib.get_close_matches(name, values, n=_NUM_SUGGESTIONS, cutoff=0) or list(values)[-_NUM_SUGGESTIONS:]
-    listed = "".join(f"\n  {each} {_shape_text(values[each])}" for each in nearest)
-    raise ValueError(f"the graph has no tensor {name!r}; the nearest of its {len(values)}:{listed}")
+def _map_of(value: ir.Value, asked: str | None) -> str:
+    if value.shape is None or len(value.shape) not in (2, 3, 4):
+        raise ValueError(
+            f"{value.name} is a matrix, one with a batch in front, or a map [B, C, H, W], got {shape_text(value)}"
+        )
+    if len(value.shape) < 4 or asked is not None:
+        return "" if len(value.shape) < 4 else str(asked)
+    _, first, middle, last = value.shape
+    if (middle == last) != (first == middle):
+        return "nchw" if middle == last else "nhwc"
+    raise ValueError(f"{value.name} {shape_text(value)} may lie either way: add --map nchw or --map nhwc")
 
 
-def _shape_text(value: ir.Value) -> str:
-    return "of unknown shape" if value.shape is None else f"[{', '.join(map(str, value.shape))}]"
-
-
-def _rank(value: ir.Value) -> int:
-    if value.shape is None or len(value.shape) not in (2, 3):
-        raise ValueError(f"{value.name} is a matrix, or one with a batch in front, got {_shape_text(value)}")
-    return len(value.shape)
-
-
-def _batched(builder: GraphBuilder, value: ir.Value) -> ir.Value:
-    if _rank(value) == 3:
-        return value
+def _num_rows(value: ir.Value, is_map: str) -> int | str:
     assert value.shape is not None
-    batched = builder.op.Unsqueeze(value, [0])
-    batched.shape, batched.type = ir.Shape([1, *value.shape]), value.type
-    return batched
+    if not is_map:
+        size = value.shape[-2]
+        return size if isinstance(size, int) else str(size)
+    sides = value.shape[2:] if is_map == "nchw" else value.shape[1:3]
+    known = [each for each in sides if isinstance(each, int)]
+    return math.prod(known) if len(known) == len(sides) else "N"
 
 
-def _merged_keys(builder: GraphBuilder, graph: ir.Graph, attachment: Attachment) -> ir.Value:
-    """Returns the keys, one a token, in the tokens' order."""
+def _rows(builder: GraphBuilder, value: ir.Value, layout: _Layout) -> ir.Value:
+    """Returns [B, N, width]."""
     op = builder.op
-    keys = _find(graph, attachment.keys)
+    assert value.shape is not None
+    batch, width = (value.shape[0] if len(value.shape) > 2 else 1), value.shape[1 if layout.is_map == "nchw" else -1]
+    num_rows = _num_rows(value, layout.is_map)
+    rows = value
+    if layout.is_map == "nchw":
+        rows = op.Transpose(op.Reshape(value, [0, 0, -1]), perm=[0, 2, 1])
+    elif layout.is_map == "nhwc":
+        if not isinstance(width, int):
+            raise ValueError(f"the width of {value.name} is not known: {shape_text(value)}")
+        rows = op.Reshape(value, [0, -1, width])
+    elif len(value.shape) == 2:
+        rows = op.Unsqueeze(value, [0])
+    if layout.num_skipped:
+        rows = op.Slice(rows, [layout.num_skipped], [2**31 - 1], [1])
+        num_rows = num_rows - layout.num_skipped if isinstance(num_rows, int) else "N"
+    if rows is not value:
+        rows.shape, rows.type = ir.Shape([batch, num_rows, width]), value.type
+    return rows
+
+
+def _keys_of(attachment: Attachment, graph: ir.Graph, vision: ir.Value, onnx_file: Path) -> ir.Value:
+    """Returns the tensor that the keys are taken from.
+
+    Raises:
+        ValueError: None is named, or a step inside a layer; the message holds the command for each that may be meant.
+    """
+    problem = "name the features before the projector, --keys TENSOR"
+    if attachment.keys:
+        keys = find_value(graph, attachment.keys)
+        if not is_a_step(keys):
+            return keys
+        node = keys.producer()
+        problem = f"{keys.name} is a {node.op_type if node else ''}, a step inside a layer, no features"
+    is_map = _map_of(vision, attachment.map_layout)
+    num_tokens = num_patches(graph) or _num_rows(vision, is_map)
+    config = attachment.config
+    rest = (
+        f"--budget {attachment.budget} --tv-temp {config.tv_temp} --vv-temp {config.vv_temp} --alpha {config.alpha} "
+        f"--coverage {config.coverage}"
+    )
+    listed = "".join(
+        f"\n  mmtok export attach --onnx {shlex.quote(str(onnx_file))} --vision {shlex.quote(attachment.vision)} "
+        f"--keys {shlex.quote(str(each.name))} {rest}  # {shape_text(each)}"
+        for each in candidates(graph, vision, num_tokens)
+    )
+    may_be = f"; the nearest that have a row for each token:{listed}" if listed else ""
+    raise ValueError(f"{problem}{may_be}")
+
+
+def _merged_keys(builder: GraphBuilder, graph: ir.Graph, keys: ir.Value, attachment: Attachment) -> ir.Value:
+    """Returns the keys [B, N, d], one a token, in the tokens' order."""
+    op = builder.op
     if attachment.keys_per_token == 1 and attachment.keys_index is None:
         return keys
-    rank = _rank(keys)
     assert keys.shape is not None
-    leading, (size, width) = list(keys.shape[:-2]), keys.shape[-2:]
+    batch, size, width = keys.shape
     if not isinstance(width, int):
-        raise ValueError(f"the width of {keys.name} is not known: {_shape_text(keys)}")
+        raise ValueError(f"the width of {attachment.keys} is not known: {shape_text(keys)}")
     num_groups: int | str = "N"
     if isinstance(size, int):
         num_groups, left = divmod(size, attachment.keys_per_token)
         if left:
-            raise ValueError(f"{keys.name} has {size} rows, not a multiple of {attachment.keys_per_token}")
-    batch = [0] if rank == 3 else []
-    groups = op.Reshape(keys, [*batch, -1, attachment.keys_per_token, width])
+            raise ValueError(f"{attachment.keys} has {size} rows, not a multiple of {attachment.keys_per_token}")
+    groups = op.Reshape(keys, [0, -1, attachment.keys_per_token, width])
     # In float32, as the selection itself is.
-    merged = op.ReduceMean(op.Cast(groups, to=ir.DataType.FLOAT), [rank - 1], keepdims=0)
+    merged = op.ReduceMean(op.Cast(groups, to=ir.DataType.FLOAT), [2], keepdims=0)
     if attachment.keys_index is not None:
-        index = _find(graph, attachment.keys_index)
+        index = find_value(graph, attachment.keys_index)
         if index.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or index.shape is None or len(index.shape) != 1:
-            raise ValueError(f"--keys-index is a row of integers, got {index.name} {_shape_text(index)}, {index.dtype}")
-        merged = op.Gather(merged, index, axis=rank - 2)
-    merged.shape, merged.type = ir.Shape([*leading, num_groups, width]), ir.TensorType(ir.DataType.FLOAT)
+            raise ValueError(f"--keys-index is a row of integers, got {index.name} {shape_text(index)}, {index.dtype}")
+        merged = op.Gather(merged, index, axis=1)
+    merged.shape, merged.type = ir.Shape([batch, num_groups, width]), ir.TensorType(ir.DataType.FLOAT)
     return merged
 
 
@@ -236,7 +324,7 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
     batch, tokens, width = vision.shape
     keys_batch, keys_tokens, keys_width = keys.shape
     if not (isinstance(width, int) and isinstance(keys_width, int)):
-        raise ValueError(f"the widths must be known: {_shape_text(vision)} and {_shape_text(keys)}")
+        raise ValueError(f"the widths must be known: {shape_text(vision)} and {shape_text(keys)}")
     for name, of_vision, of_keys in (("batch", batch, keys_batch), ("tokens", tokens, keys_tokens)):
         if isinstance(of_vision, int) and isinstance(of_keys, int) and of_vision != of_keys:
             raise ValueError(f"one key a token is needed, got {of_vision} and {of_keys} {name}: see --keys-per-token")
@@ -250,14 +338,17 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
     elif attachment.grid_width is not None:
         raise ValueError("--grid-width is for images of one size: leave it out, positions are (0, kept // w, kept % w)")
     if num_tokens is None:
-        raise ValueError(f"{vision.name} has {_shape_text(vision)}: give the range of its tokens, --tokens MIN:MAX")
-    if not isinstance(batch, int):
-        raise ValueError(f"the batch must be fixed, got {_shape_text(vision)}")
+        raise ValueError(f"{vision.name} has {shape_text(vision)}: give the range of its tokens, --tokens MIN:MAX")
+    if not isinstance(batch, int) and str(batch) != "B":
+        raise ValueError(f"the batch is that of the images, or fixed, got {shape_text(vision)}")
+    if isinstance(batch, int) and attachment.batch not in (None, DimRange.fixed(batch)):
+        raise ValueError(f"the graph takes {batch} images at a time, not {attachment.batch}: leave --batch out")
+    images = DimRange.fixed(batch) if isinstance(batch, int) else attachment.batch or _OPEN_BATCH
     return SelectionSpec(
         budget=num_kept(attachment.budget, num_tokens),
         num_tokens=num_tokens,
         num_words=attachment.num_words,
-        batch=DimRange.fixed(batch),
+        batch=images,
         vision_width=width,
         keys_width=keys_width,
         dtype=_dtype(vision),

@@ -94,7 +94,12 @@ def add_export_parser(commands: Any) -> None:
     attach = kinds.add_parser("attach", help="the selection at the end of an encoder that is an ONNX file already")
     attach.add_argument("--onnx", type=Path, required=True, help="the encoder")
     attach.add_argument("--vision", required=True, metavar="TENSOR", help="tokens after the projector")
-    attach.add_argument("--keys", required=True, metavar="TENSOR", help="features before it")
+    attach.add_argument("--keys", metavar="TENSOR", help="features before it (left out: which there are)")
+    attach.add_argument(
+        "--skip-tokens", type=int, metavar="S", help="class and register tokens in front (default: by the shapes)"
+    )
+    attach.add_argument("--map", choices=("nchw", "nhwc"), help="how a map lies that is as wide as it is deep")
+    attach.add_argument("--batch", type=_range, metavar="B", help=f"{_SIZES}, where the graph leaves it open (1:1:8)")
     attach.add_argument(
         "--keys-per-token", type=int, default=1, metavar="G", help="consecutive features that make a token (default 1)"
     )
@@ -249,6 +254,9 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         grid_width=arguments.grid_width,
         takes_budget=arguments.budget_input,
         is_unpruned_given=arguments.unpruned,
+        batch=arguments.batch,
+        skip_tokens=arguments.skip_tokens,
+        map_layout=arguments.map,
     )
     on_step(f"reading {arguments.onnx}")
     attached = attach_selection(arguments.onnx, attachment)

@@ -256,14 +256,6 @@ def test_not_an_onnx_file(tmp_path: Path) -> None:
         attach_selection(tmp_path / "none.onnx", attachment())
 
 
-def test_an_old_opset(onnx_file: Path, tmp_path: Path) -> None:
-    model = ir.load(onnx_file)
-    model.graph.opset_imports[""] = 13
-    ir.save(model, tmp_path / "visual.onnx", external_data="visual.data")
-    with pytest.raises(ValueError, match="has opset 13, the selection needs 18 or later"):
-        attach_selection(tmp_path / "visual.onnx", attachment())
-
-
 def command(onnx_file: Path, *arguments: str) -> list[str]:
     where = [f"--onnx={onnx_file}", "--vision=output", "--keys=linear", f"--keys-per-token={GROUP}", "--grid-width=6"]
     index = "--keys-index=reverse_window_index"

@@ -1,0 +1,244 @@
+"""An encoder's graph that somebody else exported: its opset, its sizes, and what in it may be features."""
+
+from __future__ import annotations
+
+import difflib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ShapeInferencePass
+from torch import Tensor
+
+from mmtok_deploy.engines import EngineError
+from mmtok_deploy.engines.onnxruntime import run_on_cpu
+from mmtok_export.pixels import images_of
+from mmtok_export.selection_graph import FEATURE_DTYPES
+
+__all__ = [
+    "OWN_DIMENSIONS",
+    "candidates",
+    "find_value",
+    "is_a_step",
+    "load_foreign",
+    "num_patches",
+    "read_foreign",
+    "shape_text",
+]
+
+OWN_DIMENSIONS = ("B", "N", "M", "K")
+
+# The operators of the selection take their axes as inputs, which came with this opset, and with this version of ONNX.
+_MIN_OPSET, _MIN_IR_VERSION = 18, 8
+_NUM_SUGGESTIONS = 5
+# Of features; less is a mean or a length.
+_MIN_WIDTH = 2
+# Class and register tokens in front of the patches: DINOv2 has 1 + 4.
+_MAX_EXTRA_TOKENS = 16
+_SUMS = ("Add", "LayerNormalization", "Sum", "Conv", "SimplifiedLayerNormalization")
+# Steps inside a norm, an attention or an activation.
+_STEPS = ("Pow", "Sqrt", "Softmax", "Exp", "Erf", "ReduceMean", "Reciprocal", "Sigmoid", "Tanh", "Div", "Sub", "Neg")
+
+
+def read_foreign(path: Path) -> ir.Model:
+    """Returns an ONNX file's graph with opset 18 or later, converted by ONNX's own converter where it has an older one.
+
+    Raises:
+        FileNotFoundError: The file is not there.
+        ValueError: Not an ONNX file, or an opset that ONNX does not convert.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's errors have no common class
+        raise ValueError(f"{path} is not an ONNX file: {error}") from error
+    opset = model.graph.opset_imports.get("", 0)
+    if opset >= _MIN_OPSET:
+        return model
+    try:
+        model = ir.from_proto(onnx.version_converter.convert_version(onnx.load(path), _MIN_OPSET))
+    except Exception as error:  # RuntimeError of C++, protobuf's
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} has opset {opset}, the selection needs {_MIN_OPSET}, and ONNX does not convert it ({said:.200}): "
+            "export it again"
+        ) from error
+    model.ir_version = max(model.ir_version or 0, _MIN_IR_VERSION)
+    return model
+
+
+def load_foreign(path: Path, names: list[str]) -> ir.Model:
+    """Returns `read_foreign` with the shapes that can be known: inferred, or of a run on a photograph.
+
+    A batch that its inputs leave open is the selection's B; other open sizes that are called as the selection's are
+    renamed.
+
+    Args:
+        path: The file.
+        names: Tensors whose shapes are needed.
+    """
+    model = read_foreign(path)
+    ShapeInferencePass()(model)
+    _rename_dimensions(model)
+    values = _values(model.graph)
+    if any(name in values and not _is_known(values[name]) for name in names) or not set(names) <= values.keys():
+        _measure(model, path)
+    return model
+
+
+def find_value(graph: ir.Graph, name: str) -> ir.Value:
+    """Returns the tensor of that name.
+
+    Raises:
+        ValueError: There is none; the message lists the nearest names.
+    """
+    values = _values(graph)
+    if name in values:
+        return values[name]
+    nearest = difflib.get_close_matches(name, values, n=_NUM_SUGGESTIONS, cutoff=0) or list(values)[-_NUM_SUGGESTIONS:]
+    listed = "".join(f"\n  {each} {shape_text(values[each])}" for each in nearest)
+    raise ValueError(f"the graph has no tensor {name!r}; the nearest of its {len(values)}:{listed}")
+
+
+def shape_text(value: ir.Value) -> str:
+    """Returns a shape for a message."""
+    return "of unknown shape" if value.shape is None else f"[{', '.join(map(str, value.shape))}]"
+
+
+def is_a_step(value: ir.Value) -> bool:
+    """Whether a tensor is a step inside a norm, an attention or an activation: a square, a mean, a softmax."""
+    node = value.producer()
+    if node is None:
+        return False
+    is_square = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+    return is_square or (node.domain == "" and node.op_type in _STEPS)
+
+
+def num_patches(graph: ir.Graph) -> int | None:
+    """Returns the patches that the first convolution makes of an image, None if there is none or its size is open."""
+    for node in graph:
+        if node.op_type == "Conv" and (shape := node.outputs[0].shape) is not None and len(shape) == 4:
+            rows, columns = shape[2], shape[3]
+            return rows * columns if isinstance(rows, int) and isinstance(columns, int) else None
+    return None
+
+
+def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list[ir.Value]:
+    """Returns the tensors that may be the keys of `vision`, best first: one row a token, and near before it.
+
+    Args:
+        graph: The encoder's.
+        vision: The tokens.
+        num_tokens: Of an image, as the graph states it.
+    """
+    found = []
+    seen, queue = {vision}, deque([vision])
+    while queue:
+        value = queue.popleft()
+        node = value.producer()
+        for each in node.inputs if node is not None else ():
+            if each is not None and each not in seen and each.producer() is not None:
+                seen.add(each)
+                queue.append(each)
+                if each.dtype in FEATURE_DTYPES.values() and _fits(each, num_tokens) and not is_a_step(each):
+                    found.append(each)
+
+    def is_sum(value: ir.Value) -> bool:
+        node = value.producer()
+        # Adding a bias is a step of a layer, adding two paths is its end.
+        paths = [] if node is None else [each for each in node.inputs if each is not None and each.producer()]
+        return node is not None and node.op_type in _SUMS and (node.op_type != "Add" or len(paths) > 1)
+
+    return sorted(found, key=lambda value: not is_sum(value))[:_NUM_SUGGESTIONS]
+
+
+def _fits(value: ir.Value, num_tokens: int | str) -> bool:
+    shape = value.shape
+    if shape is None or len(shape) not in (2, 3, 4) or not all(isinstance(size, int) for size in shape[1:]):
+        return False
+    if len(shape) == 4:
+        sizes = [int(size) for size in shape[1:]]  # type: ignore[arg-type]
+        return num_tokens in (sizes[1] * sizes[2], sizes[0] * sizes[1])
+    rows, width = shape[-2:]
+    if isinstance(width, int) and width < _MIN_WIDTH:
+        return False
+    if not (isinstance(rows, int) and isinstance(num_tokens, int)):
+        return rows == num_tokens
+    return 0 <= rows - num_tokens <= _MAX_EXTRA_TOKENS
+
+
+def _values(graph: ir.Graph) -> dict[str, ir.Value]:
+    values = {str(value.name): value for value in graph.inputs}
+    return values | {value.name: value for node in graph for value in node.outputs if value.name}
+
+
+def _every_value(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph:
+        yield from node.outputs
+
+
+def _rename_dimensions(model: ir.Model) -> None:
+    # Where images come in, the size in front is their number.
+    images = [value for value in model.graph.inputs if value.shape is not None and len(value.shape) == 4]
+    batch = images[0].shape[0] if images and images[0].shape is not None else None
+    batch_name = None if batch is None or isinstance(batch, int) else batch.value
+    for value in _every_value(model):
+        if value.shape is None or value.is_initializer():
+            continue
+        sizes: list[int | str | None] = [size if isinstance(size, int) else size.value for size in value.shape]
+        value.shape = ir.Shape(
+            [
+                "B" if size and size == batch_name else f"encoder_{size}" if size in OWN_DIMENSIONS else size
+                for size in sizes
+            ]
+        )
+
+
+def _is_known(value: ir.Value) -> bool:
+    return value.shape is not None and all(isinstance(size, int) for size in value.shape[1:])
+
+
+def _measure(model: ir.Model, path: Path) -> None:
+    """Gives values their shapes on one photograph, where the batch alone is open and the CPU can run the graph."""
+    if len(model.graph.inputs) != 1:
+        return
+    image = model.graph.inputs[0]
+    if not _is_known(image) or image.dtype not in FEATURE_DTYPES.values():
+        return
+    assert image.shape is not None
+    sizes = [int(size) for size in image.shape[1:]]  # type: ignore[arg-type]
+    if len(sizes) != 3 or 3 not in (sizes[0], sizes[2]):
+        return
+    is_first = sizes[0] == 3
+    height, width = sizes[1:] if is_first else sizes[:2]
+    batch = image.shape[0] if isinstance(image.shape[0], int) else 1
+    pixels = images_of((width, height), batch)
+    pixels = pixels if is_first else pixels.permute(0, 2, 3, 1).contiguous()
+    unknown = [value for node in model.graph for value in node.outputs if value.name and not _is_known(value)]
+    shapes = _shapes_of_a_run(model, path, {str(image.name): pixels}, unknown)
+    for value in unknown:
+        if (shape := shapes.get(str(value.name))) and shape[0] == batch:
+            value.shape = ir.Shape(["B" if not isinstance(image.shape[0], int) else batch, *shape[1:]])
+
+
+def _shapes_of_a_run(
+    model: ir.Model, path: Path, inputs: dict[str, Tensor], unknown: list[ir.Value]
+) -> Mapping[str, list[int]]:
+    floats = [value for value in unknown if value.dtype in FEATURE_DTYPES.values()]
+    before = list(model.graph.outputs)
+    try:
+        model.graph.outputs.extend(value for value in floats if value not in before)
+        content = ir.to_proto(model).SerializeToString()
+        dtype = next(str(name) for name, each in FEATURE_DTYPES.items() if each == model.graph.inputs[0].dtype)
+        typed = {name: tensor.to(getattr(torch, dtype)) for name, tensor in inputs.items()}
+        found = run_on_cpu(content, path.parent, typed, [str(value.name) for value in floats])
+    except EngineError:
+        return {}
+    finally:
+        del model.graph.outputs[len(before) :]
+    return {name: list(tensor.shape) for name, tensor in found.items()}
