@@ -9,10 +9,9 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from mmtok_sglang.refusals import refusal
+from mmtok_sglang.request import FIELD, body_of
 
 __all__ = ["engine_async_generate", "engine_generate", "generate_request"]
-
-_FIELD = "mm_processor_kwargs"
 
 # What a call of `sgl.Engine` was given, until the engine makes its request of it.
 _given_to_engine: ContextVar[Mapping[str, Any] | None] = ContextVar("mmtok_given_to_engine", default=None)
@@ -67,24 +66,23 @@ async def engine_async_generate(
 def _hand_on(obj: Any, request: Any) -> None:
     if not obj.contains_mm_input():
         return
-    # FastAPI has parsed the body already, and Starlette keeps it here: reading it again would cost time.
-    body = getattr(request, "_json", None)
-    if isinstance(body, dict):
+    body = body_of(request)
+    if body is not None:
         _refuse_misplaced(body)
-        given = body.get(_FIELD)
+        given = body.get(FIELD)
     else:
         given = _given_to_engine.get()
     if given is None:
         return
     if not isinstance(given, Mapping):
-        raise refusal("field", f'{_FIELD} is an object like {{"mmtok_budget": "10%"}}, got {given!r:.200}')
+        raise refusal("field", f'{FIELD} is an object like {{"mmtok_budget": "10%"}}, got {given!r:.200}')
     ours = {name: value for name, value in given.items() if str(name).startswith("mmtok_") and value is not None}
     if not ours:
         return
     if not isinstance(obj, GenerateReqInput):
         raise refusal(
             "field",
-            f"{_FIELD}.{', '.join(sorted(ours))}: images of embedding requests have the server's own settings: send "
+            f"{FIELD}.{', '.join(sorted(ours))}: images of embedding requests have the server's own settings: send "
             "this to an endpoint that generates, or without the field",
         )
     # The guidance of a chat's messages is there already; the caller's own goes before it.
@@ -98,14 +96,14 @@ def _refuse_misplaced(body: Mapping[str, Any]) -> None:
         raise refusal(
             "field",
             f"{', '.join(names)} stands at the top of the request, where it is not read: send it as "
-            f'{{"{_FIELD}": {{"{names[0]}": ...}}}}',
+            f'{{"{FIELD}": {{"{names[0]}": ...}}}}',
         )
     extra = body.get("extra_body")
-    if isinstance(extra, dict) and any(name == _FIELD or name.startswith("mmtok_") for name in extra):
+    if isinstance(extra, dict) and any(name == FIELD or name.startswith("mmtok_") for name in extra):
         raise refusal(
             "field",
             "extra_body is an argument of OpenAI's Python client, not a field of a request: send what is in it at the "
-            f'top of the request, {{"{_FIELD}": {{...}}}}',
+            f'top of the request, {{"{FIELD}": {{...}}}}',
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mmtok_sglang.account import accounting, remembered_by
@@ -12,7 +13,7 @@ from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
 from mmtok_sglang.memory import reserving
 from mmtok_sglang.positions import bound_by_positions
-from mmtok_sglang.request import add_chat_guidance
+from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
 
 __all__ = ["hooks_of"]
@@ -40,13 +41,28 @@ def hooks_of(server: Server) -> list[Hook]:
         server.stages.settle()
         return server.failures.run_batch(original, *args, **kwargs)
 
+    convert = partial(add_chat_guidance, server.settings)
     return [
         Hook(
             "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
             "self request raw_request",
-            add_chat_guidance if server.cutter.agent is None else refuse_chains(add_chat_guidance),
+            convert if server.cutter.agent is None else refuse_chains(convert),
             reason="the last place that sees a chat's messages, by which each image has its question",
             until="processors are given the messages",
+        ),
+        Hook(
+            "entrypoints.openai.serving_chat.OpenAIServingChat._process_messages",
+            "self request is_multimodal output_constrained",
+            partial(check_messages, server.settings),
+            reason="/v1/chat/completions, /v1/messages and /v1/responses tokenise a text of any length in it",
+            until="SGLang refuses a text before it tokenises it",
+        ),
+        Hook(
+            "managers.tokenizer_manager.TokenizerManager._tokenize_one_request",
+            "self obj",
+            server.cutter.tokenize_one_request,
+            reason="every other entry point tokenises a text of any length in it",
+            until="SGLang refuses a text before it tokenises it",
         ),
         Hook(
             "managers.tokenizer_manager.TokenizerManager.generate_request",

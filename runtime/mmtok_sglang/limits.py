@@ -92,19 +92,19 @@ class Limits:
                 "fewer or smaller ones",
             )
 
-    def check_prompt(self, prompt: str | Sequence[int], max_prompt_tokens: int | None) -> None:
-        """Raises ValueError (HTTP 400) for a prompt in which no turns need be looked for: the server has none as long.
+    def check_prompt(self, length: int, unit: str, max_prompt_tokens: int | None) -> None:
+        """Raises ValueError (HTTP 400) for a prompt that is not worth tokenising: the server has none as long.
 
         Args:
-            prompt: Text, or token ids, in which placeholders may be expanded that are cut later.
+            length: Of text, or of token ids, in which placeholders may be expanded that are cut later.
+            unit: What is counted: characters, token ids.
             max_prompt_tokens: The tokens of the server's longest prompt, None where it is not known.
         """
-        if max_prompt_tokens is not None and len(prompt) > 2 * _MAX_BYTES_A_TOKEN * max_prompt_tokens:
-            unit = "characters" if isinstance(prompt, str) else "token ids"
+        if max_prompt_tokens is not None and length > 2 * _MAX_BYTES_A_TOKEN * max_prompt_tokens:
             raise refusal(
                 "guidance",
-                f"the prompt has {len(prompt):,} {unit}, the longest prompt of this server "
-                f"{max_prompt_tokens:,} tokens: shorten it",
+                f"the prompt has {length:,} {unit}, the longest prompt of this server {max_prompt_tokens:,} tokens: "
+                "shorten it",
             )
 
     def check_text(self, text: str) -> None:

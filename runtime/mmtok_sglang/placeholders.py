@@ -26,6 +26,9 @@ from mmtok_sglang.settings import Settings
 __all__ = ["ImagePlan", "PlaceholderCutter", "plan_of", "share_guidance"]
 
 _KEY = "mmtok"
+# Letters or token ids from which on a prompt is looked at before SGLang tokenises it: a shorter one takes it some
+# milliseconds, and is looked at once.
+_LONG_PROMPT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,9 @@ class PlaceholderCutter:
         if not asked.budget.is_all:
             _refuse_what_cannot_be_pruned(request, image_data)
             self._refuse_method(asked.method, processor.hf_config)
-        texts = self._check_prompt(image_data, processor, asked, **kwargs)
+        # SGLang hands an empty prompt on as None.
+        prompt, max_prompt_tokens = kwargs["input_text"] or "", kwargs.get("max_req_input_len")
+        texts = await self._check_prompt(image_data or [], processor, asked, prompt, request, max_prompt_tokens)
         images = image_data
         if image_data:
             images = await self._loader.load(image_data, getattr(processor, "server_args", None))
@@ -129,27 +134,50 @@ class PlaceholderCutter:
             cut_placeholders(output)
         return output
 
-    def _check_prompt(self, image_data: Any, processor: Any, asked: Requested, **kwargs: Any) -> list[str]:
+    async def tokenize_one_request(self, original: Callable[..., Awaitable[Any]], manager: Any, obj: Any) -> Any:
+        """Tokenises and processes a request as SGLang does; one with images and too long a text is refused before.
+
+        Hooks: sglang 0.5.23 srt/managers/tokenizer_manager.py TokenizerManager._tokenize_one_request, which tokenises
+        on the event loop: a second for each few MB. Can go when it does so in a thread, or refuses a text before.
+
+        Raises:
+            ValueError: A prompt that is too long, or guides and is too long (HTTP 400).
+        """
+        prompt = obj.text or obj.input_ids or ""
+        if len(prompt) > _LONG_PROMPT and obj.contains_mm_input() and manager.mm_processor is not None:
+            images = obj.image_data if isinstance(obj.image_data, list) else [obj.image_data]
+            asked = requested(getattr(obj, "mm_processor_kwargs", None), self._settings)
+            await self._check_prompt(images, manager.mm_processor, asked, prompt, obj, manager.max_req_input_len)
+        return await original(manager, obj)
+
+    async def _check_prompt(
+        self,
+        images: Sequence[Any],
+        processor: Any,
+        asked: Requested,
+        prompt: str | Sequence[int],
+        request: Any,
+        max_prompt_tokens: int | None,
+    ) -> list[str]:
         """Returns the guidance text of each image; checks what can be checked before an image is loaded.
 
         Raises:
             ValueError: Placeholders that are not the images', or too long a text (HTTP 400).
         """
-        images = image_data or []
         if not all(map(is_raw, images)):
             return []
-        # SGLang hands an empty prompt on as None.
-        prompt, request, limits = kwargs["input_text"] or "", kwargs["request_obj"], self._settings.limits
-        limits.check_prompt(prompt, kwargs.get("max_req_input_len"))
-        tokenizer = _tokenizer_of(processor)
-        prompt = prompt if isinstance(prompt, str) else _decoded(tokenizer, prompt)
+        limits = self._settings.limits
+        unit = "characters" if isinstance(prompt, str) else "token ids"
+        limits.check_prompt(len(prompt), unit, max_prompt_tokens)
+        if not isinstance(prompt, str):
+            prompt = await self._words.decode(prompt, _tokenizer_of(processor))
         if images:
             has_videos = bool(getattr(request, "video_data", None))
             self._family.placeholder_rule.check(prompt, len(images), has_videos=has_videos)
         if asked.budget.is_all:
             return []
         given = getattr(request, "mm_processor_kwargs", None)
-        texts = guidance_texts(given, prompt, len(images), self._family.placeholder, tokenizer.decode)
+        texts = guidance_texts(given, prompt, len(images), self._family.placeholder)
         if not reads_question(asked.method):
             return [""] * len(texts)
         for text in dict.fromkeys(texts):
@@ -305,7 +333,7 @@ def _refuse_scattered_placeholders(items: list[Any]) -> None:
 
 
 class _GuidanceTokenizer:
-    """Tokenises guidance in a thread of its own, with a copy of the tokenizer: two threads cannot share one."""
+    """Tokenises and decodes in a thread of its own, with a copy of the tokenizer: two threads cannot share one."""
 
     def __init__(self, settings: Settings) -> None:
         self._rule = settings.guidance
@@ -316,18 +344,29 @@ class _GuidanceTokenizer:
         """Returns the token ids of each distinct text."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._tokenize, texts, tokenizer)
 
+    async def decode(self, ids: Sequence[int], tokenizer: Any) -> str:
+        """Returns the text of token ids.
+
+        Raises:
+            ValueError: They are none of the model's (HTTP 400).
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, ids, tokenizer)
+
     def _tokenize(self, texts: Sequence[str], tokenizer: Any) -> dict[str, list[int]]:
+        copied = self._copy(tokenizer)
+        return {text: _token_ids(copied, guidance_words(text, self._rule)) for text in dict.fromkeys(texts)}
+
+    def _decode(self, ids: Sequence[int], tokenizer: Any) -> str:
+        try:
+            text: str = self._copy(tokenizer).decode(ids)
+            return text
+        except (TypeError, ValueError, OverflowError) as error:
+            raise refusal("placeholders", f"input_ids are token ids of the model: {error!s:.200}") from error
+
+    def _copy(self, tokenizer: Any) -> Any:
         if self._tokenizer is None:
             self._tokenizer = copy.deepcopy(tokenizer)
-        return {text: _token_ids(self._tokenizer, guidance_words(text, self._rule)) for text in dict.fromkeys(texts)}
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    try:
-        text: str = tokenizer.decode(ids)
-        return text
-    except (TypeError, ValueError, OverflowError) as error:
-        raise refusal("placeholders", f"input_ids are token ids of the model: {error!s:.200}") from error
+        return self._tokenizer
 
 
 def _tokenizer_of(processor: Any) -> Any:

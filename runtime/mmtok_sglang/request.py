@@ -9,12 +9,15 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from mmtok_deploy.budget import Budget
-from mmtok_deploy.methods import MethodName
+from mmtok_deploy.methods import MethodName, reads_question
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.settings import Settings
 
 __all__ = [
+    "FIELD",
     "add_chat_guidance",
+    "body_of",
+    "check_messages",
     "guidance_texts",
     "message_guidance",
     "prompt_guidance",
@@ -39,6 +42,11 @@ class Requested:
     method: MethodName
     seed: int
 
+
+FIELD = "mm_processor_kwargs"
+"""The field of a request that holds all of ours."""
+
+_IMAGE_PARTS = ("image_url", "input_image")
 
 # What SGLang puts the model's own placeholder in place of, after the plugin has read the prompt.
 _ANY_IMAGE = "<image>"
@@ -106,20 +114,18 @@ def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
 
 def guidance_texts(
     kwargs: Mapping[str, Any] | None,
-    prompt: str | Sequence[int],
+    prompt: str,
     num_images: int,
     placeholder: str,
-    decode: Callable[[Sequence[int]], str],
 ) -> list[str]:
     """Returns the guidance text of each image, in the order of the images in the prompt.
 
     Args:
         kwargs: The request's `mm_processor_kwargs`; its `mmtok_guidance`, one text for all images or a list of one
             an image, goes before the prompt. Chat requests carry the texts of their messages there.
-        prompt: The prompt before placeholders are expanded, as text or token ids.
+        prompt: The prompt as text, before placeholders are expanded.
         num_images: Images in the prompt.
         placeholder: What stands for one image in the prompt's text.
-        decode: Text of token ids.
 
     Raises:
         ValueError: `mmtok_guidance` is neither a text nor a list of one text an image (HTTP 400).
@@ -135,8 +141,7 @@ def guidance_texts(
             f"mm_processor_kwargs.{_GUIDANCE} is one text, or a list of one text for each of the request's "
             f"{num_images} images, got {given!r:.200}",
         )
-    text = prompt if isinstance(prompt, str) else decode(prompt)
-    texts = prompt_guidance(text, placeholder) or prompt_guidance(text, _ANY_IMAGE)
+    texts = prompt_guidance(prompt, placeholder) or prompt_guidance(prompt, _ANY_IMAGE)
     # A prompt of ids may come with its placeholders expanded: then every image is in the same text or none is told
     # apart, and the whole conversation's user text is the nearest to the rule.
     return texts if len(texts) == num_images else [" ".join(dict.fromkeys(texts))] * num_images
@@ -174,7 +179,7 @@ def message_guidance(messages: Sequence[Any]) -> list[str]:
     for turn, (role, group) in enumerate(groupby(messages, key=lambda message: message.role)):
         parts = [part for message in group for part in _parts(message.content)]
         words = " ".join(text for kind, text in parts if kind == "text").strip()
-        num_images = sum(kind in ("image_url", "input_image") for kind, _ in parts)
+        num_images = sum(kind in _IMAGE_PARTS for kind, _ in parts)
         pieces.append(_Piece(turn if role == "user" else None, words, num_images))
     return _texts_of_images(pieces)
 
@@ -207,9 +212,33 @@ def _texts_of_images(pieces: Sequence[_Piece]) -> list[str]:
     return texts
 
 
-def add_chat_guidance(original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    """Converts a chat request as SGLang does, and hands the guidance texts on with it."""
-    adapted, request = original(serving, request, *args, **kwargs)
+def check_messages(
+    settings: Settings, original: Callable[..., Any], serving: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Renders and tokenises a chat's messages as SGLang does; images beside too long a text are refused before.
+
+    While SGLang tokenises 10 MB of text, no other thread of the process runs for more than a second.
+
+    Raises:
+        ValueError: A text that is longer than any prompt of the server (HTTP 400).
+    """
+    if _num_images(request.messages):
+        num_letters = sum(len(text) for message in request.messages for _, text in _parts(message.content))
+        settings.limits.check_prompt(num_letters, "characters", serving.tokenizer_manager.max_req_input_len)
+    return original(serving, request, *args, **kwargs)
+
+
+def add_chat_guidance(
+    settings: Settings, original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None
+) -> Any:
+    """Converts a chat request as SGLang does, and hands the guidance texts on with it.
+
+    Raises:
+        ValueError: A text that is too long to guide, before SGLang tokenises it (HTTP 400).
+    """
+    if _num_images(request.messages):
+        _check_guidance(settings, request, raw_request)
+    adapted, request = original(serving, request, raw_request)
     images = adapted.image_data
     texts = message_guidance(request.messages) if images else []
     if texts and len(texts) == len(images):
@@ -217,6 +246,30 @@ def add_chat_guidance(original: Callable[..., Any], serving: Any, request: Any, 
         if given.get(_GUIDANCE) is None:
             adapted.mm_processor_kwargs = {**given, _GUIDANCE: texts}
     return adapted, request
+
+
+def _check_guidance(settings: Settings, request: Any, raw_request: Any) -> None:
+    # /v1/messages makes a chat of its request that lacks the field.
+    kwargs = (body_of(raw_request) or {}).get(FIELD) or request.mm_processor_kwargs
+    if not isinstance(kwargs, Mapping | None):
+        return  # refused where the field is read
+    asked = requested(kwargs, settings)
+    given = (kwargs or {}).get(_GUIDANCE)
+    if given is not None or asked.budget.is_all or not reads_question(asked.method):
+        return
+    for text in dict.fromkeys(message_guidance(request.messages)):
+        settings.limits.check_text(text)
+
+
+def body_of(raw_request: Any) -> dict[str, Any] | None:
+    """Returns the JSON object that an HTTP request brought, None if it brought none or is none."""
+    # FastAPI has parsed it already, and Starlette keeps it here: reading it again would cost time.
+    body = getattr(raw_request, "_json", None)
+    return body if isinstance(body, dict) else None
+
+
+def _num_images(messages: Sequence[Any]) -> int:
+    return sum(kind in _IMAGE_PARTS for message in messages for kind, _ in _parts(message.content))
 
 
 def _parts(content: Any) -> list[tuple[str, str]]:

@@ -5,12 +5,13 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, msgpack_decode, msgpack_encode
+from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput, msgpack_decode, msgpack_encode
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
@@ -280,6 +281,55 @@ def test_texts_belong_to_images_in_the_order_of_the_prompt() -> None:
     processed(output, 1, fields={"mmtok_guidance": ["a", "b"]})
     assert [plan_of(item).guidance[-1] for item in output.mm_items] == [ord("a"), ord("b")]  # type: ignore[union-attr]
     assert offsets(output) == [(2, 2), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kwargs", "message"),
+    [
+        (
+            "<|image_pad|>" + "cat " * 10**5,
+            None,
+            "the prompt has 400,013 characters, the longest prompt",
+        ),
+        ([65] * 10**6, None, "the prompt has 1,000,000 token ids, the longest"),
+        ([IMAGE_ID] + [66] * 310_000, {"mmtok_budget": 1}, "--mmtok-max-guidance-tokens"),
+        ("<|image_pad|>" + "b" * 310_000, None, "--mmtok-max-guidance-tokens"),
+        ("b" * 310_000, {"mmtok_budget": "all"}, "0 image placeholders for 1 image"),
+    ],
+    ids=["text", "ids", "guidance of ids", "guidance", "no placeholder"],
+)
+def test_a_long_prompt_is_refused_before_it_is_tokenised(prompt: str | list[int], kwargs: Any, message: str) -> None:
+    given = {"text": prompt} if isinstance(prompt, str) else {"input_ids": prompt}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokenized(GenerateReqInput(**given, image_data=IMAGE, mm_processor_kwargs=kwargs))
+
+
+@pytest.mark.parametrize(
+    ("fields", "kwargs"),
+    [
+        ({"text": "<|image_pad|>" + "b" * 310_000, "image_data": IMAGE}, {"mmtok_budget": "all"}),
+        ({"text": "<|image_pad|>" + "b" * 310_000, "image_data": IMAGE}, {"mmtok_guidance": "a cat"}),
+        ({"input_ids": [IMAGE_ID] + [66] * 310_000, "image_data": [IMAGE]}, {"mmtok_method": "even"}),
+        ({"text": "b" * 10**6}, None),
+        ({"text": "short", "image_data": IMAGE}, None),
+    ],
+    ids=["unpruned", "other guidance", "no guidance", "no image", "short"],
+)
+def test_other_prompts_are_tokenised(fields: dict[str, Any], kwargs: Any) -> None:
+    assert tokenized(GenerateReqInput(**fields, mm_processor_kwargs=kwargs)) == "tokenised"
+
+
+def tokenized(request: GenerateReqInput) -> str:
+    """Has the request tokenised by a server of 10,000 tokens."""
+    cutter = PlaceholderCutter(make_settings(2), StandInFamily())
+    manager = SimpleNamespace(mm_processor=stand_in_processor(), max_req_input_len=10_000)
+
+    async def original(same_manager: Any, obj: Any) -> str:
+        assert (same_manager, obj) == (manager, request)
+        return "tokenised"
+
+    found: str = asyncio.run(cutter.tokenize_one_request(original, manager, request))
+    return found
 
 
 def test_a_prompt_of_ids_and_an_image_without_text() -> None:

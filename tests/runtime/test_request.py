@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from mmtok_deploy import Budget
 from mmtok_sglang.request import (
     Requested,
     add_chat_guidance,
+    check_messages,
     guidance_texts,
     message_guidance,
     prompt_guidance,
@@ -32,10 +34,6 @@ def text_part(text: str) -> dict[str, str]:
 def chat(*messages: tuple[str, Any]) -> Any:
     turns = [{"role": role, "content": content} for role, content in messages]
     return ChatCompletionRequest(model="tiny", messages=turns)
-
-
-def no_decoding(ids: Sequence[int]) -> str:
-    raise AssertionError("the prompt is not decoded")
 
 
 @pytest.mark.parametrize("kwargs", [None, {}, {"mmtok_budget": None}, {"mmtok_guidance": "a cat"}, {"num_crops": 4}])
@@ -210,31 +208,26 @@ def test_a_tools_result_in_a_users_turn_is_no_user_text() -> None:
 def test_an_image_may_stand_under_sglangs_own_name() -> None:
     prompt = CHATML.replace(QWEN_IMAGE, "<image>")
     expected = ["A cat?", "A dog or a cow?", "A dog or a cow?"]
-    assert guidance_texts(None, prompt, 3, PLACEHOLDER, no_decoding) == expected
+    assert guidance_texts(None, prompt, 3, PLACEHOLDER) == expected
     # Beside the model's it is the user's word.
-    assert guidance_texts(None, f"{QWEN_IMAGE} <image>?", 1, PLACEHOLDER, no_decoding) == ["<image>?"]
+    assert guidance_texts(None, f"{QWEN_IMAGE} <image>?", 1, PLACEHOLDER) == ["<image>?"]
 
 
 def test_given_guidance_goes_before_the_prompt() -> None:
-    one_for_all = guidance_texts({"mmtok_guidance": "a cat"}, CHATML, 3, PLACEHOLDER, no_decoding)
-    one_each = guidance_texts({"mmtok_guidance": ["a", "", "c"]}, CHATML, 3, PLACEHOLDER, no_decoding)
+    one_for_all = guidance_texts({"mmtok_guidance": "a cat"}, CHATML, 3, PLACEHOLDER)
+    one_each = guidance_texts({"mmtok_guidance": ["a", "", "c"]}, CHATML, 3, PLACEHOLDER)
     assert (one_for_all, one_each) == (["a cat"] * 3, ["a", "", "c"])
 
 
 @pytest.mark.parametrize("given", [[], ["a"], ["a", 1], ["a", None], 5, True, {"0": "a", "1": "b"}, [["a"], ["b"]]])
 def test_given_guidance_of_another_shape_is_refused(given: Any) -> None:
     with pytest.raises(ValueError, match=r"mmtok_guidance is one text, or a list .* 2 images, got "):
-        guidance_texts({"mmtok_guidance": given}, "USER: <image><image>", 2, "<image>", no_decoding)
+        guidance_texts({"mmtok_guidance": given}, "USER: <image><image>", 2, "<image>")
 
 
 @pytest.mark.parametrize("kwargs", [None, {}, {"mmtok_guidance": None}])
 def test_without_given_guidance_the_prompt_is_read(kwargs: dict[str, Any] | None) -> None:
-    assert guidance_texts(kwargs, CHATML, 3, PLACEHOLDER, no_decoding)[0] == "A cat?"
-
-
-def test_a_prompt_of_ids_is_decoded() -> None:
-    ids = [ord(letter) for letter in "USER: <image> A cat? ASSISTANT:"]
-    assert guidance_texts(None, ids, 1, "<image>", lambda ids: "".join(map(chr, ids))) == ["A cat?"]
+    assert guidance_texts(kwargs, CHATML, 3, PLACEHOLDER)[0] == "A cat?"
 
 
 @pytest.mark.parametrize(
@@ -248,18 +241,18 @@ def test_a_prompt_of_ids_is_decoded() -> None:
 def test_placeholders_that_are_not_one_an_image_share_the_text(
     prompt: str, num_images: int, expected: list[str]
 ) -> None:
-    assert guidance_texts(None, prompt, num_images, "<image>", no_decoding) == expected
+    assert guidance_texts(None, prompt, num_images, "<image>") == expected
 
 
 def converted(images: list[str] | None, mm_processor_kwargs: dict[str, Any] | None, request: Any) -> Any:
     """Returns what `add_chat_guidance` makes of the request that SGLang would convert `request` to."""
     adapted = GenerateReqInput(text="prompt", image_data=images, mm_processor_kwargs=mm_processor_kwargs)
 
-    def original(serving: str, given: Any, raw_request: None = None) -> tuple[Any, Any]:
+    def original(serving: str, given: Any, raw_request: None) -> tuple[Any, Any]:
         assert serving == "serving"
         return adapted, given
 
-    result, same_request = add_chat_guidance(original, "serving", request, raw_request=None)
+    result, same_request = add_chat_guidance(SERVER, original, "serving", request)
     assert result is adapted
     assert same_request is request
     return result.mm_processor_kwargs
@@ -289,3 +282,54 @@ def test_the_callers_fields_are_not_changed() -> None:
 @pytest.mark.parametrize("images", [None, [], ["a.png", "b.png"]])
 def test_without_one_text_an_image_the_prompt_is_left_to_be_read(images: list[str] | None) -> None:
     assert converted(images, None, QUESTION) is None
+
+
+LONG = "word " * 60_000
+
+
+@pytest.mark.parametrize(
+    ("messages", "kwargs", "sent", "message"),
+    [
+        ([("user", [IMAGE, text_part(LONG)])], None, None, "--mmtok-max-guidance-tokens"),
+        ([("system", LONG), ("user", [IMAGE])], None, None, None),
+        ([("user", [IMAGE, text_part(LONG)])], {"mmtok_guidance": "a cat"}, None, None),
+        ([("user", [IMAGE, text_part(LONG)])], {"mmtok_budget": "all"}, None, None),
+        ([("user", [IMAGE, text_part(LONG)])], {"mmtok_method": "even"}, None, None),
+        # What /v1/messages was sent, which its chat lacks.
+        ([("user", [IMAGE, text_part(LONG)])], None, {"mm_processor_kwargs": {"mmtok_budget": "all"}}, None),
+        ([("user", [IMAGE, text_part(LONG)])], None, {"mm_processor_kwargs": "a text"}, None),
+        ([("user", LONG)], None, None, None),
+    ],
+)
+def test_a_text_too_long_to_guide_is_refused_before_it_is_tokenised(
+    messages: list[Any], kwargs: Any, sent: Any, message: str | None
+) -> None:
+    request = chat(*messages)
+    request.mm_processor_kwargs = kwargs
+
+    def original(serving: Any, given: Any, raw_request: Any) -> Any:
+        assert message is None
+        return GenerateReqInput(text="prompt"), given
+
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        add_chat_guidance(SERVER, original, "serving", request, SimpleNamespace(_json=sent))
+
+
+@pytest.mark.parametrize(("letters", "is_refused"), [(32_000, False), (33_000, True)])
+@pytest.mark.parametrize("has_image", [False, True])
+def test_messages_longer_than_any_prompt_are_refused_before_they_are_tokenised(
+    letters: int, is_refused: bool, has_image: bool
+) -> None:
+    image = [IMAGE] if has_image else []
+    request = chat(("system", "x" * (letters - 1000)), ("user", [*image, text_part("y" * 1000)]))
+    serving = SimpleNamespace(tokenizer_manager=SimpleNamespace(max_req_input_len=1000))
+
+    def original(same_serving: Any, same_request: Any, is_multimodal: bool, **kwargs: Any) -> str:
+        assert not (has_image and is_refused)
+        return "tokenised"
+
+    if has_image and is_refused:
+        with pytest.raises(ValueError, match="the prompt has 33,000 characters, the longest prompt of this server 1,0"):
+            check_messages(SERVER, original, serving, request, True)
+    else:
+        assert check_messages(SERVER, original, serving, request, True, output_constrained=False) == "tokenised"

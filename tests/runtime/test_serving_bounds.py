@@ -162,12 +162,32 @@ def hanging_address() -> Iterator[dict[str, str]]:
 
 def test_the_server_answers_while_images_hang_and_guidance_arrives(served: Served) -> None:
     served.check(CUP, served.ask(CUP))
-    guidance = "cat " * 2_500_000
     with hanging_address() as address, ThreadPoolExecutor(40) as pool:
-        bodies = [chat_body(address, "What?") for _ in range(32)]
-        bodies += [chat_body(COFFEE, "What?", mmtok_guidance=guidance), chat_body(COFFEE, guidance)]
+        requests = [("/v1/chat/completions", chat_body(address, "What?"))] * 32
+        requests += long_requests(served)
         with polled_health(served.server) as latencies_s:
-            answers = list(pool.map(lambda body: post(served, "/v1/chat/completions", body), bodies))
-    assert [status for status, _ in answers] == [400] * len(bodies)
+            answers = list(pool.map(lambda request: post(served, *request), requests))
+    assert [status for status, _ in answers] == [400] * len(requests)
     assert all("an image cannot be read" in text for _, text in answers[:32])
+    assert all("shorten" in text for _, text in answers[32:]), answers[32:]
     assert 0 < max(latencies_s) < MAX_HEALTH_S
+
+
+def long_requests(served: Served) -> list[tuple[str, dict[str, Any]]]:
+    """Returns requests with 10 MB of guidance, each by another way into the server."""
+    # Every text a new one: SGLang remembers the tokens of messages that it has seen.
+    letters = "cat " * 2_500_000
+    texts = [f"{served.family} {number} {letters}" for number in range(5)]
+    source = {"type": "base64", "media_type": "image/png", "data": COFFEE["url"].partition(",")[2]}
+    message = [{"type": "image", "source": source}, {"type": "text", "text": texts[0]}]
+    part = {"type": "input_image", "image_url": COFFEE["url"]}
+    item = {"role": "user", "content": [part, {"type": "input_text", "text": texts[1]}]}
+    model = served.server.client().models.list().data[0].id
+    prompt = served.judge.prompt(CUP.for_template())
+    return [
+        ("/v1/messages", {"model": "default", "max_tokens": 2, "messages": [{"role": "user", "content": message}]}),
+        ("/v1/responses", {"model": model, "max_output_tokens": 2, "input": [item]}),
+        ("/generate", generate_body([COFFEE["url"]], text=prompt + texts[2])),
+        ("/v1/chat/completions", chat_body(COFFEE, texts[3])),
+        ("/v1/chat/completions", chat_body(COFFEE, "What?", mmtok_guidance=texts[4])),
+    ]

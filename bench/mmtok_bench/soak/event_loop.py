@@ -11,9 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
+from mmtok_bench.families import Family
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import chat_body, small_image
+from mmtok_bench.soak.fuzz import ENDPOINTS
 from mmtok_bench.soak.trial import Trial, send
 
 __all__ = ["block_the_event_loop", "polled_health"]
@@ -40,7 +43,7 @@ while not select.select([sys.stdin], [], [], float(sys.argv[2]))[0]:
 
 
 def block_the_event_loop(trial: Trial, server: SglangServer, num_rounds: int, *, num_urls: int = 32) -> None:
-    """Asks /health all the time while images' addresses hang, and then while 10 MB of guidance arrive.
+    """Asks /health all the time while images' addresses hang, and then while texts of 10 MB arrive to guide.
 
     The two come one after another, so that a failure says which; then together. Each request must be answered, and
     every answer of /health come within 250 ms.
@@ -54,22 +57,21 @@ def block_the_event_loop(trial: Trial, server: SglangServer, num_rounds: int, *,
 
 
 def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_urls: int, *, with_guidance: bool) -> None:
-    def ask(body: bytes) -> None:
-        reply = send(server, "/v1/chat/completions", body, timeout_s=_TIMEOUT_S)
+    def ask(path: str, body: bytes) -> None:
+        reply = send(server, path, body, timeout_s=_TIMEOUT_S)
         trial.count("requests")
         trial.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
         if reply.status == 0:
-            trial.fail(f"a request is not answered: {kind}", f"{what}: {reply.text[:200]}")
+            trial.fail(f"a request is not answered: {kind}", f"{what}: {path} {reply.text[:200]}")
 
     with _hanging_server() as url:
-        bodies = [chat_body([f"{url}/{what}-{each}.png"], "What is it?", {}) for each in range(num_urls)]
+        chat = "/v1/chat/completions"
+        requests = [(chat, chat_body([f"{url}/{what}-{each}.png"], "What is it?", {})) for each in range(num_urls)]
         if with_guidance:
-            words = "word " * (_GUIDANCE_BYTES // 5)
-            bodies.append(chat_body([small_image("coffee")], "What is it?", {"mmtok_guidance": words}))
-            bodies.append(chat_body([small_image("coffee")], words, {}))
-        texts = [json.dumps(body).encode() for body in bodies]
+            requests += _long_requests(trial.family, what)
+        bodies = [(path, json.dumps(body).encode()) for path, body in requests]
         with polled_health(server) as times_s:
-            clients = [threading.Thread(target=ask, args=(text,), daemon=True) for text in texts]
+            clients = [threading.Thread(target=ask, args=each, daemon=True) for each in bodies]
             for client in clients:
                 client.start()
             for client in clients:
@@ -82,6 +84,24 @@ def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_url
     trial.numbers[name] = round(max(1000 * slowest_s, trial.numbers.get(name, 0.0)))
     if slowest_s > _MAX_HEALTH_S:
         trial.fail(f"/health takes longer than 250 ms: {kind}", f"{what}: {1000 * slowest_s:.0f} ms")
+
+
+def _long_requests(family: Family, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Gives the path and the body of requests with 10 MB of guidance, wherever it may stand.
+
+    Each text is a new one: SGLang remembers the tokens of messages that it has seen.
+    """
+    image, words = small_image("coffee"), f"{what} " + "word " * (_GUIDANCE_BYTES // 5)
+    short = chat_body([image], "What is it?", {})
+    yield "/v1/chat/completions", chat_body([image], "What is it?", {"mmtok_guidance": words})
+    yield "/v1/chat/completions", chat_body([image], f"chat {words}", {})
+    system = {"role": "system", "content": f"system {words}"}
+    yield "/v1/chat/completions", short | {"messages": [system, *short["messages"]]}
+    message = ENDPOINTS["/v1/messages"](family)
+    message["messages"][0]["content"].append({"type": "text", "text": f"message {words}"})
+    yield "/v1/messages", message
+    generate = ENDPOINTS["/generate"](family)
+    yield "/generate", generate | {"text": f"{generate['text']} generate {words}"}
 
 
 @contextlib.contextmanager

@@ -106,5 +106,5 @@ def test_health_is_asked_meanwhile(trial: Trial, wrongs: list[str]) -> None:
         block_the_event_loop(trial, server, 1, num_urls=2)
     slow = {f"/health takes longer than 250 ms: {kind}" for kind in ("hanging addresses", "long guidance", "both")}
     assert kinds(trial) == (slow if wrongs else set())
-    assert trial.counts["requests"] == 2 + 2 + 4
+    assert trial.counts["requests"] == 2 + 5 + 7
     assert trial.counts["health_checks"] >= 3
