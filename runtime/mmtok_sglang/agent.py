@@ -61,7 +61,7 @@ class Agent:
     """Asks a small vision-language model; one a tokenizer process, on its event loop.
 
     Args:
-        url: Of an OpenAI-compatible endpoint, up to and with its `/v1`.
+        url: An OpenAI-compatible endpoint, up to and with its `/v1`.
         model: Its name there.
         timeout_ms: After which the question alone guides.
         now_s: The time, for tests.
@@ -176,7 +176,7 @@ class Agent:
         ):
             if response.status != 200:
                 said = (await response.content.read(200)).decode(errors="replace")
-                # Of this question, not of the agent's health: a picture that it does not take, a text too long for it.
+                # It says nothing about the agent's health: a picture that it does not take, a text too long for it.
                 is_of_request = response.status in (400, 413, 415, 422)
                 where = " and a redirect, which is not followed" if 300 <= response.status < 400 else ""
                 raise _AgentError(f"HTTP {response.status}{where}: {said!r}", is_of_request=is_of_request)

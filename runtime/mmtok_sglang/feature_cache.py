@@ -18,7 +18,7 @@ from mmtok_sglang.placeholders import plan_of
 __all__ = ["FeatureCache", "Features"]
 
 
-# Of an entry on the host: its key and the objects of three tensors. Measured 1,830: resident memory, PyTorch 2.14.1.
+# What an entry takes on the host: key, objects of three tensors. Measured 1,830 (resident memory, PyTorch 2.14.1).
 _ENTRY_BYTES = 2000
 
 

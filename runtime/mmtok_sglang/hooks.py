@@ -15,6 +15,7 @@ from mmtok_sglang.memory import reserving
 from mmtok_sglang.positions import bound_by_positions
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
+from mmtok_sglang.start_errors import end_main_process, ends_scheduler_start
 
 __all__ = ["hooks_of"]
 
@@ -32,9 +33,13 @@ def hooks_of(server: Server) -> list[Hook]:
 
     def init_request_dispatcher(original: Callable[..., None], scheduler: Any) -> None:
         runner = scheduler.tp_worker.model_runner
-        if not isinstance(runner.model, server.family.model_class):
-            raise HookError(f"SGLang made the model of {type(runner.model)}, expected {server.family.model_class}")
-        server.selector.start_on(runner)
+        on_command_line = scheduler.server_args.__dict__.get("_mmtok_on_command_line", False)
+        with ends_scheduler_start(
+            on_command_line, "--mmtok-backend" if server.settings.engine is None else "--mmtok-engine"
+        ):
+            if not isinstance(runner.model, server.family.model_class):
+                raise HookError(f"SGLang made the model of {type(runner.model)}, expected {server.family.model_class}")
+            server.selector.start_on(runner)
         server.invalidation.init_request_dispatcher(original, scheduler)
 
     def run_batch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +96,13 @@ def hooks_of(server: Server) -> list[Hook]:
             server.keys.from_processor_output,
             reason="images get their identity in SGLang's caches here, after hashes that a caller may have given",
             until="items take a salt",
+        ),
+        Hook(
+            "entrypoints.engine._wait_for_scheduler_ready",
+            "scheduler_pipe_readers scheduler_procs",
+            end_main_process,
+            reason="the main process ends as a scheduler process did that ended with a message",
+            until="SGLang ends without a traceback for an error that a plugin finds in the scheduler process",
         ),
         Hook(
             "managers.scheduler.Scheduler.init_request_dispatcher",

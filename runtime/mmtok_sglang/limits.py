@@ -96,7 +96,7 @@ class Limits:
         """Raises ValueError (HTTP 400) for a prompt that is not worth tokenising: the server has none as long.
 
         Args:
-            length: Of text, or of token ids, in which placeholders may be expanded that are cut later.
+            length: Letters of a text, or token ids, whose expanded placeholders may be cut later.
             unit: What is counted: characters, token ids.
             max_prompt_tokens: The tokens of the server's longest prompt, None where it is not known.
         """

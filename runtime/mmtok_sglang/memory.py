@@ -14,7 +14,7 @@ from mmtok_sglang.metrics import SelectionMetrics
 __all__ = ["MAX_SELECTION_BYTES", "allocated_bytes", "reserved_bytes", "reserving"]
 
 MAX_SELECTION_BYTES = 64 << 20
-"""Of remembered selections, on device and host together: 44,000 of up to 64 tokens, 508 of 16,384."""
+"""The most that remembered selections take, on device and host together: 44,000 of up to 64 tokens, 508 of 16,384."""
 
 # PyTorch's allocator of device memory gives out whole blocks of this size.
 _BLOCK_BYTES = 512

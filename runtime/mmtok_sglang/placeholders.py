@@ -42,7 +42,7 @@ class ImagePlan:
         excluded: [N] bool, tokens never to pick; None if all may be.
         positions: [3, N] int64, the M-RoPE positions of the N placeholders; None for models with 1-D positions.
         method: What chooses the tokens.
-        seed: Of a method that draws; 0 for the others.
+        seed: What a method that draws is seeded with; 0 for the others.
     """
 
     num_tokens: int

@@ -35,7 +35,7 @@ class Requested:
     Args:
         budget: Tokens that each keeps.
         method: What chooses them.
-        seed: Of a method that draws; 0 for the others.
+        seed: What a method that draws is seeded with; 0 for the others.
     """
 
     budget: Budget

@@ -27,7 +27,7 @@ __all__ = ["ExpectedFeatures", "ImageTokens", "Outcome", "TokenSelector", "witho
 
 logger = logging.getLogger(__name__)
 
-# Of an entry on the host: its key, its outcome, the object of a tensor. Measured 940: resident memory, PyTorch 2.14.1.
+# What an entry takes on the host: key, outcome, the object of a tensor. Measured 940 (resident memory, PyTorch 2.14.1).
 _ENTRY_BYTES = 1000
 
 

@@ -45,7 +45,7 @@ class ProcessorSizes:
 
         Args:
             source: What SGLang can load.
-            budget: Of the image's tokens at its own size.
+            budget: How many of the image's tokens at its own size it keeps.
             min_tokens_in: An image of fewer tokens is returned as it is.
 
         Raises:

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mmtok_deploy.environment import is_set
 
-__all__ = ["FlagError", "end_start", "ends_start", "naming_flags", "warn_of_environment", "without_usage"]
+__all__ = [
+    "FlagError",
+    "end_main_process",
+    "end_start",
+    "ends_scheduler_start",
+    "ends_start",
+    "naming_flags",
+    "warn_of_environment",
+    "without_usage",
+]
 
 logger = logging.getLogger(__name__)
+
+_WRONG_USE = 2
+"""The exit code of a wrong use of a command."""
 
 
 class FlagError(ValueError):
@@ -30,9 +43,13 @@ def end_start(error: object) -> NoReturn:
     """
     # On its way out SGLang says how it ends: the message is to be the last line.
     logging.getLogger("sglang.srt.utils.common").setLevel(logging.WARNING)
+    _print_error(error, "--mmtok-budget")
+    raise SystemExit(_WRONG_USE)
+
+
+def _print_error(error: object, flag: str) -> None:
     message = str(error)
-    print(f"error: {message if '--mmtok' in message else f'--mmtok-budget: {message}'}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    print(f"error: {message if '--mmtok' in message else f'{flag}: {message}'}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -44,6 +61,59 @@ def ends_start(on_command_line: bool) -> Iterator[None]:
         if not on_command_line:
             raise
         end_start(error)
+
+
+@contextmanager
+def ends_scheduler_start(on_command_line: bool, flag: str) -> Iterator[None]:
+    """Ends the scheduler process for an error of the block, on the command line; elsewhere the error is raised.
+
+    Every rank of a tensor-parallel group must come here. Where all of them fail, the first says why. Nothing is sent to
+    the main process, which SGLang would have end itself by SIGKILL: it sees the exit code (`end_main_process`).
+
+    Args:
+        on_command_line: Whether the server was started there.
+        flag: Named by the message, if it names none.
+    """
+    from mmtok_sglang.failures import RankError, failed_on_all_ranks
+    from mmtok_sglang.ranks import is_first_rank
+
+    error = None
+    try:
+        yield
+    except (ValueError, RuntimeError) as caught:
+        if not on_command_line:
+            raise
+        error = caught
+    if not on_command_line:
+        return
+    try:
+        if not failed_on_all_ranks(None if error is None else str(error)):
+            return
+        says_why = is_first_rank()
+    except RankError:
+        says_why = error is not None
+    if says_why:
+        _print_error(error, flag)
+    # Not by an exception, which SGLang would log with its traceback; nor by the usual way out, on which threads and
+    # other ranks are waited for.
+    os._exit(_WRONG_USE)
+
+
+def end_main_process(original: Callable[..., Any], pipe_readers: list[Any], processes: list[Any]) -> Any:
+    """Waits for the schedulers as SGLang does; where one has ended with a message, this process ends likewise.
+
+    With data parallelism another process waits for the schedulers, and its traceback follows the message.
+
+    Raises:
+        SystemExit: With exit code 2.
+    """
+    try:
+        return original(pipe_readers, processes)
+    except RuntimeError:
+        if all(process.exitcode != _WRONG_USE for process in processes):
+            raise
+    logging.getLogger("sglang.srt.utils.common").setLevel(logging.WARNING)
+    raise SystemExit(_WRONG_USE)
 
 
 @contextmanager

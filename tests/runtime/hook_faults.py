@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmtok_bench.second_plugin import plugin_environment
+
 __all__ = ["POINTS", "Faults", "fault_environment", "register"]
 
 _CONTROL = "MMTOK_TEST_FAULTS"
@@ -31,14 +33,8 @@ POINTS = {
 
 def fault_environment(folder: Path) -> dict[str, str]:
     """Returns the environment of a server whose faults are told by `Faults(folder)`."""
-    metadata = folder / "plugin" / "mmtok_test_faults-1.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mmtok-test-faults\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmmtok_test_faults = tests.runtime.hook_faults:register\n"
-    )
-    path = [str(metadata.parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {_CONTROL: str(folder), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    plugin = plugin_environment(folder, "mmtok_test_faults", f"{__name__}:register", Path(__file__).parents[2])
+    return {_CONTROL: str(folder)} | plugin
 
 
 class Faults:

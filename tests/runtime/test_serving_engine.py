@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import openai
@@ -62,13 +63,24 @@ def test_a_larger_budget_is_refused(exported: Served) -> None:
 
 
 @pytest.mark.slow
-def test_a_provider_that_cannot_run_ends_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_provider_that_cannot_run_ends_the_start_by_one_message(
+    num_ranks: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if num_ranks > (os.cpu_count() or 1):
+        pytest.skip(f"needs {num_ranks} cores")
     file = export_for("qwen2.5-vl", tmp_path_factory.mktemp("engine") / "selection.onnx", 51)
     server = make_server(
         "qwen2.5-vl",
         "--mmtok-budget=10%",
         f"--mmtok-engine={file}",
         "--mmtok-onnxruntime-provider=CUDAExecutionProvider",
+        f"--tp={num_ranks}",
+        num_ranks=num_ranks,
     )
-    with pytest.raises(ServerError, match="CUDAExecutionProvider works on cuda tensors, these are on cpu"), server:
+    with pytest.raises(ServerError, match=r"exit status 2"), server:
         pass
+    log = server.log_text()
+    assert log.count("CUDAExecutionProvider works on cuda tensors, these are on cpu") == 1
+    assert "error: --mmtok-engine: " in log
+    assert "Traceback" not in log

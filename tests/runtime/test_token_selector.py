@@ -495,7 +495,7 @@ def test_it_is_made_ready_for_the_models_features(
         model=torch.nn.Linear(1, 1), model_config=SimpleNamespace(hf_config=config), dtype=torch.bfloat16
     )
     selector = TokenSelector(SETTINGS, SelectionMetrics(), FAMILIES[family]().expected_features)
-    selector.init_model_worker(lambda _: None, SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner)))
+    selector.start_on(runner)
     assert prepared == [(types, tokens)]
 
 

@@ -7,26 +7,20 @@ Pinned or not, memory holds the same values. Every process of a server loads it,
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmtok_bench.second_plugin import plugin_environment
+
 __all__ = ["register", "unpinned_environment"]
 
 
 def unpinned_environment(folder: Path) -> dict[str, str]:
     """Returns the environment of a server that pins no memory."""
-    metadata = folder / "plugin" / "mmtok_test_unpinned-1.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mmtok-test-unpinned\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmmtok_test_unpinned = tests.runtime.unpinned_memory:register\n"
-    )
-    path = [str(metadata.parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return plugin_environment(folder, "mmtok_test_unpinned", f"{__name__}:register", Path(__file__).parents[2])
 
 
 def register() -> None:

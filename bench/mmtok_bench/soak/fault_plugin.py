@@ -1,6 +1,6 @@
 """A second SGLang plugin, installed only by the soak's servers: makes the hooks of the first one meet faults.
 
-SGLang loads it by the entry point that `injected.install_fault_plugin` writes into a folder on PYTHONPATH. It wraps
+SGLang loads it by the entry point that `injected.fault_environment` writes into a folder on PYTHONPATH. It wraps
 hooks that the plugin under test registers, and methods of its classes; nothing in the product knows of it. A file says
 which fault comes next.
 """

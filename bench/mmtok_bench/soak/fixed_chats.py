@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 TOLERANCE = 5e-6
-"""Of logprobs in float32: the largest difference from the hand-pruned model that the tests have seen."""
+"""The largest difference of logprobs in float32 from the hand-pruned model that the tests have seen."""
 
 Account = list[dict[str, float]]
 """For each generated token, the logprobs of the likeliest tokens; the chosen one is first."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 import openai
 
+from mmtok_bench.second_plugin import plugin_environment
 from mmtok_bench.server import ServerError, SglangServer
+from mmtok_bench.soak import fault_plugin
 from mmtok_bench.soak.fault_plugin import CONTROL
 from mmtok_bench.soak.fixed_chats import (
     TOLERANCE,
@@ -67,16 +68,11 @@ class _Faults:
 
 def fault_environment(folder: Path) -> dict[str, str]:
     """Returns the environment of a server that loads the plugin of faults, and writes its entry point."""
-    folder = folder.absolute()
-    metadata = folder / "plugin" / "mmtok_soak_faults-1.dist-info"
-    metadata.mkdir(parents=True, exist_ok=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mmtok-soak-faults\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmmtok_soak_faults = mmtok_bench.soak.fault_plugin:register\n"
+    control = folder.absolute() / "faults"
+    control.mkdir(parents=True, exist_ok=True)
+    return {CONTROL: str(control)} | plugin_environment(
+        folder, "mmtok_soak_faults", f"{fault_plugin.__name__}:register"
     )
-    (folder / "faults").mkdir(exist_ok=True)
-    path = [str(folder / "plugin"), os.environ.get("PYTHONPATH", "")]
-    return {CONTROL: str(folder / "faults"), "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def out_of_memory(trial: Trial, num_points: int, *flags: str) -> None:

@@ -36,7 +36,7 @@ STORM_ENVIRONMENT = {
 _TIMEOUT_S = 300.0
 _ABORTED_SHARE = 0.2
 _NUM_KNOWN = 40
-# Of an answer whose images were encoded in another batch than the known one.
+# For an answer whose images were encoded in another batch than the known one.
 _TOLERANCE = 1e-4
 _MAX_GROWTH_MB_PER_1000 = 1.0
 MIN_JUDGED = 1000
