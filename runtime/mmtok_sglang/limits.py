@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from mmtok_sglang.flags import Help
@@ -14,7 +14,7 @@ __all__ = ["Limits", "default_limits"]
 # More bytes than text has for a token on average, in any language; runs of one letter have more.
 _MAX_BYTES_A_TOKEN = 16
 # Pixels that the images of one request may have together, in multiples of what one may have.
-_MAX_IMAGES = 8
+_MAX_LARGE = 8
 # Guidance that the images of one request may have together, in multiples of what one may have.
 _MAX_TEXTS = 4
 
@@ -24,6 +24,8 @@ class Limits:
     """What a request is refused for (HTTP 400) before the server works on it.
 
     Args:
+        max_images: The most images of a request. Without pruning the context bounds them; pruned, thousands of them fit
+            into it, each of which is encoded whole.
         max_image_pixels: The most pixels of an image as it was sent, which decoding takes memory for; all images of a
             request may have eight times as many.
         max_aspect_ratio: The most shorter sides that an image's longer side may have; CLIP's processor scales the
@@ -38,6 +40,9 @@ class Limits:
         ValueError: A limit that would refuse everything.
     """
 
+    max_images: Annotated[
+        int, Help("a request of more images is refused (HTTP 400). Default: 256; 64 on a CPU.")
+    ] = 256
     max_image_pixels: Annotated[
         int,
         Help("""an image of more pixels is refused (HTTP 400) before it is decoded; all images of a request may have
@@ -59,10 +64,19 @@ class Limits:
     ] = 1e13
 
     def __post_init__(self) -> None:
-        for name in ("max_image_pixels", "max_guidance_tokens", "max_aspect_ratio", "max_selection_cost"):
+        for field in fields(self):
             # Not `< 1`, which is false of NaN.
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+            if not getattr(self, field.name) >= 1:
+                raise ValueError(f"{field.name} is at least 1, got {getattr(self, field.name)}")
+
+    def check_num_images(self, num_images: int) -> None:
+        """Raises ValueError (HTTP 400) for too many images."""
+        if num_images > self.max_images:
+            raise refusal(
+                "num_images",
+                f"the request has {num_images:,} images, this server takes {self.max_images:,} (--mmtok-max-images): "
+                "send fewer in a request",
+            )
 
     def check_image(self, width: int, height: int) -> None:
         """Raises ValueError (HTTP 400) for an image that is too large or too long."""
@@ -84,11 +98,11 @@ class Limits:
 
     def check_images(self, nums_pixels: Sequence[int]) -> None:
         """Raises ValueError (HTTP 400) for images that are too large together."""
-        if sum(nums_pixels) > _MAX_IMAGES * self.max_image_pixels:
+        if sum(nums_pixels) > _MAX_LARGE * self.max_image_pixels:
             raise refusal(
                 "pixels",
                 f"the request's {len(nums_pixels)} images have {sum(nums_pixels):,} pixels, this server takes "
-                f"{_MAX_IMAGES * self.max_image_pixels:,} in a request, eight times --mmtok-max-image-pixels: send "
+                f"{_MAX_LARGE * self.max_image_pixels:,} in a request, eight times --mmtok-max-image-pixels: send "
                 "fewer or smaller ones",
             )
 
@@ -162,4 +176,5 @@ def default_limits(device: str | None, max_pixels_on_cpu: int | None) -> Limits:
         return Limits()
     # SGLang ends a server whose batch takes 300 s. A selection of 2,048 tokens from 8,192, which costs 1.4e11, took 7 s
     # (lazy, random features of width 3,584, 2 cores of an AMD EPYC with other work beside it, 2026-11-26).
-    return Limits(max_image_pixels=max_pixels_on_cpu or Limits().max_image_pixels, max_selection_cost=2e11)
+    max_pixels = max_pixels_on_cpu or Limits().max_image_pixels
+    return Limits(max_images=64, max_image_pixels=max_pixels, max_selection_cost=2e11)

@@ -164,9 +164,10 @@ class PlaceholderCutter:
         Raises:
             ValueError: Placeholders that are not the images', or too long a text (HTTP 400).
         """
+        limits = self._settings.limits
+        limits.check_num_images(len(images))
         if not all(map(is_raw, images)):
             return []
-        limits = self._settings.limits
         unit = "characters" if isinstance(prompt, str) else "token ids"
         limits.check_prompt(len(prompt), unit, max_prompt_tokens)
         if not isinstance(prompt, str):

@@ -16,6 +16,7 @@ Kind = Literal[
     "features",
     "image",
     "hashes",
+    "num_images",
     "pixels",
     "aspect_ratio",
     "placeholders",
@@ -26,6 +27,8 @@ Kind = Literal[
     "positions",
 ]
 """The label of `mmtok:refused_requests_total`, a row each in docs/serving.md."""
+
+_MAX_LETTERS = 1000
 
 
 def refusal(kind: Kind, message: object) -> ValueError:
@@ -38,7 +41,11 @@ def refusal(kind: Kind, message: object) -> ValueError:
         message: What was expected, what came, and what to do.
     """
     count_refusal(kind)
-    return ValueError(str(message))
+    text = str(message)
+    # It may show what the request brought, of any length.
+    if len(text) > _MAX_LETTERS:
+        text = f"{text[: _MAX_LETTERS // 2]} [...] {text[-_MAX_LETTERS // 2 :]}"
+    return ValueError(text)
 
 
 def count_refusal(kind: Kind) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, reads_question
 from mmtok_sglang.refusals import refusal
-from mmtok_sglang.settings import Settings
+from mmtok_sglang.settings import MAX_SEED, Settings
 
 __all__ = [
     "FIELD",
@@ -107,8 +107,10 @@ def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
     given = (kwargs or {}).get(_SEED)
     if given is None:
         return default
-    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
-        raise refusal("field", f"mm_processor_kwargs.{_SEED} is a whole number of at least 0, got {given!r:.200}")
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= MAX_SEED:
+        raise refusal(
+            "field", f"mm_processor_kwargs.{_SEED} is a whole number from 0 to {MAX_SEED}, got {given!r:.200}"
+        )
     return given
 
 

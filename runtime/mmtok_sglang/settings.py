@@ -19,7 +19,10 @@ from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.flags import Flag, Help, flags_of
 from mmtok_sglang.limits import Limits
 
-__all__ = ["FLAGS", "Settings"]
+__all__ = ["FLAGS", "MAX_SEED", "Settings"]
+
+MAX_SEED = 2**63 - 1
+"""The largest seed; a larger number could not be sent to the scheduler process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +151,8 @@ class Settings:
             raise ValueError(f"feature_cache_mb is at least 0, got {self.feature_cache_mb}")
         if self.min_tokens_in < 0:
             raise ValueError(f"min_tokens_in is at least 0, got {self.min_tokens_in}")
-        if self.seed < 0:
-            raise ValueError(f"seed is at least 0, got {self.seed}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is from 0 to {MAX_SEED}, got {self.seed}")
         self.check_method(self.method)
         self._check_agent()
 

@@ -5,6 +5,7 @@ import base64
 import io
 import socket
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,7 +144,7 @@ def test_addresses_that_hang_keep_neither_the_loop_nor_other_images_waiting(monk
     assert max(delays_s) < 0.25
 
 
-@pytest.mark.parametrize("name", ["max_image_pixels", "max_aspect_ratio", "max_guidance_tokens", "max_selection_cost"])
+@pytest.mark.parametrize("name", [field.name for field in fields(Limits)])
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_a_limit_that_refuses_everything_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name} is at least 1, got"):
@@ -154,4 +155,5 @@ def test_a_cpu_has_lower_limits() -> None:
     assert default_limits("cuda", 2048 * 2048) == default_limits("cuda", None) == Limits()
     assert default_limits("cpu", 2048 * 2048).max_image_pixels == 2048 * 2048
     assert default_limits("cpu", None).max_image_pixels == 64_000_000
+    assert default_limits("cpu", None).max_images == 64
     assert default_limits("cpu", None).max_selection_cost == 2e11

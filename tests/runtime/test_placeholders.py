@@ -304,6 +304,13 @@ def test_a_long_prompt_is_refused_before_it_is_tokenised(prompt: str | list[int]
         tokenized(GenerateReqInput(**given, image_data=IMAGE, mm_processor_kwargs=kwargs))
 
 
+def test_more_images_than_the_limit_are_refused() -> None:
+    output = prompt_output([IMAGE_ID, 1] * 4)
+    with pytest.raises(ValueError, match=r"the request has 4 images, this server takes 3 \(--mmtok-max-images\)"):
+        processed(output, limits=Limits(max_images=3))
+    assert processed(output, limits=Limits(max_images=4)) is output
+
+
 @pytest.mark.parametrize(
     ("fields", "kwargs"),
     [

@@ -25,6 +25,13 @@ def test_a_refusal_has_its_message_and_is_counted_under_its_kind(kind: Kind) -> 
     assert [count(other) for other in others] == before_others
 
 
+def test_what_a_request_brought_is_shown_in_part() -> None:
+    message = str(refusal("field", f"no field {'x' * 10**6}; a request may set mmtok_budget"))
+    assert len(message) < 1100
+    assert message.startswith("no field xxx")
+    assert message.endswith("xxx; a request may set mmtok_budget")
+
+
 def test_one_rank_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "is_first_rank", lambda: False)
     before = count("field")

@@ -296,6 +296,7 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_engine_sha256": None,
         "mmtok_onnxruntime_provider": None,
         "mmtok_feature_cache_mb": 256,
+        "mmtok_max_images": 64,
         "mmtok_max_image_pixels": 4_194_304 if servers[0].family == "qwen2.5-vl" else 64_000_000,
         "mmtok_max_aspect_ratio": MAX_ASPECT_RATIO,
         "mmtok_max_guidance_tokens": 16_384,
