@@ -62,7 +62,7 @@ _USER_TURNS = [
         r"\bUSER:(.*?)(?:\bASSISTANT:|\Z)",  # Vicuna: LLaVA-1.5, LLaVA-NeXT
     )
 ]
-_TOOL_RESULT = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
+_TOOL_RESULT, _TOOL_RESULT_END = "<tool_response>", "</tool_response>"
 
 
 def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested:
@@ -161,10 +161,21 @@ def prompt_guidance(prompt: str, placeholder: str) -> list[str]:
     for turn, (start, stop, text) in enumerate(next(filter(None, formats), [(0, len(prompt), prompt)])):
         pieces.append(_piece(None, prompt[end:start], placeholder))
         # Templates without a role of tools render their results as parts of a user's turn.
-        for index, part in enumerate(_TOOL_RESULT.split(text)):
+        for index, part in enumerate(_split_at_tool_results(text)):
             pieces.append(_piece(None if index % 2 else turn, part, placeholder))
         end = stop
     return _texts_of_images([*pieces, _piece(None, prompt[end:], placeholder)])
+
+
+def _split_at_tool_results(text: str) -> list[str]:
+    """Returns the text before the first tool's result, that result, the text after it, and so on."""
+    # Not by a regular expression: each begin without an end would search the whole text.
+    parts: list[str] = []
+    end = 0
+    while (start := text.find(_TOOL_RESULT, end)) >= 0 and (stop := text.find(_TOOL_RESULT_END, start)) >= 0:
+        parts += [text[end:start], text[start + len(_TOOL_RESULT) : stop]]
+        end = stop + len(_TOOL_RESULT_END)
+    return [*parts, text[end:]]
 
 
 def message_guidance(messages: Sequence[Any]) -> list[str]:
@@ -201,10 +212,11 @@ def _piece(turn: int | None, text: str, placeholder: str) -> _Piece:
 
 
 def _texts_of_images(pieces: Sequence[_Piece]) -> list[str]:
-    said: dict[int, str] = {}
+    words_of: dict[int, list[str]] = {}
     for turn, words, _ in pieces:
         if turn is not None:
-            said[turn] = f"{said.get(turn, '')} {words}".strip()
+            words_of.setdefault(turn, []).append(words)
+    said = {turn: " ".join(filter(None, each)) for turn, each in words_of.items()}
     first, last = next(filter(None, said.values()), ""), ""
     texts: list[str] = []
     for turn, words, num_images in pieces:

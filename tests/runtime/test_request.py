@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -205,6 +206,15 @@ def test_a_tools_result_in_a_users_turn_is_no_user_text() -> None:
     mixed = f"<|im_start|>user\n{result} {QWEN_IMAGE} Which one?<|im_end|>"
     assert prompt_guidance(asked + mixed, PLACEHOLDER) == ["Open the shop.", "Which one?"]
     assert prompt_guidance(mixed, PLACEHOLDER) == ["Which one?", "Which one?"]
+
+
+@pytest.mark.parametrize("unit", ["<tool_response>", "<tool_response></tool_response>a", "USER:", "<|", "[INST]x"])
+def test_no_prompt_takes_long_to_read(unit: str) -> None:
+    start_s = time.process_time()
+    for turn in ("", "<|im_start|>user\n"):
+        prompt_guidance(turn + unit * (10**6 // len(unit)), PLACEHOLDER)
+    # Half a second; quadratic in the length, it would take hours.
+    assert time.process_time() - start_s < 10
 
 
 def test_an_image_may_stand_under_sglangs_own_name() -> None:
