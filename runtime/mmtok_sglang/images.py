@@ -28,6 +28,10 @@ _NUM_READERS = 4
 # SGLang's own time limit holds between two packets; this one for the whole of a download.
 _DOWNLOAD_TIMEOUT_S = 30.0
 _DEFAULT_MAX_FILE_MB = 64
+# Bytes that the files of one request may have together, in multiples of what one may have; and how many of them are
+# read at a time, which may be downloads that turn out too large.
+_MAX_FILES = 8
+_NUM_AT_A_TIME = 8
 
 
 def is_raw(image: Any) -> bool:
@@ -58,14 +62,32 @@ class ImageLoader:
             ValueError: An image that cannot be read, or is beyond a limit (HTTP 400).
         """
         max_mb = getattr(server_args, "media_url_max_file_size_mb", _DEFAULT_MAX_FILE_MB)
-        loaded = await asyncio.gather(*(self._load(image, max_mb) for image in images))
-        self._limits.check_images([num_pixels for _, num_pixels in loaded])
-        return [image for image, _ in loaded]
+        at_a_time = asyncio.Semaphore(_NUM_AT_A_TIME)
+        sizes_bytes: list[int] = []
+        nums_pixels: list[int] = []
 
-    async def _load(self, image: Any, max_mb: int) -> tuple[Any, int]:
-        """Returns an image and its number of pixels."""
+        async def load_one(image: Any) -> Any:
+            async with at_a_time:
+                loaded, num_bytes, num_pixels = await self._load(image, max_mb)
+            # At once: what is beyond the limits is not loaded any more.
+            sizes_bytes.append(num_bytes)
+            nums_pixels.append(num_pixels)
+            if sum(sizes_bytes) > _MAX_FILES * _max_bytes(max_mb):
+                raise _too_many_bytes(_MAX_FILES * _max_bytes(max_mb), "the images of a request have")
+            self._limits.check_images(nums_pixels)
+            return loaded
+
+        tasks = [asyncio.create_task(load_one(image)) for image in images]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _load(self, image: Any, max_mb: int) -> tuple[Any, int, int]:
+        """Returns an image, the bytes that it is held in, and its number of pixels."""
         if not is_raw(image):
-            return image, 0
+            return image, 0, 0
         source = image.url if isinstance(image, ImageData) else image
         loop = asyncio.get_running_loop()
         if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -77,7 +99,8 @@ class ImageLoader:
                     "image", f"an image was not downloaded within {_DOWNLOAD_TIMEOUT_S:g} s: {image!s:.100}"
                 ) from None
         loaded, num_pixels = await loop.run_in_executor(self._readers, self._check, source, max_mb)
-        return replace(image, url=loaded) if isinstance(image, ImageData) else loaded, num_pixels
+        num_bytes = len(loaded) if isinstance(loaded, bytes) else 0
+        return replace(image, url=loaded) if isinstance(image, ImageData) else loaded, num_bytes, num_pixels
 
     def _check(self, source: Any, max_mb: int) -> tuple[Any, int]:
         if isinstance(source, Image.Image):
@@ -91,19 +114,19 @@ class ImageLoader:
 
 def _read(source: str | bytes, max_mb: int) -> bytes:
     """Returns an encoded image's bytes, as SGLang's `load_image` finds them."""
-    most = max_mb << 20 if max_mb else sys.maxsize  # 0 is SGLang's word for no limit
+    most = _max_bytes(max_mb)
     is_address = isinstance(source, str) and source.startswith(("http://", "https://"))
     # Base64 has 4 letters for 3 bytes.
     if isinstance(source, str) and not is_address and len(source) // 4 * 3 > most + 3:
-        raise _too_many_bytes(most)
+        raise _too_many_bytes(most, "an image has")
     try:
         data = source if isinstance(source, bytes) else _bytes_of(source, most)
     except (*CLIENT_MEDIA_EXCEPTIONS, OSError) as error:
         if is_address and "download limit" in str(error):
-            raise _too_many_bytes(most) from None
+            raise _too_many_bytes(most, "an image has") from None
         raise refusal("image", f"an image cannot be read: {source[:100]!r}: {error!s:.300}") from error
     if len(data) > most:
-        raise _too_many_bytes(most)
+        raise _too_many_bytes(most, "an image has")
     return data
 
 
@@ -125,11 +148,14 @@ def _read_file(path: str, most: int) -> bytes:
         return file.read(min(most, status.st_size) + 1)
 
 
-def _too_many_bytes(most: int) -> ValueError:
+def _max_bytes(max_mb: int) -> int:
+    return max_mb << 20 if max_mb else sys.maxsize  # 0 is SGLang's word for no limit
+
+
+def _too_many_bytes(most: int, what: str) -> ValueError:
     return refusal(
         "image",
-        f"an image has more than {most:,} bytes, which this server takes (--media-url-max-file-size-mb): "
-        "send a smaller one",
+        f"{what} more than {most:,} bytes, which this server takes (--media-url-max-file-size-mb): send smaller files",
     )
 
 

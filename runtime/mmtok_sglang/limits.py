@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -40,9 +40,7 @@ class Limits:
         ValueError: A limit that would refuse everything.
     """
 
-    max_images: Annotated[
-        int, Help("a request of more images is refused (HTTP 400). Default: 256; 64 on a CPU.")
-    ] = 256
+    max_images: Annotated[int, Help("a request of more images is refused (HTTP 400). Default: 256; 64 on a CPU.")] = 256
     max_image_pixels: Annotated[
         int,
         Help("""an image of more pixels is refused (HTTP 400) before it is decoded; all images of a request may have
@@ -121,19 +119,34 @@ class Limits:
                 "shorten it",
             )
 
-    def check_text(self, text: str) -> None:
-        """Raises ValueError (HTTP 400) for guidance that is too long to be tokenised."""
-        most = _MAX_BYTES_A_TOKEN * self.max_guidance_tokens
-        # A text of that many letters has more bytes only in other scripts: then its bytes are counted.
-        if len(text) > most or (4 * len(text) > most and len(text.encode(errors="replace")) > most):
-            raise refusal(
-                "guidance",
-                f"the text that guides the selection of an image has more than {most:,} bytes, 16 for each of the "
-                f"{self.max_guidance_tokens:,} tokens that this server takes (--mmtok-max-guidance-tokens): "
-                "shorten the question, or send mm_processor_kwargs.mmtok_guidance",
-            )
+    def check_texts(self, texts: Iterable[str]) -> None:
+        """Raises ValueError (HTTP 400) for guidance that is too long to be tokenised.
 
-    def check_texts(self, lengths: list[int]) -> None:
+        Args:
+            texts: Each image's text.
+        """
+        most = _MAX_BYTES_A_TOKEN * self.max_guidance_tokens
+        total = 0
+        for text in dict.fromkeys(texts):
+            # A text of more letters than that has more bytes, too: it is not encoded to count them.
+            size = len(text) if len(text) > most else len(text.encode(errors="replace"))
+            total += size
+            if size > most:
+                raise refusal(
+                    "guidance",
+                    f"the text that guides the selection of an image has more than {most:,} bytes, 16 for each of the "
+                    f"{self.max_guidance_tokens:,} tokens that this server takes (--mmtok-max-guidance-tokens): "
+                    "shorten the question, or send mm_processor_kwargs.mmtok_guidance",
+                )
+            if total > _MAX_TEXTS * most:
+                raise refusal(
+                    "guidance",
+                    f"the guidance of the images has more than {_MAX_TEXTS * most:,} bytes, 16 for each of the "
+                    f"{_MAX_TEXTS * self.max_guidance_tokens:,} tokens that this server takes in a request, four times "
+                    "--mmtok-max-guidance-tokens: shorten mm_processor_kwargs.mmtok_guidance",
+                )
+
+    def check_guidance(self, lengths: list[int]) -> None:
         """Raises ValueError (HTTP 400) for guidance of too many tokens.
 
         Args:

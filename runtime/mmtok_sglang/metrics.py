@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -241,9 +242,18 @@ class _CudaClock:
         return float(self._start.elapsed_time(self._stop))
 
 
-@cache
 def collectors() -> dict[str, Any]:
-    """Returns this process's Prometheus collectors by name, without the `mmtok:` before it."""
+    """Returns this process's Prometheus collectors by name, without the `mmtok:` before it; from any thread."""
+    # `cache` lets two threads make them at once, and Prometheus takes each name once.
+    with _making_collectors:
+        return _make_collectors()
+
+
+_making_collectors = threading.Lock()
+
+
+@cache
+def _make_collectors() -> dict[str, Any]:
     # Imported here: prometheus_client looks for SGLang's multi-process folder when it is first imported, and that
     # folder is set between the moment the hooks are installed and the start of the schedulers.
     from prometheus_client import Counter, Gauge, Histogram

@@ -181,8 +181,7 @@ class PlaceholderCutter:
         texts = guidance_texts(given, prompt, len(images), self._family.placeholder)
         if not reads_question(asked.method):
             return [""] * len(texts)
-        for text in dict.fromkeys(texts):
-            limits.check_text(text)
+        limits.check_texts(texts)
         return texts
 
     async def _plan_images(
@@ -194,7 +193,7 @@ class PlaceholderCutter:
             raise refusal("placeholders", f"the prompt has placeholders of {len(items)} images, {len(texts)} came")
         plans = [self._plan(item, asked, config) for item in items]
         words = await self._words.of(texts, _tokenizer_of(processor))
-        limits.check_texts([len(ids) for ids in words.values()])
+        limits.check_guidance([len(ids) for ids in words.values()])
         covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
         if self._agent is not None and covers_text:
             texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])

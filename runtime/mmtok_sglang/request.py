@@ -271,8 +271,7 @@ def _check_guidance(settings: Settings, request: Any, raw_request: Any) -> None:
     given = (kwargs or {}).get(_GUIDANCE)
     if given is not None or asked.budget.is_all or not reads_question(asked.method):
         return
-    for text in dict.fromkeys(message_guidance(request.messages)):
-        settings.limits.check_text(text)
+    settings.limits.check_texts(message_guidance(request.messages))
 
 
 def body_of(raw_request: Any) -> dict[str, Any] | None:

@@ -117,6 +117,31 @@ def test_bytes_are_bounded(tmp_path: Path) -> None:
         load("/dev/zero", max_mb=1)
 
 
+def test_bytes_of_a_request_are_bounded_together() -> None:
+    data = encoded() + bytes((1 << 20) - 1000)
+    assert load(*[data] * 8, max_mb=1) == [data] * 8
+    with pytest.raises(ValueError, match=r"the images of a request have more than 8,388,608 bytes, which this server"):
+        load(*[data] * 9, max_mb=1)
+
+
+def test_nothing_is_loaded_beyond_the_first_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, loader = encoded(), ImageLoader(LIMITS)
+    # The first refusal of a process takes longer.
+    with pytest.raises(ValueError, match="an image cannot be read"):
+        load(b"no image")
+    read: list[object] = []
+    original = loader._check
+
+    def check(source: object, max_mb: int) -> tuple[object, int]:
+        read.append(source)
+        return original(source, max_mb)
+
+    monkeypatch.setattr(loader, "_check", check)
+    with pytest.raises(ValueError, match="an image cannot be read"):
+        asyncio.run(loader.load([b"no image", *[data] * 499], None))
+    assert len(read) < 250
+
+
 def test_addresses_that_hang_keep_neither_the_loop_nor_other_images_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUEST_TIMEOUT", "1")
     loader, data = ImageLoader(LIMITS), encoded()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 
 import pytest
@@ -132,3 +134,21 @@ def test_the_hosts_clock_measures_and_is_done() -> None:
     clock.stop()
     assert clock.is_done()
     assert 0 <= clock.elapsed_ms() < 1000
+
+
+def test_threads_that_count_first_at_once_have_the_same_collectors() -> None:
+    # In a process of its own: this one has them.
+    program = """
+import sys, threading
+from mmtok_sglang.refusals import refusal
+sys.setswitchinterval(1e-6)
+barrier, said = threading.Barrier(8), []
+def refuse():
+    barrier.wait()
+    said.append(str(refusal("image", "no")))
+threads = [threading.Thread(target=refuse) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert said == ["no"] * 8, said
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -435,6 +435,10 @@ def test_guidance_of_a_request_is_bounded_and_each_text_counted_once() -> None:
     processed(prompt_output(five), 1, fields={"mmtok_guidance": texts[:1] * 5}, limits=limits)
     with pytest.raises(ValueError, match=r"has 100 tokens, this server takes 80 in a request, four times --mmtok-max"):
         processed(prompt_output(five), 1, fields={"mmtok_guidance": texts}, limits=limits)
+    # Before anything is tokenised, each being short enough by itself.
+    long = [letter * 300 for letter in "abcde"]
+    with pytest.raises(ValueError, match="more than 1,280 bytes, 16 for each of the 80 tokens that this server"):
+        processed(prompt_output(five), 1, fields={"mmtok_guidance": long}, limits=limits)
 
 
 def test_a_prompt_longer_than_any_is_refused_before_it_is_read() -> None:
