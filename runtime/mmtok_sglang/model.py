@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from mmtok_sglang.cache_key import ImageKeys, check_embeddings, has_images, keys_of
 from mmtok_sglang.feature_cache import Features
+from mmtok_sglang.pixels import for_encoder
 from mmtok_sglang.placeholders import ImagePlan, plan_of
 from mmtok_sglang.positions import receive_positions, send_positions
 from mmtok_sglang.selection import ImageTokens, without_non_finite
@@ -86,8 +87,9 @@ class PrunedModel(_Base):
 
     def encode(self, items: Sequence[Any]) -> Tensor:
         """Returns SGLang's features of images, unpruned, one after another: [tokens, D]. Times the vision encoder."""
+        device = next(self.parameters()).device
         features: Tensor = current().stages.encode(
-            lambda _, items: super(PrunedModel, self).get_image_feature(items), self, list(items)
+            lambda _, items: super(PrunedModel, self).get_image_feature(for_encoder(items, device)), self, list(items)
         )
         return features
 

@@ -19,6 +19,7 @@ from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.methods import MethodName, coverage_of, reads_attention, reads_question
 from mmtok_sglang.agent import Agent
 from mmtok_sglang.images import ImageLoader, is_raw
+from mmtok_sglang.pixels import compact_items
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import Requested, guidance_texts, requested
 from mmtok_sglang.settings import Settings
@@ -127,6 +128,8 @@ class PlaceholderCutter:
         for item in output.mm_items:
             _drop_our_names(item)
         self._family.separate_images(output, processor)
+        if processor.pixel_scale is not None:
+            compact_items(output.mm_items, processor.pixel_scale)
         if not asked.budget.is_all:
             _refuse_scattered_placeholders(output.mm_items)
             output.mm_items.sort(key=lambda item: item.offsets[0])

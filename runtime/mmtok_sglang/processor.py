@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from typing_extensions import override
 
+from mmtok_sglang.pixels import take_over_scaling
 from mmtok_sglang.server import current
 
 __all__ = ["PrunedProcessor"]
@@ -17,6 +18,10 @@ _Base: Any = BaseMultimodalProcessor if TYPE_CHECKING else object
 
 class PrunedProcessor(_Base):
     """Goes before SGLang's class of a processor among the bases of a family's own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pixel_scale = take_over_scaling(self._processor.image_processor, self.image_config)
 
     @override
     async def process_mm_data_async(self, image_data: Any, *args: Any, **kwargs: Any) -> Any:

@@ -60,21 +60,12 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
         return embedding
 
     def encode(self, items: Sequence[Any]) -> Tensor:
-        """Returns the features of images, encoded one by one, with what belongs to the model alone on each item."""
-        return torch.cat([self._encode(item) for item in items])
+        """Returns the features of images, encoded one by one."""
+        return torch.cat([super(TransformersModel, self).encode([item]) for item in items])
 
     def features_of(self, items: Sequence[Any]) -> list[Features]:
         """Returns what goes into the projector and what comes out of it, tile by tile."""
         return [self._features(item) for item in items]
-
-    def _encode(self, item: Any) -> Tensor:
-        data = item.model_specific_data
-        # The backend passes everything on the item to the Hugging Face encoder as an argument: show it the model's own.
-        item.model_specific_data = {name: value for name, value in data.items() if not name.startswith("mmtok")}
-        try:
-            return super().encode([item])
-        finally:
-            item.model_specific_data = data
 
     def _features(self, item: Any) -> Features:
         plan = plan_of(item)
@@ -85,7 +76,7 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
                 attention = self._encode_with_attention(item)
             else:
                 attention = None
-                self._encode(item)
+                self.encode([item])
         ((keys, vision),) = projected
         return Features(vision, keys, attention)
 
@@ -96,7 +87,7 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
         # Features are numbered from the embeddings on, which come before layer 0.
         attention = self.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
         with _calls_of(attention.q_proj) as queries, _calls_of(attention.k_proj) as keys:
-            self._encode(item)
+            self.encode([item])
         return class_token_attention(queries[0][1], keys[0][1], attention.num_heads)
 
     @override

@@ -12,6 +12,7 @@ from typing_extensions import override
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.methods.downsample import grid_within
 from mmtok_sglang.families.llava import Llava
+from mmtok_sglang.pixels import normalise_item
 from mmtok_sglang.transformers_backend import TransformersModel, TransformersProcessor, separate_images
 
 __all__ = ["Llava15", "padding_mask"]
@@ -78,6 +79,7 @@ class Llava15(Llava):
         height, width = item.feature.shape[-2:]
         rows, columns = grid_within(height // patch, width // patch, num_kept)
         if rows * columns < num_tokens:
+            normalise_item(item)
             size = (rows * patch, columns * patch)
             pixels = interpolate(item.feature.float(), size, mode="bicubic", antialias=True)
             item.feature = pixels.to(item.feature.dtype)
