@@ -145,8 +145,10 @@ class TokenSelector:
                 "serve no adapter that has it"
             )
         device = next(model_runner.model.parameters()).device
-        config, dtype = model_runner.model_config.hf_config, model_runner.dtype
-        self.start(device, self._expected and self._expected(config, dtype))
+        expected = None
+        if self._expected is not None:
+            expected = self._expected(model_runner.model_config.hf_config, model_runner.dtype)
+        self.start(device, expected)
 
     def start(self, device: torch.device, expected: ExpectedFeatures | None = None) -> None:
         """Makes what runs the selection; holds an exported file against the reference once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.placeholders import ImagePlan
-from mmtok_sglang.transformers_backend import _encode_for_selection
+from mmtok_sglang.transformers_backend import TransformersModel
 
 _TOWER = {
     "hidden_size": 16,
@@ -41,12 +42,15 @@ def encoded(model: Any, method: MethodName) -> Any:
     item = SimpleNamespace(feature=torch.ones(1, 3, 56, 56), model_specific_data={})
     ImagePlan(num_tokens=16, num_kept=4, guidance=[], method=method).attach(item)
 
-    def encode(model: Any, items: list[Any]) -> Tensor:
+    def encode(items: list[Any]) -> Tensor:
         (features,) = model.model.get_image_features(items[0].feature).pooler_output
         return features  # type: ignore[no-any-return]
 
+    # What SGLang's class holds of it, without the rest of a server.
+    held: Any = SimpleNamespace(model=model.model, config=model.config, encode=encode)
+    held._encode_with_attention = partial(TransformersModel._encode_with_attention, held)
     with torch.no_grad():
-        return _encode_for_selection(encode, model, item)
+        return TransformersModel._features(held, item)
 
 
 @pytest.mark.parametrize("method", ["scope", "visionzip"])

@@ -9,7 +9,7 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from transformers import AutoImageProcessor
 
 from mmtok_bench.families import Family
-from mmtok_bench.photographs import photograph
+from mmtok_deploy.photographs import photograph
 from mmtok_sglang.pixels import PixelScale, compact_items, for_encoder, normalise_item, take_over_scaling
 from tests.runtime.conftest import checkpoint
 

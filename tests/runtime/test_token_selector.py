@@ -494,7 +494,7 @@ def test_it_is_made_ready_for_the_models_features(
     runner = SimpleNamespace(
         model=torch.nn.Linear(1, 1), model_config=SimpleNamespace(hf_config=config), dtype=torch.bfloat16
     )
-    selector = TokenSelector(SETTINGS, SelectionMetrics(), FAMILIES[family]().expected_features)
+    selector = TokenSelector(SETTINGS, SelectionMetrics(), FAMILIES[family].expected_features)
     selector.start_on(runner)
     assert prepared == [(types, tokens)]
 
