@@ -112,6 +112,11 @@ def add_export_parser(commands: Any) -> None:
     attach.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
     _add_common(attach, "needed where a temperature or alpha is not given")
 
+    triton = kinds.add_parser("triton", help="a Triton Inference Server's model repository of an exported ONNX file")
+    triton.add_argument("file", type=Path, help="an ONNX file, with its manifest beside it")
+    triton.add_argument("--repository", type=Path, required=True, metavar="FOLDER", help="where the models are")
+    triton.add_argument("--force", action="store_true", help="replace what is there")
+
     check = kinds.add_parser("check", help="hold an exported file against the reference again")
     check.add_argument("file", type=Path, help="an ONNX file or an engine, with its manifest beside it")
     check.add_argument(
@@ -151,9 +156,9 @@ def _run(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> int:
     from mmtok_export.picks import CheckFailedError
     from mmtok_export.tensorrt import EngineBuildError
 
-    run = {"selection": _selection, "encoder": _encoder, "attach": _attach, "check": _check}[arguments.kind]
+    runs = {"selection": _selection, "encoder": _encoder, "attach": _attach, "triton": _triton, "check": _check}
     try:
-        run(arguments, on_step)
+        runs[arguments.kind](arguments, on_step)
     except (CheckFailedError, EngineBuildError, EngineError) as error:
         return _fail(str(error), 1)
     return 0
@@ -196,7 +201,7 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
     model = build_selection(spec)
     details = {"preset": arguments.preset}
     manifest = export_model(model, path, "selection", spec, details=details, **_how(arguments, on_step))
-    _report(path, manifest)
+    _report(path, manifest, has_next=True)
     _build_engine(path, engine, arguments, on_step)
 
 
@@ -233,7 +238,7 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
         encoder=joined.encoder,
         **_how(arguments, on_step),
     )
-    _report(path, manifest)
+    _report(path, manifest, has_next=True)
     _build_engine(path, engine, arguments, on_step)
 
 
@@ -275,16 +280,19 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         encoder=attached.encoder,
         **_how(arguments, on_step),
     )
-    _report(path, manifest)
+    _report(path, manifest, has_next=True)
     _build_engine(path, engine, arguments, on_step)
 
 
 def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
-    from mmtok_deploy.manifest import Manifest
+    from mmtok_deploy.manifest import ArtifactError, Manifest
     from mmtok_export.check import CheckFailedError, check_artifact, estimated_seconds
 
     on_step(f"reading {arguments.file}")
-    manifest = Manifest.load(arguments.file)
+    try:
+        manifest = Manifest.load(arguments.file)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}{_what_it_says_of_itself(arguments.file)}") from error
     features = None if arguments.features is None else _load_features(arguments.features)
     if features is None and (seconds := estimated_seconds(manifest)) > _SECONDS_WITHOUT_A_WORD:
         _note(f"it takes about {seconds:.0f} s on this machine")
@@ -294,6 +302,28 @@ def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> Non
     _report(arguments.file, replace(manifest, check=check))
     if check.status == "not run":
         raise CheckFailedError(f"{arguments.file} was not checked: {check.detail}")
+
+
+def _what_it_says_of_itself(file: Path) -> str:
+    """Returns what an ONNX file that has another name, or no manifest, was exported as; empty if it does not say."""
+    import onnx_ir as ir
+
+    try:
+        said = ir.load(file).metadata_props
+    except Exception:  # not an ONNX file, or none at all: the error that led here says so
+        return ""
+    if "mmtok.file" not in said:
+        return ""
+    names = ("budget", "form", "preset", "constants")
+    known = ", ".join(f"{name} {said[f'mmtok.{name}']}" for name in names if said.get(f"mmtok.{name}"))
+    return f". The graph says that it was exported as {said['mmtok.file']}: {known}"
+
+
+def _triton(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
+    from mmtok_export.next_steps import write_triton_repository
+
+    on_step(f"copying {arguments.file}")
+    print(write_triton_repository(arguments.file, arguments.repository, force=arguments.force))
 
 
 def _load_features(path: Path) -> dict[str, Tensor]:
@@ -342,11 +372,16 @@ def _planned_engine(
     if arguments.tensorrt is None:
         if arguments.target:
             raise ValueError("--target is for an engine: add --tensorrt")
+        if arguments.plugin:
+            raise ValueError("--plugin is for an engine: add --tensorrt")
         return None
     if is_told:
         raise ValueError("an engine makes a fixed number of picks: name a --budget of tokens without --budget-input")
     library: Library = choose_library(arguments.target) if arguments.tensorrt == "auto" else arguments.tensorrt
     check_targets(library, arguments.target, budget)
+    missing = [plugin for plugin in arguments.plugin if not plugin.is_file()]
+    if missing:
+        raise ValueError(f"--plugin {missing[0]} is not there")
     tensorrt_module(library)
     path = engine_path(onnx_file, library, arguments.target)
     check_output(path, force=arguments.force)
@@ -376,12 +411,18 @@ def _build_engine(
     path, library = engine
     on_step(f"building {path.name}")
     manifest = build_engine(
-        onnx_file, path, library, arguments.target, has_check=not arguments.skip_check, force=arguments.force
+        onnx_file,
+        path,
+        library,
+        arguments.target,
+        plugins=arguments.plugin,
+        has_check=not arguments.skip_check,
+        force=arguments.force,
     )
     _report(path, manifest)
 
 
-def _report(path: Path, manifest: Manifest) -> None:
+def _report(path: Path, manifest: Manifest, *, has_next: bool = False) -> None:
     size_bytes = sum(file.size_bytes for file in manifest.files)
     size = f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
     sizes = ", ".join(f"{name} {allowed}" for name, allowed in manifest.dimensions.items())
@@ -389,6 +430,11 @@ def _report(path: Path, manifest: Manifest) -> None:
     print(f"{path}  {size}, keeps {kept}, {manifest.form}; {sizes}")
     runtime = f" ({manifest.check.runtime})" if manifest.check.runtime else ""
     print(f"  check {manifest.check.status}: {manifest.check.detail}{runtime}", flush=True)
+    if has_next:
+        from mmtok_export.next_steps import next_steps
+
+        for consumer, step in next_steps(path, manifest).items():
+            print(f"  next, {consumer}: {step}", flush=True)
 
 
 def _fail(message: str, code: int) -> int:
@@ -419,6 +465,14 @@ def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument(
         "--tensorrt", nargs="?", const="auto", choices=_LIBRARIES, help="build an engine as well (default auto)"
+    )
+    parser.add_argument(
+        "--plugin",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="LIB.so",
+        help="library of TensorRT plugins that an engine's operators need, more than once for several",
     )
     parser.add_argument(
         "--target",

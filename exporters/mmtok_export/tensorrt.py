@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,7 @@ def build_engine(
     library: Library,
     targets: list[str],
     *,
+    plugins: Sequence[Path] = (),
     has_check: bool = True,
     force: bool = False,
 ) -> Manifest:
@@ -105,6 +107,7 @@ def build_engine(
         path: Where the engine goes.
         library: What builds it.
         targets: Compute capabilities ("8.6"); none for the GPU at hand.
+        plugins: Libraries of the plugins that its operators are.
         has_check: Whether it is checked, where its GPU is.
         force: Whether it may replace a file.
 
@@ -121,6 +124,10 @@ def build_engine(
             f"{onnx_file.name} is told how many tokens to keep as it runs: an engine keeps a fixed count"
         )
     module = tensorrt_module(library)
+    for plugin in plugins:
+        # None for a library that cannot be loaded, or holds no plugins.
+        if module.get_plugin_registry().load_library(str(plugin)) is None:
+            raise EngineBuildError(f"{library} does not load {plugin}: its messages are above")
     with new_artifact(path, force=force) as file:
         file.write_bytes(_serialized(module, onnx_file, source, library, targets))
         manifest = replace(

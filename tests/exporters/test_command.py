@@ -44,7 +44,9 @@ def test_selection_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         rf"{re.escape(str(path))}  \d\d kB, keeps 4 tokens, lazy; B 1, N 16, M 3\n  check passed: 8 picks", said
     )
     assert export("check", str(path)) == 0
-    assert capsys.readouterr().out == said
+    checked = capsys.readouterr().out
+    assert said.startswith(checked)
+    assert all(line.startswith("  next, ") for line in said.removeprefix(checked).splitlines())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -100,6 +102,8 @@ def test_where_it_goes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--tensorrt=tensorrt-rtx", "--target=9.0"], "no engines for compute capability 9.0"),
         (["--tensorrt=tensorrt", "--target=8.6"], "TensorRT builds for the GPU at hand alone, not for 8.6"),
         (["--tensorrt", "--target=8.6", "--tokens=4000", "--budget=4000"], "TensorRT keeps at most 3840 tokens"),
+        (["--plugin=a.so"], "--plugin is for an engine: add --tensorrt"),
+        (["--tensorrt", "--target=8.6", "--plugin=a.so"], "--plugin a.so is not there"),
         (["--vision-width=0"], "vision_width is at least 1, got 0"),
         (["--form=scan"], "invalid choice"),
     ],
@@ -122,6 +126,20 @@ def test_check_refuses_a_file_that_changed(exported: Path, capsys: pytest.Captur
     exported.write_bytes(exported.read_bytes() + b"x")
     assert export("check", str(exported)) == 2
     assert "export it again" in capsys.readouterr().err
+
+
+def test_a_renamed_file_is_known(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    renamed = exported.rename(exported.with_name("other.onnx"))
+    assert export("check", str(renamed)) == 2
+    assert re.search(
+        r"other\.onnx\.json is not there.*exported as selection\.onnx: budget 5, form lazy, constants",
+        capsys.readouterr().err,
+    )
+    Manifest.path_of(exported).rename(Manifest.path_of(renamed))
+    assert export("check", str(renamed)) == 2
+    assert re.search(
+        r"describes selection\.onnx, not other\.onnx.*exported as selection\.onnx", capsys.readouterr().err
+    )
 
 
 def test_check_finds_a_wrong_answer(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

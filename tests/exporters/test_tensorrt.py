@@ -26,7 +26,7 @@ from mmtok_export.tensorrt import (
     choose_library,
     engine_path,
 )
-from tests.exporters.graphs import batch_of
+from tests.exporters.graphs import batch_of, relabel
 from tests.mmtok_deploy.problems import random_problem
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'mmtok-deploy[tensorrt-rtx]'")
@@ -101,8 +101,7 @@ def test_a_changed_graph_is_not_built(exported: Path) -> None:
 
 def test_an_open_size_needs_a_range(exported: Path) -> None:
     manifest = Manifest.load(exported)
-    described = replace(manifest, dimensions={"B": manifest.dimensions["B"], "M": manifest.dimensions["M"]})
-    Manifest.path_of(exported).write_text(described.to_json())
+    relabel(exported, replace(manifest, dimensions={name: manifest.dimensions[name] for name in ("B", "M")}))
     with pytest.raises(ArtifactError, match="has the size N: give its range, --dim N=MIN:MAX"):
         build(exported, A6000)
 
@@ -190,3 +189,11 @@ def test_an_engine_gives_the_references_answer(spec: SelectionSpec, tmp_path: Pa
     inputs = {name: tensor.to(device) for name, tensor in batch_of([random_problem(30)]).items()}
     order = open_engine(path, device).run(inputs)["order"][0].tolist()
     replay_greedy(random_problem(30).picking(5), SelectionConfig(), order)
+
+
+def test_a_plugin_library_that_is_none(exported: Path, tmp_path: Path) -> None:
+    library = tmp_path / "plugin.so"
+    library.write_bytes(b"no library")
+    with pytest.raises(EngineBuildError, match=r"does not load .*plugin\.so"):
+        build_engine(exported, tmp_path / "a.engine", "tensorrt-rtx", ["8.6"], plugins=[library])
+    assert not (tmp_path / "a.engine").exists()

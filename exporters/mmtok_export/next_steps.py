@@ -1,0 +1,110 @@
+"""What to type once a file exists, for each runtime, made from its manifest."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+from mmtok_deploy.manifest import Manifest, TensorInfo
+from mmtok_export.graph_file import load_graph
+
+__all__ = ["next_steps", "triton_config", "write_triton_repository"]
+
+_TRITON_TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+    "bool": "TYPE_BOOL",
+}
+
+
+def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
+    """Returns the next command or call for each runtime that takes the file, by the runtime's name.
+
+    Args:
+        file: The exported file.
+        manifest: Its manifest.
+    """
+    quoted, text = shlex.quote(str(file)), str(file).replace("\\", "\\\\").replace('"', '\\"')
+    steps = {}
+    if manifest.kind == "selection" and not manifest.share:
+        steps["SGLang"] = f"add --mmtok-engine {quoted} to the server's command"
+    if manifest.format != "onnx":
+        return steps | {"Python": f'open_engine(Path("{text}"), torch.device("cuda"))'}
+    if not (manifest.takes_budget or manifest.share):
+        steps["TensorRT"] = _trtexec(file, manifest)
+    steps["ONNX Runtime, Python"] = f'ort.InferenceSession("{text}", providers=["CPUExecutionProvider"])'
+    steps["ONNX Runtime, C++"] = f'Ort::Session session(env, ORT_TSTR("{text}"), Ort::SessionOptions{{}});'
+    steps["ONNX Runtime, JavaScript"] = f'await ort.InferenceSession.create("{text}")'
+    steps["OpenVINO"] = f'ov.Core().compile_model("{text}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})'
+    steps["Triton"] = f"mmtok export triton {quoted} --repository models"
+    return steps
+
+
+def _trtexec(file: Path, manifest: Manifest) -> str:
+    """Returns the command that builds an engine of the file with TensorRT's own tool."""
+    command = ["trtexec", f"--onnx={file}", "--stronglyTyped", "--noTF32"]
+    open_inputs = [tensor for tensor in manifest.inputs if any(isinstance(size, str) for size in tensor.shape)]
+    if open_inputs:
+        for flag, which in (("min", "minimum"), ("opt", "optimum"), ("max", "maximum")):
+            shapes = (f"{tensor.name}:{_sizes(tensor, manifest, which)}" for tensor in open_inputs)
+            command.append(f"--{flag}Shapes={','.join(shapes)}")
+    return shlex.join([*command, f"--saveEngine={file.with_suffix('.engine')}"])
+
+
+def _sizes(tensor: TensorInfo, manifest: Manifest, which: str) -> str:
+    sizes = []
+    for size in tensor.shape:
+        allowed = manifest.dimensions.get(str(size))
+        # An encoder's own size of which nobody has given the range.
+        sizes.append(str(size) if allowed is None else str(getattr(allowed, which)))
+    return "x".join(sizes)
+
+
+def triton_config(manifest: Manifest, name: str) -> str:
+    """Returns the config.pbtxt of a Triton Inference Server's model, on the CPU.
+
+    Args:
+        manifest: The file's.
+        name: The model's.
+    """
+    file = manifest.files[0].name
+    lines = [f'name: "{name}"', 'backend: "onnxruntime"', "max_batch_size: 0", f'default_model_filename: "{file}"']
+    for kind, tensors in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for tensor in tensors:
+            sizes = ", ".join(str(size) if isinstance(size, int) else "-1" for size in tensor.shape)
+            lines.append(
+                f'{kind} {{ name: "{tensor.name}" data_type: {_TRITON_TYPES[tensor.dtype]} dims: [ {sizes} ] }}'
+            )
+    return "\n".join([*lines, "instance_group { kind: KIND_CPU }", ""])
+
+
+def write_triton_repository(file: Path, repository: Path, *, force: bool) -> Path:
+    """Returns the folder of a model in a Triton model repository: config.pbtxt, and the file with what belongs to it.
+
+    Args:
+        file: An exported ONNX file.
+        repository: Where models are; the model is named as the file.
+        force: Whether it may replace a model.
+
+    Raises:
+        ArtifactError: The file is not what was exported.
+        FileExistsError: The model is there and may not be replaced.
+        ValueError: Not an ONNX file.
+    """
+    manifest = Manifest.load(file)
+    if manifest.format != "onnx":
+        raise ValueError(f"{file.name} is an engine: a model repository is made of its ONNX file")
+    load_graph(file, manifest)
+    model = repository / file.stem
+    if model.exists() and not force:
+        raise FileExistsError(f"{model} is there already: choose another --repository, or --force to replace it")
+    version = model / "1"
+    version.mkdir(parents=True, exist_ok=True)
+    for name in [each.name for each in manifest.files] + [Manifest.path_of(file).name]:
+        shutil.copyfile(file.with_name(name), version / name)
+    (model / "config.pbtxt").write_text(triton_config(manifest, file.stem), encoding="utf-8")
+    return model

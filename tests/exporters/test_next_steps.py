@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from mmtok_deploy.cli import main
+from mmtok_deploy.manifest import Manifest, TensorInfo
+from mmtok_export.artifact import export_model
+from mmtok_export.next_steps import next_steps, triton_config
+from mmtok_export.selection_graph import SelectionSpec, build_selection
+
+
+def test_trtexec_is_given_every_open_shape(exported: Path) -> None:
+    command = shlex.split(next_steps(exported, Manifest.load(exported))["TensorRT"])
+    assert command[:4] == ["trtexec", f"--onnx={exported}", "--stronglyTyped", "--noTF32"]
+    assert command[4:7] == [
+        "--minShapes=vision:1x5x8,keys:1x5x6,text:1x1x8,text_mask:1x1,excluded:1x5",
+        "--optShapes=vision:1x20x8,keys:1x20x6,text:1x3x8,text_mask:1x3,excluded:1x20",
+        "--maxShapes=vision:3x40x8,keys:3x40x6,text:3x9x8,text_mask:3x9,excluded:3x40",
+    ]
+    assert command[7] == f"--saveEngine={exported.with_suffix('.engine')}"
+
+
+def test_of_fixed_sizes_no_shapes(exported: Path) -> None:
+    manifest = Manifest.load(exported)
+    fixed = tuple(TensorInfo(each.name, each.dtype, (1,) * len(each.shape)) for each in manifest.inputs)
+    assert "Shapes" not in next_steps(exported, replace(manifest, inputs=fixed))["TensorRT"]
+
+
+def test_each_runtime_by_what_takes_the_file(spec: SelectionSpec, exported: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(exported)
+    runtimes = ["ONNX Runtime, Python", "ONNX Runtime, C++", "ONNX Runtime, JavaScript", "OpenVINO", "Triton"]
+    assert list(next_steps(exported, manifest)) == ["SGLang", "TensorRT", *runtimes]
+    assert list(next_steps(exported, replace(manifest, kind="encoder"))) == ["TensorRT", *runtimes]
+    assert list(next_steps(exported, replace(manifest, format="tensorrt"))) == ["SGLang", "Python"]
+    told = replace(spec, takes_budget=True)
+    path = tmp_path / "told.onnx"
+    assert list(next_steps(path, export_model(build_selection(told), path, "selection", told))) == [
+        *("SGLang", *runtimes)
+    ]
+
+
+def test_a_call_runs_as_printed(exported: Path) -> None:
+    call = next_steps(exported, Manifest.load(exported))["ONNX Runtime, Python"]
+    session = eval(call, {"ort": onnxruntime})
+    assert [each.name for each in session.get_inputs()] == ["vision", "keys", "text", "text_mask", "excluded"]
+
+
+def test_a_triton_model(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = shlex.split(next_steps(exported, Manifest.load(exported))["Triton"])
+    arguments = [*command[1:-1], str(tmp_path / "models")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/models/selection\n"
+    model = tmp_path / "models" / "selection"
+    assert sorted(str(path.relative_to(model)) for path in model.rglob("*.*")) == [
+        "1/selection.onnx",
+        "1/selection.onnx.json",
+        "config.pbtxt",
+    ]
+    Manifest.load(model / "1" / "selection.onnx")
+    said = (model / "config.pbtxt").read_text()
+    assert 'input { name: "vision" data_type: TYPE_FP32 dims: [ -1, -1, 8 ] }' in said
+    assert 'output { name: "kept" data_type: TYPE_INT64 dims: [ -1, 5 ] }' in said
+    assert main(arguments) == 2
+    assert "is there already: choose another --repository" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+
+
+def test_the_configuration_is_tritons(exported: Path) -> None:
+    config = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient[grpc] is not installed")
+    from google.protobuf import text_format  # type: ignore[import-untyped]
+
+    manifest = Manifest.load(exported)
+    parsed = text_format.Parse(triton_config(manifest, "selection"), config.ModelConfig())
+    assert [each.name for each in parsed.input] == [each.name for each in manifest.inputs]
+    assert list(parsed.output[0].dims) == [-1, 5]
+
+
+def test_an_export_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--budget=4", "--tokens=16", "--vision-width=8", "--keys-width=6", f"--output={tmp_path}/a.onnx"]
+    assert main(["export", "selection", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^  next, TensorRT: trtexec --onnx=.*a\.onnx --stronglyTyped --noTF32", said, re.MULTILINE)
+    assert re.search(r"^  next, OpenVINO: .*INFERENCE_PRECISION_HINT", said, re.MULTILINE)
