@@ -29,7 +29,7 @@ help:
 	@echo "make soak    inject faults into servers and see what holds (MINUTES=30 runs all of it, ROWS=fuzz,storm a part)"
 	@echo "make test    every test, two at a time (JOBS=0: one by one); no GPU needed"
 	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
-	@echo "make gpu-check   what needs an NVIDIA GPU: kernels, engines, providers, and the selector's times"
+	@echo "make gpu-check   what needs an NVIDIA GPU: kernels, engines, served models, each against its bar (PART=kernels,selector)"
 	@echo "make lint    ruff, mypy --strict and the direction of imports"
 	@echo "make docs    the documentation as a site, under artifacts/site"
 	@echo "make format  let ruff rewrite the code"
@@ -78,12 +78,9 @@ CPU_TESTS ?= tests/mmtok_deploy tests/exporters tests/runtime
 test-cpus: $(STAMP)
 	tests/cpus.sh "$(CPUS)" -n $(JOBS) $(CPU_TESTS) --ignore=tests/mmtok_deploy/triton -m "not slow" -k "not serving"
 
-# What a machine without a GPU skips: the Triton kernels, TensorRT engines, ONNX Runtime's CUDA provider, the docs' commands.
+# What a machine without a GPU skips, in parts of a few minutes: PART=kernels,qwen-7b-16; a part that is done is not run again.
 gpu-check: $(STAMP)
-	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
-	  "make gpu-check needs an NVIDIA GPU that PyTorch sees: nothing would be checked here")'
-	$(BIN)/python -m pytest tests/mmtok_deploy tests/exporters tests/test_docs.py --deselect tests/mmtok_deploy/triton/test_interpreted.py
-	$(BIN)/mmtok bench selector --device cuda --output artifacts/gpu-check
+	$(BIN)/python -m mmtok_bench.gpu_check $(if $(PART),--parts $(PART))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -49,6 +49,14 @@ _QWEN_7B_VISION = {
     "num_heads": 16,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
+_QWEN_32B = {
+    **_QWEN_7B,
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+}
 _VICUNA_7B = {
     "vocab_size": _LLAVA_VOCABULARY,
     "hidden_size": 4096,
@@ -133,6 +141,7 @@ def _llava_next(text: dict[str, Any]) -> _DummyModel:
 
 DUMMY_MODELS: dict[str, _DummyModel] = {
     "qwen2.5-vl-7b": _qwen(_QWEN_7B, _QWEN_7B_VISION),
+    "qwen2.5-vl-32b": _qwen(_QWEN_32B, {**_QWEN_7B_VISION, "intermediate_size": 3456}),
     "llava-1.5-7b": _llava(_VICUNA_7B, CLIP_VIT_L),
     "llava-1.5-13b": _llava(_VICUNA_13B, CLIP_VIT_L),
     "llava-next-7b": _llava_next(_VICUNA_7B),

@@ -24,15 +24,16 @@ def new_photograph(size_px: tuple[int, int], seed: str) -> Image.Image:
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else part
 
 
-def photograph_url(image_px: tuple[int, int], sent_px: tuple[int, int], seed: str) -> str:
-    """Returns a new photograph as a data URL: a JPEG, which is what cameras and browsers send.
+def photograph_url(image_px: tuple[int, int], sent_px: tuple[int, int], seed: str, *, lossless: bool = False) -> str:
+    """Returns a new photograph as a data URL: a JPEG, which is what cameras and browsers send, or a PNG.
 
     Args:
         image_px: Its size.
         sent_px: The size to which the client shrinks it before it is sent.
         seed: Which photograph.
+        lossless: As a PNG.
     """
     image = new_photograph(image_px, seed)
     if sent_px != image_px:
         image = image.resize(sent_px, Image.Resampling.LANCZOS)
-    return image_url(image, lossless=False)
+    return image_url(image, lossless=lossless)

@@ -25,7 +25,7 @@ def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> lis
     L are the cosine similarities of the tokens after the projector, r their relevance, scaled to 0 to 1 over the tokens
     that may be picked. Relevance is the paper's for models without a paired text encoder: the cosine similarity of a
     token to the mean of the guidance words' embeddings in the language model, and more is more relevant. (For CLIP and
-    its text encoder the authors' code reverses the sign; OpenVINO GenAI reverses it for every model.) Without words all
+    its text encoder the authors' code reverses the sign; OpenVINO's implementation reverses it, too.) Without words all
     tokens are equally relevant, and diversity alone decides. The objective is the factor by which each pick made the
     determinant larger. Ties go to the lowest index.
 

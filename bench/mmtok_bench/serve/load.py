@@ -53,7 +53,15 @@ class LoadResult:
     first_error: str = ""
 
 
-def write_chats(path: Path, image_px: Size, sent_px: Size, seeds: Sequence[str], questions: Sequence[str]) -> None:
+def write_chats(
+    path: Path,
+    image_px: Size,
+    sent_px: Size,
+    seeds: Sequence[str],
+    questions: Sequence[str],
+    *,
+    lossless: bool = False,
+) -> None:
     """Writes one chat a line, as the load generator's `openai` data set has them: a photograph and a question.
 
     Args:
@@ -62,11 +70,13 @@ def write_chats(path: Path, image_px: Size, sent_px: Size, seeds: Sequence[str],
         sent_px: Size at which they are sent.
         seeds: Of the photographs, one a chat.
         questions: Asked in turns.
+        lossless: Photographs are PNGs, not JPEGs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for number, seed in enumerate(seeds):
-            message = user_message([photograph_url(image_px, sent_px, seed)], questions[number % len(questions)])
+            url = photograph_url(image_px, sent_px, seed, lossless=lossless)
+            message = user_message([url], questions[number % len(questions)])
             file.write(json.dumps({"messages": [message]}) + "\n")
 
 

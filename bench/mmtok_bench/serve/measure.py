@@ -80,7 +80,7 @@ class ModelRun:
             answers[side.budget] = [
                 ask(
                     client,
-                    photograph_url(size_px, size_px, f"check {number}"),
+                    photograph_url(size_px, size_px, f"check {number}", lossless=self._model.sends_png),
                     QUESTIONS[number % len(QUESTIONS)],
                     max_tokens=_CHECKED_TOKENS,
                     with_logprobs=True,
@@ -133,7 +133,7 @@ class ModelRun:
         client = server.client()
 
         def ask_about(seed: str) -> int:
-            url = photograph_url(image_px, case.sent_px, seed)
+            url = photograph_url(image_px, case.sent_px, seed, lossless=self._model.sends_png)
             return ask(client, url, QUESTIONS[0], max_tokens=2, fields=case.request_fields).num_image_tokens or 0
 
         return max(in_parallel(at_once, ask_about, seeds))
@@ -144,7 +144,8 @@ class ModelRun:
         if case.image_kind == "photograph" and not chats.exists():
             # With the prefix cache on, servers are asked the first question about every image beforehand.
             questions = QUESTIONS if case.side.prefix_cache == "off" else QUESTIONS[1:]
-            write_chats(chats, case.image_px, case.sent_px, seeds, questions)
+            lossless = self._model.sends_png
+            write_chats(chats, case.image_px, case.sent_px, seeds, questions, lossless=lossless)
         if case.side.prefix_cache == "on":
             self._ask_all(server, seeds, case, case.image_px, case.concurrency)
         before = read_counts(server)

@@ -35,6 +35,8 @@ class ServedModel:
         sizes_px: Image sizes that are sent.
         budgets: Values of `--mmtok-budget` beside `all`.
         model_path: A checkpoint; None for the model without weights of this name.
+        sends_png: Photographs are sent as PNGs, to every server: without the plugin SGLang 0.5.23 answers no JPEG for a
+            LLaVA on CUDA.
     """
 
     name: str
@@ -42,6 +44,7 @@ class ServedModel:
     sizes_px: tuple[Size, ...]
     budgets: tuple[str, ...]
     model_path: str | None = None
+    sends_png: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +88,28 @@ class ServePlan:
 _NEXT_SIZES: tuple[Size, ...] = ((672, 672), (672, 336))
 _GPU_MODELS = (
     ServedModel("qwen2.5-vl-7b", "qwen2.5-vl", ((1008, 672), (448, 448), (224, 224)), ("20%", "10%", "5%")),
-    ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",)),
-    ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",)),
-    ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",)),
-    ServedModel("llava-1.5-13b", "llava-1.5", ((336, 336),), ("64",)),
+    ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",), sends_png=True),
+    ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",), sends_png=True),
+    ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",), sends_png=True),
+    ServedModel("llava-1.5-13b", "llava-1.5", ((336, 336),), ("64",), sends_png=True),
 )
 
 
-def _gpu(name: str, concurrencies: tuple[int, ...]) -> ServePlan:
+# In bfloat16 its weights alone take 65 GB.
+_QWEN_32B = ServedModel("qwen2.5-vl-32b", "qwen2.5-vl", ((1008, 672),), ("10%",))
+
+
+def _gpu(name: str, concurrencies: tuple[int, ...], *more: ServedModel) -> ServePlan:
     kinds: tuple[ImageKind, ...] = ("photograph", "random")
-    return ServePlan(name, "cuda", _GPU_MODELS, concurrencies, image_kinds=kinds, prefix_caches=("off", "on"))
+    models = (*_GPU_MODELS, *more)
+    return ServePlan(name, "cuda", models, concurrencies, image_kinds=kinds, prefix_caches=("off", "on"))
 
 
 SERVE_PRESETS: Mapping[str, ServePlan] = {
     # 48 GB: a 13B model in half precision leaves room for 8 images of 2928 tokens at a time.
     "a6000": _gpu("a6000", (1, 4, 16)),
     "h100": _gpu("h100", (1, 4, 16, 64)),
-    "h200": _gpu("h200", (1, 4, 16, 64)),
+    "h200": _gpu("h200", (1, 4, 16, 64), _QWEN_32B),
     "cpu": ServePlan(
         "cpu",
         "cpu",

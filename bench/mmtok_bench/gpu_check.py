@@ -1,0 +1,383 @@
+"""What needs an NVIDIA GPU, in parts of a few minutes, and whether each reaches its bar.
+
+    python -m mmtok_bench.gpu_check --list
+    python -m mmtok_bench.gpu_check --parts kernels,selector
+    python -m mmtok_bench.gpu_check                           # all parts; those that are done are not run again
+
+Rows, logs, the table of bars and an archive of them are in artifacts/gpu-check. The exit code is 0 if all bars that
+were measured are reached, 1 if one is not or a command failed, 2 for a wrong argument or without a GPU, 130 after
+Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmtok_bench.results import ResultRow, append_row, make_latency_row, read_rows
+from mmtok_bench.selector.timing import make_problem
+from mmtok_deploy.backends import get_backend
+from mmtok_deploy.config import SelectionConfig
+
+__all__ = ["PARTS", "Bar", "Part", "judge", "main"]
+
+_TIMEOUT_S = 600
+_DONE = "done.json"
+
+Rows = Sequence[ResultRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a part has to reach.
+
+    Args:
+        text: What is measured.
+        bound: The value to reach.
+        is_upper: The value must not be above the bound; otherwise not below it.
+        unit: Of both.
+        measure: Returns the value from the part's rows; None where a row is missing.
+    """
+
+    text: str
+    bound: float
+    is_upper: bool
+    unit: str
+    measure: Callable[[Rows], float | None]
+
+    def is_reached(self, value: float) -> bool:
+        """Returns whether the value is on the right side of the bound."""
+        return value <= self.bound if self.is_upper else value >= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Commands that run one after another, and the bars that their rows are held against.
+
+    Args:
+        name: On the command line.
+        about: What it is, in a few words.
+        commands: Arguments of Python; FOLDER in them is the part's own folder.
+        bars: None for tests, whose exit code says all.
+        in_process: Measures rows in this process.
+    """
+
+    name: str
+    about: str
+    commands: tuple[tuple[str, ...], ...] = ()
+    bars: tuple[Bar, ...] = ()
+    in_process: Callable[[], list[ResultRow]] | None = None
+
+
+def _served(rows: Rows, budget: str, concurrency: int, method: str = "mmtok") -> ResultRow | None:
+    """Returns the newest row of photographs of the largest size, prefix cache off."""
+    found = [
+        row
+        for row in rows
+        if row.bench == "serve"
+        and row.case["budget"] == budget
+        and row.case["concurrency"] == concurrency
+        and row.case["image_kind"] == "photograph"
+        and row.case["prefix_cache"] == "off"
+        and (budget in ("off", "all") or row.case["method"] == method)
+    ]
+    return max(found, key=lambda row: (row.metrics["image_tokens_in"], row.time), default=None)
+
+
+def _gain(metric: str, budget: str, concurrency: int) -> Callable[[Rows], float | None]:
+    """Returns how many times as good as the unpruned server a budget is."""
+
+    def measure(rows: Rows) -> float | None:
+        unpruned, pruned = _served(rows, "off", concurrency), _served(rows, budget, concurrency)
+        if unpruned is None or pruned is None:
+            return None
+        ratio = pruned.metrics[metric] / unpruned.metrics[metric]
+        return 1 / ratio if metric.endswith("_ms") else ratio
+
+    return measure
+
+
+def _selection_share(budget: str, concurrency: int) -> Callable[[Rows], float | None]:
+    def measure(rows: Rows) -> float | None:
+        row = _served(rows, budget, concurrency)
+        return None if row is None else 100 * row.metrics["selection_ms"] / row.metrics["ttft_p50_ms"]
+
+    return measure
+
+
+def _gpu_time_gain(budget: str) -> Callable[[Rows], float | None]:
+    """Returns how many times as long a request takes on the GPU at `all`."""
+
+    def gpu_ms(row: ResultRow) -> float:
+        return sum(row.metrics[name] for name in ("vision_encoder_ms", "selection_ms", "language_prefill_ms"))
+
+    def measure(rows: Rows) -> float | None:
+        unpruned, pruned = _served(rows, "all", 1), _served(rows, budget, 1)
+        return None if unpruned is None or pruned is None else gpu_ms(unpruned) / gpu_ms(pruned)
+
+    return measure
+
+
+def _graph_ms(num_tokens: int, num_picks: int, dtype: str) -> Callable[[Rows], float | None]:
+    def measure(rows: Rows) -> float | None:
+        row = _graph_row(rows, num_tokens, num_picks, dtype, 1)
+        return None if row is None else row.metrics["latency_p50_ms"]
+
+    return measure
+
+
+def _graph_row(rows: Rows, num_tokens: int, num_picks: int, dtype: str, batch: int) -> ResultRow | None:
+    case = {"num_tokens": num_tokens, "num_picks": num_picks, "batch": batch, "dtype": dtype}
+    return next((row for row in reversed(rows) if row.bench == "selector-graph" and row.case == case), None)
+
+
+def _batch_cost(rows: Rows) -> float | None:
+    one, many = (_graph_row(rows, 576, 64, "bfloat16", batch) for batch in (1, 32))
+    return None if one is None or many is None else many.metrics["latency_p50_ms"] / one.metrics["latency_p50_ms"]
+
+
+def _serve(model: str, budget: str, size: str, concurrency: str) -> tuple[str, ...]:
+    return (
+        *("-m", "mmtok_deploy", "bench", "serve", "--preset", "h200", "--models", model),
+        *("--budgets", budget, "--image-px", size, "--concurrency", concurrency, "--image-kinds", "photograph"),
+        *("--prefix-cache", "off", "--rounds", "1", "--output-tokens", "16", "--results-dir", "FOLDER"),
+    )
+
+
+def _rates(budget: str, concurrency: int, bound: float) -> Bar:
+    return Bar(f"requests/s at {concurrency}", bound, False, "x", _gain("requests_per_s", budget, concurrency))
+
+
+def _ttft(budget: str, concurrency: int, bound: float) -> Bar:
+    return Bar(f"TTFT at {concurrency}", bound, False, "x", _gain("ttft_p50_ms", budget, concurrency))
+
+
+def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
+    return Part(
+        f"qwen-7b-{concurrency}",
+        f"Qwen2.5-VL-7B, 864 -> 86, {concurrency} at once",
+        (_serve("qwen2.5-vl-7b", "10%", "1008x672", str(concurrency)),),
+        (
+            Bar(f"`all`, requests/s at {concurrency}", 0.98, False, "x", _gain("requests_per_s", "all", concurrency)),
+            *bars,
+            Bar("the selection's share of TTFT", 2, True, "%", _selection_share("10%", concurrency)),
+        ),
+    )
+
+
+def _time_graphs() -> list[ResultRow]:
+    """Returns the times of the selection replayed as a CUDA graph."""
+    device = torch.device("cuda")
+    select = get_backend("triton", device)
+    rows = []
+    for num_tokens, num_picks, batch in ((2880, 160, 1), (576, 32, 1), (576, 64, 1), (576, 64, 32)):
+        for dtype in (torch.bfloat16, torch.float32):
+            problems = [
+                replace(
+                    problem,
+                    vision=problem.vision.to(dtype),
+                    keys=problem.keys.to(dtype),
+                    text=problem.text.to(dtype),
+                )
+                for problem in (make_problem(num_tokens, num_picks, seed, device) for seed in range(batch))
+            ]
+            times_ms = _replays_ms(lambda problems=problems: select(problems, SelectionConfig()))  # type: ignore[misc]
+            case: dict[str, int | float | str] = {
+                "num_tokens": num_tokens,
+                "num_picks": num_picks,
+                "batch": batch,
+                "dtype": str(dtype).removeprefix("torch."),
+            }
+            rows.append(make_latency_row("selector-graph", case, "triton", times_ms, device))
+    return rows
+
+
+def _replays_ms(call: Callable[[], object], num_runs: int = 30) -> list[float]:
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times_ms = []
+    for run in range(num_runs + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if run >= 3:
+            times_ms.append(start.elapsed_time(end))
+    return times_ms
+
+
+_PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+PARTS: tuple[Part, ...] = (
+    Part(
+        "kernels",
+        "the Triton kernels' tests on the GPU",
+        ((*_PYTEST, "tests/mmtok_deploy/triton", "--deselect", "tests/mmtok_deploy/triton/test_interpreted.py"),),
+    ),
+    Part(
+        "selector",
+        "the selection beside the published loop, and replayed as a CUDA graph",
+        (("-m", "mmtok_deploy", "bench", "selector", "--device", "cuda", "--output", "FOLDER"),),
+        (
+            Bar("2880 -> 160, bfloat16, graph", 0.5, True, "ms", _graph_ms(2880, 160, "bfloat16")),
+            Bar("576 -> 32, bfloat16, graph", 0.15, True, "ms", _graph_ms(576, 32, "bfloat16")),
+            Bar("2880 -> 160, float32, graph", 1.0, True, "ms", _graph_ms(2880, 160, "float32")),
+            Bar("576 -> 64, 32 images against one", 2, True, "x", _batch_cost),
+        ),
+        _time_graphs,
+    ),
+    Part(
+        "engines",
+        "exported files: ONNX Runtime's CUDA provider and TensorRT",
+        ((*_PYTEST, "tests/exporters", "tests/mmtok_deploy/test_engines.py", "tests/test_docs.py"),),
+    ),
+    _qwen_7b(1, _ttft("10%", 1, 1.25), _rates("10%", 1, 1.0)),
+    _qwen_7b(16, _rates("10%", 16, 1.4)),
+    _qwen_7b(64, _rates("10%", 64, 1.4)),
+    Part(
+        "llava-next-13b",
+        "LLaVA-NeXT-13B, 2880 -> 160, PNGs",
+        (_serve("llava-next-13b", "160", "672x672", "1,16"),),
+        (
+            _ttft("160", 1, 2.3),
+            Bar("GPU time of a request", 4, False, "x", _gpu_time_gain("160")),
+            _rates("160", 16, 2.0),
+        ),
+    ),
+    Part(
+        "llava-1.5-7b",
+        "LLaVA-1.5-7B, 576 -> 64, PNGs",
+        (_serve("llava-1.5-7b", "64", "336x336", "1,16"),),
+        (_ttft("64", 1, 1.15), _rates("64", 1, 1.0), _rates("64", 16, 1.0)),
+    ),
+    Part(
+        "qwen-32b",
+        "Qwen2.5-VL-32B, 864 -> 86",
+        (_serve("qwen2.5-vl-32b", "10%", "1008x672", "1,16"),),
+        (_ttft("10%", 1, 1.8), _rates("10%", 16, 1.8)),
+    ),
+)
+
+
+def judge(part: Part, rows: Rows, exit_codes: Sequence[int]) -> list[tuple[str, str, str, bool | None]]:
+    """Returns a line for each bar of a part: text, bound, value, and whether it is reached (None: not measured).
+
+    Args:
+        part: The part.
+        rows: Its rows.
+        exit_codes: Of its commands; a failed one is a line of its own.
+    """
+    lines: list[tuple[str, str, str, bool | None]] = []
+    for code in exit_codes or [0]:
+        if code or not part.bars:
+            lines.append(("its command", "exit code 0", f"exit code {code}", code == 0))
+    for bar in part.bars:
+        value = bar.measure(rows)
+        bound = f"{'at most' if bar.is_upper else 'at least'} {bar.bound:g} {bar.unit}"
+        if value is None or not math.isfinite(value):
+            lines.append((bar.text, bound, "not measured", None))
+        else:
+            lines.append((bar.text, bound, f"{value:.3g} {bar.unit}", bar.is_reached(value)))
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 if a bar is not reached or a command failed, 2 for usage, 130 after Ctrl-C."""
+    known = {part.name: part for part in PARTS}
+    parser = argparse.ArgumentParser(
+        prog="mmtok_bench.gpu_check", description="Runs what needs an NVIDIA GPU and holds it against the bars."
+    )
+    parser.add_argument("--parts", default=",".join(known), help=f"of {', '.join(known)} (default all)")
+    parser.add_argument("--output", type=Path, default=Path("artifacts/gpu-check"), help="folder (default %(default)s)")
+    parser.add_argument("--again", action="store_true", help="run parts anew that are done")
+    parser.add_argument("--list", action="store_true", help="print the parts and stop")
+    arguments = parser.parse_args(argv)
+    if arguments.list:
+        for part in PARTS:
+            print(f"{part.name:16}{part.about}")
+        return 0
+    names = arguments.parts.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        print(f"gpu-check has the parts {', '.join(known)}; got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("gpu-check needs an NVIDIA GPU that PyTorch sees: nothing would be checked here", file=sys.stderr)
+        return 2
+    chosen = [known[name] for name in names]
+    try:
+        for part in chosen:
+            folder = arguments.output / part.name
+            if arguments.again or not (folder / _DONE).is_file():
+                _run(part, folder)
+    except KeyboardInterrupt:
+        print("Stopped; finished parts are kept, and not run again.", file=sys.stderr)
+        return 130
+    return _report(chosen, arguments.output)
+
+
+def _run(part: Part, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _DONE).unlink(missing_ok=True)
+    start = time.monotonic()
+    print(f"== {part.name}: {part.about}", flush=True)
+    exit_codes = []
+    for place, command in enumerate(part.commands):
+        arguments = [each.replace("FOLDER", str(folder)) for each in command]
+        with (folder / f"command-{place}.log").open("w") as log:
+            print("$ python", *arguments, file=log, flush=True)
+            try:
+                code = subprocess.run(
+                    [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, timeout=_TIMEOUT_S
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = 124
+        exit_codes.append(code)
+    if part.in_process is not None:
+        for row in part.in_process():
+            append_row(folder / "in-process.jsonl", row)
+    (folder / _DONE).write_text(json.dumps({"exit_codes": exit_codes, "seconds": round(time.monotonic() - start, 1)}))
+
+
+def _report(parts: Sequence[Part], folder: Path) -> int:
+    table = Table(title=torch.cuda.get_device_name())
+    for heading in ("part", "what", "bar", "measured", ""):
+        table.add_column(heading)
+    verdicts = {True: "pass", False: "[bold red]falls short[/]", None: "[yellow]not measured[/]"}
+    is_failed = False
+    for part in parts:
+        rows = [row for path in sorted((folder / part.name).rglob("*.jsonl")) for row in read_rows(path)]
+        exit_codes = json.loads((folder / part.name / _DONE).read_text())["exit_codes"]
+        for text, bound, value, is_reached in judge(part, rows, exit_codes):
+            table.add_row(part.name, text, bound, value, verdicts[is_reached])
+            is_failed |= is_reached is not True
+    Console().print(table)
+    with (folder / "table.txt").open("w") as file:
+        Console(file=file, width=160).print(table)
+    archive = folder / "gpu-check.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".jsonl", ".json", ".txt", ".log", ".png") and path.stat().st_size < 8 << 20:
+                tar.add(path, path.relative_to(folder))
+    print(f"Written: {archive}")
+    return int(is_failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
