@@ -19,7 +19,7 @@ RTX_TARGETS := 8.0 8.6 8.9 12.0 12.1
 ENGINES = $(if $(filter $(TARGET),$(RTX_TARGETS)),--tensorrt --target $(TARGET))
 SELECTION = $(BIN)/mmtok export selection --force $(ENGINES)
 
-.PHONY: help install demo bench export quality soak test test-cpus gpu-check docs lint format constraints clean
+.PHONY: help install demo bench export quality soak test test-fast test-all test-cpus gpu-check docs lint format constraints clean
 
 help:
 	@echo "make demo    ask a small model about a picture, with and without a budget, and show what changes"
@@ -27,7 +27,8 @@ help:
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
 	@echo "make soak    inject faults into servers and see what holds (MINUTES=30 runs all of it, ROWS=fuzz,storm a part)"
-	@echo "make test    every test, two at a time (JOBS=0: one by one); no GPU needed"
+	@echo "make test    the tests, two at a time (JOBS=0: one by one); no GPU needed; test-fast: those without servers;"
+	@echo "             test-all: also what repeats a test for every family and setting"
 	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
 	@echo "make gpu-check   what needs an NVIDIA GPU: kernels, engines, served models, each against its bar (PART=kernels,selector)"
 	@echo "make lint    ruff, mypy --strict and the direction of imports"
@@ -70,6 +71,12 @@ soak: $(STAMP)
 
 # Two at a time, however many cores there are: each may start servers of a few GB.
 test: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not exhaustive" --durations 60 --durations-min 5
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS)
 
 # CPU_TESTS=tests/mmtok_deploy takes the selection's alone.

@@ -6,6 +6,7 @@ Hypothesis draws the same examples each time and keeps none between runs.
 from tests import environment  # noqa: F401, I001 - first: it sets variables that PyTorch and SGLang read
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,8 +41,27 @@ def _perturbed_products(request: pytest.FixtureRequest) -> Iterator[None]:
 # Where several processes work (`pytest -n 2`).
 
 
+# What takes minutes, and whose code `make test` runs by another family's or setting's test.
+_EXHAUSTIVE = re.compile(
+    r"test_serving_processes\.py::test_two_ranks\[llava-"
+    r"|test_serving_chunks\.py::.*\[llava-1\.5"
+    r"|test_serving_engine\.py::.*\[llava-next"
+    r"|test_serving_agent\.py::.*\[llava-"
+    r"|test_recorded\.py::.*\[llava-1\.5"
+    r"|test_served\.py::test_the_model_as_its_own_agent"
+    r"|serve/test_command\.py::test_a_sweep_one_of_whose_servers_dies"
+    r"|test_interpreted\.py::TestGolden::test_small\[alpha2_n256_k16"
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests begin, so that no process is left with them in the end."""
+    """Marks tests; with several processes long tests begin, so that none is left with them in the end."""
+    for item in items:
+        if _is_served(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+        if _EXHAUSTIVE.search(item.nodeid):
+            item.add_marker(pytest.mark.exhaustive)
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: not (_is_served(item.nodeid) or item.get_closest_marker("slow")))
 
