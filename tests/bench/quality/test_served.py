@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,6 +15,7 @@ from mmtok_bench.quality.plan import read_answers
 from mmtok_bench.results import read_rows
 from mmtok_bench.server import SglangServer
 from mmtok_deploy.cli import main
+from mmtok_deploy.methods import MethodName
 
 LMMS_VENV = Path(os.environ.get("MMTOK_LMMS_VENV", Path(__file__).parents[3] / "artifacts" / "lmms-eval"))
 TASK = """
@@ -50,12 +52,13 @@ def test_pocket_tasks(served_pocket_model: SglangServer, tmp_path: Path, capsys:
     assert main([*command, f"--results-dir={tmp_path}", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     kept = {(row["case"]["method"], row["case"]["budget"]): row["metrics"]["tokens_kept"] for row in rows}
-    methods = ("mmtok", "text-coverage", "vision-coverage", "divprune", "visionzip", "random", "even", "downsample")
+    methods = get_args(MethodName)
     assert kept == {("unpruned", "all"): 196} | {
         (method, budget): tokens for method in methods for budget, tokens in (("25%", 49), ("4", 4))
     }
     (path,) = tmp_path.glob("*.jsonl")
-    assert len(read_rows(path)) == len(rows) == 17 * 4
+    # Four kinds of questions: unpruned, and each method at two budgets.
+    assert len(read_rows(path)) == len(rows) == (1 + 2 * len(methods)) * 4
     assert path.with_suffix(".answers").is_file()
     assert main([*command, f"--results-dir={tmp_path / 'again'}", "--methods=mmtok", "--json"]) == 0
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
