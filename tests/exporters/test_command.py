@@ -304,7 +304,13 @@ def test_interrupted_while_libraries_are_imported(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path), *sys.path])
     command = [sys.executable, "-m", "mmtok_deploy", "export", "selection", *SMALL, f"--output={tmp_path}/a.onnx"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        # A shell's background jobs ignore SIGINT, and hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"

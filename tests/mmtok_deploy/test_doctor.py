@@ -182,9 +182,11 @@ def test_an_extra_is_missing(quick: pytest.MonkeyPatch) -> None:
 
 
 def test_an_extra_is_installed(quick: pytest.MonkeyPatch) -> None:
-    install(quick, onnx="1.19.0", onnxscript="0.5.0", onnxruntime="1.22.0", transformers="5.10.0")
+    versions = {"onnx": "1.19.0", "onnxruntime": "1.22.0", "onnxscript": "0.5.0", "scikit-image": "0.26.0"}
+    versions["transformers"] = "5.10.0"
+    install(quick, **versions)
     export = run_checks()[1]["extra export"]
-    found = "onnx 1.19.0, onnxscript 0.5.0, onnxruntime 1.22.0, transformers 5.10.0"
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
     assert (export["status"], export["found"]) == ("ok", found)
 
 

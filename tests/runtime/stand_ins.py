@@ -136,4 +136,6 @@ class StandInTokenizer:
 
 @functools.cache
 def stand_in_processor() -> Any:
-    return SimpleNamespace(_processor=SimpleNamespace(tokenizer=StandInTokenizer()), hf_config=SimpleNamespace())
+    return SimpleNamespace(
+        _processor=SimpleNamespace(tokenizer=StandInTokenizer()), hf_config=SimpleNamespace(), pixel_scale=None
+    )

@@ -59,7 +59,7 @@ def test_a_file_that_was_not_written_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_load_generator_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; print('first'); sys.exit('no such data set')"]
+    command = [sys.executable, "-c", "import sys; print('first', flush=True); sys.exit('no such data set')"]
     with pytest.raises(LoadError, match=r"failed \(exit status 1\)(.|\n)*no such data set$"):
         run_load(command, tmp_path / "logs" / "it.log")
 
