@@ -4,8 +4,8 @@
     python -m mmtok_bench.gpu_check --parts kernels,selector
     python -m mmtok_bench.gpu_check                           # all parts; those that are done are not run again
 
-Rows, logs, the table of bars and an archive of them are in artifacts/gpu-check. The exit code is 0 if all bars that
-were measured are reached, 1 if one is not or a command failed, 2 for a wrong argument or without a GPU, 130 after
+Rows, logs, the table of bars and an archive of them are in artifacts/gpu-check. The exit code is 0 if all bars are
+reached, 1 if one is not, was not measured, or a command failed, 2 for a wrong argument or without a GPU, 130 after
 Ctrl-C.
 """
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmtok_bench.results import ResultRow, append_row, make_latency_row, read_rows
+from mmtok_bench.process_tree import end_process_tree
+from mmtok_bench.results import ResultRow, append_row, make_latency_row, read_rows, row_files
 from mmtok_bench.selector.timing import make_problem
 from mmtok_deploy.backends import get_backend
 from mmtok_deploy.config import SelectionConfig
@@ -47,7 +49,7 @@ class Bar:
         text: What is measured.
         bound: The value to reach.
         is_upper: The value must not be above the bound; otherwise not below it.
-        unit: Of both.
+        unit: The unit of bound and value.
         measure: Returns the value from the part's rows; None where a row is missing.
     """
 
@@ -70,7 +72,7 @@ class Part:
         name: On the command line.
         about: What it is, in a few words.
         commands: Arguments of Python; FOLDER in them is the part's own folder.
-        bars: None for tests, whose exit code says all.
+        bars: Empty for tests, whose exit code says all.
         in_process: Measures rows in this process.
     """
 
@@ -281,7 +283,7 @@ def judge(part: Part, rows: Rows, exit_codes: Sequence[int]) -> list[tuple[str, 
     Args:
         part: The part.
         rows: Its rows.
-        exit_codes: Of its commands; a failed one is a line of its own.
+        exit_codes: What its commands ended with; a failed one is a line of its own.
     """
     lines: list[tuple[str, str, str, bool | None]] = []
     for code in exit_codes or [0]:
@@ -342,16 +344,26 @@ def _run(part: Part, folder: Path) -> None:
         arguments = [each.replace("FOLDER", str(folder)) for each in command]
         with (folder / f"command-{place}.log").open("w") as log:
             print("$ python", *arguments, file=log, flush=True)
+            # A session of its own, so that what it started can be ended with it.
+            process = subprocess.Popen(
+                [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
             try:
-                code = subprocess.run(
-                    [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, timeout=_TIMEOUT_S
-                ).returncode
+                code = process.wait(_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 code = 124
+            finally:
+                if process.poll() is None:
+                    end_process_tree(process.pid, grace_s=5.0)
+                    process.wait()
         exit_codes.append(code)
     if part.in_process is not None:
-        for row in part.in_process():
-            append_row(folder / "in-process.jsonl", row)
+        try:
+            for row in part.in_process():
+                append_row(folder / "in-process.jsonl", row)
+        except Exception:  # the other parts are still to be run
+            (folder / "in-process.log").write_text(traceback.format_exc())
+            exit_codes.append(1)
     (folder / _DONE).write_text(json.dumps({"exit_codes": exit_codes, "seconds": round(time.monotonic() - start, 1)}))
 
 
@@ -362,7 +374,7 @@ def _report(parts: Sequence[Part], folder: Path) -> int:
     verdicts = {True: "pass", False: "[bold red]falls short[/]", None: "[yellow]not measured[/]"}
     is_failed = False
     for part in parts:
-        rows = [row for path in sorted((folder / part.name).rglob("*.jsonl")) for row in read_rows(path)]
+        rows = [row for path in row_files(folder / part.name) for row in read_rows(path)]
         exit_codes = json.loads((folder / part.name / _DONE).read_text())["exit_codes"]
         for text, bound, value, is_reached in judge(part, rows, exit_codes):
             table.add_row(part.name, text, bound, value, verdicts[is_reached])

@@ -34,6 +34,7 @@ __all__ = [
     "make_row",
     "new_result_file",
     "read_rows",
+    "row_files",
 ]
 
 SCHEMA = 2
@@ -195,6 +196,19 @@ def read_rows(path: Path) -> list[ResultRow]:
         except ValueError as error:
             raise ValueError(f"{path}:{number} is no result row: {error}") from error
     return rows
+
+
+def row_files(folder: Path) -> list[Path]:
+    """Returns the files of rows below a folder: all .jsonl files but what a run left in a folder of its own.
+
+    Such a folder, `x/` beside `x.jsonl`, holds another program's output.
+    """
+
+    def is_of_a_run(path: Path) -> bool:
+        between = path.parents[: len(path.relative_to(folder).parts) - 1]
+        return any(each.with_name(f"{each.name}.jsonl").is_file() for each in between)
+
+    return [path for path in sorted(folder.rglob("*.jsonl")) if not is_of_a_run(path)]
 
 
 def _parse_row(values: object) -> ResultRow:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -41,11 +42,8 @@ def engine_generate(
     **kwargs: Any,
 ) -> Any:
     """Generates as SGLang does; takes `mm_processor_kwargs` as well, one for all prompts."""
-    before = _given_to_engine.set(mm_processor_kwargs)
-    try:
+    with _given(mm_processor_kwargs):
         return original(engine, *args, **kwargs)
-    finally:
-        _given_to_engine.reset(before)
 
 
 async def engine_async_generate(
@@ -56,9 +54,15 @@ async def engine_async_generate(
     **kwargs: Any,
 ) -> Any:
     """Generates as SGLang does; takes `mm_processor_kwargs` as well, one for all prompts."""
+    with _given(mm_processor_kwargs):
+        return await original(engine, *args, **kwargs)
+
+
+@contextmanager
+def _given(mm_processor_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
     before = _given_to_engine.set(mm_processor_kwargs)
     try:
-        return await original(engine, *args, **kwargs)
+        yield
     finally:
         _given_to_engine.reset(before)
 

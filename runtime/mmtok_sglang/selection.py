@@ -163,14 +163,12 @@ class TokenSelector:
         """
         settings = self._settings
         executor = make_executor(
-            *(
-                settings.backend,
-                device,
-                settings.config,
-                settings.engine,
-                settings.onnxruntime_provider,
-                settings.engine_sha256,
-            )
+            settings.backend,
+            device,
+            settings.config,
+            settings.engine,
+            settings.onnxruntime_provider,
+            settings.engine_sha256,
         )
         if isinstance(executor, EngineExecutor):
             executor.check()

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from mmtok_bench.gpu_check import PARTS, Part, judge, main
+from mmtok_bench import gpu_check
+from mmtok_bench.gpu_check import PARTS, Part, _run, judge, main
 from mmtok_bench.results import ResultRow, read_rows
 
 MEASURED = Path(__file__).parents[2] / "docs" / "measured"
@@ -50,6 +54,29 @@ def test_a_failed_command_falls_short() -> None:
     assert line == ("its command", "exit code 0", "exit code 1", False)
     assert judge(part_of("kernels"), [], [0])[0][-1] is True
     assert judge(part_of("selector"), [], [124])[0][-1] is False
+
+
+def test_a_part_that_is_run_leaves_what_the_table_is_made_of(tmp_path: Path) -> None:
+    def fail() -> list[ResultRow]:
+        raise RuntimeError("no kernel")
+
+    program = "import sys; open(sys.argv[1] + '/x.jsonl', 'w'); sys.exit(3)"
+    _run(Part("it", "about it", (("-c", program, "FOLDER"), ("-c", "print('said')")), in_process=fail), tmp_path)
+    assert json.loads((tmp_path / "done.json").read_text())["exit_codes"] == [3, 0, 1]
+    assert (tmp_path / "command-1.log").read_text().endswith("said\n")
+    assert "RuntimeError: no kernel" in (tmp_path / "in-process.log").read_text()
+
+
+def test_a_command_that_takes_too_long_is_ended_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "_TIMEOUT_S", 3)
+    # A duration that no other process sleeps for.
+    duration = f"600.{os.getpid()}"
+    program = f"import subprocess; subprocess.run(['sleep', '{duration}'])"
+    _run(Part("it", "about it", (("-c", program),)), tmp_path)
+    assert json.loads((tmp_path / "done.json").read_text())["exit_codes"] == [124]
+    assert not any(duration in (each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"]))
 
 
 def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from mmtok_bench.results import ResultRow, UnfinishedRowWarning, read_rows
+from mmtok_bench.results import ResultRow, UnfinishedRowWarning, read_rows, row_files
 
 __all__ = ["frame_of", "is_cpu", "names_in", "newest", "read_results", "records"]
 
@@ -88,17 +88,9 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} does not exist; expected a file of result rows, or a folder of them")
-        found = _rows_below(path) if path.is_dir() else [path]
+        found = row_files(path) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"there is no .jsonl file in {path}")
         # A file named twice counts once.
         files.update({each.resolve(): each for each in found})
     return list(files.values())
-
-
-def _rows_below(folder: Path) -> list[Path]:
-    def is_of_a_run(path: Path) -> bool:
-        between = path.parents[: len(path.relative_to(folder).parts) - 1]
-        return any(each.with_name(f"{each.name}.jsonl").is_file() for each in between)
-
-    return [path for path in sorted(folder.rglob("*.jsonl")) if not is_of_a_run(path)]
