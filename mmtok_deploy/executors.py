@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 ExecutorName = Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"]
 
-# Of the image to select from before the first request.
+# The tokens of the image to select from before the first request.
 _SAMPLE_TOKENS = 576
 
 
@@ -111,7 +111,7 @@ class TorchExecutor:
             types: Dtypes and widths of the features to come.
             tokens: The fewest and the most tokens of an image.
         """
-        # Of a larger image the matrix is not held as a whole: no kernel of Triton's runs then.
+        # The matrix of a larger image is not held as a whole: no kernel of Triton's runs then.
         most = min(tokens[1], math.isqrt(max_matrix_bytes(self._device) // 4))
         fewest = min(tokens[0], most)
         if self._runs == "triton":

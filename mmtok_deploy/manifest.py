@@ -22,7 +22,7 @@ Format = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 CheckStatus = Literal["passed", "selection only", "not run"]
 
 BUDGET_DIMENSION = "K"
-"""Of outputs, where how many tokens are kept is told at run time."""
+"""The dimension of outputs whose size is told at run time: how many tokens are kept."""
 _METADATA_PREFIX = "mmtok."
 # One place a kept token, the first after the batch.
 _KEPT_OUTPUTS = ("kept", "order", "visual_tokens", "coverage")
@@ -115,7 +115,7 @@ class Manifest:
         requires: Oldest version of each library that runs it.
         created: UTC time, ISO 8601.
         check: The comparison with the reference at export.
-        share: Of the tokens of the image at hand, which the graph keeps, "10%"; empty where it keeps a count.
+        share: The share of the image's tokens that the graph keeps, "10%"; empty where it keeps a count.
     """
 
     kind: Kind

@@ -85,7 +85,7 @@ def ask(
     """Returns a server's greedy answer to a question about an image; streamed, but for one with logprobs.
 
     Args:
-        client: Of a server started with `--enable-cache-report`, without which it does not count image tokens.
+        client: The client of a server started with `--enable-cache-report`, without which it counts no image tokens.
         image: What `image_url` returns, or the address of an image.
         question: The user's text.
         max_tokens: Length of the answer.

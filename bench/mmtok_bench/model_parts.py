@@ -200,7 +200,7 @@ def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     """Returns a Qwen2.5-VL configuration.
 
     Args:
-        tokenizer: Of `qwen_processor`.
+        tokenizer: As `qwen_processor` takes it.
         text: Fields of the language model; a head's width is a multiple of 16.
         vision: Fields of the vision encoder, which attends within windows of 112 pixels where
             `fullatt_block_indexes` names no block.
@@ -239,7 +239,7 @@ def llava_config(tokenizer: Any, text: Sizes, clip: Sizes, *, image_px: int = _L
     """Returns a LLaVA-1.5 configuration.
 
     Args:
-        tokenizer: Of `llava_processor`.
+        tokenizer: As `llava_processor` takes it.
         text: Fields of the Llama.
         clip: Fields of the vision encoder.
         image_px: Side of the square that the encoder reads.

@@ -13,7 +13,7 @@ def plugin_environment(folder: Path, name: str, target: str, *paths: Path) -> di
 
     Args:
         folder: Where the entry point is written; it stays for as long as the server runs.
-        name: Of the plugin, in lower case with underscores.
+        name: The plugin's name, in lower case with underscores.
         target: `module:function` that SGLang calls once a process.
         *paths: Folders to import the module from, where it is not installed.
     """

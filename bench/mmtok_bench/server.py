@@ -331,11 +331,11 @@ def make_server(
 
     Args:
         model_path: A checkpoint folder or a model's name.
-        family: Of the model; None is one whose family was not named.
+        family: The model's family; None is one that was not named.
         *args: Further arguments, which win over those of the device.
         on_cpu: Whether it computes without an accelerator.
-        max_total_tokens: Of `cpu_arguments`.
-        max_running_requests: Of `cpu_arguments`.
+        max_total_tokens: As `cpu_arguments` takes it.
+        max_running_requests: As `cpu_arguments` takes it.
         env: Further environment variables.
         **options: As of `SglangServer`.
     """

@@ -36,7 +36,7 @@ _WEIGHTS_SUFFIX = ".data"
 # What ONNX Runtime 1.18 reads.
 _OLDEST_ONNX_RUNTIME, _TRIED_OPSET, _TRIED_IR_VERSION = "1.18", 21, 10
 _SECONDS_WITHOUT_A_WORD = 10
-# Of the folder that a file is made in, beside where it will be.
+# The beginning of the name of the folder that a file is made in, beside where it will be.
 _UNFINISHED = ".mmtok-unfinished"
 
 

@@ -133,7 +133,7 @@ def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list
     Args:
         graph: The encoder's.
         vision: The tokens.
-        num_tokens: Of an image, as the graph states it.
+        num_tokens: Tokens of an image, as the graph states them.
     """
     found = []
     seen, queue = {vision}, deque([vision])

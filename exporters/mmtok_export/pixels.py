@@ -11,7 +11,7 @@ from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
 
 __all__ = ["MEAN", "STD", "images_of", "patches_of"]
 
-# Of CLIP's image processor, which LLaVA's and Qwen2.5-VL's are as well.
+# The constants of CLIP's image processor, which LLaVA's and Qwen2.5-VL's have as well.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 

@@ -69,7 +69,7 @@ class SelectionSpec:
         config: Temperatures, weight, coverage.
         form: How the picks are made.
         takes_budget: Whether the graph has an input `budget`, a number of tokens an image.
-        share: Of the image's tokens, in place of a number.
+        share: The share of the image's tokens, in place of a number.
 
     Raises:
         ValueError: A budget above the largest number of tokens, a size below 1, or a form that makes a fixed number of

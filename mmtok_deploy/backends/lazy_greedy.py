@@ -55,7 +55,7 @@ def select_lazily(columns: Columns, total: Tensor, problem: SelectionProblem) ->
     """Returns a problem's selection; the first tokens that may be picked where the features are not finite.
 
     Args:
-        columns: Of the problem's C; their bounds are changed.
+        columns: The columns of the problem's C; their bounds are changed.
         total: [] float32, f of all tokens.
         problem: Whose tokens are picked.
     """
@@ -75,7 +75,7 @@ def lazy_greedy(columns: Columns, num_picks: int, excluded: Tensor | None = None
     computes anew the tokens with the largest bounds, ever more of them, until the largest of all is a new one.
 
     Args:
-        columns: Of C; their bounds are changed.
+        columns: The columns of C; their bounds are changed.
         num_picks: Tokens to pick; fewer are picked where fewer may be.
         excluded: [N] bool, tokens never to pick.
 

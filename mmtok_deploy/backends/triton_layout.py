@@ -53,7 +53,7 @@ class Layout:
         num_picks: K of each problem.
         size: What decides the launches.
         total_tokens: Of all problems.
-        total_rows: Of all problems; padding is counted here and below.
+        total_rows: Rows of all problems; padding is counted here and below.
         total_entries: Of all problems' C.
         copied: When `table` is there; None where that took no copy.
     """

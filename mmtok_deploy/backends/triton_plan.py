@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 MAX_TOKENS = 1 << 14
-"""Of one image: `variants` covers no larger one, whose kernels are compiled when it is selected from."""
+"""The most tokens of an image for `variants`; the kernels of a larger one are compiled when it is selected from."""
 
 MIN_CAPABILITY = (8, 0)
 """The oldest GPUs that the kernels run on: Ampere's."""
@@ -101,8 +101,8 @@ class FeatureTypes(NamedTuple):
     """The features' dtypes and widths.
 
     Args:
-        vision: Of vision tokens and words.
-        keys: Of vision features before the projector.
+        vision: The dtype of vision tokens and words.
+        keys: The dtype of vision features before the projector.
         vision_width: D.
         keys_width: d.
     """
@@ -147,7 +147,7 @@ class Plan(NamedTuple):
         weights: `row_weights`.
         columns: `coverage_columns`.
         picks: `greedy_picks`.
-        num_programs: Of the picks, a problem.
+        num_programs: Programs that pick for one problem.
     """
 
     num_parts: int

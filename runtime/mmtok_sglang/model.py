@@ -30,7 +30,7 @@ class EncodedImage:
     Args:
         item: SGLang's.
         plan: How it is pruned.
-        features: Of each of its tiles; an image in one piece is one tile.
+        features: The features of each of its tiles; an image in one piece is one tile.
     """
 
     item: Any

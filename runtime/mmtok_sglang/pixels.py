@@ -32,8 +32,8 @@ class PixelScale:
     """How 8-bit pixels become the encoder's: (value - mean) / std, by channel, in float32.
 
     Args:
-        mean: Of each channel, in units of an 8-bit value.
-        std: Likewise.
+        mean: Mean of each channel, in units of an 8-bit value.
+        std: Standard deviation of each channel, likewise.
         num_frames: Equal frames that a patch holds; 1 where the processor makes whole images.
     """
 

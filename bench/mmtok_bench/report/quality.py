@@ -26,7 +26,7 @@ Line = dict[str, Any]
 def quality_part(rows: pd.DataFrame) -> Part:
     """Returns the section of one machine's rows, the newest of each case.
 
-    Of the pocket tasks, the rows over one set of questions for each model and kind: all seeds together go before a
+    The pocket tasks' rows are over one set of questions for each model and kind: all seeds together go before a
     single one, then the most questions, then the newest.
     """
     lines = records(newest(rows))

@@ -28,7 +28,7 @@ class ModelRun:
 
     Args:
         plan: What is measured.
-        model: Of which model.
+        model: The model that is measured.
         model_path: Its folder.
         pool: Its servers.
         run: Takes the rows and what went wrong; measuring goes on with what is left.

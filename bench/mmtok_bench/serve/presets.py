@@ -59,11 +59,11 @@ class ServePlan:
         image_kinds: Photographs, random pixels, or both.
         prefix_caches: "off": servers without one, every image new. "on": images that the server has seen before,
             each with another question.
-        num_requests: Of each case and round, at least; never fewer than twice the concurrency.
+        num_requests: Requests of each case and round, at least; never fewer than twice the concurrency.
         output_tokens: Length of every answer.
         rounds: How often the servers take turns.
         side_by_side: All servers of a model run at once, and idle ones sleep. Otherwise one runs at a time.
-        arguments: Of every server.
+        arguments: Arguments of every server.
     """
 
     preset: str
@@ -142,7 +142,7 @@ def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan
     """Returns what the flags ask for, on top of a preset.
 
     Args:
-        arguments: Of `mmtok bench serve`.
+        arguments: The arguments of `mmtok bench serve`.
         device_name: The accelerator's; None for none.
 
     Raises:

@@ -19,8 +19,8 @@ from mmtok_bench.pocket.questions import (
 from mmtok_bench.pocket.scenes import make_scene
 from pocket_training.training import STAGES
 
-# Of make_scenes(0, 170), with NumPy 2 and Pillow 12. A change means other questions or other pixels: scores made before
-# it are no longer comparable, and the pocket model was not trained on what is drawn now.
+# The fingerprint of make_scenes(0, 170), with NumPy 2 and Pillow 12. A change means other questions or other pixels:
+# scores made before it are no longer comparable, and the pocket model was not trained on what is drawn now.
 FINGERPRINT = "fe9b38e9e4a4"
 
 
