@@ -6,9 +6,11 @@ For research: on the same server, image and budget, only the choice differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 from mmtok_deploy.config import Coverage, SelectionConfig
+from mmtok_deploy.executors import make_executor
 from mmtok_deploy.methods import (
     apet,
     cdpruner,
@@ -19,8 +21,6 @@ from mmtok_deploy.methods import (
     otprune,
     random_tokens,
     scope,
-    text_coverage,
-    vision_coverage,
     visionzip,
 )
 from mmtok_deploy.problem import Selection, SelectionProblem
@@ -58,9 +58,27 @@ Comparator = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Select
 finite where the features that it read are not.
 """
 
+# Source: MMTok, arXiv 2508.18264: section 3.3; section 3.1 and Algorithm 1; section 3.2.
+_COVERAGES: dict[MethodName, Coverage] = {
+    "mmtok": "multimodal",
+    "text-coverage": "text",
+    "vision-coverage": "vision",
+}
+
+
+def _covering(coverage: Coverage) -> Comparator:
+    def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
+        if not problems:
+            return []
+        # Not by Triton's kernels: those of this coverage may not have been compiled, and a request would wait.
+        executor = make_executor("torch", problems[0].vision.device, replace(config, coverage=coverage))
+        return executor.select(problems)
+
+    return select
+
+
 _COMPARATORS: dict[MethodName, Comparator] = {
-    "text-coverage": text_coverage.select,
-    "vision-coverage": vision_coverage.select,
+    **{name: _covering(coverage) for name, coverage in _COVERAGES.items()},
     "divprune": divprune.select,
     "cdpruner": cdpruner.select,
     "dart": dart.select,
@@ -75,14 +93,12 @@ _COMPARATORS: dict[MethodName, Comparator] = {
 
 
 def comparator(name: MethodName) -> Comparator:
-    """Returns the method of that name; `mmtok` itself is what `mmtok_deploy.backends` compute.
+    """Returns the method of that name, by PyTorch's operations alone.
 
     Raises:
-        ValueError: An unknown name, or "mmtok".
+        ValueError: An unknown name.
     """
-    if name not in _COMPARATORS:
-        raise ValueError(f"a method to compare with is one of {', '.join(_COMPARATORS)}, got {name!r}")
-    return _COMPARATORS[name]
+    return _COMPARATORS[check_method(name)]
 
 
 def check_method(name: object) -> MethodName:
@@ -97,11 +113,9 @@ def check_method(name: object) -> MethodName:
     raise ValueError(f"method is one of {', '.join(get_args(MethodName))}, got {name!r:.100}")
 
 
-def coverage_of(name: MethodName, config: SelectionConfig) -> Coverage | None:
-    """Returns what the method covers, None for one that is no coverage."""
-    if name == "mmtok":
-        return config.coverage
-    return {"text-coverage": "text", "vision-coverage": "vision"}.get(name)  # type: ignore[return-value]
+def coverage_of(name: MethodName) -> Coverage | None:
+    """Returns what the tokens that the method keeps cover; None for a method that does not go by coverage."""
+    return _COVERAGES.get(name)
 
 
 def reads_question(name: MethodName) -> bool:

@@ -46,8 +46,8 @@ def check_engine_file(settings: Settings, family: Family, config: Any, dtype: to
             f"--mmtok-engine {settings.engine} holds an encoder as well, the server has its own: mmtok export selection"
         )
     problems = [*_size_problems(manifest, settings, family, config), *_dtype_problems(manifest, family, dtype)]
-    if manifest.constants != settings.config:
-        problems.append(f"was exported with {manifest.constants}, the server has {settings.config}")
+    if manifest.constants != settings.executor_config:
+        problems.append(f"was exported with {manifest.constants}, the server has {settings.executor_config}")
     if problems:
         raise EngineMismatchError(f"--mmtok-engine {settings.engine} {'; it '.join(problems)}. Export one that fits")
 

@@ -197,7 +197,7 @@ class PlaceholderCutter:
         plans = [self._plan(item, asked, config) for item in items]
         words = await self._words.of(texts, _tokenizer_of(processor))
         limits.check_guidance([len(ids) for ids in words.values()])
-        covers_text = coverage_of(asked.method, self._settings.config) in ("multimodal", "text")
+        covers_text = coverage_of(asked.method) in ("multimodal", "text")
         if self._agent is not None and covers_text:
             texts = await self._agent.join(image_data, texts, [plan is not None for plan in plans])
             words = await self._words.of(texts, _tokenizer_of(processor))

@@ -165,7 +165,7 @@ class TokenSelector:
         executor = make_executor(
             settings.backend,
             device,
-            settings.config,
+            settings.executor_config,
             settings.engine,
             settings.onnxruntime_provider,
             settings.engine_sha256,
@@ -288,7 +288,7 @@ class TokenSelector:
             outcome.fallback = NOT_FINITE
             # Whatever broke the features, they are encoded again.
             self._fallen += names.bases
-        elif coverage_of(outcome.method, self._settings.config) is not None:
+        elif coverage_of(outcome.method) is not None:
             outcome.coverage = share
 
     def _fall_back(self, outcome: Outcome, num_tokens: int, num_kept: int, why: str) -> None:
@@ -330,7 +330,7 @@ class TokenSelector:
         num_pickable = len(image.vision) - (0 if excluded is None else int(excluded.sum()))
         if num_pickable < image.num_kept:
             return f"only {num_pickable} of {image.num_kept} tokens may be picked"
-        if coverage_of(image.plan.method, self._settings.config) == "text" and not len(text):
+        if coverage_of(image.plan.method) == "text" and not len(text):
             return "text coverage without guidance"
         return None
 
@@ -341,7 +341,7 @@ class TokenSelector:
         if self._executor is None:
             raise RuntimeError("MMTok: an image is to be pruned before the model is loaded")
         try:
-            if method == "mmtok":
+            if method == self._settings.executor_method:
                 selections = self._executor.select(problems)
             else:
                 selections = comparator(method)(problems, self._settings.config)

@@ -35,7 +35,7 @@ class Settings:
     Args:
         family: Key of `mmtok_deploy.presets.PRESETS`, and of `families.FAMILIES`.
         budget: Tokens an image keeps where the request names no budget of its own.
-        config: Temperatures, weight, coverage.
+        config: Temperatures and weight; what is covered is the method's.
         limits: What a request is refused for.
 
     Raises:
@@ -57,8 +57,8 @@ class Settings:
     ]
     backend: Annotated[
         ExecutorName,
-        Help("""what runs the selection. Default: auto, the file of --mmtok-engine if there is one, else PyTorch. One
-        that cannot run is an error at start."""),
+        Help("""what runs the selection. Default: auto, the file of --mmtok-engine if there is one, else Triton on
+        NVIDIA GPUs from compute capability 8.0 on, else PyTorch. One that cannot run is an error at start."""),
     ] = "auto"
     engine: Annotated[
         Path | None,
@@ -160,18 +160,26 @@ class Settings:
         """Returns the method if this server's backend runs it.
 
         Raises:
-            ValueError: It does not, there is none of that name, or it contradicts the server's coverage.
+            ValueError: It does not, or there is none of that name.
         """
         name = check_method(method)
-        if name != "mmtok" and (self.engine is not None or self.backend not in ("auto", "torch")):
+        if name != self.executor_method and (self.engine is not None or self.backend not in ("auto", "torch")):
             runs = self.backend if self.engine is None else self.engine.name
             raise ValueError(
-                f"{runs} runs the method mmtok alone, not {name}: start the server with --mmtok-backend torch"
+                f"{runs} runs the method {self.executor_method} alone, not {name}: start the server with "
+                "--mmtok-backend torch"
             )
-        covers = coverage_of(name, self.config)
-        if name != "mmtok" and covers not in (None, self.config.coverage) and self.config.coverage != "multimodal":
-            raise ValueError(f"{name} contradicts --mmtok-coverage {self.config.coverage}: drop one of the two")
         return name
+
+    @property
+    def executor_method(self) -> MethodName:
+        """The method that the backend or the exported file runs; PyTorch's operations run all others."""
+        return "mmtok" if coverage_of(self.method) is None else self.method
+
+    @property
+    def executor_config(self) -> SelectionConfig:
+        """The constants of `executor_method`."""
+        return replace(self.config, coverage=coverage_of(self.executor_method) or self.config.coverage)
 
     def _check_agent(self) -> None:
         if self.agent_timeout_ms <= 0:
@@ -193,13 +201,12 @@ _CONFIG_HELP = {
     "tv_temp": "temperature of the text-to-vision softmax. Default: the model family's preset.",
     "vv_temp": "temperature of the vision-to-vision softmax. Default: the model family's preset.",
     "alpha": "weight of covering the image against covering the text. Default: the family's preset.",
-    "coverage": "what the kept tokens cover. Default: multimodal, the text and the image.",
 }
 
 FLAGS: tuple[Flag, ...] = (
     *flags_of(Settings),
     Flag("min_tokens", int, "MMTok: never keep fewer tokens of an image than this. Default: 1."),
-    *(Flag(name, hint, f"MMTok: {_CONFIG_HELP[name]}") for name, hint in get_type_hints(SelectionConfig).items()),
+    *(Flag(name, get_type_hints(SelectionConfig)[name], f"MMTok: {text}") for name, text in _CONFIG_HELP.items()),
     *flags_of(Limits),
 )
 """Every --mmtok-* flag."""

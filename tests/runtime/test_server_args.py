@@ -19,6 +19,7 @@ from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.server_args import ServerArgs
 
 from mmtok_deploy import Budget, SelectionConfig
+from mmtok_deploy.methods import MethodName, coverage_of
 from mmtok_sglang import install, server_args
 from mmtok_sglang.compatibility import UnsupportedServerError
 from mmtok_sglang.install import Hook, HookError
@@ -35,7 +36,6 @@ FLAGS = [
     "--mmtok-tv-temp",
     "--mmtok-vv-temp",
     "--mmtok-alpha",
-    "--mmtok-coverage",
     "--mmtok-guidance",
     "--mmtok-method",
     "--mmtok-seed",
@@ -82,7 +82,6 @@ def test_the_servers_help_lists_the_flags() -> None:
     ("flags", "named"),
     [
         *((["--mmtok-budget", value], "or 'all' for no pruning") for value in ("0", "-3", "1.5", "150%", "ten", "")),
-        (["--mmtok-budget", "64", "--mmtok-coverage", "image"], "multimodal"),
         (["--mmtok-budget", "64", "--mmtok-guidance", "words"], "keywords"),
         (["--mmtok-budget", "64", "--mmtok-method", "fastv"], "divprune"),
         (["--mmtok-budget", "64", "--mmtok-backend", "openvino"], "onnxruntime"),
@@ -145,7 +144,6 @@ def test_a_variable_that_looks_like_a_flag_is_warned_of(
         ({"mmtok_tv_temp": 0.0}, "--mmtok-tv-temp is a positive number"),
         ({"mmtok_vv_temp": float("nan")}, "--mmtok-vv-temp is a positive number"),
         ({"mmtok_alpha": -1.0}, "--mmtok-alpha is a number of at least 0"),
-        ({"mmtok_coverage": "image"}, "--mmtok-coverage is one of multimodal"),
         ({"mmtok_guidance": "words"}, "--mmtok-guidance is one of keywords, question, got 'words'"),
         ({"mmtok_min_tokens": 0}, "--mmtok-min-tokens is a whole number"),
         ({"mmtok_method": "fastv"}, "--mmtok-method is one of mmtok, text-coverage, .* got 'fastv'"),
@@ -157,10 +155,6 @@ def test_a_variable_that_looks_like_a_flag_is_warned_of(
         (
             {"mmtok_method": "divprune", "mmtok_engine": "/a/selection.onnx"},
             "selection.onnx runs the method mmtok alone, not divprune",
-        ),
-        (
-            {"mmtok_method": "vision-coverage", "mmtok_coverage": "text"},
-            "vision-coverage contradicts --mmtok-coverage text",
         ),
         *(
             ({"mmtok_agent_url": url}, "--mmtok-agent-url is an address like http://host:30000/v1, got ")
@@ -216,7 +210,7 @@ def test_a_server_that_would_be_its_own_agent_does_not_start(installed: list[lis
         ("--mmtok-alpha", "1"),
         ("--mmtok-min-tokens", "4"),
         ("--mmtok-min-tokens-in", "0"),
-        ("--mmtok-coverage", "text"),
+        ("--mmtok-method", "text-coverage"),
         ("--mmtok-agent-url", "http://agent/v1"),
         ("--mmtok-feature-cache-mb", "0"),
     ],
@@ -257,14 +251,11 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
                 "mmtok_tv_temp": 0.5,
                 "mmtok_vv_temp": 0.25,
                 "mmtok_alpha": 0.0,
-                "mmtok_coverage": "text",
                 "mmtok_guidance": "keywords",
                 "mmtok_feature_cache_mb": 0,
             },
             "qwen2.5-vl",
-            Settings(
-                "qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0, "text"), "keywords", feature_cache_mb=0
-            ),
+            Settings("qwen2.5-vl", Budget(tokens=64), SelectionConfig(0.5, 0.25, 0.0), "keywords", feature_cache_mb=0),
         ),
         (
             {"mmtok_budget": "all", "mmtok_min_tokens_in": 300, "mmtok_method": "random", "mmtok_seed": 7},
@@ -277,17 +268,26 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
             ),
         ),
         (
-            {"mmtok_budget": "all", "mmtok_method": "text-coverage", "mmtok_coverage": "text"},
+            {"mmtok_budget": "all", "mmtok_method": "text-coverage"},
             "llava-1.5",
-            Settings(
-                *("llava-1.5", Budget(), SelectionConfig(0.02, 0.2, 0.5, "text"), "keywords"), method="text-coverage"
-            ),
+            Settings("llava-1.5", Budget(), SelectionConfig(0.02, 0.2, 0.5), "keywords", method="text-coverage"),
         ),
     ],
 )
 def test_flags_go_before_the_familys_preset(flags: dict[str, Any], family: str, expected: Settings) -> None:
     given = MMTokServerArgs(model_path="model", **flags)._mmtok_given
     assert Settings.of(family, given, Limits()) == expected
+
+
+@pytest.mark.parametrize("method", ["mmtok", "text-coverage", "vision-coverage"])
+def test_a_backend_of_one_coverage_runs_the_servers_own(method: MethodName) -> None:
+    given = {"budget": Budget(), "backend": "triton", "method": method}
+    settings = Settings.of("llava-1.5", given, Limits())
+    assert settings.executor_config.coverage == coverage_of(method)
+    assert settings.check_method(method) == method
+    for other in {"mmtok", "text-coverage", "even"} - {method}:
+        with pytest.raises(ValueError, match=f"triton runs the method {method} alone, not {other}: start the server"):
+            settings.check_method(other)
 
 
 @pytest.fixture
@@ -318,7 +318,6 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_tv_temp": 0.01,
         "mmtok_vv_temp": 0.2,
         "mmtok_alpha": 1.0,
-        "mmtok_coverage": "multimodal",
         "mmtok_guidance": "question",
         "mmtok_method": "mmtok",
         "mmtok_seed": 0,

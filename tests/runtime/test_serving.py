@@ -284,7 +284,6 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_tv_temp": preset.config.tv_temp,
         "mmtok_vv_temp": preset.config.vv_temp,
         "mmtok_alpha": preset.config.alpha,
-        "mmtok_coverage": "multimodal",
         "mmtok_guidance": preset.guidance,
         "mmtok_method": "mmtok",
         "mmtok_seed": 0,

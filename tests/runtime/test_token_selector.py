@@ -84,13 +84,15 @@ def test_selects_what_the_reference_selects(guidance: list[int], excluded: list[
     assert num_fallbacks(selector) == 0
 
 
+@pytest.mark.parametrize("of_server", ["mmtok", "text-coverage", "even"])
 @pytest.mark.parametrize("method", get_args(MethodName))
-def test_each_method_is_asked_by_its_name(method: MethodName) -> None:
+def test_each_method_is_asked_by_its_name(method: MethodName, of_server: MethodName) -> None:
     plan = replace(PLAN, method=method, num_kept=12 if method == "downsample" else 5)
     image, embed = image_tokens(1, plan)
     image = replace(image, attention=torch.arange(12).flip(0).float())
     text = embed(torch.tensor(plan.guidance))
-    selector = make_selector()
+    selector = TokenSelector(replace(SETTINGS, method=of_server), SelectionMetrics())
+    selector.start(torch.device("cpu"))
     (kept,) = selector.select([image], embed)
     if method == "mmtok":
         expected = select_tokens(image.vision, image.keys, text, 5, config=SETTINGS.config)
@@ -226,13 +228,6 @@ def test_a_backend_that_returns_too_few_tokens_is_not_believed(monkeypatch: pyte
     executor = SimpleNamespace(name="few", select=lambda _: [Selection(few, few, few, few.sum())])
     monkeypatch.setattr(selection, "make_executor", lambda *_: executor)
     assert selected(make_selector()) == EVENLY_SPACED
-
-
-def test_text_coverage_without_text_keeps_evenly_spaced_tokens() -> None:
-    selector = TokenSelector(make_settings(5, coverage="text"), SelectionMetrics())
-    selector.start(torch.device("cpu"))
-    assert selected(selector, replace(PLAN, guidance=[])) == EVENLY_SPACED
-    assert num_fallbacks(selector) == 1
 
 
 def test_one_images_error_is_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -25,7 +24,7 @@ from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 CONFIG = SelectionConfig(tv_temp=0.1, vv_temp=0.1)
-COMPARATORS: list[MethodName] = [name for name in get_args(MethodName) if name != "mmtok"]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 # They choose by no feature.
 FEATURELESS: tuple[MethodName, ...] = ("random", "even", "downsample")
 
@@ -301,7 +300,7 @@ def test_no_grid_has_more_tokens_than_asked_for(rows: int, columns: int) -> None
         assert width <= columns
 
 
-@pytest.mark.parametrize("name", COMPARATORS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_takes_a_batch_and_leaves_out_what_is_excluded(name: MethodName) -> None:
     generator = torch.Generator().manual_seed(0)
     mask = excluding(12, 0, 5, 11)
@@ -325,7 +324,7 @@ def test_every_method_takes_a_batch_and_leaves_out_what_is_excluded(name: Method
 
 @pytest.mark.parametrize("num_bad", [1, 6])
 @pytest.mark.parametrize("num_picks", [1, 3])
-@pytest.mark.parametrize("name", [name for name in COMPARATORS if name not in FEATURELESS])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in FEATURELESS])
 def test_features_that_are_not_finite_show_in_the_total(name: MethodName, num_picks: int, num_bad: int) -> None:
     for value in (torch.nan, torch.inf):
         bad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -344,7 +343,7 @@ def features(num_tokens: int, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["all-different", "two-kinds", "zeros"])
-@pytest.mark.parametrize("name", COMPARATORS)
+@pytest.mark.parametrize("name", METHODS)
 def test_as_many_tokens_as_asked_for_whatever_the_features(name: MethodName, kind: str, dtype: torch.dtype) -> None:
     for num_tokens, num_picks, num_words in [(1, 1, 1), (2, 1, 0), (30, 7, 3), (30, 22, 9), (30, 30, 0)]:
         vision = features(num_tokens, kind).to(dtype)
@@ -368,7 +367,7 @@ def test_as_many_tokens_as_asked_for_whatever_the_features(name: MethodName, kin
         assert (selection.order.dtype, selection.coverage.dtype) == (torch.int64, torch.float32)
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARATORS if name not in FEATURELESS])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in FEATURELESS])
 def test_ties_go_to_the_lowest_index(name: MethodName) -> None:
     zeros = torch.zeros(30, 6)
     given = problem(zeros, 12, text=zeros[:2], attention=zeros[:, 0], excluded=excluding(30, 0, 4))
@@ -388,7 +387,7 @@ def test_what_adds_nothing_ties_whatever_the_rounding(name: MethodName, num_chos
         assert selection.order[0] == 0
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARATORS if name != "random"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
 def test_the_question_changes_what_methods_that_read_it_keep(name: MethodName) -> None:
     vision = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     orders = {
@@ -400,7 +399,7 @@ def test_the_question_changes_what_methods_that_read_it_keep(name: MethodName) -
     assert (len({tuple(map(int, order)) for order in orders}) > 1) == reads_question(name)
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARATORS if name != "downsample"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "downsample"])
 def test_attention_changes_what_methods_that_read_it_keep(name: MethodName) -> None:
     generator = torch.Generator().manual_seed(0)
     vision = torch.randn(40, 6, generator=generator)
@@ -413,8 +412,8 @@ def test_attention_changes_what_methods_that_read_it_keep(name: MethodName) -> N
     assert (orders[0] != orders[1]) == reads_attention(name)
 
 
-# The two coverages are made by the backends, which have tests of their own.
-@pytest.mark.parametrize("name", [name for name in COMPARATORS if not name.endswith("-coverage")])
+# The coverages are computed by the backends, which have tests of their own.
+@pytest.mark.parametrize("name", [name for name in METHODS if coverage_of(name) is None])
 def test_the_host_does_not_wait_for_what_is_computed(name: MethodName) -> None:
     # Fake tensors have shapes and no values: whatever needs one, as an index does that has no dimension, raises.
     with FakeTensorMode():
@@ -430,13 +429,13 @@ def test_names() -> None:
     for wrong in ("MMTok", "", None, 5, ["even"]):
         with pytest.raises(ValueError, match="method is one of mmtok, text-coverage, "):
             check_method(wrong)
-    with pytest.raises(ValueError, match="a method to compare with is one of text-coverage, "):
-        comparator("mmtok")
-    assert [coverage_of(name, replace(CONFIG, coverage="text")) for name in ("mmtok", "vision-coverage", "even")] == [
-        "text",
-        "vision",
-        None,
-    ]
+        with pytest.raises(ValueError, match="method is one of mmtok, text-coverage, "):
+            comparator(wrong)  # type: ignore[arg-type]
+    assert {name: coverage_of(name) for name in get_args(MethodName) if coverage_of(name) is not None} == {
+        "mmtok": "multimodal",
+        "text-coverage": "text",
+        "vision-coverage": "vision",
+    }
     assert {name for name in get_args(MethodName) if reads_question(name)} == {
         *("mmtok", "text-coverage", "cdpruner", "dart", "random")
     }
