@@ -9,6 +9,7 @@ from mmtok_deploy.coverage import coverage_matrix
 from mmtok_deploy.greedy_replay import GreedyReplay, WrongPickError, replay_greedy
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.problem import Selection, SelectionProblem
+from mmtok_deploy.synthetic import synthetic_features
 
 __all__ = ["hold_to_reference", "sample_problems"]
 
@@ -16,7 +17,6 @@ __all__ = ["hold_to_reference", "sample_problems"]
 _COVERAGE_TOLERANCE = 1e-4
 # What float32 rounds of the coverage, twice: the scale on which two gains are told apart.
 _COVERAGE_ROUNDING = 2**-23
-_NUM_CLUSTERS = 24
 # Of the sample, to keep a start short where the file takes images of many sizes.
 _MAX_TOKENS, _MAX_WORDS = 1024, 8
 # No image and no question is larger; a file that takes nothing smaller is not one that can be tried.
@@ -26,8 +26,6 @@ _MAX_SMALLEST = 1 << 15
 def sample_problems(manifest: Manifest, device: torch.device) -> list[SelectionProblem]:
     """Returns two images like a model's, the second with a shorter text and with excluded tokens.
 
-    Features are of a few kinds of things, and words name some of them, so that gains differ as a model's do.
-
     Args:
         manifest: The manifest of the file that is to select from them.
         device: Where they are made.
@@ -35,26 +33,20 @@ def sample_problems(manifest: Manifest, device: torch.device) -> list[SelectionP
     Raises:
         ValueError: The smallest image or text that the file takes is larger than any.
     """
-    sizes, generator = manifest.dimensions, torch.Generator().manual_seed(0)
+    sizes = manifest.dimensions
     for name in ("N", "M"):
         if sizes[name].minimum > _MAX_SMALLEST:
             raise ValueError(f"it takes no {name} below {sizes[name].minimum}, expected at most {_MAX_SMALLEST}")
     num_tokens = max(sizes["N"].minimum, min(sizes["N"].optimum, _MAX_TOKENS))
     num_words = max(sizes["M"].minimum, min(sizes["M"].maximum, _MAX_WORDS))
-    widths = {name: int(manifest.input(name).shape[-1]) for name in ("vision", "keys")}
+    widths = [int(manifest.input(name).shape[-1]) for name in ("vision", "keys")]
     problems = []
-    for num_named, is_masked in ((num_words, False), (max(1, num_words // 2), True)):
-        kinds = {name: torch.randn(_NUM_CLUSTERS, width, generator=generator) for name, width in widths.items()}
-        which = torch.randint(_NUM_CLUSTERS, (num_tokens,), generator=generator)
-        features = {
-            name: kinds[name][which] + torch.randn(num_tokens, width, generator=generator)
-            for name, width in widths.items()
-        }
-        named = torch.randint(_NUM_CLUSTERS, (num_named,), generator=generator)
-        noise = torch.randn(num_named, widths["vision"], generator=generator)
-        features["text"] = 0.3 * kinds["vision"][named] + noise
+    for seed, (num_named, is_masked) in enumerate(((num_words, False), (max(1, num_words // 2), True))):
         vision, keys, text = (
-            features[name].to(device, getattr(torch, manifest.input(name).dtype)) for name in ("vision", "keys", "text")
+            feature.to(device, getattr(torch, manifest.input(name).dtype))
+            for name, feature in zip(
+                ("vision", "keys", "text"), synthetic_features(num_tokens, num_named, *widths, seed=seed), strict=True
+            )
         )
         excluded = None
         if is_masked and num_tokens > 1:

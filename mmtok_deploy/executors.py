@@ -21,6 +21,7 @@ from mmtok_deploy.engines import Engine, EngineError, open_engine
 from mmtok_deploy.greedy_replay import WrongPickError
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.problem import Selection, SelectionProblem
+from mmtok_deploy.synthetic import synthetic_features
 
 __all__ = ["EngineExecutor", "Executor", "ExecutorName", "TorchExecutor", "check_selection", "make_executor"]
 
@@ -105,7 +106,7 @@ class TorchExecutor:
         self.name = f"torch ({self._runs}) on {device}"
 
     def prepare(self, types: FeatureTypes, tokens: tuple[int, int]) -> None:
-        """Does what the first selections would wait for: compiles kernels, and selects from made-up features.
+        """Does what the first selections would wait for: compiles kernels, and selects from synthetic features.
 
         Args:
             types: Dtypes and widths of the features to come.
@@ -119,13 +120,16 @@ class TorchExecutor:
 
             load_kernels(types, self._config, self._device, (fewest, most))
         num_tokens = min(most, _SAMPLE_TOKENS)
-        generator = torch.Generator().manual_seed(0)
-        vision, keys = (
-            torch.randn(num_tokens, width, generator=generator).to(self._device, dtype)
-            for width, dtype in ((types.vision_width, types.vision), (types.keys_width, types.keys))
+        vision, keys, text = (
+            feature.to(self._device, dtype)
+            for feature, dtype in zip(
+                synthetic_features(num_tokens, 8, types.vision_width, types.keys_width),
+                (types.vision, types.keys, types.vision),
+                strict=True,
+            )
         )
         excluded = torch.zeros(num_tokens, dtype=torch.bool, device=self._device)
-        sample = SelectionProblem(vision, keys, vision[:8].clone(), max(1, num_tokens // 9), excluded)
+        sample = SelectionProblem(vision, keys, text, max(1, num_tokens // 9), excluded)
         # One image, and a batch: the two take different paths through PyTorch.
         for batch in ([sample], [sample, replace(sample, excluded=None)]):
             self.select(batch)[-1].total.item()

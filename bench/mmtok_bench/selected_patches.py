@@ -15,6 +15,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from mmtok_deploy import Selection, select_tokens
 from mmtok_deploy.guidance import guidance_words
+from mmtok_deploy.padding import padding_mask
 from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.selection import BudgetLike
 
@@ -111,16 +112,4 @@ def _as_llava_sees(
         return ImageOps.fit(image, (min(image.size),) * 2), None
     colour = tuple(int(255 * mean) for mean in image_processor.image_mean)
     square = ImageOps.pad(image, (max(image.size),) * 2, color=colour)
-    side_px = image_processor.crop_size["height"]
-    rows = _padding(image.height, max(image.size), side_px, grid[0])
-    columns = _padding(image.width, max(image.size), side_px, grid[1])
-    return square, (rows[:, None] | columns[None, :]).flatten()
-
-
-def _padding(length: int, longest: int, side_px: int, patches: int) -> Tensor:
-    """Returns [patches] bool: which rows (or columns) of patches lie wholly in the padding of the resized square."""
-    padding_px = side_px - round(length * (side_px / longest))
-    before_px = padding_px // 2
-    patch_px = side_px // patches
-    edges_px = torch.arange(patches) * patch_px
-    return (edges_px + patch_px <= before_px) | (edges_px >= side_px - (padding_px - before_px))
+    return square, padding_mask(image.height, image.width, image_processor.crop_size["height"], grid[0])

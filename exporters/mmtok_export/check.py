@@ -16,13 +16,12 @@ from mmtok_deploy.engines import Engine, open_engine
 from mmtok_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from mmtok_deploy.engines.tensorrt import compute_capability
 from mmtok_deploy.manifest import Check, Manifest, TensorInfo
+from mmtok_deploy.synthetic import synthetic_features
 from mmtok_export.graph_file import load_graph
 from mmtok_export.picks import CheckFailedError, Compared, hold_image
 from mmtok_export.whole_graph import SELECTION_INPUTS, SELECTION_OUTPUTS, CannotRunError, Encoder, check_whole_graph
 
 __all__ = ["CheckFailedError", "check_artifact", "estimated_seconds"]
-
-_NUM_CLUSTERS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,17 +191,14 @@ def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, T
 
     If padded, every image has at least one row of padding and one excluded token, where it has more than one.
     """
-    generator = torch.Generator().manual_seed(sizes.num_tokens)
-    widths = {name: int(manifest.input(name).shape[-1]) for name in ("vision", "keys")}
-    kinds = {name: torch.randn(_NUM_CLUSTERS, width, generator=generator) for name, width in widths.items()}
-    which = torch.randint(_NUM_CLUSTERS, (sizes.batch, sizes.num_tokens), generator=generator)
+    widths = [int(manifest.input(name).shape[-1]) for name in ("vision", "keys")]
+    images = [
+        synthetic_features(sizes.num_tokens, sizes.num_words, *widths, seed=image) for image in range(sizes.batch)
+    ]
     features = {
-        name: kinds[name][which] + torch.randn(sizes.batch, sizes.num_tokens, width, generator=generator)
-        for name, width in widths.items()
+        name: torch.stack(tensors)
+        for name, tensors in zip(("vision", "keys", "text"), zip(*images, strict=True), strict=True)
     }
-    named = torch.randint(_NUM_CLUSTERS, (sizes.batch, sizes.num_words), generator=generator)
-    noise = torch.randn(sizes.batch, sizes.num_words, widths["vision"], generator=generator)
-    features["text"] = 0.3 * kinds["vision"][named] + noise
     image = torch.arange(sizes.batch)[:, None]
     tokens, words = torch.arange(sizes.num_tokens), torch.arange(sizes.num_words)
     num_padding = (1 + (sizes.num_words // 3 + image)).clamp(max=sizes.num_words - 1) * is_padded

@@ -12,35 +12,14 @@ from sglang.srt.utils import ImageData
 
 from mmtok_deploy import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.padding import padding_mask
 from mmtok_sglang.families.base import Family
-from mmtok_sglang.families.llava_1_5 import Llava15, padding_mask
+from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
 from mmtok_sglang.families.qwen import _parts
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
 from mmtok_sglang.transformers_backend import separate_images
 from tests.runtime.stand_ins import image_item, make_settings
-
-SIZES = [(1, 1), (1, 1000), (1000, 1), (336, 336), (400, 600), (600, 400), (337, 336), (35, 1000), (640, 427), (3, 7)]
-
-
-@pytest.mark.parametrize(("side", "patches"), [(336, 24), (224, 16), (28, 2)])
-@pytest.mark.parametrize(("height", "width"), SIZES)
-def test_padding_is_the_patches_without_a_pixel_of_the_image(height: int, width: int, side: int, patches: int) -> None:
-    longest = max(height, width)
-    rows, columns = (round(length * (side / longest)) for length in (height, width))
-    top, left = (side - rows) // 2, (side - columns) // 2
-    has_image = torch.zeros(side, side, dtype=torch.bool)
-    has_image[top : top + rows, left : left + columns] = True
-    patch = side // patches
-    expected = ~has_image.reshape(patches, patch, patches, patch).any(dim=3).any(dim=1)
-    assert torch.equal(padding_mask(height, width, side, patches).reshape(patches, patches), expected)
-
-
-@pytest.mark.parametrize(("height", "width", "num_excluded"), [(336, 336, 0), (400, 600, 8 * 24), (1, 1000, 576)])
-def test_padding_of_known_sizes(height: int, width: int, num_excluded: int) -> None:
-    assert int(padding_mask(height, width, 336, 24).sum()) == num_excluded
-    transposed = padding_mask(width, height, 336, 24).reshape(24, 24).T.flatten()
-    assert torch.equal(padding_mask(height, width, 336, 24), transposed)
 
 
 def llava_output(num_images: int, spans: list[tuple[int, int]], **data: Any) -> Any:

@@ -11,11 +11,12 @@ from typing_extensions import override
 
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.methods.downsample import grid_within
+from mmtok_deploy.padding import padding_mask
 from mmtok_sglang.families.llava import Llava
 from mmtok_sglang.pixels import normalise_item
 from mmtok_sglang.transformers_backend import TransformersModel, TransformersProcessor, separate_images
 
-__all__ = ["Llava15", "padding_mask"]
+__all__ = ["Llava15"]
 
 _SIZES = "mmtok_image_sizes"
 
@@ -85,26 +86,3 @@ class Llava15(Llava):
             item.feature = pixels.to(item.feature.dtype)
             item.model_specific_data["interpolate_pos_encoding"] = True
         return rows * columns
-
-
-def padding_mask(height: int, width: int, side: int, patches: int) -> Tensor:
-    """Returns [patches * patches] bool: the patches of a padded square that hold no pixel of the image.
-
-    Args:
-        height: The image's, in pixels.
-        width: The image's, in pixels.
-        side: The square's side after resizing, in pixels.
-        patches: Patches along the side.
-
-    Source: Ironieser/MMTok mmtok/llava/patch_llava.py, `calculate_padding_patch_indices` without overlap.
-    """
-    patch = side // patches
-    rows, columns = (_padded_lines(length, max(height, width), side, patch, patches) for length in (height, width))
-    return (rows[:, None] | columns[None, :]).flatten()
-
-
-def _padded_lines(length: int, longest: int, side: int, patch: int, patches: int) -> Tensor:
-    padding = side - round(length * (side / longest))
-    before = padding // 2
-    line = torch.arange(patches)
-    return (line < before // patch) | (line >= patches - (padding - before) // patch)
