@@ -7,6 +7,7 @@ from tests import environment  # noqa: F401, I001 - first: it sets variables tha
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,6 +37,22 @@ def _perturbed_products(request: pytest.FixtureRequest) -> Iterator[None]:
     seed = request.config.getoption("--perturb-products")
     with nullcontext() if seed is None else PerturbedProducts(seed):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _only_slow_tests_start_servers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that starts a server without the mark `slow`: `make test-fast` starts none."""
+    server = sys.modules.get("mmtok_bench.server")
+    if server is not None and request.node.get_closest_marker("slow") is None:
+
+        start = server.SglangServer.start
+
+        def checked(given: Any) -> None:
+            if "sglang.launch_server" in given.command:
+                pytest.fail("this test starts a server: mark it with @pytest.mark.slow")
+            start(given)
+
+        monkeypatch.setattr(server.SglangServer, "start", checked)
 
 
 # Where several processes work (`pytest -n 2`).

@@ -23,6 +23,7 @@ with SglangServer("nowhere", env=cpu_environment(), on_progress=lambda *_: print
 """
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "it.log"
     server = SglangServer(tmp_path / "no-checkpoint", env=cpu_environment(), log_path=log)
@@ -35,6 +36,7 @@ def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
     assert str(caught.value).endswith(last_line)
 
 
+@pytest.mark.slow
 def test_a_server_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     waits: list[float] = []
     server = SglangServer(
@@ -74,6 +76,7 @@ def test_no_two_servers_are_given_the_same_port(tmp_path: Path) -> None:
         listener.listen()
 
 
+@pytest.mark.slow
 def test_a_dead_server_is_not_ready_though_another_answers_at_its_port(tmp_path: Path) -> None:
     class Ready(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -92,6 +95,7 @@ def test_a_dead_server_is_not_ready_though_another_answers_at_its_port(tmp_path:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_server_starts_once(tmp_path: Path) -> None:
     server = SglangServer(tmp_path)
     assert not server.is_alive()

@@ -13,6 +13,7 @@ def server_of(folder: Path, key: str) -> SglangServer:
     return make_server(folder / "nowhere", "qwen2.5-vl", log_path=folder / f"{key}.log")
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_is_told_once_and_not_started_again(tmp_path: Path) -> None:
     made: list[SglangServer] = []
 
@@ -33,6 +34,7 @@ def test_a_server_that_cannot_start_is_told_once_and_not_started_again(tmp_path:
     assert not any(server.is_alive() for server in made)
 
 
+@pytest.mark.slow
 def test_a_server_that_was_ready_and_is_just_dying_has_died(tmp_path: Path) -> None:
     server = server_of(tmp_path, "it")
     with ServerPool[str](lambda key: server, side_by_side=True) as pool:
@@ -45,6 +47,7 @@ def test_a_server_that_was_ready_and_is_just_dying_has_died(tmp_path: Path) -> N
         assert list(pool.dead) == KEYS[:1]
 
 
+@pytest.mark.slow
 def test_one_at_a_time_none_is_started_before_it_is_asked_for(tmp_path: Path) -> None:
     made: list[str] = []
 
