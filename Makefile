@@ -74,7 +74,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not exhaustive" --durations 60 --durations-min 5
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not exhaustive"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -83,7 +83,7 @@ test-all: $(STAMP)
 CPUS ?= native avx2 sse4 threads perturbed-1
 CPU_TESTS ?= tests/mmtok_deploy tests/exporters tests/runtime
 test-cpus: $(STAMP)
-	tests/cpus.sh "$(CPUS)" -n $(JOBS) $(CPU_TESTS) --ignore=tests/mmtok_deploy/triton -m "not slow" -k "not serving"
+	tests/cpus.sh "$(CPUS)" -n $(JOBS) $(CPU_TESTS) --ignore=tests/mmtok_deploy/triton -m "not slow and not exhaustive" -k "not serving"
 
 # What a machine without a GPU skips, in parts of a few minutes: PART=kernels,qwen-7b-16; a part that is done is not run again.
 gpu-check: $(STAMP)

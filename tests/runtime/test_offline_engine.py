@@ -49,6 +49,7 @@ def test_engine_with_a_budget(tmp_path: Path) -> None:
     assert "REFUSED mm_processor_kwargs.mmtok_budget: budget 'ten' is not understood" in run.stdout
 
 
+@pytest.mark.slow
 def test_engine_refuses_a_bad_budget(tmp_path: Path) -> None:
     run = _run("150%", tmp_path / "none.png", "hello")
     assert run.returncode != 0
