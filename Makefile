@@ -9,8 +9,9 @@ MINUTES ?= 5
 ROWS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# constraints.txt names everything: nothing is resolved, and nothing that it does not name is installed.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+# constraints.txt names everything: nothing is resolved, and nothing that it does not name is installed. Python compiles a
+# file when it first imports it: few of the 40,000 are.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
 
 # What engines are built for: the GPU at hand, or an RTX A6000.
 TARGET ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]' | head -n 1),8.6)
