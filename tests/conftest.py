@@ -44,7 +44,6 @@ def _only_slow_tests_start_servers(request: pytest.FixtureRequest, monkeypatch: 
     """Fails a test that starts a server without the mark `slow`: `make test-fast` starts none."""
     server = sys.modules.get("mmtok_bench.server")
     if server is not None and request.node.get_closest_marker("slow") is None:
-
         start = server.SglangServer.start
 
         def checked(given: Any) -> None:

@@ -145,8 +145,14 @@ def _one(trial: Trial, server: SglangServer, faults: _Faults, what: str, kind_of
         trial.count("faults_not_met")
         if fault["kind"] != "memory":
             trial.fail(f"the fault did not come about: {kind_of}", what)
-    if not _lives(server):
+    if not server.is_alive():
         trial.fail(f"the server ended: {kind_of}", f"{what}: {_error_line(server)}")
+        return
+    plain = _ask(server, chat_body([], "Hello?", {}, max_tokens=1))
+    if plain.status != 200:
+        trial.fail(
+            f"a request without an image fails afterwards: {kind_of}", f"{what}: {plain.status} {plain.text[:200]}"
+        )
         return
     if reply.status == 0:
         trial.fail(f"a request was not answered: {kind_of}", f"{what}: {reply.text[:200]}")
@@ -180,13 +186,6 @@ def _logprobs(trial: Trial, server: SglangServer, body: dict[str, Any], what: st
     except openai.OpenAIError as error:
         trial.fail("a request without a fault fails after one with a fault", f"{what}: {error}"[:400])
         return None
-
-
-def _lives(server: SglangServer) -> bool:
-    if not server.is_alive():
-        return False
-    reply = send(server, "/v1/chat/completions", chat_body([], "Hello?", {}, max_tokens=1), timeout_s=_TIMEOUT_S)
-    return reply.status == 200
 
 
 def _error_line(server: SglangServer) -> str:
