@@ -17,6 +17,6 @@
 `entry_points` reads the per-request settings wherever a request may come in; `refusals` makes and counts the errors of
 requests, `start_errors` ends a start that cannot succeed. `failures` ends the requests of an image for which a step
 fails in the scheduler process, and no others. `memory` keeps room for features and selections beside the KV cache.
-`stages` times the encoder and the language model around it.
+`stages` times what the tokenizer process does with images, the encoder and the language model.
 `families` holds one file a model family; `cpu_platform` lets all of it run on a machine without a GPU.
 """

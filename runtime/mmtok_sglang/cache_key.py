@@ -32,6 +32,7 @@ from mmtok_sglang.placeholders import ImagePlan, plan_of, share_guidance
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import requested
 from mmtok_sglang.settings import Settings
+from mmtok_sglang.stages import image_stage
 
 __all__ = ["CacheKeys", "ImageKeys", "check_embeddings", "digest", "has_images", "keys_of", "name_images", "naming"]
 
@@ -186,7 +187,7 @@ async def name_images(items: Sequence[Any], request: Any, *, trusts_hashes: bool
     # As SGLang reads them: a list of another length, and what is not a number, name nothing.
     hashes = getattr(request, "mm_hashes", None) if trusts_hashes else None
     named = [_number(each) for each in hashes] if hashes and len(hashes) == len(items) else [None] * len(items)
-    contents = await asyncio.to_thread(lambda: [_content(*each) for each in zip(items, named, strict=True)])
+    contents = await asyncio.to_thread(_contents, items, named)
     scope = [getattr(request, name, None) for name in ("lora_id", "extra_key", "cache_salt")]
     for item, name, content in zip(items, named, contents, strict=True):
         item.model_specific_data.pop(_KEYS, None)
@@ -198,6 +199,11 @@ def _number(name: Any) -> int | None:
         return int(name, 16) & (2**64 - 1)
     except (TypeError, ValueError):
         return None
+
+
+def _contents(items: Sequence[Any], names: Sequence[int | None]) -> list[bytes | None]:
+    with image_stage("hash"):
+        return [_content(*each) for each in zip(items, names, strict=True)]
 
 
 def _content(item: Any, name: int | None = None) -> bytes | None:

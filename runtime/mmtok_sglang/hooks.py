@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmtok_sglang.memory import reserving
 from mmtok_sglang.positions import bound_by_positions
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
+from mmtok_sglang.stages import image_stage
 from mmtok_sglang.start_errors import end_main_process, ends_scheduler_start
 
 __all__ = ["hooks_of"]
@@ -46,6 +48,10 @@ def hooks_of(server: Server) -> list[Hook]:
         server.stages.settle()
         return server.failures.run_batch(original, *args, **kwargs)
 
+    async def send_one_request(original: Callable[..., Awaitable[None]], manager: Any, tokenized_obj: Any) -> None:
+        with image_stage("transport") if tokenized_obj.mm_inputs else nullcontext():
+            await original(manager, tokenized_obj)
+
     convert = partial(add_chat_guidance, server.settings)
     return [
         Hook(
@@ -68,6 +74,13 @@ def hooks_of(server: Server) -> list[Hook]:
             server.cutter.tokenize_one_request,
             reason="every other entry point tokenises a text of any length in it",
             until="SGLang refuses a text before it tokenises it",
+        ),
+        Hook(
+            "managers.tokenizer_manager.TokenizerManager._send_one_request",
+            "self tokenized_obj",
+            send_one_request,
+            reason="it copies pixels into shared memory or pickles them, on the event loop: the time is a metric",
+            until="SGLang has this time among its metrics",
         ),
         Hook(
             "managers.tokenizer_manager.TokenizerManager.generate_request",

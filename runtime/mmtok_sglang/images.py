@@ -18,6 +18,7 @@ from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, ImageData, get_image_bytes
 
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.refusals import refusal
+from mmtok_sglang.stages import image_stage
 
 __all__ = ["ImageLoader", "decoded", "is_raw"]
 
@@ -106,8 +107,9 @@ class ImageLoader:
         if isinstance(source, Image.Image):
             width, height = source.size
         else:
-            source = _read(source, max_mb)
-            width, height = _size_in_header(source)
+            with image_stage("decode"):
+                source = _read(source, max_mb)
+                width, height = _size_in_header(source)
         self._limits.check_image(width, height)
         return source, width * height
 
@@ -183,7 +185,9 @@ def decoded(source: Any) -> Any:
     if not is_raw(source):
         return source
     try:
-        image, _ = load_image(source, False)
-        return image if image.mode == "RGB" else image.convert("RGB")
+        with image_stage("decode"):
+            image, _ = load_image(source, False)
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # each of Pillow's formats has errors of its own
         raise refusal("image", f"an image cannot be decoded: {error!s:.300}") from error

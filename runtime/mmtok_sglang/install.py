@@ -177,11 +177,12 @@ def _register_classes(model_class: type, processor_class: type) -> None:
 def _override_problems(subclass: type) -> Iterator[str]:
     """Gives what is wrong with the methods that a class marks as overrides of SGLang's."""
     for ours in subclass.__mro__:
-        for name, function in vars(ours).items():
+        for name, written in vars(ours).items():
+            function = _function_of(written)
             if not getattr(function, "__override__", False):
                 continue
             bases = (vars(base) for base in subclass.__mro__ if _is_sglangs(base))
-            theirs = next((methods[name] for methods in bases if name in methods), None)
+            theirs = next((_function_of(methods[name]) for methods in bases if name in methods), None)
             if theirs is None:
                 yield f"{subclass.__name__}.{name} overrides nothing"
                 continue
@@ -193,6 +194,11 @@ def _override_problems(subclass: type) -> Iterator[str]:
                 yield f"{subclass.__name__}.{name} overrides one that takes ({' '.join(names)}): {error}"
             if inspect.iscoroutinefunction(function) != inspect.iscoroutinefunction(theirs):
                 yield f"{subclass.__name__}.{name} and what it overrides are not both coroutine functions"
+
+
+def _function_of(written: Any) -> Any:
+    """Returns the function of a class method or a static method; anything else as it is."""
+    return getattr(written, "__func__", written)
 
 
 def _is_sglangs(each: type) -> bool:
@@ -211,7 +217,7 @@ def _problem(hook: Hook) -> str | None:
     written = vars(parent).get(name)
     if written is None:
         return f"{hook.path} is inherited, expected in the class itself"
-    function = inspect.unwrap(getattr(written, "__func__", written))
+    function = inspect.unwrap(_function_of(written))
     if not inspect.isfunction(function):
         return f"{hook.path} is a {type(function).__name__}, expected a function"
     found = " ".join(_STARS.get(each.kind, "") + each.name for each in inspect.signature(function).parameters.values())

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from mmtok_sglang.pixels import take_over_scaling
 from mmtok_sglang.server import current
+from mmtok_sglang.stages import image_stage
 
 __all__ = ["PrunedProcessor"]
 
@@ -38,6 +39,18 @@ class PrunedProcessor(_Base):
             return await super(PrunedProcessor, processor).process_mm_data_async(*args, **kwargs)  # noqa: UP008
 
         return await current().process(original, self, image_data, *args, **kwargs)
+
+    @classmethod
+    @override
+    def _load_single_item(cls, *args: Any, **kwargs: Any) -> Any:
+        with image_stage("decode"):
+            return super()._load_single_item(*args, **kwargs)
+
+    @override
+    def process_mm_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the Hugging Face processor makes of a request."""
+        with image_stage("preprocess"):
+            return super().process_mm_data(*args, **kwargs)
 
     @override
     def clear_preprocess_cache(self) -> None:

@@ -1,18 +1,40 @@
-"""Where a prefill's time goes: the vision encoder and the language model, beside the selection between them."""
+"""Where a request's time goes: its images in the tokenizer process; encoder and language model in the scheduler's.
+
+The selection, which comes between the last two, is timed by `metrics`.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mmtok_sglang.metrics import Clock, collectors, never_raises, start_clock
 from mmtok_sglang.ranks import is_first_rank
 
-__all__ = ["StageMetrics"]
+__all__ = ["StageMetrics", "image_stage"]
+
+
+@contextmanager
+def image_stage(name: Literal["decode", "preprocess", "hash", "transport"]) -> Iterator[None]:
+    """Times what the block does for a request's images in the tokenizer process; what raises is not counted.
+
+    The block is the work itself, in the thread that does it, without the wait for a free thread: added up over all
+    requests, it says how busy the process is.
+    """
+    start_s = time.perf_counter()
+    yield
+    _observe(f"image_{name}_milliseconds", 1000 * (time.perf_counter() - start_s))
+
+
+@never_raises
+def _observe(histogram: str, milliseconds: float) -> None:
+    collectors()[histogram].observe(milliseconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.placeholders import plan_of
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.refusals import refusal
+from mmtok_sglang.stages import image_stage
 
 __all__ = ["TransformersModel", "TransformersProcessor", "separate_images"]
 
@@ -40,6 +41,11 @@ class TransformersProcessor(PrunedProcessor, TransformersAutoMultimodalProcessor
     """
 
     generates_input_ids_from_raw_prompt = True
+
+    @override
+    def _apply_hf_processor(self, *args: Any, **kwargs: Any) -> Any:
+        with image_stage("preprocess"):
+            return super()._apply_hf_processor(*args, **kwargs)
 
 
 class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCausalLM):

@@ -238,12 +238,16 @@ class Theirs:
 
     async def process(self, text: Any) -> Any: ...
 
+    @classmethod
+    def load(cls, data: Any) -> Any: ...
+
 
 Theirs.__module__ = "sglang.srt.stand_in"
 
 
 def overriding(name: str, function: Callable[..., Any]) -> type:
-    return type("Ours", (Theirs,), {"__module__": "ours", name: override(function)})
+    written = override(function)
+    return type("Ours", (Theirs,), {"__module__": "ours", name: classmethod(written) if name == "load" else written})
 
 
 async def coroutine(self: Any, text: Any) -> None: ...
@@ -255,6 +259,8 @@ async def coroutine(self: Any, text: Any) -> None: ...
         ("encode", lambda self, items, dtype=None: None, None),
         ("encode", lambda self, *args, **kwargs: None, None),
         ("process", coroutine, None),
+        ("load", lambda cls, *args, **kwargs: None, None),
+        ("load", lambda cls, data, more: None, "Ours.load overrides one .*missing.* 'more'"),
         ("encode", lambda self, items: None, r"Ours.encode overrides one that takes \(self items dtype\): .*dtype"),
         ("encode", lambda self, items, dtype, more: None, "Ours.encode overrides one .*missing.* 'more'"),
         ("decode", lambda self: None, "Ours.decode overrides nothing"),

@@ -248,6 +248,19 @@ def test_image_without_a_token_to_pick(served: Served) -> None:
     served.check(CHATS["one image"], served.ask(CHATS["one image"]))
 
 
+def test_the_tokenizer_process_times_each_step_of_an_image(served: Served) -> None:
+    # Reading and decoding are one step each; without images there is nothing to time.
+    counts = {"decode": 4, "preprocess": 1, "hash": 1, "transport": 1}
+    for chat, factor in ((CHATS["two images"], 1), (Chat.ask("Tell me about cats."), 0)):
+        before = {name: served.metric(f"image_{name}_milliseconds_count") for name in counts}
+        served.ask(chat)
+        after = {name: served.metric(f"image_{name}_milliseconds_count") for name in counts}
+        assert {name: after[name] - before[name] for name in counts} == {
+            name: factor * count for name, count in counts.items()
+        }
+    assert all(served.metric(f"image_{name}_milliseconds_sum") > 0 for name in counts)
+
+
 def test_question_of_four_thousand_words(served: Served) -> None:
     chat = Chat.ask(small("coffee", 112, 112), " ".join("bcdfgjkl"[i % 8] for i in range(4000)))
     if served.family == "llava-next":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from mmtok_sglang import stages
-from mmtok_sglang.stages import StageMetrics
+from mmtok_sglang.stages import StageMetrics, image_stage
 from tests.runtime.test_metrics import DeviceClock, value
 
 MODEL = torch.nn.Linear(1, 1)
@@ -89,3 +90,15 @@ def test_one_rank_times_for_all(monkeypatch: pytest.MonkeyPatch, clocks: list[De
     assert counted.forward(lambda: "logits", batch(), CPU) == "logits"
     counted.start_language_model(CPU)
     assert clocks == []
+
+
+def test_a_step_of_an_image_is_timed_unless_it_fails() -> None:
+    names = ("image_hash_milliseconds_count", "image_hash_milliseconds_sum")
+    before = [value(name) for name in names]
+    with image_stage("hash"):
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="no image"), image_stage("hash"):
+        raise ValueError("no image")
+    count, milliseconds = (value(name) - then for name, then in zip(names, before, strict=True))
+    assert count == 1
+    assert 20 <= milliseconds < 1000

@@ -25,7 +25,10 @@ _VARIANTS = ("unpruned", "mmtok", "downsample")
 # Image processors round a side to whole patches, and the tokens of texts are counted on the requests sent.
 _EQUAL_TOKENS = 0.1
 _LATENCIES = tuple(f"{phase}_{quantile}_ms" for phase in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99"))
-PHASES = ("vision_encoder_ms", "selection_ms", "language_prefill_ms")
+PHASES = (
+    *("image_decode_ms", "image_preprocess_ms", "image_hash_ms", "image_transport_ms"),
+    *("vision_encoder_ms", "selection_ms", "language_prefill_ms"),
+)
 """The measured parts of the time to first token."""
 _DETAILS = {
     "Latency": _LATENCIES,

@@ -12,6 +12,10 @@ from mmtok_bench.report.tables import DOWNSAMPLED, PALETTE, UNPRUNED, Plot, new_
 __all__ = ["phases_ms", "plots_of_model"]
 
 _PHASE_COLOURS = {
+    "image decoding": "#c98a1b",
+    "image preprocessing": "#e0b04f",
+    "image hash": "#7b5fc0",
+    "transport": "#a893da",
     "vision encoder": "#3d7fd6",
     "selection": "#c14b7c",
     "language prefill": "#0f8f89",

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.model import PrunedModel
+from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.smaller_images import ProcessorSizes
+from mmtok_sglang.stages import image_stage
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
-__all__ = ["Qwen", "QwenModel"]
+__all__ = ["Qwen", "QwenModel", "QwenProcessor"]
 
 _MAX_PIXELS_ON_CPU = 2048 * 2048
 _MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
@@ -58,6 +61,22 @@ class QwenModel(PrunedModel):
     def in_raster_order(self, groups: Tensor, grids: Tensor) -> Tensor:
         """Returns [N, d] rows in the order of the tokens, from the order in which they go into the merger."""
         return groups
+
+
+class QwenProcessor(PrunedProcessor):
+    """Times the steps of SGLang's other path for images, which some models and --mm-preprocess-cache-size-mb take."""
+
+    @override
+    def decode_media_snapshot(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns a decoded image."""
+        with image_stage("decode"):
+            return super().decode_media_snapshot(*args, **kwargs)
+
+    @override
+    def prepare_artifact_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the Hugging Face processor makes of images."""
+        with image_stage("preprocess"):
+            return super().prepare_artifact_batch(*args, **kwargs)
 
 
 class Qwen(Family):

@@ -9,8 +9,7 @@ from sglang.srt.models import qwen2_5_vl
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 from torch import Tensor
 
-from mmtok_sglang.families.qwen import Qwen, QwenModel
-from mmtok_sglang.processor import PrunedProcessor
+from mmtok_sglang.families.qwen import Qwen, QwenModel, QwenProcessor
 
 __all__ = ["Qwen25VL"]
 
@@ -24,7 +23,7 @@ class Qwen2_5_VLForConditionalGeneration(QwenModel, qwen2_5_vl.Qwen2_5_VLForCond
         return groups[torch.argsort(window_order).to(groups.device, non_blocking=True)]
 
 
-class Qwen2_5_VLProcessor(PrunedProcessor, QwenVLImageProcessor):  # noqa: N801
+class Qwen2_5_VLProcessor(QwenProcessor, QwenVLImageProcessor):  # noqa: N801
     """The processor."""
 
     models: ClassVar[list[type]] = [Qwen2_5_VLForConditionalGeneration]
