@@ -17,6 +17,7 @@ import transformers
 from mmtok_bench.dummy_models import DUMMY_ARGUMENTS, make_processor, write_dummy_model
 from mmtok_bench.run import Run, quiet_transformers, run_command
 from mmtok_bench.serve.image_tokens import count_image_tokens, downsampled_px
+from mmtok_bench.serve.load import LoadGenerator, load_command
 from mmtok_bench.serve.measure import ModelRun, load_of
 from mmtok_bench.serve.plan import Side, Turn, plan_cases, plan_turns, sides_of
 from mmtok_bench.serve.presets import ServedModel, ServePlan, Size, plan_of
@@ -73,9 +74,9 @@ def _run(arguments: argparse.Namespace) -> int:
     run = Run(BENCH, arguments.results_dir, resume=arguments.resume, json_output=arguments.json)
     parts = [replace(part, turns=_left(plan, part, run)) for part in parts]
     try:
-        with run.steps(sum(_num_steps(part) for part in parts)):
+        with run.steps(sum(_num_steps(part) for part in parts)), LoadGenerator() as generator:
             for part in parts:
-                _run_part(plan, part, run)
+                _run_part(plan, part, generator, run)
     finally:
         run.show()
     return 1 if run.failures else 0
@@ -117,16 +118,17 @@ def _num_steps(part: _Part) -> int:
     return sum(len(turn.cases) for turn in part.turns)
 
 
-def _run_part(plan: ServePlan, part: _Part, run: Run) -> None:
+def _run_part(plan: ServePlan, part: _Part, generator: LoadGenerator, run: Run) -> None:
     if not part.turns:
         return
+    generator.start()
     if part.model.model_path is None:
         run.step(f"{part.model.name}: writing the model")
         write_dummy_model(part.model.name, part.model_path)
     try:
         make = partial(side_server, plan, part.model, part.model_path, run.folder)
         with ServerPool(make, side_by_side=plan.side_by_side) as pool:
-            ModelRun(plan, part.model, part.model_path, pool, run).measure(part.sides, part.turns)
+            ModelRun(plan, part.model, part.model_path, pool, generator, run).measure(part.sides, part.turns)
     finally:
         # Chats hold their images, a gigabyte in a long sweep, and are made again.
         shutil.rmtree(run.folder / "chats", ignore_errors=True)
@@ -141,6 +143,6 @@ def _print_commands(plan: ServePlan, parts: list[_Part], folder: Path) -> None:
             print(shlex.join(["env", *environment, *server.command] if environment else server.command))
         for turn in part.turns:
             for case in turn.cases:
-                command, *_ = load_of(plan, turn, case, servers[turn.side], part.model_path, folder)
+                arguments, *_ = load_of(plan, turn, case, servers[turn.side], part.model_path, folder)
                 print(f"# round {turn.round_idx}, {case.method} at budget {case.budget}")
-                print(shlex.join(command))
+                print(shlex.join(load_command(arguments)))

@@ -1,15 +1,19 @@
-"""The load generator: SGLang's own `sglang.benchmark.serving`, run as the command that users run."""
+"""The load generator: SGLang's own `sglang.benchmark.serving`, with the arguments that users give it."""
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import IO
 
 from mmtok_bench.client import MeasurementError, user_message
 from mmtok_bench.photographs import photograph_url
@@ -17,8 +21,9 @@ from mmtok_bench.process_tree import end_process_tree
 from mmtok_bench.serve.plan import LoadCase
 from mmtok_bench.serve.presets import Size
 
-__all__ = ["LoadError", "LoadResult", "load_command", "read_load", "run_load", "write_chats"]
+__all__ = ["LoadError", "LoadGenerator", "LoadResult", "load_arguments", "load_command", "read_load", "write_chats"]
 
+_MODULE = "sglang.benchmark.serving"
 _TIMEOUT_S = 3600.0
 _POLL_INTERVAL_S = 0.2
 _LOG_END_LINES = 15
@@ -80,7 +85,12 @@ def write_chats(
             file.write(json.dumps({"messages": [message]}) + "\n")
 
 
-def load_command(
+def load_command(arguments: Sequence[str]) -> list[str]:
+    """Returns the command line by which a user runs a load with these arguments."""
+    return [sys.executable, "-m", _MODULE, *arguments]
+
+
+def load_arguments(
     case: LoadCase,
     url: str,
     model_path: str,
@@ -91,7 +101,7 @@ def load_command(
     chats: Path,
     output: Path,
 ) -> list[str]:
-    """Returns the load generator's command line for one case.
+    """Returns the load generator's arguments for one case.
 
     Args:
         case: What to measure.
@@ -117,7 +127,7 @@ def load_command(
             "--random-range-ratio=1.0",
         ]
     return [
-        *(sys.executable, "-m", "sglang.benchmark.serving", "--backend=sglang-oai-chat"),
+        "--backend=sglang-oai-chat",
         *(f"--base-url={url}", f"--model={model_path}", f"--tokenizer={model_path}"),
         *data,
         *(f"--num-prompts={num_requests}", f"--max-concurrency={case.concurrency}", f"--seed={seed}"),
@@ -129,44 +139,114 @@ def load_command(
     ]
 
 
-def run_load(
-    command: Sequence[str],
-    log: Path,
-    *,
-    is_server_alive: Callable[[], bool] = lambda: True,
-    timeout_s: float = _TIMEOUT_S,
-) -> None:
-    """Runs the load generator to its end, or to that of the server.
+class LoadGenerator:
+    """SGLang's load generator, in a process that imports it once and forks for each load.
 
-    Raises:
-        LoadError: It failed, took longer than `timeout_s`, or lost its server; the message ends with its log's end.
+    The import takes 9 s of CPU. The process runs from `start`, or the first load, until the `with` block ends or a load
+    is stopped; in a session of its own, so that Ctrl-C reaches this process alone, which then ends it.
+
+    Args:
+        module: What is imported; its `cli_main` runs a load.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    # Requests go to this machine: a proxy named in the environment is not asked.
-    environment = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
-    deadline_s = time.monotonic() + timeout_s
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+
+    def __init__(self, module: str = _MODULE) -> None:
+        self._module = module
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def __enter__(self) -> LoadGenerator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._errors.close()
+
+    def start(self) -> None:
+        """Starts the process, if it does not run, and returns at once: servers can start meanwhile."""
+        if self._process is not None:
+            return
+        # Requests go to this machine: a proxy named in the environment is not asked.
+        environment = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mmtok_bench.serve.load_process", self._module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            bufsize=0,
             env={**os.environ, **environment},
-            # Ctrl-C reaches this process alone, which then ends it.
             start_new_session=True,
         )
+
+    def stop(self) -> None:
+        """Ends the process and a load that it runs."""
+        process, self._process = self._process, None
+        if process is None:
+            return
         try:
-            while process.poll() is None and time.monotonic() < deadline_s and is_server_alive():
-                time.sleep(_POLL_INTERVAL_S)
-            status = process.returncode
+            end_process_tree(process.pid, grace_s=1.0)
         finally:
-            if process.returncode is None:
-                end_process_tree(process.pid, grace_s=1.0)
-                process.wait()
-    if status != 0:
-        ended = "was stopped: no server, or no time left" if status is None else f"failed (exit status {status})"
-        lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_LOG_END_LINES:]
-        raise LoadError(f"the load generator {ended}. The end of its log, {log}:\n" + "\n".join(lines))
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        is_server_alive: Callable[[], bool] = lambda: True,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:
+        """Runs a load to its end, or to that of the server.
+
+        Args:
+            arguments: The load generator's.
+            log: Where its output goes.
+            is_server_alive: Asked while it runs.
+            timeout_s: After so many seconds it is stopped.
+
+        Raises:
+            LoadError: It failed, took longer than `timeout_s`, or lost its server; the message ends with its log's end.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        self.start()
+        status = None
+        try:
+            status = self._status_of(arguments, log, is_server_alive, time.monotonic() + timeout_s)
+        finally:
+            if status is None:
+                self.stop()
+        if status != 0:
+            ended = "was stopped: no server, or no time left" if status is None else f"failed (exit status {status})"
+            lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_LOG_END_LINES:]
+            raise LoadError(f"the load generator {ended}. The end of its log, {log}:\n" + "\n".join(lines))
+
+    def _status_of(
+        self, arguments: Sequence[str], log: Path, is_server_alive: Callable[[], bool], deadline_s: float
+    ) -> int | None:
+        """Returns the exit status of a load; None for one that has not ended.
+
+        Raises:
+            LoadError: The process died.
+        """
+        assert self._process is not None
+        told, statuses = self._process.stdin, self._process.stdout
+        assert told is not None
+        assert statuses is not None
+        try:
+            told.write(json.dumps({"arguments": list(arguments), "log": str(log)}).encode() + b"\n")
+            while time.monotonic() < deadline_s and is_server_alive():
+                if select.select([statuses], [], [], _POLL_INTERVAL_S)[0]:
+                    return int(statuses.readline())
+        except (BrokenPipeError, ValueError):
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").rstrip().splitlines()[-_LOG_END_LINES:]
+            raise LoadError(f"{self._module} does not run. The end of what it said:\n" + "\n".join(lines)) from None
+        return None
 
 
 def read_load(output: Path) -> LoadResult:

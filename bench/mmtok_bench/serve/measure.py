@@ -8,7 +8,7 @@ from pathlib import Path
 from mmtok_bench.client import Answer, RequestError, ask, in_parallel
 from mmtok_bench.photographs import photograph_url
 from mmtok_bench.run import Run
-from mmtok_bench.serve.load import LoadError, load_command, read_load, run_load, write_chats
+from mmtok_bench.serve.load import LoadError, LoadGenerator, load_arguments, read_load, write_chats
 from mmtok_bench.serve.plan import OFF, LoadCase, Method, Side, Turn
 from mmtok_bench.serve.presets import QUESTIONS, ServedModel, ServePlan, Size
 from mmtok_bench.serve.rows import Sample, serve_row
@@ -31,14 +31,24 @@ class ModelRun:
         model: The model that is measured.
         model_path: Its folder.
         pool: Its servers.
+        generator: Sends the requests.
         run: Takes the rows and what went wrong; measuring goes on with what is left.
     """
 
-    def __init__(self, plan: ServePlan, model: ServedModel, model_path: Path, pool: ServerPool[Side], run: Run) -> None:
+    def __init__(
+        self,
+        plan: ServePlan,
+        model: ServedModel,
+        model_path: Path,
+        pool: ServerPool[Side],
+        generator: LoadGenerator,
+        run: Run,
+    ) -> None:
         self._plan = plan
         self._model = model
         self._model_path = model_path
         self._pool = pool
+        self._generator = generator
         self._run = run
         self._samples: dict[LoadCase, list[Sample]] = {}
         self._tokens: dict[Size, int] = {}
@@ -139,7 +149,7 @@ class ModelRun:
         return max(in_parallel(at_once, ask_about, seeds))
 
     def _sample(self, server: SglangServer, turn: Turn, case: LoadCase, kept: int) -> Sample:
-        command, chats, output = load_of(self._plan, turn, case, server, self._model_path, self._run.folder)
+        arguments, chats, output = load_of(self._plan, turn, case, server, self._model_path, self._run.folder)
         seeds = _seeds_of(self._plan, turn, case)
         if case.image_kind == "photograph" and not chats.exists():
             # With the prefix cache on, servers are asked the first question about every image beforehand.
@@ -150,7 +160,7 @@ class ModelRun:
             self._ask_all(server, seeds, case, case.image_px, case.concurrency)
         before = read_counts(server)
         with PeakMemory(server.process_id, on_cpu=self._plan.device == "cpu") as memory:
-            run_load(command, output.with_suffix(".log"), is_server_alive=server.is_alive)
+            self._generator.run(arguments, output.with_suffix(".log"), is_server_alive=server.is_alive)
         load = read_load(output)
         return Sample(
             load=load,
@@ -165,7 +175,7 @@ class ModelRun:
 def load_of(
     plan: ServePlan, turn: Turn, case: LoadCase, server: SglangServer, model_path: Path, folder: Path
 ) -> tuple[list[str], Path, Path]:
-    """Returns the load generator's command of a case, the file of its chats, and that of its result.
+    """Returns the load generator's arguments of a case, the file of its chats, and that of its result.
 
     One file of chats serves all sides that are sent the same images.
     """
@@ -173,7 +183,7 @@ def load_of(
     images = f"{case.side.prefix_cache}-{size}-as-{sent}-at-{case.concurrency}-round-{turn.round_idx}"
     chats = folder / "chats" / f"{images}.jsonl"
     output = folder / "load" / f"{case.method}-{case.budget.replace('%', 'pct')}-{case.image_kind}-{images}.jsonl"
-    command = load_command(
+    arguments = load_arguments(
         case,
         server.url,
         str(model_path),
@@ -183,7 +193,7 @@ def load_of(
         chats=chats,
         output=output,
     )
-    return command, chats, output
+    return arguments, chats, output
 
 
 def first_difference(without: Sequence[Answer], with_all: Sequence[Answer]) -> str | None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from mmtok_bench.serve.load import LoadError, read_load, run_load, write_chats
+from mmtok_bench.serve.load import LoadError, LoadGenerator, read_load, write_chats
 
 # The fields that are read of a line of `--output-file` with `--output-details`; times in seconds.
 RESULT: dict[str, Any] = {
@@ -58,24 +59,63 @@ def test_a_file_that_was_not_written_is_an_error(tmp_path: Path) -> None:
         read_load(tmp_path / "none.jsonl")
 
 
-def test_a_load_generator_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; print('first', flush=True); sys.exit('no such data set')"]
+@pytest.fixture
+def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoadGenerator]:
+    """A stand-in whose `cli_main` runs the program that it is given as an argument."""
+    program = "import os, sys\n\nPROCESS = os.getpid()\n\ndef cli_main():\n    exec(sys.argv[1])\n"
+    (tmp_path / "stand_in.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    before = set(psutil.Process().children(recursive=True))
+    with LoadGenerator("stand_in") as made:
+        yield made
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+def test_one_import_serves_every_load(tmp_path: Path, generator: LoadGenerator) -> None:
+    logs = [tmp_path / "logs" / f"{number}.log" for number in range(2)]
+    for log in logs:
+        generator.run(["print(PROCESS, os.getpid(), sys.stdin.read(), file=sys.stderr)"], log)
+    (imported, first), (again, second) = (map(int, log.read_text().split()) for log in logs)
+    assert imported == again
+    assert len({imported, first, second}) == 3
+
+
+def test_a_load_that_fails_shows_the_end_of_its_log_and_the_next_one_runs(
+    tmp_path: Path, generator: LoadGenerator
+) -> None:
     with pytest.raises(LoadError, match=r"failed \(exit status 1\)(.|\n)*no such data set$"):
-        run_load(command, tmp_path / "logs" / "it.log")
+        generator.run(["print('first', flush=True); sys.exit('no such data set')"], tmp_path / "it.log")
+    with pytest.raises(LoadError, match=r"failed \(exit status 1\)(.|\n)*ZeroDivisionError"):
+        generator.run(["1 / 0"], tmp_path / "it.log")
+    generator.run(["print('answered')"], tmp_path / "it.log")
+    assert (tmp_path / "it.log").read_text() == "answered\n"
 
 
 @pytest.mark.parametrize("reason", ["timeout", "server"])
-def test_a_load_generator_that_hangs_is_ended_with_what_it_started(tmp_path: Path, reason: str) -> None:
-    script = "import subprocess; subprocess.run(['sleep', '60'])"
-    before = set(psutil.Process().children(recursive=True))
+def test_a_load_that_hangs_is_ended_with_what_it_started(tmp_path: Path, generator: LoadGenerator, reason: str) -> None:
+    # A duration that no other process sleeps for.
+    duration = f"600.{os.getpid()}"
+    is_started = tmp_path / "started"
     with pytest.raises(LoadError, match="was stopped: no server, or no time left"):
-        run_load(
-            [sys.executable, "-c", script],
+        generator.run(
+            [f"open({str(is_started)!r}, 'w'); import subprocess; subprocess.run(['sleep', '{duration}'])"],
             tmp_path / "it.log",
-            is_server_alive=lambda: reason != "server",
-            timeout_s=0.5 if reason == "timeout" else 60,
+            is_server_alive=lambda: reason != "server" or not is_started.exists(),
+            timeout_s=5 if reason == "timeout" else 60,
         )
-    assert set(psutil.Process().children(recursive=True)) <= before
+    assert is_started.exists()
+    assert not any(duration in (each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"]))
+    generator.run(["print('answered')"], tmp_path / "it.log")
+
+
+def test_a_load_generator_that_cannot_be_imported_says_why(tmp_path: Path) -> None:
+    with LoadGenerator("no_such_module") as broken, pytest.raises(LoadError, match="No module named 'no_such_module'"):
+        broken.run([], tmp_path / "it.log")
+
+
+def test_the_load_generator_takes_its_arguments(tmp_path: Path) -> None:
+    with LoadGenerator() as generator, pytest.raises(LoadError, match=r"failed \(exit status 2\)(.|\n)*--no-such-flag"):
+        generator.run(["--no-such-flag"], tmp_path / "it.log")
 
 
 def images(path: Path) -> list[Image.Image]:
