@@ -71,7 +71,9 @@ class PixelScale:
         return channels[:, :, None].expand(-1, -1, self.num_frames, -1).flatten(1)
 
 
-def take_over_scaling(image_processor: Any, image_config: Mapping[str, Any]) -> PixelScale | None:
+def take_over_scaling(
+    image_processor: Any, image_config: Mapping[str, Any], *, stays_on_device: bool = False
+) -> PixelScale | None:
     """Has the processor leave pixels as 8-bit values; returns how to scale them.
 
     It is tried on an image: unless the pixels are bit for bit the processor's, it stays as it is, with the reason in
@@ -80,7 +82,11 @@ def take_over_scaling(image_processor: Any, image_config: Mapping[str, Any]) -> 
     Args:
         image_processor: Hugging Face's, of this process.
         image_config: The server's `--mm-process-config` for images.
+        stays_on_device: SGLang hands pixels over in the GPU's memory, which it does before the plugin sees them.
     """
+    if stays_on_device:
+        logger.info("MMTok leaves pixels in float32: --mm-feature-transport keeps them on the GPU")
+        return None
     own = [name for name in (*_SCALING, *_CONSTANTS) if name in image_config]
     if own:
         logger.info("MMTok leaves pixels in float32: --mm-process-config sets %s", ", ".join(own))

@@ -94,6 +94,13 @@ def test_a_processor_that_does_not_normalise_keeps_its_way() -> None:
     assert image_processor.do_rescale
 
 
+def test_pixels_that_stay_in_the_gpus_memory_are_scaled_by_the_processor() -> None:
+    """SGLang wraps them for the scheduler before the plugin could say how they are to be scaled."""
+    image_processor = processor_of("qwen2.5-vl")
+    assert take_over_scaling(image_processor, {}, stays_on_device=True) is None
+    assert (image_processor.do_rescale, image_processor.do_normalize) == (True, True)
+
+
 def test_features_that_are_not_pixels_stay_as_they_are() -> None:
     scale = PixelScale([0.5] * 3, [0.5] * 3)
     item = item_of(torch.rand(2, 8))
