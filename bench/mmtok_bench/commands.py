@@ -35,7 +35,6 @@ def add_bench_commands(commands: Any) -> None:
     benches = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True, metavar="WHAT")
     _add_selector(benches)
     _add_serve(benches)
-    _add_second_question(benches)
     _add_report(benches)
     _add_quality(commands)
     _add_soak(commands)
@@ -99,10 +98,19 @@ def _add_serve(benches: Any) -> None:
     serve.add_argument("--image-kinds", type=each(one_of("photograph", "random")), help="photograph,random")
     serve.add_argument("--prefix-cache", type=each(one_of("off", "on")), help="off,on")
     serve.add_argument(
-        "--num-requests", type=count, help="of each row and round; never fewer than twice the concurrency"
+        "--questions-per-image",
+        type=each(count),
+        metavar="NUMBERS",
+        help="questions about an image, one after another, as MME, POPE and chats ask them: 1,2,6",
     )
+    serve.add_argument(
+        "--images-in-turn",
+        type=count,
+        help="images that these are asked about in turns (default: as many as requests at a time)",
+    )
+    serve.add_argument("--num-requests", type=count, help="of each row and round; never fewer than there are clients")
     serve.add_argument("--output-tokens", type=count, help="length of every answer")
-    serve.add_argument("--rounds", type=count, help="how often the servers take turns, in alternating order")
+    serve.add_argument("--rounds", type=count, help="how often each row is measured, the servers in turns (default 5)")
     serve.add_argument(
         "--server-args",
         type=shlex.split,
@@ -112,12 +120,6 @@ def _add_serve(benches: Any) -> None:
     )
     add_run_arguments(serve, "artifacts/bench/serve")
     serve.add_argument("--dry-run", action="store_true", help="print every command instead of running it")
-
-
-def _add_second_question(benches: Any) -> None:
-    second = benches.add_parser("second-question", help="time to first token of a second question about an image")
-    second.set_defaults(run="mmtok_bench.serve.second_question:run_second_question_bench")
-    add_run_arguments(second, "artifacts/bench/second-question", with_resume=False)
 
 
 def _add_report(benches: Any) -> None:

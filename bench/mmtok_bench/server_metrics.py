@@ -24,6 +24,7 @@ _STAGES = {
     "selection_ms": "mmtok:selection_milliseconds_sum",
     "language_prefill_ms": "mmtok:language_prefill_milliseconds_sum",
 }
+_ENCODED = "mmtok:vision_encoder_images_total"
 _FALLBACKS = "mmtok:selection_fallbacks_total"
 
 
@@ -47,7 +48,7 @@ def parse_counts(text: str) -> dict[str, float]:
 
 
 def stage_metrics(before: Mapping[str, float], after: Mapping[str, float], num_requests: int) -> dict[str, float]:
-    """Returns milliseconds a request by stage, and images that kept evenly spaced tokens; absent what is not counted.
+    """Returns milliseconds and encoded images a request, and fallbacks to evenly spaced tokens; absent what is missing.
 
     Args:
         before: `read_counts` before the requests.
@@ -56,6 +57,8 @@ def stage_metrics(before: Mapping[str, float], after: Mapping[str, float], num_r
     """
     counted = {name: after[name] - before.get(name, 0.0) for name in after}
     metrics = {name: counted[count] / num_requests for name, count in _STAGES.items() if count in counted}
+    if _ENCODED in counted:
+        metrics["images_encoded_per_request"] = counted[_ENCODED] / num_requests
     return metrics | ({"num_fallbacks": counted[_FALLBACKS]} if _FALLBACKS in counted else {})
 
 

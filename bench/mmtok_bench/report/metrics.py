@@ -7,7 +7,7 @@ from typing import Literal
 
 __all__ = ["Metric", "compare", "format_value", "metric", "tone"]
 
-Kind = Literal["time", "rate", "bytes", "count", "capacity", "share"]
+Kind = Literal["time", "rate", "bytes", "count", "capacity", "share", "ratio"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,14 @@ _METRICS = {
     "kv_tokens_per_request": Metric("KV tokens a request", "count"),
     "peak_memory_bytes": Metric("peak memory, GiB", "bytes"),
     "max_requests_at_once": Metric("requests that fit at once", "capacity"),
+    "images_encoded_per_request": Metric("images encoded a request", "count"),
+    "ttft_p50_gain": Metric("TTFT p50 gain, x", "ratio"),
+    "ttft_p50_gain_low": Metric("TTFT p50 gain, low end, x", "ratio"),
+    "ttft_p50_gain_high": Metric("TTFT p50 gain, high end, x", "ratio"),
+    "requests_per_s_gain": Metric("requests/s gain, x", "ratio"),
+    "requests_per_s_gain_low": Metric("requests/s gain, low end, x", "ratio"),
+    "requests_per_s_gain_high": Metric("requests/s gain, high end, x", "ratio"),
+    "num_rounds": Metric("rounds", None),
     "num_failed": Metric("failed requests", "count"),
     "duration_s": Metric("duration, s", None),
     "accuracy": Metric("accuracy, %", "share"),
@@ -54,9 +62,10 @@ _WORDS = {
     "count": ("smaller", "larger"),
     "rate": ("higher", "lower"),
     "capacity": ("higher", "lower"),
+    "ratio": ("higher", "lower"),
 }
 """A kind -> the word for the better of two, and for the worse; no word is both."""
-_MORE_IS_BETTER = ("rate", "capacity")
+_MORE_IS_BETTER = ("rate", "capacity", "ratio")
 _NEWS = 1.05
 _GIB = 2**30
 
@@ -82,6 +91,8 @@ def format_value(name: str, value: float | None) -> str:
         return f"{100 * value:.1f}"
     if kind in ("time", "rate"):
         return _digits(value)
+    if kind == "ratio":
+        return f"{value:.2f}"
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
 
 

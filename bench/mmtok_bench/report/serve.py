@@ -30,16 +30,22 @@ PHASES = (
     *("vision_encoder_ms", "selection_ms", "language_prefill_ms"),
 )
 """The measured parts of the time to first token."""
+_GAINS = ("ttft_p50_ms", "requests_per_s")
+_INTERVALS = {name: f"{name.removesuffix('_ms')}_gain" for name in _GAINS}
 _DETAILS = {
-    "Latency": _LATENCIES,
-    "Throughput": ("requests_per_s", "input_tokens_per_s", "output_tokens_per_s", "duration_s", "num_failed"),
+    "Latency": (*_LATENCIES, "ttft_first_p50_ms", "ttft_later_p50_ms"),
+    "Throughput": (
+        *("requests_per_s", "input_tokens_per_s", "output_tokens_per_s", "duration_s", "num_rounds", "num_failed"),
+    ),
+    "Gains over the unpruned server: medians of the rounds' ratios, and their 95% intervals": tuple(
+        name + end for name in _INTERVALS.values() for end in ("", "_low", "_high")
+    ),
     "Where the time goes, and memory": (
-        *(*PHASES, "image_tokens_in", "image_tokens_kept"),
+        *(*PHASES, "images_encoded_per_request", "image_tokens_in", "image_tokens_kept"),
         *("kv_tokens_per_request", "peak_memory_bytes", "max_requests_at_once"),
     ),
 }
 _EXPECTED = (*_LATENCIES, *_DETAILS["Throughput"][:3], *_DETAILS["Where the time goes, and memory"])
-_GAINS = ("ttft_p50_ms", "requests_per_s")
 _TEXTS = ("model", "images", "prefix cache", "budget")
 
 
@@ -184,6 +190,12 @@ def _gain_cells(line: Line, name: str) -> tuple[str, str, str]:
     return shown, compare(name, value, unpruned), compare(name, value, downsampled)
 
 
+def _interval(line: Line, name: str) -> str:
+    """Returns the 95% interval of the rounds' ratios to the unpruned server; empty where there was one round."""
+    ends = [line["metrics"].get(f"{_INTERVALS[name]}_{end}") for end in ("low", "high")]
+    return "" if None in ends else f"{ends[0]:.2f} to {ends[1]:.2f}x"
+
+
 def _gains(shown: Sequence[Line]) -> Table:
     extra = _extra_keys(shown)[0]
     lines = []
@@ -194,11 +206,16 @@ def _gains(shown: Sequence[Line]) -> Table:
             cells += [
                 value.rpartition(" ")[2],
                 "" if line["variant"] == "unpruned" else unpruned,
+                _interval(line, name),
                 downsampled if line["variant"] == "mmtok" else "",
             ]
         lines.append((*_case_cells(line, extra), str(line["load"]), _tokens(line), *cells))
     texts = (*_TEXTS, *map(_spoken, extra))
-    columns = (*texts, "at once", "image tokens", *(heading for name in _GAINS for heading in _gain_headings(name)))
+    headings = []
+    for name in _GAINS:
+        value, unpruned, downsampled = _gain_headings(name)
+        headings += [value, unpruned, f"{unpruned}, 95% of rounds", downsampled]
+    columns = (*texts, "at once", "image tokens", *headings)
     return Table("What a budget gains", columns, tuple(lines), num_texts=len(texts)).without_empty_columns()
 
 
@@ -292,6 +309,8 @@ def break_even(lines: Iterable[Line]) -> list[str]:
         is_told = base is not None and line["metrics"].keys() >= needed and base["metrics"].keys() >= set(_GAINS)
         if case.get("method") == "mmtok" and is_told:
             name = f"{line['model']}, prefix cache {case.get('prefix_cache', '')}, budget {line['budget']}"
+            if case.get("questions_per_image", 1) != 1:
+                name += f", {case['questions_per_image']} questions an image"
             ttft = base["metrics"]["ttft_p50_ms"] / line["metrics"]["ttft_p50_ms"]
             throughput = line["metrics"]["requests_per_s"] / base["metrics"]["requests_per_s"]
             groups.setdefault(name, []).append(

@@ -4,5 +4,4 @@ From `presets` (which models, sizes, budgets) `plan` makes the servers, the case
 starts the servers and runs it; `measure` holds the server at budget `all` against the one without the plugin, drives
 each case by a public load generator (`load`, which `load_process` runs), and makes a row of what that and the server
 counted (`rows`).
-`second_question` times the first and second question about an image.
 """

@@ -19,7 +19,7 @@ from mmtok_bench.run import Run, quiet_transformers, run_command
 from mmtok_bench.serve.image_tokens import count_image_tokens, downsampled_px
 from mmtok_bench.serve.load import LoadGenerator, load_command
 from mmtok_bench.serve.measure import ModelRun, load_of
-from mmtok_bench.serve.plan import Side, Turn, plan_cases, plan_turns, sides_of
+from mmtok_bench.serve.plan import Side, Turn, are_side_by_side, plan_cases, plan_turns, sides_of
 from mmtok_bench.serve.presets import ServedModel, ServePlan, Size, plan_of
 from mmtok_bench.serve.rows import BENCH, known_case
 from mmtok_bench.server import ServerPool, SglangServer, make_server
@@ -56,6 +56,8 @@ def side_server(plan: ServePlan, model: ServedModel, model_path: Path, folder: P
         model.family,
         *("--enable-metrics", "--enable-cache-report"),
         *plan.arguments,
+        *(model.beside_others if are_side_by_side(plan, model) else ()),
+        *plan.user_arguments,
         *(DUMMY_ARGUMENTS if model.model_path is None else ()),
         *side.arguments,
         on_cpu=plan.device == "cpu",
@@ -94,8 +96,11 @@ def _parts(plan: ServePlan, results_dir: Path) -> Iterator[_Part]:
         for prefix_cache in plan.prefix_caches:
             cases = plan_cases(model, plan, prefix_cache, smaller_px)
             if not cases:
-                raise ValueError("with the prefix cache on there are photographs only: --image-kinds photograph")
-            turns = plan_turns(cases, rounds=plan.rounds, side_by_side=plan.side_by_side)
+                raise ValueError(
+                    "with the prefix cache on, or several questions an image, there are photographs only: "
+                    "--image-kinds photograph"
+                )
+            turns = plan_turns(cases, rounds=plan.rounds, side_by_side=are_side_by_side(plan, model))
             yield _Part(model, path, sides_of(model, prefix_cache), turns)
 
 
@@ -127,7 +132,7 @@ def _run_part(plan: ServePlan, part: _Part, generator: LoadGenerator, run: Run) 
         write_dummy_model(part.model.name, part.model_path)
     try:
         make = partial(side_server, plan, part.model, part.model_path, run.folder)
-        with ServerPool(make, side_by_side=plan.side_by_side) as pool:
+        with ServerPool(make, side_by_side=are_side_by_side(plan, part.model)) as pool:
             ModelRun(plan, part.model, part.model_path, pool, generator, run).measure(part.sides, part.turns)
     finally:
         # Chats hold their images, a gigabyte in a long sweep, and are made again.

@@ -45,6 +45,7 @@ class LoadResult:
         prompt_tokens: Tokens of each one's prompt, as the server counted: after pruning.
         output_tokens: Tokens of the answers, together.
         duration_s: From the first request to the last answer.
+        answered: The answered requests' numbers, in the order in which they were sent.
         num_failed: Requests without an answer.
         first_error: What the first of those came to; empty if there are none.
     """
@@ -54,6 +55,7 @@ class LoadResult:
     prompt_tokens: tuple[int, ...]
     output_tokens: int
     duration_s: float
+    answered: tuple[int, ...] = ()
     num_failed: int = 0
     first_error: str = ""
 
@@ -62,8 +64,7 @@ def write_chats(
     path: Path,
     image_px: Size,
     sent_px: Size,
-    seeds: Sequence[str],
-    questions: Sequence[str],
+    asked: Sequence[tuple[str, str]],
     *,
     lossless: bool = False,
 ) -> None:
@@ -73,16 +74,14 @@ def write_chats(
         path: The file.
         image_px: Size of the photographs.
         sent_px: Size at which they are sent.
-        seeds: Of the photographs, one a chat.
-        questions: Asked in turns.
+        asked: The photograph's seed and the question of each chat.
         lossless: Photographs are PNGs, not JPEGs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    urls = {seed: photograph_url(image_px, sent_px, seed, lossless=lossless) for seed in dict(asked)}
     with path.open("w", encoding="utf-8") as file:
-        for number, seed in enumerate(seeds):
-            url = photograph_url(image_px, sent_px, seed, lossless=lossless)
-            message = user_message([url], questions[number % len(questions)])
-            file.write(json.dumps({"messages": [message]}) + "\n")
+        for seed, question in asked:
+            file.write(json.dumps({"messages": [user_message([urls[seed]], question)]}) + "\n")
 
 
 def load_command(arguments: Sequence[str]) -> list[str]:
@@ -270,6 +269,7 @@ def read_load(output: Path) -> LoadResult:
     # SGLang's load generator leaves the time at 0 where no text came: that would pass for the best of all.
     if not all(ttfts_s):
         raise LoadError(f"{ttfts_s.count(0.0)} of {len(answered)} answers had no text, so no time to first token")
+    first_error = errors[0] if errors else ""
     return LoadResult(
-        ttfts_s, itls_s, prompt_tokens, output_tokens, duration_s, len(errors), errors[0] if errors else ""
+        ttfts_s, itls_s, prompt_tokens, output_tokens, duration_s, tuple(answered), len(errors), first_error
     )

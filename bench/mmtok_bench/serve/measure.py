@@ -9,13 +9,13 @@ from mmtok_bench.client import Answer, RequestError, ask, in_parallel
 from mmtok_bench.photographs import photograph_url
 from mmtok_bench.run import Run
 from mmtok_bench.serve.load import LoadError, LoadGenerator, load_arguments, read_load, write_chats
-from mmtok_bench.serve.plan import OFF, LoadCase, Method, Side, Turn
+from mmtok_bench.serve.plan import OFF, LoadCase, Method, Side, Turn, are_side_by_side
 from mmtok_bench.serve.presets import QUESTIONS, ServedModel, ServePlan, Size
 from mmtok_bench.serve.rows import Sample, serve_row
 from mmtok_bench.server import ServerError, ServerPool, SglangServer
 from mmtok_bench.server_metrics import PeakMemory, read_counts, stage_metrics
 
-__all__ = ["ModelRun", "first_difference", "load_of"]
+__all__ = ["ModelRun", "chats_of", "first_difference", "load_of"]
 
 _FAILURES = (ServerError, RequestError, LoadError, OSError)
 _CHECKED_TOKENS = 8
@@ -50,7 +50,8 @@ class ModelRun:
         self._pool = pool
         self._generator = generator
         self._run = run
-        self._samples: dict[LoadCase, list[Sample]] = {}
+        self._samples: dict[LoadCase, dict[int, Sample]] = {}
+        self._written: set[LoadCase] = set()
         self._tokens: dict[Size, int] = {}
         self._warm: dict[tuple[SglangServer, Size, Method], int] = {}
 
@@ -77,7 +78,7 @@ class ModelRun:
                     self._run.advance()
         finally:
             # After Ctrl-C, or with a server that died between rounds: what was measured is written.
-            for case in list(self._samples):
+            for case in self._samples:
                 self._write(case)
 
     def _check(self, off: Side, at_all: Side, turns: Sequence[Turn]) -> str | None:
@@ -118,16 +119,27 @@ class ModelRun:
             else:
                 self._run.fail(f"{what}: {type(error).__name__}: {error}")
             return
-        self._samples.setdefault(case, []).append(sample)
+        self._samples.setdefault(case, {})[turn.round_idx] = sample
         if sample.load.num_failed:
             self._run.fail(
                 f"{what}: {sample.load.num_failed} requests failed, the first with: {sample.load.first_error}"
             )
-        if len(self._samples[case]) == self._plan.rounds:
-            self._write(case)
+        # A row has its ratio to the unpruned server, so that comes first.
+        measured = [each for each in self._samples if each.workload == case.workload and self._is_whole(each)]
+        if any(each.is_unpruned for each in measured):
+            for each in sorted(measured, key=lambda each: not each.is_unpruned):
+                self._write(each)
+
+    def _is_whole(self, case: LoadCase) -> bool:
+        return len(self._samples[case]) == self._plan.rounds
 
     def _write(self, case: LoadCase) -> None:
-        self._run.add(serve_row(self._plan, self._model, case, self._samples.pop(case)))
+        if case in self._written:
+            return
+        self._written.add(case)
+        unpruned = (each for each in self._samples if each.workload == case.workload and each.is_unpruned)
+        reference = next(unpruned, case)
+        self._run.add(serve_row(self._plan, self._model, case, self._samples[case], self._samples[reference]))
 
     def _warm_up(self, server: SglangServer, case: LoadCase) -> int:
         """Returns the tokens that the model reads of an image of this size; the first time, the server is warmed up."""
@@ -151,21 +163,24 @@ class ModelRun:
     def _sample(self, server: SglangServer, turn: Turn, case: LoadCase, kept: int) -> Sample:
         arguments, chats, output = load_of(self._plan, turn, case, server, self._model_path, self._run.folder)
         seeds = _seeds_of(self._plan, turn, case)
+        asked = chats_of(self._plan, case, seeds)
         if case.image_kind == "photograph" and not chats.exists():
-            # With the prefix cache on, servers are asked the first question about every image beforehand.
-            questions = QUESTIONS if case.side.prefix_cache == "off" else QUESTIONS[1:]
-            lossless = self._model.sends_png
-            write_chats(chats, case.image_px, case.sent_px, seeds, questions, lossless=lossless)
-        if case.side.prefix_cache == "on":
+            write_chats(chats, case.image_px, case.sent_px, asked, lossless=self._model.sends_png)
+        if case.side.prefix_cache == "on" and case.questions == 1:
             self._ask_all(server, seeds, case, case.image_px, case.concurrency)
         before = read_counts(server)
-        with PeakMemory(server.process_id, on_cpu=self._plan.device == "cpu") as memory:
+        on_cpu = self._plan.device == "cpu"
+        with PeakMemory(server.process_id, on_cpu=on_cpu) as memory:
             self._generator.run(arguments, output.with_suffix(".log"), is_server_alive=server.is_alive)
         load = read_load(output)
+        seen: set[str] = set()
+        is_later = [seed in seen or seen.add(seed) is not None for seed, _ in asked]
         return Sample(
             load=load,
-            stages=stage_metrics(before, read_counts(server), len(seeds)),
-            peak_memory_bytes=memory.peak_bytes,
+            stages=stage_metrics(before, read_counts(server), len(asked)),
+            is_later=[is_later[number] for number in load.answered] if case.questions > 1 else [],
+            # A GPU's memory is that of all servers on it.
+            peak_memory_bytes=memory.peak_bytes if on_cpu or not are_side_by_side(self._plan, self._model) else None,
             max_total_tokens=int(server.server_info()["max_total_num_tokens"]),
             image_tokens_in=self._tokens[case.image_px],
             image_tokens_kept=kept,
@@ -180,14 +195,16 @@ def load_of(
     One file of chats serves all sides that are sent the same images.
     """
     size, sent = ("x".join(map(str, each)) for each in (case.image_px, case.sent_px))
-    images = f"{case.side.prefix_cache}-{size}-as-{sent}-at-{case.concurrency}-round-{turn.round_idx}"
+    images = (
+        f"{case.side.prefix_cache}-{size}-as-{sent}-at-{case.concurrency}-{case.questions}-each-round-{turn.round_idx}"
+    )
     chats = folder / "chats" / f"{images}.jsonl"
     output = folder / "load" / f"{case.method}-{case.budget.replace('%', 'pct')}-{case.image_kind}-{images}.jsonl"
     arguments = load_arguments(
         case,
         server.url,
         str(model_path),
-        num_requests=plan.requests_of(case.concurrency),
+        num_requests=plan.images_of(case.concurrency, case.questions) * case.questions,
         output_tokens=plan.output_tokens,
         seed=turn.round_idx * 1000 + case.concurrency,
         chats=chats,
@@ -213,10 +230,30 @@ def first_difference(without: Sequence[Answer], with_all: Sequence[Answer]) -> s
     return None
 
 
+def chats_of(plan: ServePlan, case: LoadCase, seeds: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the seed of a photograph and the question of each request of a case, in their order.
+
+    Several questions about an image follow one another, and lie as far apart as images are asked about in turns: a
+    question is sent when the one before is answered, for nearly all of them.
+    """
+    if case.questions == 1:
+        # With the prefix cache on, servers are asked the first question about every image beforehand.
+        questions = QUESTIONS if case.side.prefix_cache == "off" else QUESTIONS[1:]
+        return [(seed, questions[number % len(questions)]) for number, seed in enumerate(seeds)]
+    in_turn = plan.images_in_turn or case.concurrency
+    return [
+        (seed, question)
+        for first in range(0, len(seeds), in_turn)
+        for question in QUESTIONS[: case.questions]
+        for seed in seeds[first : first + in_turn]
+    ]
+
+
 def _seeds_of(plan: ServePlan, turn: Turn, case: LoadCase) -> list[str]:
     """Returns the seeds of a case's photographs: others in every round and workload, the same for all sides."""
-    part = f"{'x'.join(map(str, case.image_px))} round {turn.round_idx} at {case.concurrency}"
-    return [f"{part} {number}" for number in range(plan.requests_of(case.concurrency))]
+    size = "x".join(map(str, case.image_px))
+    part = f"{size} round {turn.round_idx} at {case.concurrency}, {case.questions} each"
+    return [f"{part} {number}" for number in range(plan.images_of(case.concurrency, case.questions))]
 
 
 def _describe(model: ServedModel, case: LoadCase) -> str:
@@ -226,5 +263,6 @@ def _describe(model: ServedModel, case: LoadCase) -> str:
         sending = " made smaller" if case.request_fields else f" sent as {sent}"
     return (
         f"{model.name}: budget {case.side.budget}, {case.image_kind} {size}{sending}, "
-        f"concurrency {case.concurrency}, prefix cache {case.side.prefix_cache}"
+        f"concurrency {case.concurrency}, {'' if case.questions == 1 else f'{case.questions} questions an image, '}"
+        f"prefix cache {case.side.prefix_cache}"
     )

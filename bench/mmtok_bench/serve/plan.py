@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mmtok_bench.serve.presets import ImageKind, PrefixCache, ServedModel, ServePlan, Size
 
-__all__ = ["OFF", "LoadCase", "Method", "Side", "Turn", "plan_cases", "plan_turns", "sides_of"]
+__all__ = ["OFF", "LoadCase", "Method", "Side", "Turn", "are_side_by_side", "plan_cases", "plan_turns", "sides_of"]
 
 OFF = "off"
 """The budget of a server without the plugin's flags."""
@@ -43,6 +43,7 @@ class LoadCase:
         image_px: The image's size.
         sent_px: The size at which it is sent; `image_px` but for an image that the client makes smaller.
         concurrency: Requests under way at a time.
+        questions: Questions about each image.
     """
 
     side: Side
@@ -52,11 +53,17 @@ class LoadCase:
     image_px: Size
     sent_px: Size
     concurrency: int
+    questions: int = 1
 
     @property
-    def workload(self) -> tuple[str, Size, int]:
+    def workload(self) -> tuple[str, Size, int, int]:
         """What all sides are given alike."""
-        return self.image_kind, self.image_px, self.concurrency
+        return self.image_kind, self.image_px, self.concurrency, self.questions
+
+    @property
+    def is_unpruned(self) -> bool:
+        """Whether the others of its workload are held against it."""
+        return self.side.budget == OFF and self.method == "none"
 
     @property
     def request_fields(self) -> dict[str, Any]:
@@ -89,7 +96,8 @@ def plan_cases(
 ) -> list[LoadCase]:
     """Returns what is measured of a model, workload by workload, in each the sides in order.
 
-    With the prefix cache on there are photographs only: the load generator's random images never come twice.
+    With the prefix cache on, or several questions an image, there are photographs only: the load generator's random
+    images never come twice.
 
     Args:
         model: The model.
@@ -98,19 +106,27 @@ def plan_cases(
         downsample: The size at which an image of this size has about the tokens that this budget keeps; its own where
             the client cannot send it so, but the plugin can make it; or None.
     """
-    kinds = [kind for kind in plan.image_kinds if prefix_cache == "off" or kind == "photograph"]
     cases = []
-    for kind, size_px, concurrency in itertools.product(kinds, model.sizes_px, plan.concurrencies):
+    for kind, size_px, concurrency, questions in itertools.product(
+        plan.image_kinds, model.sizes_px, plan.concurrencies, plan.questions_per_image
+    ):
+        if kind == "random" and (prefix_cache == "on" or questions > 1):
+            continue
         sides = sides_of(model, prefix_cache)
         for side in sides:
             method: Method = "none" if side.budget in (OFF, "all") else "mmtok"
-            cases.append(LoadCase(side, method, side.budget, kind, size_px, size_px, concurrency))
+            cases.append(LoadCase(side, method, side.budget, kind, size_px, size_px, concurrency, questions))
         for side in sides[2:]:
             sent_px = downsample(size_px, side.budget)
             if sent_px is not None:
                 asked = side if sent_px == size_px else sides[0]
-                cases.append(LoadCase(asked, "downsample", side.budget, kind, size_px, sent_px, concurrency))
+                cases.append(LoadCase(asked, "downsample", side.budget, kind, size_px, sent_px, concurrency, questions))
     return cases
+
+
+def are_side_by_side(plan: ServePlan, model: ServedModel) -> bool:
+    """Returns whether all servers of a model run at once."""
+    return plan.side_by_side or len(sides_of(model, "off")) <= model.most_at_once
 
 
 def plan_turns(cases: Sequence[LoadCase], *, rounds: int, side_by_side: bool) -> list[Turn]:

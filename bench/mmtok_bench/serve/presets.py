@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -21,6 +22,8 @@ QUESTIONS = (
     "How many different things can be seen in this picture? Name the largest one in one short sentence.",
     "Where was this picture taken, inside or outside? Say in one short sentence how it can be seen.",
     "Is there a person, an animal or a machine in this picture? Say in one short sentence where it is.",
+    "Which part of this picture is the darkest, and what is there? Answer in one short sentence.",
+    "What could have been there a minute before this picture was taken? Say it in one short sentence.",
 )
 """What is asked about photographs."""
 
@@ -37,6 +40,8 @@ class ServedModel:
         model_path: A checkpoint; None for the model without weights of this name.
         sends_png: Photographs are sent as PNGs, to every server: without the plugin SGLang 0.5.23 answers no JPEG for a
             LLaVA on CUDA.
+        most_at_once: How many of its servers a GPU of the preset has been seen to hold; 1 where that was not tried.
+        beside_others: Arguments that keep a server's memory small enough for that.
     """
 
     name: str
@@ -45,6 +50,8 @@ class ServedModel:
     budgets: tuple[str, ...]
     model_path: str | None = None
     sends_png: bool = False
+    most_at_once: int = 1
+    beside_others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +65,18 @@ class ServePlan:
         concurrencies: Requests under way at a time.
         image_kinds: Photographs, random pixels, or both.
         prefix_caches: "off": servers without one, every image new. "on": images that the server has seen before,
-            each with another question.
-        num_requests: Requests of each case and round, at least; never fewer than twice the concurrency.
+            each with another question; or new ones, each with several.
+        questions_per_image: Questions about an image, one after another.
+        images_in_turn: Images that are asked about in turns, so that as many questions lie between two about one image;
+            None is as many as requests are under way.
+        num_requests: Requests of each case and round, at least.
+        requests_per_client: And at least so many times the concurrency.
         output_tokens: Length of every answer.
-        rounds: How often the servers take turns.
-        side_by_side: All servers of a model run at once, and idle ones sleep. Otherwise one runs at a time.
+        rounds: How often each case is measured; the servers take turns.
+        side_by_side: All servers of a model run at once, and idle ones sleep. Otherwise so do those of models of which
+            enough fit the GPU, and of the others one runs at a time.
         arguments: Arguments of every server.
+        user_arguments: Further ones, which the command line gives; rows name them.
     """
 
     preset: str
@@ -72,15 +85,21 @@ class ServePlan:
     concurrencies: tuple[int, ...]
     image_kinds: tuple[ImageKind, ...] = ("photograph",)
     prefix_caches: tuple[PrefixCache, ...] = ("off",)
+    questions_per_image: tuple[int, ...] = (1,)
+    images_in_turn: int | None = None
     num_requests: int = 32
+    requests_per_client: int = 2
     output_tokens: int = 64
-    rounds: int = 2
+    rounds: int = 5
     side_by_side: bool = False
     arguments: tuple[str, ...] = ()
+    user_arguments: tuple[str, ...] = ()
 
-    def requests_of(self, concurrency: int) -> int:
-        """Returns the number of requests of one case in one round."""
-        return max(self.num_requests, 2 * concurrency)
+    def images_of(self, concurrency: int, questions: int) -> int:
+        """Returns the number of images of one case in one round, each with so many questions."""
+        num_requests = max(self.num_requests, self.requests_per_client * concurrency)
+        in_turn = self.images_in_turn or 1 if questions > 1 else 1
+        return max(math.ceil(num_requests / questions), in_turn)
 
 
 # The paper's Tables 12 and 13: 867.6 tokens on average to 86.8 (1008 x 672 pixels are 864), up to 2880 to 160, and 576
@@ -98,10 +117,20 @@ _GPU_MODELS = (
 # In bfloat16 its weights alone take 65 GB.
 _QWEN_32B = ServedModel("qwen2.5-vl-32b", "qwen2.5-vl", ((1008, 672),), ("10%",))
 
+# Four servers of a 7B model were started side by side on an H200 with these.
+_BESIDE_OTHERS: Mapping[str, tuple[str, ...]] = {
+    "qwen2.5-vl-7b": ("--mem-fraction-static=0.85", "--max-total-tokens=60000"),
+    "llava-next-7b": ("--mem-fraction-static=0.85", "--max-total-tokens=16000", "--context-length=4096"),
+}
 
-def _gpu(name: str, concurrencies: tuple[int, ...], *more: ServedModel) -> ServePlan:
+
+def _on_h200(model: ServedModel) -> ServedModel:
+    beside_others = _BESIDE_OTHERS.get(model.name)
+    return model if beside_others is None else replace(model, most_at_once=4, beside_others=beside_others)
+
+
+def _gpu(name: str, concurrencies: tuple[int, ...], models: tuple[ServedModel, ...] = _GPU_MODELS) -> ServePlan:
     kinds: tuple[ImageKind, ...] = ("photograph", "random")
-    models = (*_GPU_MODELS, *more)
     return ServePlan(name, "cuda", models, concurrencies, image_kinds=kinds, prefix_caches=("off", "on"))
 
 
@@ -109,18 +138,19 @@ SERVE_PRESETS: Mapping[str, ServePlan] = {
     # 48 GB: a 13B model in half precision leaves room for 8 images of 2928 tokens at a time.
     "a6000": _gpu("a6000", (1, 4, 16)),
     "h100": _gpu("h100", (1, 4, 16, 64)),
-    "h200": _gpu("h200", (1, 4, 16, 64), _QWEN_32B),
+    "h200": _gpu("h200", (1, 4, 16, 64), (*map(_on_h200, _GPU_MODELS), _QWEN_32B)),
     "cpu": ServePlan(
         "cpu",
         "cpu",
         (
-            ServedModel("qwen2.5-vl-0.5b", "qwen2.5-vl", ((1008, 784), (224, 224)), ("10%", "5%")),
-            ServedModel("llava-1.5-0.5b", "llava-1.5", ((448, 448),), ("10%", "5%")),
+            ServedModel("qwen2.5-vl-0.5b", "qwen2.5-vl", ((1008, 784), (224, 224)), ("10%",)),
+            ServedModel("llava-1.5-0.5b", "llava-1.5", ((448, 448),), ("10%",)),
         ),
         concurrencies=(1, 4),
-        num_requests=6,
+        # A request takes seconds: few requests, but as many rounds as elsewhere.
+        num_requests=2,
+        requests_per_client=1,
         output_tokens=8,
-        rounds=1,
         side_by_side=True,
         # Measured on an EPYC with AVX-512 BF16: products four to six times as fast as in float32.
         arguments=("--dtype=bfloat16",),
@@ -152,6 +182,8 @@ def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan
     if plan.device == "cuda" and device_name is None and not arguments.dry_run:
         raise ValueError(f"preset {plan.preset} is for a GPU, and PyTorch sees none here: --preset cpu, or --dry-run")
     models = _models(arguments, plan)
+    if max(arguments.questions_per_image or (1,)) > len(QUESTIONS):
+        raise ValueError(f"--questions-per-image is at most {len(QUESTIONS)}: there are no more questions")
     if arguments.image_px:
         models = [replace(model, sizes_px=tuple(arguments.image_px)) for model in models]
     if arguments.budgets:
@@ -161,12 +193,14 @@ def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan
         "concurrencies": arguments.concurrency,
         "image_kinds": arguments.image_kinds,
         "prefix_caches": arguments.prefix_cache,
+        "questions_per_image": arguments.questions_per_image,
+        "images_in_turn": arguments.images_in_turn,
         "num_requests": arguments.num_requests,
         "output_tokens": arguments.output_tokens,
         "rounds": arguments.rounds,
     }
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
-    return replace(plan, models=tuple(models), arguments=(*plan.arguments, *arguments.server_args), **given)
+    return replace(plan, models=tuple(models), user_arguments=tuple(arguments.server_args), **given)
 
 
 def _models(arguments: argparse.Namespace, plan: ServePlan) -> list[ServedModel]:

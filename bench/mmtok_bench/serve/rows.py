@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from mmtok_bench.serve.load import LoadResult
 from mmtok_bench.serve.plan import LoadCase
 from mmtok_bench.serve.presets import ServedModel, ServePlan
 
-__all__ = ["BENCH", "Sample", "known_case", "serve_row"]
+__all__ = ["BENCH", "Sample", "known_case", "median_interval", "serve_row"]
 
 BENCH = "serve"
+_NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,9 @@ class Sample:
     Args:
         load: What the load generator saw.
         stages: What `stage_metrics` returns.
-        peak_memory_bytes: What `PeakMemory` saw.
+        is_later: Of each answered request, whether it is a later question about its image; empty where each image has
+            one question.
+        peak_memory_bytes: What `PeakMemory` saw; None where the server's is not told from that of others.
         max_total_tokens: Tokens of KV cache that the server has.
         image_tokens_in: Tokens of the image at its own size, unpruned.
         image_tokens_kept: Tokens of the image that the language model read.
@@ -34,15 +38,16 @@ class Sample:
 
     load: LoadResult
     stages: Mapping[str, float]
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     max_total_tokens: int
     image_tokens_in: int
     image_tokens_kept: int
+    is_later: Sequence[bool] = ()
 
 
 def known_case(plan: ServePlan, model: ServedModel, measured: LoadCase) -> dict[str, CaseValue]:
     """Returns the row's case as far as it is known before it is measured."""
-    return {
+    case: dict[str, CaseValue] = {
         "model": model.name,
         "family": model.family,
         "weights": "dummy" if model.model_path is None else "checkpoint",
@@ -52,20 +57,34 @@ def known_case(plan: ServePlan, model: ServedModel, measured: LoadCase) -> dict[
         "method": measured.method,
         "concurrency": measured.concurrency,
         "prefix_cache": measured.side.prefix_cache,
+        "questions_per_image": measured.questions,
         "output_tokens": plan.output_tokens,
         "preset": plan.preset,
     }
+    if measured.questions > 1 and plan.images_in_turn is not None:
+        case["images_in_turn"] = plan.images_in_turn
+    if plan.user_arguments:
+        case["server_arguments"] = shlex.join(plan.user_arguments)
+    return case
 
 
-def serve_row(plan: ServePlan, model: ServedModel, measured: LoadCase, samples: Sequence[Sample]) -> ResultRow:
-    """Returns the row of a case: the requests of all rounds together.
+def serve_row(
+    plan: ServePlan,
+    model: ServedModel,
+    measured: LoadCase,
+    by_round: Mapping[int, Sample],
+    unpruned: Mapping[int, Sample],
+) -> ResultRow:
+    """Returns the row of a case: latencies of the requests of all rounds together, medians of the rounds' rates.
 
     Args:
         plan: What is measured.
         model: Which model was served.
         measured: What was measured of it.
-        samples: Of each round, at least one.
+        by_round: Its samples, at least one.
+        unpruned: Those of the server without the plugin; its own for that server.
     """
+    samples = list(by_round.values())
     loads = [sample.load for sample in samples]
     prompt_tokens = [count for load in loads for count in load.prompt_tokens]
     text_tokens = round(float(np.mean(prompt_tokens)) - samples[0].image_tokens_kept)
@@ -73,7 +92,12 @@ def serve_row(plan: ServePlan, model: ServedModel, measured: LoadCase, samples: 
         BENCH,
         {**known_case(plan, model, measured), "text_tokens": text_tokens},
         "sglang",
-        _latencies(loads) | _throughput(loads) | _stages(samples) | _tokens_and_memory(samples, plan),
+        _latencies(loads)
+        | _by_question(samples)
+        | _throughput(loads)
+        | ({} if measured.is_unpruned else _gains(by_round, unpruned))
+        | _stages(samples)
+        | _tokens_and_memory(samples, plan),
         num_runs=sum(len(load.ttfts_s) for load in loads),
         device=torch.device(plan.device),
         num_threads=len(os.sched_getaffinity(0)),
@@ -93,15 +117,61 @@ def _latencies(loads: Sequence[LoadResult]) -> dict[str, float]:
     return metrics
 
 
+def _by_question(samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns the medians of the first and of the later questions about an image; empty where there is but one."""
+    metrics = {}
+    for name, later in (("ttft_first_p50_ms", False), ("ttft_later_p50_ms", True)):
+        times_s = [
+            ttft_s
+            for sample in samples
+            for ttft_s, is_later in zip(sample.load.ttfts_s, sample.is_later, strict=bool(sample.is_later))
+            if is_later == later
+        ]
+        if times_s:
+            metrics[name] = 1e3 * float(np.median(times_s))
+    return metrics
+
+
 def _throughput(loads: Sequence[LoadResult]) -> dict[str, float]:
-    duration_s = sum(load.duration_s for load in loads)
     return {
-        "requests_per_s": sum(len(load.ttfts_s) for load in loads) / duration_s,
-        "input_tokens_per_s": sum(sum(load.prompt_tokens) for load in loads) / duration_s,
-        "output_tokens_per_s": sum(load.output_tokens for load in loads) / duration_s,
-        "duration_s": duration_s,
+        "requests_per_s": float(np.median([_requests_per_s(load) for load in loads])),
+        "input_tokens_per_s": float(np.median([sum(load.prompt_tokens) / load.duration_s for load in loads])),
+        "output_tokens_per_s": float(np.median([load.output_tokens / load.duration_s for load in loads])),
+        "num_rounds": len(loads),
+        "duration_s": sum(load.duration_s for load in loads),
         "num_failed": sum(load.num_failed for load in loads),
     }
+
+
+def _requests_per_s(load: LoadResult) -> float:
+    return len(load.ttfts_s) / load.duration_s
+
+
+def _gains(by_round: Mapping[int, Sample], unpruned: Mapping[int, Sample]) -> dict[str, float]:
+    """Returns how many times as good as the unpruned server a case is, each with the ends of its 95% interval.
+
+    A round's ratio is that of its two servers, which were measured one after the other; the gain is the median of the
+    rounds' ratios. Empty for fewer than two rounds.
+    """
+    pairs = [(by_round[number].load, unpruned[number].load) for number in by_round if number in unpruned]
+    if len(pairs) < 2:
+        return {}
+    ratios = {
+        "ttft_p50_gain": [float(np.median(theirs.ttfts_s) / np.median(ours.ttfts_s)) for ours, theirs in pairs],
+        "requests_per_s_gain": [_requests_per_s(ours) / _requests_per_s(theirs) for ours, theirs in pairs],
+    }
+    metrics = {}
+    for name, values in ratios.items():
+        low, high = median_interval(values)
+        metrics |= {name: float(np.median(values)), f"{name}_low": low, f"{name}_high": high}
+    return metrics
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95% percentile bootstrap interval of the median; that of five values is nearly their range."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values), size=(_NUM_RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def _stages(samples: Sequence[Sample]) -> dict[str, float]:
@@ -118,10 +188,10 @@ def _tokens_and_memory(samples: Sequence[Sample], plan: ServePlan) -> dict[str, 
     # The last token of an answer is never read.
     kv_tokens = float(np.mean(prompt_tokens)) + plan.output_tokens - 1
     first = samples[0]
+    peaks = [sample.peak_memory_bytes for sample in samples if sample.peak_memory_bytes is not None]
     return {
         "image_tokens_in": first.image_tokens_in,
         "image_tokens_kept": first.image_tokens_kept,
         "kv_tokens_per_request": kv_tokens,
-        "peak_memory_bytes": max(sample.peak_memory_bytes for sample in samples),
         "max_requests_at_once": int(first.max_total_tokens // kv_tokens),
-    }
+    } | ({"peak_memory_bytes": max(peaks)} if peaks else {})

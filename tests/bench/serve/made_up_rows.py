@@ -32,4 +32,5 @@ def sample(measured: LoadCase, ttft_ms: float, *, duration_s: float = 2.0) -> Sa
 def row(method: Method, budget: str, ttft_ms: float, *, size_px: Size = (1008, 784), concurrency: int = 1) -> ResultRow:
     measured = load_case(method, budget, size_px=size_px, concurrency=concurrency)
     # Requests a second follow the time to first token: one at a time.
-    return serve_row(PLAN, MODEL, measured, [sample(measured, ttft_ms, duration_s=ttft_ms / 500)])
+    samples = {0: sample(measured, ttft_ms, duration_s=ttft_ms / 500)}
+    return serve_row(PLAN, MODEL, measured, samples, samples)

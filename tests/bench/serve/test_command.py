@@ -41,9 +41,9 @@ class TestDryRun:
         servers = [command for command in commands if "sglang.launch_server" in command]
         loads = [command for command in commands if "sglang.benchmark.serving" in command]
         assert len(servers) + len(loads) == len(commands)
-        assert len(servers) == 4
-        # Off, all, two budgets, two smaller images; two sizes, two loads.
-        assert len(loads) == 6 * 2 * 2
+        assert len(servers) == 3
+        # Off, all, a budget, a smaller image; two sizes, two loads, five rounds.
+        assert len(loads) == 4 * 2 * 2 * 5
         assert not folder.exists()
 
     def test_servers_have_equal_flags_but_for_the_budget(
@@ -52,7 +52,7 @@ class TestDryRun:
         commands = dry_run("--preset=cpu", "--models=llava-1.5-0.5b", folder=tmp_path, capsys=capsys)
         servers = [command for command in commands if "sglang.launch_server" in command]
         budgets = [[word for word in server if word.startswith("--mmtok-budget=")] for server in servers]
-        assert budgets == [[], ["--mmtok-budget=all"], ["--mmtok-budget=10%"], ["--mmtok-budget=5%"]]
+        assert budgets == [[], ["--mmtok-budget=all"], ["--mmtok-budget=10%"]]
         rest = {
             tuple(word for word in server if not word.startswith(("--mmtok-budget=", "--port=", "--nccl-port=")))
             for server in servers
@@ -94,6 +94,21 @@ class TestDryRun:
             assert {"--num-prompts=4", "--max-concurrency=2", "--random-output-len=5"} <= set(load)
             assert "--image-resolution=336x336" in load
 
+    def test_questions_about_an_image_are_one_load(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        commands = dry_run(
+            *("--preset=h200", "--models=qwen2.5-vl-7b", "--budgets=10%", "--concurrency=16", "--rounds=1"),
+            *("--image-px=1008x672", "--image-kinds=photograph,random", "--prefix-cache=on"),
+            *("--questions-per-image=1,6", "--images-in-turn=40"),
+            folder=tmp_path,
+            capsys=capsys,
+        )
+        loads = [command for command in commands if "sglang.benchmark.serving" in command]
+        numbers = [word for load in loads for word in load if word.startswith("--num-prompts=")]
+        assert sorted(numbers) == [*["--num-prompts=240"] * 4, *["--num-prompts=32"] * 4]
+        servers = [command for command in commands if "sglang.launch_server" in command]
+        # As many fit an H200, each with a KV cache of that size.
+        assert all("--max-total-tokens=60000" in server for server in servers)
+
     def test_a_checkpoint_is_served_with_its_weights(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         checkpoint = make_tiny_checkpoint("qwen2.5-vl", CHECKPOINT)
         commands = dry_run(
@@ -120,6 +135,8 @@ class TestDryRun:
         (["--model-path=nowhere", "--family=llava-1.5"], "--model-path nowhere holds no config.json"),
         (["--model-path=.", "--family=llava-1.5", "--models=llava-1.5-0.5b"], "give one of them"),
         (["--image-kinds=random", "--prefix-cache=on"], "photographs only"),
+        (["--image-kinds=random", "--questions-per-image=2"], "photographs only"),
+        (["--questions-per-image=1,7"], "--questions-per-image is at most 6"),
     ],
 )
 def test_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +202,7 @@ def test_a_sweep_one_of_whose_servers_dies(tmp_path: Path, capsys: pytest.Captur
     killer.start()
     code = run(
         *("--preset=cpu", f"--model-path={checkpoint}", "--family=qwen2.5-vl", "--budgets=10%"),
-        *("--concurrency=2", "--image-px=224x224", "--num-requests=4", "--output-tokens=3", "--json"),
+        *("--concurrency=2", "--image-px=224x224", "--num-requests=4", "--output-tokens=3", "--rounds=1", "--json"),
         "--server-args=--dtype=float32",
         folder=tmp_path,
     )

@@ -37,6 +37,7 @@ def test_failed_requests_are_counted_and_not_timed(tmp_path: Path) -> None:
     assert load.itls_s == ((0.01, 0.02), (0.03, 0.04))
     assert load.prompt_tokens == (140, 150)
     assert (load.output_tokens, load.duration_s) == (6, 2.5)
+    assert load.answered == (0, 2)
     assert (load.num_failed, load.first_error) == (1, "Bad Request: too long")
 
 
@@ -126,7 +127,8 @@ def images(path: Path) -> list[Image.Image]:
 
 def test_every_chat_is_about_another_photograph_of_the_size_that_is_sent(tmp_path: Path) -> None:
     seeds = [f"it {number}" for number in range(12)]
-    write_chats(tmp_path / "chats" / "it.jsonl", (224, 168), (112, 84), seeds, ("One?", "Two?"))
+    asked = [(seed, ("One?", "Two?")[number % 2]) for number, seed in enumerate(seeds)]
+    write_chats(tmp_path / "chats" / "it.jsonl", (224, 168), (112, 84), asked)
     sent = images(tmp_path / "chats" / "it.jsonl")
     assert {image.size for image in sent} == {(112, 84)}
     assert len({image.tobytes() for image in sent}) == len(seeds)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mmtok_bench.serve.plan import LoadCase, Side, plan_cases, plan_turns, sides_of
+from mmtok_bench.serve.plan import LoadCase, Side, are_side_by_side, plan_cases, plan_turns, sides_of
 from mmtok_bench.serve.presets import SERVE_PRESETS, ServedModel, Size
 
 PLAN = replace(SERVE_PRESETS["cpu"], concurrencies=(1, 4), image_kinds=("photograph", "random"), rounds=2)
@@ -68,6 +68,23 @@ def test_random_images_are_never_seen_twice() -> None:
     assert {case.image_kind for case in plan_cases(MODEL, PLAN, "on", smaller)} == {"photograph"}
     only_random = replace(PLAN, image_kinds=("random",))
     assert plan_cases(MODEL, only_random, "on", smaller) == []
+
+
+def test_several_questions_are_asked_about_photographs_alone() -> None:
+    cases = plan_cases(MODEL, replace(PLAN, questions_per_image=(1, 6)), "on", smaller)
+    assert {(case.image_kind, case.questions) for case in cases} == {("photograph", 1), ("photograph", 6)}
+    cases = plan_cases(MODEL, replace(PLAN, questions_per_image=(6,)), "off", smaller)
+    assert {(case.image_kind, case.questions) for case in cases} == {("photograph", 6)}
+    assert len({case.workload for case in cases}) == 2
+
+
+def test_servers_that_fit_a_gpu_together_run_side_by_side() -> None:
+    plan = SERVE_PRESETS["h200"]
+    fits = replace(MODEL, most_at_once=3)
+    assert [are_side_by_side(plan, model) for model in (MODEL, fits, replace(fits, budgets=("10%", "5%")))] == [
+        *(False, True, False)
+    ]
+    assert are_side_by_side(SERVE_PRESETS["cpu"], MODEL)
 
 
 def test_side_by_side_servers_alternate_after_every_workload() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mmtok_bench.dummy_models import DUMMY_MODELS
@@ -33,4 +35,11 @@ def test_presets_can_be_served(name: str) -> None:
 
 def test_requests_keep_every_client_busy_twice() -> None:
     sweep = SERVE_PRESETS["h200"]
-    assert [sweep.requests_of(concurrency) for concurrency in (1, 16, 64)] == [32, 32, 128]
+    assert [sweep.images_of(concurrency, 1) for concurrency in (1, 16, 64)] == [32, 32, 128]
+    assert [sweep.images_of(concurrency, 6) for concurrency in (1, 16, 64)] == [6, 6, 22]
+    in_turn = replace(sweep, images_in_turn=100)
+    assert (in_turn.images_of(16, 6), in_turn.images_of(16, 1)) == (100, 32)
+
+
+def test_a_gpu_preset_measures_often_enough_for_an_interval() -> None:
+    assert all(sweep.rounds >= 5 for sweep in SERVE_PRESETS.values())
