@@ -1,12 +1,14 @@
 """What needs an NVIDIA GPU, in parts of a few minutes, and whether each reaches its bar.
 
     python -m mmtok_bench.gpu_check --list
+    python -m mmtok_bench.gpu_check --dry-run                 # prints the commands, also without a GPU
     python -m mmtok_bench.gpu_check --parts kernels,selector
     python -m mmtok_bench.gpu_check                           # all parts; those that are done are not run again
 
-Rows, logs, the table of bars and an archive of them are in artifacts/gpu-check. The exit code is 0 if all bars are
-reached, 1 if one is not, was not measured, or a command failed, 2 for a wrong argument or without a GPU, 130 after
-Ctrl-C.
+A part is made for four minutes on an H200, whose memory holds the servers of a 7B model side by side; on a GPU of less
+than 120 GiB one server runs at a time, and each case is measured once. Rows, logs, the table of bars and an archive of
+them are in artifacts/gpu-check. The exit code is 0 if all bars are reached, 1 if one is not, was not measured, or a
+command failed, 2 for a wrong argument or without a GPU, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,19 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import subprocess
 import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from mmtok_bench.families import Family
 from mmtok_bench.process_tree import end_process_tree
 from mmtok_bench.results import ResultRow, append_row, make_latency_row, read_rows, row_files
 from mmtok_bench.selector.timing import make_problem
@@ -36,6 +43,7 @@ from mmtok_deploy.config import SelectionConfig
 __all__ = ["PARTS", "Bar", "Part", "judge", "main"]
 
 _TIMEOUT_S = 600
+_LARGE_GIB = 120
 _DONE = "done.json"
 
 Rows = Sequence[ResultRow]
@@ -51,6 +59,7 @@ class Bar:
         is_upper: The value must not be above the bound; otherwise not below it.
         unit: The unit of bound and value.
         measure: Returns the value from the part's rows; None where a row is missing.
+        is_choice: It says which of two settings is the better one: neither falls short.
     """
 
     text: str
@@ -58,6 +67,7 @@ class Bar:
     is_upper: bool
     unit: str
     measure: Callable[[Rows], float | None]
+    is_choice: bool = False
 
     def is_reached(self, value: float) -> bool:
         """Returns whether the value is on the right side of the bound."""
@@ -71,9 +81,11 @@ class Part:
     Args:
         name: On the command line.
         about: What it is, in a few words.
-        commands: Arguments of Python; FOLDER in them is the part's own folder.
+        commands: Arguments of Python; FOLDER in them is the part's own folder, PRESET and ROUNDS are those of the GPU.
         bars: Empty for tests, whose exit code says all.
         in_process: Measures rows in this process.
+        beside: Another part, whose rows the bars read as well.
+        needs_gib: Memory of the GPU without which nothing is run.
     """
 
     name: str
@@ -81,10 +93,12 @@ class Part:
     commands: tuple[tuple[str, ...], ...] = ()
     bars: tuple[Bar, ...] = ()
     in_process: Callable[[], list[ResultRow]] | None = None
+    beside: str | None = None
+    needs_gib: int = 0
 
 
-def _served(rows: Rows, budget: str, concurrency: int, method: str = "mmtok") -> ResultRow | None:
-    """Returns the newest row of photographs of the largest size, prefix cache off."""
+def _served(rows: Rows, budget: str, concurrency: int, *, questions: int = 1, arguments: str = "") -> ResultRow | None:
+    """Returns the newest row of photographs of the largest size; with the prefix cache for several questions."""
     found = [
         row
         for row in rows
@@ -92,21 +106,54 @@ def _served(rows: Rows, budget: str, concurrency: int, method: str = "mmtok") ->
         and row.case["budget"] == budget
         and row.case["concurrency"] == concurrency
         and row.case["image_kind"] == "photograph"
-        and row.case["prefix_cache"] == "off"
-        and (budget in ("off", "all") or row.case["method"] == method)
+        and row.case["prefix_cache"] == ("off" if questions == 1 else "on")
+        and row.case.get("questions_per_image", 1) == questions
+        and row.case.get("server_arguments", "") == arguments
+        and row.case["method"] == ("none" if budget in ("off", "all") else "mmtok")
     ]
     return max(found, key=lambda row: (row.metrics["image_tokens_in"], row.time), default=None)
 
 
-def _gain(metric: str, budget: str, concurrency: int) -> Callable[[Rows], float | None]:
-    """Returns how many times as good as the unpruned server a budget is."""
+def _ratio(metric: str, ours: ResultRow | None, theirs: ResultRow | None) -> float | None:
+    """Returns how many times as good as theirs our metric is; None where a row is missing."""
+    if ours is None or theirs is None:
+        return None
+    ratio = ours.metrics[metric] / theirs.metrics[metric]
+    return 1 / ratio if metric.endswith("_ms") else ratio
+
+
+def _gain(
+    metric: str, budget: str, concurrency: int, *, questions: int = 1, arguments: str = ""
+) -> Callable[[Rows], float | None]:
+    """Returns how many times as good as the unpruned server a budget is: the median of the rounds, if there are any."""
 
     def measure(rows: Rows) -> float | None:
-        unpruned, pruned = _served(rows, "off", concurrency), _served(rows, budget, concurrency)
-        if unpruned is None or pruned is None:
-            return None
-        ratio = pruned.metrics[metric] / unpruned.metrics[metric]
-        return 1 / ratio if metric.endswith("_ms") else ratio
+        unpruned, pruned = (
+            _served(rows, each, concurrency, questions=questions, arguments=arguments) for each in ("off", budget)
+        )
+        if pruned is not None and (of_rounds := f"{metric.removesuffix('_ms')}_gain") in pruned.metrics:
+            return pruned.metrics[of_rounds]
+        return _ratio(metric, pruned, unpruned)
+
+    return measure
+
+
+def _setting_gain(budget: str, concurrency: int, arguments: str) -> Callable[[Rows], float | None]:
+    """Returns how many times the requests a second further arguments give, of servers with the same budget."""
+
+    def measure(rows: Rows) -> float | None:
+        ours, theirs = (_served(rows, budget, concurrency, arguments=each) for each in (arguments, ""))
+        return _ratio("requests_per_s", ours, theirs)
+
+    return measure
+
+
+def _of_row(bench: str, value: Callable[[Mapping[str, float]], float | None], **case: str) -> Callable[..., Any]:
+    """Returns a value of the newest row of a bench whose case has these values."""
+
+    def measure(rows: Rows) -> float | None:
+        found = [row for row in rows if row.bench == bench and case.items() <= row.case.items()]
+        return value(found[-1].metrics) if found else None
 
     return measure
 
@@ -150,11 +197,12 @@ def _batch_cost(rows: Rows) -> float | None:
     return None if one is None or many is None else many.metrics["latency_p50_ms"] / one.metrics["latency_p50_ms"]
 
 
-def _serve(model: str, budget: str, size: str, concurrency: str) -> tuple[str, ...]:
+def _serve(model: str, budget: str, size: str, concurrency: str, *more: str, rounds: str = "ROUNDS") -> tuple[str, ...]:
     return (
-        *("-m", "mmtok_deploy", "bench", "serve", "--preset", "h200", "--models", model),
+        *("-m", "mmtok_deploy", "bench", "serve", "--preset", "PRESET", "--models", model),
         *("--budgets", budget, "--image-px", size, "--concurrency", concurrency, "--image-kinds", "photograph"),
-        *("--prefix-cache", "off", "--rounds", "1", "--output-tokens", "16", "--results-dir", "FOLDER"),
+        *(() if "--prefix-cache" in more else ("--prefix-cache", "off")),
+        *("--rounds", rounds, "--num-requests", "16", "--output-tokens", "16", "--results-dir", "FOLDER", *more),
     )
 
 
@@ -176,6 +224,43 @@ def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
             *bars,
             Bar("the selection's share of TTFT", 2, True, "%", _selection_share("10%", concurrency)),
         ),
+    )
+
+
+def _setting(name: str, about: str, arguments: str) -> Part:
+    """Returns the part that says whether both sides of the presets are to be given further arguments."""
+    return Part(
+        f"setting-{name}",
+        f"{about}: {arguments}; beside qwen-7b-16",
+        (_serve("qwen2.5-vl-7b", "10%", "1008x672", "16", f"--server-args={arguments}"),),
+        tuple(
+            Bar(f"`{budget}` with it, requests/s at 16", 1, False, "x", _setting_gain(budget, 16, arguments), True)
+            for budget in ("off", "all", "10%")
+        ),
+        beside="qwen-7b-16",
+    )
+
+
+def _questions(name: str, about: str, concurrency: int, bound: float, *more: str, arguments: str = "") -> Part:
+    told = (*more, *((f"--server-args={arguments}",) if arguments else ()))
+    asked = ("--prefix-cache", "on", "--questions-per-image", "6", *told)
+    gain = _gain("requests_per_s", "10%", concurrency, questions=6, arguments=arguments)
+    return Part(
+        name,
+        f"Qwen2.5-VL-7B, 864 -> 86, 6 questions an image, {about}",
+        (_serve("qwen2.5-vl-7b", "10%", "1008x672", str(concurrency), *asked),),
+        (Bar(f"requests/s at {concurrency}", bound, False, "x", gain),),
+    )
+
+
+def _logprobs(family: str) -> tuple[Bar, ...]:
+    def control(metrics: Mapping[str, float]) -> float | None:
+        return metrics["control_error"] / metrics["max_error"] if metrics["max_error"] else math.inf
+
+    of_family = partial(_of_row, "device-logprobs", family=family)
+    return (
+        Bar(f"{family}, logprobs against the hand-pruned model", 1e-3, True, "", of_family(itemgetter("max_error"))),
+        Bar(f"{family}, the mistake's against that", 10, False, "x", of_family(control)),
     )
 
 
@@ -249,13 +334,46 @@ PARTS: tuple[Part, ...] = (
         "exported files: ONNX Runtime's CUDA provider and TensorRT",
         ((*_PYTEST, "tests/exporters", "tests/mmtok_deploy/test_engines.py", "tests/test_docs.py"),),
     ),
+    Part(
+        "first-request",
+        "Qwen2.5-VL-7B, 10%: the first request of a server, and 500 random ones",
+        (("-m", "mmtok_bench.served_checks", "FOLDER", "--model", "qwen2.5-vl-7b", "--requests", "500"),),
+        (
+            Bar(
+                *("the first request's TTFT against the 90th percentile of the tenth and later ones", 1.1, True, "x"),
+                _of_row("served-checks", lambda found: found["first_ttft_ms"] / found["later_ttft_p90_ms"]),
+            ),
+            Bar(
+                *("kernels of MMTok compiled in 500 requests", 0, True, ""),
+                _of_row("served-checks", lambda found: found.get("triton_compiles")),
+            ),
+            Bar("requests that failed", 0, True, "", _of_row("served-checks", itemgetter("num_failed"))),
+        ),
+    ),
+    Part(
+        "logprobs",
+        "a pruned float32 server against the hand-pruned model, both on the GPU",
+        tuple(("-m", "tests.runtime.device_logprobs", "FOLDER", "--family", family) for family in get_args(Family)),
+        tuple(bar for family in get_args(Family) for bar in _logprobs(family)),
+    ),
     _qwen_7b(1, _ttft("10%", 1, 1.25), _rates("10%", 1, 1.0)),
     _qwen_7b(16, _rates("10%", 16, 1.4)),
     _qwen_7b(64, _rates("10%", 64, 1.4)),
+    _questions("qwen-7b-questions", "all of whose KV fits", 16, 1.0),
+    # 34 images of 864 tokens and their questions are three times the KV pool; few at once, so that they fit it.
+    _questions(
+        *("qwen-7b-questions-evicted", "of images that take three times the KV pool", 4, 1.5),
+        *("--images-in-turn", "34"),
+        arguments="--max-total-tokens=10000",
+    ),
+    _setting("tokenizers", "four tokenizer processes", "--tokenizer-worker-num=4"),
+    _setting("cuda-ipc", "pixels stay on the GPU", "--mm-feature-transport=cuda_ipc"),
+    _setting("host-images", "images are preprocessed on the host", "--image-processor-backend=pil"),
+    _setting("prefill-graphs", "prefill by breakable CUDA graphs", "--cuda-graph-backend-prefill=breakable"),
     Part(
         "llava-next-13b",
         "LLaVA-NeXT-13B, 2880 -> 160, PNGs",
-        (_serve("llava-next-13b", "160", "672x672", "1,16"),),
+        (_serve("llava-next-13b", "160", "672x672", "1,16", rounds="1"),),
         (
             _ttft("160", 1, 2.3),
             Bar("GPU time of a request", 4, False, "x", _gpu_time_gain("160")),
@@ -265,14 +383,15 @@ PARTS: tuple[Part, ...] = (
     Part(
         "llava-1.5-7b",
         "LLaVA-1.5-7B, 576 -> 64, PNGs",
-        (_serve("llava-1.5-7b", "64", "336x336", "1,16"),),
+        (_serve("llava-1.5-7b", "64", "336x336", "1,16", rounds="1"),),
         (_ttft("64", 1, 1.15), _rates("64", 1, 1.0), _rates("64", 16, 1.0)),
     ),
     Part(
         "qwen-32b",
         "Qwen2.5-VL-32B, 864 -> 86",
-        (_serve("qwen2.5-vl-32b", "10%", "1008x672", "1,16"),),
+        (_serve("qwen2.5-vl-32b", "10%", "1008x672", "1,16", rounds="1"),),
         (_ttft("10%", 1, 1.8), _rates("10%", 16, 1.8)),
+        needs_gib=_LARGE_GIB,
     ),
 )
 
@@ -291,12 +410,16 @@ def judge(part: Part, rows: Rows, exit_codes: Sequence[int]) -> list[tuple[str, 
             lines.append(("its command", "exit code 0", f"exit code {code}", code == 0))
     for bar in part.bars:
         value = bar.measure(rows)
-        bound = f"{'at most' if bar.is_upper else 'at least'} {bar.bound:g} {bar.unit}"
-        if value is None or not math.isfinite(value):
-            lines.append((bar.text, bound, "not measured", None))
+        if value is None or math.isnan(value):
+            lines.append((bar.text, _bound(bar), "not measured", None))
         else:
-            lines.append((bar.text, bound, f"{value:.3g} {bar.unit}", bar.is_reached(value)))
+            lines.append((bar.text, _bound(bar), f"{value:.3g} {bar.unit}".rstrip(), bar.is_reached(value)))
     return lines
+
+
+def _bound(bar: Bar) -> str:
+    bound = f"{'at most' if bar.is_upper else 'at least'} {bar.bound:g} {bar.unit}".rstrip()
+    return f"the better setting: {bound}" if bar.is_choice else bound
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -309,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("artifacts/gpu-check"), help="folder (default %(default)s)")
     parser.add_argument("--again", action="store_true", help="run parts anew that are done")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print their commands and bars and stop")
     arguments = parser.parse_args(argv)
     if arguments.list:
         for part in PARTS:
@@ -319,12 +443,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"gpu-check has the parts {', '.join(known)}; got {unknown[0]!r}", file=sys.stderr)
         return 2
+    chosen = [known[name] for name in names]
+    if arguments.dry_run:
+        _print(chosen, arguments.output)
+        return 0
     if not torch.cuda.is_available():
         print("gpu-check needs an NVIDIA GPU that PyTorch sees: nothing would be checked here", file=sys.stderr)
         return 2
-    chosen = [known[name] for name in names]
     try:
         for part in chosen:
+            if part.needs_gib > _memory_gib():
+                print(f"== {part.name} is not run: it needs {part.needs_gib} GiB of GPU memory", flush=True)
+                continue
             folder = arguments.output / part.name
             if arguments.again or not (folder / _DONE).is_file():
                 _run(part, folder)
@@ -334,6 +464,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _report(chosen, arguments.output)
 
 
+def _memory_gib() -> float:
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
+
+
+def _filled_in(command: Sequence[str], folder: Path, memory_gib: float) -> list[str]:
+    is_large = memory_gib >= _LARGE_GIB
+    values = {"FOLDER": str(folder), "PRESET": "h200" if is_large else "h100", "ROUNDS": "5" if is_large else "1"}
+    return [values.get(word, word) for word in command]
+
+
+def _print(parts: Sequence[Part], folder: Path) -> None:
+    for part in parts:
+        print(f"# {part.name}: {part.about}")
+        for command in part.commands:
+            print(shlex.join(["python", *_filled_in(command, folder / part.name, _LARGE_GIB)]))
+        for bar in part.bars:
+            print(f"#   {bar.text}: {_bound(bar)}")
+
+
 def _run(part: Part, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _DONE).unlink(missing_ok=True)
@@ -341,7 +490,7 @@ def _run(part: Part, folder: Path) -> None:
     print(f"== {part.name}: {part.about}", flush=True)
     exit_codes = []
     for place, command in enumerate(part.commands):
-        arguments = [each.replace("FOLDER", str(folder)) for each in command]
+        arguments = _filled_in(command, folder, _memory_gib())
         with (folder / f"command-{place}.log").open("w") as log:
             print("$ python", *arguments, file=log, flush=True)
             # A session of its own, so that what it started can be ended with it.
@@ -367,6 +516,11 @@ def _run(part: Part, folder: Path) -> None:
     (folder / _DONE).write_text(json.dumps({"exit_codes": exit_codes, "seconds": round(time.monotonic() - start, 1)}))
 
 
+def _rows_of(part: Part, folder: Path) -> list[ResultRow]:
+    names = [name for name in (part.beside, part.name) if name is not None and (folder / name).is_dir()]
+    return [row for name in names for path in row_files(folder / name) for row in read_rows(path)]
+
+
 def _report(parts: Sequence[Part], folder: Path) -> int:
     table = Table(title=torch.cuda.get_device_name())
     for heading in ("part", "what", "bar", "measured", ""):
@@ -374,9 +528,16 @@ def _report(parts: Sequence[Part], folder: Path) -> int:
     verdicts = {True: "pass", False: "[bold red]falls short[/]", None: "[yellow]not measured[/]"}
     is_failed = False
     for part in parts:
-        rows = [row for path in row_files(folder / part.name) for row in read_rows(path)]
-        exit_codes = json.loads((folder / part.name / _DONE).read_text())["exit_codes"]
-        for text, bound, value, is_reached in judge(part, rows, exit_codes):
+        done = folder / part.name / _DONE
+        if not done.is_file():
+            table.add_row(part.name, f"needs {part.needs_gib} GiB", "", "", "not run")
+            continue
+        exit_codes = json.loads(done.read_text())["exit_codes"]
+        choices = {bar.text for bar in part.bars if bar.is_choice}
+        for text, bound, value, is_reached in judge(part, _rows_of(part, folder), exit_codes):
+            if text in choices and is_reached is not None:
+                table.add_row(part.name, text, bound, value, "better" if is_reached else "not better")
+                continue
             table.add_row(part.name, text, bound, value, verdicts[is_reached])
             is_failed |= is_reached is not True
     Console().print(table)

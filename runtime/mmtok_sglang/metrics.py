@@ -17,7 +17,15 @@ from torch import Tensor
 from mmtok_sglang.ranks import is_first_rank
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
-__all__ = ["NOT_FINITE", "Clock", "SelectionMetrics", "collectors", "never_raises", "start_clock"]
+__all__ = [
+    "NOT_FINITE",
+    "Clock",
+    "SelectionMetrics",
+    "collectors",
+    "count_triton_compiles",
+    "never_raises",
+    "start_clock",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +259,25 @@ def collectors() -> dict[str, Any]:
     # `cache` lets two threads make them at once, and Prometheus takes each name once.
     with _making_collectors:
         return _make_collectors()
+
+
+def count_triton_compiles() -> None:
+    """Counts from now on what Triton compiles in this process, or loads from its cache: requests wait for either.
+
+    The counters are made here and not with the others: a server that does not count says nothing, not 0.
+    """
+    from prometheus_client import Counter
+    from triton import knobs
+
+    ours = Counter("mmtok:triton_compiles", "Kernels of MMTok that Triton compiled after the start.")
+    others = Counter("mmtok:triton_compiles_elsewhere", "Other kernels that Triton compiled in the scheduler process.")
+    before = knobs.runtime.jit_post_compile_hook
+
+    def count(*arguments: Any, **about: Any) -> Any:
+        (ours if about["fn"].module.startswith("mmtok_") else others).inc()
+        return None if before is None else before(*arguments, **about)
+
+    knobs.runtime.jit_post_compile_hook = count
 
 
 _making_collectors = threading.Lock()

@@ -18,9 +18,9 @@ from mmtok_deploy.methods.evenly_spaced import evenly_spaced
 from mmtok_deploy.problem import Selection, SelectionProblem
 from mmtok_sglang.cache_key import ImageKeys, digest
 from mmtok_sglang.memory import MAX_SELECTION_BYTES, allocated_bytes
-from mmtok_sglang.metrics import NOT_FINITE, SelectionMetrics, start_clock
+from mmtok_sglang.metrics import NOT_FINITE, SelectionMetrics, count_triton_compiles, start_clock
 from mmtok_sglang.placeholders import ImagePlan
-from mmtok_sglang.ranks import num_ranks, of_first_rank
+from mmtok_sglang.ranks import is_first_rank, num_ranks, of_first_rank
 from mmtok_sglang.settings import Settings
 
 __all__ = ["ExpectedFeatures", "ImageTokens", "Outcome", "TokenSelector", "without_non_finite"]
@@ -149,6 +149,8 @@ class TokenSelector:
         if self._expected is not None:
             expected = self._expected(model_runner.model_config.hf_config, model_runner.dtype)
         self.start(device, expected)
+        if device.type == "cuda" and is_first_rank():
+            count_triton_compiles()
 
     def start(self, device: torch.device, expected: ExpectedFeatures | None = None) -> None:
         """Makes what runs the selection; holds an exported file against the reference once.

@@ -13,7 +13,7 @@ import torch
 
 from mmtok_bench import gpu_check
 from mmtok_bench.gpu_check import PARTS, Part, _run, judge, main
-from mmtok_bench.results import ResultRow, read_rows
+from mmtok_bench.results import ResultRow, append_row, make_row, read_rows
 
 MEASURED = Path(__file__).parents[2] / "docs" / "measured"
 
@@ -47,6 +47,88 @@ def test_the_newest_row_of_the_largest_image_counts() -> None:
     part = part_of(f"qwen-7b-{pruned.case['concurrency']}")
     assert judge(part, [*rows, older, smaller], [0]) == judge(part, rows, [0])
     assert judge(part, [*rows, changed(pruned, "2030", 864)], [0]) != judge(part, rows, [0])
+
+
+def test_a_load_of_another_kind_is_not_taken_for_the_parts(tmp_path: Path) -> None:
+    rows = read_rows(MEASURED / "serve-h200.jsonl")
+    with_setting = [replace(row, case={**row.case, "server_arguments": "--it"}) for row in rows]
+    with_questions = [
+        replace(row, case={**row.case, "questions_per_image": 6, "prefix_cache": "on", "concurrency": 16})
+        for row in rows
+        if row.case["concurrency"] == 16
+    ]
+    part = part_of("qwen-7b-16")
+    assert judge(part, [*rows, *with_setting, *with_questions], [0]) == judge(part, rows, [0])
+    (line,) = judge(part_of("qwen-7b-questions"), [*rows, *with_questions], [0])
+    assert line == ("requests/s at 16", "at least 1 x", "0.596 x", False)
+    # Rows of several rounds bring the median of the rounds' ratios.
+    of_rounds = [replace(row, metrics={**row.metrics, "requests_per_s_gain": 1.25}) for row in with_questions]
+    assert judge(part_of("qwen-7b-questions"), of_rounds, [0])[0][2:] == ("1.25 x", True)
+
+
+def test_a_setting_is_held_against_the_rows_of_another_part(tmp_path: Path) -> None:
+    part = part_of("setting-tokenizers")
+    for name, arguments, rate in (("qwen-7b-16", "", 10.0), ("setting-tokenizers", "--tokenizer-worker-num=4", 12.0)):
+        (tmp_path / name).mkdir()
+        for row in read_rows(MEASURED / "serve-h200.jsonl"):
+            case = {**row.case, "server_arguments": arguments}
+            append_row(
+                tmp_path / name / "it.jsonl", replace(row, case=case, metrics={**row.metrics, "requests_per_s": rate})
+            )
+    lines = judge(part, gpu_check._rows_of(part, tmp_path), [0])
+    assert [(text.partition("`")[2][:3], value, reached) for text, _, value, reached in lines] == [
+        *(("off", "1.2 x", True), ("all", "1.2 x", True), ("10%", "1.2 x", True)),
+    ]
+    (tmp_path / "qwen-7b-16" / "it.jsonl").unlink()
+    assert judge(part, gpu_check._rows_of(part, tmp_path), [0])[0][2:] == ("not measured", None)
+
+
+def test_what_is_measured_by_commands_of_its_own() -> None:
+    def row(bench: str, case: dict[str, str], metrics: dict[str, float]) -> ResultRow:
+        return make_row(bench, case, "sglang", metrics, num_runs=1, device=torch.device("cpu"))
+
+    metrics = {"first_ttft_ms": 90.0, "later_ttft_p90_ms": 100.0, "num_failed": 0.0}
+    lines = judge(part_of("first-request"), [row("served-checks", {}, metrics)], [0])
+    # A server that counts no compilation has not shown that there is none.
+    assert [line[2:] for line in lines] == [("0.9 x", True), ("not measured", None), ("0", True)]
+    lines = judge(part_of("first-request"), [row("served-checks", {}, {**metrics, "triton_compiles": 3.0})], [0])
+    assert lines[1][2:] == ("3", False)
+    errors = {"max_error": 1e-4, "control_error": 2e-2}
+    lines = judge(part_of("logprobs"), [row("device-logprobs", {"family": "llava-1.5"}, errors)], [0, 0, 0])
+    found = {text: rest for text, _, *rest in lines}
+    assert found["llava-1.5, logprobs against the hand-pruned model"] == ["0.0001", True]
+    assert found["llava-1.5, the mistake's against that"] == ["200 x", True]
+    assert found["llava-next, the mistake's against that"] == ["not measured", None]
+
+
+@pytest.mark.parametrize(("memory_gib", "preset", "rounds"), [(139.8, "h200", "5"), (79.2, "h100", "1")])
+def test_a_smaller_gpu_has_one_server_at_a_time(memory_gib: float, preset: str, rounds: str) -> None:
+    (command,) = part_of("qwen-7b-16").commands
+    words = gpu_check._filled_in(command, Path("there"), memory_gib)
+    assert words[words.index("--preset") + 1] == preset
+    assert words[words.index("--rounds") + 1] == rounds
+    assert words[words.index("--results-dir") + 1] == "there"
+
+
+def test_a_part_that_a_gpu_has_no_memory_for_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    monkeypatch.setattr(gpu_check, "_memory_gib", lambda: 79.2)
+    assert main(["--parts", "qwen-32b", "--output", str(tmp_path)]) == 0
+    assert "qwen-32b is not run: it needs 120 GiB of GPU memory" in capsys.readouterr().out
+    assert "not run" in (tmp_path / "table.txt").read_text()
+
+
+def test_a_dry_run_prints_every_command_and_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    for part in PARTS:
+        assert f"# {part.name}: " in said
+        assert all(bar.text in said for bar in part.bars)
+    assert not any(word in said.split() for word in ("FOLDER", "PRESET", "ROUNDS"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_command_falls_short() -> None:
@@ -94,16 +176,14 @@ def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        command[3:]
-        for part in PARTS
-        for command in part.commands
-        if command[:4] == ("-m", "mmtok_deploy", "bench", "serve")
-    ],
-    ids=lambda arguments: arguments[2],
+    "command",
+    [command for part in PARTS for command in part.commands if command[:4] == ("-m", "mmtok_deploy", "bench", "serve")],
+    ids=lambda command: f"{command[command.index('--models') + 1]}-{command[-1]}",
 )
-def test_what_it_serves_can_be_planned(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_serves_can_be_planned(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mmtok_deploy.cli import main as mmtok
 
-    assert mmtok(["bench", *arguments, "--dry-run"]) == 0, capsys.readouterr().err
+    arguments = gpu_check._filled_in(command, tmp_path, 139.8)[2:]
+    assert mmtok([*arguments, "--dry-run"]) == 0, capsys.readouterr().err

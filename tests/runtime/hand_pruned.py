@@ -36,9 +36,10 @@ class Pruned:
 
 
 class HandPruned:
-    def __init__(self, family: str, path: Path) -> None:
+    def __init__(self, family: str, path: Path, device: torch.device = torch.device("cpu")) -> None:
         self.family = family
-        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+        self.device = device
+        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval().to(device)
         self.processor = AutoProcessor.from_pretrained(path)
         self.preset = PRESETS[family]
         self._config = self.preset.config
@@ -71,7 +72,20 @@ class HandPruned:
             coverage: What the selection covers.
             original_positions: False gives kept tokens the first K positions of their image: the mistake to catch.
         """
-        inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt")
+        inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt").to(self.device)
+        with self.device:
+            return self._pruned(inputs, images, guidance, budget, kept, coverage, original_positions)
+
+    def _pruned(
+        self,
+        inputs: Any,
+        images: Sequence[Image.Image],
+        guidance: Sequence[str],
+        budget: float | int | Sequence[float | int] | None,
+        kept: list[Tensor] | None,
+        coverage: Coverage,
+        original_positions: bool,
+    ) -> Pruned:
         ids = inputs["input_ids"][0]
         embed = self.model.get_input_embeddings()
         embeddings = embed(ids).clone()
@@ -90,13 +104,18 @@ class HandPruned:
     @torch.no_grad()
     def vision_tokens(self, prompt: str, images: Sequence[Image.Image]) -> list[Tensor]:
         """Returns the [N, D] tokens of each image, unpruned."""
-        inputs = self.processor(text=[prompt], images=list(images), return_tensors="pt")
-        features, _ = self._features(inputs, images)
+        inputs = self.processor(text=[prompt], images=list(images), return_tensors="pt").to(self.device)
+        with self.device:
+            features, _ = self._features(inputs, images)
         return [vision for vision, _ in features]
 
     @torch.no_grad()
     def logprobs(self, pruned: Pruned, output_ids: Sequence[int]) -> Tensor:
         """Returns [steps, vocabulary] logprobs of each step, the earlier outputs given."""
+        with self.device:
+            return self._logprobs(pruned, output_ids)
+
+    def _logprobs(self, pruned: Pruned, output_ids: Sequence[int]) -> Tensor:
         num_steps = len(output_ids)
         given = self.model.get_input_embeddings()(torch.tensor(list(output_ids[:-1]), dtype=torch.long))
         later = torch.arange(num_steps - 1) + pruned.next_position
@@ -126,7 +145,13 @@ class HandPruned:
     def _select(self, vision: Tensor, keys: Tensor, text: str, budget: float | int, excluded: Tensor | None) -> Tensor:
         kept = budget if isinstance(budget, int) else max(1, int(budget * len(vision)))
         guidance = self._embed_guidance(text)
-        return select_tokens(vision, keys, guidance, kept, config=self._config, excluded=excluded).kept
+        # The judge's selection is that of the host, whatever the device.
+        with torch.device("cpu"):
+            masked = None if excluded is None else excluded.cpu()
+            chosen = select_tokens(
+                vision.cpu(), keys.cpu(), guidance.cpu(), kept, config=self._config, excluded=masked
+            ).kept
+        return chosen.to(self.device)
 
     def _positions(self, inputs: Any) -> tuple[Tensor, int]:
         if self.family != "qwen2.5-vl":

@@ -152,3 +152,24 @@ for thread in threads: thread.join()
 assert said == ["no"] * 8, said
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_kernels_that_are_compiled_are_counted_by_whose_they_are() -> None:
+    """In a process of its own, since the counters can be made once; the hook is called as Triton calls it."""
+    program = """
+from types import SimpleNamespace
+from prometheus_client import REGISTRY
+from triton import knobs
+from mmtok_sglang.metrics import count_triton_compiles
+
+seen = []
+knobs.runtime.jit_post_compile_hook = lambda **about: seen.append(about["key"])
+assert REGISTRY.get_sample_value("mmtok:triton_compiles_total") is None
+count_triton_compiles()
+print(REGISTRY.get_sample_value("mmtok:triton_compiles_total"))
+for module in ("mmtok_deploy.backends.triton_kernels", "sglang.srt.layers", "sglang.srt.layers"):
+    knobs.runtime.jit_post_compile_hook(key="k", fn=SimpleNamespace(module=module, name="it"))
+print(seen, *(REGISTRY.get_sample_value(f"mmtok:triton_compiles{end}_total") for end in ("", "_elsewhere")))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert run.stdout.splitlines() == ["0.0", "['k', 'k', 'k'] 1.0 2.0"], run.stderr

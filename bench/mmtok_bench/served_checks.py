@@ -1,0 +1,131 @@
+"""What a server with a budget must do from its first request on: no request waits for a compiler.
+
+    python -m mmtok_bench.served_checks artifacts/checks --model qwen2.5-vl-7b
+
+A new server is asked about photographs of one size, one request at a time: the first is held against those from the
+tenth on. Then come random questions about photographs of random sizes at random budgets, several at a time, while
+`mmtok:triton_compiles_total` counts what is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtok_bench.client import RequestError, ask, in_parallel
+from mmtok_bench.dummy_models import DUMMY_ARGUMENTS, DUMMY_MODELS, write_dummy_model
+from mmtok_bench.families import Family
+from mmtok_bench.photographs import photograph_url
+from mmtok_bench.results import append_row, make_row
+from mmtok_bench.run import quiet_transformers, run_command
+from mmtok_bench.server import SglangServer, make_server
+from mmtok_bench.server_metrics import read_counts
+
+__all__ = ["BENCH", "check_server", "main"]
+
+BENCH = "served-checks"
+_SIZE_PX = (672, 448)
+_NUM_FIRST = 30
+_BUDGETS = ("1%", "5%", "10%", "33%", "90%", 1, 16, 64, 200)
+_WORDS = ("which", "colours", "does", "the", "large", "animal", "have", "and", "what", "is", "under", "left", "window")
+_COMPILES = {
+    "triton_compiles": "mmtok:triton_compiles_total",
+    "triton_compiles_elsewhere": "mmtok:triton_compiles_elsewhere_total",
+}
+
+
+def check_server(server: SglangServer, *, num_requests: int, concurrency: int, max_side_px: int) -> dict[str, float]:
+    """Returns what was measured of a server that has answered nothing yet.
+
+    Among it `first_ttft_ms`; `later_ttft_p50_ms` and `later_ttft_p90_ms` of the tenth request and those after it;
+    `triton_compiles` of the plugin's kernels during the random requests, and `triton_compiles_elsewhere` of others',
+    absent where the server counts none; and `num_failed`.
+
+    Args:
+        server: Ready, with `--enable-metrics` and `--enable-cache-report`.
+        num_requests: Random requests.
+        concurrency: Of these, at a time.
+        max_side_px: The longest side of their images.
+    """
+    client = server.client()
+    ttfts_ms = [
+        ask(client, photograph_url(_SIZE_PX, _SIZE_PX, f"first {number}", lossless=True), "What is it?").ttft_ms
+        for number in range(_NUM_FIRST)
+    ]
+    later = ttfts_ms[9:]
+    before = read_counts(server)
+
+    def ask_at_random(number: int) -> bool:
+        draw = random.Random(number)
+        size_px = draw.randint(60, max_side_px), draw.randint(60, max_side_px)
+        question = " ".join(draw.choices(_WORDS, k=draw.choice((0, 1, 5, 20, 100)))) + "?"
+        fields: dict[str, Any] = {"mm_processor_kwargs": {"mmtok_budget": draw.choice(_BUDGETS)}}
+        url = photograph_url(size_px, size_px, f"random {number}", lossless=True)
+        try:
+            ask(client, url, question, max_tokens=draw.randint(1, 8), fields=fields)
+        except RequestError as error:
+            print(error, file=sys.stderr)
+            return False
+        return True
+
+    answered = in_parallel(concurrency, ask_at_random, range(num_requests))
+    after = read_counts(server)
+    return {
+        "first_ttft_ms": ttfts_ms[0],
+        "later_ttft_p50_ms": statistics.median(later),
+        "later_ttft_p90_ms": statistics.quantiles(later, n=10, method="inclusive")[-1],
+        "num_failed": answered.count(False),
+        **{name: after[count] - before[count] for name, count in _COMPILES.items() if count in after},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 1 if the server or a request failed, 2 for usage, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="mmtok_bench.served_checks", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="for the row, the server's log and the model")
+    parser.add_argument("--model", choices=DUMMY_MODELS, default="qwen2.5-vl-7b", help="default %(default)s")
+    parser.add_argument("--budget", default="10%", help="default 10%%")
+    parser.add_argument("--requests", type=int, default=500, help="random ones (default %(default)s)")
+    parser.add_argument("--concurrency", type=int, default=16, help="of these (default %(default)s)")
+    parser.add_argument("--max-side-px", type=int, default=1400, help="of their images (default %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
+    arguments = parser.parse_args(argv)
+    return run_command("mmtok_bench.served_checks", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    quiet_transformers()
+    folder: Path = arguments.folder
+    model_path = folder / "models" / arguments.model
+    write_dummy_model(arguments.model, model_path)
+    family: Family = "qwen2.5-vl" if "qwen" in arguments.model else "llava-1.5"
+    server = make_server(
+        model_path,
+        family,
+        *("--enable-metrics", "--enable-cache-report", "--disable-radix-cache", f"--mmtok-budget={arguments.budget}"),
+        *DUMMY_ARGUMENTS,
+        on_cpu=arguments.device == "cpu",
+        log_path=folder / "server.log",
+    )
+    with server:
+        metrics = check_server(
+            server,
+            num_requests=arguments.requests,
+            concurrency=arguments.concurrency,
+            max_side_px=arguments.max_side_px,
+        )
+    case = {"model": arguments.model, "budget": arguments.budget, "concurrency": arguments.concurrency}
+    device = torch.device(arguments.device)
+    row = make_row(BENCH, case, "sglang", metrics, num_runs=_NUM_FIRST + arguments.requests, device=device)
+    append_row(folder / "served-checks.jsonl", row)
+    return 1 if metrics["num_failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
