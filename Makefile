@@ -20,11 +20,11 @@ RTX_TARGETS := 8.0 8.6 8.9 12.0 12.1
 ENGINES = $(if $(filter $(TARGET),$(RTX_TARGETS)),--tensorrt --target $(TARGET))
 SELECTION = $(BIN)/mmtok export selection --force $(ENGINES)
 
-.PHONY: help install demo bench export quality soak test test-fast test-all test-cpus gpu-check docs lint format constraints clean
+.PHONY: help install demo bench export quality soak test test-fast test-all test-cpus gpu-check paper docs lint format constraints clean
 
 help:
 	@echo "make demo    ask a small model about a picture, with and without a budget, and show what changes"
-	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: under 20 minutes)"
+	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: tens of minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
 	@echo "make soak    inject faults into servers and see what holds (MINUTES=30 runs all of it, ROWS=fuzz,storm a part)"
@@ -32,6 +32,7 @@ help:
 	@echo "             test-all: also what repeats a test for every family and setting"
 	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
 	@echo "make gpu-check   what needs an NVIDIA GPU: kernels, engines, served models, each against its bar (PART=kernels,selector)"
+	@echo "make paper MODELS=/models   the paper's latency, memory and accuracy with real weights on this GPU (DRY=1 prints the steps)"
 	@echo "make lint    ruff, mypy --strict and the direction of imports"
 	@echo "make docs    the documentation as a site, under artifacts/site"
 	@echo "make format  let ruff rewrite the code"
@@ -89,6 +90,10 @@ test-cpus: $(STAMP)
 # What a machine without a GPU skips, in parts of a few minutes: PART=kernels,qwen-7b-16; a part that is done is not run again.
 gpu-check: $(STAMP)
 	$(BIN)/python -m mmtok_bench.gpu_check $(if $(PART),--parts $(PART))
+
+# MODELS is a folder of checkpoints, named as they are on Hugging Face.
+paper: $(STAMP)
+	$(BIN)/python -m mmtok_bench.paper --checkpoints $(or $(MODELS),$(error make paper needs MODELS=/folder/of/checkpoints)) $(if $(DRY),--dry-run)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,11 +40,12 @@ from mmtok_bench.selector.timing import make_problem
 from mmtok_deploy.backends import get_backend
 from mmtok_deploy.config import SelectionConfig
 
-__all__ = ["PARTS", "Bar", "Part", "judge", "main"]
+__all__ = ["DONE", "PARTS", "Bar", "Part", "judge", "main", "run_part"]
 
 _TIMEOUT_S = 600
 _LARGE_GIB = 120
-_DONE = "done.json"
+DONE = "done.json"
+"""In a part's folder once it has been run: the exit codes of its commands, and the seconds."""
 
 Rows = Sequence[ResultRow]
 
@@ -86,6 +87,7 @@ class Part:
         in_process: Measures rows in this process.
         beside: Another part, whose rows the bars read as well.
         needs_gib: Memory of the GPU without which nothing is run.
+        timeout_s: Of each command; None is ten minutes.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Part:
     in_process: Callable[[], list[ResultRow]] | None = None
     beside: str | None = None
     needs_gib: int = 0
+    timeout_s: float | None = None
 
 
 def _served(rows: Rows, budget: str, concurrency: int, *, questions: int = 1, arguments: str = "") -> ResultRow | None:
@@ -456,8 +459,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"== {part.name} is not run: it needs {part.needs_gib} GiB of GPU memory", flush=True)
                 continue
             folder = arguments.output / part.name
-            if arguments.again or not (folder / _DONE).is_file():
-                _run(part, folder)
+            if arguments.again or not (folder / DONE).is_file():
+                run_part(part, folder)
     except KeyboardInterrupt:
         print("Stopped; finished parts are kept, and not run again.", file=sys.stderr)
         return 130
@@ -483,9 +486,10 @@ def _print(parts: Sequence[Part], folder: Path) -> None:
             print(f"#   {bar.text}: {_bound(bar)}")
 
 
-def _run(part: Part, folder: Path) -> None:
+def run_part(part: Part, folder: Path) -> None:
+    """Runs a part's commands one after another; leaves logs, rows and the exit codes in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _DONE).unlink(missing_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
     start = time.monotonic()
     print(f"== {part.name}: {part.about}", flush=True)
     exit_codes = []
@@ -498,7 +502,7 @@ def _run(part: Part, folder: Path) -> None:
                 [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                code = process.wait(_TIMEOUT_S)
+                code = process.wait(part.timeout_s or _TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 code = 124
             finally:
@@ -513,7 +517,7 @@ def _run(part: Part, folder: Path) -> None:
         except Exception:  # the other parts are still to be run
             (folder / "in-process.log").write_text(traceback.format_exc())
             exit_codes.append(1)
-    (folder / _DONE).write_text(json.dumps({"exit_codes": exit_codes, "seconds": round(time.monotonic() - start, 1)}))
+    (folder / DONE).write_text(json.dumps({"exit_codes": exit_codes, "seconds": round(time.monotonic() - start, 1)}))
 
 
 def _rows_of(part: Part, folder: Path) -> list[ResultRow]:
@@ -528,7 +532,7 @@ def _report(parts: Sequence[Part], folder: Path) -> int:
     verdicts = {True: "pass", False: "[bold red]falls short[/]", None: "[yellow]not measured[/]"}
     is_failed = False
     for part in parts:
-        done = folder / part.name / _DONE
+        done = folder / part.name / DONE
         if not done.is_file():
             table.add_row(part.name, f"needs {part.needs_gib} GiB", "", "", "not run")
             continue

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmtok_bench import gpu_check
-from mmtok_bench.gpu_check import PARTS, Part, _run, judge, main
+from mmtok_bench.gpu_check import PARTS, Part, judge, main, run_part
 from mmtok_bench.results import ResultRow, append_row, make_row, read_rows
 
 MEASURED = Path(__file__).parents[2] / "docs" / "measured"
@@ -143,7 +143,7 @@ def test_a_part_that_is_run_leaves_what_the_table_is_made_of(tmp_path: Path) -> 
         raise RuntimeError("no kernel")
 
     program = "import sys; open(sys.argv[1] + '/x.jsonl', 'w'); sys.exit(3)"
-    _run(Part("it", "about it", (("-c", program, "FOLDER"), ("-c", "print('said')")), in_process=fail), tmp_path)
+    run_part(Part("it", "about it", (("-c", program, "FOLDER"), ("-c", "print('said')")), in_process=fail), tmp_path)
     assert json.loads((tmp_path / "done.json").read_text())["exit_codes"] == [3, 0, 1]
     assert (tmp_path / "command-1.log").read_text().endswith("said\n")
     assert "RuntimeError: no kernel" in (tmp_path / "in-process.log").read_text()
@@ -156,7 +156,7 @@ def test_a_command_that_takes_too_long_is_ended_with_what_it_started(
     # A duration that no other process sleeps for.
     duration = f"600.{os.getpid()}"
     program = f"import subprocess; subprocess.run(['sleep', '{duration}'])"
-    _run(Part("it", "about it", (("-c", program),)), tmp_path)
+    run_part(Part("it", "about it", (("-c", program),)), tmp_path)
     assert json.loads((tmp_path / "done.json").read_text())["exit_codes"] == [124]
     assert not any(duration in (each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"]))
 

@@ -173,12 +173,11 @@ class ModelRun:
         with PeakMemory(server.process_id, on_cpu=on_cpu) as memory:
             self._generator.run(arguments, output.with_suffix(".log"), is_server_alive=server.is_alive)
         load = read_load(output)
-        seen: set[str] = set()
-        is_later = [seed in seen or seen.add(seed) is not None for seed, _ in asked]
+        firsts = {seed: number for number, (seed, _) in reversed(list(enumerate(asked)))}
         return Sample(
             load=load,
             stages=stage_metrics(before, read_counts(server), len(asked)),
-            is_later=[is_later[number] for number in load.answered] if case.questions > 1 else [],
+            is_later=[firsts[asked[number][0]] < number for number in load.answered] if case.questions > 1 else [],
             # A GPU's memory is that of all servers on it.
             peak_memory_bytes=memory.peak_bytes if on_cpu or not are_side_by_side(self._plan, self._model) else None,
             max_total_tokens=int(server.server_info()["max_total_num_tokens"]),

@@ -160,7 +160,7 @@ def _gains(by_round: Mapping[int, Sample], unpruned: Mapping[int, Sample]) -> di
         "ttft_p50_gain": [float(np.median(theirs.ttfts_s) / np.median(ours.ttfts_s)) for ours, theirs in pairs],
         "requests_per_s_gain": [_requests_per_s(ours) / _requests_per_s(theirs) for ours, theirs in pairs],
     }
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, values in ratios.items():
         low, high = median_interval(values)
         metrics |= {name: float(np.median(values)), f"{name}_low": low, f"{name}_high": high}
