@@ -98,8 +98,9 @@ class ServePlan:
     def images_of(self, concurrency: int, questions: int) -> int:
         """Returns the number of images of one case in one round, each with so many questions."""
         num_requests = max(self.num_requests, self.requests_per_client * concurrency)
-        in_turn = self.images_in_turn or 1 if questions > 1 else 1
-        return max(math.ceil(num_requests / questions), in_turn)
+        if questions == 1:
+            return num_requests
+        return max(math.ceil(num_requests / questions), self.images_in_turn or 1)
 
 
 # The paper's Tables 12 and 13: 867.6 tokens on average to 86.8 (1008 x 672 pixels are 864), up to 2880 to 160, and 576
