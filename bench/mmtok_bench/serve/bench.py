@@ -111,11 +111,15 @@ def _smaller_px(processor: Any, model: ServedModel, size_px: Size, budget: str) 
 
 
 def _left(plan: ServePlan, part: _Part, run: Run) -> list[Turn]:
-    """Returns the turns without the cases that an earlier run measured."""
-    turns = [
-        replace(turn, cases=tuple(case for case in turn.cases if not run.has(**known_case(plan, part.model, case))))
-        for turn in part.turns
-    ]
+    """Returns the turns without the cases that an earlier run measured.
+
+    The unpruned server is measured again for what is left: ratios are of servers that were measured in turns.
+    """
+    cases = dict.fromkeys(case for turn in part.turns for case in turn.cases)
+    missing = {case for case in cases if not run.has(**known_case(plan, part.model, case))}
+    workloads = {case.workload for case in missing}
+    left = missing | {case for case in cases if case.is_unpruned and case.workload in workloads}
+    turns = [replace(turn, cases=tuple(case for case in turn.cases if case in left)) for turn in part.turns]
     return [turn for turn in turns if turn.cases]
 
 

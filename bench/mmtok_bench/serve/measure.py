@@ -137,9 +137,10 @@ class ModelRun:
         if case in self._written:
             return
         self._written.add(case)
-        unpruned = (each for each in self._samples if each.workload == case.workload and each.is_unpruned)
-        reference = next(unpruned, case)
-        self._run.add(serve_row(self._plan, self._model, case, self._samples[case], self._samples[reference]))
+        of_workload = {each: found for each, found in self._samples.items() if each.workload == case.workload}
+        # None if that server died: there is no ratio then.
+        unpruned = next((found for each, found in of_workload.items() if each.is_unpruned), {})
+        self._run.add(serve_row(self._plan, self._model, case, of_workload[case], unpruned))
 
     def _warm_up(self, server: SglangServer, case: LoadCase) -> int:
         """Returns the tokens that the model reads of an image of this size; the first time, the server is warmed up."""

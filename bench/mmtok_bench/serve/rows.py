@@ -82,7 +82,7 @@ def serve_row(
         model: Which model was served.
         measured: What was measured of it.
         by_round: Its samples, at least one.
-        unpruned: Those of the server without the plugin; its own for that server.
+        unpruned: Those of the server without the plugin; empty where it was not measured.
     """
     samples = list(by_round.values())
     loads = [sample.load for sample in samples]

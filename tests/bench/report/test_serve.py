@@ -185,3 +185,23 @@ def test_where_a_budget_pays_is_said() -> None:
     part = serve_part(measured(serve_rows()))
     said = [sentence for sentence in part.sentences if "budget 10%: it paid everywhere measured" in sentence]
     assert len(said) == 1
+
+
+def test_a_gain_of_several_rounds_stands_with_its_interval() -> None:
+    gains = {"ttft_p50_gain": 2.0, "ttft_p50_gain_low": 1.85, "ttft_p50_gain_high": 2.149}
+    of_rounds = replace(PRUNED, metrics={**PRUNED.metrics, **gains})
+    (table,) = [table for table in serve_part(measured([UNPRUNED, of_rounds])).tables if "gains" in table.title]
+    heading = "TTFT vs unpruned, 95% of rounds"
+    assert [line[table.columns.index(heading)] for line in table.rows] == ["", "1.85 to 2.15x"]
+    # Rows of one round, and those of before, have none.
+    (table,) = [table for table in serve_part(measured([UNPRUNED, PRUNED])).tables if "gains" in table.title]
+    assert not any("95%" in column for column in table.columns)
+
+
+def test_loads_of_several_questions_are_held_against_their_like() -> None:
+    rows = [serve("off", "none", 864, questions_per_image=6), serve("10%", "mmtok", 86, questions_per_image=6)]
+    lines = serve_lines(measured([UNPRUNED, PRUNED, *rows]))
+    assert lines[3]["vs_unpruned"]["case"]["questions_per_image"] == 6
+    assert "questions_per_image" not in lines[1]["vs_unpruned"]["case"]
+    table = next(table for table in serve_part(measured([UNPRUNED, PRUNED, *rows])).tables if "budget" in table.title)
+    assert {line[table.columns.index("questions per image")] for line in table.rows} == {"", "6"}
