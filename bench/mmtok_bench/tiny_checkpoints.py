@@ -14,7 +14,6 @@ import transformers
 
 from mmtok_bench.families import Family
 from mmtok_bench.model_parts import (
-    CLIP_VIT_L,
     llava_config,
     llava_next_config,
     llava_next_processor,
@@ -59,9 +58,7 @@ _TINY_CLIP = {
 }
 
 
-def make_tiny_checkpoint(
-    family: Family, folder: Path, *, seed: int = 0, pad_to_square: bool = True, real_encoder: bool = False
-) -> Path:
+def make_tiny_checkpoint(family: Family, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
     """Returns `folder`, which then holds a tiny checkpoint that Transformers and SGLang load like the real one.
 
     Weights are random, drawn from `seed`, and stored in bfloat16; the tokenizer is byte-level (one token a byte). A
@@ -75,8 +72,6 @@ def make_tiny_checkpoint(
         seed: Seed of the weights.
         pad_to_square: "llava-1.5" only: pad an image to a square, as the authors of LLaVA do, or crop its middle, as
             Hugging Face's processor does by default.
-        real_encoder: The LLaVAs only: a vision encoder of its real size, CLIP ViT-L/14 (0.6 GB), where it is to take
-            its real time.
 
     Raises:
         ValueError: An unknown family.
@@ -91,7 +86,6 @@ def make_tiny_checkpoint(
         "family": family,
         "seed": seed,
         "pad_to_square": pad_to_square,
-        "real_encoder": real_encoder,
     }
     if _read_marker(folder) == marker:
         return folder
@@ -101,7 +95,7 @@ def make_tiny_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         made = Path(scratch) / "checkpoint"
-        model, processor = _build(family, seed, pad_to_square, CLIP_VIT_L if real_encoder else _TINY_CLIP)
+        model, processor = _build(family, seed, pad_to_square)
         model.to(torch.bfloat16).save_pretrained(made)
         processor.save_pretrained(made)
         (made / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
@@ -128,18 +122,18 @@ def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
             raise
 
 
-def _build(family: Family, seed: int, pad_to_square: bool, clip: dict[str, int]) -> tuple[Any, Any]:
+def _build(family: Family, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
     if family == "qwen2.5-vl":
         processor = qwen_processor()
         config = qwen_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_QWEN_VISION)
         model_class = transformers.Qwen2_5_VLForConditionalGeneration
     elif family == "llava-1.5":
         processor = llava_processor(pad_to_square)
-        config = llava_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, clip)
+        config = llava_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, _TINY_CLIP)
         model_class = transformers.LlavaForConditionalGeneration
     else:
         processor = llava_next_processor()
-        config = llava_next_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, clip)
+        config = llava_next_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, _TINY_CLIP)
         model_class = transformers.LlavaNextForConditionalGeneration
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
