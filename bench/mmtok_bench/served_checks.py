@@ -3,8 +3,8 @@
     python -m mmtok_bench.served_checks artifacts/checks --model qwen2.5-vl-7b
 
 A new server is asked about photographs of one size, one request at a time: the first is held against those from the
-tenth on. Then come random questions about photographs of random sizes at random budgets, several at a time, while
-`mmtok:triton_compiles_total` counts what is compiled.
+tenth on, of which the time of each stage is measured as well. Then come random questions about photographs of random
+sizes at random budgets, several at a time, while `mmtok:triton_compiles_total` counts what is compiled.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from mmtok_bench.photographs import photograph_url
 from mmtok_bench.results import append_row, make_row
 from mmtok_bench.run import quiet_transformers, run_command
 from mmtok_bench.server import SglangServer, make_server
-from mmtok_bench.server_metrics import read_counts
+from mmtok_bench.server_metrics import read_counts, stage_metrics
 
 __all__ = ["BENCH", "check_server", "main"]
 
 BENCH = "served-checks"
-_SIZE_PX = (672, 448)
+_SIZE_PX = (1008, 672)
 _NUM_FIRST = 30
+_NUM_BEFORE_LATER = 9
 _BUDGETS = ("1%", "5%", "10%", "33%", "90%", 1, 16, 64, 200)
 _WORDS = ("which", "colours", "does", "the", "large", "animal", "have", "and", "what", "is", "under", "left", "window")
 _COMPILES = {
@@ -43,9 +44,9 @@ _COMPILES = {
 def check_server(server: SglangServer, *, num_requests: int, concurrency: int, max_side_px: int) -> dict[str, float]:
     """Returns what was measured of a server that has answered nothing yet.
 
-    Among it `first_ttft_ms`; `later_ttft_p50_ms` and `later_ttft_p90_ms` of the tenth request and those after it;
-    `triton_compiles` of the plugin's kernels during the random requests, and `triton_compiles_elsewhere` of others',
-    absent where the server counts none; and `num_failed`.
+    Among it `first_ttft_ms`; of the tenth request and those after it `later_ttft_p50_ms`, `later_ttft_p90_ms` and the
+    milliseconds of each stage; `triton_compiles` of the plugin's kernels during the random requests, and
+    `triton_compiles_elsewhere` of others', absent where the server counts none; and `num_failed`.
 
     Args:
         server: Ready, with `--enable-metrics` and `--enable-cache-report`.
@@ -54,11 +55,13 @@ def check_server(server: SglangServer, *, num_requests: int, concurrency: int, m
         max_side_px: The longest side of their images.
     """
     client = server.client()
-    ttfts_ms = [
-        ask(client, photograph_url(_SIZE_PX, _SIZE_PX, f"first {number}", lossless=True), "What is it?").ttft_ms
-        for number in range(_NUM_FIRST)
-    ]
-    later = ttfts_ms[9:]
+
+    def ttft_ms(number: int) -> float:
+        return ask(client, photograph_url(_SIZE_PX, _SIZE_PX, f"first {number}"), "What is it?", max_tokens=2).ttft_ms
+
+    first, *_ = [ttft_ms(number) for number in range(_NUM_BEFORE_LATER)]
+    at_first = read_counts(server)
+    later = [ttft_ms(number) for number in range(_NUM_BEFORE_LATER, _NUM_FIRST)]
     before = read_counts(server)
 
     def ask_at_random(number: int) -> bool:
@@ -77,10 +80,11 @@ def check_server(server: SglangServer, *, num_requests: int, concurrency: int, m
     answered = in_parallel(concurrency, ask_at_random, range(num_requests))
     after = read_counts(server)
     return {
-        "first_ttft_ms": ttfts_ms[0],
+        "first_ttft_ms": first,
         "later_ttft_p50_ms": statistics.median(later),
         "later_ttft_p90_ms": statistics.quantiles(later, n=10, method="inclusive")[-1],
         "num_failed": answered.count(False),
+        **stage_metrics(at_first, before, len(later)),
         **{name: after[count] - before[count] for name, count in _COMPILES.items() if count in after},
     }
 

@@ -22,6 +22,8 @@ def test_a_new_server_is_held_against_the_judge_and_asked_at_random() -> None:
     assert checked["num_failed"] == 0
     assert 0 < checked["later_ttft_p50_ms"] <= checked["later_ttft_p90_ms"]
     assert checked["first_ttft_ms"] > 0
+    parts = ("image_decode_ms", "image_preprocess_ms", "image_hash_ms", "image_transport_ms", "vision_encoder_ms")
+    assert 0 < sum(checked[name] for name in parts) < checked["later_ttft_p90_ms"]
     # Nothing is compiled on a CPU: that is not said to be 0.
     assert "triton_compiles" not in checked
     assert compared["max_error"] < 1e-4
