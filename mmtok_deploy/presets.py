@@ -27,4 +27,6 @@ PRESETS: dict[str, Preset] = {
     "llava-1.5": Preset(SelectionConfig(tv_temp=0.02, vv_temp=0.2, alpha=0.5), "keywords"),
     "llava-next": Preset(SelectionConfig(tv_temp=0.02, vv_temp=0.2, alpha=0.5), "keywords"),
     "qwen2.5-vl": Preset(SelectionConfig(tv_temp=0.01, vv_temp=0.2, alpha=0.5), "question"),
+    "qwen3-vl": Preset(SelectionConfig(tv_temp=0.01, vv_temp=0.2, alpha=0.5), "question"),
+    "qwen3-vl-moe": Preset(SelectionConfig(tv_temp=0.01, vv_temp=0.2, alpha=0.5), "question"),
 }

@@ -274,6 +274,17 @@ PARTS: tuple[Part, ...] = (
         (_serve("qwen2.5-vl-32b", "10%", "1008x672", "1,16"),),
         (_ttft("10%", 1, 1.8), _rates("10%", 16, 1.8)),
     ),
+    Part(
+        "qwen3-vl-8b",
+        "Qwen3-VL-8B, 768 -> 76",
+        (_serve("qwen3-vl-8b", "10%", "1024x768", "1,16"),),
+        (
+            Bar("`all`, requests/s at 16", 0.98, False, "x", _gain("requests_per_s", "all", 16)),
+            _ttft("10%", 1, 1.0),
+            _rates("10%", 16, 1.0),
+            Bar("the selection's share of TTFT", 2, True, "%", _selection_share("10%", 1)),
+        ),
+    ),
 )
 
 
