@@ -72,7 +72,7 @@ def _message(family: Family) -> dict[str, Any]:
     }
 
 
-ENDPOINTS: dict[str, Callable[[str], dict[str, Any]]] = {
+ENDPOINTS: dict[str, Callable[[Family], dict[str, Any]]] = {
     "/v1/chat/completions": _chat,
     "/generate": _generate,
     "/v1/completions": _completion,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from sglang.srt.distributed.utils import get_pp_indices
 from sglang.srt.models import qwen3_vl, qwen3_vl_moe
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 
@@ -42,6 +43,21 @@ class Qwen3VL(Qwen):
     model_class = Qwen3VLForConditionalGeneration
     processor_class = Qwen3VLProcessor
 
+    def obstacle_to_stages(self, num_stages: int, config: Any) -> str | None:
+        """Returns why a pipeline would lose levels: the first stage alone is given them.
+
+        SGLang 0.5.23 ends the start of a dense model (models/qwen3_vl.py, `Qwen3LLMModel.__init__`), and serves a
+        mixture of experts without them.
+        """
+        num_layers, num_levels = config.text_config.num_hidden_layers, _num_levels(config)
+        _, end = get_pp_indices(num_layers, 0, num_stages)
+        if end >= num_levels:
+            return None
+        return (
+            f"DeepStack adds to its first {num_levels} layers, and the first stage would have {end} of {num_layers}: "
+            "take fewer stages, or share layers out by SGLANG_PP_LAYER_PARTITION"
+        )
+
 
 class Qwen3VLMoe(Qwen3VL):
     """The same encoder and positions before a mixture of experts."""
@@ -49,8 +65,11 @@ class Qwen3VLMoe(Qwen3VL):
     model_class = Qwen3VLMoeForConditionalGeneration
 
     def obstacle(self, config: Any) -> str | None:
-        """Returns why a model of this architecture cannot be pruned: SGLang would lose levels, or read none."""
-        levels = len(config.vision_config.deepstack_visual_indexes)
-        if levels != _MOE_LEVELS:
-            return f"it has {levels} levels of DeepStack, and SGLang adds {_MOE_LEVELS} of a mixture of experts"
+        """Returns why a model of this architecture cannot be pruned: SGLang would lose levels, or look for more."""
+        if _num_levels(config) != _MOE_LEVELS:
+            return f"it has {_num_levels(config)} levels of DeepStack, and SGLang adds {_MOE_LEVELS}"
         return super().obstacle(config)
+
+
+def _num_levels(config: Any) -> int:
+    return len(config.vision_config.deepstack_visual_indexes)
