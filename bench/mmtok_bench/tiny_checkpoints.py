@@ -52,8 +52,8 @@ _TINY_QWEN_VISION = {
     "fullatt_block_indexes": [1],
     "initializer_range": 0.125,
 }
-# As many layers as a pipeline of two stages needs, of which the first adds all three levels of DeepStack.
-_QWEN3_VL_TEXT = {"num_hidden_layers": 6, "num_key_value_heads": 2, "head_dim": 64}
+# A layer more than DeepStack has levels.
+_QWEN3_VL_TEXT = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64}
 _TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 _TINY_QWEN3_VL_VISION = {
     "depth": 4,
