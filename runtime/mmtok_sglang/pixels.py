@@ -1,6 +1,6 @@
 """Pixels travel to the scheduler as 8-bit values, and are normalised on the encoder's device.
 
-A Hugging Face processor makes float32 pixels on the host; for Qwen2.5-VL each of them twice, since a patch is two
+A Hugging Face processor makes float32 pixels on the host; for a Qwen each of them twice, since a patch is two
 equal frames. As 8-bit values, once each, they are an eighth (for the LLaVAs a quarter) of the bytes to hash, to send
 and to copy to the device, where the same float32 operations give the same pixels.
 """
