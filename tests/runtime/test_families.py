@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -217,7 +217,7 @@ def test_a_token_is_selected_by_what_the_language_model_reads_of_it() -> None:
     (tile,) = image.tiles(8)
     assert torch.equal(tile.vision, vision[0, :, :8])
     kept = torch.tensor([1, 4])
-    assert torch.equal(PrunedModel.join(None, image, [kept]), vision[0, kept])
+    assert torch.equal(PrunedModel.join(cast("Any", None), image, [kept]), vision[0, kept])
 
 
 CLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="clip_vision_model", image_size=336, patch_size=14))

@@ -56,7 +56,7 @@ class Qwen3VLEncoder(QwenEncoder):
         """Returns vision [B, N, D], keys [B, N, d] and, with DeepStack, levels [B, N, L * D]."""
         hidden = F.linear(pixels.to(self.dtype), self.patch_weight, self.patch_bias)
         hidden = hidden.view(self.batch_size, -1, self.keys_width) + self.get_buffer("position_embeddings")
-        levels = []
+        levels: list[Tensor] = []
         for idx, block in enumerate(self.visual.blocks):
             hidden = hidden + self._attend(block.attn, block.norm1(hidden))
             hidden = hidden + block.mlp(block.norm2(hidden))
