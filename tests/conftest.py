@@ -49,6 +49,7 @@ _EXHAUSTIVE = re.compile(
     r"|test_serving_agent\.py::.*\[llava-"
     r"|test_serving\w*\.py::.*qwen3-vl-moe"
     r"|test_serving_(processes|cache|methods|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*qwen3-vl"
+    r"|test_serving\.py::test_(more_positions_than_the_context|question_of_four_thousand_words)\[qwen3-vl"
     r"|test_processor\.py::.*\[qwen2"
     r"|test_recorded\.py::.*\[llava-1\.5"
     r"|test_served\.py::test_the_model_as_its_own_agent"
