@@ -32,7 +32,7 @@ def guidance_words(text: str, rule: GuidanceRule) -> list[str]:
     Args:
         text: The user's question. `<image>` markers in it are dropped.
         rule: "keywords" (LLaVA) drops the benchmark instructions and the words without visual meaning, and uses the
-            text as it was where nothing is left. "question" (Qwen2.5-VL) is `Question: ` and the whole text.
+            text as it was where nothing is left. "question" (Qwens) is `Question: ` and the whole text.
 
     Returns:
         Words without white space; empty if `text` holds no word, which leaves the image alone to be covered.

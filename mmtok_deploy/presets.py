@@ -23,8 +23,13 @@ class Preset:
     guidance: GuidanceRule
 
 
+_QWEN = Preset(SelectionConfig(tv_temp=0.01, vv_temp=0.2, alpha=0.5), "question")
+
 PRESETS: dict[str, Preset] = {
     "llava-1.5": Preset(SelectionConfig(tv_temp=0.02, vv_temp=0.2, alpha=0.5), "keywords"),
     "llava-next": Preset(SelectionConfig(tv_temp=0.02, vv_temp=0.2, alpha=0.5), "keywords"),
-    "qwen2.5-vl": Preset(SelectionConfig(tv_temp=0.01, vv_temp=0.2, alpha=0.5), "question"),
+    "qwen2.5-vl": _QWEN,
+    # The authors ship none for Qwen3-VL: those of Qwen2.5-VL.
+    "qwen3-vl": _QWEN,
+    "qwen3-vl-moe": _QWEN,
 }

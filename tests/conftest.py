@@ -63,6 +63,10 @@ _EXHAUSTIVE = re.compile(
     r"|test_serving_chunks\.py::.*\[llava-1\.5"
     r"|test_serving_engine\.py::.*\[llava-next"
     r"|test_serving_agent\.py::.*\[llava-"
+    r"|test_serving\w*\.py::.*qwen3-vl-moe"
+    r"|test_serving_(processes|cache|methods|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*qwen3-vl"
+    r"|test_serving\.py::test_(more_positions_than_the_context|question_of_four_thousand_words)\[qwen3-vl"
+    r"|test_processor\.py::.*\[qwen2"
     r"|test_recorded\.py::.*\[llava-1\.5"
     r"|test_served\.py::test_the_model_as_its_own_agent"
     r"|serve/test_command\.py::test_a_sweep_one_of_whose_servers_dies"
@@ -101,7 +105,8 @@ def _group(nodeid: str) -> str:
     """Returns the name that all tests have in common that one process runs: their servers' family, or their file."""
     path = nodeid.partition("::")[0]
     if _is_served(nodeid):
-        return next((family for family in get_args(Family) if family in nodeid), nodeid)
+        # The longest: "qwen3-vl" is in "qwen3-vl-moe".
+        return max((family for family in get_args(Family) if family in nodeid), key=len, default=nodeid)
     return "pocket models" if Path(path).name in ("test_served.py", "test_recorded.py") else path
 
 

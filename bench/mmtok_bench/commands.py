@@ -180,7 +180,7 @@ def _add_quality(commands: Any) -> None:
     )
     served.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     served.add_argument(
-        "--concurrency", type=count, help="requests under way at a time (default 32; 8 for the family qwen2.5-vl)"
+        "--concurrency", type=count, help="requests under way at a time (default 32; 8 for the families of Qwen)"
     )
     served.add_argument("--max-tokens", type=count, help="of a pocket answer (default: as many words as the right one)")
     lmms = quality.add_argument_group("public tasks")

@@ -17,6 +17,8 @@ from mmtok_bench.model_parts import (
     llava_next_config,
     llava_next_processor,
     llava_processor,
+    qwen3_vl_config,
+    qwen3_vl_processor,
     qwen_config,
     qwen_processor,
 )
@@ -57,6 +59,35 @@ _QWEN_32B = {
     "num_attention_heads": 40,
     "num_key_value_heads": 8,
 }
+# Qwen3-VL-8B and -30B-A3B, as in pytorch/torchtitan torchtitan/experiments/qwen3_vl/__init__.py (commit 0375bb6).
+_QWEN3_VL_8B = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+}
+_QWEN3_VL_30B = {
+    **_QWEN3_VL_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+_QWEN3_VL_VISION = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
 _VICUNA_7B = {
     "vocab_size": _LLAVA_VOCABULARY,
     "hidden_size": 4096,
@@ -94,6 +125,14 @@ _QWEN_SMALL_VISION = {
     "num_heads": 1,
     "fullatt_block_indexes": [1],
 }
+_QWEN3_VL_SMALL_VISION = {
+    **_QWEN3_VL_VISION,
+    "depth": 3,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_heads": 2,
+    "deepstack_visual_indexes": [0, 1, 2],
+}
 _CLIP_SMALL = {
     "hidden_size": 384,
     "intermediate_size": 1536,
@@ -124,6 +163,14 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
     )
 
 
+def _qwen3_vl(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
+    return _DummyModel(
+        # As the published processor: an image of fewer than 64 tokens is enlarged.
+        lambda: qwen3_vl_processor(_words(text["vocab_size"]), min_image_tokens=64, max_image_tokens=16384),
+        lambda tokenizer: qwen3_vl_config(tokenizer, text, vision),
+    )
+
+
 def _llava(text: dict[str, Any], clip: dict[str, Any], image_px: int = 336) -> _DummyModel:
     return _DummyModel(
         # As the published processor: the middle of an image, not a padded square.
@@ -142,15 +189,20 @@ def _llava_next(text: dict[str, Any]) -> _DummyModel:
 DUMMY_MODELS: dict[str, _DummyModel] = {
     "qwen2.5-vl-7b": _qwen(_QWEN_7B, _QWEN_7B_VISION),
     "qwen2.5-vl-32b": _qwen(_QWEN_32B, {**_QWEN_7B_VISION, "intermediate_size": 3456}),
+    "qwen3-vl-8b": _qwen3_vl(_QWEN3_VL_8B, _QWEN3_VL_VISION),
+    "qwen3-vl-30b-a3b": _qwen3_vl(_QWEN3_VL_30B, _QWEN3_VL_VISION),
     "llava-1.5-7b": _llava(_VICUNA_7B, CLIP_VIT_L),
     "llava-1.5-13b": _llava(_VICUNA_13B, CLIP_VIT_L),
     "llava-next-7b": _llava_next(_VICUNA_7B),
     "llava-next-13b": _llava_next(_VICUNA_13B),
     "qwen2.5-vl-0.5b": _qwen({**_TEXT_05B, "vocab_size": 151936, "tie_word_embeddings": True}, _QWEN_SMALL_VISION),
+    "qwen3-vl-0.5b": _qwen3_vl(
+        {**_TEXT_05B, "head_dim": 64, "vocab_size": 151936, "tie_word_embeddings": True}, _QWEN3_VL_SMALL_VISION
+    ),
     # 448 pixels, where the published model has 336: 1024 tokens, where it has 576.
     "llava-1.5-0.5b": _llava({**_TEXT_05B, "vocab_size": 151936}, _CLIP_SMALL, 448),
 }
-"""By name; sizes of the 7B and 13B models are those of the published checkpoints."""
+"""By name; sizes of 7B and above are those of the published checkpoints."""
 
 
 def make_processor(name: str) -> Any:
@@ -186,6 +238,8 @@ def write_dummy_model(name: str, folder: Path) -> Path:
 
 _ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
 }

@@ -1,14 +1,51 @@
-"""The model families that are measured, and what SGLang's command line needs for each."""
+"""The model families that are measured, and what sets them apart for a benchmark."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Family", "PocketFamily", "family_arguments"]
+from mmtok_deploy.methods import MethodName
 
-Family = Literal["qwen2.5-vl", "llava-1.5", "llava-next"]
+__all__ = ["FAMILY_TRAITS", "Family", "FamilyTraits", "PocketFamily", "family_arguments"]
+
+Family = Literal["qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "llava-1.5", "llava-next"]
 PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
 """Those of which this package brings a trained model along."""
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyTraits:
+    """What a benchmark has to know of a family.
+
+    Args:
+        placeholder: What stands for one image in a prompt's text.
+        impossible_methods: Methods that its models cannot run.
+        token_px: Side in pixels of what a token stands for, where smaller images have fewer tokens; None where the
+            encoder reads squares of one size.
+        arguments: Server arguments without which a model of the family is not served, or not pruned.
+    """
+
+    placeholder: str
+    impossible_methods: tuple[MethodName, ...] = ()
+    token_px: int | None = None
+    arguments: tuple[str, ...] = ()
+
+
+# SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788), and LLaVA-NeXT has no other.
+_TRANSFORMERS = ("--model-impl=transformers",)
+# Qwen's encoders have no class token, whose attention VisionZip ranks by.
+_QWEN3_VL = FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=32)
+
+FAMILY_TRAITS: Mapping[Family, FamilyTraits] = {
+    "qwen2.5-vl": FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=28),
+    "qwen3-vl": _QWEN3_VL,
+    "qwen3-vl-moe": _QWEN3_VL,
+    "llava-1.5": FamilyTraits("<image>", arguments=_TRANSFORMERS),
+    # Its tiles have one size.
+    "llava-next": FamilyTraits("<image>", impossible_methods=("downsample",), arguments=_TRANSFORMERS),
+}
 
 
 def family_arguments(family: Family | None) -> tuple[str, ...]:
@@ -16,5 +53,4 @@ def family_arguments(family: Family | None) -> tuple[str, ...]:
 
     None is a model whose family was not named: nothing is known to be needed.
     """
-    # SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788), and LLaVA-NeXT has no other.
-    return () if family in ("qwen2.5-vl", None) else ("--model-impl=transformers",)
+    return () if family is None else FAMILY_TRAITS[family].arguments

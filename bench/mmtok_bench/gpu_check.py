@@ -370,7 +370,6 @@ PARTS: tuple[Part, ...] = (
         arguments="--max-total-tokens=10000",
     ),
     _setting("tokenizers", "four tokenizer processes", "--tokenizer-worker-num=4"),
-    _setting("cuda-ipc", "pixels stay on the GPU", "--mm-feature-transport=cuda_ipc"),
     _setting("host-images", "images are preprocessed on the host", "--image-processor-backend=pil"),
     _setting("prefill-graphs", "prefill by breakable CUDA graphs", "--cuda-graph-backend-prefill=breakable"),
     Part(
@@ -395,6 +394,17 @@ PARTS: tuple[Part, ...] = (
         (_serve("qwen2.5-vl-32b", "10%", "1008x672", "1,16", rounds="1"),),
         (_ttft("10%", 1, 1.8), _rates("10%", 16, 1.8)),
         needs_gib=_LARGE_GIB,
+    ),
+    Part(
+        "qwen3-vl-8b",
+        "Qwen3-VL-8B, 768 -> 76",
+        (_serve("qwen3-vl-8b", "10%", "1024x768", "1,16"),),
+        (
+            Bar("`all`, requests/s at 16", 0.98, False, "x", _gain("requests_per_s", "all", 16)),
+            _ttft("10%", 1, 1.0),
+            _rates("10%", 16, 1.0),
+            Bar("the selection's share of TTFT", 2, True, "%", _selection_share("10%", 1)),
+        ),
     ),
 )
 

@@ -18,6 +18,8 @@ __all__ = [
     "llava_next_config",
     "llava_next_processor",
     "llava_processor",
+    "qwen3_vl_config",
+    "qwen3_vl_processor",
     "qwen_config",
     "qwen_processor",
 ]
@@ -33,11 +35,9 @@ CLIP_VIT_L = {
 }
 """The vision encoder of the published LLaVAs."""
 
-_QWEN_TEMPLATE = (
+# Without the default system turn of Qwen2.5-VL's.
+_QWEN3_VL_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}"
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
     "{% else %}"
@@ -49,6 +49,13 @@ _QWEN_TEMPLATE = (
     "{% endif %}{% endfor %}<|im_end|>\n"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_QWEN_TEMPLATE = _QWEN3_VL_TEMPLATE.replace(
+    "{% for message in messages %}",
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}",
 )
 
 _LLAVA_TEMPLATE = (
@@ -147,20 +154,37 @@ def _made_up_word(number: int) -> str:
 
 def qwen_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 1280) -> Any:
     """Returns the processor of Qwen2.5-VL; a larger image is shrunk to `max_image_tokens`."""
+    sizes = {"shortest_edge": 4 * 28 * 28, "longest_edge": max_image_tokens * 28 * 28}
+    return transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=sizes),
+        tokenizer=_qwen_tokenizer(vocabulary),
+        video_processor=transformers.Qwen2VLVideoProcessor(size=sizes),
+        chat_template=_QWEN_TEMPLATE,
+    )
+
+
+def qwen3_vl_processor(
+    vocabulary: Vocabulary = BYTES, *, min_image_tokens: int = 4, max_image_tokens: int = 1280
+) -> Any:
+    """Returns the processor of Qwen3-VL; images are enlarged or shrunk to that many tokens of 32 x 32 pixels."""
+    sizes = {"shortest_edge": min_image_tokens * 32 * 32, "longest_edge": max_image_tokens * 32 * 32}
+    half = [0.5, 0.5, 0.5]
+    return transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=sizes, patch_size=16, image_mean=half, image_std=half),
+        tokenizer=_qwen_tokenizer(vocabulary),
+        video_processor=transformers.Qwen3VLVideoProcessor(),
+        chat_template=_QWEN3_VL_TEMPLATE,
+    )
+
+
+def _qwen_tokenizer(vocabulary: Vocabulary) -> Any:
     vision_tokens = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _byte_tokenizer(
+    return _byte_tokenizer(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *vision_tokens],
         bos_token=None,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         vocabulary=vocabulary,
-    )
-    sizes = {"shortest_edge": 4 * 28 * 28, "longest_edge": max_image_tokens * 28 * 28}
-    return transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(size=sizes),
-        tokenizer=tokenizer,
-        video_processor=transformers.Qwen2VLVideoProcessor(size=sizes),
-        chat_template=_QWEN_TEMPLATE,
     )
 
 
@@ -205,7 +229,6 @@ def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
         vision: Fields of the vision encoder, which attends within windows of 112 pixels where
             `fullatt_block_indexes` names no block.
     """
-    token_id = tokenizer.convert_tokens_to_ids
     half = text["hidden_size"] // text["num_attention_heads"] // 2
     return transformers.Qwen2_5_VLConfig(
         text_config={
@@ -217,8 +240,7 @@ def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
                 "rope_theta": 1000000.0,
             },
             "tie_word_embeddings": False,
-            "bos_token_id": token_id("<|endoftext|>"),
-            "eos_token_id": token_id("<|im_end|>"),
+            **_qwen_text_ids(tokenizer),
             **text,
         },
         vision_config={
@@ -227,12 +249,48 @@ def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
             "tokens_per_second": 2,
             **vision,
         },
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        **_qwen_token_ids(tokenizer),
         tie_word_embeddings=text.get("tie_word_embeddings", False),
     )
+
+
+def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+    """Returns a Qwen3-VL configuration: of the mixture of experts where `text` has `num_experts`.
+
+    Args:
+        tokenizer: As `qwen3_vl_processor` takes it.
+        text: Fields of the language model, its `head_dim`, a multiple of 32, among them.
+        vision: Fields of the vision encoder; DeepStack takes the output of its blocks `deepstack_visual_indexes`.
+    """
+    half = text["head_dim"] // 2
+    config_class = transformers.Qwen3VLMoeConfig if "num_experts" in text else transformers.Qwen3VLConfig
+    return config_class(
+        text_config={
+            "rope_parameters": {
+                "rope_type": "default",
+                # Three eighths of the rotations for time, the rest for height and width, as in every size.
+                "mrope_section": [half * 3 // 8, half * 5 // 16, half * 5 // 16],
+                "mrope_interleaved": True,
+                "rope_theta": 5000000.0,
+            },
+            "tie_word_embeddings": False,
+            **_qwen_text_ids(tokenizer),
+            **text,
+        },
+        vision_config={"out_hidden_size": text["hidden_size"], **vision},
+        **_qwen_token_ids(tokenizer),
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+
+
+def _qwen_text_ids(tokenizer: Any) -> dict[str, int]:
+    token_id = tokenizer.convert_tokens_to_ids
+    return {"bos_token_id": token_id("<|endoftext|>"), "eos_token_id": token_id("<|im_end|>")}
+
+
+def _qwen_token_ids(tokenizer: Any) -> dict[str, int]:
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
 
 
 def llava_config(tokenizer: Any, text: Sizes, clip: Sizes, *, image_px: int = _LLAVA_IMAGE_PX) -> Any:

@@ -18,6 +18,8 @@ from mmtok_bench.model_parts import (
     llava_next_config,
     llava_next_processor,
     llava_processor,
+    qwen3_vl_config,
+    qwen3_vl_processor,
     qwen_config,
     qwen_processor,
 )
@@ -49,6 +51,18 @@ _TINY_QWEN_VISION = {
     "fullatt_block_indexes": [1],
     "initializer_range": 0.125,
 }
+# A layer more than DeepStack has levels.
+_QWEN3_VL_TEXT = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64}
+_TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+_TINY_QWEN3_VL_VISION = {
+    "depth": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "num_position_embeddings": 256,
+    "deepstack_visual_indexes": [0, 1, 2],
+    "initializer_range": 0.125,
+}
 _TINY_CLIP = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -66,8 +80,8 @@ def make_tiny_checkpoint(family: Family, folder: Path, *, seed: int = 0, pad_to_
     there when it is complete, so a reader never sees half of it.
 
     Args:
-        family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2.5-vl" (any size up to 1280),
-            576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next".
+        family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2.5-vl" and 228 for "qwen3-vl" and
+            "qwen3-vl-moe" (any size up to 1280), 576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next".
         folder: Where to write; made again if it holds a tiny checkpoint of another kind.
         seed: Seed of the weights.
         pad_to_square: "llava-1.5" only: pad an image to a square, as the authors of LLaVA do, or crop its middle, as
@@ -96,7 +110,7 @@ def make_tiny_checkpoint(family: Family, folder: Path, *, seed: int = 0, pad_to_
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         made = Path(scratch) / "checkpoint"
         model, processor = _build(family, seed, pad_to_square)
-        model.to(torch.bfloat16).save_pretrained(made)
+        _save(model.to(torch.bfloat16), made)
         processor.save_pretrained(made)
         (made / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
         _move_into_place(made, folder, marker)
@@ -127,6 +141,16 @@ def _build(family: Family, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
         processor = qwen_processor()
         config = qwen_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_QWEN_VISION)
         model_class = transformers.Qwen2_5_VLForConditionalGeneration
+    elif family in ("qwen3-vl", "qwen3-vl-moe"):
+        is_mixture = family == "qwen3-vl-moe"
+        processor = qwen3_vl_processor()
+        text = {**_TEXT_SIZES, **_QWEN3_VL_TEXT, **(_TINY_EXPERTS if is_mixture else {})}
+        config = qwen3_vl_config(processor.tokenizer, text, _TINY_QWEN3_VL_VISION)
+        model_class = (
+            transformers.Qwen3VLMoeForConditionalGeneration
+            if is_mixture
+            else transformers.Qwen3VLForConditionalGeneration
+        )
     elif family == "llava-1.5":
         processor = llava_processor(pad_to_square)
         config = llava_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, _TINY_CLIP)
@@ -140,6 +164,19 @@ def _build(family: Family, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
         model = model_class(config)
     _answer_in_ascii(model, processor.tokenizer)
     return model.eval(), processor
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Writes a model as its published checkpoints are.
+
+    Experts of Qwen3-VL are [experts, in, out] in those. Transformers 5.19 transposes them as it loads, not as it saves.
+    """
+    weights = model.state_dict()
+    experts = {name: weight.transpose(1, 2).contiguous() for name, weight in weights.items() if ".experts." in name}
+    if experts:
+        model.save_pretrained(folder, state_dict=weights | experts, save_original_format=False)
+    else:
+        model.save_pretrained(folder)
 
 
 def _answer_in_ascii(model: Any, tokenizer: Any) -> None:

@@ -33,16 +33,20 @@ _INTERRUPTED = 130
 _LIBRARIES_WITH_ERRORS = ("google", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch")
 
 
-class _Widths(NamedTuple):
-    vision: int
-    keys: int
+class _Features(NamedTuple):
+    vision_width: int
+    keys_width: int
+    has_float32_keys: bool = False
 
 
-# Of each family's 7B model.
-_WIDTHS = {"llava-1.5": _Widths(4096, 1024), "llava-next": _Widths(4096, 1024), "qwen2.5-vl": _Widths(3584, 1280)}
-
-# Their keys are means over the features that make a token, taken in float32.
-_FLOAT32_KEYS = {"qwen2.5-vl"}
+# Of each family's 7B, 8B or 30B-A3B model. Qwen's keys are means over the features that make a token, in float32.
+_FEATURES = {
+    "llava-1.5": _Features(4096, 1024),
+    "llava-next": _Features(4096, 1024),
+    "qwen2.5-vl": _Features(3584, 1280, has_float32_keys=True),
+    "qwen3-vl": _Features(4096, 1152, has_float32_keys=True),
+    "qwen3-vl-moe": _Features(2048, 1152, has_float32_keys=True),
+}
 
 # Spelled out here as well as in the modules that use them: --help must not wait for them to be imported.
 _FORMS = ("lazy", "loop", "unrolled")
@@ -76,7 +80,7 @@ def add_export_parser(commands: Any) -> None:
     )
     selection.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the features (default float16)")
     selection.add_argument(
-        "--keys-dtype", choices=_DTYPES, help="of the features before the projector (qwen2.5-vl: float32, else --dtype)"
+        "--keys-dtype", choices=_DTYPES, help="of the features before the projector (of a Qwen: float32, else --dtype)"
     )
     _add_common(selection, "default llava-1.5")
 
@@ -179,16 +183,16 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
     from mmtok_export.budget import num_kept, share_of
     from mmtok_export.selection_graph import SelectionSpec, build_selection
 
-    widths = _WIDTHS[arguments.preset or "llava-1.5"]
+    features = _FEATURES[arguments.preset or "llava-1.5"]
     spec = SelectionSpec(
         budget=num_kept(arguments.budget, arguments.tokens),
         num_tokens=arguments.tokens,
         num_words=arguments.text_tokens,
         batch=arguments.batch,
-        vision_width=widths.vision if arguments.vision_width is None else arguments.vision_width,
-        keys_width=widths.keys if arguments.keys_width is None else arguments.keys_width,
+        vision_width=features.vision_width if arguments.vision_width is None else arguments.vision_width,
+        keys_width=features.keys_width if arguments.keys_width is None else arguments.keys_width,
         dtype=arguments.dtype,
-        keys_dtype=arguments.keys_dtype or ("float32" if arguments.preset in _FLOAT32_KEYS else arguments.dtype),
+        keys_dtype=arguments.keys_dtype or ("float32" if features.has_float32_keys else arguments.dtype),
         config=_config(arguments, "llava-1.5"),
         form=arguments.form,
         takes_budget=arguments.budget_input,

@@ -16,7 +16,6 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.encoders import EncoderError, describe_encoder, export_encoder, native_image_size
 from mmtok_export.join import builder_on, join_selection
-from mmtok_export.pixels import MEAN, STD
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 from mmtok_export.whole_graph import Encoder
 
@@ -28,8 +27,8 @@ class JoinedEncoder:
     """An encoder with its selection, built.
 
     Args:
-        model: Inputs `pixels`, `text`, `text_mask`, `excluded`; outputs those of the selection, and for a model with
-            M-RoPE `positions`.
+        model: Inputs `pixels`, `text`, `text_mask`, `excluded`; outputs those of the selection, for a model with
+            M-RoPE `positions`, and for one with DeepStack `deepstack_tokens`.
         spec: The selection's sizes.
         details: For the manifest.
         encoder: The PyTorch module by itself.
@@ -79,7 +78,7 @@ def build_joined_encoder(
         checkpoint, size, dtype=getattr(torch, dtype), batch_size=batch_size, random_weights=random_weights
     )
     graph = encoder.model.graph
-    vision, keys = graph.outputs
+    vision, keys, *levels = graph.outputs
     graph.outputs.clear()
     spec = SelectionSpec(
         budget=budget,
@@ -96,7 +95,13 @@ def build_joined_encoder(
     )
     grid_width = encoder.grid[2] if encoder.has_positions else None
     edges = join_selection(
-        builder_on(graph), vision, keys, spec, grid_width=grid_width, is_unpruned_given=is_unpruned_given
+        builder_on(graph),
+        vision,
+        keys,
+        spec,
+        levels=levels[0] if levels else None,
+        grid_width=grid_width,
+        is_unpruned_given=is_unpruned_given,
     )
     details = {
         "family": encoder.family,
@@ -105,12 +110,12 @@ def build_joined_encoder(
         "random_weights": random_weights,
         "edges": edges,
         "preset": encoder.family,
-        "pixels": {**encoder.module.pixel_layout, "mean": MEAN, "std": STD},
+        "pixels": encoder.module.pixel_layout,
     }
 
     @torch.inference_mode()
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        vision, keys = encoder.module(inputs["pixels"])
+        vision, keys, *_ = encoder.module(inputs["pixels"])
         return vision, keys
 
     return JoinedEncoder(encoder.model, spec, details, run)

@@ -15,12 +15,16 @@ from mmtok_export.selection_graph import (
     budget_input,
     dim,
     kept_dim,
+    kept_rows,
 )
 
 __all__ = ["builder_on", "join_selection"]
 
 _INPUTS = ("text", "text_mask", "excluded", "budget")
-_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total", "positions", "unpruned_tokens")
+_OUTPUTS = (
+    *("kept", "order", "visual_tokens", "coverage", "total", "positions", "deepstack_tokens"),
+    *("unpruned_tokens", "unpruned_deepstack_tokens"),
+)
 
 
 def builder_on(graph: ir.Graph) -> GraphBuilder:
@@ -39,6 +43,7 @@ def join_selection(
     keys: ir.Value,
     spec: SelectionSpec,
     *,
+    levels: ir.Value | None = None,
     grid_width: int | None = None,
     is_unpruned_given: bool = False,
 ) -> dict[str, dict[str, str | int]]:
@@ -49,9 +54,12 @@ def join_selection(
         vision: [B, N, D] in its graph.
         keys: [B, N, d] in its graph.
         spec: What is selected.
+        levels: [B, N, L * D] in its graph, what DeepStack adds to the first L layers at each token's place: adds the
+            output `deepstack_tokens` [B, L, K, D], as `visual_tokens` are the rows kept.
         grid_width: Tokens in a row of the image, for a model with M-RoPE: adds the output `positions` [B, 3, K] int64,
             each kept token's (t, h, w) in the image's grid; -1 where there is none.
-        is_unpruned_given: Whether all tokens are an output too, `unpruned_tokens` [B, N, D].
+        is_unpruned_given: Whether all tokens are an output too, `unpruned_tokens` [B, N, D], and with `levels`
+            `unpruned_deepstack_tokens` [B, L, N, D].
 
     Returns:
         What the check cuts the selection out by: the `name`, `dtype` and `width` of the `vision` and `keys` that it is
@@ -84,6 +92,15 @@ def join_selection(
     if is_unpruned_given:
         outputs["unpruned_tokens"] = builder.op.Identity(vision)
         outputs["unpruned_tokens"].shape = ir.Shape([batch, dim(spec.num_tokens, "N"), spec.vision_width])
+    if levels is not None:
+        planes = {"deepstack_tokens": (kept_rows(builder.op, levels, outputs["kept"]), kept_dim(spec))}
+        if is_unpruned_given:
+            planes["unpruned_deepstack_tokens"] = (levels, dim(spec.num_tokens, "N"))
+        for name, (rows, num_rows) in planes.items():
+            outputs[name] = _planes(builder.op, rows, spec.vision_width)
+            assert levels.shape is not None
+            num_levels = int(levels.shape.numpy()[2]) // spec.vision_width
+            outputs[name].shape = ir.Shape([batch, num_levels, num_rows, spec.vision_width])
     for name, value in outputs.items():
         builder.add_output(value, name)
     names: dict[ir.DataType | None, str] = {dtype: name for name, dtype in FEATURE_DTYPES.items()}
@@ -91,6 +108,11 @@ def join_selection(
         "vision": {"name": str(vision.name), "dtype": names[vision.dtype], "width": spec.vision_width},
         "keys": {"name": str(keys.name), "dtype": names[keys.dtype], "width": spec.keys_width},
     }
+
+
+def _planes(op: Any, rows: ir.Value, width: int) -> ir.Value:
+    """Returns [B, K, L * D] as [B, L, K, D]."""
+    return op.Transpose(op.Reshape(rows, [0, 0, -1, width]), perm=[0, 2, 1, 3])
 
 
 def _positions(op: Any, kept: ir.Value, grid_width: int) -> ir.Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,19 +10,30 @@ from torch import Tensor
 
 from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
 
-__all__ = ["MEAN", "STD", "images_of", "patches_of"]
+__all__ = ["CLIP_SCALE", "images_of", "patches_of"]
 
-# The constants of CLIP's image processor, which LLaVA's and Qwen2.5-VL's have as well.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_SCALE: dict[str, tuple[float, float, float]] = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+"""The constants of CLIP's image processor, which LLaVA's and Qwen2.5-VL's have as well."""
 
 
-def images_of(size: tuple[int, int], num_images: int) -> Tensor:
-    """Returns photographs [B, 3, height, width] float32, normalised as CLIP's.
+def images_of(
+    size: tuple[int, int],
+    num_images: int,
+    *,
+    mean: Sequence[float] = CLIP_SCALE["mean"],
+    std: Sequence[float] = CLIP_SCALE["std"],
+    **_: Any,
+) -> Tensor:
+    """Returns photographs [B, 3, height, width] float32, normalised.
 
     Args:
         size: (width, height) in pixels.
         num_images: B; photographs come again where there are not as many.
+        mean: Of each channel, of values from 0 to 1.
+        std: Standard deviation of each channel, likewise.
 
     Raises:
         ModuleNotFoundError: scikit-image, which ships them, is not installed.
@@ -30,12 +42,12 @@ def images_of(size: tuple[int, int], num_images: int) -> Tensor:
     pictures = [photograph(names[idx % len(names)]).resize(size) for idx in range(num_images)]
     pixels = torch.stack([torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures])
     images = pixels.view(num_images, size[1], size[0], 3).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
-    return (images - mean) / std
+    centre, spread = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
+    return (images - centre) / spread
 
 
 def patches_of(images: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int, **_: Any) -> Tensor:
-    """Returns images as Qwen2.5-VL's image processor cuts them: [B * patches, 3 * frames * patch * patch].
+    """Returns images as a Qwen's image processor cuts them: [B * patches, 3 * frames * patch * patch].
 
     The patches that make a token follow one another, and an image is a film of equal frames.
 

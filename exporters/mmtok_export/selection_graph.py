@@ -26,6 +26,7 @@ __all__ = [
     "build_selection",
     "dim",
     "kept_dim",
+    "kept_rows",
 ]
 
 Form = Literal["loop", "unrolled", "lazy"]
@@ -182,13 +183,10 @@ def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec
     order, coverage = _pick_all(op, columns, op.Mul(row_maxima, 0.0), features.excluded, spec, budgets, num_trips)
     num_kept = [num_trips] if isinstance(num_trips, int) else op.Reshape(num_trips, [1])
     kept = _raster_order(op, order, columns, num_kept)
-    is_kept = op.Unsqueeze(op.GreaterOrEqual(kept, 0), [2])
-    # By way of float32, which is exact: ONNX Runtime's Where has no bfloat16.
-    rows = op.Cast(_rows(op, features.vision, op.Max(kept, 0)), to=ir.DataType.FLOAT)
     outputs = {
         "kept": kept,
         "order": order,
-        "visual_tokens": op.CastLike(op.Where(is_kept, rows, 0.0), features.vision),
+        "visual_tokens": kept_rows(op, features.vision, kept),
         "coverage": coverage,
         "total": op.Where(is_finite, op.ReduceSum(row_maxima, [1], keepdims=0), float("nan")),
     }
@@ -426,6 +424,13 @@ def _loop_inputs(iteration: str = "iteration", condition: str = "condition") -> 
         ir.Value(name=iteration, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([])),
         ir.Value(name=condition, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])),
     ]
+
+
+def kept_rows(op: Any, rows: ir.Value, kept: ir.Value) -> ir.Value:
+    """Returns rows [B, N, W] at indices [B, K]: [B, K, W], zero where the index is -1."""
+    # By way of float32, which is exact: ONNX Runtime's Where has no bfloat16.
+    found = op.Cast(_rows(op, rows, op.Max(kept, 0)), to=ir.DataType.FLOAT)
+    return op.CastLike(op.Where(op.Unsqueeze(op.GreaterOrEqual(kept, 0), [2]), found, 0.0), rows)
 
 
 def _rows(op: Any, rows: ir.Value, indices: ir.Value) -> ir.Value:

@@ -129,7 +129,7 @@ def _pictures(tensor: TensorInfo, manifest: Manifest) -> Tensor:
     """Returns photographs for an input that takes images."""
     layout = manifest.details.get("pixels") or {}
     if layout.get("layout") == "patches":
-        images = images_of(tuple(manifest.details["image_size"]), manifest.dimensions["B"].minimum)
+        images = images_of(tuple(manifest.details["image_size"]), manifest.dimensions["B"].minimum, **layout)
         return patches_of(images, **layout)
     sizes = [_size(size, manifest) for size in tensor.shape]
     if len(sizes) != 4 or 3 not in (sizes[1], sizes[3]) or tensor.dtype not in _TOLERANCE:

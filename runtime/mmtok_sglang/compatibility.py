@@ -26,6 +26,7 @@ __all__ = [
     "check_model_impl",
     "check_server",
     "check_server_method",
+    "check_stages",
     "family_of_server",
 ]
 
@@ -140,6 +141,14 @@ def check_server_method(server_args: Any, settings: Settings) -> None:
         raise UnsupportedServerError(f"--mmtok-method {settings.method} does not run on this model: {obstacle}")
 
 
+def check_stages(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if a pipeline of that many stages would lose a part of an image."""
+    num_stages = resolving_view(server_args).pp_size
+    obstacle = FAMILIES[settings.family].obstacle_to_stages(num_stages, model_config_of(server_args).hf_config)
+    if obstacle is not None:
+        raise UnsupportedServerError(f"--pp-size {num_stages} does not run on this model: {obstacle}")
+
+
 def _problems(cfg: Any) -> Iterator[str]:
     if cfg.encoder_only or cfg.language_only or cfg.enable_adaptive_dispatch_to_encoder:
         yield "encoder disaggregation (--encoder-only, --language-only): images are processed around the plugin"
@@ -157,6 +166,11 @@ def _problems(cfg: Any) -> Iterator[str]:
         yield "--skip-tokenizer-init: guidance text must be tokenised"
     if cfg.rl_on_policy_target is not None:
         yield f"--rl-on-policy-target {cfg.rl_on_policy_target}: it numbers image tokens as text"
+    if cfg.mm_feature_transport in ("cuda_ipc", "cuda_vmm"):
+        yield (
+            f"--mm-feature-transport {cfg.mm_feature_transport} (or SGLANG_USE_CUDA_IPC_TRANSPORT=1): pixels reach the "
+            "scheduler as handles, around what scales and names them"
+        )
     if cfg.enable_mm_global_cache:
         yield "--enable-mm-global-cache: it would share pruned embeddings without their positions"
     if cfg.cuda_graph_config is not None and cfg.cuda_graph_config.prefill.backend == Backend.FULL:

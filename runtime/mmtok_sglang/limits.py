@@ -44,7 +44,7 @@ class Limits:
     max_image_pixels: Annotated[
         int,
         Help("""an image of more pixels is refused (HTTP 400) before it is decoded; all images of a request may have
-        eight times as many. Default: 64,000,000; 4,194,304 for Qwen2.5-VL on a CPU, where the encoder's attention takes
+        eight times as many. Default: 64,000,000; 4,194,304 for a Qwen on a CPU, where the encoder's attention takes
         memory by the square of the pixels."""),
     ] = 64_000_000
     max_aspect_ratio: Annotated[

@@ -1,6 +1,6 @@
 """Pixels travel to the scheduler as 8-bit values, and are normalised on the encoder's device.
 
-A Hugging Face processor makes float32 pixels on the host; for Qwen2.5-VL each of them twice, since a patch is two
+A Hugging Face processor makes float32 pixels on the host; for a Qwen each of them twice, since a patch is two
 equal frames. As 8-bit values, once each, they are an eighth (for the LLaVAs a quarter) of the bytes to hash, to send
 and to copy to the device, where the same float32 operations give the same pixels.
 """
@@ -71,9 +71,7 @@ class PixelScale:
         return channels[:, :, None].expand(-1, -1, self.num_frames, -1).flatten(1)
 
 
-def take_over_scaling(
-    image_processor: Any, image_config: Mapping[str, Any], *, stays_on_device: bool = False
-) -> PixelScale | None:
+def take_over_scaling(image_processor: Any, image_config: Mapping[str, Any]) -> PixelScale | None:
     """Has the processor leave pixels as 8-bit values; returns how to scale them.
 
     It is tried on an image: unless the pixels are bit for bit the processor's, it stays as it is, with the reason in
@@ -82,11 +80,7 @@ def take_over_scaling(
     Args:
         image_processor: Hugging Face's, of this process.
         image_config: The server's `--mm-process-config` for images.
-        stays_on_device: SGLang hands pixels over in the GPU's memory, which it does before the plugin sees them.
     """
-    if stays_on_device:
-        logger.info("MMTok leaves pixels in float32: --mm-feature-transport keeps them on the GPU")
-        return None
     own = [name for name in (*_SCALING, *_CONSTANTS) if name in image_config]
     if own:
         logger.info("MMTok leaves pixels in float32: --mm-process-config sets %s", ", ".join(own))

@@ -22,9 +22,7 @@ class PrunedProcessor(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.pixel_scale = take_over_scaling(
-            self._processor.image_processor, self.image_config, stays_on_device=self.keep_mm_features_on_device
-        )
+        self.pixel_scale = take_over_scaling(self._processor.image_processor, self.image_config)
 
     @override
     async def process_mm_data_async(self, image_data: Any, *args: Any, **kwargs: Any) -> Any:

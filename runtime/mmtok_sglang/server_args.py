@@ -10,6 +10,7 @@ import msgspec
 import sglang.srt.server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from sglang.srt.arg_groups.overrides import declare_resolution
+from sglang.srt.environ import envs
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
@@ -106,6 +107,10 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         if self.mmtok_budget is not None and self.model_impl == "transformers":
             # What a LLaVA needs without the plugin. Left as it is, SGLang would pass over the family's own class.
             declare_resolution(self, "mmtok", model_impl="auto")
+        if self.mmtok_budget is not None and self.mm_feature_transport is None and not _asks_for_cuda_ipc():
+            # For Qwen3-VL on an H100 or H200 SGLang would choose CUDA IPC, which is refused. 8-bit pixels are an eighth
+            # of what it saves copying.
+            declare_resolution(self, "mmtok", mm_feature_transport="cpu")
         super().resolve_once()
         if _in_detokenizer():
             return
@@ -125,6 +130,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             check_model_impl,
             check_server,
             check_server_method,
+            check_stages,
             family_of_server,
         )
         from mmtok_sglang.families import FAMILIES
@@ -136,6 +142,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         check_server(self)
         check_adapters(self, self._mmtok_settings)
         check_server_method(self, self._mmtok_settings)
+        check_stages(self, self._mmtok_settings)
         check_agent(self, self._mmtok_settings)
         check_backend(self, self._mmtok_settings)
         check_engine(self, self._mmtok_settings)
@@ -165,6 +172,12 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         if "agent_url" in given:
             given["agent_url"] = self._mmtok_agent_url
         return given
+
+
+def _asks_for_cuda_ipc() -> bool:
+    """True where the user asks for it by the environment, as older versions of SGLang had it."""
+    setting = envs.SGLANG_USE_CUDA_IPC_TRANSPORT
+    return bool(setting.is_set() and setting.get())
 
 
 def _in_detokenizer() -> bool:

@@ -1,4 +1,4 @@
-"""Images scaled down before a processor that makes fewer tokens of smaller ones: Qwen2.5-VL's."""
+"""Images scaled down before a processor that makes fewer tokens of smaller ones: a Qwen's."""
 
 from __future__ import annotations
 

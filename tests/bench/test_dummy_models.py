@@ -19,7 +19,10 @@ SIZES_B = {
     "llava-1.5-13b": 13.35,
     "llava-next-7b": 7.06,
     "llava-next-13b": 13.35,
+    "qwen3-vl-8b": 8.77,
+    "qwen3-vl-30b-a3b": 31.07,
     "qwen2.5-vl-0.5b": 0.5,
+    "qwen3-vl-0.5b": 0.5,
     "llava-1.5-0.5b": 0.65,
 }
 
@@ -62,6 +65,8 @@ def test_every_token_id_is_text_and_words_are_one_token(written: tuple[str, Path
         ("qwen2.5-vl-7b", (1008, 672), 864),
         ("qwen2.5-vl-7b", (224, 224), 64),
         ("qwen2.5-vl-0.5b", (1008, 784), 1008),
+        ("qwen3-vl-8b", (1024, 768), 768),
+        ("qwen3-vl-8b", (100, 100), 64),
         ("llava-1.5-7b", (336, 336), 576),
         ("llava-1.5-13b", (1008, 672), 576),
         ("llava-1.5-0.5b", (448, 448), 1024),

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_bench import tiny_checkpoints
@@ -13,7 +14,7 @@ from mmtok_bench.families import Family
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.photographs import photograph
 
-FAMILIES: list[Family] = ["qwen2.5-vl", "llava-1.5", "llava-next"]
+FAMILIES = get_args(Family)
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 
 
@@ -35,6 +36,8 @@ def read(checkpoint: Path, image: Image.Image) -> tuple[Any, Any]:
     [
         ("qwen2.5-vl", "coffee", 14 * 21),
         ("qwen2.5-vl", "astronaut", 18 * 18),
+        ("qwen3-vl", "coffee", 12 * 19),
+        ("qwen3-vl-moe", "astronaut", 16 * 16),
         ("llava-1.5", "coffee", 576),
         ("llava-1.5", "astronaut", 576),
         # 2 x 2 crops of 24 x 24: 16 rows are padding, each row that is left ends in a newline token; the base tile.
@@ -52,6 +55,17 @@ def test_transformers_reads_it_and_counts_the_tokens(folder: Path, family: Famil
     assert len(text) == 3
     assert text.isascii()
     assert text.isprintable()
+
+
+def test_experts_lie_as_in_the_published_checkpoint(folder: Path) -> None:
+    """[experts, in, out]: SGLang transposes them as it loads, and so does Transformers."""
+    checkpoint = make_tiny_checkpoint("qwen3-vl-moe", folder / "qwen3-vl-moe")
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        stored = file.get_tensor(name)
+    assert stored.shape == (4, 256, 2 * 96)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert torch.equal(model.get_parameter(name), stored.transpose(1, 2))
 
 
 def test_qwen_attends_within_windows_and_to_the_whole_image(folder: Path) -> None:
@@ -133,5 +147,5 @@ def test_what_is_no_tiny_checkpoint_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"one of qwen2\.5-vl, llava-1\.5, llava-next, got 'gpt-2'"):
+    with pytest.raises(ValueError, match=r"one of qwen2\.5-vl, .*, llava-next, got 'gpt-2'"):
         make_tiny_checkpoint("gpt-2", tmp_path / "it")  # type: ignore[arg-type]

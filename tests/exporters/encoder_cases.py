@@ -23,6 +23,8 @@ from mmtok_export.encoders import ExportedEncoder
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
 PHOTOGRAPHS = ("coffee", "chelsea")
 
+_OUTPUTS = ("vision", "keys", "levels")
+
 # Outputs reach 14 on the tiny checkpoints.
 TOLERANCE = {
     torch.float32: 1e-4,
@@ -46,12 +48,19 @@ def pixels_of(family: Family, image_size: tuple[int, int], batch_size: int = 1) 
 
 @torch.inference_mode()
 def hugging_face(family: Family, pixels: Tensor, image_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
-    """Returns vision [B, N, D] and keys [B, N, d], float32, of Hugging Face's encoder."""
+    """Returns vision [B, N, D], keys [B, N, d] and any levels [B, N, L * D], float32, of Hugging Face's encoder."""
     model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint(family), dtype=dtype).eval()
     pixels = pixels.to(dtype)
     if family == "llava-1.5":
         output = model.get_image_features(pixels)
         keys = output.hidden_states[-2][:, 1:]
+    elif family.startswith("qwen3-vl"):
+        grids = torch.tensor([[1, image_size[1] // 16, image_size[0] // 16]])
+        grids = grids.repeat(len(pixels) // int(grids.prod()), 1)
+        output = model.get_image_features(pixels, grids)
+        keys = output.last_hidden_state.unflatten(0, (-1, 4)).float().mean(dim=1).unflatten(0, (len(grids), -1))
+        levels = torch.cat([torch.stack(list(level)) for level in output.deepstack_features], dim=2)
+        return [torch.stack(list(output.pooler_output)).float(), keys.float(), levels.float()]
     else:
         patches = torch.tensor([1, image_size[1] // 14, image_size[0] // 14])
         grids = patches.repeat(len(pixels) // int(patches.prod()), 1)
@@ -67,12 +76,14 @@ def run(exported: ExportedEncoder, pixels: Tensor) -> list[np.ndarray[Any, Any]]
     proto = onnx_ir.to_proto(exported.model)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    outputs: list[np.ndarray[Any, Any]] = session.run(["vision", "keys"], {"pixels": pixels.numpy()})
+    names = [output.name for output in session.get_outputs()]
+    assert names == list(_OUTPUTS[: len(names)])
+    outputs: list[np.ndarray[Any, Any]] = session.run(names, {"pixels": pixels.numpy()})
     return outputs
 
 
 def assert_equal(outputs: list[Any], expected: list[Tensor], dtype: torch.dtype) -> None:
-    for name, output, answer in zip(("vision", "keys"), outputs, expected, strict=True):
+    for name, output, answer in zip(_OUTPUTS[: len(outputs)], outputs, expected, strict=True):
         found = torch.as_tensor(output).float()
         assert found.shape == answer.shape, name
         assert (found - answer).abs().max() < TOLERANCE[dtype], name

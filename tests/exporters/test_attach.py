@@ -282,7 +282,10 @@ def test_constants_are_nobodys_by_themselves(
     onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     assert main(command(onnx_file, f"--output={tmp_path}/a.onnx", *arguments)) == 2
-    assert "name a --preset (llava-1.5, llava-next, qwen2.5-vl), or give --tv-temp" in capsys.readouterr().err
+    assert (
+        "name a --preset (llava-1.5, llava-next, qwen2.5-vl, qwen3-vl, qwen3-vl-moe), or give"
+        in capsys.readouterr().err
+    )
     assert list(tmp_path.iterdir()) == []
 
 

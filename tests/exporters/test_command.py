@@ -21,6 +21,7 @@ from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import open_engine
 from mmtok_deploy.manifest import ArtifactError, Manifest
+from mmtok_deploy.presets import PRESETS
 from mmtok_export import artifact, command
 from mmtok_export.check import estimated_seconds
 from mmtok_export.tensorrt import build_engine
@@ -34,6 +35,10 @@ def export(*arguments: str) -> int:
         return main(["export", *arguments])
     except SystemExit as usage_error:
         return int(usage_error.code or 0)
+
+
+def test_every_preset_has_the_widths_of_its_model() -> None:
+    assert set(command._FEATURES) == set(PRESETS)
 
 
 def test_selection_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,14 +55,22 @@ def assert_hugging_faces(
         text=["<image>" if family == "llava-1.5" else "<|image_pad|>"], images=[image], return_tensors="pt"
     )
     with torch.no_grad():
-        ((vision, keys),), _ = judge._features(inputs, [image])
+        ((rows, keys),), _ = judge._features(inputs, [image])
+    width = asked["text"].shape[-1]
+    vision = rows[:, :width]
     expected = select_tokens(
         vision, keys, asked["text"][0, :5], BUDGET, config=PRESETS[family].config, excluded=asked["excluded"][0]
     )
     assert outputs["order"][0].tolist() == expected.order.tolist()
     assert outputs["kept"][0].tolist() == expected.kept.tolist()
     torch.testing.assert_close(outputs["visual_tokens"][0], vision[expected.kept], rtol=0, atol=1e-4)
-    if family == "qwen2.5-vl":
+    if family.startswith("qwen3-vl"):
+        planes = torch.stack(rows[expected.kept].split(width, dim=1)[1:])
+        assert outputs["deepstack_tokens"].shape == (1, 3, BUDGET, width)
+        torch.testing.assert_close(outputs["deepstack_tokens"][0], planes, rtol=0, atol=1e-4)
+    else:
+        assert "deepstack_tokens" not in outputs
+    if family.startswith("qwen"):
         positions, _ = judge._positions(inputs)
         image_positions = positions[:, inputs["input_ids"][0] == judge.model.config.image_token_id]
         in_image = image_positions - image_positions[:, :1]
@@ -87,6 +95,26 @@ def test_qwen(tmp_path: Path, size: tuple[int, int]) -> None:
     pixels = judge.processor.image_processor(images=[small("astronaut", *size)], return_tensors="pt")["pixel_values"]
     asked = question(num_tokens=rows * columns)
     assert_hugging_faces("qwen2.5-vl", run(path, {"pixels": pixels, **asked}), asked, size)
+
+
+def test_qwen3_vl_keeps_what_deepstack_adds_at_the_kept_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.onnx"
+    manifest = export(path, "qwen3-vl", "--image-size=224x128", "--dtype=float32", "--unpruned", "--budget-input")
+    assert manifest.check.status == "passed"
+    assert {tensor.name: tensor.shape for tensor in manifest.outputs if "tokens" in tensor.name} == {
+        "visual_tokens": (1, "K", 256),
+        "deepstack_tokens": (1, 3, "K", 256),
+        "unpruned_tokens": (1, 28, 256),
+        "unpruned_deepstack_tokens": (1, 3, 28, 256),
+    }
+    judge = judge_of("qwen3-vl")
+    image = small("astronaut", 224, 128)
+    pixels = judge.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    asked = question(num_tokens=28)
+    outputs = run(path, {"pixels": pixels, **asked, "budget": torch.tensor([BUDGET])})
+    assert_hugging_faces("qwen3-vl", outputs, asked, (224, 128))
+    kept = outputs["kept"][0]
+    assert torch.equal(outputs["deepstack_tokens"][0], outputs["unpruned_deepstack_tokens"][0][:, kept])
 
 
 @pytest.mark.parametrize("form", FORMS)

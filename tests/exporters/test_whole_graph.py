@@ -18,7 +18,7 @@ from mmtok_export.artifact import export_model
 from mmtok_export.attach import Attached, Attachment, attach_selection
 from mmtok_export.encoder import build_joined_encoder
 from mmtok_export.picks import CheckFailedError
-from mmtok_export.pixels import MEAN, STD, images_of, patches_of
+from mmtok_export.pixels import CLIP_SCALE, images_of, patches_of
 from tests.exporters.encoder_cases import checkpoint
 
 SIZE = (56, 42)
@@ -161,6 +161,6 @@ def test_pixels_are_the_image_processors() -> None:
 
 
 def _bytes_of(images: Tensor) -> list[Any]:
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in CLIP_SCALE.values())
     scaled = ((images * std + mean) * 255).round().to(torch.uint8)
     return [each.permute(1, 2, 0).numpy() for each in scaled]

@@ -19,3 +19,8 @@ def test_constants_are_the_authors(family: str, tv_temp: float, guidance: str) -
     assert isinstance(preset, Preset)
     assert preset.config == SelectionConfig(tv_temp=tv_temp, vv_temp=0.2, alpha=0.5, coverage="multimodal")
     assert preset.guidance == guidance
+
+
+@pytest.mark.parametrize("family", ["qwen3-vl", "qwen3-vl-moe"])
+def test_qwen3_vl_has_the_constants_of_qwen2_5_vl(family: str) -> None:
+    assert PRESETS[family] == PRESETS["qwen2.5-vl"]

@@ -12,7 +12,7 @@ from mmtok_export.selection_graph import SelectionSpec, build_selection
 
 __all__ = ["export_for"]
 
-# Of the checkpoints' text model and vision encoder; 576 patches of a square or a tile, any number for Qwen2.5-VL.
+# Of the checkpoints' text model and vision encoder; 576 patches of a square or a tile, any number for a Qwen.
 _VISION_WIDTH, _KEYS_WIDTH = 256, 64
 
 
@@ -20,7 +20,7 @@ def export_for(family: str, path: Path, budget: int, **change: Any) -> Path:
     """Writes the selection that a float32 server of the family's tiny checkpoint takes."""
     values: dict[str, Any] = {
         "budget": budget,
-        "num_tokens": DimRange(budget, 128, 512) if family == "qwen2.5-vl" else DimRange.fixed(576),
+        "num_tokens": DimRange(budget, 128, 512) if family.startswith("qwen") else DimRange.fixed(576),
         "num_words": DimRange(1, 16, 64),
         "batch": DimRange(1, 1, 3),
         "vision_width": _VISION_WIDTH,

@@ -27,7 +27,10 @@ __all__ = ["HandPruned", "Pruned"]
 
 @dataclass(frozen=True)
 class Pruned:
-    """A prompt as the language model reads it: [L, D] embeddings, [3 or 1, L] positions, the next token's position."""
+    """A prompt as the language model reads it: embeddings, [3 or 1, L] positions, the next token's position.
+
+    Embeddings are [L, D]; of Qwen3-VL [L, D * (1 + levels)], behind each token what DeepStack adds to the first layers.
+    """
 
     embeddings: Tensor
     positions: Tensor
@@ -59,6 +62,7 @@ class HandPruned:
         kept: list[Tensor] | None = None,
         coverage: Coverage = "multimodal",
         original_positions: bool = True,
+        own_levels: bool = True,
     ) -> Pruned:
         """Prunes each image to `budget` (tokens, or a ratio; None for all), guided by its text.
 
@@ -71,10 +75,11 @@ class HandPruned:
             kept: Indices to keep of each image, or tokens to read, in place of a selection.
             coverage: What the selection covers.
             original_positions: False gives kept tokens the first K positions of their image: the mistake to catch.
+            own_levels: False gives kept tokens what DeepStack has of the image's first K tokens: another one.
         """
         inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt").to(self.device)
         with self.device:
-            return self._pruned(inputs, images, guidance, budget, kept, coverage, original_positions)
+            return self._pruned(inputs, images, guidance, budget, kept, coverage, original_positions, own_levels)
 
     def _pruned(
         self,
@@ -85,6 +90,7 @@ class HandPruned:
         kept: list[Tensor] | None,
         coverage: Coverage,
         original_positions: bool,
+        own_levels: bool,
     ) -> Pruned:
         ids = inputs["input_ids"][0]
         embed = self.model.get_input_embeddings()
@@ -93,12 +99,21 @@ class HandPruned:
         positions, next_position = self._positions(inputs)
         if images:
             features, take = self._features(inputs, images)
-            embeddings[is_image] = torch.cat([vision for vision, _ in features])
+            rows = torch.cat([vision for vision, _ in features])
+            embeddings = torch.nn.functional.pad(embeddings, (0, rows.shape[1] - embeddings.shape[1]))
+            embeddings[is_image] = rows
             if budget is not None:
                 budgets = [budget] * len(images) if isinstance(budget, float | int) else budget
                 self._config = replace(self.preset.config, coverage=coverage)
                 taken = take(guidance, budgets) if kept is None else kept
-                return self._cut(ids, embeddings, positions, next_position, taken, original_positions)
+                pruned = self._cut(ids, embeddings, positions, next_position, taken, original_positions)
+                if own_levels:
+                    return pruned
+                firsts = [torch.arange(len(each)) for each in taken]
+                others = self._cut(ids, embeddings, positions, next_position, firsts, original_positions)
+                width = embed.embedding_dim
+                rows = torch.cat([pruned.embeddings[:, :width], others.embeddings[:, width:]], dim=1)
+                return replace(pruned, embeddings=rows)
         return Pruned(embeddings, positions, next_position, int(is_image.sum()))
 
     @torch.no_grad()
@@ -107,7 +122,7 @@ class HandPruned:
         inputs = self.processor(text=[prompt], images=list(images), return_tensors="pt").to(self.device)
         with self.device:
             features, _ = self._features(inputs, images)
-        return [vision for vision, _ in features]
+        return [vision[:, : self.model.get_input_embeddings().embedding_dim] for vision, _ in features]
 
     @torch.no_grad()
     def logprobs(self, pruned: Pruned, output_ids: Sequence[int]) -> Tensor:
@@ -120,9 +135,18 @@ class HandPruned:
         given = self.model.get_input_embeddings()(torch.tensor(list(output_ids[:-1]), dtype=torch.long))
         later = torch.arange(num_steps - 1) + pruned.next_position
         positions = torch.cat([pruned.positions, later.expand(len(pruned.positions), -1)], dim=1)
+        width = given.shape[1]
+        given = torch.nn.functional.pad(given, (0, pruned.embeddings.shape[1] - width))
+        tokens, *levels = torch.cat([pruned.embeddings, given]).split(width, dim=1)
+        # Zeros are added at the places of text.
+        deepstack = {
+            "visual_pos_masks": torch.ones(1, len(tokens), dtype=torch.bool),
+            "deepstack_visual_embeds": levels,
+        }
         hidden = self.model.model.language_model(
-            inputs_embeds=torch.cat([pruned.embeddings, given])[None],
+            inputs_embeds=tokens[None],
             position_ids=positions[:, None] if len(positions) == 3 else positions,
+            **(deepstack if levels else {}),
         ).last_hidden_state[0, -num_steps:]
         return torch.log_softmax(self.model.lm_head(hidden).float(), dim=-1)
 
@@ -154,7 +178,7 @@ class HandPruned:
         return chosen.to(self.device)
 
     def _positions(self, inputs: Any) -> tuple[Tensor, int]:
-        if self.family != "qwen2.5-vl":
+        if not self.family.startswith("qwen"):
             length = inputs["input_ids"].shape[1]
             return torch.arange(length)[None], length
         arguments = {name: inputs[name] for name in ("image_grid_thw", "mm_token_type_ids") if name in inputs}
@@ -184,6 +208,25 @@ class HandPruned:
             self._select(vision, key, text, budget, None)
             for (vision, key), text, budget in zip(features, texts, budgets, strict=True)
         ]
+
+    def _features_qwen3_vl(self, inputs: Any, _images: Any) -> Any:
+        visual = self.model.model.visual
+        grids = inputs["image_grid_thw"]
+        before: list[Tensor] = []
+        hook = visual.merger.register_forward_hook(lambda _, arguments, __: before.append(arguments[0]))
+        try:
+            output = self.model.model.get_image_features(inputs["pixel_values"], grids)
+        finally:
+            hook.remove()
+        rows = [torch.cat(each, dim=1) for each in zip(output.pooler_output, *output.deepstack_features, strict=True)]
+        keys = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
+        features = list(zip(rows, keys.split([len(each) for each in rows]), strict=True))
+        return features, lambda texts, budgets: [
+            self._select(tokens[:, : tokens.shape[1] // (1 + len(output.deepstack_features))], key, text, budget, None)
+            for (tokens, key), text, budget in zip(features, texts, budgets, strict=True)
+        ]
+
+    _features_qwen3_vl_moe = _features_qwen3_vl
 
     def _features_llava_1_5(self, inputs: Any, images: Sequence[Image.Image]) -> Any:
         projector = self.model.model.multi_modal_projector

@@ -8,6 +8,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+from mmtok_bench.families import FAMILY_TRAITS, Family
 from mmtok_bench.server import SglangServer
 from tests.runtime.chats import Chat
 from tests.runtime.hand_pruned import HandPruned
@@ -20,9 +21,14 @@ LOGPROB_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Served:
-    family: str
+    family: Family
     server: SglangServer
     judge: HandPruned
+
+    @property
+    def token_px(self) -> int | None:
+        """Side of the square of pixels that a token of a Qwen stands for, None for a LLaVA."""
+        return FAMILY_TRAITS[self.family].token_px
 
     def ask(
         self,

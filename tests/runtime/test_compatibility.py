@@ -5,8 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.arg_groups.model_overrides import qwen3_vl
 from sglang.srt.model_executor.cuda_graph_config import Backend
-from transformers import LlavaConfig, PixtralVisionConfig
+from transformers import LlavaConfig, PixtralVisionConfig, Qwen3VLMoeConfig
 
 from mmtok_bench.families import Family
 from mmtok_sglang import compatibility, server_args
@@ -34,6 +35,7 @@ SUPPORTED: dict[str, Any] = {
     "skip_tokenizer_init": False,
     "rl_on_policy_target": None,
     "enable_mm_global_cache": False,
+    "mm_feature_transport": "cpu",
     "cuda_graph_config": None,
     "smg_grpc_mode": False,
     "grpc_mode": False,
@@ -57,6 +59,8 @@ REFUSED = [
     ("skip_tokenizer_init", True, "--skip-tokenizer-init"),
     ("rl_on_policy_target", "fsdp", "--rl-on-policy-target fsdp"),
     ("enable_mm_global_cache", True, "--enable-mm-global-cache"),
+    ("mm_feature_transport", "cuda_ipc", "--mm-feature-transport cuda_ipc (or SGLANG_USE_CUDA_IPC_TRANSPORT=1)"),
+    ("mm_feature_transport", "cuda_vmm", "--mm-feature-transport cuda_vmm"),
     ("cuda_graph_config", prefill_graphs(Backend.FULL), "--cuda-graph-backend-prefill full"),
     ("smg_grpc_mode", True, "--smg-grpc-mode"),
     ("grpc_mode", True, "--grpc-mode"),
@@ -160,6 +164,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
     [
         ("qwen2.5-vl", {}),
         ("qwen2.5-vl", {"mmtok_method": "downsample"}),
+        ("qwen3-vl", {}),
+        ("qwen3-vl", {"mmtok_method": "downsample"}),
+        ("qwen3-vl-moe", {}),
         ("llava-1.5", {}),
         ("llava-1.5", {"model_impl": "transformers", "mmtok_method": "downsample"}),
         ("llava-next", {}),
@@ -187,6 +194,13 @@ def test_real_arguments_of_each_family_pass(
         ("qwen2.5-vl", {"model_impl": "transformers"}, "Qwen2_5_VL.* got transformers: drop --model-impl$"),
         ("qwen2.5-vl", {"mm_enable_dp_encoder": True}, "cannot be combined with --mm-enable-dp-encoder"),
         ("qwen2.5-vl", {"mmtok_method": "visionzip"}, "--mmtok-method visionzip does not run on this model: .*class"),
+        ("qwen3-vl", {"mmtok_method": "visionzip"}, "--mmtok-method visionzip does not run on this model: .*class"),
+        (
+            "qwen3-vl",
+            {"pp_size": 2},
+            "--pp-size 2 .* to its first 3 layers, and the first stage would have 2 of 4",
+        ),
+        ("qwen3-vl-moe", {"pp_size": 2}, "--pp-size 2 does not run on this model: DeepStack adds .* 2 of 4"),
         ("llava-next", {"mmtok_method": "downsample"}, "--mmtok-method downsample does not run on this .* tiles"),
         ("qwen2.5-vl", {"mmtok_backend": "triton"}, "--mmtok-backend triton does not run here: .*cpu"),
     ],
@@ -202,6 +216,32 @@ def test_real_arguments_that_would_go_around_the_hooks_are_refused(
     with pytest.raises(UnsupportedServerError, match=message):
         MMTokServerArgs(model_path=path, mmtok_budget="64", **options).resolve_once()
     assert installed == []
+
+
+def test_a_mixture_of_experts_of_other_levels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang adds three, and would lose the fourth without a word."""
+    config = Qwen3VLMoeConfig(
+        vision_config={"deepstack_visual_indexes": [4, 8, 16, 24]}, architectures=["Qwen3VLMoeForConditionalGeneration"]
+    )
+    model_config = SimpleNamespace(hf_config=config)
+    monkeypatch.setattr(compatibility, "model_config_of", lambda arguments: model_config)
+    with pytest.raises(UnsupportedServerError, match="it has 4 levels of DeepStack, and SGLang adds 3"):
+        family_of_server(None)
+
+
+def test_pixels_go_by_memory_of_the_host_where_sglang_would_choose_cuda_ipc(
+    installed: list[Settings | None], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so for Qwen3-VL on a GPU of compute capability 9.0 with 60 GB or more."""
+    monkeypatch.setattr(qwen3_vl, "is_sm90_supported", lambda: True)
+    monkeypatch.setattr(qwen3_vl, "get_device_memory_capacity", lambda device: 80 * 1024)
+    path = tiny_checkpoint(tmp_path_factory, "qwen3-vl")
+    with pytest.raises(ValueError, match="cuda_ipc requires NVIDIA CUDA"):
+        MMTokServerArgs(model_path=path).resolve_once()
+    arguments = MMTokServerArgs(model_path=path, mmtok_budget="64")
+    arguments.resolve_once()
+    assert arguments.resolved_dict()["mm_feature_transport"] == "cpu"
+    assert len(installed) == 1
 
 
 def test_on_the_command_line_a_server_that_cannot_run_ends_with_one_message(

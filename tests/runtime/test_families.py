@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -18,8 +18,12 @@ from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
 from mmtok_sglang.families.qwen import _parts
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
+from mmtok_sglang.families.qwen3_vl import Qwen3VL
+from mmtok_sglang.feature_cache import Features
+from mmtok_sglang.model import EncodedImage, PrunedModel
+from mmtok_sglang.placeholders import ImagePlan
 from mmtok_sglang.transformers_backend import separate_images
-from tests.runtime.stand_ins import image_item, make_settings
+from tests.runtime.stand_ins import identified, image_item, make_settings
 
 
 def llava_output(num_images: int, spans: list[tuple[int, int]], **data: Any) -> Any:
@@ -164,6 +168,37 @@ def test_placeholders_of_another_number_than_a_qwen_image_has_are_refused(grids:
         Qwen25VL().num_kept(qwen_item(grids), 294, Budget(tokens=64), QWEN)
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "partition", "is_refused"),
+    [(36, 1, None, False), (36, 8, None, False), (6, 2, None, False), (6, 3, None, True), (36, 2, "2,34", True)],
+)
+def test_a_pipeline_whose_first_stage_has_not_the_layers_of_deepstack_is_refused(
+    num_layers: int, num_stages: int, partition: str | None, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SGLANG_PP_LAYER_PARTITION", raising=False)
+    if partition is not None:
+        monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", partition)
+    config = SimpleNamespace(
+        text_config=SimpleNamespace(num_hidden_layers=num_layers),
+        vision_config=SimpleNamespace(deepstack_visual_indexes=[8, 16, 24]),
+    )
+    obstacle = Qwen3VL().obstacle_to_stages(num_stages, config)
+    assert (obstacle is not None) is is_refused
+    assert Qwen25VL().obstacle_to_stages(num_stages, config) is None
+
+
+def test_a_token_is_selected_by_what_the_language_model_reads_of_it() -> None:
+    """And kept with all that DeepStack adds at its place."""
+    plan = ImagePlan(5, 2, [1])
+    item = identified(image_item((0, 1), plan))
+    vision, keys = torch.randn(1, 5, 32), torch.randn(1, 5, 6)
+    image = EncodedImage(item, plan, Features(vision, keys))
+    (tile,) = image.tiles(8)
+    assert torch.equal(tile.vision, vision[0, :, :8])
+    kept = torch.tensor([1, 4])
+    assert torch.equal(PrunedModel.join(cast("Any", None), image, [kept]), vision[0, kept])
+
+
 CLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="clip_vision_model", image_size=336, patch_size=14))
 SIGLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="siglip_vision_model"))
 
@@ -172,6 +207,7 @@ SIGLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="siglip_vision
     ("family", "config", "cannot"),
     [
         (Qwen25VL, QWEN, ["visionzip"]),
+        (Qwen3VL, QWEN, ["visionzip"]),
         (Llava15, CLIP, []),
         (Llava15, SIGLIP, ["visionzip", "downsample"]),
         (LlavaNext, CLIP, ["downsample"]),

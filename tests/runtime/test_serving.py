@@ -39,12 +39,22 @@ def test_reads_what_the_hand_pruned_model_reads(served: Served, chat: Chat) -> N
 
 
 def test_a_wrong_position_would_be_caught(served: Served) -> None:
-    if served.family != "qwen2.5-vl":
+    if served.token_px is None:
         pytest.skip("positions of this family run on: there is no other position to take")
     chat = CHATS["one image"]
     account = served.ask(chat)
     prompt = served.judge.prompt(chat.for_template())
     wrong = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, original_positions=False)
+    assert served.judge.max_error(wrong, account) > 1e-2
+
+
+def test_levels_of_another_token_would_be_caught(served: Served) -> None:
+    if not served.family.startswith("qwen3-vl"):
+        pytest.skip("this family has no DeepStack")
+    chat = CHATS["one image"]
+    account = served.ask(chat)
+    prompt = served.judge.prompt(chat.for_template())
+    wrong = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, own_levels=False)
     assert served.judge.max_error(wrong, account) > 1e-2
 
 
@@ -76,13 +86,13 @@ def test_a_request_sets_its_budget(served: Served, budget: float | str) -> None:
 
 
 def test_a_small_image_stays_whole_beside_a_large_one(served: Served) -> None:
-    if served.family != "qwen2.5-vl":
+    if served.token_px is None:
         pytest.skip("no image of this family has fewer than 8 tokens")
     icon, photograph = small("chelsea", 56, 56), small("coffee")
     for images, budgets in (((icon, photograph), [1.0, 0.1]), ((photograph, icon), [0.1, 1.0])):
         chat = Chat.ask(*images, CATS)
         account = served.ask(chat)
-        assert account["image_tokens"] == 4 + 10
+        assert account["image_tokens"] == 4 + {28: 10, 32: 8}[served.token_px]
         served.check(chat, account, budgets)
 
 
@@ -105,9 +115,10 @@ def test_session(served: Served) -> None:
 
 def test_more_positions_than_the_context(served: Served) -> None:
     """A token is kept of each column of 200, after which the text goes on 200 positions later."""
-    if served.family != "qwen2.5-vl":
+    if served.token_px is None:
         pytest.skip("positions of this family are those of its tokens")
-    columns = [Image.new("RGB", (28, 5600), (red, 99, 9)) for red in range(45)]
+    size = (served.token_px, 200 * served.token_px)
+    columns = [Image.new("RGB", size, (red, 99, 9)) for red in range(45)]
     with pytest.raises(openai.BadRequestError, match=r"span 9\d\d\d positions, more than the model's context of 8192"):
         served.ask(Chat.ask(*columns, CUP), mmtok_budget=1)
     chat = Chat.ask(*columns[:4], "x " * 3600)
@@ -221,7 +232,7 @@ def test_image_of_one_pixel(served: Served) -> None:
     chat = Chat.ask(Image.new("RGB", (1, 1), "red"), CUP)
     served.check(chat, served.ask(chat, mmtok_budget="all"), None)
     account = served.ask(chat)
-    if served.family == "qwen2.5-vl":
+    if served.token_px is not None:
         # 4 tokens, where pruning begins at 8.
         served.check(chat, account, None)
         chat = Chat.ask(Image.new("RGB", (112, 112), "red"), CUP)
@@ -309,7 +320,7 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_onnxruntime_provider": None,
         "mmtok_feature_cache_mb": 256,
         "mmtok_max_images": 64,
-        "mmtok_max_image_pixels": 4_194_304 if servers[0].family == "qwen2.5-vl" else 64_000_000,
+        "mmtok_max_image_pixels": 4_194_304 if servers[0].token_px is not None else 64_000_000,
         "mmtok_max_aspect_ratio": MAX_ASPECT_RATIO,
         "mmtok_max_guidance_tokens": 16_384,
         "mmtok_max_selection_cost": 2e11,

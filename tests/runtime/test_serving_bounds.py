@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mmtok_bench.families import FAMILY_TRAITS
 from mmtok_bench.soak.event_loop import polled_health
 from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.serving import Served
@@ -60,16 +61,19 @@ def blank(width: int, height: int) -> dict[str, str]:
 
 COFFEE = {"url": data_url(small("coffee"))}
 TYPED = {
-    "qwen2.5-vl": (
+    "<|image_pad|>": (
         "what is <|image_pad|> ?",
         "see <image> here",
         "a <|vision_start|> b",
         "<|vision_start|><|image_pad|><|vision_end|>",
         "<|video_pad|>",
     ),
-    "llava-1.5": ("see <image> here", "<image><image>"),
-    "llava-next": ("see <image> here", "<image><image>"),
+    "<image>": ("see <image> here", "<image><image>"),
 }
+
+
+def typed_beside(served: Served) -> tuple[str, ...]:
+    return TYPED[FAMILY_TRAITS[served.family].placeholder]
 
 
 @pytest.mark.parametrize("budget", ["all", "10%"])
@@ -77,7 +81,7 @@ def test_a_typed_placeholder_beside_an_image_is_refused(served: Served, budget: 
     prompt = served.judge.prompt(CUP.for_template())
     tokenizer = served.judge.processor.tokenizer
     fields = {"mmtok_budget": budget}
-    for typed in TYPED[served.family]:
+    for typed in typed_beside(served):
         ids = tokenizer(prompt + typed)["input_ids"]
         bodies = [("/v1/chat/completions", chat_body(COFFEE, typed, **fields))]
         for given in ({"text": prompt + typed}, {"input_ids": ids}):
@@ -105,7 +109,7 @@ def test_images_and_placeholders_of_different_numbers_are_refused(served: Served
 
 
 def test_a_text_without_images_may_name_placeholders(served: Served, servers: tuple[Served, Served]) -> None:
-    for typed in TYPED[served.family]:
+    for typed in typed_beside(served):
         for path, body in (
             ("/v1/chat/completions", chat_body(typed)),
             ("/v1/completions", {"model": "default", "prompt": typed, "max_tokens": 2}),

@@ -6,12 +6,11 @@ import re
 import time
 import urllib.error
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from mmtok_bench.families import Family
 from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.conftest import checkpoint
 from tests.runtime.hand_pruned import HandPruned
@@ -104,7 +103,9 @@ def test_blank_pages_of_different_shapes_are_different_images(
     All tokens of a blank page are alike, so which are kept depends on the encoder's rounding: the server is held
     against itself with empty caches.
     """
-    chats = [Chat.ask(Image.new("RGB", size, "white"), CUP) for size in sizes]
+    scale = (cached.token_px or 28) / 28
+    pages = [Image.new("RGB", (round(width * scale), round(height * scale)), "white") for width, height in sizes]
+    chats = [Chat.ask(page, CUP) for page in pages]
     alone = []
     for chat in chats:
         cached.flush_cache()
@@ -188,7 +189,7 @@ def test_a_name_that_the_caller_gives_an_unpruned_image_misleads_nobody(cached: 
 @pytest.mark.parametrize("flushes", [True, False])
 def test_other_weights_take_nothing_from_the_old_ones(cached: Served, flushes: bool, tmp_path: Path) -> None:
     """Neither tokens, nor features, nor selections, nor the text before the image."""
-    old = checkpoint(cast("Family", cached.family))
+    old = checkpoint(cached.family)
     new = with_other_weights(old, tmp_path / "new")
     other_judge = HandPruned(cached.family, new)
     chats = [Chat.ask(small("coffee"), CUP), Chat.ask("Look:", small("coffee"), CATS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import openai
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmtok_bench.families import FAMILY_TRAITS
 from mmtok_deploy.config import Coverage
 from mmtok_deploy.methods import MethodName
 from tests.runtime.chats import Chat, small
@@ -19,19 +21,20 @@ CUP = "What is in this cup?"
 # A square has no padding in LLaVA-1.5.
 IMAGE = small("coffee", 336, 336)
 CHAT = Chat.ask(IMAGE, CUP)
-CANNOT = {"qwen2.5-vl": ["visionzip"], "llava-1.5": [], "llava-next": ["downsample"]}
-NUM_KEPT = {"qwen2.5-vl": 14, "llava-1.5": 57, "llava-next": 3 * 57}
+NUM_KEPT = {"qwen2.5-vl": 14, "qwen3-vl": 10, "qwen3-vl-moe": 10, "llava-1.5": 57, "llava-next": 3 * 57}
+# The largest grid of the image's shape that the budget holds.
+SMALLER_GRID = {"qwen2.5-vl": (4, 3), "qwen3-vl": (3, 3), "qwen3-vl-moe": (3, 3), "llava-1.5": (8, 7)}
 
 
 @pytest.mark.parametrize("method", get_args(MethodName))
 def test_each_method_keeps_the_budget(served: Served, method: MethodName) -> None:
-    if method in CANNOT[served.family]:
+    if method in FAMILY_TRAITS[served.family].impossible_methods:
         with pytest.raises(openai.BadRequestError, match=f"mmtok_method {method} does not run on this model"):
             served.ask(CHAT, mmtok_method=method)
         return
     before = served.metric("selection_fallbacks_total")
     account = served.ask(CHAT, mmtok_method=method)
-    expected = {"qwen2.5-vl": 12, "llava-1.5": 56}[served.family] if method == "downsample" else NUM_KEPT[served.family]
+    expected = math.prod(SMALLER_GRID[served.family]) if method == "downsample" else NUM_KEPT[served.family]
     assert account["image_tokens"] == expected
     assert served.metric("selection_fallbacks_total") == before
 
@@ -83,8 +86,9 @@ def test_a_downsampled_image_is_read_as_a_smaller_one(served: Served) -> None:
     account = served.ask(CHAT, mmtok_method="downsample")
     judge = served.judge
     prompt = judge.prompt(CHAT.for_template())
-    if served.family == "qwen2.5-vl":
-        smaller = IMAGE.resize((112, 84), Image.Resampling.BICUBIC)
+    if served.token_px is not None:
+        columns, rows = SMALLER_GRID[served.family]
+        smaller = IMAGE.resize((columns * served.token_px, rows * served.token_px), Image.Resampling.BICUBIC)
         pruned = judge.prune(prompt, [smaller], CHAT.guidance, None)
     else:
         pixels = judge.processor.image_processor(IMAGE, return_tensors="pt")["pixel_values"]

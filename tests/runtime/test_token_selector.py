@@ -479,6 +479,12 @@ def resident_bytes() -> int:
             FeatureTypes(torch.bfloat16, torch.float32, 64, 32),
             (1, 16384),
         ),
+        (
+            "qwen3-vl",
+            SimpleNamespace(vision_config=SimpleNamespace(hidden_size=32, out_hidden_size=64)),
+            FeatureTypes(torch.bfloat16, torch.float32, 64, 32),
+            (1, 16384),
+        ),
     ],
 )
 def test_it_is_made_ready_for_the_models_features(

@@ -7,14 +7,14 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from mmtok_bench.client import openai_client
-from mmtok_bench.families import Family, family_arguments
+from mmtok_bench.families import FAMILY_TRAITS, Family, family_arguments
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import KINDS
 from mmtok_bench.pocket.scenes import SCENE_PX
@@ -26,13 +26,10 @@ from mmtok_bench.quality.sweep import Sweep
 from mmtok_bench.run import Run, run_command
 from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, fetch, make_server, started
 from mmtok_bench.server_metrics import read_counts
-from mmtok_deploy.methods import MethodName
 
 __all__ = ["quality_server", "run_quality"]
 
 _DEFAULT_FAMILY: Family = "llava-1.5"
-# Qwen2.5-VL has no class token, whose attention VisionZip ranks by; LLaVA-NeXT's tiles have one size.
-_IMPOSSIBLE: Mapping[Family, MethodName] = {"qwen2.5-vl": "visionzip", "llava-next": "downsample"}
 # As long as a server with many requests under way may take: a question that is not answered ends the run.
 _AGENT_TIMEOUT_MS = 60_000
 _SIZES = {"max_total_tokens": 65536, "max_running_requests": 64}
@@ -43,8 +40,9 @@ _SERVED = ("--mmtok-budget=all", "--enable-cache-report", "--log-level-http=warn
 def run_quality(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok quality`: 0, 1 where it failed, 2 for a wrong argument, 130 after Ctrl-C."""
     if arguments.concurrency is None:
-        # On a CPU, SGLang's encoder of Qwen2.5-VL computes attention between all patches of all images of a batch.
-        arguments.concurrency = 8 if arguments.family == "qwen2.5-vl" else 32
+        # On a CPU, SGLang's encoder of a Qwen computes attention between all patches of all images of a batch.
+        is_qwen = arguments.family is not None and FAMILY_TRAITS[arguments.family].token_px is not None
+        arguments.concurrency = 8 if is_qwen else 32
     command = partial(run_command, "mmtok quality")
     if arguments.action == "setup":
         return command(
@@ -118,7 +116,8 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
         raise ValueError(
             f"expected pocket, or kinds of it, or public tasks: got {', '.join(asked)}; run them one by one"
         )
-    possible = [name for name in METHODS if name != _IMPOSSIBLE.get(arguments.family)]
+    impossible = FAMILY_TRAITS[arguments.family or _DEFAULT_FAMILY].impossible_methods
+    possible = [name for name in METHODS if name not in impossible]
     plan = QualityPlan(
         methods=tuple(arguments.methods or possible),
         budgets=tuple(arguments.budgets or default.budgets),

@@ -7,12 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FAMILY_TRAITS, Family
 from mmtok_bench.serve.presets import Size
 
 __all__ = ["count_image_tokens", "downsampled_px"]
 
-_QWEN_TOKEN_PX = 28
 # Width over height may change by a quarter; a stricter bound would miss the token counts of small budgets by more.
 _MAX_STRETCH = 1.25
 _SHRINK_STEPS = 12
@@ -28,7 +27,7 @@ def count_image_tokens(processor: Any, size_px: Size) -> int:
 def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: int) -> Size | None:
     """Returns the size at which an image becomes about `num_tokens` tokens; None where no smaller size has fewer.
 
-    Qwen2.5-VL: the count nearest to `num_tokens` at about the same shape. LLaVA-NeXT: the nearest count of the image
+    Qwens: the count nearest to `num_tokens` at about the same shape. LLaVA-NeXT: the nearest count of the image
     shrunk as it is, which is far from small budgets: two tiles are the fewest. LLaVA-1.5 reads every image as the same
     square: it is sent at its own size, and the plugin's method `downsample` makes that square smaller.
 
@@ -40,8 +39,14 @@ def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: in
     """
     if family == "llava-1.5":
         return size_px
-    if family == "qwen2.5-vl":
-        return _qwen_px(size_px, num_tokens)
+    token_px = FAMILY_TRAITS[family].token_px
+    if token_px is not None:
+        smaller_px = _qwen_px(size_px, num_tokens, token_px)
+        # A processor enlarges what is below its smallest image: Qwen3-VL's makes no fewer than 64 tokens.
+        too_small = (
+            smaller_px is not None and smaller_px[0] * smaller_px[1] < processor.image_processor.size["shortest_edge"]
+        )
+        return None if too_small else smaller_px
     width, height = size_px
     num_unshrunk = count_image_tokens(processor, size_px)
     counts = {}
@@ -55,14 +60,14 @@ def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: in
     return min(fewer, key=lambda size: (abs(fewer[size] - num_tokens), -size[0]))
 
 
-def _qwen_px(size_px: Size, num_tokens: int) -> Size | None:
+def _qwen_px(size_px: Size, num_tokens: int, token_px: int) -> Size | None:
     width, height = size_px
     shape = width / height
     grids = [
         (columns, rows)
         for rows in range(1, num_tokens + 1)
         for columns in {max(1, num_tokens // rows), num_tokens // rows + 1}
-        if columns * rows * _QWEN_TOKEN_PX**2 < width * height
+        if columns * rows * token_px**2 < width * height
     ]
 
     def stretch(grid: tuple[int, int]) -> float:
@@ -75,4 +80,4 @@ def _qwen_px(size_px: Size, num_tokens: int) -> Size | None:
         fitting or grids,
         key=lambda grid: (abs(grid[0] * grid[1] - num_tokens), stretch(grid)) if fitting else (stretch(grid), 0),
     )
-    return columns * _QWEN_TOKEN_PX, rows * _QWEN_TOKEN_PX
+    return columns * token_px, rows * token_px

@@ -42,6 +42,7 @@ class ServedModel:
             LLaVA on CUDA.
         most_at_once: How many of its servers a GPU of the preset has been seen to hold; 1 where that was not tried.
         beside_others: Arguments that keep a server's memory small enough for that.
+        is_only_by_name: Measured where `--models` names it, not with the whole preset.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ServedModel:
     sends_png: bool = False
     most_at_once: int = 1
     beside_others: tuple[str, ...] = ()
+    is_only_by_name: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,8 @@ class ServePlan:
 _NEXT_SIZES: tuple[Size, ...] = ((672, 672), (672, 336))
 _GPU_MODELS = (
     ServedModel("qwen2.5-vl-7b", "qwen2.5-vl", ((1008, 672), (448, 448), (224, 224)), ("20%", "10%", "5%")),
+    # 1024 x 768 pixels are 768 tokens.
+    ServedModel("qwen3-vl-8b", "qwen3-vl", ((1024, 768), (512, 512), (256, 256)), ("20%", "10%", "5%")),
     ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",), sends_png=True),
     ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",), sends_png=True),
     ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",), sends_png=True),
@@ -115,8 +119,11 @@ _GPU_MODELS = (
 )
 
 
-# In bfloat16 its weights alone take 65 GB.
-_QWEN_32B = ServedModel("qwen2.5-vl-32b", "qwen2.5-vl", ((1008, 672),), ("10%",))
+# In bfloat16 their weights alone take 65 and 61 GB.
+_H200_MODELS = (
+    ServedModel("qwen2.5-vl-32b", "qwen2.5-vl", ((1008, 672),), ("10%",)),
+    ServedModel("qwen3-vl-30b-a3b", "qwen3-vl-moe", ((1024, 768),), ("10%",)),
+)
 
 # Four servers of a 7B model were started side by side on an H200 with these.
 _BESIDE_OTHERS: Mapping[str, tuple[str, ...]] = {
@@ -139,13 +146,14 @@ SERVE_PRESETS: Mapping[str, ServePlan] = {
     # 48 GB: a 13B model in half precision leaves room for 8 images of 2928 tokens at a time.
     "a6000": _gpu("a6000", (1, 4, 16)),
     "h100": _gpu("h100", (1, 4, 16, 64)),
-    "h200": _gpu("h200", (1, 4, 16, 64), (*map(_on_h200, _GPU_MODELS), _QWEN_32B)),
+    "h200": _gpu("h200", (1, 4, 16, 64), (*map(_on_h200, _GPU_MODELS), *_H200_MODELS)),
     "cpu": ServePlan(
         "cpu",
         "cpu",
         (
             ServedModel("qwen2.5-vl-0.5b", "qwen2.5-vl", ((1008, 784), (224, 224)), ("10%",)),
             ServedModel("llava-1.5-0.5b", "llava-1.5", ((448, 448),), ("10%",)),
+            ServedModel("qwen3-vl-0.5b", "qwen3-vl", ((1024, 768),), ("10%",), is_only_by_name=True),
         ),
         concurrencies=(1, 4),
         # A request takes seconds: few requests, but as many rounds as elsewhere.
@@ -209,7 +217,7 @@ def _models(arguments: argparse.Namespace, plan: ServePlan) -> list[ServedModel]
         if arguments.family is not None:
             raise ValueError("--family is of a checkpoint: give it with --model-path")
         known = {model.name: model for model in plan.models}
-        names = arguments.models or list(known)
+        names = arguments.models or [name for name, model in known.items() if not model.is_only_by_name]
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"preset {plan.preset} has {', '.join(known)}; got {unknown[0]!r}")
@@ -221,5 +229,5 @@ def _models(arguments: argparse.Namespace, plan: ServePlan) -> list[ServedModel]
     folder = arguments.model_path
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model-path {folder} holds no config.json: expected the folder of a checkpoint")
-    like = next(model for model in (*plan.models, *_GPU_MODELS) if model.family == arguments.family)
-    return [replace(like, name=folder.resolve().name, model_path=str(folder))]
+    like = next(model for model in (*plan.models, *_GPU_MODELS, *_H200_MODELS) if model.family == arguments.family)
+    return [replace(like, name=folder.resolve().name, model_path=str(folder), is_only_by_name=False)]

@@ -14,14 +14,18 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
+
+from mmtok_bench.families import FAMILY_TRAITS, Family
 
 __all__ = ["changed_manifests", "run_artifacts"]
 
 
-def run_artifacts(family: str, checkpoint: Path, folder: Path, num_flips: int, seed: int) -> Iterator[dict[str, Any]]:
+def run_artifacts(
+    family: Family, checkpoint: Path, folder: Path, num_flips: int, seed: int
+) -> Iterator[dict[str, Any]]:
     """Gives the result of each changed file: how it was changed, what became of it, and whether that is in order.
 
     A change is in order if the file is refused as no whole artifact or as one for another server, or if the selection
@@ -88,7 +92,7 @@ def _other(value: Any, change: str) -> Any:
             return 1
 
 
-def _export(family: str, folder: Path) -> Path:
+def _export(family: Family, folder: Path) -> Path:
     from mmtok_deploy.dim_range import DimRange
     from mmtok_deploy.presets import PRESETS
     from mmtok_export.artifact import export_model
@@ -97,7 +101,7 @@ def _export(family: str, folder: Path) -> Path:
     # For the tiny checkpoints' widths; LLaVA's tokens are always 576.
     spec = SelectionSpec(
         budget=16,
-        num_tokens=DimRange(16, 64, 512) if family == "qwen2.5-vl" else DimRange.fixed(576),
+        num_tokens=DimRange(16, 64, 512) if FAMILY_TRAITS[family].token_px else DimRange.fixed(576),
         num_words=DimRange(1, 16, 64),
         batch=DimRange(1, 1, 3),
         vision_width=256,
@@ -129,7 +133,7 @@ def _copy(good: Path, folder: Path, *, manifest: bytes | None = None, graph: byt
     return file
 
 
-def _selection(family: str, config: Any, file: Path) -> dict[str, Any]:
+def _selection(family: Family, config: Any, file: Path) -> dict[str, Any]:
     """Returns what a server would select with the file, after all that it checks at its start."""
     import torch
 
@@ -148,7 +152,7 @@ def _selection(family: str, config: Any, file: Path) -> dict[str, Any]:
     assert isinstance(executor, EngineExecutor)
     executor.check()
     generator = torch.Generator().manual_seed(0)
-    num_tokens = 64 if family == "qwen2.5-vl" else 576
+    num_tokens = 64 if FAMILY_TRAITS[family].token_px else 576
     vision, keys, text = (
         torch.randn(*size, generator=generator) for size in ((num_tokens, 256), (num_tokens, 64), (5, 256))
     )
@@ -172,5 +176,5 @@ def _try(what: str, select: Callable[[Path], dict[str, Any]], file: Path, expect
 
 if __name__ == "__main__":
     family, checkpoint, folder, num_flips, seed = sys.argv[1:]
-    for result in run_artifacts(family, Path(checkpoint), Path(folder), int(num_flips), int(seed)):
+    for result in run_artifacts(cast("Family", family), Path(checkpoint), Path(folder), int(num_flips), int(seed)):
         print(json.dumps(result), flush=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from mmtok_bench.client import in_parallel
+from mmtok_bench.families import FAMILY_TRAITS, Family
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import small_image
 from mmtok_bench.soak.trial import Reply, Trial, send
@@ -18,7 +19,6 @@ __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
 
 _PARALLEL = 8
 _TIMEOUT_S = 60.0
-_PLACEHOLDERS = {"qwen2.5-vl": "<|image_pad|>", "llava-1.5": "<image>", "llava-next": "<image>"}
 # What makes SGLang itself work for minutes, or sample at random, is left as it is.
 _FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
 _KWARGS = "mm_processor_kwargs"
@@ -26,7 +26,7 @@ _OUR_FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed", "
 _METHODS = (*get_args(MethodName), "")
 
 
-def _chat(family: str) -> dict[str, Any]:
+def _chat(family: Family) -> dict[str, Any]:
     content = [
         {"type": "image_url", "image_url": {"url": small_image("coffee", 112, 84)}},
         {"type": "text", "text": "What is in this cup?"},
@@ -40,26 +40,26 @@ def _chat(family: str) -> dict[str, Any]:
     }
 
 
-def _generate(family: str) -> dict[str, Any]:
+def _generate(family: Family) -> dict[str, Any]:
     return {
-        "text": f"USER: {_PLACEHOLDERS[family]} What is it? ASSISTANT:",
+        "text": f"USER: {FAMILY_TRAITS[family].placeholder} What is it? ASSISTANT:",
         "image_data": [small_image("coffee", 112, 84)],
         "sampling_params": {"max_new_tokens": 2, "temperature": 0},
         _KWARGS: {"mmtok_budget": "25%"},
     }
 
 
-def _completion(family: str) -> dict[str, Any]:
+def _completion(family: Family) -> dict[str, Any]:
     return {
         "model": "default",
-        "prompt": f"USER: {_PLACEHOLDERS[family]} What is it? ASSISTANT:",
+        "prompt": f"USER: {FAMILY_TRAITS[family].placeholder} What is it? ASSISTANT:",
         "max_tokens": 2,
         "temperature": 0,
         _KWARGS: {"mmtok_budget": "25%"},
     }
 
 
-def _message(family: str) -> dict[str, Any]:
+def _message(family: Family) -> dict[str, Any]:
     data = small_image("coffee", 112, 84).partition(",")[2]
     source = {"type": "base64", "media_type": "image/png", "data": data}
     return {
@@ -72,7 +72,7 @@ def _message(family: str) -> dict[str, Any]:
     }
 
 
-ENDPOINTS: dict[str, Callable[[str], dict[str, Any]]] = {
+ENDPOINTS: dict[str, Callable[[Family], dict[str, Any]]] = {
     "/v1/chat/completions": _chat,
     "/generate": _generate,
     "/v1/completions": _completion,
@@ -162,7 +162,7 @@ def fuzzed_body(trial: Trial, number: int) -> tuple[str, bytes]:
     if kind < 0.45:
         _fuzz_our_fields(draw, body)
     elif kind < 0.6:
-        _fuzz_texts(draw, body, _PLACEHOLDERS[trial.family])
+        _fuzz_texts(draw, body, FAMILY_TRAITS[trial.family].placeholder)
     elif kind < 0.9:
         for _ in range(draw.choice((1, 1, 2, 4))):
             _change_a_node(draw, body)

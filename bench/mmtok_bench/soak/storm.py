@@ -12,6 +12,7 @@ from typing import Any
 import openai
 
 from mmtok_bench.client import in_parallel
+from mmtok_bench.families import FAMILY_TRAITS
 from mmtok_bench.process_tree import process_tree
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import Account, ask_for_logprobs, chat_body, largest_difference, small_image
@@ -136,9 +137,10 @@ def leak(trial: Trial, server: SglangServer, num_requests: int) -> None:
 def _body(trial: Trial, number: int) -> dict[str, Any]:
     draw = trial.random("storm body", number)
     fields = _BUDGETS[number % len(_BUDGETS)]
-    if fields.get("mmtok_method") == "downsample" and trial.family == "llava-next":
+    traits = FAMILY_TRAITS[trial.family]
+    if fields.get("mmtok_method") in traits.impossible_methods:
         fields = {}
-    names = draw.sample(list(PHOTOGRAPHS), draw.choice((1, 1, 1, 2)) if trial.family == "qwen2.5-vl" else 1)
+    names = draw.sample(list(PHOTOGRAPHS), draw.choice((1, 1, 1, 2)) if traits.token_px else 1)
     images = [small_image(name, *draw.choice(_SIZES)) for name in names]
     question = f"What is number {number}? " + "Look closely. " * draw.randrange(4)
     return chat_body(images if number % 10 else [], question, fields, max_tokens=draw.choice((1, 4, 16)))

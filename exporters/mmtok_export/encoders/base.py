@@ -31,10 +31,12 @@ class Encoder(nn.Module):
         family: The preset's name.
         has_positions: Whether the language model reads (t, h, w) positions (M-RoPE) and not a running number.
         pixels_shape: Shape of `pixels`, as the family's image processor yields it for B images.
-        pixel_layout: `layout` "images" ([B, 3, height, width]) or "patches" (`pixels.patches_of`, with its arguments).
+        pixel_layout: `layout` "images" ([B, 3, height, width]) or "patches" (`pixels.patches_of`, with its arguments),
+            and `mean` and `std` of the image processor.
         grid: (t, h, w) of one image's tokens.
         vision_width: D.
         keys_width: d.
+        num_levels: L, layers of the language model that DeepStack adds a part of the features to.
 
     Raises:
         EncoderError: A configuration that the family does not have, or an image size that it does not take.
@@ -47,6 +49,7 @@ class Encoder(nn.Module):
     grid: tuple[int, int, int]
     vision_width: int
     keys_width: int
+    num_levels: int = 0
 
     def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
         super().__init__()
@@ -60,8 +63,10 @@ class Encoder(nn.Module):
         """Makes positions, orders and masks, once the weights are there."""
         raise NotImplementedError
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Returns vision [B, N, D] of the weights' dtype, and keys [B, N, d] of that or float32, in raster order.
+
+        Where there are levels, they are a third output, [B, N, L * D].
 
         Args:
             pixels: [*pixels_shape] float32.
@@ -73,10 +78,12 @@ class Encoder(nn.Module):
 class ExportedEncoder:
     """An ONNX model with the input `pixels` and the outputs `vision` [B, N, D] and `keys` [B, N, d], all static.
 
+    With DeepStack it has `levels` [B, N, L * D], too: what is added to the first L layers at each token's place.
+
     Args:
         model: Its weights are PyTorch's memory, not a copy; save it with external data.
         module: What was exported.
-        family: The preset's name, "llava-1.5" or "qwen2.5-vl".
+        family: The preset's name.
         image_size: (width, height) in pixels.
         batch_size: B.
         pixels_shape: Shape of `pixels`, float32, as the Hugging Face image processor yields it.
@@ -84,7 +91,7 @@ class ExportedEncoder:
         vision_width: D.
         keys_width: d.
         dtype: Of the weights and of `vision`. `keys` are as the family computes them: float32 where they are means
-            (Qwen2.5-VL), else of this type.
+            (Qwens), else of this type.
         has_positions: Whether the language model reads (t, h, w) positions (M-RoPE) and not a running number.
     """
 

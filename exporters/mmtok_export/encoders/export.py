@@ -13,10 +13,16 @@ from mmtok_export.encoders.base import Encoder, EncoderError, ExportedEncoder
 from mmtok_export.encoders.checkpoint import fill_with_noise, load_weights, read_json
 from mmtok_export.encoders.llava_1_5 import Llava15Encoder
 from mmtok_export.encoders.qwen2_5_vl import Qwen25VLEncoder
+from mmtok_export.encoders.qwen3_vl import Qwen3VLEncoder, Qwen3VLMoeEncoder
 
 __all__ = ["FAMILIES", "build_encoder", "describe_encoder", "export_encoder", "family_of", "native_image_size"]
 
-FAMILIES: dict[str, type[Encoder]] = {"llava": Llava15Encoder, "qwen2_5_vl": Qwen25VLEncoder}
+FAMILIES: dict[str, type[Encoder]] = {
+    "llava": Llava15Encoder,
+    "qwen2_5_vl": Qwen25VLEncoder,
+    "qwen3_vl": Qwen3VLEncoder,
+    "qwen3_vl_moe": Qwen3VLMoeEncoder,
+}
 """By the model_type of config.json; add a file and its line here to support another."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,7 +63,7 @@ def export_encoder(
             verbose=False,
             opset_version=_OPSET,
             input_names=["pixels"],
-            output_names=["vision", "keys"],
+            output_names=["vision", "keys", *(["levels"] if encoder.num_levels else [])],
         )
     assert program is not None
     model = program.model

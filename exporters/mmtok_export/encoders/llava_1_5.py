@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mmtok_export.encoders.base import Encoder, EncoderError, as_matrix
+from mmtok_export.pixels import CLIP_SCALE
 
 __all__ = ["Llava15Encoder"]
 
@@ -37,7 +38,7 @@ class Llava15Encoder(Encoder):
             )
         side = vision.image_size // vision.patch_size
         self.pixels_shape = (batch_size, vision.num_channels, vision.image_size, vision.image_size)
-        self.pixel_layout = {"layout": "images"}
+        self.pixel_layout = {"layout": "images", **CLIP_SCALE}
         self.grid = (1, side, side)
         self.vision_width = config.text_config.hidden_size
         self.keys_width = vision.hidden_size

@@ -13,13 +13,15 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from mmtok_export.encoders.base import Encoder, EncoderError, as_matrix
+from mmtok_export.encoders.base import as_matrix
+from mmtok_export.encoders.qwen import QwenEncoder, rotary_angles
+from mmtok_export.pixels import CLIP_SCALE
 
 __all__ = ["Qwen25VLEncoder"]
 
 
-class Qwen25VLEncoder(Encoder):
-    """Any multiple of 28 px a side; `pixels` is [B * num_patches, channels * 2 * 14 * 14].
+class Qwen25VLEncoder(QwenEncoder):
+    """Tokens of 28 x 28 px.
 
     Patches are put in window order once, as Hugging Face does, so a window is a run of them. Layers with windows
     attend in one batch of windows, [B * W, L]: windows that the image's edge cuts are filled up to L, and their
@@ -34,28 +36,11 @@ class Qwen25VLEncoder(Encoder):
     """
 
     family = "qwen2.5-vl"
-    has_positions = True
+    pixel_scale = CLIP_SCALE
 
     def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
         super().__init__(config, image_size, batch_size)
-        vision = config.vision_config
-        _check_image_size(image_size, vision.patch_size * vision.spatial_merge_size)
-        width, height = image_size
-        self.config = vision
-        self.batch_size = batch_size
-        self.patches = torch.Size((1, height // vision.patch_size, width // vision.patch_size))
-        patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.pixels_shape = (batch_size * self.patches.numel(), patch_width)
-        self.pixel_layout = {
-            "layout": "patches",
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "merge_size": vision.spatial_merge_size,
-        }
-        self.grid = (1, self.patches[1] // vision.spatial_merge_size, self.patches[2] // vision.spatial_merge_size)
-        self.vision_width = vision.out_hidden_size
-        self.keys_width = vision.hidden_size
-        self.visual = Qwen2_5_VisionTransformerPretrainedModel(vision)
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel(self.config)
 
     def prepare(self) -> None:
         """Makes orders, rotary angles and the mask of the windows."""
@@ -69,12 +54,12 @@ class Qwen25VLEncoder(Encoder):
         grid = torch.tensor([self.patches])
         merge = self.config.spatial_merge_size
         order, boundaries = get_vision_window_index(grid, merge, self.config.window_size, self.config.patch_size)
-        self._constant("window_order", order)
-        self._constant("raster_order", order.argsort())
+        self.constant("window_order", order)
+        self.constant("raster_order", order.argsort())
         positions = get_vision_position_ids(grid, merge).unflatten(0, (-1, merge**2))[order].flatten(0, 1)
-        angles = _rotary_angles(positions, self.config)
-        self._constant("cos", angles.cos())
-        self._constant("sin", angles.sin())
+        angles = rotary_angles(positions, self.config)
+        self.constant("cos", angles.cos())
+        self.constant("sin", angles.sin())
         self._prepare_windows(boundaries.diff())
 
     def _prepare_windows(self, lengths: Tensor) -> None:
@@ -90,16 +75,13 @@ class Qwen25VLEncoder(Encoder):
         is_patch = torch.arange(self.window_length) < lengths[:, None]
         filled = torch.zeros_like(is_patch, dtype=torch.int64)
         filled[is_patch] = torch.arange(int(lengths.sum()))
-        self._constant("filled", filled.flatten())
-        self._constant("unfilled", is_patch.flatten().nonzero()[:, 0])
+        self.constant("filled", filled.flatten())
+        self.constant("unfilled", is_patch.flatten().nonzero()[:, 0])
         # Added to the scores; a mask of bools would draw in a guard against rows without a patch, which there are none.
         mask = torch.zeros(is_patch.shape, dtype=self.dtype).masked_fill(~is_patch, torch.finfo(self.dtype).min)
-        self._constant("window_mask", mask[:, None, None].repeat(self.batch_size, 1, 1, 1))
-        self._constant("window_cos", self.get_buffer("cos")[filled.flatten()])
-        self._constant("window_sin", self.get_buffer("sin")[filled.flatten()])
-
-    def _constant(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
+        self.constant("window_mask", mask[:, None, None].repeat(self.batch_size, 1, 1, 1))
+        self.constant("window_cos", self.get_buffer("cos")[filled.flatten()])
+        self.constant("window_sin", self.get_buffer("sin")[filled.flatten()])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns vision [B, N, D] and keys [B, N, d]; see `Encoder.forward`."""
@@ -112,7 +94,7 @@ class Qwen25VLEncoder(Encoder):
             hidden = hidden + self._attend(block.attn, block.norm1(hidden), is_windowed)
             hidden = hidden + _feed_forward(block.mlp, block.norm2(hidden))
 
-        keys = hidden.view(self.batch_size, -1, group, self.keys_width).float().mean(dim=2)
+        keys = self.keys_of(hidden)
         merger = self.visual.merger
         groups = merger.ln_q(hidden).to(self.dtype).view(self.batch_size, -1, merger.hidden_size)
         raster_order = self.get_buffer("raster_order")
@@ -150,25 +132,3 @@ class Qwen25VLEncoder(Encoder):
 def _feed_forward(mlp: Any, hidden: Tensor) -> Tensor:
     gated = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
     return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))
-
-
-def _rotary_angles(positions: Tensor, config: Any) -> Tensor:
-    """Returns [S, head_dim] float32: by row in the first and third quarter of a head, by column in the others.
-
-    Args:
-        positions: [S, 2] int, row and column of each patch.
-        config: The vision tower's; 10000 is the base where it names none.
-    """
-    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
-    quarter = torch.arange(config.hidden_size // config.num_heads // 4)
-    frequencies = 1.0 / base ** (quarter / len(quarter))
-    return (positions[:, :, None] * frequencies).flatten(1).repeat(1, 2)
-
-
-def _check_image_size(image_size: tuple[int, int], factor: int) -> None:
-    nearest = [max(factor, round(length / factor) * factor) for length in image_size]
-    if nearest != list(image_size):
-        raise EncoderError(
-            f"width and height are multiples of {factor} px, got {image_size[0]}x{image_size[1]}: "
-            f"the nearest size, and what the image processor makes of it, is {nearest[0]}x{nearest[1]}"
-        )

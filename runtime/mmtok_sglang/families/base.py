@@ -86,6 +86,10 @@ class Family(ABC):
             return "its vision encoder takes no smaller image"
         return None
 
+    def obstacle_to_stages(self, num_stages: int, config: Any) -> str | None:
+        """Returns why a pipeline of that many stages would lose a part of an image, None if it does not."""
+        return None
+
     async def shrink_images(
         self, images: Sequence[Any], budget: Budget, settings: Settings, processor: Any, request: Any
     ) -> Sequence[Any]:

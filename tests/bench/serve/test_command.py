@@ -46,6 +46,15 @@ class TestDryRun:
         assert len(loads) == 4 * 2 * 2 * 5
         assert not folder.exists()
 
+    def test_qwen3_vl_is_measured_where_it_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert not any(
+            "qwen3-vl" in " ".join(words) for words in dry_run("--preset=cpu", folder=tmp_path, capsys=capsys)
+        )
+        commands = dry_run("--preset=cpu", "--models=qwen3-vl-0.5b", folder=tmp_path, capsys=capsys)
+        loads = [command for command in commands if "sglang.benchmark.serving" in command]
+        # Off, all, two budgets, and a smaller image for one of them: 5% of 768 tokens are below the processor's 64.
+        assert len(loads) == 5 * 2
+
     def test_servers_have_equal_flags_but_for_the_budget(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -68,8 +77,8 @@ class TestDryRun:
     ) -> None:
         commands = dry_run(f"--preset={preset}", folder=tmp_path, capsys=capsys)
         servers = [command for command in commands if "sglang.launch_server" in command]
-        # Qwen2.5-VL 7B has three budgets, the others one; each with the prefix cache off and on..
-        assert len(servers) == 2 * (5 + (5 if preset == "h200" else 4) * 3)
+        # Qwen2.5-VL 7B and Qwen3-VL 8B have three budgets, the others one; each with the prefix cache off and on.
+        assert len(servers) == 2 * (2 * 5 + (6 if preset == "h200" else 4) * 3)
         assert not any("--device=cpu" in server for server in servers)
         assert not any(server[0] == "env" for server in servers)
         data_sets = {word for command in commands for word in command if word.startswith("--dataset-name=")}
@@ -128,9 +137,9 @@ class TestDryRun:
         (["--image-px=0x672"], "got '0'"),
         (["--image-kinds=drawing"], "expected some of photograph,random, got 'drawing'"),
         (["--prefix-cache=cold"], "expected some of off,on, got 'cold'"),
-        (["--models=gpt-2"], "preset cpu has qwen2.5-vl-0.5b, llava-1.5-0.5b; got 'gpt-2'"),
+        (["--models=gpt-2"], "preset cpu has qwen2.5-vl-0.5b, llava-1.5-0.5b, qwen3-vl-0.5b; got 'gpt-2'"),
         (["--family=llava-1.5"], "give it with --model-path"),
-        (["--model-path=."], "--model-path needs --family, one of qwen2.5-vl, llava-1.5, llava-next"),
+        (["--model-path=."], "--model-path needs --family, one of qwen2.5-vl, qwen3-vl, qwen3-vl-moe, llava-1.5"),
         (["--model-path=.", "--dummy-weights"], "not allowed with argument --model-path"),
         (["--model-path=nowhere", "--family=llava-1.5"], "--model-path nowhere holds no config.json"),
         (["--model-path=.", "--family=llava-1.5", "--models=llava-1.5-0.5b"], "give one of them"),

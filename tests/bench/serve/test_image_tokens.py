@@ -31,6 +31,15 @@ def test_an_image_that_is_small_enough_is_not_sent_smaller(qwen: object) -> None
     assert downsampled_px(qwen, "qwen2.5-vl", (28, 28), 1) is None
 
 
+def test_qwen3_vl_enlarges_an_image_of_fewer_than_64_tokens() -> None:
+    processor = make_processor("qwen3-vl-8b")
+    smaller = downsampled_px(processor, "qwen3-vl", (1024, 768), 76)
+    assert smaller is not None
+    assert count_image_tokens(processor, smaller) == pytest.approx(76, rel=0.05)
+    assert count_image_tokens(processor, (256, 128)) == 72
+    assert downsampled_px(processor, "qwen3-vl", (1024, 768), 38) is None
+
+
 def test_llava_next_reads_two_tiles_at_least() -> None:
     processor = make_processor("llava-next-7b")
     smaller = downsampled_px(processor, "llava-next", (672, 672), 160)

@@ -1,0 +1,96 @@
+"""A program: what SGLang's processor of a tiny Qwen makes of requests with a video or an image, with a budget.
+
+`python -m tests.runtime.processed_requests CHECKPOINT` prints one JSON object. A process of its own, since the hooks
+stay in the process that they are installed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt import runtime_context
+from sglang.srt.arg_groups.overrides import model_config_of
+from sglang.srt.managers.multimodal_processor import get_mm_processor, import_processors
+from sglang.srt.multimodal.processors import base_processor, qwen_vl
+from transformers import AutoProcessor
+
+from mmtok_sglang.server_args import MMTokServerArgs
+from tests.runtime.chats import data_url, small
+
+_TEXT = "<|im_start|>user\n<|vision_start|><|{}_pad|><|vision_end|>What?<|im_end|>\n"
+
+
+class Film(qwen_vl.VideoDecoderWrapper):
+    """Two seconds of noise: no FFmpeg is needed to decode it."""
+
+    avg_fps = 4.0
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8))
+
+    def __init__(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def get_frames_as_tensor(self, indices: list[int]) -> torch.Tensor:
+        return self.frames[indices]
+
+
+async def _processed(processor: Any, kind: str, images: list[str], videos: list[Any], budget: str | None) -> Any:
+    names = ("audio_data", "mm_hashes", "mm_content_hashes")
+    fields = None if budget is None else {"mmtok_budget": budget}
+    request = SimpleNamespace(rid="0", video_data=videos, mm_processor_kwargs=fields, **dict.fromkeys(names))
+    text = _TEXT.format(kind)
+    return await processor.process_mm_data_async(images, input_text=text, request_obj=request, max_req_input_len=8192)
+
+
+async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
+    image = (await _processed(ours, "image", [data_url(small("coffee"))], [], None)).mm_items[0]
+    refusal = ""
+    try:
+        await _processed(ours, "video", [], [Film()], None)
+    except ValueError as error:
+        refusal = str(error)
+    film, expected = [await _processed(each, "video", [], [Film()], "all") for each in (ours, sglangs)]
+    ((item,), (theirs,)) = film.mm_items, expected.mm_items
+    return {
+        "image": [str(image.feature.dtype), "mmtok_pixels" in image.model_specific_data],
+        "refusal": refusal,
+        "num_spans": len(item.offsets),
+        "is_planned": "mmtok" in item.model_specific_data,
+        "is_sglangs": film.input_ids == expected.input_ids
+        and item.offsets == theirs.offsets
+        and torch.equal(item.feature, theirs.feature)
+        and torch.equal(film.mrope_positions, expected.mrope_positions),
+    }
+
+
+def _main(checkpoint: str) -> None:
+    arguments = MMTokServerArgs(model_path=checkpoint, mmtok_budget="10%", device="cpu")
+    arguments.resolve_once()
+    runtime_context.publish(arguments, role="tokenizer")
+    import_processors("sglang.srt.multimodal.processors")
+    # SGLang's platform for CPUs copies videos to pinned memory, which needs a driver.
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
+    base_processor.load_video = lambda video, *_, **__: video
+    config, processor = model_config_of(arguments), AutoProcessor.from_pretrained(checkpoint)
+    ours = get_mm_processor(config.hf_config, arguments, processor, "default", config)
+    plain = AutoProcessor.from_pretrained(checkpoint)
+    sglangs = qwen_vl.QwenVLImageProcessor(config.hf_config, arguments, plain, "default")
+    print("RESULT " + json.dumps(asyncio.run(_run(ours, sglangs))), flush=True)
+    # The processors' threads would keep the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

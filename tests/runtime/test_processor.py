@@ -1,0 +1,35 @@
+"""SGLang's real processors, without a server: what is not pruned stays SGLang's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmtok_bench.families import Family
+from tests.runtime.conftest import checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("name", "num_spans"), [("qwen2.5-vl", 1), ("qwen3-vl", 2)])
+def test_a_video_is_refused_with_a_budget_and_sglangs_own_without(name: Family, num_spans: int) -> None:
+    """Qwen3-VL's has a span for each pair of frames, with their time between."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.runtime.processed_requests", str(checkpoint(name))],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, run.stderr[-3000:]
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    assert 'brings a video: send mm_processor_kwargs={"mmtok_budget": "all"}' in result["refusal"]
+    assert (result["num_spans"], result["is_planned"], result["is_sglangs"]) == (num_spans, False, True)
+    # An image goes on as 8-bit pixels, whichever way SGLang prepares it.
+    assert result["image"] == ["torch.uint8", True]
