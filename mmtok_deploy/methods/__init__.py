@@ -31,6 +31,7 @@ __all__ = [
     "check_method",
     "comparator",
     "coverage_of",
+    "is_nested",
     "reads_attention",
     "reads_question",
 ]
@@ -102,6 +103,11 @@ def coverage_of(name: MethodName, config: SelectionConfig) -> Coverage | None:
     if name == "mmtok":
         return config.coverage
     return {"text-coverage": "text", "vision-coverage": "vision"}.get(name)  # type: ignore[return-value]
+
+
+def is_nested(name: MethodName) -> bool:
+    """True if what a budget keeps is the first picks of every larger budget, for the same seed."""
+    return name not in ("dart", "even", "downsample")
 
 
 def reads_question(name: MethodName) -> bool:
