@@ -23,7 +23,10 @@ def test_what_ends_the_demonstration_is_told(
         raise error
 
     monkeypatch.setattr(demo, "started", fail)
-    assert run_demo(Namespace(family="llava-1.5", budget="25%", folder=tmp_path)) == code
+    assert (
+        run_demo(Namespace(family="llava-1.5", budget="25%", folder=tmp_path, page=False, url=None, model_path=None))
+        == code
+    )
     printed = capsys.readouterr().err
     assert ("port [red]taken[/]" in printed) == (code == 1)
     assert ("Stopped" in printed) == (code == 130)

@@ -17,7 +17,7 @@ _HEADERS = {
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
@@ -41,11 +41,9 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers a request."""
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":  # there are no WebSockets
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":
-            return  # of a WebSocket: it is closed unanswered
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":

@@ -9,18 +9,19 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mmtok_bench.pocket import SCENE_PX
 from mmtok_bench.pocket.questions import make_scenes, picture_of
-from mmtok_bench.pocket.scenes import draw
+from mmtok_bench.pocket.scenes import SCENE_PX, draw
 from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
-from mmtok_sglang.limits import Limits
 
 __all__ = ["MAX_UPLOAD_BYTES", "Picture", "PictureError", "Pictures"]
 
 MAX_UPLOAD_BYTES = 64 << 20
 """As many as SGLang takes of a file (--media-url-max-file-size-mb)."""
+# A server's defaults (--mmtok-max-image-pixels, --mmtok-max-aspect-ratio); its own code would bring SGLang along.
+_MAX_PIXELS = 64_000_000
+_MAX_ASPECT_RATIO = 200
 
 # Of the demonstration; the model was not trained on these.
 _SCENE_SEED, _NUM_SCENES = 107, 4
@@ -115,13 +116,24 @@ def _read(data: bytes) -> Picture:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             # The size is in the header: nothing is decoded before it is checked.
-            Limits().check_image(*image.size)
+            _check_size(*image.size)
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise PictureError(f"The file is no picture that can be read: expected one of {', '.join(_FORMATS)}.") from None
+    except PictureError:
+        raise
     except Exception as error:  # each of Pillow's formats has errors of its own
-        raise PictureError(f"The picture cannot be read: {error!s:.300}") from error
+        raise PictureError(f"The picture cannot be read: {error!s:.300}.") from error
     size = upright.size
     upright.thumbnail((_MAX_SIDE_PX, _MAX_SIDE_PX), Image.Resampling.LANCZOS)
     note = "" if upright.size == size else f"made smaller from {size[0]} x {size[1]} pixels"
     return Picture("Dropped picture", upright, upright, note=note)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > _MAX_PIXELS:
+        raise PictureError(f"The picture has {width} x {height} pixels, and at most {_MAX_PIXELS:,} are taken.")
+    if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
+        raise PictureError(
+            f"The picture has {width} x {height} pixels: one side may be at most {_MAX_ASPECT_RATIO} times the other."
+        )
