@@ -38,3 +38,18 @@ def test_a_budget_that_is_not_understood_starts_nothing(tmp_path: Path, capsys: 
     assert stop.value.code == 2
     assert "budget 'ten' is not understood" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--url=http://127.0.0.1:1"], 2, "--url and --model-path are for the page: add --page"),
+        (["--page", "--url=http://127.0.0.1:1", "--port=0"], 1, "http://127.0.0.1:1/server_info does not answer"),
+        (["--page", "--host=203.0.113.1"], 1, "the page cannot be served at 203.0.113.1, port 8600"),
+    ],
+)
+def test_a_page_that_cannot_be_served_starts_nothing(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *arguments]) == code
+    assert message in capsys.readouterr().err

@@ -31,7 +31,7 @@ from mmtok_bench.server import ServerError
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.presets import PRESETS, Preset
 
-__all__ = ["serve_page"]
+__all__ = ["content_of", "serve_page"]
 
 _MODEL_TYPES: Mapping[str, OneGridFamily] = {"llava": "llava-1.5", "qwen2_5_vl": "qwen2.5-vl"}
 _NAMES: Mapping[PocketFamily, str] = {"llava-1.5": "LLaVA-1.5", "qwen2.5-vl": "Qwen2.5-VL"}
@@ -56,7 +56,7 @@ def serve_page(arguments: argparse.Namespace) -> int:
             served = stack.enter_context(StartedServer(partial(_pocket_server, arguments.family, log)))
         else:
             served = RunningServer(arguments.url)
-            content = _content_of(served, arguments.model_path)
+            content = content_of(served.url, served.info, arguments.model_path)
         host, port = arguments.host, listener.getsockname()[1]
         app = make_app(content, served, host)
         shown = f"[{host}]" if ":" in host else host
@@ -103,11 +103,19 @@ def _pocket_content(family: PocketFamily) -> PageContent:
     )
 
 
-def _content_of(served: RunningServer, model_path: Path | None) -> PageContent:
-    """Returns what the page shows of a running server, its own answers about the patches where it has the model."""
-    info = served.info
+def content_of(url: str, info: Mapping[str, Any], model_path: Path | None) -> PageContent:
+    """Returns what the page shows of a running server; with patches where this machine has its model.
+
+    Args:
+        url: The server's address, without a path.
+        info: What it says of itself.
+        model_path: A folder with the checkpoint that it serves.
+
+    Raises:
+        ValueError: The folder holds no checkpoint whose patches can be shown.
+    """
     name = str(info.get("model_path", "a model"))
-    place = urlsplit(served.url).hostname or served.url
+    place = urlsplit(url).hostname or url
     is_here = _is_loopback(place)
     pockets = {str(pocket_checkpoint(family)): family for family in get_args(PocketFamily)}
     pocket = pockets.get(name)
@@ -126,7 +134,7 @@ def _content_of(served: RunningServer, model_path: Path | None) -> PageContent:
     else:
         patches = Patches(partial(PatchSelector, family, model_path, _preset_of(family, info)))
     return PageContent(
-        model=f"{name}, served at {served.url}.",
+        model=f"{name}, served at {url}.",
         privacy=f"Pictures and questions are sent to the server at {place}"
         + (", which is this machine." if is_here else ": they leave the machine on which this page's program runs."),
         methods=_methods(family) if family is not None else get_args(MethodName),
