@@ -35,6 +35,7 @@ class EncodedImage:
     Args:
         image: The image as the encoder saw it: padded to a square, or cut to one, where the processor does so.
         grid: Rows and columns of vision tokens.
+        token_px: Side of the square of the encoder's pixels that a token stands for.
         vision: [N, D] tokens after the projector, row by row.
         keys: [N, d] features before it.
         excluded: [N] bool, tokens that are padding; None if none is.
@@ -43,6 +44,7 @@ class EncodedImage:
 
     image: Image.Image
     grid: tuple[int, int]
+    token_px: int
     vision: Tensor
     keys: Tensor
     excluded: Tensor | None
@@ -94,10 +96,14 @@ class PatchSelector:
         """Returns the features of an RGB image."""
         pixels = self._processor.image_processor(images=[image], return_tensors="pt")
         if self.family == "qwen2.5-vl":
-            return EncodedImage(image, *_qwen_features(self._model, pixels), None, None)
+            visual = self._model.config.vision_config
+            token_px = visual.patch_size * visual.spatial_merge_size
+            grid, vision, keys = _qwen_features(self._model, pixels)
+            return EncodedImage(image, grid, token_px, vision, keys, None, None)
         grid, vision, keys, attention = _llava_features(self._model, pixels)
         seen, excluded = _as_llava_sees(image, self._processor.image_processor, grid)
-        return EncodedImage(seen, grid, vision, keys, excluded, attention)
+        token_px = self._model.config.vision_config.patch_size
+        return EncodedImage(seen, grid, token_px, vision, keys, excluded, attention)
 
     @torch.inference_mode()
     def embed(self, question: str) -> Tensor:

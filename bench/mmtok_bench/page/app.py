@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from mmtok_bench.client import Answer, MeasurementError, account, image_url, openai_client, stream
@@ -22,6 +22,7 @@ from mmtok_bench.page.guard import Guard
 from mmtok_bench.page.patches import Patches
 from mmtok_bench.page.pictures import MAX_UPLOAD_BYTES, Picture, PictureError, Pictures
 from mmtok_bench.page.served import Served
+from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 
 __all__ = ["PageContent", "make_app"]
@@ -37,8 +38,6 @@ _FILES = {
 _SHOWN_PX = 1200
 _MAX_QUESTION = 4000
 _MAX_ANSWER_TOKENS = 128
-# Pydantic's models of bodies have no docstring of arguments: the names say it.
-_BUDGET_PATTERN = r"^(all|[1-9][0-9]{0,5}|[1-9][0-9]?%|100%)$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,7 @@ class PageContent:
         patches: What is kept of them; None where this process has no copy of the model.
         no_patches: Why not, in a sentence.
         notes: What to know of the model, in sentences.
+        budget: What the slider stands at where a link says nothing else.
     """
 
     model: str
@@ -62,6 +62,7 @@ class PageContent:
     patches: Patches | None
     no_patches: str = ""
     notes: str = ""
+    budget: str = "25%"
 
 
 class SelectionAsked(BaseModel):
@@ -76,7 +77,7 @@ class SelectionAsked(BaseModel):
 class RunAsked(BaseModel):
     """One answer that is asked for: a budget, and a method where it prunes."""
 
-    budget: str = Field(pattern=_BUDGET_PATTERN)
+    budget: Annotated[str, AfterValidator(lambda text: str(Budget.parse(text)))]
     method: MethodName | None = None
 
 
@@ -107,7 +108,10 @@ def make_app(content: PageContent, served: Served, host: str = "localhost") -> G
     @app.get("/api/page")
     def page() -> dict[str, Any]:
         return {
-            **{name: getattr(content, name) for name in ("model", "notes", "privacy", "methods", "no_patches")},
+            **{
+                name: getattr(content, name)
+                for name in ("model", "notes", "privacy", "methods", "no_patches", "budget")
+            },
             "pictures": [_described(*each) for each in content.pictures.built_in()],
         }
 

@@ -58,7 +58,7 @@ def serve_page(arguments: argparse.Namespace) -> int:
             served = RunningServer(arguments.url)
             content = content_of(served.url, served.info, arguments.model_path)
         host, port = arguments.host, listener.getsockname()[1]
-        app = make_app(content, served, host)
+        app = make_app(replace(content, budget=arguments.budget), served, host)
         shown = f"[{host}]" if ":" in host else host
         console.print(f"Open http://{shown}:{port} in a browser. Ctrl-C ends the page.", markup=False, soft_wrap=True)
         if not _is_loopback(host):
@@ -96,7 +96,7 @@ def _pocket_content(family: PocketFamily) -> PageContent:
         model=f"A pocket {_NAMES[family]} that this project trained on scenes like these.",
         notes="The pocket model answers about scenes, in the words of their questions; of photographs only the patches "
         "say something. Its language model is so small that it gains next to no time: look at the tokens.",
-        privacy="Pictures and questions stay on the machine on which `mmtok demo --page` runs.",
+        privacy="Pictures and questions stay on the machine on which mmtok demo --page runs.",
         methods=_methods(family),
         pictures=Pictures(PICTURE_PX[family]),
         patches=Patches(partial(PatchSelector, family, pocket_checkpoint(family))),

@@ -54,7 +54,7 @@ class Patches:
         Returns:
             `grid`, rows and columns; `tokens` and `pickable`, how many there are and how many may be picked; `order`,
             indices as picked; `coverage`, the share of MMTok's objective that is reached after each pick; `smaller`,
-            the grid of the whole image for `downsample`, which picks nothing.
+            the grid of the whole image for `downsample`, which picks nothing, with `token_px` pixels a token's side.
 
         Raises:
             ValueError: A method that cannot run on the picture, or needs a budget; or a picture of too many tokens.
@@ -74,7 +74,8 @@ class Patches:
         answer: dict[str, Any] = {"grid": encoded.grid, "tokens": num_tokens, "pickable": encoded.num_pickable}
         if method == "downsample":
             assert budget is not None
-            return {**answer, "order": [], "coverage": [], "smaller": grid_within(*encoded.grid, budget)}
+            smaller = grid_within(*encoded.grid, budget)
+            return {**answer, "order": [], "coverage": [], "smaller": smaller, "token_px": encoded.token_px}
         text = selector.embed(question)
         # To the last that may be picked: at a budget of all tokens, the others follow.
         order = selector.select(encoded, text, min(budget or num_tokens, encoded.num_pickable), method).order

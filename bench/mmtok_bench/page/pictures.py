@@ -89,7 +89,7 @@ class Pictures:
             picture = self._built_in.get(picture_id) or self._uploads.get(picture_id)
         if picture is None:
             raise PictureError(
-                "This picture is gone: a dropped picture is held in memory alone, until `mmtok demo --page` ends or "
+                "This picture is gone: a dropped picture is held in memory alone, until mmtok demo --page ends or "
                 f"{_MAX_UPLOADS} newer ones have come. Drop it again."
             )
         return picture

@@ -276,6 +276,8 @@ def test_answers_arrive_and_the_server_kept_what_is_drawn(browser: webdriver.Chr
         assert "of them from a cache" not in card["facts"]
         assert card["note"] == ""
     assert pruned["facts"]["image tokens in"] == "196"
+    if "MMTOK_SCREENSHOT" in os.environ:
+        browser.save_screenshot(os.environ["MMTOK_SCREENSHOT"])
     # What the server says is what the page computed.
     drawn = browser.find_element(By.CSS_SELECTOR, "figcaption").text
     assert drawn == f"49 of 196 image tokens kept, {pruned['facts']['covered, as the server says']} covered"
@@ -303,6 +305,12 @@ def test_two_tabs_ask_at_once(browser: webdriver.Chrome, program: Program) -> No
     for tab, answer in ((first, "bottom right"), (second, "top left")):
         browser.switch_to.window(tab)
         assert [each["answer"] for each in cards(browser)] == [answer, answer]
+    # One that goes away while it asks keeps no other waiting.
+    browser.execute_script("document.getElementById('ask').click(); location.reload()")
+    wait_for(browser, "document.querySelectorAll('.card').length === 0")
+    wait_until_ready(browser)
+    browser.find_element(By.ID, "ask").click()
+    assert cards(browser)[0]["answer"] == "top left"
 
 
 def test_every_control_has_a_name_and_is_reached_by_the_keyboard(browser: webdriver.Chrome) -> None:
@@ -382,5 +390,5 @@ def test_ctrl_c_ends_the_server_and_the_page_says_so(browser: webdriver.Chrome, 
     program.process.send_signal(signal.SIGINT)
     assert program.process.wait(60) == 130
     assert psutil.wait_procs(servers, timeout=10)[1] == []
-    wait_for(browser, "document.getElementById('trouble-text').textContent.includes('`mmtok demo --page` again')")
+    wait_for(browser, "document.getElementById('trouble-text').textContent.includes('mmtok demo --page again')")
     assert not browser.find_element(By.ID, "restart").is_displayed()

@@ -7,7 +7,7 @@ const NUM_NUMBERED = 20;
 const content = await (await fetch("api/page")).json();
 const pictures = new Map(content.pictures.map((picture) => [picture.id, picture]));
 const hasPatches = content.no_patches === "";
-const chosen = { picture: content.pictures[0].id, question: "", budget: "25%", methods: ["mmtok", ""] };
+const chosen = { picture: content.pictures[0].id, question: "", budget: content.budget, methods: ["mmtok", ""] };
 let numTokens = null; // of the chosen picture; null until they are known
 let serverState = "";
 let asking = false;
@@ -32,8 +32,8 @@ function readLink() {
   const link = new URLSearchParams(location.hash.slice(1));
   const methods = [link.get("method") ?? "mmtok", link.get("compare") ?? ""];
   chosen.methods = methods.map((name, idx) => (content.methods.includes(name) ? name : ["mmtok", ""][idx]));
-  const budget = link.get("budget") ?? "25%";
-  chosen.budget = /^(all|[1-9]\d{0,5}|[1-9]\d?%|100%)$/.test(budget) ? budget : "25%";
+  const budget = link.get("budget") ?? "";
+  chosen.budget = /^(all|[1-9]\d{0,5}|(?!0+%)\d{1,2}(\.\d+)?%|100%)$/.test(budget) ? budget : content.budget;
   chosen.picture = link.get("picture") ?? content.pictures[0].id;
   chosen.question = link.get("question") ?? pictures.get(chosen.picture)?.questions.at(4)?.[0] ?? "";
 }
@@ -49,7 +49,7 @@ function writeLink() {
 
 function numKept(total) {
   if (chosen.budget === "all") return total;
-  const number = parseInt(chosen.budget, 10);
+  const number = parseFloat(chosen.budget);
   return chosen.budget.endsWith("%") ? Math.max(1, Math.floor((number * total) / 100)) : Math.min(number, total);
 }
 
@@ -193,7 +193,7 @@ class Pane {
   drawSmaller(context) {
     const { canvas, image, found } = this;
     const [rows, columns] = found.smaller;
-    const small = new OffscreenCanvas(columns * 8, rows * 8);
+    const small = new OffscreenCanvas(columns * found.token_px, rows * found.token_px);
     small.getContext("2d").drawImage(image, 0, 0, small.width, small.height);
     context.imageSmoothingEnabled = false;
     context.drawImage(small, 0, 0, canvas.width, canvas.height);
@@ -451,7 +451,7 @@ function showEvent(cards, event) {
   }
 }
 
-// What the server says that it kept, held against what is drawn.
+// What the server says that it kept, held against what is drawn; a server that computes in bfloat16 rounds otherwise.
 function showAccount(card, account) {
   const image = account?.images?.[0];
   if (!image) return;
@@ -461,9 +461,9 @@ function showAccount(card, account) {
   if (image.is_fallback) note.textContent = "The server could not select: it kept evenly spaced tokens.";
   const drawn = card.drawn;
   if (!drawn || image.method !== "mmtok" || image.coverage === null) return;
-  const differs = drawn.kept !== image.tokens_kept || Math.abs(drawn.coverage - image.coverage) > 0.005;
+  const differs = drawn.kept !== image.tokens_kept || Math.abs(drawn.coverage - image.coverage) > 0.02;
   if (differs) {
-    note.textContent = "The server kept other tokens than are drawn here. Is --model-path the checkpoint that it serves?";
+    note.textContent = "The server kept other tokens than are drawn here. Is the checkpoint here the one that it serves?";
     note.classList.add("warning");
   }
 }
@@ -524,7 +524,7 @@ async function checkState() {
   try {
     state = await asked("api/state");
   } catch {
-    const message = "The program behind this page has ended. Start `mmtok demo --page` again: this page goes on by itself.";
+    const message = "The program behind this page has ended. Start mmtok demo --page again: this page goes on by itself.";
     state = { name: "stopped", message, log: "", can_restart: false };
   }
   showState(state);
@@ -575,6 +575,8 @@ function play() {
 }
 
 $("model").textContent = content.model;
+$("about-patches").hidden = !hasPatches;
+$("play").hidden = !hasPatches;
 $("model-notes").textContent = content.notes;
 $("privacy").textContent = content.privacy;
 content.pictures.forEach(addThumb);
