@@ -35,6 +35,7 @@ _FILES = {
     "look.css": (Path(__file__).parents[1] / "look.css", "text/css; charset=utf-8"),
     "icon.svg": (_STATIC / "icon.svg", "image/svg+xml"),
 }
+_TOLD = ("model", "notes", "privacy", "methods", "no_patches", "budget")
 _SHOWN_PX = 1200
 _MAX_QUESTION = 4000
 _MAX_ANSWER_TOKENS = 128
