@@ -23,7 +23,7 @@ from mmtok_bench.page.patches import Patches
 from mmtok_bench.page.pictures import MAX_UPLOAD_BYTES, Picture, PictureError, Pictures
 from mmtok_bench.page.served import Served
 from mmtok_deploy.budget import Budget
-from mmtok_deploy.methods import MethodName
+from mmtok_deploy.methods import MethodName, is_nested
 
 __all__ = ["PageContent", "make_app"]
 
@@ -113,6 +113,7 @@ def make_app(content: PageContent, served: Served, host: str = "localhost") -> G
                 name: getattr(content, name)
                 for name in ("model", "notes", "privacy", "methods", "no_patches", "budget")
             },
+            "nested": list(filter(is_nested, content.methods)),
             "pictures": [_described(*each) for each in content.pictures.built_in()],
         }
 

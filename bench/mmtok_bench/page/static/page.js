@@ -1,11 +1,11 @@
 // What is kept is asked once for a method whose budgets are nested, and drawn here as the slider moves.
 
 const $ = (id) => document.getElementById(id);
-const NOT_NESTED = new Set(["dart", "even", "downsample"]);
 const NUM_NUMBERED = 20;
 
 const content = await (await fetch("api/page")).json();
 const pictures = new Map(content.pictures.map((picture) => [picture.id, picture]));
+const nested = new Set(content.nested);
 const hasPatches = content.no_patches === "";
 const chosen = { picture: content.pictures[0].id, question: "", budget: content.budget, methods: ["mmtok", ""] };
 let numTokens = null; // of the chosen picture; null until they are known
@@ -66,7 +66,6 @@ function showBudget() {
 
 function moveBudget(value) {
   chosen.budget = numTokens === null ? `${value}%` : Number(value) === numTokens ? "all" : String(value);
-  showBudget();
   panes.forEach((pane) => pane.moved());
   showBudget();
   writeLinkSoon();
@@ -119,7 +118,7 @@ class Pane {
   }
 
   moved() {
-    if (hasPatches && NOT_NESTED.has(this.method)) this.askSoon();
+    if (hasPatches && !nested.has(this.method)) this.askSoon();
     else this.draw();
   }
 
@@ -131,7 +130,7 @@ class Pane {
     const body = { picture: chosen.picture, question: chosen.question, method: this.method };
     this.element.setAttribute("aria-busy", "true");
     try {
-      if (NOT_NESTED.has(body.method)) {
+      if (!nested.has(body.method)) {
         if (numTokens === null) numTokens = (await asked("api/selection", { ...body, method: "random" }, signal)).tokens;
         body.budget = numKept(numTokens);
       }
@@ -154,10 +153,15 @@ class Pane {
     this.note.classList.toggle("warning", isWarning);
   }
 
+  // The budget of what is drawn: a method that is not nested is drawn at the one that it was asked for.
+  get count() {
+    return this.found.budget ?? numKept(this.found.tokens);
+  }
+
   // The kept patches in the order of picking.
   kept() {
     const { order, pickable, tokens } = this.found;
-    const count = numKept(tokens);
+    const { count } = this;
     if (count < tokens) return order.slice(0, Math.min(count, pickable));
     const rest = Array.from({ length: tokens }, (_, token) => token);
     return [...order, ...rest.filter((token) => !order.includes(token))];
@@ -165,7 +169,7 @@ class Pane {
 
   covered() {
     if (!this.found || this.found.smaller) return "";
-    const count = numKept(this.found.tokens);
+    const { count } = this;
     const share = count >= this.found.tokens ? 1 : this.found.coverage[Math.min(count, this.found.coverage.length) - 1];
     return `${(100 * share).toFixed(1)}%`;
   }
@@ -226,7 +230,7 @@ class Pane {
     const { coverage, tokens, smaller } = this.found;
     const curve = this.element.querySelector(".curve");
     // Of other methods only the coverage at this budget is known.
-    const isKnown = !smaller && !NOT_NESTED.has(this.found.method);
+    const isKnown = !smaller && nested.has(this.found.method);
     curve.toggleAttribute("hidden", !isKnown);
     this.element.querySelector(".axis").hidden = !isKnown;
     if (!isKnown) return;
