@@ -223,6 +223,7 @@ def test_a_method_that_is_not_nested_is_asked_for_each_budget(browser: webdriver
 
 def test_a_link_opens_what_was_chosen_in_two_panes(browser: webdriver.Chrome, program: Program) -> None:
     browser.find_element(By.CSS_SELECTOR, "[value=coffee]").click()
+    wait_for(browser, "document.querySelector('canvas').ariaLabel.startsWith('Coffee: 49 of 196')")
     question = browser.find_element(By.ID, "question")
     question.clear()
     question.send_keys("Is there a red & white circle?")
