@@ -1,9 +1,11 @@
-# make demo | make bench | make export | make soak | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
+# make demo | make page | make bench | make export | make soak | make test | make lint: each sets up .venv in this checkout first, and reuses it while it is up to date.
 PYTHON ?= python3
 VENV := .venv
 JOBS ?= 2
 # Of the pocket model: llava-1.5 or qwen2.5-vl.
 FAMILY ?= llava-1.5
+# Of make page.
+PORT ?= 8600
 # Of make soak: 30 runs every row in full; ROWS=fuzz,storm runs those alone.
 MINUTES ?= 5
 ROWS ?=
@@ -20,10 +22,11 @@ RTX_TARGETS := 8.0 8.6 8.9 12.0 12.1
 ENGINES = $(if $(filter $(TARGET),$(RTX_TARGETS)),--tensorrt --target $(TARGET))
 SELECTION = $(BIN)/mmtok export selection --force $(ENGINES)
 
-.PHONY: help install demo bench export quality soak test test-fast test-all test-cpus gpu-check paper docs lint format constraints clean
+.PHONY: help install demo page bench export quality soak test test-fast test-all test-cpus gpu-check paper docs lint format constraints clean
 
 help:
 	@echo "make demo    ask a small model about a picture, with and without a budget, and show what changes"
+	@echo "make page    the same in a browser: choose picture, question, budget and method, and see what is kept (PORT=8600)"
 	@echo "make bench   what a served model gains from a budget, on this machine (on 2 CPU cores: tens of minutes)"
 	@echo "make export  ONNX files and TensorRT engines of the selection, under artifacts/export (TARGET=8.9 for that GPU)"
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
@@ -38,7 +41,7 @@ help:
 	@echo "make format  let ruff rewrite the code"
 	@echo "make constraints   resolve all versions anew (slow)"
 	@echo "make clean   remove .venv and artifacts"
-	@echo "demo and quality take FAMILY=qwen2.5-vl for the other pocket model"
+	@echo "demo, page and quality take FAMILY=qwen2.5-vl for the other pocket model"
 
 install: $(STAMP)
 
@@ -53,6 +56,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/mmtok demo --family $(FAMILY)
+
+page: $(STAMP)
+	$(BIN)/mmtok demo --page --family $(FAMILY) --port $(PORT)
 
 bench: $(STAMP)
 	$(BIN)/mmtok bench serve --dummy-weights

@@ -10,7 +10,19 @@ from typing import Any, TypeVar
 
 from mmtok_deploy.budget import Budget
 
-__all__ = ["add_run_arguments", "budget", "count", "each", "image_size", "minutes", "one_of", "runs", "seed", "shape"]
+__all__ = [
+    "add_run_arguments",
+    "budget",
+    "count",
+    "each",
+    "image_size",
+    "minutes",
+    "one_of",
+    "port",
+    "runs",
+    "seed",
+    "shape",
+]
 
 _T = TypeVar("_T")
 
@@ -64,6 +76,13 @@ def count(text: str) -> int:
     """Returns a whole number of at least 1."""
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """Returns a port's number, or 0 for any that is free."""
+    if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return int(text)
 
 

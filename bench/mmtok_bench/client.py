@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +20,12 @@ __all__ = [
     "Answer",
     "MeasurementError",
     "RequestError",
+    "account",
     "ask",
     "image_url",
     "in_parallel",
     "openai_client",
+    "stream",
     "user_message",
 ]
 
@@ -96,45 +99,118 @@ def ask(
     Raises:
         RequestError: The server refused the request, cannot be reached, or sent no text, usage or logprobs.
     """
-    create: Any = partial(
+    fields = {"ignore_eos": ignore_eos, **(fields or {})}
+    if not with_logprobs:
+        *_, answer = stream(client, image, question, max_tokens=max_tokens, fields=fields)
+        assert isinstance(answer, Answer)
+        return answer
+    started_s = time.perf_counter()
+    # Streamed, SGLang 0.5.23 leaves out those of tokens that are no whole character by themselves.
+    with _told_failure(question, fields):
+        answered = _create(client, image, question, max_tokens, fields)(logprobs=True)
+    latency_s = time.perf_counter() - started_s
+    found = answered.choices[0].logprobs
+    logprobs = tuple(token.logprob for token in (found.content if found else None) or ())
+    if not logprobs:
+        raise _lacks(question, "logprobs")
+    return _answer(question, answered.choices[0].message.content, answered.usage, latency_s, latency_s, logprobs)
+
+
+def stream(
+    client: openai.OpenAI,
+    image: str,
+    question: str,
+    *,
+    max_tokens: int = 16,
+    fields: Mapping[str, Any] | None = None,
+) -> Iterator[str | Answer]:
+    """Gives the pieces of a server's greedy answer as they come, then the whole `Answer`.
+
+    Args:
+        client: As of `ask`.
+        image: As of `ask`.
+        question: As of `ask`.
+        max_tokens: As of `ask`.
+        fields: As of `ask`.
+
+    Raises:
+        RequestError: The server refused the request, cannot be reached, or sent no text or usage.
+    """
+    text: str | None = None
+    usage, ttft_s = None, None
+    started_s = time.perf_counter()
+    with _told_failure(question, fields):
+        create = _create(client, image, question, max_tokens, fields)
+        for chunk in create(stream=True, stream_options={"include_usage": True}):
+            usage = chunk.usage or usage
+            piece = chunk.choices[0].delta.content if chunk.choices else None
+            if piece and ttft_s is None:
+                ttft_s = time.perf_counter() - started_s
+            if piece is not None:
+                text = (text or "") + piece
+            if piece:
+                yield piece
+    latency_s = time.perf_counter() - started_s
+    yield _answer(question, text, usage, latency_s if ttft_s is None else ttft_s, latency_s)
+
+
+def account(client: openai.OpenAI, image: str, question: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns what the server says it did with the image, `meta_info["mmtok"]`; None where it says nothing.
+
+    It is another request, of one token: SGLang gives no `meta_info` with a stream.
+
+    Args:
+        client: The client of a server with a budget.
+        image: As of `ask`.
+        question: As of `ask`.
+        fields: As of `ask`.
+
+    Raises:
+        RequestError: The server refused the request, or cannot be reached.
+    """
+    with _told_failure(question, fields):
+        answered = _create(client, image, question, 1, {**fields, "return_meta_info": True})()
+    told = (getattr(answered.choices[0], "meta_info", None) or {}).get("mmtok")
+    # A list of one object.
+    return dict(told[0]) if told else None
+
+
+def _create(
+    client: openai.OpenAI, image: str, question: str, max_tokens: int, fields: Mapping[str, Any] | None
+) -> Callable[..., Any]:
+    return partial(
         client.chat.completions.create,
         model="default",
         messages=[user_message([image], question)],
         max_tokens=max_tokens,
         temperature=0,
-        extra_body={"ignore_eos": ignore_eos, **(fields or {})},
+        extra_body=dict(fields or {}),
     )
-    text: str | None = None
-    logprobs: tuple[float, ...] = ()
-    usage, ttft_s = None, None
-    started_s = time.perf_counter()
+
+
+@contextlib.contextmanager
+def _told_failure(question: str, fields: Mapping[str, Any] | None) -> Iterator[None]:
     try:
-        if with_logprobs:
-            # Streamed, SGLang 0.5.23 leaves out those of tokens that are no whole character by themselves.
-            answer = create(logprobs=True)
-            usage, text = answer.usage, answer.choices[0].message.content
-            found = answer.choices[0].logprobs
-            logprobs = tuple(token.logprob for token in (found.content if found else None) or ())
-        else:
-            for chunk in create(stream=True, stream_options={"include_usage": True}):
-                usage = chunk.usage or usage
-                piece = chunk.choices[0].delta.content if chunk.choices else None
-                if piece and ttft_s is None:
-                    ttft_s = time.perf_counter() - started_s
-                if piece is not None:
-                    text = (text or "") + piece
+        yield
     except openai.OpenAIError as error:
         raise RequestError(f"{question!r} with {fields} failed: {error}") from error
-    latency_s = time.perf_counter() - started_s
-    missing = "text" if text is None else "usage" if usage is None else "logprobs"
-    if text is None or usage is None or (with_logprobs and not logprobs):
-        raise RequestError(f"{question!r} came back without {missing}: is this an SGLang server?")
+
+
+def _lacks(question: str, what: str) -> RequestError:
+    return RequestError(f"{question!r} came back without {what}: is this an SGLang server?")
+
+
+def _answer(
+    question: str, text: str | None, usage: Any, ttft_s: float, latency_s: float, logprobs: tuple[float, ...] = ()
+) -> Answer:
+    if text is None or usage is None:
+        raise _lacks(question, "text" if text is None else "usage")
     details = usage.prompt_tokens_details
     # SGLang's own field, which the OpenAI client passes on without a declaration.
     num_image_tokens = getattr(details, "image_tokens", None)
     return Answer(
         text=text,
-        ttft_ms=1000 * (latency_s if ttft_s is None else ttft_s),
+        ttft_ms=1000 * ttft_s,
         latency_ms=1000 * latency_s,
         num_prompt_tokens=usage.prompt_tokens,
         num_image_tokens=num_image_tokens if isinstance(num_image_tokens, int) else None,

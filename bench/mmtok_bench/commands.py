@@ -16,6 +16,7 @@ from mmtok_bench.arguments import (
     image_size,
     minutes,
     one_of,
+    port,
     runs,
     seed,
     shape,
@@ -58,6 +59,19 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument(
         "--folder", default=Path("artifacts/demo"), type=Path, help="where to write (default artifacts/demo)"
     )
+    page = demo.add_argument_group("in a browser")
+    page.add_argument(
+        "--page", action="store_true", help="serve a page on which to choose picture, question, budget and method"
+    )
+    page.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start the pocket model")
+    page.add_argument(
+        "--model-path",
+        type=Path,
+        metavar="FOLDER",
+        help="the checkpoint that --url serves, to show its patches",
+    )
+    page.add_argument("--host", default="127.0.0.1", help="where the page is served (default 127.0.0.1: here alone)")
+    page.add_argument("--port", default=8600, type=port, help="likewise; 0 is any that is free (default 8600)")
 
 
 def _add_selector(benches: Any) -> None:

@@ -47,7 +47,17 @@ class _Measured:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok demo`: 0, 1 if a server failed, or 130 after Ctrl-C. No server outlives it."""
-    return run_command("mmtok demo", lambda: _run(arguments.family, arguments.budget, arguments.folder))
+    return run_command("mmtok demo", lambda: _chosen(arguments))
+
+
+def _chosen(arguments: argparse.Namespace) -> int:
+    if arguments.page:
+        from mmtok_bench.page.command import serve_page
+
+        return serve_page(arguments)
+    if arguments.url or arguments.model_path:
+        raise ValueError("--url and --model-path are for the page: add --page")
+    return _run(arguments.family, arguments.budget, arguments.folder)
 
 
 def _run(family: PocketFamily, budget: str, folder: Path) -> int:

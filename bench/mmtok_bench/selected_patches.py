@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,47 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.vision_utils import get_vision_window_index
 
-from mmtok_deploy import Selection, select_tokens
+from mmtok_deploy import Budget, Selection, select_tokens
 from mmtok_deploy.guidance import guidance_words
+from mmtok_deploy.methods import MethodName, comparator
+from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_deploy.padding import padding_mask
-from mmtok_deploy.presets import PRESETS
+from mmtok_deploy.presets import PRESETS, Preset
+from mmtok_deploy.problem import SelectionProblem
 from mmtok_deploy.selection import BudgetLike
 
-__all__ = ["OneGridFamily", "SelectedPatches", "select_patches"]
+__all__ = ["EncodedImage", "OneGridFamily", "PatchSelector", "SelectedPatches", "select_patches"]
 
 OneGridFamily = Literal["qwen2.5-vl", "llava-1.5"]
 """The families that see an image as one grid of patches (LLaVA-NeXT sees tiles)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImage:
+    """What tokens of an image are selected from.
+
+    Args:
+        image: The image as the encoder saw it: padded to a square, or cut to one, where the processor does so.
+        grid: Rows and columns of vision tokens.
+        token_px: Side of the square of the encoder's pixels that a token stands for.
+        vision: [N, D] tokens after the projector, row by row.
+        keys: [N, d] features before it.
+        excluded: [N] bool, tokens that are padding; None if none is.
+        attention: [N] what the class token pays to each token; None of encoders without one.
+    """
+
+    image: Image.Image
+    grid: tuple[int, int]
+    token_px: int
+    vision: Tensor
+    keys: Tensor
+    excluded: Tensor | None
+    attention: Tensor | None
+
+    @property
+    def num_pickable(self) -> int:
+        """The number of tokens that may be picked."""
+        return len(self.vision) - (0 if self.excluded is None else int(self.excluded.sum()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +72,72 @@ class SelectedPatches:
     selection: Selection
 
 
+class PatchSelector:
+    """A checkpoint's encoder and word embeddings, in float32 on the CPU, and what a server would select with them.
+
+    Args:
+        family: Which preset and which features.
+        checkpoint: Folder of the checkpoint; it has to be of that family.
+        preset: Constants and guidance rule in place of the family's.
+
+    Raises:
+        ValueError: An unknown family.
+    """
+
+    def __init__(self, family: OneGridFamily, checkpoint: Path, preset: Preset | None = None) -> None:
+        if family not in get_args(OneGridFamily):
+            raise ValueError(f"family is one of {', '.join(get_args(OneGridFamily))}, got {family!r}")
+        self.family = family
+        self.preset = preset or PRESETS[family]
+        self._model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self._processor = AutoProcessor.from_pretrained(checkpoint)
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> EncodedImage:
+        """Returns the features of an RGB image."""
+        pixels = self._processor.image_processor(images=[image], return_tensors="pt")
+        if self.family == "qwen2.5-vl":
+            visual = self._model.config.vision_config
+            token_px = visual.patch_size * visual.spatial_merge_size
+            grid, vision, keys = _qwen_features(self._model, pixels)
+            return EncodedImage(image, grid, token_px, vision, keys, None, None)
+        grid, vision, keys, attention = _llava_features(self._model, pixels)
+        seen, excluded = _as_llava_sees(image, self._processor.image_processor, grid)
+        token_px = self._model.config.vision_config.patch_size
+        return EncodedImage(seen, grid, token_px, vision, keys, excluded, attention)
+
+    @torch.inference_mode()
+    def embed(self, question: str) -> Tensor:
+        """Returns [M, D] the embeddings of the question's guidance words."""
+        words = guidance_words(question, self.preset.guidance)
+        word_ids = self._processor.tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
+        embedded: Tensor = self._model.get_input_embeddings()(torch.tensor(word_ids, dtype=torch.int64))
+        return embedded
+
+    @torch.inference_mode()
+    def select(self, image: EncodedImage, text: Tensor, budget: BudgetLike, method: MethodName = "mmtok") -> Selection:
+        """Returns the tokens that a method keeps of an image.
+
+        Args:
+            image: What `encode` returned.
+            text: What `embed` returned.
+            budget: Tokens to keep; more than may be picked are those, and all are all.
+            method: Which method; `random` draws by seed 0, where a server draws for each image, question and budget.
+
+        Raises:
+            ValueError: A budget that is not understood, or a method that cannot run on the features.
+        """
+        num_kept = Budget.parse(budget).num_kept(len(image.vision))
+        if method == "mmtok":
+            features = (image.vision, image.keys, text)
+            return select_tokens(*features, num_kept, config=self.preset.config, excluded=image.excluded)
+        problem = SelectionProblem(
+            *(image.vision, image.keys, text, min(num_kept, image.num_pickable), image.excluded, image.attention)
+        )
+        (selection,) = comparator(method)([problem], self.preset.config)
+        return selection
+
+
 def select_patches(
     family: OneGridFamily, checkpoint: Path, image: Image.Image, question: str, budget: BudgetLike
 ) -> SelectedPatches:
@@ -55,27 +153,12 @@ def select_patches(
     Raises:
         ValueError: An unknown family, or a budget that is not understood.
     """
-    if family not in get_args(OneGridFamily):
-        raise ValueError(f"family is one of {', '.join(get_args(OneGridFamily))}, got {family!r}")
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    preset = PRESETS[family]
-    pixels = processor.image_processor(images=[image], return_tensors="pt")
-    words = guidance_words(question, preset.guidance)
-    word_ids = processor.tokenizer(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
-    with torch.inference_mode():
-        text = model.get_input_embeddings()(torch.tensor(word_ids, dtype=torch.int64))
-        if family == "qwen2.5-vl":
-            vision, keys, grid = _qwen_features(model, pixels)
-            seen, excluded = image, None
-        else:
-            vision, keys, grid = _llava_features(model, pixels)
-            seen, excluded = _as_llava_sees(image, processor.image_processor, grid)
-        selection = select_tokens(vision, keys, text, budget, config=preset.config, excluded=excluded)
-    return SelectedPatches(seen, grid, selection)
+    selector = PatchSelector(family, checkpoint)
+    encoded = selector.encode(image)
+    return SelectedPatches(encoded.image, encoded.grid, selector.select(encoded, selector.embed(question), budget))
 
 
-def _qwen_features(model: Any, pixels: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def _qwen_features(model: Any, pixels: Any) -> tuple[tuple[int, int], Tensor, Tensor]:
     visual = model.model.visual
     grid_thw = pixels["image_grid_thw"]
     before, output = _encode(visual.merger, lambda: model.model.get_image_features(pixels["pixel_values"], grid_thw))
@@ -83,14 +166,29 @@ def _qwen_features(model: Any, pixels: Any) -> tuple[Tensor, Tensor, tuple[int, 
     in_window_order = before.reshape(-1, group * group, before.shape[-1]).mean(dim=1)
     window_index, _ = get_vision_window_index(grid_thw, group, visual.window_size, visual.patch_size)
     rows, columns = (int(patches) // group for patches in grid_thw[0, 1:])
-    return output, in_window_order[torch.argsort(window_index)], (rows, columns)
+    return (rows, columns), output, in_window_order[torch.argsort(window_index)]
 
 
-def _llava_features(model: Any, pixels: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    projector = model.model.multi_modal_projector
-    before, output = _encode(projector, lambda: model.model.get_image_features(pixels["pixel_values"]))
-    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    return output, before[0], (side, side)
+def _llava_features(model: Any, pixels: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor | None]:
+    projector, config = model.model.multi_modal_projector, model.config.vision_config
+    queries_and_keys: list[Tensor] = []
+    with contextlib.ExitStack() as hooks:
+        # Other towers than CLIP have no class token.
+        if config.model_type == "clip_vision_model":
+            layer = model.config.vision_feature_layer
+            layer = layer if isinstance(layer, int) else layer[-1]
+            # Features are numbered from the embeddings on, which come before layer 0.
+            attention = model.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
+            for projection in (attention.q_proj, attention.k_proj):
+                hook = projection.register_forward_hook(lambda _, __, output: queries_and_keys.append(output))
+                hooks.callback(hook.remove)
+        before, output = _encode(projector, lambda: model.model.get_image_features(pixels["pixel_values"]))
+    side = config.image_size // config.patch_size
+    paid = None
+    if queries_and_keys:
+        queries, keys = queries_and_keys
+        paid = class_token_attention(queries, keys, attention.num_heads)[0]
+    return (side, side), output, before[0], paid
 
 
 def _encode(projector: torch.nn.Module, image_features: Callable[[], Any]) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ __all__ = [
     "check_method",
     "comparator",
     "coverage_of",
+    "is_nested",
     "reads_attention",
     "reads_question",
 ]
@@ -116,6 +117,11 @@ def check_method(name: object) -> MethodName:
 def coverage_of(name: MethodName) -> Coverage | None:
     """Returns what the tokens that the method keeps cover; None for a method that does not go by coverage."""
     return _COVERAGES.get(name)
+
+
+def is_nested(name: MethodName) -> bool:
+    """True if what a budget keeps is the first picks of every larger budget, for the same seed."""
+    return name not in ("dart", "even", "downsample")
 
 
 def reads_question(name: MethodName) -> bool:

@@ -23,7 +23,10 @@ def test_what_ends_the_demonstration_is_told(
         raise error
 
     monkeypatch.setattr(demo, "started", fail)
-    assert run_demo(Namespace(family="llava-1.5", budget="25%", folder=tmp_path)) == code
+    assert (
+        run_demo(Namespace(family="llava-1.5", budget="25%", folder=tmp_path, page=False, url=None, model_path=None))
+        == code
+    )
     printed = capsys.readouterr().err
     assert ("port [red]taken[/]" in printed) == (code == 1)
     assert ("Stopped" in printed) == (code == 130)
@@ -35,3 +38,18 @@ def test_a_budget_that_is_not_understood_starts_nothing(tmp_path: Path, capsys: 
     assert stop.value.code == 2
     assert "budget 'ten' is not understood" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--url=http://127.0.0.1:1"], 2, "--url and --model-path are for the page: add --page"),
+        (["--page", "--url=http://127.0.0.1:1", "--port=0"], 1, "http://127.0.0.1:1/server_info does not answer"),
+        (["--page", "--host=203.0.113.1"], 1, "the page cannot be served at 203.0.113.1, port 8600"),
+    ],
+)
+def test_a_page_that_cannot_be_served_starts_nothing(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *arguments]) == code
+    assert message in capsys.readouterr().err

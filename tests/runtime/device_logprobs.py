@@ -48,7 +48,7 @@ def measure(served: Served) -> dict[str, float]:
         prompt = served.judge.prompt(chat.for_template())
         pruned = served.judge.prune(prompt, chat.images, chat.guidance, _BUDGET)
         errors.append(served.judge.max_error(pruned, account))
-        if served.family == "qwen2.5-vl":
+        if served.family.startswith("qwen"):
             wrong = served.judge.prune(prompt, chat.images, chat.guidance, _BUDGET, original_positions=False)
         else:
             wrong = served.judge.prune(prompt, chat.images, [_OTHER_QUESTION] * len(chat.images), _BUDGET)

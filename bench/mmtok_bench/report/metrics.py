@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Metric", "compare", "format_value", "metric", "tone"]
+__all__ = ["Metric", "compare", "format_value", "metric", "sort_key", "tone"]
 
 Kind = Literal["time", "rate", "bytes", "count", "capacity", "share", "ratio"]
 
@@ -124,6 +125,19 @@ def tone(comparison: str) -> Literal["gain", "loss", ""]:
     if any(last == better for better, _ in _WORDS.values()):
         return "gain"
     return "loss" if any(last == worse for _, worse in _WORDS.values()) else ""
+
+
+def sort_key(cell: str) -> float | None:
+    """Returns the number that a cell is sorted by, None for one without: of "864 → 86" the last, of ratios the gain."""
+    last = cell.rpartition("→")[2].strip()
+    if last == "the same":
+        return 1.0
+    found = re.match(r"[+-]?[\d,]*\.?\d+", last)
+    if found is None:
+        return None
+    number = float(found[0].replace(",", ""))
+    is_ratio = last[found.end() :].startswith("x ")
+    return 1 / number if is_ratio and any(last.endswith(f" {worse}") for _, worse in _WORDS.values()) else number
 
 
 def _digits(value: float) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mmtok_bench.report.document import Report
-from mmtok_bench.report.metrics import tone
+from mmtok_bench.report.metrics import sort_key, tone
 from mmtok_bench.report.tables import Plot
 from mmtok_deploy import __version__
 
@@ -22,10 +22,12 @@ _CONFIG = {"displayModeBar": False, "responsive": True}
 
 def to_html(report: Report) -> str:
     """Returns the page's text, about 5 MB of which are the plotting library."""
-    folder = files("mmtok_bench.report")
+    folder, package = files("mmtok_bench.report"), files("mmtok_bench")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(folder.joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    style = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))
+    sheets = (package.joinpath("look.css"), folder.joinpath("page.css"))
+    style = Markup("".join(sheet.read_text(encoding="utf-8") for sheet in sheets))
+    script = Markup(folder.joinpath("page.js").read_text(encoding="utf-8"))
     numbers = itertools.count(1)
 
     def draw(plot: Plot) -> Markup:
@@ -34,4 +36,5 @@ def to_html(report: Report) -> str:
         return Markup(plotly.io.to_html(plot.figure, div_id=f"plot-{next(numbers)}", **options))
 
     library = Markup(get_plotlyjs())
-    return template.render(report=report, draw=draw, tone=tone, library=library, style=style, version=__version__)
+    functions = {"draw": draw, "tone": tone, "sort_key": sort_key}
+    return template.render(report=report, library=library, style=style, script=script, version=__version__, **functions)

@@ -12,7 +12,17 @@ from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.metrics import compare, format_value, metric
 from mmtok_bench.report.tables import Part, Table, in_words
 
-__all__ = ["SHOWN_KEYS", "Line", "break_even", "exceeds_its_whole", "have_like_texts", "serve_lines", "serve_part"]
+__all__ = [
+    "SHOWN_KEYS",
+    "Line",
+    "bound_by",
+    "break_even",
+    "exceeds_its_whole",
+    "have_like_texts",
+    "phases_ms",
+    "serve_lines",
+    "serve_part",
+]
 
 Line = dict[str, Any]
 """A row with what `serve_lines` adds."""
@@ -32,6 +42,7 @@ PHASES = (
 """The measured parts of the time to first token."""
 _GAINS = ("ttft_p50_ms", "requests_per_s")
 _INTERVALS = {name: f"{name.removesuffix('_ms')}_gain" for name in _GAINS}
+_STAGES = "Where the time goes, and memory"
 _DETAILS = {
     "Latency": (*_LATENCIES, "ttft_first_p50_ms", "ttft_later_p50_ms"),
     "Throughput": (
@@ -40,12 +51,12 @@ _DETAILS = {
     "Gains over the unpruned server: medians of the rounds' ratios, and their 95% intervals": tuple(
         name + end for name in _INTERVALS.values() for end in ("", "_low", "_high")
     ),
-    "Where the time goes, and memory": (
+    _STAGES: (
         *(*PHASES, "images_encoded_per_request", "image_tokens_in", "image_tokens_kept"),
         *("kv_tokens_per_request", "peak_memory_bytes", "max_requests_at_once"),
     ),
 }
-_EXPECTED = (*_LATENCIES, *_DETAILS["Throughput"][:3], *_DETAILS["Where the time goes, and memory"])
+_EXPECTED = (*_LATENCIES, *_DETAILS["Throughput"][:3], *_DETAILS[_STAGES])
 _TEXTS = ("model", "images", "prefix cache", "budget")
 
 
@@ -127,6 +138,24 @@ def exceeds_its_whole(line: Line) -> bool:
     """Returns whether the parts of the time to first token, which are means, exceed its median."""
     metrics = line["metrics"]
     return "ttft_p50_ms" in metrics and sum(metrics.get(name, 0) for name in PHASES) > metrics["ttft_p50_ms"]
+
+
+def phases_ms(line: Line) -> dict[str, float]:
+    """Returns what the time to first token is made of; empty where the parts were not measured or exceed it."""
+    metrics = line["metrics"]
+    parts = {metric(name).label.removesuffix(", ms"): metrics[name] for name in PHASES if name in metrics}
+    if not parts or "ttft_p50_ms" not in metrics or exceeds_its_whole(line):
+        return {}
+    return {**parts, "rest of TTFT": metrics["ttft_p50_ms"] - sum(parts.values())}
+
+
+def bound_by(line: Line) -> str:
+    """Returns the stage that most of the time to first token goes to, and its share; empty where it is not known."""
+    parts = phases_ms(line)
+    if not parts:
+        return ""
+    stage = max(parts, key=lambda name: parts[name])
+    return f"{stage}, {100 * parts[stage] / sum(parts.values()):.0f}%"
 
 
 def _in_order(lines: Sequence[Line]) -> list[Line]:
@@ -227,15 +256,16 @@ def _details(shown: Sequence[Line]) -> list[Table]:
     tables = []
     for title, names in {**_DETAILS, "Other figures": [name for name in found if name not in known]}.items():
         if set(names) & set(found):
-            columns = (*texts, "at once", *(metric(name).label for name in names))
+            bound = ("bound by",) if title == _STAGES else ()
+            columns = (*texts, *bound, "at once", *(metric(name).label for name in names))
             lines = tuple(
                 (
-                    *(*_case_cells(line, extra), str(line["load"])),
+                    *(*_case_cells(line, extra), *(bound_by(line) for _ in bound), str(line["load"])),
                     *(format_value(name, line["metrics"].get(name)) for name in names),
                 )
                 for line in shown
             )
-            table = Table(title, columns, lines, num_texts=len(texts), is_detail=True)
+            table = Table(title, columns, lines, num_texts=len(texts) + len(bound), is_detail=True)
             tables.append(table.without_empty_columns())
     return tables
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmtok_bench.report.metrics import metric
-from mmtok_bench.report.serve import PHASES, SHOWN_KEYS, Line, exceeds_its_whole, have_like_texts
+from mmtok_bench.report.serve import SHOWN_KEYS, Line, bound_by, have_like_texts, phases_ms
 from mmtok_bench.report.tables import DOWNSAMPLED, PALETTE, UNPRUNED, Plot, new_figure, plot_of
 
-__all__ = ["phases_ms", "plots_of_model"]
+__all__ = ["plots_of_model"]
 
 _PHASE_COLOURS = {
     "image decoding": "#c98a1b",
@@ -51,15 +51,6 @@ def plots_of_model(model: str, lines: Sequence[Line]) -> Iterator[Plot]:
         *(_capacity(model, name, at_largest) for name in _CAPACITIES),
     ]
     yield from (plot for plot in plots if plot is not None)
-
-
-def phases_ms(line: Line) -> dict[str, float]:
-    """Returns what the time to first token is made of; empty where the parts were not measured or exceed it."""
-    metrics = line["metrics"]
-    parts = {metric(name).label.removesuffix(", ms"): metrics[name] for name in PHASES if name in metrics}
-    if not parts or "ttft_p50_ms" not in metrics or exceeds_its_whole(line):
-        return {}
-    return {**parts, "rest of TTFT": metrics["ttft_p50_ms"] - sum(parts.values())}
 
 
 def _typical(lines: Sequence[Line]) -> list[Line]:
@@ -136,7 +127,10 @@ def _where_the_time_goes(model: str, lines: Sequence[Line]) -> Plot | None:
             figure.add_bar(name=phase, x=list(bars.values()), y=list(bars), orientation="h", marker=marker)
     figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=list(parts))
-    return plot_of(f"{model}: where the time goes", f"{_note(lines)}; shorter is better", figure, {"x": "ttft_p50_ms"})
+    named = [f"{line['label']}<br><i>{bound_by(line)}</i>" for line in lines if line["label"] in parts]
+    figure.update_yaxes(tickvals=list(parts), ticktext=list(dict.fromkeys(named)))
+    note = f"{_note(lines)}; shorter is better. Under each name: the stage that takes most of the time, which bounds it"
+    return plot_of(f"{model}: where the time goes", note, figure, {"x": "ttft_p50_ms"})
 
 
 def _capacity(model: str, name: str, lines: Sequence[Line]) -> Plot | None:

@@ -83,8 +83,13 @@ class Served:
 def make_soak_server(key: Served) -> SglangServer:
     """Returns a server, not started, of the family's tiny checkpoint."""
     checkpoint = make_tiny_checkpoint(key.family, key.folder / "checkpoints" / f"{key.family}-0")
-    # /health then answers from the event loop at once, in place of a generation that takes a second.
-    usual = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    usual = {
+        # /health then answers from the event loop at once, in place of a generation that takes a second.
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+        # Else SGLang 0.5.23 waits 60 s for core dumps of CUDA where another process than a scheduler dies.
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+        **{name: "127.0.0.1" for name in ("NO_PROXY", "no_proxy")},
+    }
     log = f"{key.family}-{time.strftime('%H%M%S')}-{time.monotonic_ns() % 1000:03d}.log"
     return make_server(
         checkpoint,

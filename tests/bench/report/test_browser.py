@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
 from mmtok_bench.report.document import Report, make_report
 from mmtok_bench.report.frame import read_results
+from mmtok_bench.report.metrics import sort_key
 from mmtok_deploy.cli import main
+from tests.bench.browser import (
+    LEAST_CONTRAST,
+    as_before,
+    ask,
+    contrast,
+    luminance,
+    narrow_to,
+    needs_browser,
+    open_browser,
+    prefer,
+)
 from tests.bench.report.rows import GPU, NEW, OLD, selector_rows, serve_rows, write
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-quic"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,1000"),
-)
 HOSTILE = '</script><b class="injected">x'
 
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None,
-    reason="no chromium and chromedriver here: apt-get install chromium chromium-driver",
-)
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +53,7 @@ def opened(files: list[Path]) -> Iterator[tuple[webdriver.Chrome, list[str], lis
     """Returns the browser with the page open, what its console said, and what it asked for."""
     page = files[0].with_name("report.html")
     assert main(["bench", "report", *map(str, files), f"--output={page}", "--compare", OLD, NEW]) == 0
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    browser = open_browser()
     try:
         browser.get(page.as_uri())
         console = [str(entry) for entry in browser.get_log("browser")]
@@ -72,17 +68,7 @@ def opened(files: list[Path]) -> Iterator[tuple[webdriver.Chrome, list[str], lis
 @pytest.fixture
 def browser(opened: tuple[webdriver.Chrome, list[str], list[str]]) -> Iterator[webdriver.Chrome]:
     yield opened[0]
-    opened[0].execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    opened[0].execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-
-def ask(browser: webdriver.Chrome, script: str) -> Any:
-    return browser.execute_script(f"return {script}")
-
-
-def narrow_to(browser: webdriver.Chrome, width_px: int) -> None:
-    metrics = {"width": width_px, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    as_before(opened[0])
 
 
 def test_no_errors_and_nothing_fetched(opened: tuple[webdriver.Chrome, list[str], list[str]]) -> None:
@@ -168,6 +154,61 @@ def test_every_table_says_what_the_rows_say(browser: webdriver.Chrome, expected:
     assert line["TTFT p50, ms"] == f"{unpruned_ms:.0f} → {pruned_ms:.0f}"
 
 
+def cells(browser: webdriver.Chrome, column: str) -> list[list[str]]:
+    """Returns a column of the first table, machine by machine."""
+    return ask(  # type: ignore[no-any-return]
+        browser,
+        f"""[...document.querySelector("table").tBodies[0].rows].reduce((groups, row) => {{
+            const headings = [...row.closest("table").tHead.rows[0].cells].map((each) => each.textContent);
+            const place = headings.indexOf("{column}");
+            if (row.querySelector("th")) groups.push([]); else groups.at(-1).push(row.cells[place].textContent);
+            return groups;
+        }}, [])""",
+    )
+
+
+def test_tables_sort_within_their_groups(browser: webdriver.Chrome) -> None:
+    def press(column: str) -> str | None:
+        script = (
+            "[...document.querySelectorAll('table:first-of-type thead button')].find((each) => each.textContent === "
+        )
+        browser.execute_script(f"{script}'{column}').click()")
+        sorted_by: str | None = ask(browser, "document.querySelector('[aria-sort]')?.ariaSort")
+        return sorted_by
+
+    before = cells(browser, "TTFT vs unpruned")
+    assert len(before) == 2
+    assert press("TTFT vs unpruned") == "descending"
+    falling = cells(browser, "TTFT vs unpruned")
+    keys = [[sort_key(cell) or 0 for cell in group] for group in falling]
+    assert keys == [sorted(group, reverse=True) for group in keys]
+    assert [sorted(group) for group in falling] == [sorted(group) for group in before]
+    assert press("TTFT vs unpruned") == "ascending"
+    assert cells(browser, "TTFT vs unpruned") == [sorted(group, key=sort_key) for group in before]  # type: ignore[arg-type]
+    # Words come first to last, and numbers in them by their size: 5% before 10%.
+    assert press("budget") == "ascending"
+    assert cells(browser, "budget")[0] == sorted(cells(browser, "budget")[0], key=lambda cell: int(cell.rstrip("%")))
+
+
+def test_two_machines_stand_beside_each_other(browser: webdriver.Chrome) -> None:
+    places = """[...document.querySelectorAll(".machine")].map((chapter) =>
+        [...chapter.querySelectorAll("h2, .part")].map((each) => each.getBoundingClientRect().toJSON()))"""
+    choose = """[...document.querySelectorAll(".beside select")].forEach((each, idx) => {
+        each.value = arguments[idx]; each.dispatchEvent(new Event("change")); })"""
+    browser.execute_script(choose, "0", "1")
+    gpu, cpu = ask(browser, places)
+    # Headings, and what both measured, begin in the same line.
+    for one, other in zip(gpu, cpu, strict=False):
+        assert one["top"] == other["top"]
+        assert one["right"] <= other["left"]
+    shown = "[...document.querySelectorAll('.chapter')].map((each) => each.checkVisibility())"
+    assert ask(browser, shown) == [True, True, False]
+    browser.execute_script(choose, "", "")
+    gpu, cpu = ask(browser, places)
+    assert gpu[-1]["bottom"] <= cpu[0]["top"]
+    assert ask(browser, shown) == [True, True, True]
+
+
 def test_names_are_text_whatever_they_hold(browser: webdriver.Chrome) -> None:
     assert ask(browser, "document.querySelectorAll('.injected').length") == 0
     assert HOSTILE in ask(browser, "document.querySelector('.headline').textContent")
@@ -185,8 +226,7 @@ def test_a_phone_scrolls_tables_and_not_the_page(browser: webdriver.Chrome, widt
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out(browser: webdriver.Chrome, scheme: str) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    prefer(browser, scheme)
     paper = luminance(ask(browser, "getComputedStyle(document.querySelector('figure')).backgroundColor"))
     assert (paper < 0.1) is (scheme == "dark")
     for selector, style in (
@@ -198,12 +238,4 @@ def test_text_stands_out(browser: webdriver.Chrome, scheme: str) -> None:
         ("td.loss", "color"),
     ):
         ink = luminance(ask(browser, f"getComputedStyle(document.querySelector('{selector}')).{style}"))
-        # The ratio that WCAG 2.2 asks of text.
-        assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, selector
-
-
-def luminance(colour: str) -> float:
-    """Returns the relative luminance of "rgb(r, g, b)"; source: WCAG 2.2."""
-    channels = [int(each) / 255 for each in colour.removeprefix("rgb(").removesuffix(")").split(",")]
-    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
-    return sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+        assert contrast(ink, paper) >= LEAST_CONTRAST, selector

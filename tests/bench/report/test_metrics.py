@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmtok_bench.report.metrics import compare, format_value, metric, tone
+from mmtok_bench.report.metrics import compare, format_value, metric, sort_key, tone
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,23 @@ def test_labels_and_values(name: str, value: float, label: str, shown: str) -> N
     assert metric(name).label == label
     assert format_value(name, value) == shown
     assert format_value(name, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("cell", "key"),
+    [
+        ("2.60x faster", 2.6),
+        ("1.25x slower", 0.8),
+        ("the same", 1),
+        ("1,008 → 100", 100),
+        ("15,754 → 9,254", 9254),
+        ("-3.1 points", -3.1),
+        ("96.5", 96.5),
+        ("1008x672", 1008),
+        ("10%", 10),
+        ("", None),
+        ("not measured", None),
+    ],
+)
+def test_a_cell_is_sorted_by_its_gain_or_its_last_number(cell: str, key: float | None) -> None:
+    assert sort_key(cell) == key

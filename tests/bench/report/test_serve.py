@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from mmtok_bench.report.frame import frame_of
-from mmtok_bench.report.serve import Line, serve_lines, serve_part
-from mmtok_bench.report.serve_plots import phases_ms
+from mmtok_bench.report.serve import Line, bound_by, phases_ms, serve_lines, serve_part
 from mmtok_bench.report.tables import Part, Table
 from mmtok_bench.results import ResultRow
 from tests.bench.report.rows import NEW, OLD, row, serve_case, serve_rows
@@ -143,7 +142,24 @@ def test_the_parts_of_a_first_token_add_up() -> None:
     parts = {"vision encoder": 30.0, "selection": 5.0, "language prefill": 50.0, "rest of TTFT": 15.0}
     assert phases_ms(line) == parts
     for others in ({**metrics, "ttft_p50_ms": 84.0}, {"ttft_p50_ms": 84.0}):
-        assert phases_ms(serve_lines(measured([row("serve", {}, others)]))[0]) == {}
+        (unknown,) = serve_lines(measured([row("serve", {}, others)]))
+        assert phases_ms(unknown) == {}
+        assert bound_by(unknown) == ""
+
+
+def test_a_cell_says_which_stage_bounds_it() -> None:
+    part = serve_part(measured(serve_rows()))
+    (table,) = [each for each in part.tables if each.title == "Where the time goes, and memory"]
+    place = table.columns.index("bound by")
+    said = {(row[1], row[3], row[table.columns.index("at once")]): row[place] for row in table.rows}
+    # 0.11 x 864 ms of the encoder, 20 + 0.9 x 864 of the language model, 20 + 0.9 x 86 with 10%; 12 and more beside.
+    assert said["photograph 1008x672", "MMTok all", "1"].startswith("language prefill, ")
+    assert said["photograph 1008x672", "MMTok 10%", "1"].startswith("language prefill, ")
+    (plot,) = [each for each in part.plots if "where the time goes" in each.title]
+    assert plot.figure.layout.yaxis.ticktext[0].startswith("unpruned<br><i>language prefill, ")
+    slow_encoder = {"ttft_p50_ms": 100.0, "vision_encoder_ms": 60.0, "language_prefill_ms": 30.0}
+    (line,) = serve_lines(measured([row("serve", {}, slow_encoder)]))
+    assert bound_by(line) == "vision encoder, 60%"
 
 
 def test_plots_of_every_metric() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -16,6 +17,7 @@ from mmtok_deploy.methods import (
     check_method,
     comparator,
     coverage_of,
+    is_nested,
     reads_attention,
     reads_question,
 )
@@ -410,6 +412,15 @@ def test_attention_changes_what_methods_that_read_it_keep(name: MethodName) -> N
         for _ in range(2)
     ]
     assert (orders[0] != orders[1]) == reads_attention(name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "downsample"])
+def test_a_smaller_budget_keeps_the_first_picks_of_a_larger_one(name: MethodName) -> None:
+    vision = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    given = problem(vision, 40, text=torch.eye(6)[:2], attention=vision[:, 0].abs())
+    order = chosen(name, given).order
+    kept = {budget: chosen(name, replace(given, num_picks=budget)).kept for budget in (1, 3, 9, 12, 30)}
+    assert all(torch.equal(each, order[:budget].sort().values) for budget, each in kept.items()) == is_nested(name)
 
 
 # The coverages are computed by the backends, which have tests of their own.

@@ -1,0 +1,230 @@
+"""What the browser asks of the page's program: pictures, selections, answers and the server's state."""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from PIL import Image
+from pydantic import AfterValidator, BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from mmtok_bench.client import Answer, MeasurementError, account, image_url, openai_client, stream
+from mmtok_bench.page.guard import Guard
+from mmtok_bench.page.patches import Patches
+from mmtok_bench.page.pictures import MAX_UPLOAD_BYTES, Picture, PictureError, Pictures
+from mmtok_bench.page.served import Served
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import MethodName, is_nested
+
+__all__ = ["PageContent", "make_app"]
+
+_STATIC = Path(__file__).parent / "static"
+_FILES = {
+    "": (_STATIC / "index.html", "text/html; charset=utf-8"),
+    "page.js": (_STATIC / "page.js", "text/javascript; charset=utf-8"),
+    "page.css": (_STATIC / "page.css", "text/css; charset=utf-8"),
+    "look.css": (Path(__file__).parents[1] / "look.css", "text/css; charset=utf-8"),
+    "icon.svg": (_STATIC / "icon.svg", "image/svg+xml"),
+}
+_TOLD = ("model", "notes", "privacy", "methods", "no_patches", "budget")
+_SHOWN_PX = 1200
+_MAX_QUESTION = 4000
+_MAX_ANSWER_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class PageContent:
+    """What is shown.
+
+    Args:
+        model: Which model is served, and where, in a sentence.
+        privacy: Where pictures and questions go, in a sentence.
+        methods: The methods that it can run.
+        pictures: The pictures.
+        patches: What is kept of them; None where this process has no copy of the model.
+        no_patches: Why not, in a sentence.
+        notes: What to know of the model, in sentences.
+        budget: What the slider stands at where a link says nothing else.
+    """
+
+    model: str
+    privacy: str
+    methods: tuple[MethodName, ...]
+    pictures: Pictures
+    patches: Patches | None
+    no_patches: str = ""
+    notes: str = ""
+    budget: str = "25%"
+
+
+class SelectionAsked(BaseModel):
+    """What /api/selection is asked."""
+
+    picture: str
+    question: str = Field(max_length=_MAX_QUESTION)
+    method: MethodName
+    budget: int | None = Field(None, ge=1)
+
+
+class RunAsked(BaseModel):
+    """One answer that is asked for: a budget, and a method where it prunes."""
+
+    budget: Annotated[str, AfterValidator(lambda text: str(Budget.parse(text)))]
+    method: MethodName | None = None
+
+
+class AnswersAsked(BaseModel):
+    """What /api/answers is asked."""
+
+    picture: str
+    question: str = Field(max_length=_MAX_QUESTION)
+    runs: list[RunAsked] = Field(min_length=1, max_length=3)
+
+
+def make_app(content: PageContent, served: Served, host: str = "localhost") -> Guard:
+    """Returns the page as an ASGI application.
+
+    Args:
+        content: What is shown.
+        served: The server that answers.
+        host: The name or address that the page is served at.
+    """
+    app = FastAPI(title="mmtok demo --page", docs_url=None, redoc_url=None, openapi_url=None)
+    # Times to first token are of one request at a time, however many tabs there are.
+    asking = threading.Lock()
+
+    @app.exception_handler(PictureError)
+    def tell_picture(_: Request, error: PictureError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 404 if "gone" in str(error) else 400)
+
+    @app.get("/api/page")
+    def page() -> dict[str, Any]:
+        return {
+            **{
+                name: getattr(content, name)
+                for name in ("model", "notes", "privacy", "methods", "no_patches", "budget")
+            },
+            "nested": list(filter(is_nested, content.methods)),
+            "pictures": [_described(*each) for each in content.pictures.built_in()],
+        }
+
+    @app.get("/api/state")
+    def state() -> dict[str, Any]:
+        return asdict(served.state())
+
+    @app.post("/api/restart")
+    def restart() -> Response:
+        try:
+            served.restart()
+        except MeasurementError as error:
+            return JSONResponse({"error": str(error)}, 409)
+        return JSONResponse(asdict(served.state()))
+
+    @app.post("/api/pictures")
+    async def add_picture(request: Request) -> dict[str, Any]:
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_UPLOAD_BYTES:
+                raise PictureError(f"The file is larger than the {MAX_UPLOAD_BYTES >> 20} MB that a server takes.")
+        picture_id, picture = await run_in_threadpool(content.pictures.add, bytes(data))
+        return _described(picture_id, picture)
+
+    @app.get("/api/pictures/{picture_id}")
+    def picture_info(picture_id: str) -> dict[str, Any]:
+        return _described(picture_id, content.pictures.get(picture_id))
+
+    @app.get("/api/pictures/{picture_id}/{view}.jpg")
+    def picture_file(picture_id: str, view: str) -> Response:
+        picture = content.pictures.get(picture_id)
+        image = picture.shown
+        if view == "seen" and content.patches is not None:
+            image = content.patches.seen(picture)
+        small = image.copy()
+        small.thumbnail((_SHOWN_PX if view == "seen" else 160,) * 2, Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        small.save(file, "JPEG", quality=90)
+        return Response(file.getvalue(), media_type="image/jpeg")
+
+    @app.post("/api/selection")
+    def selection(asked: SelectionAsked) -> Response:
+        if content.patches is None:
+            return JSONResponse({"error": content.no_patches}, 409)
+        picture = content.pictures.get(asked.picture)
+        try:
+            return JSONResponse(content.patches.select(picture, asked.question, asked.method, asked.budget))
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 400)
+
+    @app.post("/api/answers")
+    def answers(asked: AnswersAsked) -> StreamingResponse:
+        picture = content.pictures.get(asked.picture)
+        events = _answers(served, asking, picture, asked)
+        return StreamingResponse((json.dumps(event) + "\n" for event in events), media_type="application/x-ndjson")
+
+    @app.get("/")
+    @app.get("/{name}")
+    def static(name: str = "") -> Response:
+        if name not in _FILES:
+            return JSONResponse({"error": "there is no such page"}, 404)
+        path, kind = _FILES[name]
+        return FileResponse(path, media_type=kind)
+
+    return Guard(app, host)
+
+
+def _described(picture_id: str, picture: Picture) -> dict[str, Any]:
+    return {
+        **{"id": picture_id, "name": picture.name, "note": picture.note, "questions": picture.questions},
+        **{"width": picture.sent.width, "height": picture.sent.height},
+    }
+
+
+def _answers(served: Served, asking: threading.Lock, picture: Picture, asked: AnswersAsked) -> Iterator[dict[str, Any]]:
+    """Gives what happens, an object an event, each with the number of its run."""
+    if not asking.acquire(blocking=False):
+        yield {"waiting": True}
+        asking.acquire()
+    try:
+        client, image = openai_client(served.url), image_url(picture.sent)
+        for number, run in enumerate(asked.runs):
+            kwargs = {"mmtok_budget": run.budget} | ({} if run.method is None else {"mmtok_method": run.method})
+            try:
+                for event in _one_answer(client, image, asked.question, kwargs):
+                    yield {"run": number, **event}
+            except MeasurementError as error:
+                yield {"run": number, "error": _reason(error)}
+    finally:
+        asking.release()
+
+
+def _one_answer(client: Any, image: str, question: str, kwargs: dict[str, str]) -> Iterator[dict[str, Any]]:
+    # Each request has a salt of its own, so that no cache has anything for it; the first is not timed, since a server
+    # may set itself up for a new shape.
+    first, timed = ({"cache_salt": secrets.token_hex(8), "mm_processor_kwargs": kwargs} for _ in range(2))
+    for _ in stream(client, image, question, max_tokens=1, fields=first):
+        pass
+    for piece in stream(client, image, question, max_tokens=_MAX_ANSWER_TOKENS, fields=timed):
+        if isinstance(piece, Answer):
+            yield {"answer": asdict(piece)}
+        else:
+            yield {"piece": piece}
+    # By the same salt it is told of the same selection.
+    yield {"account": account(client, image, question, timed)}
+
+
+def _reason(error: Exception) -> str:
+    """Returns what the server said, where it said something; the request is on the page already."""
+    cause = error.__cause__
+    body = getattr(cause, "body", None)
+    said = body.get("message") if isinstance(body, dict) else None
+    return str(said or cause or error)

@@ -1,0 +1,183 @@
+"""Runs `mmtok demo --page`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+import torch
+import uvicorn
+from rich.console import Console
+
+from mmtok_bench.families import PocketFamily
+from mmtok_bench.page.app import PageContent, make_app
+from mmtok_bench.page.patches import Patches
+from mmtok_bench.page.pictures import Pictures
+from mmtok_bench.page.served import RunningServer, Served, StartedServer
+from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
+from mmtok_bench.quality.bench import quality_server
+from mmtok_bench.run import quiet_transformers
+from mmtok_bench.selected_patches import OneGridFamily, PatchSelector
+from mmtok_bench.server import ServerError
+from mmtok_deploy.methods import MethodName
+from mmtok_deploy.presets import PRESETS, Preset
+
+__all__ = ["content_of", "serve_page"]
+
+_MODEL_TYPES: Mapping[str, OneGridFamily] = {"llava": "llava-1.5", "qwen2_5_vl": "qwen2.5-vl"}
+_NAMES: Mapping[PocketFamily, str] = {"llava-1.5": "LLaVA-1.5", "qwen2.5-vl": "Qwen2.5-VL"}
+_HELD_OPEN_S = 1
+
+
+def serve_page(arguments: argparse.Namespace) -> int:
+    """Returns 0 after the page was served, until Ctrl-C or SIGTERM.
+
+    Raises:
+        ServerError: The page's port is taken, or the server of --url does not answer or does not prune.
+        ValueError: A checkpoint folder that this page cannot show.
+    """
+    quiet_transformers()
+    console = Console(highlight=False)
+    with _listening(arguments.host, arguments.port) as listener, contextlib.ExitStack() as stack:
+        content: PageContent
+        served: Served
+        if arguments.url is None:
+            content = _pocket_content(arguments.family)
+            log = arguments.folder / "logs" / "page.log"
+            served = stack.enter_context(StartedServer(partial(_pocket_server, arguments.family, log)))
+        else:
+            served = RunningServer(arguments.url)
+            content = content_of(served.url, served.info, arguments.model_path)
+        host, port = arguments.host, listener.getsockname()[1]
+        app = make_app(replace(content, budget=arguments.budget), served, host)
+        shown = f"[{host}]" if ":" in host else host
+        console.print(f"Open http://{shown}:{port} in a browser. Ctrl-C ends the page.", markup=False, soft_wrap=True)
+        if not _is_loopback(host):
+            console.print(f"Whoever reaches {host} can use the page: it asks for no password.", style="yellow")
+        config = uvicorn.Config(
+            *(app,), log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=_HELD_OPEN_S
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Gives a socket that listens; before any server is started, so that a port that is taken costs no wait."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"the page cannot be served at {host}, port {port} ({error.strerror or error}): give another --port, "
+                "or 0 for any that is free"
+            ) from error
+        yield listener
+
+
+def _pocket_server(family: PocketFamily, log: Path) -> Any:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return quality_server(pocket_checkpoint(family), family, device, log_path=log)
+
+
+def _pocket_content(family: PocketFamily) -> PageContent:
+    return PageContent(
+        model=f"A pocket {_NAMES[family]} that this project trained on scenes like these.",
+        notes="The pocket model answers about scenes, in the words of their questions; of photographs only the patches "
+        "say something. Its language model is so small that it gains next to no time: look at the tokens.",
+        privacy="Pictures and questions stay on the machine on which mmtok demo --page runs.",
+        methods=_methods(family),
+        pictures=Pictures(PICTURE_PX[family]),
+        patches=Patches(partial(PatchSelector, family, pocket_checkpoint(family))),
+    )
+
+
+def content_of(url: str, info: Mapping[str, Any], model_path: Path | None) -> PageContent:
+    """Returns what the page shows of a running server; with patches where this machine has its model.
+
+    Args:
+        url: The server's address, without a path.
+        info: What it says of itself.
+        model_path: A folder with the checkpoint that it serves.
+
+    Raises:
+        ValueError: The folder holds no checkpoint whose patches can be shown.
+    """
+    name = str(info.get("model_path", "a model"))
+    place = urlsplit(url).hostname or url
+    is_here = _is_loopback(place)
+    pockets = {str(pocket_checkpoint(family)): family for family in get_args(PocketFamily)}
+    pocket = pockets.get(name)
+    if model_path is None and pocket is not None:
+        model_path = Path(name)
+    family = None if model_path is None else _family_of(model_path)
+    patches, why = None, ""
+    differing = _unlike_here(info)
+    if model_path is None or family is None:
+        why = (
+            "The patches are not shown: the server says how many tokens it keeps and not which, and this page has no "
+            "copy of its model to compute them with. Give it one: --model-path FOLDER, the checkpoint that is served."
+        )
+    elif differing:
+        why = f"The patches are not shown: the server was started with {differing}, which this page does not follow."
+    else:
+        patches = Patches(partial(PatchSelector, family, model_path, _preset_of(family, info)))
+    return PageContent(
+        model=f"{name}, served at {url}.",
+        privacy=f"Pictures and questions are sent to the server at {place}"
+        + (", which is this machine." if is_here else ": they leave the machine on which this page's program runs."),
+        methods=_methods(family) if family is not None else get_args(MethodName),
+        pictures=Pictures(PICTURE_PX[pocket]) if pocket is not None else Pictures(PICTURE_PX["qwen2.5-vl"]),
+        patches=patches,
+        no_patches=why,
+    )
+
+
+def _methods(family: OneGridFamily) -> tuple[MethodName, ...]:
+    return tuple(name for name in get_args(MethodName) if (family, name) != ("qwen2.5-vl", "visionzip"))
+
+
+def _family_of(checkpoint: Path) -> OneGridFamily:
+    try:
+        kind = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model-path is the folder of a checkpoint, {checkpoint} is none: {error}") from error
+    if kind not in _MODEL_TYPES:
+        known = ", ".join(_MODEL_TYPES)
+        raise ValueError(
+            f"the page draws patches of models of {known}, and {checkpoint} is of {kind}: drop --model-path"
+        )
+    return _MODEL_TYPES[kind]
+
+
+def _preset_of(family: OneGridFamily, info: Mapping[str, Any]) -> Preset:
+    """Returns the constants that the server selects with."""
+    preset = PRESETS[family]
+    names = ("tv_temp", "vv_temp", "alpha", "coverage")
+    given = {name: info[f"mmtok_{name}"] for name in names if info.get(f"mmtok_{name}") is not None}
+    guidance = info.get("mmtok_guidance") or preset.guidance
+    return Preset(replace(preset.config, **given), guidance)
+
+
+def _unlike_here(info: Mapping[str, Any]) -> str:
+    """Returns the flags that have the server keep other tokens than are computed here."""
+    usual = {"mmtok_min_tokens": 1, "mmtok_min_tokens_in": 0, "mmtok_agent_url": None, "mm_process_config": None}
+    found = [name for name, value in usual.items() if (info.get(name) or value) != value]
+    return " and ".join(f"--{name.replace('_', '-')}" for name in found)
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

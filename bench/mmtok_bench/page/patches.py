@@ -1,0 +1,85 @@
+"""What each method keeps of a picture, computed in this process: the server answers with numbers, not with indices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmtok_bench.page.pictures import Picture
+from mmtok_bench.selected_patches import EncodedImage, PatchSelector
+from mmtok_deploy.coverage import coverage_curve, coverage_matrix
+from mmtok_deploy.methods import MethodName, is_nested
+from mmtok_deploy.methods.downsample import grid_within
+
+__all__ = ["Patches"]
+
+# The coverage of more takes gigabytes.
+_MAX_TOKENS = 4096
+
+
+class Patches:
+    """Selections of one checkpoint, one at a time in a thread of their own, in which it is loaded, too.
+
+    Args:
+        load: Makes the selector.
+    """
+
+    def __init__(self, load: Callable[[], PatchSelector]) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="patches")
+        self._selector = self._thread.submit(load)
+        # By identity: a picture never changes.
+        self._encode = lru_cache(maxsize=16)(self._encode_now)
+
+    def seen(self, picture: Picture) -> Image.Image:
+        """Returns the picture as the encoder sees it."""
+        # A scene is square, and is shown in more pixels than it is sent in.
+        if picture.shown is not picture.sent:
+            return picture.shown
+        return self._thread.submit(lambda: self._encode(picture).image).result()
+
+    def select(self, picture: Picture, question: str, method: MethodName, budget: int | None) -> dict[str, Any]:
+        """Returns what a method keeps, as the page draws it.
+
+        Args:
+            picture: Of what.
+            question: What guides the selection.
+            method: Which method.
+            budget: Tokens to keep. None is every budget at once, which only nested methods have.
+
+        Returns:
+            `grid`, rows and columns; `tokens` and `pickable`, how many there are and how many may be picked; `order`,
+            indices as picked; `coverage`, the share of MMTok's objective that is reached after each pick; `smaller`,
+            the grid of the whole image for `downsample`, which picks nothing, with `token_px` pixels a token's side.
+
+        Raises:
+            ValueError: A method that cannot run on the picture, or needs a budget; or a picture of too many tokens.
+        """
+        return self._thread.submit(self._select, picture, question, method, budget).result()
+
+    def _encode_now(self, picture: Picture) -> EncodedImage:
+        return self._selector.result().encode(picture.sent)
+
+    def _select(self, picture: Picture, question: str, method: MethodName, budget: int | None) -> dict[str, Any]:
+        encoded, selector = self._encode(picture), self._selector.result()
+        num_tokens = len(encoded.vision)
+        if num_tokens > _MAX_TOKENS:
+            raise ValueError(f"This picture has {num_tokens:,} tokens, and the page draws at most {_MAX_TOKENS:,}.")
+        if budget is None and not is_nested(method):
+            raise ValueError(f"{method} keeps other tokens at another budget: it takes one budget at a time")
+        answer: dict[str, Any] = {"grid": encoded.grid, "tokens": num_tokens, "pickable": encoded.num_pickable}
+        if method == "downsample":
+            assert budget is not None
+            smaller = grid_within(*encoded.grid, budget)
+            return {**answer, "order": [], "coverage": [], "smaller": smaller, "token_px": encoded.token_px}
+        text = selector.embed(question)
+        # To the last that may be picked: at a budget of all tokens, the others follow.
+        order = selector.select(encoded, text, min(budget or num_tokens, encoded.num_pickable), method).order
+        with torch.inference_mode():
+            matrix = coverage_matrix(encoded.vision, encoded.keys, text, selector.preset.config)
+            shares = coverage_curve(matrix, order) / matrix.amax(dim=1).sum()
+        return {**answer, "order": order.tolist(), "coverage": [round(share, 4) for share in shares.tolist()]}

@@ -1,0 +1,185 @@
+"""The server behind the page: one that the page started, or one that runs anyway."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from mmtok_bench.server import ServerError, SglangServer, fetch
+
+__all__ = ["RunningServer", "Served", "StartedServer", "State", "server_info"]
+
+_ANSWER_TIMEOUT_S = 5.0
+# Several tabs ask for the state; the server is asked once in that time.
+_STATE_HELD_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How a server is.
+
+    Args:
+        name: "starting", "ready", or "stopped", which is one that died or does not answer.
+        message: The same in a sentence.
+        waited_s: Seconds that it has been starting.
+        log: The end of its log, where it is one that the page started and it died.
+        can_restart: Whether the page can start it anew.
+    """
+
+    name: Literal["starting", "ready", "stopped"]
+    message: str
+    waited_s: float = 0.0
+    log: str = ""
+    can_restart: bool = False
+
+
+class Served(Protocol):
+    """A server, wherever it comes from."""
+
+    @property
+    def url(self) -> str:
+        """Its address, without a path."""
+
+    def state(self) -> State:
+        """Returns how it is now."""
+
+    def restart(self) -> None:
+        """Starts it anew if it died.
+
+        Raises:
+            ServerError: The page did not start it.
+        """
+
+
+class StartedServer:
+    """A server of the page's own, started in the background and anew when asked; it ends with the `with` block.
+
+    Args:
+        make: Makes the server, not started.
+    """
+
+    def __init__(self, make: Callable[[], SglangServer]) -> None:
+        self._make = make
+        self._server: SglangServer | None = None
+        self._failure: str | None = None
+        self._started_s = 0.0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> StartedServer:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._server is not None:
+                self._server.stop()
+
+    @property
+    def url(self) -> str:
+        """The address of the server that was started last."""
+        assert self._server is not None
+        return self._server.url
+
+    def state(self) -> State:
+        """Returns how the server is now."""
+        with self._lock:
+            server = self._server
+            assert server is not None
+            if server.start_s is not None and self._failure is None and not server.is_alive():
+                self._failure = server.log_end()
+            if self._failure is not None:
+                began = "ended" if server.start_s is not None else "did not start"
+                message = f"The server {began}. Nothing of your page is lost: restart it."
+                return State("stopped", message, log=self._failure, can_restart=True)
+            if server.start_s is None:
+                return State("starting", "The server is starting.", waited_s=time.monotonic() - self._started_s)
+            return State("ready", "The server is ready.")
+
+    def restart(self) -> None:
+        """Starts the server anew if it died; of several who ask at once, the first does it."""
+        if self.state().name == "stopped":
+            self._start()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._server is not None:
+                if self._failure is None:
+                    return  # started anew by someone else in the meantime
+                self._server.stop()
+            self._failure, self._started_s = None, time.monotonic()
+            self._server = self._make()
+            self._server.start()
+            threading.Thread(target=self._wait, args=(self._server,), daemon=True, name="server-start").start()
+
+    def _wait(self, server: SglangServer) -> None:
+        try:
+            server.wait_until_ready()
+        except ServerError as error:
+            with self._lock:
+                if server is self._server:
+                    self._failure = str(error)
+
+
+class RunningServer:
+    """A server that runs anyway; the page neither starts nor ends it.
+
+    Args:
+        url: Its address, without a path.
+
+    Raises:
+        ServerError: It does not answer, or is no SGLang server that prunes.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.info = server_info(self.url)
+        if self.info.get("mmtok_budget") is None:
+            raise ServerError(f"the server at {self.url} does not prune: start it with --mmtok-budget all")
+        self._state = State("ready", "The server is ready.")
+        self._asked_s = time.monotonic()
+        self._lock = threading.Lock()
+
+    def state(self) -> State:
+        """Returns how the server is now, or was a second ago."""
+        with self._lock:
+            if time.monotonic() - self._asked_s > _STATE_HELD_S:
+                self._state = self._ask()
+                self._asked_s = time.monotonic()
+            return self._state
+
+    def _ask(self) -> State:
+        try:
+            fetch(f"{self.url}/health", timeout_s=_ANSWER_TIMEOUT_S)
+            if self._state.name == "stopped" and _identity(server_info(self.url)) != _identity(self.info):
+                return State("stopped", f"Another model is served at {self.url} now: start this page's program anew.")
+        except ServerError:
+            message = f"The server at {self.url} does not answer. This page did not start it, and waits for it."
+            return State("stopped", message)
+        return State("ready", "The server is ready.")
+
+    def restart(self) -> None:
+        """Raises ServerError."""
+        raise ServerError(f"the server at {self.url} was not started by this page: start it where it runs")
+
+
+def server_info(url: str) -> dict[str, Any]:
+    """Returns what a server says of itself.
+
+    Raises:
+        ServerError: It does not answer, or is no SGLang server.
+    """
+    try:
+        info = json.loads(fetch(f"{url}/server_info"))
+    except ValueError as error:
+        raise ServerError(f"{url} does not say what it is ({error}): expected an SGLang server there") from error
+    if not isinstance(info, dict):
+        raise ServerError(f"{url} does not say what it is: expected an SGLang server there")
+    return info
+
+
+def _identity(info: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in info.items() if name == "model_path" or name.startswith("mmtok_")}
