@@ -88,7 +88,7 @@ def make_soak_server(key: Served) -> SglangServer:
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         # Else SGLang 0.5.23 waits 60 s for core dumps of CUDA where another process than a scheduler dies.
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
-        **{name: "127.0.0.1" for name in ("NO_PROXY", "no_proxy")},
+        **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1"),
     }
     log = f"{key.family}-{time.strftime('%H%M%S')}-{time.monotonic_ns() % 1000:03d}.log"
     return make_server(
