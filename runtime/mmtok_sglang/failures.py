@@ -30,7 +30,7 @@ from torch import Tensor
 from mmtok_sglang.ranks import num_ranks
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
-__all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks"]
+__all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks", "kill_other_ranks"]
 
 logger = logging.getLogger(__name__)
 
@@ -223,15 +223,21 @@ def end_server(error: RankError) -> None:
     took more than 20 s on 2 cores. This rank ends at once, too: on the usual way out it would wait for the others.
     """
     logger.error("MMTok ends the server: %s", error, exc_info=error)
-    this = psutil.Process()
-    parent = this.parent()
+    parent = psutil.Process().parent()
     if parent is not None:
         parent.send_signal(signal.SIGQUIT)
-        for process in parent.children():
-            with suppress(psutil.Error):  # it may be gone by itself
-                if process.pid != this.pid and "sglang::scheduler" in " ".join(process.cmdline()):
-                    process.kill()
+    kill_other_ranks()
     os._exit(1)
+
+
+def kill_other_ranks() -> None:
+    """Kills the other scheduler processes that this one's parent has started."""
+    this = psutil.Process()
+    parent = this.parent()
+    for process in parent.children() if parent is not None else ():
+        with suppress(psutil.Error):  # it may be gone by itself
+            if process.pid != this.pid and "sglang::scheduler" in " ".join(process.cmdline()):
+                process.kill()
 
 
 def drop_cached_embedding(key: int) -> None:

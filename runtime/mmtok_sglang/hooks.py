@@ -15,7 +15,7 @@ from mmtok_sglang.memory import reserving
 from mmtok_sglang.positions import bound_by_positions
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
-from mmtok_sglang.start_errors import end_main_process, ends_scheduler_start
+from mmtok_sglang.start_errors import end_controller, end_main_process, ends_scheduler_start
 
 __all__ = ["hooks_of"]
 
@@ -102,6 +102,13 @@ def hooks_of(server: Server) -> list[Hook]:
             "scheduler_pipe_readers scheduler_procs",
             end_main_process,
             reason="the main process ends as a scheduler process did that ended with a message",
+            until="SGLang ends without a traceback for an error that a plugin finds in the scheduler process",
+        ),
+        Hook(
+            "managers.data_parallel_controller.DataParallelController.launch_tensor_parallel_group",
+            "self server_args port_args base_gpu_id dp_rank worker_ports",
+            end_controller,
+            reason="with data parallelism it waits for the scheduler processes, whether they have ended or not",
             until="SGLang ends without a traceback for an error that a plugin finds in the scheduler process",
         ),
         Hook(

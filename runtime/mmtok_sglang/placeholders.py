@@ -93,7 +93,9 @@ class PlaceholderCutter:
         self._words = _GuidanceTokenizer(settings)
         self._agent = None
         if settings.agent_url is not None:
-            self._agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
+            self._agent = Agent(
+                settings.agent_url, settings.agent_model, settings.agent_timeout_ms, settings.flush_count
+            )
 
     @property
     def agent(self) -> Agent | None:

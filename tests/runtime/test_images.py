@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from sglang.srt.utils import ImageData
 
+from mmtok_bench.soak.images import icon_of, jpeg_of_scans, tiff_of_one_tile
 from mmtok_sglang.images import ImageLoader, decoded
 from mmtok_sglang.limits import Limits, default_limits
 
@@ -83,6 +84,28 @@ def test_the_size_is_read_before_anything_is_decoded() -> None:
     huge = data[:18] + (20_000).to_bytes(4, "little") * 2 + data[26:60]
     with pytest.raises(ValueError, match="an image is too large to be read"):
         load(huge)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (icon_of(encoded(2000, 2000)), "is of the format ICO, this server takes AVIF, BMP"),
+        (encoded(16, 16, kind="ICO"), "is of the format ICO"),
+        (encoded(16, 16, kind="ICNS"), "is of the format ICNS"),
+        (encoded(16, 16, kind="EPS"), "is of the format EPS"),
+        (jpeg_of_scans(101), "is a JPEG of 101 scans, this server takes 100"),
+        (tiff_of_one_tile(112), r"112 x 112 = 12,544 pixels, this server takes 10,000"),
+    ],
+    ids=["icon", "small icon", "ICNS", "EPS", "scans", "tile"],
+)
+def test_a_header_that_does_not_say_what_decoding_takes_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(data)
+
+
+def test_scans_and_tiles_of_usual_files_are_taken() -> None:
+    for data in (jpeg_of_scans(100), tiff_of_one_tile(96)):
+        assert decoded(load(data)[0]).mode == "RGB"
 
 
 @pytest.mark.parametrize("source", ["data:image/png;base64,AAAA", b"", b"no image", "\0", "/no/such/file", "data:,"])
