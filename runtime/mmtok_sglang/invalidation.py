@@ -28,6 +28,7 @@ _WEIGHT_REQUESTS = (
     io_struct.BeginWeightUpdateReqInput,
     io_struct.EndWeightUpdateReqInput,
     io_struct.ResumeMemoryOccupationReqInput,
+    io_struct.CheckWeightsReqInput,  # which may reset them
 )
 _ADAPTER_REQUESTS = (
     io_struct.LoadLoRAAdapterReqInput,
