@@ -11,8 +11,8 @@ from mmtok_sglang.agent import refuse_chains
 from mmtok_sglang.entry_points import engine_async_generate, engine_generate, generate_request
 from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
-from mmtok_sglang.memory import reserving
-from mmtok_sglang.positions import bound_by_positions
+from mmtok_sglang.memory import reserving, room_for_keys_and_values
+from mmtok_sglang.positions import bound_by_positions, embed_within_positions
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
 from mmtok_sglang.start_errors import end_controller, end_main_process, ends_scheduler_start
@@ -141,6 +141,13 @@ def hooks_of(server: Server) -> list[Hook]:
             until="plugins may reserve memory",
         ),
         Hook(
+            "mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
+            "self pre_model_load_memory",
+            partial(room_for_keys_and_values, server.settings.feature_cache_mb),
+            reason="where that leaves nothing for the KV cache, its message names other flags",
+            until="plugins may reserve memory",
+        ),
+        Hook(
             "managers.scheduler.Scheduler.flush_cache",
             "self empty_cache",
             flushing(server.cache, server.selector),
@@ -164,9 +171,16 @@ def hooks_of(server: Server) -> list[Hook]:
         Hook(
             "managers.scheduler.Scheduler.handle_generate_request",
             "self recv_req mm_input_error",
-            server.failures.handle_generate_request,
+            server.failures.take_in,
             reason="items get their keys and placeholders their values in it",
             until="SGLang survives an error there",
+        ),
+        Hook(
+            "managers.scheduler.Scheduler.handle_embedding_request",
+            "self recv_req mm_input_error",
+            partial(embed_within_positions, server.failures.take_in),
+            reason="as of requests that generate; and their positions are bounded nowhere else",
+            until="SGLang survives an error there, and bounds M-RoPE positions",
         ),
         Hook(
             "managers.scheduler.Scheduler.run_batch",
