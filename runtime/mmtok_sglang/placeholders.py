@@ -7,6 +7,7 @@ import copy
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,7 +184,9 @@ class PlaceholderCutter:
         if asked.budget.is_all:
             return []
         given = getattr(request, "mm_processor_kwargs", None)
-        texts = guidance_texts(given, prompt, len(images), self._family.placeholder)
+        found = partial(guidance_texts, given, prompt, len(images), self._family.placeholder)
+        # Some milliseconds for each MB, or seconds where it has a role's mark at every few letters.
+        texts = await asyncio.to_thread(found) if len(prompt) > _LONG_PROMPT else found()
         if not reads_question(asked.method):
             return [""] * len(texts)
         limits.check_texts(texts)
