@@ -22,6 +22,7 @@ from sglang.srt.utils import ImageData, load_image
 from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.flush_count import FlushCount, make_flush_count
 from mmtok_sglang.metrics import collectors
+from mmtok_sglang.refusals import refusal
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
 __all__ = ["Agent", "refuse_chains"]
@@ -254,9 +255,10 @@ def refuse_chains(around: Callable[..., Any]) -> Callable[..., Any]:
 
     def convert(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
         if raw_request is not None and raw_request.headers.get(_HEADER) is not None:
-            raise ValueError(
+            raise refusal(
+                "agent",
                 "this server has an agent of its own (--mmtok-agent-url) and answers no question that is for an agent: "
-                "let --mmtok-agent-url name a server without one"
+                "let --mmtok-agent-url name a server without one",
             )
         return around(original, serving, request, raw_request)
 

@@ -156,10 +156,12 @@ class Failures:
     def take_in(self, original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any) -> None:
         """Takes in a request; one with images is answered with HTTP 500 if that fails on all ranks.
 
+        So is one of text where there is one rank. Several do not tell one another of each text.
+
         Raises:
             RankError: It failed on some ranks alone; or, with pipeline parallelism, on all of a stage.
         """
-        if recv_req.mm_inputs is None:
+        if recv_req.mm_inputs is None and (num_ranks() > 1 or get_parallel().pp_size > 1):
             original(scheduler, recv_req, **kwargs)
             return
         error = None

@@ -191,6 +191,10 @@ def test_a_request_that_cannot_be_taken_in_is_answered(monkeypatch: pytest.Monke
     assert answered is with_images
     assert (abort.rid, abort.http_worker_ipc, abort.finished_reason["status_code"]) == ("7", "worker", 500)
     assert abort.finished_reason["message"] == "MMTok: the request could not be taken in (TypeError: no such field)"
+    Failures().take_in(original, scheduler, SimpleNamespace(rid="8", mm_inputs=None, http_worker_ipc=None))
+    assert sent[1][0].rid == "8"
+    # Ranks do not tell one another of each text.
+    monkeypatch.setattr(module, "num_ranks", lambda: 2)
     with pytest.raises(TypeError):
         Failures().take_in(original, scheduler, SimpleNamespace(mm_inputs=None))
 
