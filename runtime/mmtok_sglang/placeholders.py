@@ -112,6 +112,7 @@ class PlaceholderCutter:
             ValueError: A bad budget, or an input that cannot be pruned (HTTP 400).
         """
         request = kwargs["request_obj"]
+        _refuse_no_images(image_data)
         _refuse_our_names(image_data, *(getattr(request, name, None) for name in ("video_data", "audio_data")))
         asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
         if not asked.budget.is_all:
@@ -307,6 +308,17 @@ def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
         raise refusal(
             "features", f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}"
         )
+
+
+def _refuse_no_images(image_data: Any) -> None:
+    """Raises ValueError (HTTP 400) for what JSON may have in an image's place: within it, nothing would be checked."""
+    for each in image_data or []:
+        if each is None or isinstance(each, list | tuple | bool | int | float):
+            raise refusal(
+                "image",
+                f"an image is an address, a path or base64 text, got a {type(each).__name__}: send one list of images "
+                "for a prompt, and a list of such lists for a list of prompts",
+            )
 
 
 def _refuse_our_names(*sources: Any) -> None:

@@ -389,6 +389,14 @@ def test_an_object_that_holds_an_address_is_told_what_an_image_is(name: str) -> 
         processed(None, 2, images=["cat.png", {name: "https://a/cat.png"}])
 
 
+@pytest.mark.parametrize("budget", ["all", 2])
+@pytest.mark.parametrize("image", [["cat.png"], [["cat.png"]], [], None, 5, 1.5, True])
+def test_what_stands_in_an_images_place_and_is_none_is_refused(budget: str | int, image: Any) -> None:
+    # An address within a list would be loaded without a limit.
+    with pytest.raises(ValueError, match=f"got a {type(image).__name__}: send one list of images for a prompt"):
+        processed(None, budget, images=["cat.png", image])
+
+
 @pytest.mark.parametrize("inputs", [inputs for inputs, _ in UNPRUNABLE])
 @pytest.mark.parametrize(("budget", "fields"), [("all", None), (2, {"mmtok_budget": "all"})])
 def test_what_cannot_be_pruned_passes_unpruned(inputs: dict[str, Any], budget: str | int, fields: Any) -> None:
