@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.io_struct import EmbeddingReqInput
+from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from torch import Tensor
 
 from mmtok_deploy.executors import check_selection
@@ -112,8 +113,8 @@ class PlaceholderCutter:
             ValueError: A bad budget, or an input that cannot be pruned (HTTP 400).
         """
         request = kwargs["request_obj"]
-        _refuse_no_images(image_data)
         _refuse_our_names(image_data, *(getattr(request, name, None) for name in ("video_data", "audio_data")))
+        _refuse_no_images(image_data)
         asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
         if not asked.budget.is_all:
             _refuse_what_cannot_be_pruned(request, image_data)
@@ -297,22 +298,24 @@ def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
         advice = "embed it on a server without --mmtok-budget"
     if getattr(request, "video_data", None):
         raise refusal("video", f"MMTok prunes images, this request brings a video: {advice}")
-    objects = [image for image in image_data or [] if isinstance(image, dict)]
-    if any(not {"format", "feature"} & set(image) for image in objects):
-        raise refusal(
-            "image",
-            f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, objects[0]))}: send "
-            'the text itself, "image_data": "https://..." and not {"url": "https://..."}',
-        )
-    if objects:
+    if any(isinstance(image, dict) for image in image_data or []):
         raise refusal(
             "features", f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}"
         )
 
 
 def _refuse_no_images(image_data: Any) -> None:
-    """Raises ValueError (HTTP 400) for what JSON may have in an image's place: within it, nothing would be checked."""
+    """Raises ValueError (HTTP 400) for what JSON may have in an image's place.
+
+    SGLang may load an address from within it, which no limit would have seen.
+    """
     for each in image_data or []:
+        if isinstance(each, dict) and not BaseMultimodalProcessor._is_preprocessed_input(each):
+            raise refusal(
+                "image",
+                f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, each))}: send "
+                'the text itself, "image_data": "https://..." and not {"url": "https://..."}',
+            )
         if each is None or isinstance(each, list | tuple | bool | int | float):
             raise refusal(
                 "image",
