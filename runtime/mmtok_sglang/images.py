@@ -42,6 +42,7 @@ _ICONS = (b"\0\0\1\0", b"\0\0\2\0")
 # libtiff, too, gives up after 100.
 _MAX_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
+_MAX_HEADER_CALLS = 1 << 16
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
@@ -170,12 +171,35 @@ def _too_many_bytes(most: int, what: str) -> ValueError:
     )
 
 
+class _Header(BytesIO):
+    """The bytes of an image whose header is read.
+
+    Headers take some hundred calls. One of millions of segments, or a text that some of Pillow's formats read byte by
+    byte, takes minutes of a thread that other images wait for.
+    """
+
+    _num_calls = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._count()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        self._count()
+        return super().readline(size)
+
+    def _count(self) -> None:
+        self._num_calls += 1
+        if self._num_calls > _MAX_HEADER_CALLS:
+            raise OSError("its header is in too many parts")
+
+
 def _size_in_header(data: bytes, limits: Limits) -> tuple[int, int]:
     """Returns width and height; nothing is decoded."""
     if data.startswith(_ICONS):
         raise _format_refusal("ICO")
     try:
-        with Image.open(BytesIO(data)) as image:
+        with Image.open(_Header(data)) as image:
             name, size = image.format or "", image.size
             tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
             tile = int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1))

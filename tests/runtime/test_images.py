@@ -15,7 +15,7 @@ from PIL import Image
 from sglang.srt.utils import ImageData
 
 from mmtok_bench.soak.images import icon_of, jpeg_of_scans, tiff_of_one_tile
-from mmtok_sglang.images import ImageLoader, decoded
+from mmtok_sglang.images import ImageLoader, _size_in_header, decoded
 from mmtok_sglang.limits import Limits, default_limits
 
 LIMITS = Limits(max_image_pixels=10_000, max_aspect_ratio=10)
@@ -101,6 +101,31 @@ def test_the_size_is_read_before_anything_is_decoded() -> None:
 def test_a_header_that_does_not_say_what_decoding_takes_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(data)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"P6\n#" + b"a" * (8 << 20),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n" + b"%a\n" * (3 << 20),
+        b"a: b\n" * (2 << 20),
+        b"\xff\xd8" + b"\xff\xe1\0\2" * (2 << 20),
+        b"\xff\xd8" + b"\xff" * (8 << 20),
+        b"GIF89a\1\0\1\0\0\0\0!\xfe" + b"\1a" * (4 << 20),
+    ],
+    ids=["PPM", "EPS", "lines", "JPEG segments", "JPEG fill", "GIF"],
+)
+def test_a_header_in_millions_of_parts_is_given_up(start: bytes) -> None:
+    start_s = time.thread_time()
+    with pytest.raises(ValueError, match="an image cannot be read"):
+        _size_in_header(start, LIMITS)
+    # Read to the end each takes 4 s and more.
+    assert time.thread_time() - start_s < 2
+
+
+def test_a_header_of_many_parts_is_read() -> None:
+    data = encoded(kind="JPEG")
+    assert _size_in_header(data[:2] + b"\xff\xe1\0\2" * 1000 + data[2:], LIMITS) == (20, 10)
 
 
 def test_scans_and_tiles_of_usual_files_are_taken() -> None:
