@@ -131,9 +131,9 @@ class Agent:
     async def _answer(self, text: str, images: Sequence[Any]) -> str:
         """Returns the agent's answer, "" if there is none."""
         start_s = time.perf_counter()
-        num_flushes = self._forget_flushed()
         is_asked, is_failure, answer = False, None, ""
         try:
+            num_flushes = self._forget_flushed()
             async with asyncio.timeout(self._timeout_s):
                 # Images are read and encoded off the event loop.
                 key, body = await asyncio.to_thread(self._question, text, images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import cached_property
 from io import FileIO
 
@@ -34,5 +35,6 @@ class FlushCount:
         return os.fstat(self._file.fileno()).st_size
 
     def add(self) -> None:
-        """Counts a flush."""
-        self._file.write(b".")
+        """Counts a flush; of a server that has ended, none."""
+        with suppress(FileNotFoundError):
+            self._file.write(b".")
