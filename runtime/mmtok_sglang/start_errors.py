@@ -129,6 +129,10 @@ def end_main_process(original: Callable[..., Any], pipe_readers: list[Any], proc
     try:
         return original(pipe_readers, processes)
     except RuntimeError:
+        # The one that says why has killed the others just before its end.
+        deadline_s = time.monotonic() + 1.0
+        for process in processes:
+            process.join(max(0.0, deadline_s - time.monotonic()))
         if all(process.exitcode != _WRONG_USE for process in processes):
             raise
     logging.getLogger("sglang.srt.utils.common").setLevel(logging.WARNING)

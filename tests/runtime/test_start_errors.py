@@ -50,14 +50,19 @@ def test_schedulers_of_a_controller_end_it_by_one_message(tmp_path: Path, num_gr
     assert [each for each in psutil.process_iter(["ppid"]) if each.info["ppid"] == process.pid] == []
 
 
+class Process(SimpleNamespace):
+    def join(self, timeout: float) -> None:
+        """As of one that has ended."""
+
+
 def test_what_is_no_wrong_use_is_raised() -> None:
     def died(readers: list[Any], processes: list[Any]) -> None:
         raise RuntimeError("scheduler died")
 
     with pytest.raises(RuntimeError, match="scheduler died"):
-        end_main_process(died, [], [SimpleNamespace(exitcode=-9)])
+        end_main_process(died, [], [Process(exitcode=-9)])
     with pytest.raises(SystemExit) as exit_status:
-        end_main_process(died, [], [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=2)])
+        end_main_process(died, [], [Process(exitcode=-9), Process(exitcode=2)])
     assert exit_status.value.code == 2
 
 
