@@ -13,6 +13,8 @@ _ACCEPTED = (
     "a whole number of tokens (64), a percentage up to 100% (10%), a fraction between 0 and 1 (0.1), "
     "or 'all' for no pruning"
 )
+# Python reads no number of more than 4300 digits, and says so in other words. A float has 327 at most.
+_MAX_LETTERS = 400
 # A float's exponent has three digits at most; a longer one would be expanded digit by digit.
 _NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?"
 
@@ -62,6 +64,9 @@ class Budget:
             return value
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"budget {value!r} is not understood: expected {_ACCEPTED}")
+        is_long = isinstance(value, str) and len(value) > _MAX_LETTERS
+        if is_long or (isinstance(value, int) and value > 10**_MAX_LETTERS):
+            raise ValueError(f"a budget of more than {_MAX_LETTERS} letters is not understood: expected {_ACCEPTED}")
         text = str(value).strip().lower()
         if text == "all":
             return cls(minimum=minimum)

@@ -20,7 +20,9 @@ import aiohttp
 from sglang.srt.utils import ImageData, load_image
 
 from mmtok_sglang.agent_address import AgentAddress
+from mmtok_sglang.flush_count import FlushCount, make_flush_count
 from mmtok_sglang.metrics import collectors
+from mmtok_sglang.refusals import refusal
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
 __all__ = ["Agent", "refuse_chains"]
@@ -64,16 +66,26 @@ class Agent:
         url: An OpenAI-compatible endpoint, up to and with its `/v1`.
         model: Its name there.
         timeout_ms: After which the question alone guides.
+        flush_count: The path of the number of flushes that all tokenizer processes of the server raise; None where
+            this is the one process.
         now_s: The time, for tests.
 
     Source: MMTok, arXiv 2508.18264, the agent that enriches the text; answers drawn greedily.
     """
 
-    def __init__(self, url: str, model: str, timeout_ms: int, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        timeout_ms: int,
+        flush_count: str | None = None,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._address = AgentAddress(url)
         self._model = model
         self._timeout_s = timeout_ms / 1000
         self._answers: OrderedDict[bytes, str] = OrderedDict()
+        self._flushes = FlushCount(flush_count or make_flush_count())
         self._num_flushes = 0
         self._calls = asyncio.Semaphore(_MAX_CALLS)
         self._breaker = _Breaker(now_s)
@@ -105,16 +117,23 @@ class Agent:
         ]
 
     def clear(self) -> None:
-        """Forgets every answer: SGLang forgets what it made of images in this process."""
-        self._answers.clear()
-        self._num_flushes += 1
+        """Forgets every answer, in each of the server's tokenizer processes: SGLang has flushed its caches."""
+        self._flushes.add()
+
+    def _forget_flushed(self) -> int:
+        """Forgets what was answered before the last flush, and returns how many there were."""
+        num_flushes = int(self._flushes)
+        if num_flushes != self._num_flushes:
+            self._answers.clear()
+            self._num_flushes = num_flushes
+        return num_flushes
 
     async def _answer(self, text: str, images: Sequence[Any]) -> str:
         """Returns the agent's answer, "" if there is none."""
         start_s = time.perf_counter()
-        num_flushes = self._num_flushes
         is_asked, is_failure, answer = False, None, ""
         try:
+            num_flushes = self._forget_flushed()
             async with asyncio.timeout(self._timeout_s):
                 # Images are read and encoded off the event loop.
                 key, body = await asyncio.to_thread(self._question, text, images)
@@ -144,7 +163,7 @@ class Agent:
         return answer
 
     def _remember(self, key: bytes, answer: str, num_flushes: int) -> None:
-        if num_flushes != self._num_flushes:
+        if num_flushes != self._forget_flushed():
             return  # asked before a flush
         self._answers[key] = answer
         if len(self._answers) > _MAX_REMEMBERED:
@@ -236,9 +255,10 @@ def refuse_chains(around: Callable[..., Any]) -> Callable[..., Any]:
 
     def convert(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any = None) -> Any:
         if raw_request is not None and raw_request.headers.get(_HEADER) is not None:
-            raise ValueError(
+            raise refusal(
+                "agent",
                 "this server has an agent of its own (--mmtok-agent-url) and answers no question that is for an agent: "
-                "let --mmtok-agent-url name a server without one"
+                "let --mmtok-agent-url name a server without one",
             )
         return around(original, serving, request, raw_request)
 

@@ -95,7 +95,7 @@ def _hand_on(obj: Any, request: Any) -> None:
 
 def _refuse_misplaced(body: Mapping[str, Any]) -> None:
     """Refuses the plugin's fields where SGLang would pass over them: the client would think that they were read."""
-    names = sorted(name for name in body if name.startswith("mmtok_"))
+    names = _ours(body)
     if names:
         raise refusal(
             "field",
@@ -103,12 +103,40 @@ def _refuse_misplaced(body: Mapping[str, Any]) -> None:
             f'{{"{FIELD}": {{"{names[0]}": ...}}}}',
         )
     extra = body.get("extra_body")
-    if isinstance(extra, dict) and any(name == FIELD or name.startswith("mmtok_") for name in extra):
+    if isinstance(extra, dict) and (FIELD in extra or _ours(extra)):
         raise refusal(
             "field",
             "extra_body is an argument of OpenAI's Python client, not a field of a request: send what is in it at the "
             f'top of the request, {{"{FIELD}": {{...}}}}',
         )
+    for place, within in _parts(body):
+        kwargs = within.get(FIELD)
+        names = _ours(within) or (_ours(kwargs) if isinstance(kwargs, dict) else [])
+        if names:
+            raise refusal(
+                "field",
+                f"{', '.join(names)} stands within {place}, where it is not read: send it at the top of the request "
+                f'(of /vertex_generate: in its parameters), as {{"{FIELD}": {{"{names[0]}": ...}}}}',
+            )
+
+
+def _ours(fields: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in fields if name.startswith("mmtok_"))
+
+
+def _parts(body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Gives the objects within a request that are of one prompt, message or image, and the field that they stand in."""
+    for place in ("instances", "messages", "input", "sampling_params"):
+        for each in _objects(body.get(place)):
+            yield place, each
+            for part in _objects(each.get("content")):
+                yield place, part
+                for image in _objects(part.get("image_url")):
+                    yield place, image
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
 
 
 async def _refuse(error: ValueError) -> AsyncIterator[Any]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from mmtok_sglang.ranks import num_ranks
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
-__all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks"]
+__all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks", "kill_other_ranks", "refuse"]
 
 logger = logging.getLogger(__name__)
 
@@ -153,15 +153,15 @@ class Failures:
             drop_cached_embedding(item_hash)
         return result
 
-    def handle_generate_request(
-        self, original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any
-    ) -> None:
+    def take_in(self, original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any) -> None:
         """Takes in a request; one with images is answered with HTTP 500 if that fails on all ranks.
 
+        So is one of text where there is one rank. Several do not tell one another of each text.
+
         Raises:
-            RankError: It failed on some ranks alone.
+            RankError: It failed on some ranks alone; or, with pipeline parallelism, on all of a stage.
         """
-        if recv_req.mm_inputs is None:
+        if recv_req.mm_inputs is None and (num_ranks() > 1 or get_parallel().pp_size > 1):
             original(scheduler, recv_req, **kwargs)
             return
         error = None
@@ -174,14 +174,15 @@ class Failures:
             self._warning.log("MMTok: a request could not be taken in (%s)", error, error=caught)
         try:
             failed = failed_on_all_ranks(error)
+            if failed and get_parallel().pp_size > 1:
+                # A stage that took it in would wait for this one.
+                raise RankError(f"MMTok: a pipeline stage cannot refuse a request by itself: {error}")
         except RankError as rank_error:
             end_server(rank_error)
             raise
         if failed:
             reason = FINISH_ABORT(f"MMTok: the request could not be taken in ({error})", 500, "InternalServerError")
-            abort = AbortReq(rid=recv_req.rid, finished_reason=reason.to_json())
-            abort.http_worker_ipc = recv_req.http_worker_ipc
-            scheduler.send_abort_output(abort, recv_req)
+            refuse(scheduler, recv_req, reason)
 
     def _alone(self, features_of: Callable[[list[Any]], Any], item: Any, empty: Callable[[Any, int], Tensor]) -> Tensor:
         features = self.guard_features(features_of, [item], empty)
@@ -199,6 +200,13 @@ class Failures:
             if item.hash in self._why and any(start < stop and end >= first for start, end in item.offsets):
                 return self._why[item.hash]
         return None
+
+
+def refuse(scheduler: Any, recv_req: Any, reason: FINISH_ABORT) -> None:
+    """Answers a request that the scheduler has not taken in."""
+    abort = AbortReq(rid=recv_req.rid, finished_reason=reason.to_json())
+    abort.http_worker_ipc = recv_req.http_worker_ipc
+    scheduler.send_abort_output(abort, recv_req)
 
 
 def _images_of(forward_batch: Any) -> list[int]:
@@ -223,15 +231,21 @@ def end_server(error: RankError) -> None:
     took more than 20 s on 2 cores. This rank ends at once, too: on the usual way out it would wait for the others.
     """
     logger.error("MMTok ends the server: %s", error, exc_info=error)
-    this = psutil.Process()
-    parent = this.parent()
+    parent = psutil.Process().parent()
     if parent is not None:
         parent.send_signal(signal.SIGQUIT)
-        for process in parent.children():
-            with suppress(psutil.Error):  # it may be gone by itself
-                if process.pid != this.pid and "sglang::scheduler" in " ".join(process.cmdline()):
-                    process.kill()
+    kill_other_ranks()
     os._exit(1)
+
+
+def kill_other_ranks() -> None:
+    """Kills the other scheduler processes that this one's parent has started."""
+    this = psutil.Process()
+    parent = this.parent()
+    for process in parent.children() if parent is not None else ():
+        with suppress(psutil.Error):  # it may be gone by itself
+            if process.pid != this.pid and "sglang::scheduler" in " ".join(process.cmdline()):
+                process.kill()
 
 
 def drop_cached_embedding(key: int) -> None:

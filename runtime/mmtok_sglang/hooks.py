@@ -12,12 +12,12 @@ from mmtok_sglang.agent import refuse_chains
 from mmtok_sglang.entry_points import engine_async_generate, engine_generate, generate_request
 from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
-from mmtok_sglang.memory import reserving
-from mmtok_sglang.positions import bound_by_positions
+from mmtok_sglang.memory import reserving, room_for_keys_and_values
+from mmtok_sglang.positions import bound_by_positions, embed_within_positions
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
 from mmtok_sglang.stages import image_stage
-from mmtok_sglang.start_errors import end_main_process, ends_scheduler_start
+from mmtok_sglang.start_errors import end_controller, end_main_process, ends_scheduler_start
 
 __all__ = ["hooks_of"]
 
@@ -118,6 +118,13 @@ def hooks_of(server: Server) -> list[Hook]:
             until="SGLang ends without a traceback for an error that a plugin finds in the scheduler process",
         ),
         Hook(
+            "managers.data_parallel_controller.DataParallelController.launch_tensor_parallel_group",
+            "self server_args port_args base_gpu_id dp_rank worker_ports",
+            end_controller,
+            reason="with data parallelism it waits for the scheduler processes, whether they have ended or not",
+            until="SGLang ends without a traceback for an error that a plugin finds in the scheduler process",
+        ),
+        Hook(
             "managers.scheduler.Scheduler.init_request_dispatcher",
             "self",
             init_request_dispatcher,
@@ -147,6 +154,13 @@ def hooks_of(server: Server) -> list[Hook]:
             until="plugins may reserve memory",
         ),
         Hook(
+            "mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
+            "self pre_model_load_memory",
+            partial(room_for_keys_and_values, server.settings.feature_cache_mb),
+            reason="where that leaves nothing for the KV cache, its message names other flags",
+            until="plugins may reserve memory",
+        ),
+        Hook(
             "managers.scheduler.Scheduler.flush_cache",
             "self empty_cache",
             flushing(server.cache, server.selector),
@@ -170,9 +184,16 @@ def hooks_of(server: Server) -> list[Hook]:
         Hook(
             "managers.scheduler.Scheduler.handle_generate_request",
             "self recv_req mm_input_error",
-            server.failures.handle_generate_request,
+            server.failures.take_in,
             reason="items get their keys and placeholders their values in it",
             until="SGLang survives an error there",
+        ),
+        Hook(
+            "managers.scheduler.Scheduler.handle_embedding_request",
+            "self recv_req mm_input_error",
+            partial(embed_within_positions, server.failures.take_in),
+            reason="as of requests that generate; and their positions are bounded nowhere else",
+            until="SGLang survives an error there, and bounds M-RoPE positions",
         ),
         Hook(
             "managers.scheduler.Scheduler.run_batch",

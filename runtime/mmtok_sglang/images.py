@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, ImageData, get_image_bytes, load_image
 
 from mmtok_sglang.limits import Limits
@@ -33,6 +34,17 @@ _DEFAULT_MAX_FILE_MB = 64
 # read at a time, which may be downloads that turn out too large.
 _MAX_FILES = 8
 _NUM_AT_A_TIME = 8
+# Formats whose header says what decoding takes. Of Pillow's others some hold a file of another size (ICO, ICNS, IPTC),
+# which ICO decodes as it is opened, unpack without an end (FITS), run another program (EPS), or are decoded by Python.
+_FORMATS = ["AVIF", "BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF"]
+_FORMATS += ["WEBP"]
+_ICONS = (b"\0\0\1\0", b"\0\0\2\0")
+# Each scan of a progressive JPEG goes over all pixels, and may take a few bytes. Those of encoders are about ten;
+# libtiff, too, gives up after 100.
+_MAX_SCANS = 100
+_START_OF_SCAN = b"\xff\xda"
+_MAX_HEADER_CALLS = 1 << 16
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
 def is_raw(image: Any) -> bool:
@@ -109,7 +121,7 @@ class ImageLoader:
         else:
             with image_stage("decode"):
                 source = _read(source, max_mb)
-                width, height = _size_in_header(source)
+                width, height = _size_in_header(source, self._limits)
         self._limits.check_image(width, height)
         return source, width * height
 
@@ -161,17 +173,62 @@ def _too_many_bytes(most: int, what: str) -> ValueError:
     )
 
 
-def _size_in_header(data: bytes) -> tuple[int, int]:
+class _Header(BytesIO):
+    """The bytes of an image whose header is read.
+
+    Headers take some hundred calls. One of millions of segments, or a text that some of Pillow's formats read byte by
+    byte, takes minutes of a thread that other images wait for.
+    """
+
+    _num_calls = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._count()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        self._count()
+        return super().readline(size)
+
+    def _count(self) -> None:
+        self._num_calls += 1
+        if self._num_calls > _MAX_HEADER_CALLS:
+            raise OSError("its header is in too many parts")
+
+
+def _size_in_header(data: bytes, limits: Limits) -> tuple[int, int]:
     """Returns width and height; nothing is decoded."""
+    if data.startswith(_ICONS):
+        raise _format_refusal("ICO")
     try:
-        with Image.open(BytesIO(data)) as image:
-            return image.size
+        with Image.open(_Header(data)) as image:
+            name, size = image.format or "", image.size
+            tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+            tile = int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1))
     except Image.DecompressionBombError as error:
         raise refusal("pixels", f"an image is too large to be read: {error}") from error
     except UnidentifiedImageError as error:
         raise refusal("image", "an image cannot be read: its bytes are of no format that Pillow knows") from error
     except Exception as error:  # each of Pillow's formats has errors of its own
         raise refusal("image", f"an image cannot be read: {error!s:.300}") from error
+    if name not in _FORMATS:
+        raise _format_refusal(name)
+    if name in ("JPEG", "MPO") and data.count(_START_OF_SCAN) > _MAX_SCANS:
+        raise refusal(
+            "image",
+            f"an image is a JPEG of {data.count(_START_OF_SCAN):,} scans, this server takes {_MAX_SCANS}: send it as a "
+            "usual JPEG or PNG",
+        )
+    if tile[0] * tile[1] > limits.max_image_pixels:
+        # A tile is decoded whole, however little of it is in the image.
+        limits.check_image(*tile)
+    return size
+
+
+def _format_refusal(name: str) -> ValueError:
+    return refusal(
+        "image", f"an image is of the format {name}, this server takes {', '.join(_FORMATS)}: send it as PNG or JPEG"
+    )
 
 
 def decoded(source: Any) -> Any:

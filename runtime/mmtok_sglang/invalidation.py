@@ -6,6 +6,7 @@ of their own, and selections that fell back are passed on as one, by the rank th
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from sglang.srt.runtime_context import get_parallel
 
 from mmtok_sglang.cache_key import CacheKeys, keys_of
 from mmtok_sglang.feature_cache import FeatureCache
+from mmtok_sglang.repeated_warnings import RepeatedWarning
 from mmtok_sglang.selection import TokenSelector
 
 __all__ = ["Invalidation"]
+
+logger = logging.getLogger(__name__)
 
 _WEIGHT_REQUESTS = (
     io_struct.UpdateWeightFromDiskReqInput,
@@ -28,6 +32,7 @@ _WEIGHT_REQUESTS = (
     io_struct.BeginWeightUpdateReqInput,
     io_struct.EndWeightUpdateReqInput,
     io_struct.ResumeMemoryOccupationReqInput,
+    io_struct.CheckWeightsReqInput,  # which may reset them
 )
 _ADAPTER_REQUESTS = (
     io_struct.LoadLoRAAdapterReqInput,
@@ -50,6 +55,7 @@ class Invalidation:
         self._keys = keys
         self._cache = cache
         self._selector = selector
+        self._warning = RepeatedWarning(logger)
 
     def init_request_dispatcher(self, original: Callable[..., None], scheduler: Any) -> None:
         """Makes the table of what answers each kind of request; those that change weights move keys on, too.
@@ -92,7 +98,11 @@ class Invalidation:
         """Returns the requests that have come, and before them which selections fell back since."""
         requests = original(receiver)
         # Every rank finds out, each at another time; the first tells all.
-        fallen = self._selector.take_fallen()
+        try:
+            fallen = self._selector.take_fallen()
+        except Exception as error:  # whatever it is, requests go on
+            self._warning.log("MMTok: which selections fell back is not known (%s)", error, error=error)
+            fallen = []
         if fallen and requests is not None and get_parallel().pp_rank == 0:
             requests.insert(0, _Fallen(fallen))
         return requests

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mmtok_deploy.backends.blocked import MAX_BYTES
 from mmtok_sglang.metrics import SelectionMetrics
+from mmtok_sglang.start_errors import ends_scheduler_start
 
-__all__ = ["MAX_SELECTION_BYTES", "allocated_bytes", "reserved_bytes", "reserving"]
+__all__ = ["MAX_SELECTION_BYTES", "allocated_bytes", "reserved_bytes", "reserving", "room_for_keys_and_values"]
 
 MAX_SELECTION_BYTES = 64 << 20
 """The most that remembered selections take, on device and host together: 44,000 of up to 64 tokens, 508 of 16,384."""
@@ -54,3 +55,28 @@ def reserving(feature_cache_bytes: int, metrics: SelectionMetrics) -> Callable[.
         return original(**arguments) + ours / 2**30
 
     return mm_runtime_reservation_gb
+
+
+def room_for_keys_and_values(feature_cache_mb: int, original: Callable[..., int], configurator: Any, *args: Any) -> int:
+    """Returns the bytes that SGLang's KV cache may take; a start ends where nothing is left beside the plugin's.
+
+    Args:
+        feature_cache_mb: The bound of the feature cache, in MiB.
+        original: SGLang's method; a ValueError says that nothing is left, and that weights are why.
+        configurator: Its object.
+        *args: Its arguments.
+    """
+    num_bytes = 0
+    with ends_scheduler_start(
+        configurator.server_args.__dict__.get("_mmtok_on_command_line", False), "--mmtok-feature-cache-mb"
+    ):
+        try:
+            num_bytes = original(configurator, *args)
+        except ValueError as error:
+            reserved = reserved_bytes(feature_cache_mb << 20, on_host=current_platform.device_type == "cpu")
+            raise ValueError(
+                f"the model, and {reserved / 2**30:,.2f} GiB for features and selections (--mmtok-feature-cache-mb "
+                f"{feature_cache_mb}), leave no memory for the KV cache: lower it, or raise --mem-fraction-static "
+                f"({error})"
+            ) from error
+    return num_bytes

@@ -7,10 +7,12 @@ import copy
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.managers.io_struct import EmbeddingReqInput
+from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from torch import Tensor
 
 from mmtok_deploy.executors import check_selection
@@ -93,7 +95,9 @@ class PlaceholderCutter:
         self._words = _GuidanceTokenizer(settings)
         self._agent = None
         if settings.agent_url is not None:
-            self._agent = Agent(settings.agent_url, settings.agent_model, settings.agent_timeout_ms)
+            self._agent = Agent(
+                settings.agent_url, settings.agent_model, settings.agent_timeout_ms, settings.flush_count
+            )
 
     @property
     def agent(self) -> Agent | None:
@@ -110,6 +114,7 @@ class PlaceholderCutter:
         """
         request = kwargs["request_obj"]
         _refuse_our_names(image_data, *(getattr(request, name, None) for name in ("video_data", "audio_data")))
+        _refuse_no_images(image_data)
         asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
         if not asked.budget.is_all:
             _refuse_what_cannot_be_pruned(request, image_data)
@@ -181,7 +186,9 @@ class PlaceholderCutter:
         if asked.budget.is_all:
             return []
         given = getattr(request, "mm_processor_kwargs", None)
-        texts = guidance_texts(given, prompt, len(images), self._family.placeholder)
+        found = partial(guidance_texts, given, prompt, len(images), self._family.placeholder)
+        # Some milliseconds for each MB, or seconds where it has a role's mark at every few letters.
+        texts = await asyncio.to_thread(found) if len(prompt) > _LONG_PROMPT else found()
         if not reads_question(asked.method):
             return [""] * len(texts)
         limits.check_texts(texts)
@@ -291,17 +298,30 @@ def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
         advice = "embed it on a server without --mmtok-budget"
     if getattr(request, "video_data", None):
         raise refusal("video", f"MMTok prunes images, this request brings a video: {advice}")
-    objects = [image for image in image_data or [] if isinstance(image, dict)]
-    if any(not {"format", "feature"} & set(image) for image in objects):
-        raise refusal(
-            "image",
-            f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, objects[0]))}: send "
-            'the text itself, "image_data": "https://..." and not {"url": "https://..."}',
-        )
-    if objects:
+    if any(isinstance(image, dict) for image in image_data or []):
         raise refusal(
             "features", f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}"
         )
+
+
+def _refuse_no_images(image_data: Any) -> None:
+    """Raises ValueError (HTTP 400) for what JSON may have in an image's place.
+
+    SGLang may load an address from within it, which no limit would have seen.
+    """
+    for each in image_data or []:
+        if isinstance(each, dict) and not BaseMultimodalProcessor._is_preprocessed_input(each):
+            raise refusal(
+                "image",
+                f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, each))}: send "
+                'the text itself, "image_data": "https://..." and not {"url": "https://..."}',
+            )
+        if each is None or isinstance(each, list | tuple | bool | int | float):
+            raise refusal(
+                "image",
+                f"an image is an address, a path or base64 text, got a {type(each).__name__}: send one list of images "
+                "for a prompt, and a list of such lists for a list of prompts",
+            )
 
 
 def _refuse_our_names(*sources: Any) -> None:

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from torch import Tensor
 
 from mmtok_sglang.cache_key import has_images, keys_of
-from mmtok_sglang.failures import Failures, drop_cached_embedding
+from mmtok_sglang.failures import Failures, drop_cached_embedding, refuse
 from mmtok_sglang.placeholders import ImagePlan, plan_of
 from mmtok_sglang.refusals import count_refusal
 from mmtok_sglang.selection import TokenSelector
 
-__all__ = ["PositionWriter", "bound_by_positions", "receive_positions", "send_positions"]
+__all__ = ["PositionWriter", "bound_by_positions", "embed_within_positions", "receive_positions", "send_positions"]
 
 _PROXY_KEY = "mmtok_mrope_positions"
 
@@ -114,19 +115,40 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
     the server.
     """
     inputs, params = req.multimodal_inputs, req.sampling_params
-    if inputs is not None and inputs.mrope_position_delta is not None:
-        context = scheduler.model_config.context_len
-        end = len(req.origin_input_ids) + int(inputs.mrope_position_delta.max())
-        if end >= context:
-            count_refusal("positions")
-            req.set_finish_with_abort(
-                f"MMTok: the request's images and text span {end} positions, more than the model's context of "
-                f"{context}: send fewer or smaller images"
-            )
-        else:
-            room = context - 1 - end
-            params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+    context = scheduler.model_config.context_len
+    end = _end(inputs, len(req.origin_input_ids))
+    if end >= context:
+        req.set_finish_with_abort(_beyond_context(end, context))
+    elif end:
+        room = context - 1 - end
+        params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
     original(scheduler, req)
+
+
+def embed_within_positions(
+    take_in: Callable[..., None], original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any
+) -> None:
+    """Takes in an embedding request, by `take_in(original, ...)`; one whose positions leave the context is refused."""
+    context = scheduler.model_config.context_len
+    end = _end(recv_req.mm_inputs, len(recv_req.input_ids or ()))
+    if end >= context:
+        refuse(scheduler, recv_req, FINISH_ABORT(_beyond_context(end, context), 400, "BadRequestError"))
+    else:
+        take_in(original, scheduler, recv_req, **kwargs)
+
+
+def _end(inputs: Any, num_tokens: int) -> int:
+    """Returns the position after the last token of a prompt with images, 0 where positions are the tokens' numbers."""
+    delta = getattr(inputs, "mrope_position_delta", None)
+    return 0 if delta is None else num_tokens + int(delta.max())
+
+
+def _beyond_context(end: int, context: int) -> str:
+    count_refusal("positions")
+    return (
+        f"MMTok: the request's images and text span {end} positions, more than the model's context of {context}: send "
+        "fewer or smaller images"
+    )
 
 
 def _spans(forward_batch: Any) -> Iterator[_Span]:

@@ -25,6 +25,7 @@ Kind = Literal[
     "engine",
     "downsample",
     "positions",
+    "agent",
 ]
 """The label of `mmtok:refused_requests_total`, a row each in docs/serving.md."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+from dataclasses import replace
 from typing import Any, Optional
 
 import msgspec
@@ -15,6 +16,7 @@ from sglang.srt.environ import envs
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.agent_address import AgentAddress
+from mmtok_sglang.flush_count import make_flush_count
 from mmtok_sglang.limits import Limits, default_limits
 from mmtok_sglang.settings import FLAGS, Settings
 from mmtok_sglang.start_errors import (
@@ -137,7 +139,11 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
 
         name = family_of_server(self)
         limits = default_limits(self.device, FAMILIES[name].max_pixels_on_cpu)
-        self._mmtok_settings = Settings.of(name, self._mmtok_given, limits)
+        if self.mmtok_agent_url is not None and "_mmtok_flush_count" not in self.__dict__:
+            # By the first process, from which all others get it with the arguments.
+            self._mmtok_flush_count = make_flush_count()
+        settings = Settings.of(name, self._mmtok_given, limits)
+        self._mmtok_settings = replace(settings, flush_count=self.__dict__.get("_mmtok_flush_count"))
         check_model_impl(self, self._mmtok_settings)
         check_server(self)
         check_adapters(self, self._mmtok_settings)

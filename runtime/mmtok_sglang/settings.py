@@ -37,6 +37,7 @@ class Settings:
         budget: Tokens an image keeps where the request names no budget of its own.
         config: Temperatures and weight; what is covered is the method's.
         limits: What a request is refused for.
+        flush_count: The path of the number of flushes that the server's tokenizer processes share.
 
     Raises:
         ValueError: An unknown guidance rule or method, a backend without the file that it runs or the other way
@@ -109,6 +110,8 @@ class Settings:
         them with a budget. Only where every caller is trusted: two images under one name share their tokens.
         Default: off."""),
     ] = False
+
+    flush_count: str | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, family: str, given: Mapping[str, Any], limits: Limits) -> Settings:

@@ -6,7 +6,10 @@ import argparse
 import logging
 import os
 import re
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +19,7 @@ from mmtok_deploy.environment import is_set
 
 __all__ = [
     "FlagError",
+    "end_controller",
     "end_main_process",
     "end_start",
     "ends_scheduler_start",
@@ -29,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 _WRONG_USE = 2
 """The exit code of a wrong use of a command."""
+# A rank that has nothing to say is ended by the one that has; by itself after so long.
+_END_TIMEOUT_S = 10.0
+_POLL_INTERVAL_S = 0.1
 
 
 class FlagError(ValueError):
@@ -67,14 +74,15 @@ def ends_start(on_command_line: bool) -> Iterator[None]:
 def ends_scheduler_start(on_command_line: bool, flag: str) -> Iterator[None]:
     """Ends the scheduler process for an error of the block, on the command line; elsewhere the error is raised.
 
-    Every rank of a tensor-parallel group must come here. Where all of them fail, the first says why. Nothing is sent to
-    the main process, which SGLang would have end itself by SIGKILL: it sees the exit code (`end_main_process`).
+    Every rank of a tensor-parallel group must come here. Where all of them fail, the first says why, of the first group
+    that comes so far, and ends all. Nothing is sent to the main process, which SGLang would have end itself by SIGKILL:
+    it sees the exit code (`end_main_process`).
 
     Args:
         on_command_line: Whether the server was started there.
         flag: Named by the message, if it names none.
     """
-    from mmtok_sglang.failures import RankError, failed_on_all_ranks
+    from mmtok_sglang.failures import RankError, failed_on_all_ranks, kill_other_ranks
     from mmtok_sglang.ranks import is_first_rank
 
     error = None
@@ -92,17 +100,28 @@ def ends_scheduler_start(on_command_line: bool, flag: str) -> Iterator[None]:
         says_why = is_first_rank()
     except RankError:
         says_why = error is not None
-    if says_why:
-        _print_error(error, flag)
-    # Not by an exception, which SGLang would log with its traceback; nor by the usual way out, on which threads and
-    # other ranks are waited for.
-    os._exit(_WRONG_USE)
+    with socket.socket(socket.AF_UNIX) as claim:
+        if says_why and _is_first_claim(claim):
+            _print_error(error, flag)
+            kill_other_ranks()
+        else:
+            time.sleep(_END_TIMEOUT_S)
+        # Not by an exception, which SGLang would log with its traceback; nor by the usual way out, on which threads and
+        # other ranks are waited for.
+        os._exit(_WRONG_USE)
+
+
+def _is_first_claim(claim: socket.socket) -> bool:
+    """True in one of the processes that one process has started: an abstract name is taken once."""
+    try:
+        claim.bind(f"\0mmtok-start-{os.getppid()}")
+    except OSError:
+        return False
+    return True
 
 
 def end_main_process(original: Callable[..., Any], pipe_readers: list[Any], processes: list[Any]) -> Any:
     """Waits for the schedulers as SGLang does; where one has ended with a message, this process ends likewise.
-
-    With data parallelism another process waits for the schedulers, and its traceback follows the message.
 
     Raises:
         SystemExit: With exit code 2.
@@ -110,10 +129,34 @@ def end_main_process(original: Callable[..., Any], pipe_readers: list[Any], proc
     try:
         return original(pipe_readers, processes)
     except RuntimeError:
+        # The one that says why has killed the others just before its end.
+        deadline_s = time.monotonic() + 1.0
+        for process in processes:
+            process.join(max(0.0, deadline_s - time.monotonic()))
         if all(process.exitcode != _WRONG_USE for process in processes):
             raise
     logging.getLogger("sglang.srt.utils.common").setLevel(logging.WARNING)
     raise SystemExit(_WRONG_USE)
+
+
+def end_controller(original: Callable[..., None], controller: Any, *args: Any, **kwargs: Any) -> None:
+    """Starts a group of ranks as SGLang's data-parallel controller does, and ends with them as `end_main_process` does.
+
+    SGLang waits for what the ranks send, in a thread a group, and so without an end for one that has ended.
+    """
+
+    def watch() -> None:
+        while is_starting:
+            if any(process.exitcode == _WRONG_USE for process in list(controller.scheduler_procs)):
+                os._exit(_WRONG_USE)
+            time.sleep(_POLL_INTERVAL_S)
+
+    is_starting = True
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        original(controller, *args, **kwargs)
+    finally:
+        is_starting = False
 
 
 @contextmanager

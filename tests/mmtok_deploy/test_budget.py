@@ -59,6 +59,14 @@ def test_parse_refuses_nonsense_and_lists_what_is_accepted(value: Any) -> None:
     assert repr(value) in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["9" * 5000, "0." + "0" * 5000 + "1", "1" * 401 + "%", 10**5000], ids=["n", "f", "p", "i"]
+)
+def test_numbers_of_thousands_of_digits_are_refused_with_what_is_accepted(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"more than 400 letters is not understood: .*\(64\)"):
+        Budget.parse(value)
+
+
 @pytest.mark.parametrize("value", [1.0, "1.0", "1.00", "1.", "1e0"])
 def test_one_point_zero_is_refused_with_both_of_its_readings(value: Any) -> None:
     with pytest.raises(ValueError, match='it may be every token or one, write "100%" or 1;'):

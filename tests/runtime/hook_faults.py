@@ -20,13 +20,20 @@ _CONTROL = "MMTOK_TEST_FAULTS"
 _PACKAGE = "mmtok_sglang"
 
 POINTS = {
+    "namespace": f"{_PACKAGE}.cache_key.CacheKeys.namespace",
     "key": f"{_PACKAGE}.cache_key.CacheKeys.keys",
+    "bound": f"{_PACKAGE}.positions._end",
+    "owners": f"{_PACKAGE}.model.check_embeddings",
+    "spans": f"{_PACKAGE}.positions.PositionWriter.spans",
     "encode": f"{_PACKAGE}.stages.StageMetrics.encode",
     "clone": f"{_PACKAGE}.feature_cache._without_batch",
     "embed": f"{_PACKAGE}.selection._embed_guidance",
     "select": "mmtok_deploy.executors.TorchExecutor.select",
     "count": f"{_PACKAGE}.metrics.SelectionMetrics._count",
     "features": f"{_PACKAGE}.failures.Failures.guard_features",
+    "write": f"{_PACKAGE}.positions.PositionWriter.write",
+    "fallen": f"{_PACKAGE}.selection.TokenSelector.take_fallen",
+    "account": f"{_PACKAGE}.account.image_account",
 }
 """What can be made to raise, in the order in which a request meets it. `features` is outside of the inner guard."""
 

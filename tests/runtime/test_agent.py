@@ -6,6 +6,8 @@ import asyncio
 import gzip
 import io
 import re
+import subprocess
+import sys
 import zlib
 from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,6 +23,7 @@ from sglang.srt.utils import ImageData
 
 from mmtok_sglang import agent as agent_module
 from mmtok_sglang.agent import Agent, refuse_chains
+from mmtok_sglang.flush_count import make_flush_count
 from tests.runtime.chats import data_url
 from tests.runtime.test_metrics import value
 
@@ -579,3 +582,24 @@ def test_credentials_are_not_in_what_a_library_says(caplog: pytest.LogCaptureFix
     assert "http://***@127.0.0.1:9/v1?***" in caplog.text
     assert "s3cret" not in caplog.text
     assert "t0ken" not in caplog.text
+
+
+def test_a_flush_that_reaches_another_process_forgets_the_answers_too() -> None:
+    flush_count = make_flush_count()
+    endpoint = Endpoint()
+    raised = f"from mmtok_sglang.flush_count import FlushCount; FlushCount({flush_count!r}).add()"
+
+    async def ask(url: str) -> None:
+        agent = Agent(url, "small", 20_000, flush_count)
+        for _ in range(2):
+            await agent.join([CAT], ["A cat?"], [True])
+        assert len(endpoint.requests) == 1
+        subprocess.run([sys.executable, "-c", raised], check=True)
+        await agent.join([CAT], ["A cat?"], [True])
+
+    async def run() -> None:
+        async with endpoint.served() as url:
+            await ask(url)
+
+    asyncio.run(run())
+    assert len(endpoint.requests) == 2

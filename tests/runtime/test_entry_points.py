@@ -80,11 +80,31 @@ def test_fields_go_before_what_the_plugin_read_from_messages() -> None:
         ({"extra_body": FIELDS}, "extra_body is an argument"),
         ({"mm_processor_kwargs": "10%"}, r"mm_processor_kwargs is an object like .*, got '10%'"),
         ({"mm_processor_kwargs": [FIELDS]}, "mm_processor_kwargs is an object like"),
+        ({"instances": [{"text": "x"}, FIELDS]}, "mmtok_budget, mmtok_seed stands within instances, where it is not"),
+        ({"instances": [{"mm_processor_kwargs": FIELDS}]}, "stands within instances.*: in its parameters"),
+        ({"sampling_params": FIELDS}, "stands within sampling_params"),
+        ({"messages": [{"role": "user", "content": "x", "mm_processor_kwargs": FIELDS}]}, "stands within messages"),
+        ({"messages": [{"content": [{"type": "text"}, {"type": "image_url", **FIELDS}]}]}, "stands within messages"),
+        ({"messages": [{"content": [{"image_url": {"url": "x", **FIELDS}}]}]}, "stands within messages"),
+        ({"input": [{"content": [{"type": "input_image", "mmtok_budget": 5}]}]}, "stands within input"),
     ],
 )
 def test_fields_in_the_wrong_place_are_refused(body: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         answer(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": "x", "input": 5, "instances": None, "sampling_params": [None, 5, "x", [FIELDS]]},
+        {"messages": [{"content": [{"image_url": "x"}, "x", None]}, {"content": None}]},
+        # A tool's arguments are the tool's.
+        {"tools": [{"function": {"parameters": {"properties": FIELDS}}}]},
+    ],
+)
+def test_what_has_no_fields_is_passed_over(body: dict[str, Any]) -> None:
+    assert answer(body) is None
 
 
 def test_a_refusal_waits_until_the_answer_is_asked_for() -> None:

@@ -177,7 +177,8 @@ def test_a_batch_without_images_fails_as_sglangs_does(batch: Any) -> None:
         Failures().guard_forward(run, batch.input_ids, batch, VOCABULARY)
 
 
-def test_a_request_that_cannot_be_taken_in_is_answered() -> None:
+def test_a_request_that_cannot_be_taken_in_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_size=1))
     sent: list[Any] = []
     scheduler = SimpleNamespace(send_abort_output=lambda abort, req: sent.append((abort, req)))
 
@@ -185,13 +186,30 @@ def test_a_request_that_cannot_be_taken_in_is_answered() -> None:
         raise TypeError("no such field")
 
     with_images = SimpleNamespace(rid="7", mm_inputs="images", http_worker_ipc="worker")
-    Failures().handle_generate_request(original, scheduler, with_images)
+    Failures().take_in(original, scheduler, with_images)
     ((abort, answered),) = sent
     assert answered is with_images
     assert (abort.rid, abort.http_worker_ipc, abort.finished_reason["status_code"]) == ("7", "worker", 500)
     assert abort.finished_reason["message"] == "MMTok: the request could not be taken in (TypeError: no such field)"
+    Failures().take_in(original, scheduler, SimpleNamespace(rid="8", mm_inputs=None, http_worker_ipc=None))
+    assert sent[1][0].rid == "8"
+    # Ranks do not tell one another of each text.
+    monkeypatch.setattr(module, "num_ranks", lambda: 2)
     with pytest.raises(TypeError):
-        Failures().handle_generate_request(original, scheduler, SimpleNamespace(mm_inputs=None))
+        Failures().take_in(original, scheduler, SimpleNamespace(mm_inputs=None))
+
+
+def test_a_pipeline_stage_does_not_leave_out_a_request_that_others_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_size=2))
+    ended: list[str] = []
+    monkeypatch.setattr(module, "end_server", lambda error: ended.append(str(error)))
+
+    def original(_scheduler: Any, _request: Any, **_: Any) -> None:
+        raise TypeError("no such field")
+
+    with pytest.raises(RankError):
+        Failures().take_in(original, None, SimpleNamespace(rid="7", mm_inputs="images"))
+    assert ended == ["MMTok: a pipeline stage cannot refuse a request by itself: TypeError: no such field"]
 
 
 # Why each of two ranks failed, whether it comes to say so, and what it finds.

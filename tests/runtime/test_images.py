@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from sglang.srt.utils import ImageData
 
-from mmtok_sglang.images import ImageLoader, decoded
+from mmtok_bench.soak.images import icon_of, jpeg_of_scans, tiff_of_one_tile
+from mmtok_sglang.images import ImageLoader, _size_in_header, decoded
 from mmtok_sglang.limits import Limits, default_limits
 
 LIMITS = Limits(max_image_pixels=10_000, max_aspect_ratio=10)
@@ -83,6 +84,53 @@ def test_the_size_is_read_before_anything_is_decoded() -> None:
     huge = data[:18] + (20_000).to_bytes(4, "little") * 2 + data[26:60]
     with pytest.raises(ValueError, match="an image is too large to be read"):
         load(huge)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (icon_of(encoded(2000, 2000)), "is of the format ICO, this server takes AVIF, BMP"),
+        (encoded(16, 16, kind="ICO"), "is of the format ICO"),
+        (encoded(16, 16, kind="ICNS"), "is of the format ICNS"),
+        (encoded(16, 16, kind="EPS"), "is of the format EPS"),
+        (jpeg_of_scans(101), "is a JPEG of 101 scans, this server takes 100"),
+        (tiff_of_one_tile(112), r"112 x 112 = 12,544 pixels, this server takes 10,000"),
+    ],
+    ids=["icon", "small icon", "ICNS", "EPS", "scans", "tile"],
+)
+def test_a_header_that_does_not_say_what_decoding_takes_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"P6\n#" + b"a" * (8 << 20),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n" + b"%a\n" * (3 << 20),
+        b"a: b\n" * (2 << 20),
+        b"\xff\xd8" + b"\xff\xe1\0\2" * (2 << 20),
+        b"\xff\xd8" + b"\xff" * (8 << 20),
+        b"GIF89a\1\0\1\0\0\0\0!\xfe" + b"\1a" * (4 << 20),
+    ],
+    ids=["PPM", "EPS", "lines", "JPEG segments", "JPEG fill", "GIF"],
+)
+def test_a_header_in_millions_of_parts_is_given_up(start: bytes) -> None:
+    start_s = time.thread_time()
+    with pytest.raises(ValueError, match="an image cannot be read"):
+        _size_in_header(start, LIMITS)
+    # Read to the end each takes 4 s and more.
+    assert time.thread_time() - start_s < 2
+
+
+def test_a_header_of_many_parts_is_read() -> None:
+    data = encoded(kind="JPEG")
+    assert _size_in_header(data[:2] + b"\xff\xe1\0\2" * 1000 + data[2:], LIMITS) == (20, 10)
+
+
+def test_scans_and_tiles_of_usual_files_are_taken() -> None:
+    for data in (jpeg_of_scans(100), tiff_of_one_tile(96)):
+        assert decoded(load(data)[0]).mode == "RGB"
 
 
 @pytest.mark.parametrize("source", ["data:image/png;base64,AAAA", b"", b"no image", "\0", "/no/such/file", "data:,"])

@@ -70,7 +70,7 @@ def test_every_kind_of_request_that_changes_weights_is_one_of_sglangs() -> None:
         name
         for name in vars(io_struct)
         if name.endswith("ReqInput")
-        and any(word in name for word in ("UpdateWeight", "WeightUpdate", "LoRA", "ResumeMemory"))
+        and any(word in name for word in ("UpdateWeight", "WeightUpdate", "LoRA", "ResumeMemory", "CheckWeights"))
         and "Group" not in name
     }
     known = {kind.__name__ for kind in (*invalidation._WEIGHT_REQUESTS, *invalidation._ADAPTER_REQUESTS)}

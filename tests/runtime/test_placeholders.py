@@ -373,7 +373,7 @@ def test_a_request_without_images_is_not_touched(empty: Any) -> None:
 
 UNPRUNABLE: list[tuple[dict[str, Any], str]] = [
     ({"videos": ["cat.mp4"]}, "brings a video"),
-    ({"images": [IMAGE, {"feature": 1.0}]}, "precomputed embeddings"),
+    ({"images": [{"format": "precomputed_embedding", "feature": 1.0}]}, "precomputed embeddings"),
 ]
 
 
@@ -383,10 +383,29 @@ def test_what_cannot_be_pruned_is_refused_before_it_is_processed(inputs: dict[st
         processed(None, 2, **inputs)
 
 
-@pytest.mark.parametrize("name", ["url", "path"])
-def test_an_object_that_holds_an_address_is_told_what_an_image_is(name: str) -> None:
-    with pytest.raises(ValueError, match=f"got an object of {name}: send the text itself, .* and not .*url"):
-        processed(None, 2, images=["cat.png", {name: "https://a/cat.png"}])
+@pytest.mark.parametrize("budget", ["all", 2])
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"url": "https://a/cat.png"},
+        {"path": "cat.png"},
+        {"feature": 1.0, "url": "https://a/cat.png"},
+        {"format": "png", "image": "https://a/cat.png"},
+        {},
+    ],
+)
+def test_an_object_that_holds_an_address_is_told_what_an_image_is(budget: str | int, image: dict[str, Any]) -> None:
+    named = ", ".join(image)
+    with pytest.raises(ValueError, match=f"got an object of {named}: send the text itself, .* and not .*url"):
+        processed(None, budget, images=["cat.png", image])
+
+
+@pytest.mark.parametrize("budget", ["all", 2])
+@pytest.mark.parametrize("image", [["cat.png"], [["cat.png"]], [], None, 5, 1.5, True])
+def test_what_stands_in_an_images_place_and_is_none_is_refused(budget: str | int, image: Any) -> None:
+    # An address within a list would be loaded without a limit.
+    with pytest.raises(ValueError, match=f"got a {type(image).__name__}: send one list of images for a prompt"):
+        processed(None, budget, images=["cat.png", image])
 
 
 @pytest.mark.parametrize("inputs", [inputs for inputs, _ in UNPRUNABLE])

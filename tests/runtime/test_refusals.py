@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -23,6 +25,12 @@ def test_a_refusal_has_its_message_and_is_counted_under_its_kind(kind: Kind) -> 
     assert str(refusal(kind, ValueError("send fewer"))) == "send fewer"
     assert count(kind) - before == 1
     assert [count(other) for other in others] == before_others
+
+
+def test_the_documentation_has_a_row_of_each_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    _, _, table = page.partition("| kind | the request |")
+    assert set(re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], re.MULTILINE)) == set(get_args(Kind))
 
 
 def test_what_a_request_brought_is_shown_in_part() -> None:

@@ -188,6 +188,8 @@ def test_the_agents_credentials_are_in_nothing_that_sglang_shows(installed: list
     received = pickle.loads(pickle.dumps(arguments))
     for each in (arguments, received):
         assert each._mmtok_settings.agent_url == url
+        # One for all processes: a flush that reaches one of them is one of the server.
+        assert each._mmtok_settings.flush_count == arguments._mmtok_flush_count
         shown += [repr(each), str(each.resolved_dict()), str(each.launch_command), repr(each._mmtok_settings)]
     assert "--mmtok-agent-url 'http://***@127.0.0.1:9/v1?***' --port 30000" in shown[2]
     assert received.resolved_dict()["mmtok_agent_url"] == "http://***@127.0.0.1:9/v1?***"

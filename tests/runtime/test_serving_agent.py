@@ -105,6 +105,27 @@ def test_a_flush_forgets_the_answers(guided: Served, agent: Served) -> None:
     assert num_asked(guided) - before == 1
 
 
+@pytest.mark.slow
+def test_a_flush_reaches_every_tokenizer_worker(agent: Served) -> None:
+    """Each connection goes to one of two workers, as the kernel decides."""
+    url = f"--mmtok-agent-url={agent.server.url}/v1"
+    flags = ["--mmtok-budget=10%", url, f"--mmtok-agent-timeout-ms={TIMEOUT_MS}", "--enable-metrics"]
+    with make_server(FAMILY, *flags, "--tokenizer-worker-num=2") as server:
+        served = Served(FAMILY, server, agent.judge)
+        chat = Chat.ask(small("rocket"), CATS)
+
+        def ask_until_both_remember() -> float:
+            """Returns how often the agent was asked by 16 questions, of which each worker gets some."""
+            before = num_asked(served)
+            for _ in range(16):
+                served.ask(chat)
+            return num_asked(served) - before
+
+        assert ask_until_both_remember() == 2
+        served.flush_cache()
+        assert ask_until_both_remember() == 2
+
+
 def test_a_question_for_an_agent_is_refused(guided: Served) -> None:
     client = guided.server.client().with_options(default_headers={"X-MMTok-Agent": "1"})
     with pytest.raises(openai.BadRequestError, match="answers no question that is for an agent"):

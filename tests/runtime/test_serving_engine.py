@@ -63,10 +63,11 @@ def test_a_larger_budget_is_refused(exported: Served) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("flag", ["--tp=1", "--tp=2", "--dp-size=2"])
 def test_a_provider_that_cannot_run_ends_the_start_by_one_message(
-    num_ranks: int, tmp_path_factory: pytest.TempPathFactory
+    flag: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    num_ranks = int(flag[-1])
     if num_ranks > (os.cpu_count() or 1):
         pytest.skip(f"needs {num_ranks} cores")
     file = export_for("qwen2.5-vl", tmp_path_factory.mktemp("engine") / "selection.onnx", 51)
@@ -75,7 +76,7 @@ def test_a_provider_that_cannot_run_ends_the_start_by_one_message(
         "--mmtok-budget=10%",
         f"--mmtok-engine={file}",
         "--mmtok-onnxruntime-provider=CUDAExecutionProvider",
-        f"--tp={num_ranks}",
+        flag,
         num_ranks=num_ranks,
     )
     with pytest.raises(ServerError, match=r"exit status 2"), server:

@@ -92,6 +92,26 @@ def test_fields_that_are_not_understood_are_refused(
     assert re.search(named, message), message
 
 
+def test_a_vertex_request_has_the_fields_in_its_parameters(served: Served) -> None:
+    instance = {"text": served.judge.prompt(CHAT.for_template()), "image_data": URL}
+    parameters = {"sampling_params": SAMPLING}
+    fields = {"mm_processor_kwargs": {"mmtok_budget": "all"}}
+
+    def read(**more: Any) -> int:
+        body = {"instances": [instance, instance], "parameters": parameters | more}
+        first, second = served.post("/vertex_generate", body)["predictions"]
+        assert first["meta_info"]["prompt_tokens"] == second["meta_info"]["prompt_tokens"]
+        return int(first["meta_info"]["prompt_tokens"])
+
+    (images,) = served.ask(CHAT)["mmtok"]
+    assert read(**fields) - read() == images["image_tokens_in"] - images["image_tokens_kept"]
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        served.post("/vertex_generate", {"instances": [instance | fields], "parameters": parameters})
+    with refusal.value as answer:
+        assert answer.code == 400
+        assert "mmtok_budget stands within instances, where it is not read" in answer.read().decode()
+
+
 def _events(served: Served, path: str, body: dict[str, Any]) -> list[Any]:
     """Returns the events of a streamed answer."""
     text: str = served.post(path, body)

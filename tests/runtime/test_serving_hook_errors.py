@@ -59,6 +59,8 @@ def _asked(served: Served, chat: Chat) -> tuple[dict[str, Any] | None, int, str]
 @pytest.mark.parametrize("point", POINTS)
 def test_an_error_at_any_call_leaves_the_server_exact(faulty: tuple[Served, Faults, int], point: str) -> None:
     served, faults, num_ranks = faulty
+    if point in ("spans", "write") and served.family != "qwen2.5-vl":
+        pytest.skip("the family has no M-RoPE positions")
     num_met = 0
     for number, calls in enumerate(CALLS):
         # Another question each time, so that nothing is in a cache.
@@ -76,8 +78,8 @@ def test_an_error_at_any_call_leaves_the_server_exact(faulty: tuple[Served, Faul
             assert status == 200
         served.ask(TEXT)
         served.check(chat, served.ask(chat))
-    # Of some points a request makes one call.
-    assert num_met >= num_ranks * (len(CALLS) - 1)
+    # Of some points a request makes one call; the first rank alone answers.
+    assert num_met >= (1 if point == "account" else num_ranks) * (len(CALLS) - 1)
 
 
 def test_features_that_are_not_finite_reach_no_other_request(faulty: tuple[Served, Faults, int]) -> None:

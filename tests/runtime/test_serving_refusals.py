@@ -62,3 +62,10 @@ def test_a_value_out_of_range() -> None:
 def test_an_engine_that_does_not_exist() -> None:
     message = _refusal(make_server("qwen2.5-vl", "--mmtok-budget=10%", "--mmtok-engine=/no/such/file.onnx"))
     assert message.splitlines()[-1].strip() == "error: --mmtok-engine: /no/such/file.onnx does not exist"
+
+
+def test_a_feature_cache_that_leaves_no_room() -> None:
+    message = _refusal(make_server("qwen2.5-vl", "--mmtok-budget=10%", "--mmtok-feature-cache-mb=99999999"))
+    assert (
+        "error: the model, and 97,656.31 GiB for features and selections (--mmtok-feature-cache-mb 99999999)" in message
+    )

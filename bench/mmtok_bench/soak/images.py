@@ -17,7 +17,7 @@ from mmtok_bench.soak.fixed_chats import chat_body
 from mmtok_bench.soak.trial import Trial, resident_bytes, send
 from mmtok_deploy.photographs import photograph
 
-__all__ = ["odd_images", "send_odd_images"]
+__all__ = ["icon_of", "jpeg_of_scans", "odd_images", "send_odd_images", "tiff_of_one_tile"]
 
 _TIMEOUT_S = 60.0
 _PARALLEL = 4
@@ -112,6 +112,31 @@ def _large() -> Iterator[tuple[str, bytes]]:
     yield "large 30,000 x 30,000 of one bit", _png(30_000, 30_000, bytes((30_000 // 8 + 1) * 30_000), depth=1)
     yield "large 13,000 x 13,000 GIF", _gif_header(13_000, 13_000)
     yield "large 65,535 x 65,535 in the header", _png(65_535, 65_535, b"")
+    yield "large 13,000 x 13,000 in an icon of 16 x 16", icon_of(_png(13_000, 13_000, bytes(1626 * 13_000), depth=1))
+    yield "large JPEG of 20,000 scans", jpeg_of_scans(20_000, side=1500)
+    yield "large tile of 40,000 x 40,000 in a TIFF of 16 x 16", tiff_of_one_tile(40_000)
+
+
+def icon_of(inner: bytes) -> bytes:
+    """Returns an icon whose directory says 16 x 16, whatever the PNG in it is."""
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
+    return struct.pack("<HHH", 0, 1, 1) + entry + inner
+
+
+def jpeg_of_scans(count: int, side: int = 90) -> bytes:
+    """Returns a grey progressive JPEG of so many scans: it has its last one, of a few bytes, again and again."""
+    data = _file(Image.new("L", (side, side), 128), "JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * (count - data.count(b"\xff\xda")) + data[end:]
+
+
+def tiff_of_one_tile(side: int) -> bytes:
+    """Returns a TIFF of 16 x 16 pixels, which are the corner of one tile of that side."""
+    compressor = zlib.compressobj(9)
+    pixels = b"".join(compressor.compress(bytes(side)) for _ in range(side)) + compressor.flush()
+    values = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(pixels)}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(values)) + tags + bytes(4)
 
 
 def _cut(trial: Trial, count: int) -> Iterator[tuple[str, bytes]]:

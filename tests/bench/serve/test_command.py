@@ -52,8 +52,8 @@ class TestDryRun:
         )
         commands = dry_run("--preset=cpu", "--models=qwen3-vl-0.5b", folder=tmp_path, capsys=capsys)
         loads = [command for command in commands if "sglang.benchmark.serving" in command]
-        # Off, all, two budgets, and a smaller image for one of them: 5% of 768 tokens are below the processor's 64.
-        assert len(loads) == 5 * 2
+        # Off, all, a budget and a smaller image; by 1 and by 4 clients; in five rounds.
+        assert len(loads) == 4 * 2 * 5
 
     def test_servers_have_equal_flags_but_for_the_budget(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
