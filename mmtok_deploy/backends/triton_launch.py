@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from mmtok_deploy.backends.triton_kernels import coverage_columns, greedy_picks, row_weights, similarity
 from mmtok_deploy.backends.triton_plan import Launch, Variant
 
-__all__ = ["IS_INTERPRETED", "KERNELS", "launch", "load"]
+__all__ = ["IS_INTERPRETED", "KERNELS", "launch", "load", "tell_of_compiles"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,21 @@ def load(variants: Sequence[Variant], device: torch.device) -> None:
                 logger.info("Triton: %d of %d kernels loaded", num_done, len(variants))
     _are_loaded.add(device.index)
     logger.info("Triton: %d kernels loaded in %.1f s", len(variants), time.monotonic() - start)
+
+
+def tell_of_compiles(tell: Callable[[bool], None]) -> None:
+    """Has `tell` called with each kernel that Triton compiles in this process from now on, or loads from its cache.
+
+    Args:
+        tell: Takes whether the kernel is one of this package.
+    """
+    before = triton.knobs.runtime.jit_post_compile_hook
+
+    def on_compile(*arguments: Any, **about: Any) -> Any:
+        tell(about["fn"].module.startswith("mmtok_"))
+        return None if before is None else before(*arguments, **about)
+
+    triton.knobs.runtime.jit_post_compile_hook = on_compile
 
 
 def _load(variant: Variant, device_index: int) -> tuple[Any, tuple[int | str, ...]]:

@@ -267,17 +267,12 @@ def count_triton_compiles() -> None:
     The counters are made here and not with the others: a server that does not count says nothing, not 0.
     """
     from prometheus_client import Counter
-    from triton import knobs
+
+    from mmtok_deploy.backends.triton_launch import tell_of_compiles
 
     ours = Counter("mmtok:triton_compiles", "Kernels of MMTok that Triton compiled after the start.")
     others = Counter("mmtok:triton_compiles_elsewhere", "Other kernels that Triton compiled in the scheduler process.")
-    before = knobs.runtime.jit_post_compile_hook
-
-    def count(*arguments: Any, **about: Any) -> Any:
-        (ours if about["fn"].module.startswith("mmtok_") else others).inc()
-        return None if before is None else before(*arguments, **about)
-
-    knobs.runtime.jit_post_compile_hook = count
+    tell_of_compiles(lambda is_ours: (ours if is_ours else others).inc())
 
 
 _making_collectors = threading.Lock()
