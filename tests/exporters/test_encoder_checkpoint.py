@@ -109,8 +109,8 @@ def test_layouts_of_a_checkpoint(tmp_path: Path, layout: str) -> None:
         ({"model_type": "qwen2"}, "no vision tower .*'qwen2'.*expected model_type llava or qwen2_5_vl"),
         ({"model_type": "llava"}, "no vision tower"),
         (
-            {"model_type": "qwen3_vl", "vision_config": {}},
-            "not supported .*'qwen3_vl'.* expected model_type llava or qwen2_5_vl",
+            {"model_type": "internvl", "vision_config": {}},
+            "not supported .*'internvl'.* expected model_type llava or qwen2_5_vl or qwen3_vl",
         ),
         ({"model_type": ["llava"], "vision_config": {}}, "not supported"),
         ({"model_type": "qwen2_5_vl", "vision_config": {"depth": "deep"}}, "describes no qwen2.5-vl model: "),
