@@ -164,7 +164,7 @@ def _family_of(checkpoint: Path) -> OneGridFamily:
 def _preset_of(family: OneGridFamily, info: Mapping[str, Any]) -> Preset:
     """Returns the constants that the server selects with."""
     preset = PRESETS[family]
-    names = ("tv_temp", "vv_temp", "alpha", "coverage")
+    names = ("tv_temp", "vv_temp", "alpha")
     given = {name: info[f"mmtok_{name}"] for name in names if info.get(f"mmtok_{name}") is not None}
     guidance = info.get("mmtok_guidance") or preset.guidance
     return Preset(replace(preset.config, **given), guidance)

@@ -13,8 +13,7 @@ from sglang.srt.distributed.utils import get_pp_indices
 from sglang.srt.models import qwen3_vl, qwen3_vl_moe
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 
-from mmtok_sglang.families.qwen import Qwen, QwenModel
-from mmtok_sglang.processor import PrunedProcessor
+from mmtok_sglang.families.qwen import Qwen, QwenModel, QwenProcessor
 
 __all__ = ["Qwen3VL", "Qwen3VLMoe"]
 
@@ -31,7 +30,7 @@ class Qwen3VLMoeForConditionalGeneration(QwenModel, qwen3_vl_moe.Qwen3VLMoeForCo
     """The model with a mixture of experts."""
 
 
-class Qwen3VLProcessor(PrunedProcessor, QwenVLImageProcessor):
+class Qwen3VLProcessor(QwenProcessor, QwenVLImageProcessor):
     """The processor of both."""
 
     models: ClassVar[list[type]] = [Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration]
