@@ -78,6 +78,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            # A browser that is faster than the server behind it waits, in place of being refused.
+            listener.listen()
         except OSError as error:
             raise ServerError(
                 f"the page cannot be served at {host}, port {port} ({error.strerror or error}): give another --port, "
