@@ -27,7 +27,7 @@ Kind = Literal[
     "positions",
     "agent",
 ]
-"""The label of `mmtok:refused_requests_total`, a row each in docs/serving.md."""
+"""The label of `mmtok:refused_requests_total`, a row each in docs/inside-a-server.md."""
 
 _MAX_LETTERS = 1000
 

@@ -28,7 +28,7 @@ def test_a_refusal_has_its_message_and_is_counted_under_its_kind(kind: Kind) -> 
 
 
 def test_the_documentation_has_a_row_of_each_kind() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "inside-a-server.md").read_text()
     _, _, table = page.partition("| kind | the request |")
     assert set(re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], re.MULTILINE)) == set(get_args(Kind))
 
