@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import settings
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from tests.rounding import PerturbedProducts
 
 settings.register_profile("mmtok", derandomize=True, deadline=None, database=None, max_examples=50)
@@ -106,7 +106,7 @@ def _group(nodeid: str) -> str:
     path = nodeid.partition("::")[0]
     if _is_served(nodeid):
         # The longest: "qwen3-vl" is in "qwen3-vl-moe".
-        return max((family for family in get_args(Family) if family in nodeid), key=len, default=nodeid)
+        return max((family for family in get_args(FamilyName) if family in nodeid), key=len, default=nodeid)
     return "pocket models" if Path(path).name in ("test_served.py", "test_recorded.py") else path
 
 

@@ -21,12 +21,12 @@ from mmtok_bench.arguments import (
     seed,
     shape,
 )
-from mmtok_bench.families import Family, PocketFamily
+from mmtok_bench.families import FamilyName, PocketFamily
 from mmtok_deploy.methods import MethodName
 
 __all__ = ["add_bench_commands", "run_bench_command"]
 
-_FAMILIES, _POCKET_FAMILIES, _METHODS = get_args(Family), get_args(PocketFamily), get_args(MethodName)
+_FAMILIES, _POCKET_FAMILIES, _METHODS = get_args(FamilyName), get_args(PocketFamily), get_args(MethodName)
 _SOAKED = ("qwen2.5-vl", "llava-1.5")
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from mmtok_deploy.methods import MethodName
 
-__all__ = ["FAMILY_TRAITS", "Family", "FamilyTraits", "PocketFamily", "family_arguments"]
+__all__ = ["FAMILY_TRAITS", "FamilyName", "FamilyTraits", "PocketFamily", "family_arguments"]
 
-Family = Literal["qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "llava-1.5", "llava-next"]
+FamilyName = Literal["qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "llava-1.5", "llava-next"]
 PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
 """Those of which this package brings a trained model along."""
 
@@ -38,7 +38,7 @@ _TRANSFORMERS = ("--model-impl=transformers",)
 # Qwen's encoders have no class token, whose attention VisionZip ranks by.
 _QWEN3_VL = FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=32)
 
-FAMILY_TRAITS: Mapping[Family, FamilyTraits] = {
+FAMILY_TRAITS: Mapping[FamilyName, FamilyTraits] = {
     "qwen2.5-vl": FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=28),
     "qwen3-vl": _QWEN3_VL,
     "qwen3-vl-moe": _QWEN3_VL,
@@ -48,7 +48,7 @@ FAMILY_TRAITS: Mapping[Family, FamilyTraits] = {
 }
 
 
-def family_arguments(family: Family | None) -> tuple[str, ...]:
+def family_arguments(family: FamilyName | None) -> tuple[str, ...]:
     """Returns the server arguments without which a model of the family is not served, or not pruned.
 
     None is a model whose family was not named: nothing is known to be needed.

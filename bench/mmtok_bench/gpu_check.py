@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.process_tree import end_process_tree
 from mmtok_bench.results import ResultRow, append_row, make_latency_row, read_rows, row_files
 from mmtok_bench.selector.timing import make_problem
@@ -356,8 +356,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         "logprobs",
         "a pruned float32 server against the hand-pruned model, both on the GPU",
-        tuple(("-m", "tests.runtime.device_logprobs", "FOLDER", "--family", family) for family in get_args(Family)),
-        tuple(bar for family in get_args(Family) for bar in _logprobs(family)),
+        tuple(("-m", "tests.runtime.device_logprobs", "FOLDER", "--family", family) for family in get_args(FamilyName)),
+        tuple(bar for family in get_args(FamilyName) for bar in _logprobs(family)),
     ),
     _qwen_7b(1, _ttft("10%", 1, 1.25), _rates("10%", 1, 1.0)),
     _qwen_7b(16, _rates("10%", 16, 1.4)),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.gpu_check import DONE, Part, run_part
 from mmtok_bench.quality.published import BENCHMARKS, PAPER_BUDGETS, PUBLISHED
 from mmtok_bench.report.selector import PUBLISHED_MS
@@ -46,7 +46,7 @@ class Checkpoint:
     """
 
     folder: str
-    family: Family
+    family: FamilyName
     published: str
     image_px: str
     budget: str

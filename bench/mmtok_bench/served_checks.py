@@ -20,7 +20,7 @@ import torch
 
 from mmtok_bench.client import RequestError, ask, in_parallel
 from mmtok_bench.dummy_models import DUMMY_ARGUMENTS, DUMMY_MODELS, write_dummy_model
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.photographs import photograph_url
 from mmtok_bench.results import append_row, make_row
 from mmtok_bench.run import quiet_transformers, run_command
@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder
     model_path = folder / "models" / arguments.model
     write_dummy_model(arguments.model, model_path)
-    family: Family = "qwen2.5-vl" if "qwen" in arguments.model else "llava-1.5"
+    family: FamilyName = "qwen2.5-vl" if "qwen" in arguments.model else "llava-1.5"
     server = make_server(
         model_path,
         family,

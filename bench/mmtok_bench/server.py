@@ -22,7 +22,7 @@ from typing import IO, Any, Generic, TypeVar
 import openai
 
 from mmtok_bench.client import MeasurementError, openai_client
-from mmtok_bench.families import Family, family_arguments
+from mmtok_bench.families import FamilyName, family_arguments
 from mmtok_bench.process_tree import end_process_tree, sigterm_raises_exit
 
 __all__ = [
@@ -319,7 +319,7 @@ class SglangServer:
 
 def make_server(
     model_path: str | os.PathLike[str],
-    family: Family | None,
+    family: FamilyName | None,
     *args: str,
     on_cpu: bool = True,
     max_total_tokens: int = 16384,

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 import transformers
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.model_parts import (
     llava_config,
     llava_next_config,
@@ -72,7 +72,7 @@ _TINY_CLIP = {
 }
 
 
-def make_tiny_checkpoint(family: Family, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
+def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
     """Returns `folder`, which then holds a tiny checkpoint that Transformers and SGLang load like the real one.
 
     Weights are random, drawn from `seed`, and stored in bfloat16; the tokenizer is byte-level (one token a byte). A
@@ -91,8 +91,8 @@ def make_tiny_checkpoint(family: Family, folder: Path, *, seed: int = 0, pad_to_
         ValueError: An unknown family.
         FileExistsError: `folder` holds something else than a tiny checkpoint.
     """
-    if family not in get_args(Family):
-        raise ValueError(f"family is one of {', '.join(get_args(Family))}, got {family!r}")
+    if family not in get_args(FamilyName):
+        raise ValueError(f"family is one of {', '.join(get_args(FamilyName))}, got {family!r}")
     folder = Path(folder)
     marker = {
         "maker_version": _MAKER_VERSION,
@@ -136,7 +136,7 @@ def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
             raise
 
 
-def _build(family: Family, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
+def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
     if family == "qwen2.5-vl":
         processor = qwen_processor()
         config = qwen_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_QWEN_VISION)

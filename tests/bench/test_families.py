@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 from transformers import AutoConfig
 
-from mmtok_bench.families import FAMILY_TRAITS, Family
+from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.families import FAMILIES
@@ -14,11 +14,11 @@ from tests.runtime.conftest import checkpoint
 
 
 def test_all_packages_have_the_same_families() -> None:
-    assert set(get_args(Family)) == set(FAMILY_TRAITS) == set(FAMILIES) == set(PRESETS)
+    assert set(get_args(FamilyName)) == set(FAMILY_TRAITS) == set(FAMILIES) == set(PRESETS)
 
 
-@pytest.mark.parametrize("name", get_args(Family))
-def test_the_traits_are_those_of_the_plugin(name: Family) -> None:
+@pytest.mark.parametrize("name", get_args(FamilyName))
+def test_the_traits_are_those_of_the_plugin(name: FamilyName) -> None:
     traits, family = FAMILY_TRAITS[name], FAMILIES[name]
     config = AutoConfig.from_pretrained(checkpoint(name))
     assert traits.placeholder == family.placeholder

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_bench import tiny_checkpoints
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.photographs import photograph
 
-FAMILIES = get_args(Family)
+FAMILIES = get_args(FamilyName)
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 
 
@@ -45,7 +45,9 @@ def read(checkpoint: Path, image: Image.Image) -> tuple[Any, Any]:
         ("llava-next", "astronaut", 576 + 48 * (48 + 1)),
     ],
 )
-def test_transformers_reads_it_and_counts_the_tokens(folder: Path, family: Family, name: str, num_tokens: int) -> None:
+def test_transformers_reads_it_and_counts_the_tokens(
+    folder: Path, family: FamilyName, name: str, num_tokens: int
+) -> None:
     model, inputs = read(make_tiny_checkpoint(family, folder / family), photograph(name))
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == num_tokens
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_window_index
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy.photographs import photograph
 from mmtok_export.encoders import ExportedEncoder
@@ -33,12 +33,12 @@ TOLERANCE = {
 }
 
 
-def checkpoint(family: Family) -> Path:
+def checkpoint(family: FamilyName) -> Path:
     return make_tiny_checkpoint(family, CHECKPOINTS / family)
 
 
 @cache
-def pixels_of(family: Family, image_size: tuple[int, int], batch_size: int = 1) -> Tensor:
+def pixels_of(family: FamilyName, image_size: tuple[int, int], batch_size: int = 1) -> Tensor:
     """Returns photographs of that size as the family's own image processor yields them."""
     processor = AutoImageProcessor.from_pretrained(checkpoint(family))
     images = [photograph(name).resize(image_size) for name in PHOTOGRAPHS[:batch_size]]
@@ -47,7 +47,7 @@ def pixels_of(family: Family, image_size: tuple[int, int], batch_size: int = 1) 
 
 
 @torch.inference_mode()
-def hugging_face(family: Family, pixels: Tensor, image_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+def hugging_face(family: FamilyName, pixels: Tensor, image_size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
     """Returns vision [B, N, D], keys [B, N, d] and any levels [B, N, L * D], float32, of Hugging Face's encoder."""
     model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint(family), dtype=dtype).eval()
     pixels = pixels.to(dtype)

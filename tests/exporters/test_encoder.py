@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_deploy import select_tokens
 from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
@@ -24,7 +24,7 @@ from tests.runtime.conftest import checkpoint, judge_of
 BUDGET = 12
 
 
-def export(path: Path, family: Family, *arguments: str) -> Manifest:
+def export(path: Path, family: FamilyName, *arguments: str) -> Manifest:
     common = ["--budget", str(BUDGET), "--text-tokens=1:4:16", f"--output={path}"]
     assert main(["export", "encoder", f"--model={checkpoint(family)}", *common, *arguments]) == 0
     return Manifest.load(path)
@@ -47,7 +47,7 @@ def question(width: int = 256, num_tokens: int = 576) -> dict[str, Tensor]:
 
 
 def assert_hugging_faces(
-    family: Family, outputs: dict[str, Tensor], asked: dict[str, Tensor], size: tuple[int, int]
+    family: FamilyName, outputs: dict[str, Tensor], asked: dict[str, Tensor], size: tuple[int, int]
 ) -> None:
     judge = judge_of(family)
     image = small("astronaut", *size)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of
 
-FAMILY: Family = "qwen2.5-vl"
+FAMILY: FamilyName = "qwen2.5-vl"
 IMAGE_SIZE = (140, 84)
 # The 7B model's configuration as published (text at the top, `in_chans`, no rope_parameters), with a smaller tower.
 PUBLISHED = {

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
 
-FAMILY: Family = "llava-1.5"
+FAMILY: FamilyName = "llava-1.5"
 IMAGE_SIZE = (336, 336)
 
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
 
-FAMILY: Family = "qwen2.5-vl"
+FAMILY: FamilyName = "qwen2.5-vl"
 FULL_WINDOWS = (448, 336)
 CUT_WINDOWS = (392, 252)
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
 
-FAMILY: Family = "qwen3-vl"
+FAMILY: FamilyName = "qwen3-vl"
 WIDE = (224, 128)
 
 
@@ -22,7 +22,7 @@ def test_the_tower_is_hugging_faces(image_size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("family", "batch_size"), [("qwen3-vl", 1), ("qwen3-vl", 2), ("qwen3-vl-moe", 1)])
-def test_the_graph_is_hugging_faces(family: Family, batch_size: int) -> None:
+def test_the_graph_is_hugging_faces(family: FamilyName, batch_size: int) -> None:
     exported = export_encoder(checkpoint(family), WIDE, batch_size=batch_size)
     assert (exported.family, exported.grid, exported.num_tokens) == (family, (1, 4, 7), 28)
     assert exported.has_positions

@@ -7,13 +7,13 @@ from typing import get_args
 
 import pytest
 
-from mmtok_bench.families import Family, family_arguments
+from mmtok_bench.families import FamilyName, family_arguments
 from mmtok_bench.server import SglangServer, cpu_arguments, cpu_environment, running
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from tests.runtime.hand_pruned import HandPruned
 from tests.runtime.serving import Served
 
-FAMILIES = get_args(Family)
+FAMILIES = get_args(FamilyName)
 MIN_TOKENS_IN = 8
 """What the tests' images have, but for the smallest of Qwen2.5-VL."""
 PLAIN_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
@@ -23,16 +23,16 @@ MAX_ASPECT_RATIO = 2000
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
 
 
-def checkpoint(family: Family) -> Path:
+def checkpoint(family: FamilyName) -> Path:
     return make_tiny_checkpoint(family, CHECKPOINTS / family)
 
 
 @cache
-def judge_of(family: Family) -> HandPruned:
+def judge_of(family: FamilyName) -> HandPruned:
     return HandPruned(family, checkpoint(family))
 
 
-def make_server(family: Family, *arguments: str, num_ranks: int = 1, **environment: str) -> SglangServer:
+def make_server(family: FamilyName, *arguments: str, num_ranks: int = 1, **environment: str) -> SglangServer:
     has_budget = any(argument.startswith("--mmtok-budget") for argument in arguments)
     return SglangServer(
         checkpoint(family),
@@ -46,13 +46,13 @@ def make_server(family: Family, *arguments: str, num_ranks: int = 1, **environme
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Family:
-    chosen: Family = request.param
+def family(request: pytest.FixtureRequest) -> FamilyName:
+    chosen: FamilyName = request.param
     return chosen
 
 
 @pytest.fixture(scope="session")
-def servers(family: Family) -> Iterator[tuple[Served, Served]]:
+def servers(family: FamilyName) -> Iterator[tuple[Served, Served]]:
     """A server with a budget of 10% and one without the flag, of the same checkpoint."""
     flags = [
         "--mmtok-budget=10%",

@@ -16,7 +16,7 @@ from typing import get_args
 
 import torch
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.results import append_row, make_row
 from mmtok_bench.run import quiet_transformers, run_command
 from mmtok_bench.server import make_server
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="tests.runtime.device_logprobs")
     parser.add_argument("folder", type=Path, help="for the row, the checkpoint and the server's log")
-    parser.add_argument("--family", choices=get_args(Family), required=True)
+    parser.add_argument("--family", choices=get_args(FamilyName), required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
     arguments = parser.parse_args(argv)
     return run_command("device_logprobs", lambda: _run(arguments))

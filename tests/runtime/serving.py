@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from mmtok_bench.families import FAMILY_TRAITS, Family
+from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.server import SglangServer
 from tests.runtime.chats import Chat
 from tests.runtime.hand_pruned import HandPruned
@@ -21,7 +21,7 @@ LOGPROB_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Served:
-    family: Family
+    family: FamilyName
     server: SglangServer
     judge: HandPruned
 

@@ -17,7 +17,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from torch import Tensor
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy import Budget
 from mmtok_deploy.presets import PRESETS
@@ -108,7 +108,7 @@ def image_names(key: object) -> ImageKeys:
     return ImageKeys(name, name, name, ((name, 0), (digest("selection", name), 0)))
 
 
-def tiny_checkpoint(factory: pytest.TempPathFactory, family: Family) -> str:
+def tiny_checkpoint(factory: pytest.TempPathFactory, family: FamilyName) -> str:
     """Returns a tiny checkpoint's folder, made once a test run."""
     return str(make_tiny_checkpoint(family, factory.getbasetemp() / "checkpoints" / family))
 

@@ -9,7 +9,7 @@ from sglang.srt.arg_groups.model_overrides import qwen3_vl
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from transformers import LlavaConfig, PixtralVisionConfig, Qwen3VLMoeConfig
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_sglang import compatibility, server_args
 from mmtok_sglang.compatibility import (
     UnsupportedServerError,
@@ -177,7 +177,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
 def test_real_arguments_of_each_family_pass(
     installed: list[Settings | None],
     tmp_path_factory: pytest.TempPathFactory,
-    family: Family,
+    family: FamilyName,
     options: dict[str, Any],
 ) -> None:
     path = tiny_checkpoint(tmp_path_factory, family)
@@ -208,7 +208,7 @@ def test_real_arguments_of_each_family_pass(
 def test_real_arguments_that_would_go_around_the_hooks_are_refused(
     installed: list[Settings | None],
     tmp_path_factory: pytest.TempPathFactory,
-    family: Family,
+    family: FamilyName,
     options: dict[str, Any],
     message: str,
 ) -> None:

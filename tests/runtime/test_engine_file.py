@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_deploy import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import EngineError
@@ -41,7 +41,7 @@ def qwen_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_for("qwen2.5-vl", tmp_path_factory.mktemp("qwen") / "selection.onnx", 64)
 
 
-def resolve(paths: pytest.TempPathFactory, family: Family, engine: Path, budget: str, **flags: Any) -> None:
+def resolve(paths: pytest.TempPathFactory, family: FamilyName, engine: Path, budget: str, **flags: Any) -> None:
     MMTokServerArgs(
         model_path=tiny_checkpoint(paths, family),
         dtype="float32",

@@ -8,7 +8,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from transformers import AutoImageProcessor
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_deploy.photographs import photograph
 from mmtok_sglang.pixels import PixelScale, compact_items, for_encoder, normalise_item, take_over_scaling
 from tests.runtime.conftest import checkpoint
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 SIZES = [(451, 300), (28, 28), (333, 1000), (640, 63)]
 
 
-def processor_of(family: Family, **settings: Any) -> Any:
+def processor_of(family: FamilyName, **settings: Any) -> Any:
     return AutoImageProcessor.from_pretrained(checkpoint(family), **settings)
 
 
@@ -32,8 +32,8 @@ def item_of(pixels: torch.Tensor) -> MultimodalDataItem:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("family", get_args(Family))
-def test_pixels_are_bit_for_bit_the_processors(family: Family, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("family", get_args(FamilyName))
+def test_pixels_are_bit_for_bit_the_processors(family: FamilyName, size: tuple[int, int]) -> None:
     image_processor = processor_of(family)
     images = [photograph("chelsea").resize(size), photograph("coffee").resize(size)]
     expected = image_processor(images=images, return_tensors="pt")["pixel_values"]

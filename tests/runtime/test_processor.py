@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from tests.runtime.conftest import checkpoint
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("name", "num_spans"), [("qwen2.5-vl", 1), ("qwen3-vl", 2)])
-def test_a_video_is_refused_with_a_budget_and_sglangs_own_without(name: Family, num_spans: int) -> None:
+def test_a_video_is_refused_with_a_budget_and_sglangs_own_without(name: FamilyName, num_spans: int) -> None:
     """Qwen3-VL's has a span for each pair of frames, with their time between."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.runtime.processed_requests", str(checkpoint(name))],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.server import ServerError, running
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import checkpoint, judge_of, make_server
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_adapter_has_its_own_tokens_in_the_cache(tmp_path: Path) -> None:
-    family: Family = "qwen2.5-vl"
+    family: FamilyName = "qwen2.5-vl"
     base = checkpoint(family)
     adapters = {name: make_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("one", "other"))}
     judges: dict[str | None, HandPruned] = {None: judge_of(family)}

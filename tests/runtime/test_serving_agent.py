@@ -10,14 +10,14 @@ from contextlib import contextmanager
 import openai
 import pytest
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.server import running
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import make_server
 from tests.runtime.serving import Served
 
 # Guided by whole texts: whatever noise the agent answers, it counts.
-FAMILY: Family = "qwen2.5-vl"
+FAMILY: FamilyName = "qwen2.5-vl"
 CUP = "What is in this cup?"
 CATS = "How many cats are on the red table?"
 TIMEOUT_MS = 15_000

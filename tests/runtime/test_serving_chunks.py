@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.serving import Served
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=FAMILIES)
 def chunked(request: pytest.FixtureRequest) -> Iterator[Served]:
     """Chunks of 32 tokens, no cache of embeddings, a cache of one image's features, retractions."""
-    family: Family = request.param
+    family: FamilyName = request.param
     arguments = (
         f"--mmtok-budget={BUDGET[family]}",
         "--chunked-prefill-size=32",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.server import running
 from tests.runtime.chats import data_url, small
 from tests.runtime.conftest import judge_of, make_server
@@ -18,7 +18,7 @@ from tests.runtime.test_serving_bounds import post
 
 pytestmark = pytest.mark.slow
 
-FAMILY: Family = "qwen2.5-vl"
+FAMILY: FamilyName = "qwen2.5-vl"
 TOKEN = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.server import ServerError, running
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
@@ -20,7 +20,7 @@ BUDGETS = {"qwen2.5-vl": 51, "qwen3-vl": 51, "qwen3-vl-moe": 51, "llava-1.5": 57
 
 
 @pytest.fixture(scope="module")
-def exported(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def exported(family: FamilyName, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with the budget of the session's, which selects by PyTorch."""
     file = export_for(family, tmp_path_factory.mktemp("engine") / "selection.onnx", BUDGETS[family])
     server = make_server(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.soak.fuzz import fuzz, judge_failed
 from mmtok_bench.soak.images import send_odd_images
 from mmtok_bench.soak.storm import storm
@@ -15,7 +15,9 @@ from tests.runtime.serving import Served
 
 
 @pytest.fixture(scope="module")
-def trial(family: Family, servers: tuple[Served, Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+def trial(
+    family: FamilyName, servers: tuple[Served, Served], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trial]:
     """A trial on the session's server with a budget, which must be as it was after all of these tests."""
     if family == "llava-next":
         pytest.skip("its path is the one of LLaVA-1.5")

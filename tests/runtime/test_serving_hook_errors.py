@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.hook_faults import POINTS, Faults, fault_environment
@@ -39,7 +39,7 @@ def faulty(
     yield from _served(family, num_ranks, folder)
 
 
-def _served(family: Family, num_ranks: int, folder: Path) -> Iterator[tuple[Served, Faults, int]]:
+def _served(family: FamilyName, num_ranks: int, folder: Path) -> Iterator[tuple[Served, Faults, int]]:
     flags = ["--mmtok-budget=10%", "--enable-metrics", f"--tp-size={num_ranks}"]
     if family == "llava-1.5":
         # What it needs without a budget may stay.

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES, checkpoint, judge_of, make_server
 from tests.runtime.serving import Served
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
 @pytest.mark.parametrize("parallelism", ["--tp-size=2", "--pp-size=2"])
 @pytest.mark.parametrize("ranks_family", FAMILIES)
-def test_two_ranks(ranks_family: Family, parallelism: str) -> None:
+def test_two_ranks(ranks_family: FamilyName, parallelism: str) -> None:
     environment = {}
     if ranks_family.startswith("qwen3-vl") and parallelism == "--pp-size=2":
         # Of 4 layers; DeepStack adds to the first three.
@@ -43,7 +43,7 @@ def test_two_tokenizer_workers() -> None:
     _check("qwen2.5-vl", "--tokenizer-worker-num=2")
 
 
-def _check(family: Family, *arguments: str, num_ranks: int = 1, **environment: str) -> None:
+def _check(family: FamilyName, *arguments: str, num_ranks: int = 1, **environment: str) -> None:
     arguments = ("--mmtok-budget=10%", "--enable-metrics", *arguments)
     with make_server(family, *arguments, num_ranks=num_ranks, **environment) as server:
         served = Served(family, server, judge_of(family))

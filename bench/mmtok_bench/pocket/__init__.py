@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
-from mmtok_bench.families import Family, PocketFamily
+from mmtok_bench.families import FamilyName, PocketFamily
 from mmtok_bench.pocket.scenes import SCENE_PX
 
 __all__ = ["PICTURE_PX", "pocket_checkpoint"]
 
-PICTURE_PX: Mapping[Family, int] = {"llava-1.5": SCENE_PX, "qwen2.5-vl": 392}
+PICTURE_PX: Mapping[FamilyName, int] = {"llava-1.5": SCENE_PX, "qwen2.5-vl": 392}
 """Side of the square pictures that a served model is sent, so that it reads 196 tokens of them."""
 
 
-def pocket_checkpoint(family: Family) -> Path:
+def pocket_checkpoint(family: FamilyName) -> Path:
     """Returns the folder of the trained model that this package brings along.
 
     Raises:

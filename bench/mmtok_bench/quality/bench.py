@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mmtok_bench.client import openai_client
-from mmtok_bench.families import FAMILY_TRAITS, Family, family_arguments
+from mmtok_bench.families import FAMILY_TRAITS, FamilyName, family_arguments
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import KINDS
 from mmtok_bench.pocket.scenes import SCENE_PX
@@ -29,7 +29,7 @@ from mmtok_bench.server_metrics import read_counts
 
 __all__ = ["quality_server", "run_quality"]
 
-_DEFAULT_FAMILY: Family = "llava-1.5"
+_DEFAULT_FAMILY: FamilyName = "llava-1.5"
 # As long as a server with many requests under way may take: a question that is not answered ends the run.
 _AGENT_TIMEOUT_MS = 60_000
 _SIZES = {"max_total_tokens": 65536, "max_running_requests": 64}
@@ -69,7 +69,7 @@ def run_pocket_tasks(arguments: argparse.Namespace) -> int:
         _print_plan(plan, arguments, device)
         return 0
     run = Run(BENCH, arguments.results_dir, resume=arguments.resume, json_output=arguments.json)
-    family: Family = arguments.family or _DEFAULT_FAMILY
+    family: FamilyName = arguments.family or _DEFAULT_FAMILY
     sweep = Sweep(plan, run, _model_name(arguments), device=device, picture_px=PICTURE_PX.get(family, SCENE_PX))
     for note in sweep.prepare():
         print(f"mmtok quality: {note}", file=sys.stderr)
@@ -100,7 +100,11 @@ def run_pocket_tasks(arguments: argparse.Namespace) -> int:
 
 
 def quality_server(
-    model_path: str | Path, family: Family | None, device: torch.device, *arguments: str, log_path: Path | None = None
+    model_path: str | Path,
+    family: FamilyName | None,
+    device: torch.device,
+    *arguments: str,
+    log_path: Path | None = None,
 ) -> SglangServer:
     """Returns a server, not yet started, whose requests each choose method and budget."""
     on_cpu = device.type == "cpu"
@@ -157,11 +161,11 @@ def _server_info(url: str) -> dict[str, object]:
     return info
 
 
-def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, Family | None]:
+def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, FamilyName | None]:
     """Returns the checkpoint that is to be served, and its family."""
     if arguments.model_path is not None:
         return arguments.model_path, arguments.family
-    family: Family = arguments.family or _DEFAULT_FAMILY
+    family: FamilyName = arguments.family or _DEFAULT_FAMILY
     return pocket_checkpoint(family), family
 
 

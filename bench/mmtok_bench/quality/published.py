@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 
 __all__ = ["BENCHMARKS", "PAPER_BUDGETS", "PUBLISHED", "Benchmark", "Published"]
 
@@ -47,7 +47,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 """Tasks and metrics of lmms-eval 0.7.3. VQAv2 is its validation split: the test split's answers are not public."""
 
-PAPER_BUDGETS: Mapping[Family, tuple[str, ...]] = {
+PAPER_BUDGETS: Mapping[FamilyName, tuple[str, ...]] = {
     "llava-1.5": ("all", "192", "128", "64"),
     "llava-next": ("all", "640", "320", "160"),
     "qwen2.5-vl": ("all", "20%", "10%", "5%"),
@@ -68,7 +68,7 @@ class Published:
         score: Accuracy in %, POPE's F1 in %, MME's perception and cognition together; None where it is not told.
     """
 
-    family: Family
+    family: FamilyName
     model: str
     benchmark: str
     budget: str
@@ -79,7 +79,7 @@ class Published:
 _Scores = tuple[float | None, ...]
 # SEED-Bench's images alone: the tables of LLaVA-1.5-7B have them for the budgets of Table 21.
 _COLUMNS = ("gqa", "mmbench", "mme", "pope", "scienceqa", "vqav2", "textvqa", "mmmu", "seedbench", "ocrbench")
-_TABLES: dict[tuple[Family, str], dict[str, _Scores]] = {
+_TABLES: dict[tuple[FamilyName, str], dict[str, _Scores]] = {
     ("llava-1.5", "LLaVA-1.5-7B"): {
         "all": (61.90, 64.70, 1862, 85.90, 69.50, 78.50, 58.20, 36.30, 66.14, None),
         "192": (60.07, 63.40, 1773.86, 86.42, 68.76, 77.11, 57.68, 36.33, None, None),
@@ -119,7 +119,7 @@ _TABLES: dict[tuple[Family, str], dict[str, _Scores]] = {
 }
 
 
-def _rows_of(family: Family, model: str, table: dict[str, _Scores]) -> Iterator[Published]:
+def _rows_of(family: FamilyName, model: str, table: dict[str, _Scores]) -> Iterator[Published]:
     for budget, scores in table.items():
         for benchmark, score, unpruned in zip(_COLUMNS, scores, table["all"], strict=True):
             if score is not None and unpruned is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.quality.rows import ALL_SEEDS
 from mmtok_bench.results import ResultRow
 
@@ -17,7 +17,7 @@ RECORDED = Path(__file__).resolve().with_name("recorded.json")
 RECORDED_METHOD, RECORDED_BUDGET = "mmtok", "25%"
 
 
-def record(rows: Sequence[ResultRow], family: Family, path: Path) -> None:
+def record(rows: Sequence[ResultRow], family: FamilyName, path: Path) -> None:
     """Writes a family's scores of MMTok at 25%, over all seeds; other families' stay.
 
     Raises:
@@ -38,10 +38,10 @@ def record(rows: Sequence[ResultRow], family: Family, path: Path) -> None:
     path.write_text(json.dumps(families, indent=2) + "\n", encoding="utf-8")
 
 
-def read_recorded(path: Path = RECORDED) -> dict[Family, dict[str, Any]]:
+def read_recorded(path: Path = RECORDED) -> dict[FamilyName, dict[str, Any]]:
     """Returns what was recorded of each family; nothing before anything was.
 
     Each has `accuracy` and `num_questions` by kind, the `question_set` of all seeds, `commit` and `time`.
     """
-    families: dict[Family, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    families: dict[FamilyName, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return families

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmtok_bench.families import FAMILY_TRAITS, Family
+from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.serve.presets import Size
 
 __all__ = ["count_image_tokens", "downsampled_px"]
@@ -24,7 +24,7 @@ def count_image_tokens(processor: Any, size_px: Size) -> int:
     return int((ids == processor.image_token_id).sum())
 
 
-def downsampled_px(processor: Any, family: Family, size_px: Size, num_tokens: int) -> Size | None:
+def downsampled_px(processor: Any, family: FamilyName, size_px: Size, num_tokens: int) -> Size | None:
     """Returns the size at which an image becomes about `num_tokens` tokens; None where no smaller size has fewer.
 
     Qwens: the count nearest to `num_tokens` at about the same shape. LLaVA-NeXT: the nearest count of the image

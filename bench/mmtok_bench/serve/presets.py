@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 
 __all__ = ["QUESTIONS", "SERVE_PRESETS", "ImageKind", "PrefixCache", "ServePlan", "ServedModel", "Size", "plan_of"]
 
@@ -46,7 +46,7 @@ class ServedModel:
     """
 
     name: str
-    family: Family
+    family: FamilyName
     sizes_px: tuple[Size, ...]
     budgets: tuple[str, ...]
     model_path: str | None = None
@@ -225,7 +225,7 @@ def _models(arguments: argparse.Namespace, plan: ServePlan) -> list[ServedModel]
     if arguments.models:
         raise ValueError("--models chooses from a preset, --model-path names one checkpoint: give one of them")
     if arguments.family is None:
-        raise ValueError(f"--model-path needs --family, one of {', '.join(get_args(Family))}")
+        raise ValueError(f"--model-path needs --family, one of {', '.join(get_args(FamilyName))}")
     folder = arguments.model_path
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model-path {folder} holds no config.json: expected the folder of a checkpoint")

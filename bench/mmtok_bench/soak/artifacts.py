@@ -18,13 +18,13 @@ from typing import Any, cast
 
 import transformers
 
-from mmtok_bench.families import FAMILY_TRAITS, Family
+from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 
 __all__ = ["changed_manifests", "run_artifacts"]
 
 
 def run_artifacts(
-    family: Family, checkpoint: Path, folder: Path, num_flips: int, seed: int
+    family: FamilyName, checkpoint: Path, folder: Path, num_flips: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Gives the result of each changed file: how it was changed, what became of it, and whether that is in order.
 
@@ -92,7 +92,7 @@ def _other(value: Any, change: str) -> Any:
             return 1
 
 
-def _export(family: Family, folder: Path) -> Path:
+def _export(family: FamilyName, folder: Path) -> Path:
     from mmtok_deploy.dim_range import DimRange
     from mmtok_deploy.presets import PRESETS
     from mmtok_export.artifact import export_model
@@ -133,7 +133,7 @@ def _copy(good: Path, folder: Path, *, manifest: bytes | None = None, graph: byt
     return file
 
 
-def _selection(family: Family, config: Any, file: Path) -> dict[str, Any]:
+def _selection(family: FamilyName, config: Any, file: Path) -> dict[str, Any]:
     """Returns what a server would select with the file, after all that it checks at its start."""
     import torch
 
@@ -176,5 +176,5 @@ def _try(what: str, select: Callable[[Path], dict[str, Any]], file: Path, expect
 
 if __name__ == "__main__":
     family, checkpoint, folder, num_flips, seed = sys.argv[1:]
-    for result in run_artifacts(cast("Family", family), Path(checkpoint), Path(folder), int(num_flips), int(seed)):
+    for result in run_artifacts(cast("FamilyName", family), Path(checkpoint), Path(folder), int(num_flips), int(seed)):
         print(json.dumps(result), flush=True)

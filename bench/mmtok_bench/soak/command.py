@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.results import make_row
 from mmtok_bench.run import Run, quiet_transformers, run_command
 from mmtok_bench.server import ServerError, ServerPool
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_row(
-    arguments: argparse.Namespace, row: Row, family: Family, limit_s: float, pool: ServerPool[Served], run: Run
+    arguments: argparse.Namespace, row: Row, family: FamilyName, limit_s: float, pool: ServerPool[Served], run: Run
 ) -> None:
     def step(text: str) -> None:
         run.step(f"{family} {row.name}: {text}", always=text.startswith("FAILED"))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import chat_body, small_image
 from mmtok_bench.soak.fuzz import ENDPOINTS
@@ -86,7 +86,7 @@ def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_url
         trial.fail(f"/health takes longer than 250 ms: {kind}", f"{what}: {1000 * slowest_s:.0f} ms")
 
 
-def _long_requests(family: Family, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _long_requests(family: FamilyName, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Gives the path and the body of requests with 10 MB of guidance, wherever it may stand.
 
     Each text is a new one: SGLang remembers the tokens of messages that it has seen.

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from mmtok_bench.client import image_url
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.server import SglangServer
 from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
 
@@ -81,13 +81,13 @@ def ask_for_logprobs(server: SglangServer, body: dict[str, Any], *, timeout_s: f
     return account
 
 
-def ask_fixed_chats(server: SglangServer, family: Family) -> list[Account]:
+def ask_fixed_chats(server: SglangServer, family: FamilyName) -> list[Account]:
     """Returns the logprobs of the twenty chats, asked one after another."""
     return [ask_for_logprobs(server, body) for body in _bodies(family)]
 
 
 @cache
-def _bodies(family: Family) -> list[dict[str, Any]]:
+def _bodies(family: FamilyName) -> list[dict[str, Any]]:
     names = list(PHOTOGRAPHS)
     bodies = []
     for number in range(_NUM_CHATS):

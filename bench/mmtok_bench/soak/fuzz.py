@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from mmtok_bench.client import in_parallel
-from mmtok_bench.families import FAMILY_TRAITS, Family
+from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import small_image
 from mmtok_bench.soak.trial import Reply, Trial, send
@@ -26,7 +26,7 @@ _OUR_FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed", "
 _METHODS = (*get_args(MethodName), "")
 
 
-def _chat(family: Family) -> dict[str, Any]:
+def _chat(family: FamilyName) -> dict[str, Any]:
     content = [
         {"type": "image_url", "image_url": {"url": small_image("coffee", 112, 84)}},
         {"type": "text", "text": "What is in this cup?"},
@@ -40,7 +40,7 @@ def _chat(family: Family) -> dict[str, Any]:
     }
 
 
-def _generate(family: Family) -> dict[str, Any]:
+def _generate(family: FamilyName) -> dict[str, Any]:
     return {
         "text": f"USER: {FAMILY_TRAITS[family].placeholder} What is it? ASSISTANT:",
         "image_data": [small_image("coffee", 112, 84)],
@@ -49,7 +49,7 @@ def _generate(family: Family) -> dict[str, Any]:
     }
 
 
-def _completion(family: Family) -> dict[str, Any]:
+def _completion(family: FamilyName) -> dict[str, Any]:
     return {
         "model": "default",
         "prompt": f"USER: {FAMILY_TRAITS[family].placeholder} What is it? ASSISTANT:",
@@ -59,7 +59,7 @@ def _completion(family: Family) -> dict[str, Any]:
     }
 
 
-def _message(family: Family) -> dict[str, Any]:
+def _message(family: FamilyName) -> dict[str, Any]:
     data = small_image("coffee", 112, 84).partition(",")[2]
     source = {"type": "base64", "media_type": "image/png", "data": data}
     return {
@@ -72,7 +72,7 @@ def _message(family: Family) -> dict[str, Any]:
     }
 
 
-ENDPOINTS: dict[str, Callable[[Family], dict[str, Any]]] = {
+ENDPOINTS: dict[str, Callable[[FamilyName], dict[str, Any]]] = {
     "/v1/chat/completions": _chat,
     "/generate": _generate,
     "/v1/completions": _completion,

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import psutil  # type: ignore[import-untyped]
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.process_tree import process_tree, sum_resident_bytes
 from mmtok_bench.server import ServerError, ServerPool, SglangServer, make_server
 from mmtok_bench.soak.fixed_chats import TOLERANCE, ask_fixed_chats, largest_difference
@@ -74,7 +74,7 @@ def send(
 class Served:
     """What sets a server of the soak apart: its family, and flags and environment besides the usual ones."""
 
-    family: Family
+    family: FamilyName
     folder: Path
     flags: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
@@ -116,7 +116,7 @@ class Trial:
 
     def __init__(
         self,
-        family: Family,
+        family: FamilyName,
         folder: Path,
         *,
         minutes: float = _FULL_MINUTES,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from mmtok_bench.families import Family
+from mmtok_bench.families import FamilyName
 from mmtok_bench.pocket import PICTURE_PX
 from mmtok_bench.quality.plan import QualityPlan, answers_beside, read_answers
 from mmtok_bench.quality.recorded import (
@@ -33,7 +33,7 @@ LEVEL = 0.001
 @pytest.mark.slow
 @pytest.mark.parametrize("family", RECORDED)
 def test_accuracy_is_not_below_the_recorded_one(
-    family: Family, pocket_model_of: Callable[[Family], SglangServer], tmp_path: Path
+    family: FamilyName, pocket_model_of: Callable[[FamilyName], SglangServer], tmp_path: Path
 ) -> None:
     plan = QualityPlan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=NUM_QUESTIONS)
     run = Run("quality", tmp_path)
