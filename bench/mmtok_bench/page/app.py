@@ -6,7 +6,7 @@ import io
 import json
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field
-from starlette.concurrency import run_in_threadpool
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
 from mmtok_bench.client import Answer, MeasurementError, account, image_url, openai_client, stream
 from mmtok_bench.page.guard import Guard
@@ -168,8 +168,7 @@ def make_app(content: PageContent, served: Served, host: str = "localhost") -> G
     @app.post("/api/answers")
     def answers(asked: AnswersAsked) -> StreamingResponse:
         picture = content.pictures.get(asked.picture)
-        events = _answers(served, asking, picture, asked)
-        return StreamingResponse((json.dumps(event) + "\n" for event in events), media_type="application/x-ndjson")
+        return StreamingResponse(_lines(_answers(served, asking, picture, asked)), media_type="application/x-ndjson")
 
     @app.get("/")
     @app.get("/{name}")
@@ -189,7 +188,19 @@ def _described(picture_id: str, picture: Picture) -> dict[str, Any]:
     }
 
 
-def _answers(served: Served, asking: threading.Lock, picture: Picture, asked: AnswersAsked) -> Iterator[dict[str, Any]]:
+async def _lines(events: Generator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Gives each event as a line of JSON."""
+    try:
+        async for event in iterate_in_threadpool(events):
+            yield json.dumps(event) + "\n"
+    finally:
+        # Whoever waits has its turn, also where the browser has gone away in the middle of an answer.
+        events.close()
+
+
+def _answers(
+    served: Served, asking: threading.Lock, picture: Picture, asked: AnswersAsked
+) -> Generator[dict[str, Any]]:
     """Gives what happens, an object an event, each with the number of its run."""
     if not asking.acquire(blocking=False):
         yield {"waiting": True}

@@ -81,7 +81,12 @@ class Program:
     """`mmtok demo --page`, run as a user runs it."""
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "mmtok_deploy", "demo", "--page", "--port=0", f"--folder={folder}"]
+        # A shell's background jobs ignore SIGINT, and hand that down.
+        program = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", program, "demo", "--page", "--port=0", f"--folder={folder}"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
         )
