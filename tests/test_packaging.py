@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import PackageNotFoundError, requires
@@ -39,8 +38,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hatchling = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
     subprocess.run([*hatchling, "-t", "sdist"], cwd=folder / "checkout", check=True, timeout=300)
     (sdist,) = folder.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(sdist, folder)
     sources = folder / sdist.name.removesuffix(".tar.gz")
     subprocess.run([*hatchling, "-t", "wheel"], cwd=sources, check=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
