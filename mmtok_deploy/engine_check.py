@@ -17,7 +17,7 @@ __all__ = ["hold_to_reference", "sample_problems"]
 _COVERAGE_TOLERANCE = 1e-4
 # What float32 rounds of the coverage, twice: the scale on which two gains are told apart.
 _COVERAGE_ROUNDING = 2**-23
-# Of the sample, to keep a start short where the file takes images of many sizes.
+# The sample has at most so many, to keep a start short where the file takes images of many sizes.
 _MAX_TOKENS, _MAX_WORDS = 1024, 8
 # No image and no question is larger; a file that takes nothing smaller is not one that can be tried.
 _MAX_SMALLEST = 1 << 15

@@ -111,7 +111,7 @@ class Manifest:
         constants: Temperatures, weight, coverage.
         details: What else there is to know, by kind: an encoder's family, image size and grid; the tensors that a
             selection is attached to; an engine's compute capabilities.
-        versions: Of the libraries that made it.
+        versions: Versions of the libraries that made it.
         requires: Oldest version of each library that runs it.
         created: UTC time, ISO 8601.
         check: The comparison with the reference at export.

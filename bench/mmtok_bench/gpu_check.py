@@ -87,7 +87,7 @@ class Part:
         in_process: Measures rows in this process.
         beside: Another part, whose rows the bars read as well.
         needs_gib: Memory of the GPU without which nothing is run.
-        timeout_s: Of each command; None is ten minutes.
+        timeout_s: The time limit of each command; None is ten minutes.
     """
 
     name: str

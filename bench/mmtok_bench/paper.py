@@ -42,7 +42,7 @@ class Checkpoint:
         family: Its family.
         published: What the paper calls it.
         image_px: An image of about the paper's number of tokens.
-        budget: Of the paper's latencies.
+        budget: The budget that the paper's latencies were measured with.
     """
 
     folder: str

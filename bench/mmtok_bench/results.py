@@ -64,7 +64,7 @@ class ResultRow:
         device: The processor's or the accelerator's name.
         num_threads: PyTorch's threads on the CPU.
         versions: Of Python, mmtok-deploy and the libraries that matter.
-        commit: Of the checkout, with "+" where files differ from it; empty outside one.
+        commit: The checkout's commit, with "+" where files differ from it; empty outside one.
         time: When it was measured, ISO 8601, UTC.
         schema: The version of this form.
 

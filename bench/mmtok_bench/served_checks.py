@@ -51,7 +51,7 @@ def check_server(server: SglangServer, *, num_requests: int, concurrency: int, m
     Args:
         server: Ready, with `--enable-metrics` and `--enable-cache-report`.
         num_requests: Random requests.
-        concurrency: Of these, at a time.
+        concurrency: Random requests that are under way at a time.
         max_side_px: The longest side of their images.
     """
     client = server.client()

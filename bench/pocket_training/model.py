@@ -32,7 +32,7 @@ class PocketModel(ABC):
     """A small vision-language model of a published architecture, with its words and its processor.
 
     Args:
-        seed: Of the weights.
+        seed: The seed that the weights are drawn from.
     """
 
     before: ClassVar[str]

@@ -81,7 +81,7 @@ class Training:
     Args:
         folder: Where the state is kept between runs.
         family: Whose architecture.
-        seed: Of the weights and of every scene.
+        seed: The seed that the weights and every scene are drawn from.
         device: Where the model is trained.
         stages: One after the other; those of the family unless given.
     """

@@ -80,7 +80,7 @@ class TrainingScenes(Dataset[dict[str, Tensor]]):
             have more of them. "answers": both, and ids, labels and segments [L] of some twelve questions one after the
             other, of which each counts as a segment from 1 on; has_named [L], whether a token's question has named by
             then what it asks for, and looks [2, 12, 196], the patches that show it, and their middles.
-        seed: Of all scenes.
+        seed: The seed that all scenes are drawn from.
         tokenizer: The model's.
         asked: A question up to its answer, in the model's chat template.
     """

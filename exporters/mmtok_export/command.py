@@ -39,7 +39,8 @@ class _Features(NamedTuple):
     has_float32_keys: bool = False
 
 
-# Of each family's 7B, 8B or 30B-A3B model. Qwen's keys are means over the features that make a token, in float32.
+# The widths of each family's 7B, 8B or 30B-A3B model. Qwen's keys are means over the features that make a token, in
+# float32.
 _FEATURES = {
     "llava-1.5": _Features(4096, 1024),
     "llava-next": _Features(4096, 1024),

@@ -63,7 +63,7 @@ def build_joined_encoder(
         takes_budget: Whether the budget is an input, and K the largest.
         is_unpruned_given: Whether all tokens are an output too.
         num_words: M.
-        dtype: Of the weights, the text and the kept tokens.
+        dtype: The dtype of the weights, the text and the kept tokens.
         form: How the picks are made.
         batch_size: B.
         config: Temperatures, weight, coverage; the family's preset by default.

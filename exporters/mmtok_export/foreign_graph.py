@@ -34,7 +34,7 @@ OWN_DIMENSIONS = ("B", "N", "M", "K")
 # The operators of the selection take their axes as inputs, which came with this opset, and with this version of ONNX.
 _MIN_OPSET, _MIN_IR_VERSION = 18, 8
 _NUM_SUGGESTIONS = 5
-# Of features; less is a mean or a length.
+# The least width of features; less is a mean or a length.
 _MIN_WIDTH = 2
 # Class and register tokens in front of the patches: DINOv2 has 1 + 4.
 _MAX_EXTRA_TOKENS = 16

@@ -32,8 +32,8 @@ def images_of(
     Args:
         size: (width, height) in pixels.
         num_images: B; photographs come again where there are not as many.
-        mean: Of each channel, of values from 0 to 1.
-        std: Standard deviation of each channel, likewise.
+        mean: Mean of each channel, for values from 0 to 1.
+        std: Standard deviation of each channel, for values from 0 to 1.
 
     Raises:
         ModuleNotFoundError: scikit-image, which ships them, is not installed.

@@ -65,8 +65,8 @@ class SelectionSpec:
         batch: B, images.
         vision_width: D, of vision tokens and text.
         keys_width: d, of the features before the projector.
-        dtype: Of vision and text.
-        keys_dtype: Of keys: means over several features are float32 where the model is not.
+        dtype: The dtype of vision and text.
+        keys_dtype: The dtype of keys: means over several features are float32 where the model is not.
         config: Temperatures, weight, coverage.
         form: How the picks are made.
         takes_budget: Whether the graph has an input `budget`, a number of tokens an image.

@@ -24,7 +24,8 @@ Encoder = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 SELECTION_INPUTS = ("text", "text_mask", "excluded", "budget")
 SELECTION_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total")
 
-# Of the length of all features: the sums are made in another order, and in float16 and bfloat16 rounded each time.
+# Relative to the length of all features: the sums are made in another order, and in float16 and bfloat16 rounded each
+# time.
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
 _MAX_IMAGES = 2
 

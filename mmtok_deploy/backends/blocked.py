@@ -18,7 +18,7 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 __all__ = ["MAX_BYTES", "MAX_HOST_BYTES", "max_matrix_bytes", "select", "within_memory"]
 
 MAX_BYTES = 256 << 20
-"""Of coverage matrices held at a time: one image of 8,192 tokens, or 202 of 576."""
+"""Bytes of coverage matrices held at a time: one image of 8,192 tokens, or 202 of 576."""
 
 MAX_HOST_BYTES = 1280 << 20
 """The same where the features are in the host's memory, of which there is more: one image of 16,384 tokens."""
@@ -119,7 +119,7 @@ class _Columns:
     def __init__(self, problem: SelectionProblem, config: SelectionConfig, max_bytes: int) -> None:
         self.num_columns = len(problem.vision)
         self.device = problem.vision.device
-        # Of each part of C: unit rows, what the columns are made of, temperature, weight of a row.
+        # Each part of C: unit rows, what the columns are made of, temperature, weight of a row.
         self._parts: list[tuple[Tensor, Tensor, float, float]] = []
         if config.coverage != "vision" and len(problem.text):
             text = unit_rows(problem.text)
@@ -156,7 +156,7 @@ class _Columns:
         missing = [column for column in dict.fromkeys(wanted) if column not in self._place]
         if missing:
             for column in missing:
-                # Of no column that is wanted: those are the last, and there is place for a block.
+                # The place of no column that is wanted: those are the last, and there is place for a block.
                 is_full = len(self._place) == len(self._held)
                 self._place[column] = self._place.popitem(last=False)[1] if is_full else len(self._place)
             self._held[[self._place[column] for column in missing]] = self._compute(missing)

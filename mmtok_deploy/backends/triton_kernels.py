@@ -77,7 +77,7 @@ def similarity(
         coverage: Receives the logits, transposed.
         part_max: [total rows of C, num_parts] float32, receives each row's largest logit among the tile's columns.
         part_sum: [total rows of C, num_parts] float32, receives sum exp(logit - part_max) over them.
-        temperature: Of the softmax.
+        temperature: Temperature of the softmax.
         IS_IMAGE: Rows are the columns themselves (keys) and ROWS == COLUMNS; else they are words.
 
     Grid: (row tiles * column tiles of the largest problem, B).
@@ -341,7 +341,7 @@ def greedy_picks(
     bounds += tl.load(problem + _FIRST_TOKEN)
     first_pick = tl.load(problem + _FIRST_PICK)
 
-    # Of each column the bits of its bound, which rank as the bound does: negative once fresh, _OUT if not to be picked.
+    # The bits of each column's bound, which rank as the bound does: negative once fresh, _OUT if not to be picked.
     num_groups: tl.constexpr = CANDIDATES * NUM_PROGRAMS
     groups = rank * CANDIDATES + tl.arange(0, CANDIDATES)
     turns = tl.arange(0, TURNS)

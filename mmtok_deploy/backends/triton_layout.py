@@ -52,9 +52,9 @@ class Layout:
         table: [B, len(Field)] int64 on the device.
         num_picks: K of each problem.
         size: What decides the launches.
-        total_tokens: Of all problems.
+        total_tokens: Tokens of all problems.
         total_rows: Rows of all problems; padding is counted here and below.
-        total_entries: Of all problems' C.
+        total_entries: Entries of all problems' C.
         copied: When `table` is there; None where that took no copy.
     """
 

@@ -35,7 +35,7 @@ def grid_within(rows: int, columns: int, max_tokens: int) -> tuple[int, int]:
     near, the one of more tokens. A grid that is small enough is returned as it is.
 
     Args:
-        rows: Of the image's own grid, at least 1.
+        rows: Rows of the image's own grid, at least 1.
         columns: Likewise.
         max_tokens: At least 1.
     """

@@ -46,7 +46,7 @@ class Patches:
         """Returns what a method keeps, as the page draws it.
 
         Args:
-            picture: Of what.
+            picture: The picture that is selected from.
             question: What guides the selection.
             method: Which method.
             budget: Tokens to keep. None is every budget at once, which only nested methods have.

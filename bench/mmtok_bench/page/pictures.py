@@ -23,7 +23,7 @@ MAX_UPLOAD_BYTES = 64 << 20
 _MAX_PIXELS = 64_000_000
 _MAX_ASPECT_RATIO = 200
 
-# Of the demonstration; the model was not trained on these.
+# The scenes that the page offers; the model was not trained on these.
 _SCENE_SEED, _NUM_SCENES = 107, 4
 _NUM_QUESTIONS = 8
 _SCENE_SCALE = 6

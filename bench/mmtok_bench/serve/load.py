@@ -108,7 +108,7 @@ def load_arguments(
         model_path: The model's folder, for its tokenizer and processor.
         num_requests: Requests in all.
         output_tokens: Tokens of each answer, which no end token cuts short.
-        seed: Of random images.
+        seed: The seed that random images are drawn from.
         chats: The file with photographs, for cases that send them.
         output: Where the load generator appends its result.
     """

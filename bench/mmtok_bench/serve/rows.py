@@ -28,8 +28,8 @@ class Sample:
     Args:
         load: What the load generator saw.
         stages: What `stage_metrics` returns.
-        is_later: Of each answered request, whether it is a later question about its image; empty where each image has
-            one question.
+        is_later: Whether each answered request is a later question about its image; empty where each image has one
+            question.
         peak_memory_bytes: What `PeakMemory` saw; None where the server's is not told from that of others.
         max_total_tokens: Tokens of KV cache that the server has.
         image_tokens_in: Tokens of the image at its own size, unpruned.

@@ -90,8 +90,8 @@ class ExportedEncoder:
         grid: (t, h, w) of one image's tokens, t = 1; token i stands at (0, i // w, i % w).
         vision_width: D.
         keys_width: d.
-        dtype: Of the weights and of `vision`. `keys` are as the family computes them: float32 where they are means
-            (Qwens), else of this type.
+        dtype: The dtype of the weights and of `vision`. `keys` are as the family computes them: float32 where they are
+            means (Qwens), else of this type.
         has_positions: Whether the language model reads (t, h, w) positions (M-RoPE) and not a running number.
     """
 

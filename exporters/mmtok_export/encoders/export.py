@@ -46,7 +46,7 @@ def export_encoder(
     Args:
         checkpoint: A Hugging Face checkpoint directory: config.json, and safetensors unless `random_weights`.
         image_size: (width, height) in pixels, after the image processor has scaled the image.
-        dtype: Of the weights and of `vision`: float32, float16 or bfloat16.
+        dtype: The dtype of the weights and of `vision`: float32, float16 or bfloat16.
         batch_size: Images a call.
         random_weights: Fill the weights with noise: a model of the real size without its weights.
 

@@ -62,7 +62,7 @@ class StubServer(SglangServer):
     """The stub as a server of the soak.
 
     Args:
-        log_path: Of its output.
+        log_path: The file for its output.
         *wrongs: What it does wrong: "drifts", "dies" (both after twenty chats), "keeps a request", "blocks", "leaves
             its child", "outlives its child".
     """
