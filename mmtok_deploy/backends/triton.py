@@ -4,9 +4,10 @@ Five steps, each for all problems at once: norms, cosine logits (words with toke
 weights, the columns of C with a bound on each one's gain, and the picks. What the host knows beforehand, the shapes,
 decides every launch; nothing that is computed does. The kernels are in `triton_kernels.py`.
 
-Exactness: float32 throughout, with true float32 products. Features of 16 bits are multiplied as they are, on tensor
-cores: each product is exact there, and sums are float32, but cut where the reference's are rounded. Picks may then
-differ from the reference's where two gains are as good as equal. So may they, by the order of sums, between teams.
+Exactness: float32 throughout. Products are made on tensor cores: of float32 features as three products of their halves
+(tf32x3), whose cosines are good to 1e-5; features of 16 bits are multiplied as they are, exactly. Sums are float32, but
+cut where the reference's are rounded. Picks may then differ from the reference's where two gains are as good as equal.
+So may they, by the order of sums, between teams.
 """
 
 from __future__ import annotations

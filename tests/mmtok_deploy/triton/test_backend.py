@@ -24,7 +24,7 @@ class TestChoice:
 
     def test_without_triton_it_says_what_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(mmtok_deploy.backends, "triton", raising=False)
-        for name in ("triton", "triton_kernels"):
+        for name in ("triton", "triton_kernels", "triton_launch"):
             monkeypatch.delitem(sys.modules, f"mmtok_deploy.backends.{name}", raising=False)
         monkeypatch.setitem(sys.modules, "triton", None)
         with pytest.raises(

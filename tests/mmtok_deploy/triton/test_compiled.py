@@ -40,7 +40,7 @@ ALONE = Team(1, LONE_CANDIDATES, is_meeting=False)
 
 # Tokens, dtype of the features, how float32 is multiplied, who picks.
 LAUNCHES = {
-    "2880-float32-alone": (2880, torch.float32, "ieee", ALONE),
+    "2880-float32-alone": (2880, torch.float32, "tf32x3", ALONE),
     "2880-bfloat16-team-of-128": (2880, torch.bfloat16, "ieee", Team(128, 4, is_meeting=True)),
     "16384-bfloat16-team-of-16": (16384, torch.bfloat16, "ieee", Team(16, 4, is_meeting=True)),
     "576-float16-team-of-4": (576, torch.float16, "ieee", Team(4, 16, is_meeting=True)),

@@ -84,6 +84,8 @@ class TestAnswer:
     @pytest.mark.parametrize("team", TEAMS, ids=str)
     @pytest.mark.parametrize("num_problems", [1, 2])
     def test_every_team_picks_the_same(self, team: Team, num_problems: int) -> None:
+        if team.num_programs * num_problems > torch.cuda.get_device_properties(0).multi_processor_count:
+            pytest.skip("a cooperative launch of more programs than multiprocessors, which no plan makes")
         problems = [made(1300 - 500 * seed, 90, seed=seed) for seed in range(num_problems)]
         for selection, problem in zip(backend._select_together(problems, DEFAULT, team), problems, strict=True):
             assert_greedy(selection, problem, DEFAULT)

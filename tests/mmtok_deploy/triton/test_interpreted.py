@@ -54,7 +54,8 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a small tile as for a large one."""
     monkeypatch.setattr(triton_plan, "SMALL_TILE", 256)
     monkeypatch.setattr(triton_plan, "COLUMNS_TILE", (256, 256))
-    monkeypatch.setattr(triton_plan, "PICK_TILE", 2**16)
+    for name in ("LONE_PICK_TILE", "TEAM_PICK_TILE"):
+        monkeypatch.setattr(triton_plan, name, 2**16)
 
 
 def assert_all_greedy(problems: Sequence[SelectionProblem], config: SelectionConfig = DEFAULT) -> None:

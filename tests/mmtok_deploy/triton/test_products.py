@@ -1,4 +1,4 @@
-"""What products on tensor cores do to the answers, emulated: for want of a GPU, and to say why float32 is the default.
+"""What products of float32 features on tensor cores do to the answers, emulated: why three of them, and not one.
 
 Tensor cores multiply numbers of 11 bits (tf32) exactly, and cut their sums to float32 where others round.
 Source: Fasi et al., Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330 (2021).
