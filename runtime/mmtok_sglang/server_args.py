@@ -18,6 +18,7 @@ from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.flush_count import make_flush_count
 from mmtok_sglang.limits import Limits, default_limits
+from mmtok_sglang.prefill_graphs import log_prefill_graphs, prefer_prefill_graphs
 from mmtok_sglang.settings import FLAGS, Settings
 from mmtok_sglang.start_errors import (
     FlagError,
@@ -113,9 +114,12 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             # For Qwen3-VL on an H100 or H200 SGLang would choose CUDA IPC, which is refused. 8-bit pixels are an eighth
             # of what it saves copying.
             declare_resolution(self, "mmtok", mm_feature_transport="cpu")
+        has_own_graphs = self.mmtok_budget is not None and prefer_prefill_graphs(self)
         super().resolve_once()
         if _in_detokenizer():
             return
+        if has_own_graphs:
+            log_prefill_graphs(self)
         with ends_start(self.__dict__.get("_mmtok_on_command_line", False)):
             self._resolve()
 

@@ -218,7 +218,12 @@ class HandPruned:
             output = self.model.model.get_image_features(inputs["pixel_values"], grids)
         finally:
             hook.remove()
-        rows = [torch.cat(each, dim=1) for each in zip(output.pooler_output, *output.deepstack_features, strict=True)]
+        # One tensor an image; before Transformers 5.19, one of all images for each level.
+        levels = [
+            level if isinstance(level, Tensor) else torch.cat(tuple(level))
+            for level in (output.pooler_output, *output.deepstack_features)
+        ]
+        rows = torch.cat(levels, dim=1).split([len(each) for each in output.pooler_output])
         keys = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
         features = list(zip(rows, keys.split([len(each) for each in rows]), strict=True))
         return features, lambda texts, budgets: [

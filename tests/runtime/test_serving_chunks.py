@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from mmtok_bench.families import FamilyName
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
+from tests.runtime.emulated_graphs import ARGUMENTS, graph_environment
 from tests.runtime.serving import Served
 
 QUESTION = "What is in this picture, and which colours are there?"
@@ -41,18 +43,30 @@ ENVIRONMENT: dict[str, Any] = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def chunked(request: pytest.FixtureRequest) -> Iterator[Served]:
+GRAPHS = "-graphs"
+"""Families whose prefills are replayed: `tests.runtime.emulated_graphs`."""
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *(name + GRAPHS for name in FAMILIES if name.startswith("qwen"))])
+def chunked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Chunks of 32 tokens, no cache of embeddings, a cache of one image's features, retractions."""
-    family: FamilyName = request.param
-    arguments = (
+    name: str = request.param
+    family: FamilyName = next(each for each in FAMILIES if each == name.removesuffix(GRAPHS))
+    arguments = [
         f"--mmtok-budget={BUDGET[family]}",
         "--chunked-prefill-size=32",
         "--enable-metrics",
         f"--mmtok-feature-cache-mb={FEATURE_CACHE_MB[family]}",
-    )
-    with make_server(family, *arguments, **ENVIRONMENT) as server:
+    ]
+    environment = ENVIRONMENT
+    if name.endswith(GRAPHS):
+        # In mixed chunks, requests that decode are part of the batch.
+        arguments += [*ARGUMENTS, "--enable-mixed-chunk", "--cuda-graph-bs-prefill", "8", "16", "32", "48"]
+        environment = environment | graph_environment(tmp_path_factory.mktemp("graphs"))
+    with make_server(family, *arguments, **environment) as server:
         yield Served(family, server, judge_of(family))
+        if name.endswith(GRAPHS):
+            assert len(re.findall(r"Prefill batch.*graph: True", server.log_text())) > 20
 
 
 def test_chunks_through_the_middle_of_images(chunked: Served) -> None:

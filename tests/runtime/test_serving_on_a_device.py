@@ -39,4 +39,5 @@ def test_a_row_is_what_the_gpu_check_reads(tmp_path: Path, monkeypatch: pytest.M
     # The control is not ten times as far away.
     assert device_logprobs.main(arguments) == 1
     (row,) = read_rows(tmp_path / "device-logprobs.jsonl")
-    assert (dict(row.case), dict(row.metrics)) == ({"family": "llava-1.5"}, measured)
+    assert dict(row.case) == {"family": "llava-1.5", "prefill": "eager"}
+    assert dict(row.metrics) == {**measured, "num_prefills": 0, "num_replayed": 0}

@@ -1,0 +1,76 @@
+"""An SGLang plugin for tests alone: breakable prefill graphs without a GPU.
+
+SGLang's own runner does all but the recording: it makes static tensors, pads a batch into them and puts a replay in the
+place of the language model's forward. What is "captured" is that forward with its arguments; a "replay" calls it with
+the same arguments, so that it reads what a CUDA graph would: the static tensors, and no argument of the batch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from sglang.srt.model_executor.runner import prefill_cuda_graph_runner as runner_module
+from sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend import BreakableCudaGraphBackend
+from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import enable_breakable_cuda_graph
+
+from mmtok_bench.second_plugin import plugin_environment
+
+__all__ = ["ARGUMENTS", "graph_environment", "register"]
+
+ARGUMENTS = ("--cuda-graph-backend-prefill=breakable", "--disable-decode-cuda-graph")
+
+
+def graph_environment(folder: Path) -> dict[str, str]:
+    """Returns the environment of a server on a CPU that replays prefills, if it has ARGUMENTS."""
+    return plugin_environment(folder, "mmtok_test_graphs", f"{__name__}:register", Path(__file__).parents[2])
+
+
+class _Recorded(BreakableCudaGraphBackend):
+    """Keeps the language model's forward and its arguments by shape."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._graphs: dict[Any, Callable[[], Any]] = {}
+
+    @contextmanager
+    def capture_session(self, stream: Any) -> Iterator[None]:
+        with enable_breakable_cuda_graph():
+            yield
+
+    def capture_one(self, shape_key: Any, forward_fn: Callable[[], Any], *_: Any, **__: Any) -> None:
+        forward_fn()
+        model = self._runner.layer_model
+        forward = model.forward
+
+        # The runner goes by the signature.
+        @wraps(forward)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            self._graphs[shape_key] = lambda: forward(*args, **kwargs)
+            return forward(*args, **kwargs)
+
+        model.forward = record
+        try:
+            forward_fn()
+        finally:
+            model.forward = forward
+
+    def replay(self, shape_key: Any, static_forward_batch: Any, **_: Any) -> Any:
+        with enable_breakable_cuda_graph():
+            return self._graphs[shape_key]()
+
+
+@contextmanager
+def _no_stream(**_: Any) -> Iterator[SimpleNamespace]:
+    yield SimpleNamespace(stream=None)
+
+
+def register() -> None:
+    """Has SGLang's runner record on the host."""
+    runner_module.resolve_prefill_backend = _Recorded
+    runner_module.graph_capture = _no_stream
+    runner_module.get_or_create_global_graph_capture_stream = lambda: None
