@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=500, help="random ones (default %(default)s)")
     parser.add_argument("--concurrency", type=int, default=16, help="of these (default %(default)s)")
     parser.add_argument("--max-side-px", type=int, default=1400, help="of their images (default %(default)s)")
+    parser.add_argument("--server-args", type=shlex.split, default=[], help="further arguments of the server")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
     arguments = parser.parse_args(argv)
     return run_command("mmtok_bench.served_checks", lambda: _run(arguments))
@@ -114,6 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
         family,
         *("--enable-metrics", "--enable-cache-report", "--disable-radix-cache", f"--mmtok-budget={arguments.budget}"),
         *DUMMY_ARGUMENTS,
+        *arguments.server_args,
         on_cpu=arguments.device == "cpu",
         log_path=folder / "server.log",
     )

@@ -15,7 +15,7 @@ from mmtok_bench import gpu_check
 from mmtok_bench.gpu_check import PARTS, Part, judge, main, run_part
 from mmtok_bench.results import ResultRow, append_row, make_row, read_rows
 
-MEASURED = Path(__file__).parents[2] / "docs" / "measured"
+MEASURED = Path(__file__).parents[1] / "data" / "gpu"
 
 
 def part_of(name: str) -> Part:
@@ -23,7 +23,7 @@ def part_of(name: str) -> Part:
 
 
 def test_rows_of_an_h200_are_held_against_the_bars() -> None:
-    rows = read_rows(MEASURED / "serve-h200.jsonl")
+    rows = read_rows(MEASURED / "serve-h200-default.jsonl")
     found = {text: (value, reached) for text, _, value, reached in judge(part_of("qwen-7b-16"), rows, [0])}
     assert found["requests/s at 16"] == ("0.596 x", False)
     assert found["`all`, requests/s at 16"] == ("0.902 x", False)
@@ -36,7 +36,7 @@ def test_rows_of_an_h200_are_held_against_the_bars() -> None:
 
 
 def test_the_newest_row_of_the_largest_image_counts() -> None:
-    rows = list(read_rows(MEASURED / "serve-h200.jsonl"))
+    rows = list(read_rows(MEASURED / "serve-h200-default.jsonl"))
 
     def changed(row: ResultRow, time: str, tokens: int) -> ResultRow:
         metrics = {**row.metrics, "requests_per_s": 1000.0, "image_tokens_in": tokens}
@@ -50,7 +50,7 @@ def test_the_newest_row_of_the_largest_image_counts() -> None:
 
 
 def test_a_load_of_another_kind_is_not_taken_for_the_parts(tmp_path: Path) -> None:
-    rows = read_rows(MEASURED / "serve-h200.jsonl")
+    rows = read_rows(MEASURED / "serve-h200-default.jsonl")
     with_setting = [replace(row, case={**row.case, "server_arguments": "--it"}) for row in rows]
     with_questions = [
         replace(row, case={**row.case, "questions_per_image": 6, "prefix_cache": "on", "concurrency": 16})
@@ -70,7 +70,7 @@ def test_a_setting_is_held_against_the_rows_of_another_part(tmp_path: Path) -> N
     part = part_of("setting-tokenizers")
     for name, arguments, rate in (("qwen-7b-16", "", 10.0), ("setting-tokenizers", "--tokenizer-worker-num=4", 12.0)):
         (tmp_path / name).mkdir()
-        for row in read_rows(MEASURED / "serve-h200.jsonl"):
+        for row in read_rows(MEASURED / "serve-h200-default.jsonl"):
             case = {**row.case, "server_arguments": arguments}
             append_row(
                 tmp_path / name / "it.jsonl", replace(row, case=case, metrics={**row.metrics, "requests_per_s": rate})
@@ -94,11 +94,20 @@ def test_what_is_measured_by_commands_of_its_own() -> None:
     lines = judge(part_of("first-request"), [row("served-checks", {}, {**metrics, "triton_compiles": 3.0})], [0])
     assert lines[1][2:] == ("3", False)
     errors = {"max_error": 1e-4, "control_error": 2e-2}
-    lines = judge(part_of("logprobs"), [row("device-logprobs", {"family": "llava-1.5"}, errors)], [0, 0, 0])
+    case = {"family": "llava-1.5", "prefill": "eager"}
+    lines = judge(part_of("logprobs"), [row("device-logprobs", case, errors)], [0, 0, 0])
     found = {text: rest for text, _, *rest in lines}
     assert found["llava-1.5, logprobs against the hand-pruned model"] == ["0.0001", True]
     assert found["llava-1.5, the mistake's against that"] == ["200 x", True]
     assert found["llava-next, the mistake's against that"] == ["not measured", None]
+    case = {"family": "qwen2.5-vl", "prefill": "graphs"}
+    replayed = {"max_error": 3e-3, "control_error": 2e-2, "num_replayed": 2}
+    lines = judge(part_of("logprobs-graphs"), [row("device-logprobs", case, replayed)], [0, 0, 0])
+    found = {text: rest for text, _, *rest in lines}
+    assert found["qwen2.5-vl, prefill graphs, the mistake's against that"] == ["6.67 x", True]
+    # Two replays are not those of the images.
+    assert found["qwen2.5-vl, prefill graphs, prefills replayed"] == ["2", False]
+    assert found["qwen3-vl, prefill graphs, prefills replayed"] == ["not measured", None]
 
 
 @pytest.mark.parametrize(("memory_gib", "preset", "rounds"), [(139.8, "h200", "5"), (79.2, "h100", "1")])

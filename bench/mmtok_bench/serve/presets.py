@@ -125,16 +125,17 @@ _H200_MODELS = (
     ServedModel("qwen3-vl-30b-a3b", "qwen3-vl-moe", ((1024, 768),), ("10%",)),
 )
 
-# Four servers of a 7B model were started side by side on an H200 with these.
-_BESIDE_OTHERS: Mapping[str, tuple[str, ...]] = {
-    "qwen2.5-vl-7b": ("--mem-fraction-static=0.85", "--max-total-tokens=60000"),
-    "llava-next-7b": ("--mem-fraction-static=0.85", "--max-total-tokens=16000", "--context-length=4096"),
+# How many servers an H200 was seen to hold side by side, and with which arguments.
+_BESIDE_OTHERS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "qwen2.5-vl-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=60000")),
+    "llava-next-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=16000", "--context-length=4096")),
+    "llava-next-13b": (3, ("--mem-fraction-static=0.95", "--max-total-tokens=16000", "--context-length=4096")),
 }
 
 
 def _on_h200(model: ServedModel) -> ServedModel:
-    beside_others = _BESIDE_OTHERS.get(model.name)
-    return model if beside_others is None else replace(model, most_at_once=4, beside_others=beside_others)
+    most_at_once, beside_others = _BESIDE_OTHERS.get(model.name, (model.most_at_once, model.beside_others))
+    return replace(model, most_at_once=most_at_once, beside_others=beside_others)
 
 
 def _gpu(name: str, concurrencies: tuple[int, ...], models: tuple[ServedModel, ...] = _GPU_MODELS) -> ServePlan:
