@@ -166,7 +166,8 @@ class SglangServer:
         return [
             *(sys.executable, "-m", "sglang.launch_server"),
             *(f"--model-path={self.model_path}", "--host=127.0.0.1", f"--port={self.port}"),
-            f"--nccl-port={self._ranks_port}",
+            # Each data-parallel replica would listen on it.
+            *(() if any(each.startswith("--dp-size") for each in self.args) else (f"--nccl-port={self._ranks_port}",)),
             *self.args,
         ]
 

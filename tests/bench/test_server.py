@@ -65,6 +65,11 @@ def test_a_signal_while_starting_leaves_no_process(number: signal.Signals, statu
     assert [p for p in started if p.is_running()] == []
 
 
+def test_replicas_are_not_given_one_port_for_their_ranks(tmp_path: Path) -> None:
+    assert any(each.startswith("--nccl-port=") for each in SglangServer(tmp_path, "--tp=2").command)
+    assert not any(each.startswith("--nccl-port=") for each in SglangServer(tmp_path, "--dp-size=2").command)
+
+
 def test_no_two_servers_are_given_the_same_port(tmp_path: Path) -> None:
     # A tenth of all ports: drawn without a look at one another, some would be equal.
     servers = [SglangServer(tmp_path) for _ in range(200)]

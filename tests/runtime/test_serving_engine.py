@@ -63,7 +63,7 @@ def test_a_larger_budget_is_refused(exported: Served) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", ["--tp=1", "--tp=2"])
+@pytest.mark.parametrize("flag", ["--tp=1", "--tp=2", "--dp-size=2"])
 def test_a_provider_that_cannot_run_ends_the_start_by_one_message(
     flag: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

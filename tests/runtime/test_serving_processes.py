@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -36,6 +37,17 @@ def test_two_ranks(ranks_family: FamilyName, parallelism: str) -> None:
         # Of 4 layers; DeepStack adds to the first three.
         environment = {"SGLANG_PP_LAYER_PARTITION": "3,1"}
     _check(ranks_family, parallelism, num_ranks=2, **environment)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two replicas need two cores")
+def test_two_replicas() -> None:
+    """Of data parallelism: each has caches of its own, and requests go to them in turns."""
+    arguments = ("--mmtok-budget=10%", "--dp-size=2", "--load-balance-method=round_robin")
+    with make_server("qwen2.5-vl", *arguments, num_ranks=2) as server:
+        served = Served("qwen2.5-vl", server, judge_of("qwen2.5-vl"))
+        for chat in (*CHATS, *CHATS[:1]):
+            served.check(chat, served.ask(chat))
+        assert {"DP0", "DP1"} == set(re.findall(r"(DP\d).*Prefill batch", server.log_text()))
 
 
 def test_two_tokenizer_workers() -> None:
