@@ -13,7 +13,7 @@ from types import FrameType
 
 import psutil  # type: ignore[import-untyped]
 
-__all__ = ["end_process_tree", "process_tree", "sigterm_raises_exit", "sum_resident_bytes"]
+__all__ = ["end_process_tree", "process_tree", "signals_wait", "sigterm_raises_exit", "sum_resident_bytes"]
 
 _POLL_INTERVAL_S = 0.05
 
@@ -72,6 +72,29 @@ def sigterm_raises_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Has Ctrl-C and SIGTERM wait for the end of the block, in which a process is started and its number kept.
+
+    An exception in the middle of it would leave a process that nobody knows of.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    waiting = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in waiting:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in waiting.items():
+            signal.signal(number, handler)
+        for each in came:
+            signal.raise_signal(each)
 
 
 def sum_resident_bytes(processes: Iterable[psutil.Process]) -> int:

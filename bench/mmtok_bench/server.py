@@ -23,7 +23,7 @@ import openai
 
 from mmtok_bench.client import MeasurementError, openai_client
 from mmtok_bench.families import FamilyName, family_arguments
-from mmtok_bench.process_tree import end_process_tree, sigterm_raises_exit
+from mmtok_bench.process_tree import end_process_tree, signals_wait, sigterm_raises_exit
 
 __all__ = [
     "ServerError",
@@ -233,14 +233,15 @@ class SglangServer:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = self._log_path.open("w+b")
         self._started_at_s = time.monotonic()
-        self._process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._env},
-            start_new_session=True,
-        )
+        with signals_wait():
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self._env},
+                start_new_session=True,
+            )
 
     def wait_until_ready(self) -> None:
         """Returns when the server takes requests; one that has started is given as long again to answer.

@@ -12,7 +12,7 @@ from threading import Thread
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from mmtok_bench.server import ServerError, SglangServer, cpu_environment, running
+from mmtok_bench.server import ServerError, SglangServer, cpu_environment, running, started
 
 START_AND_WAIT = """
 import signal, sys
@@ -57,12 +57,34 @@ def test_a_signal_while_starting_leaves_no_process(number: signal.Signals, statu
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
-    started = psutil.Process(process.pid).children(recursive=True)
-    assert started
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     process.stdout.close()
-    assert [p for p in started if p.is_running()] == []
+    assert [p for p in children if p.is_running()] == []
+
+
+@pytest.mark.slow  # as one that starts a server, of which it starts no more than a process
+def test_a_process_that_starts_while_ctrl_c_comes_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def interrupted(*_: object, **__: object) -> subprocess.Popen[bytes]:
+        made.append(real(["sleep", "600"], start_new_session=True))
+        signal.raise_signal(signal.SIGINT)
+        return made[0]
+
+    monkeypatch.setattr("mmtok_bench.server.subprocess.Popen", interrupted)
+    # A shell's background jobs ignore SIGINT, and hand that down.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), started(SglangServer(tmp_path)):
+            pass
+        assert made[0].wait(timeout=10) == -signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_replicas_are_not_given_one_port_for_their_ranks(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import IO
 
 from mmtok_bench.client import MeasurementError, user_message
 from mmtok_bench.photographs import photograph_url
-from mmtok_bench.process_tree import end_process_tree
+from mmtok_bench.process_tree import end_process_tree, signals_wait
 from mmtok_bench.serve.plan import LoadCase
 from mmtok_bench.serve.presets import Size
 
@@ -168,15 +168,16 @@ class LoadGenerator:
             return
         # Requests go to this machine: a proxy named in the environment is not asked.
         environment = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mmtok_bench.serve.load_process", self._module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
+        with signals_wait():
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mmtok_bench.serve.load_process", self._module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                bufsize=0,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
 
     def stop(self) -> None:
         """Ends the process and a load that it runs."""
