@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmtok_bench.families import FamilyName
-from mmtok_bench.process_tree import end_process_tree, signals_wait
+from mmtok_bench.process_tree import running_process
 from mmtok_bench.results import ResultRow, append_row, make_latency_row, read_rows, row_files
 from mmtok_bench.selector.timing import make_problem
 from mmtok_deploy.backends import get_backend
@@ -524,20 +524,12 @@ def run_part(part: Part, folder: Path) -> None:
         arguments = _filled_in(command, folder, _memory_gib())
         with (folder / f"command-{place}.log").open("w") as log:
             print("$ python", *arguments, file=log, flush=True)
-            process = None
+            command_line = [sys.executable, *arguments]
             try:
-                # A session of its own, so that what it started can be ended with it.
-                with signals_wait():
-                    process = subprocess.Popen(
-                        [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-                code = process.wait(part.timeout_s or _TIMEOUT_S)
+                with running_process(command_line, grace_s=5.0, stdout=log, stderr=subprocess.STDOUT) as process:
+                    code = process.wait(part.timeout_s or _TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 code = 124
-            finally:
-                if process is not None and process.poll() is None:
-                    end_process_tree(process.pid, grace_s=5.0)
-                    process.wait()
         exit_codes.append(code)
     if part.in_process is not None:
         try:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-__all__ = ["end_process_tree", "process_tree", "signals_wait", "sigterm_raises_exit", "sum_resident_bytes"]
+__all__ = [
+    "end_process_tree",
+    "process_tree",
+    "running_process",
+    "signals_wait",
+    "sigterm_raises_exit",
+    "sum_resident_bytes",
+]
 
 _POLL_INTERVAL_S = 0.05
 
@@ -95,6 +104,29 @@ def signals_wait() -> Iterator[None]:
             signal.signal(number, handler)
         for each in came:
             signal.raise_signal(each)
+
+
+@contextlib.contextmanager
+def running_process(command: Sequence[str], *, grace_s: float, **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Starts a process in a session of its own, and ends it with everything it has started when the block ends.
+
+    Args:
+        command: The program and its arguments.
+        grace_s: As `end_process_tree` takes it.
+        **options: As of `subprocess.Popen`.
+    """
+    process = None
+    try:
+        with signals_wait():
+            process = subprocess.Popen(command, start_new_session=True, **options)
+        yield process
+    finally:
+        if process is not None:
+            if process.poll() is None:
+                end_process_tree(process.pid, grace_s=grace_s)
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def sum_resident_bytes(processes: Iterable[psutil.Process]) -> int:

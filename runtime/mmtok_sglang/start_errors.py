@@ -145,13 +145,10 @@ def end_controller(original: Callable[..., None], controller: Any, *args: Any, *
     SGLang waits for what the ranks send, in a thread a group, and so without an end for one that has ended.
     """
 
-    def ends_if_one_has() -> None:
-        if any(process.exitcode == _WRONG_USE for process in list(controller.scheduler_procs)):
-            os._exit(_WRONG_USE)
-
     def watch() -> None:
         while is_starting:
-            ends_if_one_has()
+            if any(process.exitcode == _WRONG_USE for process in list(controller.scheduler_procs)):
+                os._exit(_WRONG_USE)
             time.sleep(_POLL_INTERVAL_S)
 
     is_starting = True
@@ -159,11 +156,8 @@ def end_controller(original: Callable[..., None], controller: Any, *args: Any, *
     try:
         original(controller, *args, **kwargs)
     except EOFError:
-        # The pipe of a rank that ends closes before its exit code is there.
-        deadline_s = time.monotonic() + _END_TIMEOUT_S
-        while time.monotonic() < deadline_s:
-            ends_if_one_has()
-            time.sleep(_POLL_INTERVAL_S)
+        # The pipe of a rank that ends closes before its exit code is there, for which `watch` waits.
+        time.sleep(_END_TIMEOUT_S)
         raise
     finally:
         is_starting = False

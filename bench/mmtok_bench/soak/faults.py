@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtok_bench.process_tree import end_process_tree, signals_wait
+from mmtok_bench.process_tree import running_process
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.agent import TIMEOUT_MS, Agent, abuse_the_agent, agent_itself
 from mmtok_bench.soak.event_loop import block_the_event_loop
@@ -154,32 +154,19 @@ def _lines(trial: Trial, command: list[str], name: str, *, stops: bool = False) 
     """
     log = trial.folder / "logs" / f"{name}-{trial.family}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as errors:
-        process = None
-        try:
-            with signals_wait():
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                    start_new_session=True,
-                )
-            assert process.stdout is not None
-            for line in process.stdout:
-                yield line
-                if stops and trial.is_over():
-                    break
-            else:
-                trial.counts["returncode"] = process.wait()
-        finally:
-            if process is not None:
-                if process.poll() is None:
-                    end_process_tree(process.pid, grace_s=1.0)
-                    process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
+    with (
+        log.open("w") as errors,
+        running_process(
+            command, grace_s=1.0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield line
+            if stops and trial.is_over():
+                break
+        else:
+            trial.counts["returncode"] = process.wait()
 
 
 ROWS: dict[str, Row] = {
