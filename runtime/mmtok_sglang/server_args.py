@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -115,6 +116,9 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             # of what it saves copying.
             declare_resolution(self, "mmtok", mm_feature_transport="cpu")
         has_own_graphs = self.mmtok_budget is not None and prefer_prefill_graphs(self)
+        with ends_start(self.__dict__.get("_mmtok_on_command_line", False)):
+            if self.mmtok_budget is not None:
+                _check_model_path(self.model_path)
         super().resolve_once()
         if _in_detokenizer():
             return
@@ -182,6 +186,17 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         if "agent_url" in given:
             given["agent_url"] = self._mmtok_agent_url
         return given
+
+
+def _check_model_path(path: str) -> None:
+    """Refuses a folder that does not exist, for which SGLang prints 40 lines of traceback.
+
+    Raises:
+        FlagError: The path names nothing, and a model hub could not have it either.
+    """
+    is_hub_name = "://" in path or (path.count("/") <= 1 and not path.startswith(("/", ".", "~")))
+    if not is_hub_name and not os.path.exists(path):
+        raise FlagError(f"--model-path {path}: there is no such folder")
 
 
 def _asks_for_cuda_ipc() -> bool:

@@ -39,7 +39,7 @@ _POLL_INTERVAL_S = 0.1
 
 
 class FlagError(ValueError):
-    """A --mmtok flag with a value that cannot be served."""
+    """A flag with a value that cannot be served."""
 
 
 def end_start(error: object) -> NoReturn:
@@ -56,7 +56,7 @@ def end_start(error: object) -> NoReturn:
 
 def _print_error(error: object, flag: str) -> None:
     message = str(error)
-    print(f"error: {message if '--mmtok' in message else f'{flag}: {message}'}", file=sys.stderr, flush=True)
+    print(f"error: {message if message.startswith('--') or '--mmtok' in message else f'{flag}: {message}'}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from mmtok_sglang.install import Hook, HookError
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.server_args import MMTokServerArgs
 from mmtok_sglang.settings import Settings
-from mmtok_sglang.start_errors import warn_of_environment
+from mmtok_sglang.start_errors import FlagError, warn_of_environment
 from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
 
 FLAGS = [
@@ -407,3 +407,9 @@ def test_a_half_hooked_process_serves_nothing(
     with pytest.raises(HookError, match="start the server in a new process"):
         MMTokServerArgs(model_path=model_path, **flags).resolve_once()
     assert installed == []
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no-such-folder", "no/such/folder"])
+def test_a_model_path_that_names_nothing(path: str) -> None:
+    with pytest.raises(FlagError, match=rf"--model-path {re.escape(path)}: there is no such folder"):
+        MMTokServerArgs(model_path=path, mmtok_budget="10%").resolve_once()
