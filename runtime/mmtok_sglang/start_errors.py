@@ -56,7 +56,8 @@ def end_start(error: object) -> NoReturn:
 
 def _print_error(error: object, flag: str) -> None:
     message = str(error)
-    print(f"error: {message if message.startswith('--') or '--mmtok' in message else f'{flag}: {message}'}", file=sys.stderr, flush=True)
+    has_flag = message.startswith("--") or "--mmtok" in message
+    print(f"error: {message if has_flag else f'{flag}: {message}'}", file=sys.stderr, flush=True)
 
 
 @contextmanager
