@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,8 @@ from mmtok_sglang.memory import reserving, room_for_keys_and_values
 from mmtok_sglang.positions import bound_by_positions, embed_within_positions
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
-from mmtok_sglang.stages import image_stage
 from mmtok_sglang.start_errors import end_controller, end_main_process, ends_scheduler_start
+from mmtok_sglang.transport import send_one_request
 
 __all__ = ["hooks_of"]
 
@@ -48,10 +47,6 @@ def hooks_of(server: Server) -> list[Hook]:
         server.stages.settle()
         return server.failures.run_batch(original, *args, **kwargs)
 
-    async def send_one_request(original: Callable[..., Awaitable[None]], manager: Any, tokenized_obj: Any) -> None:
-        with image_stage("transport") if tokenized_obj.mm_inputs else nullcontext():
-            await original(manager, tokenized_obj)
-
     convert = partial(add_chat_guidance, server.settings)
     return [
         Hook(
@@ -79,8 +74,8 @@ def hooks_of(server: Server) -> list[Hook]:
             "managers.tokenizer_manager.TokenizerManager._send_one_request",
             "self tokenized_obj",
             send_one_request,
-            reason="it copies pixels into shared memory or pickles them, on the event loop: the time is a metric",
-            until="SGLang has this time among its metrics",
+            reason="it copies pixels into shared memory on the event loop",
+            until="SGLang copies them in a thread, and has the time among its metrics",
         ),
         Hook(
             "managers.tokenizer_manager.TokenizerManager.generate_request",

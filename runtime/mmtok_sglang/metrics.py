@@ -48,7 +48,7 @@ _HISTOGRAMS = {
     "image_decode_milliseconds": "Time of reading the bytes of an image, and again of decoding them.",
     "image_preprocess_milliseconds": "Time of the Hugging Face processor, for all images of a request and its text.",
     "image_hash_milliseconds": "Time of the digests of a request's images.",
-    "image_transport_milliseconds": "Time of pickling a request with images and handing it to the scheduler.",
+    "image_transport_milliseconds": "Time of copying a request's pixels, pickling it and handing it to the scheduler.",
     "selection_milliseconds": "Time of one selection call, which takes all images of a prefill batch.",
     "agent_milliseconds": "Time that a request waited for an answer of the agent, or for the time limit.",
     "vision_encoder_milliseconds": "Time of one call of the vision encoder and its projector, pruned or not.",

@@ -17,11 +17,14 @@ import torch
 from mmtok_sglang.metrics import Clock, collectors, never_raises, start_clock
 from mmtok_sglang.ranks import is_first_rank
 
-__all__ = ["StageMetrics", "image_stage"]
+__all__ = ["StageMetrics", "image_stage", "observe_image_stage"]
+
+
+ImageStage = Literal["decode", "preprocess", "hash", "transport"]
 
 
 @contextmanager
-def image_stage(name: Literal["decode", "preprocess", "hash", "transport"]) -> Iterator[None]:
+def image_stage(name: ImageStage) -> Iterator[None]:
     """Times what the block does for a request's images in the tokenizer process; what raises is not counted.
 
     The block is the work itself, in the thread that does it, without the wait for a free thread: added up over all
@@ -29,12 +32,13 @@ def image_stage(name: Literal["decode", "preprocess", "hash", "transport"]) -> I
     """
     start_s = time.perf_counter()
     yield
-    _observe(f"image_{name}_milliseconds", 1000 * (time.perf_counter() - start_s))
+    observe_image_stage(name, 1000 * (time.perf_counter() - start_s))
 
 
 @never_raises
-def _observe(histogram: str, milliseconds: float) -> None:
-    collectors()[histogram].observe(milliseconds)
+def observe_image_stage(name: ImageStage, milliseconds: float) -> None:
+    """Counts the time of a stage that `image_stage` cannot be put around."""
+    collectors()[f"image_{name}_milliseconds"].observe(milliseconds)
 
 
 @dataclass(frozen=True, slots=True)
