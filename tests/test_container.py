@@ -58,8 +58,9 @@ def test_what_it_copies_is_there_and_is_what_the_package_is_built_from() -> None
     for source in sources:
         assert any(name == source or name.startswith(f"{source}/") for name in tracked), source
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needed = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"}
-    needed |= {str(Path(each).parts[0]) for each in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]}
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    needed = {project["project"]["readme"], "pyproject.toml"}
+    needed |= {Path(each).parts[0] for each in [*packages, *project["project"]["license-files"]]}
     assert needed <= set(sources)
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".venv", "artifacts", ".git"} <= set(ignored)

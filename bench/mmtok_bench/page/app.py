@@ -28,12 +28,16 @@ from mmtok_deploy.methods import MethodName, is_nested
 __all__ = ["PageContent", "make_app"]
 
 _STATIC = Path(__file__).parent / "static"
+# Not guessed by Python's mimetypes, which follows what the machine says of an ending.
+_TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 _FILES = {
     "": (_STATIC / "index.html", "text/html; charset=utf-8"),
-    "page.js": (_STATIC / "page.js", "text/javascript; charset=utf-8"),
-    "page.css": (_STATIC / "page.css", "text/css; charset=utf-8"),
-    "look.css": (Path(__file__).parents[1] / "look.css", "text/css; charset=utf-8"),
-    "icon.svg": (_STATIC / "icon.svg", "image/svg+xml"),
+    "look.css": (Path(__file__).parents[1] / "look.css", _TYPES[".css"]),
+    **{
+        path.relative_to(_STATIC).as_posix(): (path, _TYPES[path.suffix])
+        for path in _STATIC.rglob("*")
+        if path.suffix in _TYPES
+    },
 }
 _TOLD = ("model", "notes", "privacy", "methods", "no_patches", "budget")
 _SHOWN_PX = 1200
@@ -109,10 +113,7 @@ def make_app(content: PageContent, served: Served, host: str = "localhost") -> G
     @app.get("/api/page")
     def page() -> dict[str, Any]:
         return {
-            **{
-                name: getattr(content, name)
-                for name in ("model", "notes", "privacy", "methods", "no_patches", "budget")
-            },
+            **{name: getattr(content, name) for name in _TOLD},
             "nested": list(filter(is_nested, content.methods)),
             "pictures": [_described(*each) for each in content.pictures.built_in()],
         }
@@ -170,9 +171,8 @@ def make_app(content: PageContent, served: Served, host: str = "localhost") -> G
         picture = content.pictures.get(asked.picture)
         return StreamingResponse(_lines(_answers(served, asking, picture, asked)), media_type="application/x-ndjson")
 
-    @app.get("/")
-    @app.get("/{name}")
-    def static(name: str = "") -> Response:
+    @app.get("/{name:path}")
+    def static(name: str) -> Response:
         if name not in _FILES:
             return JSONResponse({"error": "there is no such page"}, 404)
         path, kind = _FILES[name]

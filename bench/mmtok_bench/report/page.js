@@ -2,6 +2,9 @@
 const resize = () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.Plots.resize(plot));
 for (const moment of ["load", "beforeprint", "afterprint"]) addEventListener(moment, resize);
 
+// Without the library of `mmtok demo --page`: lit-html would need each table's values a second time to draw its rows from,
+// where moving the rows that are there takes a function.
+//
 // Tables sort by the column whose heading is pressed: numbers from the largest, words from the first; pressed again, the
 // other way round. Rows stay below the heading of their group.
 const collator = new Intl.Collator("en", { numeric: true });

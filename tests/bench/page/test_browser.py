@@ -131,7 +131,10 @@ def opened() -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture
 def browser(opened: webdriver.Chrome, program: Program) -> Iterator[webdriver.Chrome]:
-    """Returns the browser with the page open in its one tab; at its end nothing was asked of another address."""
+    """Returns the browser with the page open in its one tab; at its end nothing was asked of another address.
+
+    Nothing that the page does is refused by its Content-Security-Policy either.
+    """
     opened.get_log("browser"), opened.get_log("performance")
     opened.get("about:blank")
     open_page(opened, program.url + LINK)
@@ -144,6 +147,7 @@ def browser(opened: webdriver.Chrome, program: Program) -> Iterator[webdriver.Ch
     events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     asked = {each["params"]["request"]["url"] for each in events if each["method"] == "Network.requestWillBeSent"}
     assert {url for url in asked if not url.startswith((program.url, "about:"))} == set()
+    assert [entry for entry in opened.get_log("browser") if "Content Security Policy" in entry["message"]] == []
 
 
 def open_page(browser: webdriver.Chrome, url: str, kept: int = 49) -> None:
