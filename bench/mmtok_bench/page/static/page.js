@@ -58,9 +58,9 @@ function post(path, body, signal) {
 
 async function answerOf(request) {
   const response = await request;
-  const answer = await response.json();
-  if (!response.ok) throw new Error(answer.error ?? `The page's program refused this (HTTP ${response.status}).`);
-  return answer;
+  if (response.ok) return response.json();
+  const { error } = await response.json().catch(() => ({}));
+  throw new Error(error ?? `The page's program refused this (HTTP ${response.status}).`);
 }
 
 // The link: everything that was chosen, behind the # that browsers keep to themselves.
