@@ -29,7 +29,9 @@ PRESETS: dict[str, Preset] = {
     "llava-1.5": Preset(SelectionConfig(tv_temp=0.02, vv_temp=0.2, alpha=0.5), "keywords"),
     "llava-next": Preset(SelectionConfig(tv_temp=0.02, vv_temp=0.2, alpha=0.5), "keywords"),
     "qwen2.5-vl": _QWEN,
-    # The authors ship none for Qwen3-VL: those of Qwen2.5-VL.
+    # The authors ship none for these: those of Qwen2.5-VL.
     "qwen3-vl": _QWEN,
     "qwen3-vl-moe": _QWEN,
+    "qwen3.5": _QWEN,
+    "qwen3.5-moe": _QWEN,
 }

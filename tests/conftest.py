@@ -60,12 +60,13 @@ def _only_slow_tests_start_servers(request: pytest.FixtureRequest, monkeypatch: 
 # What takes minutes, and whose code `make test` runs by another family's or setting's test.
 _EXHAUSTIVE = re.compile(
     r"test_serving_processes\.py::test_two_ranks\[llava-"
-    r"|test_serving_chunks\.py::.*\[(llava-1\.5|qwen3-vl\])"
+    r"|test_serving_chunks\.py::.*\[(llava-1\.5|qwen3-vl\]|qwen3\.5\])"
     r"|test_serving_engine\.py::.*\[llava-next"
     r"|test_serving_agent\.py::.*\[llava-"
-    r"|test_serving\w*\.py::.*qwen3-vl-moe"
-    r"|test_serving_(processes|cache|methods|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*qwen3-vl"
-    r"|test_serving\.py::test_(more_positions_than_the_context|question_of_four_thousand_words)\[qwen3-vl"
+    r"|test_serving\w*\.py::.*qwen3(-vl|\.5)-moe"
+    r"|test_serving_(processes|methods|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*qwen3(-vl|\.5)"
+    r"|test_serving_cache\.py::.*qwen3-vl"
+    r"|test_serving\.py::test_(more_positions_than_the_context|question_of_four_thousand_words)\[qwen3(-vl|\.5)"
     r"|test_processor\.py::.*\[qwen2"
     r"|test_recorded\.py::.*\[llava-1\.5"
     r"|test_served\.py::test_the_model_as_its_own_agent"

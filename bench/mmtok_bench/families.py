@@ -10,7 +10,7 @@ from mmtok_deploy.methods import MethodName
 
 __all__ = ["FAMILY_TRAITS", "FamilyName", "FamilyTraits", "PocketFamily", "family_arguments"]
 
-FamilyName = Literal["qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "llava-1.5", "llava-next"]
+FamilyName = Literal["qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe", "llava-1.5", "llava-next"]
 PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
 """Those of which this package brings a trained model along."""
 
@@ -42,6 +42,8 @@ FAMILY_TRAITS: Mapping[FamilyName, FamilyTraits] = {
     "qwen2.5-vl": FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=28),
     "qwen3-vl": _QWEN3_VL,
     "qwen3-vl-moe": _QWEN3_VL,
+    "qwen3.5": _QWEN3_VL,
+    "qwen3.5-moe": _QWEN3_VL,
     "llava-1.5": FamilyTraits("<image>", arguments=_TRANSFORMERS),
     # Its tiles have one size.
     "llava-next": FamilyTraits("<image>", impossible_methods=("downsample",), arguments=_TRANSFORMERS),

@@ -18,6 +18,8 @@ __all__ = [
     "llava_next_config",
     "llava_next_processor",
     "llava_processor",
+    "qwen3_5_config",
+    "qwen3_5_processor",
     "qwen3_vl_config",
     "qwen3_vl_processor",
     "qwen_config",
@@ -58,6 +60,9 @@ _QWEN_TEMPLATE = _QWEN3_VL_TEMPLATE.replace(
     "{% endif %}",
 )
 
+# Its models think first, and the template begins the thought.
+_QWEN3_5_TEMPLATE = _QWEN3_VL_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
 _LLAVA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -93,10 +98,13 @@ class Vocabulary:
         text: Its words (with the space before them, punctuation by itself) are one token each.
         size: Tokens in all, special ones included: made-up words fill it, so that every token id decodes to text.
             None for no filling.
+        has_merges: Whether words are put together from bytes, by merges and tokens of their own: Transformers 5.19
+            reads a Qwen3.5's tokenizer without the setting by which a word that is a token is one.
     """
 
     text: str = ""
     size: int | None = None
+    has_merges: bool = False
 
 
 BYTES = Vocabulary()
@@ -117,7 +125,9 @@ def _byte_tokenizer(
     """
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens += dict.fromkeys(piece for piece, _ in splitter.pre_tokenize_str(vocabulary.text) if len(piece) > 1)
+    words = [piece for piece, _ in splitter.pre_tokenize_str(vocabulary.text) if len(piece) > 1]
+    merges = _merges(words) if vocabulary.has_merges else []
+    tokens += dict.fromkeys([first + last for first, last in merges] or words)
     if vocabulary.size is not None:
         num_missing = vocabulary.size - len(tokens) - len(special_tokens)
         if num_missing < 0:
@@ -125,7 +135,7 @@ def _byte_tokenizer(
         tokens += (_made_up_word(number) for number in range(num_missing))
     ids = {token: token_id for token_id, token in enumerate(tokens)}
     # ignore_merges: a word that is a token is not put together from bytes.
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=vocabulary != BYTES))
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=vocabulary != BYTES))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special_tokens))
@@ -141,6 +151,13 @@ def _byte_tokenizer(
         pad_token=pad_token,
         extra_special_tokens=[token for token in special_tokens if token not in (bos_token, eos_token, pad_token)],
     )
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the merges that put words together letter by letter, from the first on."""
+    # Those that follow a space first: the others, which begin with any letter, would join letters within them.
+    ordered = sorted(words, key=lambda word: not word.startswith("Ġ"))
+    return list(dict.fromkeys((word[:end], word[end]) for word in ordered for end in range(1, len(word))))
 
 
 def _made_up_word(number: int) -> str:
@@ -175,6 +192,13 @@ def qwen3_vl_processor(
         video_processor=transformers.Qwen3VLVideoProcessor(),
         chat_template=_QWEN3_VL_TEMPLATE,
     )
+
+
+def qwen3_5_processor(vocabulary: Vocabulary = BYTES, **image_tokens: int) -> Any:
+    """Returns the processor of Qwen3.5: that of Qwen3-VL, whose arguments it takes, with another template."""
+    processor = qwen3_vl_processor(vocabulary, **image_tokens)
+    processor.chat_template = _QWEN3_5_TEMPLATE
+    return processor
 
 
 def _qwen_tokenizer(vocabulary: Vocabulary) -> Any:
@@ -278,6 +302,43 @@ def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
             **text,
         },
         vision_config={"out_hidden_size": text["hidden_size"], **vision},
+        **_qwen_token_ids(tokenizer),
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+
+
+def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+    """Returns a Qwen3.5 configuration: of the mixture of experts where `text` has `num_experts`.
+
+    Args:
+        tokenizer: As `qwen3_5_processor` takes it.
+        text: Fields of the language model; every `full_attention_interval`-th layer attends to all tokens, the others
+            are linear attention. A quarter of its `head_dim` is rotated, a multiple of 2.
+        vision: Fields of the vision encoder.
+    """
+    half, interval = text["head_dim"] // 8, text["full_attention_interval"]
+    config_class = transformers.Qwen3_5MoeConfig if "num_experts" in text else transformers.Qwen3_5Config
+    return config_class(
+        text_config={
+            "rope_parameters": {
+                "rope_type": "default",
+                # As many rotations for time, height and width; 11, 11 and 10 in every size.
+                "mrope_section": [(half + 2) // 3, (half + 1) // 3, half // 3],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000.0,
+            },
+            # Transformers reads these and leaves out the interval as it writes, which SGLang reads.
+            "layer_types": [
+                "linear_attention" if (idx + 1) % interval else "full_attention"
+                for idx in range(text["num_hidden_layers"])
+            ],
+            "tie_word_embeddings": False,
+            **_qwen_text_ids(tokenizer),
+            **text,
+        },
+        # Without them SGLang takes those of Qwen3-VL.
+        vision_config={"out_hidden_size": text["hidden_size"], "deepstack_visual_indexes": [], **vision},
         **_qwen_token_ids(tokenizer),
         tie_word_embeddings=text.get("tie_word_embeddings", False),
     )

@@ -70,6 +70,8 @@ def cpu_arguments(*, max_total_tokens: int = 16384, max_running_requests: int = 
         "--sleep-on-idle",
         f"--max-total-tokens={max_total_tokens}",
         f"--max-running-requests={max_running_requests}",
+        # States of linear attention, if the model has some: else SGLang takes most of the machine's memory for them.
+        f"--max-mamba-cache-size={16 * max_running_requests}",
     ]
 
 
@@ -90,6 +92,8 @@ def cpu_environment(*, num_ranks: int = 1) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         # Compiling the few graphs of a first request takes 18 s on two cores, and running them uncompiled under 1 s.
         "TORCHDYNAMO_DISABLE": "1",
+        # Else SGLang keeps the last tokens before a chunk in bfloat16, for the convolutions of linear attention.
+        "SGLANG_MAMBA_CONV_DTYPE": "float32",
     }
     if num_ranks > 1:
         each = num_cores // num_ranks

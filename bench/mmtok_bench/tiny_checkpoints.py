@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import string
 import tempfile
@@ -18,6 +19,8 @@ from mmtok_bench.model_parts import (
     llava_next_config,
     llava_next_processor,
     llava_processor,
+    qwen3_5_config,
+    qwen3_5_processor,
     qwen3_vl_config,
     qwen3_vl_processor,
     qwen_config,
@@ -63,6 +66,19 @@ _TINY_QWEN3_VL_VISION = {
     "deepstack_visual_indexes": [0, 1, 2],
     "initializer_range": 0.125,
 }
+# Every other layer is linear attention.
+_QWEN3_5_TEXT = {
+    **_QWEN3_VL_TEXT,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_TINY_QWEN3_5_EXPERTS = {**_TINY_EXPERTS, "shared_expert_intermediate_size": 96}
+_TINY_QWEN3_5_VISION = {
+    name: value for name, value in _TINY_QWEN3_VL_VISION.items() if name != "deepstack_visual_indexes"
+}
 _TINY_CLIP = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -80,8 +96,8 @@ def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad
     there when it is complete, so a reader never sees half of it.
 
     Args:
-        family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2.5-vl" and 228 for "qwen3-vl" and
-            "qwen3-vl-moe" (any size up to 1280), 576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next".
+        family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2.5-vl" and 228 for later Qwens (any
+            size up to 1280), 576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next".
         folder: Where to write; made again if it holds a tiny checkpoint of another kind.
         seed: Seed of the weights.
         pad_to_square: "llava-1.5" only: pad an image to a square, as the authors of LLaVA do, or crop its middle, as
@@ -151,6 +167,16 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
             if is_mixture
             else transformers.Qwen3VLForConditionalGeneration
         )
+    elif family in ("qwen3.5", "qwen3.5-moe"):
+        is_mixture = family == "qwen3.5-moe"
+        processor = qwen3_5_processor()
+        text = {**_TEXT_SIZES, **_QWEN3_5_TEXT, **(_TINY_QWEN3_5_EXPERTS if is_mixture else {})}
+        config = qwen3_5_config(processor.tokenizer, text, _TINY_QWEN3_5_VISION)
+        model_class = (
+            transformers.Qwen3_5MoeForConditionalGeneration
+            if is_mixture
+            else transformers.Qwen3_5ForConditionalGeneration
+        )
     elif family == "llava-1.5":
         processor = llava_processor(pad_to_square)
         config = llava_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, _TINY_CLIP)
@@ -162,6 +188,7 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
+    _remember_for_longer(model)
     _answer_in_ascii(model, processor.tokenizer)
     return model.eval(), processor
 
@@ -170,13 +197,24 @@ def _save(model: Any, folder: Path) -> None:
     """Writes a model as its published checkpoints are.
 
     Experts of Qwen3-VL are [experts, in, out] in those. Transformers 5.19 transposes them as it loads, not as it saves.
+    Those of Qwen3.5 are [experts, out, in], in one tensor, too.
     """
     weights = model.state_dict()
-    experts = {name: weight.transpose(1, 2).contiguous() for name, weight in weights.items() if ".experts." in name}
+    experts = {name: weight for name, weight in weights.items() if ".experts." in name}
     if experts:
+        if model.config.model_type == "qwen3_vl_moe":
+            experts = {name: weight.transpose(1, 2).contiguous() for name, weight in experts.items()}
         model.save_pretrained(folder, state_dict=weights | experts, save_original_format=False)
     else:
         model.save_pretrained(folder)
+
+
+def _remember_for_longer(model: Any) -> None:
+    """Has linear attention, if there is any, forget a 64th of what it does: else only a token's neighbours count."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("linear_attn.A_log"):
+                parameter -= math.log(64)
 
 
 def _answer_in_ascii(model: Any, tokenizer: Any) -> None:

@@ -39,14 +39,16 @@ class _Features(NamedTuple):
     has_float32_keys: bool = False
 
 
-# The widths of each family's 7B, 8B or 30B-A3B model. Qwen's keys are means over the features that make a token, in
-# float32.
+# The widths of each family's 7B, 8B, 9B, 30B-A3B or 35B-A3B model. Qwen's keys are means over the features that make a
+# token, in float32.
 _FEATURES = {
     "llava-1.5": _Features(4096, 1024),
     "llava-next": _Features(4096, 1024),
     "qwen2.5-vl": _Features(3584, 1280, has_float32_keys=True),
     "qwen3-vl": _Features(4096, 1152, has_float32_keys=True),
     "qwen3-vl-moe": _Features(2048, 1152, has_float32_keys=True),
+    "qwen3.5": _Features(4096, 1152, has_float32_keys=True),
+    "qwen3.5-moe": _Features(2048, 1152, has_float32_keys=True),
 }
 
 # Spelled out here as well as in the modules that use them: --help must not wait for them to be imported.

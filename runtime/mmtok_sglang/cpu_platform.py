@@ -5,6 +5,9 @@ from __future__ import annotations
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from torch import nn
+
+from mmtok_sglang.cpu_linear_attention import use_torch_for_linear_attention
 
 __all__ = ["TorchCpuPlatform"]
 
@@ -28,3 +31,11 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_device(self, device_id: int = 0) -> str:
         """Returns "cpu": the text that `--device` defaults to (the mixin's torch.device is not accepted there)."""
         return "cpu"
+
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """Returns True: the prefix cache keeps states of linear attention as it does on a GPU."""
+        return True
+
+    def post_load_model(self, model: nn.Module) -> None:
+        """Has a model's linear attention run without Triton."""
+        use_torch_for_linear_attention(model)

@@ -24,6 +24,8 @@ ARCHITECTURES = (
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
 )
 """Those whose replayed prefills were held against the hand-pruned model. A LLaVA, on SGLang's Transformers backend, has
 no layers where SGLang looks for what to capture."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,6 +39,8 @@ def read(checkpoint: Path, image: Image.Image) -> tuple[Any, Any]:
         ("qwen2.5-vl", "astronaut", 18 * 18),
         ("qwen3-vl", "coffee", 12 * 19),
         ("qwen3-vl-moe", "astronaut", 16 * 16),
+        ("qwen3.5", "coffee", 12 * 19),
+        ("qwen3.5-moe", "astronaut", 16 * 16),
         ("llava-1.5", "coffee", 576),
         ("llava-1.5", "astronaut", 576),
         # 2 x 2 crops of 24 x 24: 16 rows are padding, each row that is left ends in a newline token; the base tile.
@@ -59,21 +62,31 @@ def test_transformers_reads_it_and_counts_the_tokens(
     assert text.isprintable()
 
 
-def test_experts_lie_as_in_the_published_checkpoint(folder: Path) -> None:
-    """[experts, in, out]: SGLang transposes them as it loads, and so does Transformers."""
-    checkpoint = make_tiny_checkpoint("qwen3-vl-moe", folder / "qwen3-vl-moe")
+@pytest.mark.parametrize(("family", "is_transposed"), [("qwen3-vl-moe", True), ("qwen3.5-moe", False)])
+def test_experts_lie_as_in_the_published_checkpoint(folder: Path, family: FamilyName, is_transposed: bool) -> None:
+    """[experts, in, out] of Qwen3-VL: SGLang transposes them as it loads, and so does Transformers."""
+    checkpoint = make_tiny_checkpoint(family, folder / family)
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
         stored = file.get_tensor(name)
-    assert stored.shape == (4, 256, 2 * 96)
+    assert stored.shape == ((4, 256, 2 * 96) if is_transposed else (4, 2 * 96, 256))
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    assert torch.equal(model.get_parameter(name), stored.transpose(1, 2))
+    assert torch.equal(model.get_parameter(name), stored.transpose(1, 2) if is_transposed else stored)
 
 
 def test_qwen_attends_within_windows_and_to_the_whole_image(folder: Path) -> None:
     model, _ = read(make_tiny_checkpoint("qwen2.5-vl", folder / "qwen2.5-vl"), photograph())
     vision = model.config.vision_config
     assert set(range(vision.depth)) > set(vision.fullatt_block_indexes) > set()
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3.5-moe"])
+def test_a_qwen3_5_says_what_sglang_reads_and_transformers_does_not(folder: Path, family: FamilyName) -> None:
+    """Without them SGLang fails for want of the interval, and takes Qwen3-VL's levels of DeepStack."""
+    config = json.loads((make_tiny_checkpoint(family, folder / family) / "config.json").read_text())
+    assert config["text_config"]["layer_types"] == ["linear_attention", "full_attention"] * 2
+    assert config["text_config"]["full_attention_interval"] == 2
+    assert config["vision_config"]["deepstack_visual_indexes"] == []
 
 
 def test_llava_next_cuts_five_tiles(folder: Path) -> None:
@@ -101,6 +114,8 @@ def test_templates_speak_as_the_real_ones(folder: Path) -> None:
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
     )
+    # Qwen3.5 thinks first.
+    assert prompts["qwen3.5"] == prompts["qwen3-vl"] + "<think>\n"
     assert prompts["llava-1.5"] == prompts["llava-next"] == "USER: <image>\nWhat is it? ASSISTANT:"
 
 

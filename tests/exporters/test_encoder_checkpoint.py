@@ -110,7 +110,7 @@ def test_layouts_of_a_checkpoint(tmp_path: Path, layout: str) -> None:
         ({"model_type": "llava"}, "no vision tower"),
         (
             {"model_type": "internvl", "vision_config": {}},
-            "not supported .*'internvl'.* expected model_type llava or qwen2_5_vl or qwen3_vl",
+            "not supported .*'internvl'.* expected model_type llava or qwen2_5_vl or qwen3_vl or .* or qwen3_5_moe and",
         ),
         ({"model_type": ["llava"], "vision_config": {}}, "not supported"),
         ({"model_type": "qwen2_5_vl", "vision_config": {"depth": "deep"}}, "describes no qwen2.5-vl model: "),

@@ -21,16 +21,20 @@ def test_the_tower_is_hugging_faces(image_size: tuple[int, int]) -> None:
     assert_equal(list(encoder(pixels)), expected, torch.float32)
 
 
-@pytest.mark.parametrize(("family", "batch_size"), [("qwen3-vl", 1), ("qwen3-vl", 2), ("qwen3-vl-moe", 1)])
+@pytest.mark.parametrize(
+    ("family", "batch_size"),
+    [("qwen3-vl", 1), ("qwen3-vl", 2), ("qwen3-vl-moe", 1), ("qwen3.5", 2), ("qwen3.5-moe", 1)],
+)
 def test_the_graph_is_hugging_faces(family: FamilyName, batch_size: int) -> None:
     exported = export_encoder(checkpoint(family), WIDE, batch_size=batch_size)
     assert (exported.family, exported.grid, exported.num_tokens) == (family, (1, 4, 7), 28)
     assert exported.has_positions
+    levels = {} if family.startswith("qwen3.5") else {"levels": ([batch_size, 28, 3 * 256], "FLOAT")}
     assert signature(exported) == {
         "pixels": ([batch_size * 28 * 4, 1536], "FLOAT"),
         "vision": ([batch_size, 28, 256], "FLOAT"),
         "keys": ([batch_size, 28, 64], "FLOAT"),
-        "levels": ([batch_size, 28, 3 * 256], "FLOAT"),
+        **levels,
     }
     pixels = pixels_of(family, WIDE, batch_size)
     assert_equal(run(exported, pixels), hugging_face(family, pixels, WIDE, torch.float32), torch.float32)

@@ -21,6 +21,6 @@ def test_constants_are_the_authors(family: str, tv_temp: float, guidance: str) -
     assert preset.guidance == guidance
 
 
-@pytest.mark.parametrize("family", ["qwen3-vl", "qwen3-vl-moe"])
-def test_qwen3_vl_has_the_constants_of_qwen2_5_vl(family: str) -> None:
+@pytest.mark.parametrize("family", ["qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"])
+def test_later_qwens_have_the_constants_of_qwen2_5_vl(family: str) -> None:
     assert PRESETS[family] == PRESETS["qwen2.5-vl"]

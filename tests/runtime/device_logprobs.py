@@ -94,7 +94,8 @@ def _run(arguments: argparse.Namespace) -> int:
         *(() if on_cpu else (*_ON_CUDA, *(_HALF if is_half else _FULL), *_PREFILL[arguments.prefill])),
         *arguments.server_args,
         on_cpu=on_cpu,
-        env={"NVIDIA_TF32_OVERRIDE": "0"},
+        # States of linear attention as precise as the model, which is float16 there.
+        env={"NVIDIA_TF32_OVERRIDE": "0", **({} if on_cpu else {"SGLANG_MAMBA_CONV_DTYPE": "float16"})},
         log_path=arguments.folder / f"{family}-{arguments.prefill}.log",
     )
     judge = HandPruned(family, checkpoint, device)

@@ -218,20 +218,21 @@ class HandPruned:
             output = self.model.model.get_image_features(inputs["pixel_values"], grids)
         finally:
             hook.remove()
+        of_layers = getattr(output, "deepstack_features", ())  # Qwen3.5 has none
         # One tensor an image; before Transformers 5.19, one of all images for each level.
         levels = [
             level if isinstance(level, Tensor) else torch.cat(tuple(level))
-            for level in (output.pooler_output, *output.deepstack_features)
+            for level in (output.pooler_output, *of_layers)
         ]
         rows = torch.cat(levels, dim=1).split([len(each) for each in output.pooler_output])
         keys = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
         features = list(zip(rows, keys.split([len(each) for each in rows]), strict=True))
         return features, lambda texts, budgets: [
-            self._select(tokens[:, : tokens.shape[1] // (1 + len(output.deepstack_features))], key, text, budget, None)
+            self._select(tokens[:, : tokens.shape[1] // (1 + len(of_layers))], key, text, budget, None)
             for (tokens, key), text, budget in zip(features, texts, budgets, strict=True)
         ]
 
-    _features_qwen3_vl_moe = _features_qwen3_vl
+    _features_qwen3_vl_moe = _features_qwen3_5 = _features_qwen3_5_moe = _features_qwen3_vl
 
     def _features_llava_1_5(self, inputs: Any, images: Sequence[Image.Image]) -> Any:
         projector = self.model.model.multi_modal_projector

@@ -30,6 +30,13 @@ class Served:
         """Side of the square of pixels that a token of a Qwen stands for, None for a LLaVA."""
         return FAMILY_TRAITS[self.family].token_px
 
+    def from_cache(self, num_tokens: int) -> int:
+        """Returns how many tokens of a prefix that was read before come from the prefix cache.
+
+        For a Qwen3.5 all whole chunks of 64: at their ends SGLang keeps the states of linear attention.
+        """
+        return num_tokens // 64 * 64 if self.family.startswith("qwen3.5") else num_tokens
+
     def ask(
         self,
         chat: Chat,

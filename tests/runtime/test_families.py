@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 import pytest
 import torch
 from PIL import Image
+from sglang.srt.configs import qwen3_5 as sglang_configs
 from sglang.srt.utils import ImageData
 
 from mmtok_deploy import Budget
@@ -18,6 +19,7 @@ from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
 from mmtok_sglang.families.qwen import _parts
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
+from mmtok_sglang.families.qwen3_5 import Qwen35, Qwen35Moe
 from mmtok_sglang.families.qwen3_vl import Qwen3VL
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.model import EncodedImage, PrunedModel
@@ -187,6 +189,16 @@ def test_a_pipeline_whose_first_stage_has_not_the_layers_of_deepstack_is_refused
     assert Qwen25VL().obstacle_to_stages(num_stages, config) is None
 
 
+@pytest.mark.parametrize("family", [Qwen35, Qwen35Moe])
+def test_a_qwen3_5_with_deepstack_is_refused(family: type[Family]) -> None:
+    """None has it; SGLang's default, where a configuration does not say so, is Qwen3-VL's three levels."""
+    theirs = SimpleNamespace(vision_config=SimpleNamespace(deepstack_visual_indexes=[]))
+    assert family().obstacle(theirs) is None
+    assert family().obstacle_to_stages(8, theirs) is None
+    silent = sglang_configs.Qwen3_5Config(vision_config={})
+    assert "3 levels of DeepStack" in str(family().obstacle(silent))
+
+
 def test_a_token_is_selected_by_what_the_language_model_reads_of_it() -> None:
     """And kept with all that DeepStack adds at its place."""
     plan = ImagePlan(5, 2, [1])
@@ -208,6 +220,7 @@ SIGLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="siglip_vision
     [
         (Qwen25VL, QWEN, ["visionzip"]),
         (Qwen3VL, QWEN, ["visionzip"]),
+        (Qwen35, QWEN, ["visionzip"]),
         (Llava15, CLIP, []),
         (Llava15, SIGLIP, ["visionzip", "downsample"]),
         (LlavaNext, CLIP, ["downsample"]),

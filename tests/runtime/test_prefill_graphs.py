@@ -33,9 +33,9 @@ def test_every_qwen_is_captured_and_no_llava() -> None:
     prefer_prefill_graphs(parsed("--mmtok-budget=10%"))
     allowed = model_config.multimodal_breakable_cuda_graph_supported_model_archs
     captured = {name for name, family in FAMILIES.items() if family.architecture in allowed}
-    assert captured == {"qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"}
+    assert captured == {name for name in FAMILIES if name.startswith("qwen")}
     # Once each, however often arguments are resolved.
-    assert [allowed.count(name) for name in ARCHITECTURES] == [1, 1, 1]
+    assert [allowed.count(name) for name in ARCHITECTURES] == [1] * 5
 
 
 def test_the_sizes_are_those_of_pruned_prompts() -> None:

@@ -20,15 +20,20 @@ BUDGET: dict[str, float] = {
     "qwen2.5-vl": 0.5,
     "qwen3-vl": 0.5,
     "qwen3-vl-moe": 0.5,
+    "qwen3.5": 0.5,
+    "qwen3.5-moe": 0.5,
     "llava-1.5": 0.1,
     "llava-next": 0.1,
 }
 # Room for the features of one photograph of the size below.
-FEATURE_CACHE_MB = {"qwen2.5-vl": 1, "qwen3-vl": 1, "qwen3-vl-moe": 1, "llava-1.5": 1, "llava-next": 3}
+FEATURE_CACHE_MB = {**dict.fromkeys(FAMILIES, 1), "llava-next": 3}
 SIZE = {
     "qwen2.5-vl": (728, 728),
     "qwen3-vl": (416, 416),
     "qwen3-vl-moe": (416, 416),
+    # Features without what DeepStack adds take less.
+    "qwen3.5": (672, 672),
+    "qwen3.5-moe": (672, 672),
     "llava-1.5": (336, 252),
     "llava-next": (336, 252),
 }

@@ -11,12 +11,12 @@ import pytest
 from mmtok_bench.families import FamilyName
 from mmtok_bench.server import ServerError, running
 from tests.runtime.chats import Chat, small
-from tests.runtime.conftest import judge_of, make_server
+from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.engine_files import export_for
 from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
 # 10% of 576 patches, of a square or a tile, and of the largest image that a Qwen's file takes.
-BUDGETS = {"qwen2.5-vl": 51, "qwen3-vl": 51, "qwen3-vl-moe": 51, "llava-1.5": 57, "llava-next": 57}
+BUDGETS = {name: 51 if name.startswith("qwen") else 57 for name in FAMILIES}
 
 
 @pytest.fixture(scope="module")

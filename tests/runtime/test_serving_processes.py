@@ -75,7 +75,7 @@ def _check(family: FamilyName, *arguments: str, num_ranks: int = 1, **environmen
             return
         same = {"model_path": str(checkpoint(family)), "flush_cache": False}
         assert served.post("/update_weights_from_disk", same)["success"]
-        for num_cached in (0, accounts[0]["prompt_tokens"] - 1):
+        for num_cached in (0, served.from_cache(accounts[0]["prompt_tokens"] - 1)):
             account = served.ask(CHATS[0])
             served.check(CHATS[0], account)
             assert account["cached_tokens"] == num_cached

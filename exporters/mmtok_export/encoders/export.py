@@ -13,6 +13,7 @@ from mmtok_export.encoders.base import Encoder, EncoderError, ExportedEncoder
 from mmtok_export.encoders.checkpoint import fill_with_noise, load_weights, read_json
 from mmtok_export.encoders.llava_1_5 import Llava15Encoder
 from mmtok_export.encoders.qwen2_5_vl import Qwen25VLEncoder
+from mmtok_export.encoders.qwen3_5 import Qwen35Encoder, Qwen35MoeEncoder
 from mmtok_export.encoders.qwen3_vl import Qwen3VLEncoder, Qwen3VLMoeEncoder
 
 __all__ = ["FAMILIES", "build_encoder", "describe_encoder", "export_encoder", "family_of", "native_image_size"]
@@ -22,6 +23,8 @@ FAMILIES: dict[str, type[Encoder]] = {
     "qwen2_5_vl": Qwen25VLEncoder,
     "qwen3_vl": Qwen3VLEncoder,
     "qwen3_vl_moe": Qwen3VLMoeEncoder,
+    "qwen3_5": Qwen35Encoder,
+    "qwen3_5_moe": Qwen35MoeEncoder,
 }
 """By the model_type of config.json; add a file and its line here to support another."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
@@ -25,12 +25,14 @@ class Qwen3VLEncoder(QwenEncoder):
     """
 
     family = "qwen3-vl"
+    vision_model: ClassVar[type[nn.Module]] = Qwen3VLVisionModel
     pixel_scale: ClassVar = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
     def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
         super().__init__(config, image_size, batch_size)
-        self.visual = Qwen3VLVisionModel(self.config)
-        self.num_levels = len(self.config.deepstack_visual_indexes)
+        self.visual: Any = self.vision_model(self.config)
+        self.level_blocks = list(getattr(self.visual, "deepstack_visual_indexes", []))
+        self.num_levels = len(self.level_blocks)
 
     def prepare(self) -> None:
         """Makes rotary angles and interpolates the position embeddings to the grid."""
@@ -60,7 +62,7 @@ class Qwen3VLEncoder(QwenEncoder):
         for idx, block in enumerate(self.visual.blocks):
             hidden = hidden + self._attend(block.attn, block.norm1(hidden))
             hidden = hidden + block.mlp(block.norm2(hidden))
-            if idx in self.config.deepstack_visual_indexes:
+            if idx in self.level_blocks:
                 levels.append(self._merged(self.visual.deepstack_merger_list[len(levels)], hidden))
         features = self._merged(self.visual.merger, hidden), self.keys_of(hidden)
         return (*features, torch.cat(levels, dim=2)) if levels else features

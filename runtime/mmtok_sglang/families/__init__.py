@@ -6,6 +6,7 @@ from mmtok_sglang.families.base import Family
 from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
+from mmtok_sglang.families.qwen3_5 import Qwen35, Qwen35Moe
 from mmtok_sglang.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 
 __all__ = ["FAMILIES", "Family"]
@@ -14,6 +15,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2.5-vl": Qwen25VL(),
     "qwen3-vl": Qwen3VL(),
     "qwen3-vl-moe": Qwen3VLMoe(),
+    "qwen3.5": Qwen35(),
+    "qwen3.5-moe": Qwen35Moe(),
     "llava-1.5": Llava15(),
     "llava-next": LlavaNext(),
 }

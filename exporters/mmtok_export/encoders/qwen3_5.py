@@ -1,0 +1,27 @@
+"""Qwen3.5's encoder, dense and mixture of experts: Qwen3-VL's without DeepStack."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
+
+from mmtok_export.encoders.qwen3_vl import Qwen3VLEncoder
+
+__all__ = ["Qwen35Encoder", "Qwen35MoeEncoder"]
+
+
+class Qwen35Encoder(Qwen3VLEncoder):
+    """Tokens of 32 x 32 px.
+
+    Source: transformers 5.19 models/qwen3_5/modeling_qwen3_5.py, `Qwen3_5VisionModel`.
+    """
+
+    family = "qwen3.5"
+    vision_model: ClassVar = Qwen3_5VisionModel
+
+
+class Qwen35MoeEncoder(Qwen35Encoder):
+    """The same encoder, before a mixture of experts."""
+
+    family = "qwen3.5-moe"
