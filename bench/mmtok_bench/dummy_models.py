@@ -6,7 +6,7 @@ SGLang draws the weights itself (`--load-format dummy`): small uniform numbers, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from mmtok_bench.model_parts import (
     llava_next_config,
     llava_next_processor,
     llava_processor,
+    qwen3_5_config,
+    qwen3_5_processor,
     qwen3_vl_config,
     qwen3_vl_processor,
     qwen_config,
@@ -88,6 +90,34 @@ _QWEN3_VL_VISION = {
     "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [8, 16, 24],
 }
+# Qwen3.5-9B and -35B-A3B, as in transformers 5.19 models/qwen3_5 and qwen3_5_moe, whose configurations have these as
+# defaults; the second also in THUDM/slime scripts/models/qwen3.5-35B-A3B.sh (commit 10cefc3).
+_QWEN3_5_9B = {
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 262144,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+_QWEN3_5_35B = {
+    **_QWEN3_5_9B,
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+_QWEN3_5_VISION = {name: value for name, value in _QWEN3_VL_VISION.items() if name != "deepstack_visual_indexes"}
 _VICUNA_7B = {
     "vocab_size": _LLAVA_VOCABULARY,
     "hidden_size": 4096,
@@ -171,6 +201,15 @@ def _qwen3_vl(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
     )
 
 
+def _qwen3_5(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
+    return _DummyModel(
+        lambda: qwen3_5_processor(
+            replace(_words(text["vocab_size"]), has_merges=True), min_image_tokens=64, max_image_tokens=16384
+        ),
+        lambda tokenizer: qwen3_5_config(tokenizer, text, vision),
+    )
+
+
 def _llava(text: dict[str, Any], clip: dict[str, Any], image_px: int = 336) -> _DummyModel:
     return _DummyModel(
         # As the published processor: the middle of an image, not a padded square.
@@ -191,6 +230,8 @@ DUMMY_MODELS: dict[str, _DummyModel] = {
     "qwen2.5-vl-32b": _qwen(_QWEN_32B, {**_QWEN_7B_VISION, "intermediate_size": 3456}),
     "qwen3-vl-8b": _qwen3_vl(_QWEN3_VL_8B, _QWEN3_VL_VISION),
     "qwen3-vl-30b-a3b": _qwen3_vl(_QWEN3_VL_30B, _QWEN3_VL_VISION),
+    "qwen3.5-9b": _qwen3_5(_QWEN3_5_9B, _QWEN3_5_VISION),
+    "qwen3.5-35b-a3b": _qwen3_5(_QWEN3_5_35B, _QWEN3_5_VISION),
     "llava-1.5-7b": _llava(_VICUNA_7B, CLIP_VIT_L),
     "llava-1.5-13b": _llava(_VICUNA_13B, CLIP_VIT_L),
     "llava-next-7b": _llava_next(_VICUNA_7B),
@@ -240,6 +281,8 @@ _ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
 }

@@ -112,6 +112,7 @@ _GPU_MODELS = (
     ServedModel("qwen2.5-vl-7b", "qwen2.5-vl", ((1008, 672), (448, 448), (224, 224)), ("20%", "10%", "5%")),
     # 1024 x 768 pixels are 768 tokens.
     ServedModel("qwen3-vl-8b", "qwen3-vl", ((1024, 768), (512, 512), (256, 256)), ("20%", "10%", "5%")),
+    ServedModel("qwen3.5-9b", "qwen3.5", ((1024, 768),), ("10%",), is_only_by_name=True),
     ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",), sends_png=True),
     ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",), sends_png=True),
     ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",), sends_png=True),
@@ -119,10 +120,11 @@ _GPU_MODELS = (
 )
 
 
-# In bfloat16 their weights alone take 65 and 61 GB.
+# In bfloat16 their weights alone take 65, 61 and 70 GB.
 _H200_MODELS = (
     ServedModel("qwen2.5-vl-32b", "qwen2.5-vl", ((1008, 672),), ("10%",)),
     ServedModel("qwen3-vl-30b-a3b", "qwen3-vl-moe", ((1024, 768),), ("10%",)),
+    ServedModel("qwen3.5-35b-a3b", "qwen3.5-moe", ((1024, 768),), ("10%",), is_only_by_name=True),
 )
 
 # How many servers an H200 was seen to hold side by side, and with which arguments.
