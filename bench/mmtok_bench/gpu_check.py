@@ -423,6 +423,16 @@ PARTS: tuple[Part, ...] = (
             Bar("the selection's share of TTFT", 2, True, "%", _selection_share("10%", 1)),
         ),
     ),
+    Part(
+        "qwen3.5-9b",
+        "Qwen3.5-9B, 768 -> 76",
+        (_serve("qwen3.5-9b", "10%", "1024x768", "1,16"),),
+        (
+            Bar("`all`, requests/s at 16", 0.98, False, "x", _gain("requests_per_s", "all", 16)),
+            _ttft("10%", 1, 1.0),
+            _rates("10%", 16, 1.0),
+        ),
+    ),
 )
 
 

@@ -133,7 +133,7 @@ def test_an_image_that_brings_its_own_padding_is_another_image(cached: Served) -
 
 @pytest.mark.parametrize("name", ["cache_salt", "extra_key"])
 def test_callers_that_keep_apart_share_nothing(cached: Served, name: str) -> None:
-    chat = Chat.ask(small("coffee"), CUP)
+    chat = Chat.ask(small("coffee"), f"{CUP} {CATS}")
     encoded = cached.metric("encoded_images_total")
     values: list[dict[str, Any]] = [{}, {name: "a"}, {name: "b"}]
     for value in values:
@@ -192,7 +192,7 @@ def test_other_weights_take_nothing_from_the_old_ones(cached: Served, flushes: b
     old = checkpoint(cached.family)
     new = with_other_weights(old, tmp_path / "new")
     other_judge = HandPruned(cached.family, new)
-    chats = [Chat.ask(small("coffee"), CUP), Chat.ask("Look:", small("coffee"), CATS)]
+    chats = [Chat.ask(small("coffee"), f"{CUP} {CATS}"), Chat.ask("Look:", small("coffee"), f"{CATS} {CUP}")]
     for path, judge in ((None, cached.judge), (new, other_judge), (old, cached.judge)):
         if path is not None:
             answer = cached.post("/update_weights_from_disk", {"model_path": str(path), "flush_cache": flushes})
