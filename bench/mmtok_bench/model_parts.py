@@ -307,7 +307,7 @@ def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     )
 
 
-def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes, *, rope_theta: float = 1e7) -> Any:
     """Returns a Qwen3.5 configuration: of the mixture of experts where `text` has `num_experts`.
 
     Args:
@@ -315,6 +315,7 @@ def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
         text: Fields of the language model; every `full_attention_interval`-th layer attends to all tokens, the others
             are linear attention. A quarter of its `head_dim` is rotated, a multiple of 2.
         vision: Fields of the vision encoder.
+        rope_theta: The base of the rotations; that of every size unless given.
     """
     half, interval = text["head_dim"] // 8, text["full_attention_interval"]
     config_class = transformers.Qwen3_5MoeConfig if "num_experts" in text else transformers.Qwen3_5Config
@@ -326,7 +327,7 @@ def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
                 "mrope_section": [(half + 2) // 3, (half + 1) // 3, half // 3],
                 "mrope_interleaved": True,
                 "partial_rotary_factor": 0.25,
-                "rope_theta": 10000000.0,
+                "rope_theta": rope_theta,
             },
             # Transformers reads these and leaves out the interval as it writes, which SGLang reads.
             "layer_types": [

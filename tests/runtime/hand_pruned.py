@@ -63,6 +63,7 @@ class HandPruned:
         coverage: Coverage = "multimodal",
         original_positions: bool = True,
         own_levels: bool = True,
+        raster_order: bool = True,
     ) -> Pruned:
         """Prunes each image to `budget` (tokens, or a ratio; None for all), guided by its text.
 
@@ -76,10 +77,13 @@ class HandPruned:
             coverage: What the selection covers.
             original_positions: False gives kept tokens the first K positions of their image: the mistake to catch.
             own_levels: False gives kept tokens what DeepStack has of the image's first K tokens: another one.
+            raster_order: False has kept tokens, with their own positions, read from the last to the first: another one.
         """
         inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt").to(self.device)
         with self.device:
-            return self._pruned(inputs, images, guidance, budget, kept, coverage, original_positions, own_levels)
+            return self._pruned(
+                *(inputs, images, guidance, budget, kept, coverage), original_positions, own_levels, raster_order
+            )
 
     def _pruned(
         self,
@@ -91,6 +95,7 @@ class HandPruned:
         coverage: Coverage,
         original_positions: bool,
         own_levels: bool,
+        raster_order: bool,
     ) -> Pruned:
         ids = inputs["input_ids"][0]
         embed = self.model.get_input_embeddings()
@@ -106,6 +111,7 @@ class HandPruned:
                 budgets = [budget] * len(images) if isinstance(budget, float | int) else budget
                 self._config = replace(self.preset.config, coverage=coverage)
                 taken = take(guidance, budgets) if kept is None else kept
+                taken = taken if raster_order else [each.flip(0) for each in taken]
                 pruned = self._cut(ids, embeddings, positions, next_position, taken, original_positions)
                 if own_levels:
                     return pruned

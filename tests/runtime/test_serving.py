@@ -48,6 +48,16 @@ def test_a_wrong_position_would_be_caught(served: Served) -> None:
     assert served.judge.max_error(wrong, account) > 1e-2
 
 
+def test_another_order_would_be_caught(served: Served) -> None:
+    if not served.family.startswith("qwen3.5"):
+        pytest.skip("this family has no linear attention")
+    chat = CHATS["one image"]
+    account = served.ask(chat)
+    prompt = served.judge.prompt(chat.for_template())
+    wrong = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, raster_order=False)
+    assert served.judge.max_error(wrong, account) > 1e-2
+
+
 def test_levels_of_another_token_would_be_caught(served: Served) -> None:
     if not served.family.startswith("qwen3-vl"):
         pytest.skip("this family has no DeepStack")
