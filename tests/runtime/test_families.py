@@ -191,7 +191,7 @@ def test_a_pipeline_whose_first_stage_has_not_the_layers_of_deepstack_is_refused
 
 @pytest.mark.parametrize("family", [Qwen35, Qwen35Moe])
 def test_a_qwen3_5_with_deepstack_is_refused(family: type[Family]) -> None:
-    """None has it; SGLang's default, where a configuration does not say so, is Qwen3-VL's three levels."""
+    """It has none; SGLang's default, where a configuration does not say so, is Qwen3-VL's three levels."""
     theirs = SimpleNamespace(vision_config=SimpleNamespace(deepstack_visual_indexes=[]))
     assert family().obstacle(theirs) is None
     assert family().obstacle_to_stages(8, theirs) is None

@@ -37,14 +37,15 @@ class Qwen35(Qwen):
     processor_class = Qwen35Processor
 
     def obstacle(self, config: Any) -> str | None:
-        """Returns why a model of this architecture cannot be pruned: none that is published has DeepStack.
+        """Returns why a model of this architecture cannot be pruned: a Qwen3.5 has no DeepStack.
 
-        SGLang's vision configuration has levels where the checkpoint's says nothing of them.
+        SGLang 0.5.23 takes Qwen3-VL's levels where config.json says nothing of them (configs/qwen3_vl.py,
+        `Qwen3VLVisionConfig`).
         """
         num_levels = len(config.vision_config.deepstack_visual_indexes)
         if num_levels:
             return (
-                f"it has {num_levels} levels of DeepStack, which no published Qwen3.5 has: expected "
+                f"SGLang reads {num_levels} levels of DeepStack in its configuration, and a Qwen3.5 has none: expected "
                 '"deepstack_visual_indexes": [] in the vision_config of config.json'
             )
         return super().obstacle(config)
