@@ -171,7 +171,7 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
         is_mixture = family == "qwen3.5-moe"
         processor = qwen3_5_processor()
         text = {**_TEXT_SIZES, **_QWEN3_5_TEXT, **(_TINY_QWEN3_5_EXPERTS if is_mixture else {})}
-        # Of a quarter of a small head, most would turn too slowly for a wrong position to show.
+        # A quarter of a head is rotated: by the usual base, of one so small, too slowly for a wrong position to show.
         config = qwen3_5_config(processor.tokenizer, text, _TINY_QWEN3_5_VISION, rope_theta=1e4)
         model_class = (
             transformers.Qwen3_5MoeForConditionalGeneration
