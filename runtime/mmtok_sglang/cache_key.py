@@ -150,7 +150,7 @@ def naming(process: Callable[..., Any], settings: Settings) -> Callable[..., Any
         if not settings.trust_image_hashes:
             given = _given_names(request, image_data)
             asked = requested(getattr(request, "mm_processor_kwargs", None), settings)
-            if given and not asked.budget.is_all:
+            if given and not asked.changes_nothing:
                 raise refusal(
                     "hashes",
                     f"this request names its images itself ({', '.join(given)}): two images under one name would share "

@@ -24,6 +24,7 @@ __all__ = [
     "check_backend",
     "check_engine",
     "check_model_impl",
+    "check_scale",
     "check_server",
     "check_server_method",
     "check_stages",
@@ -139,6 +140,15 @@ def check_server_method(server_args: Any, settings: Settings) -> None:
     obstacle = FAMILIES[settings.family].obstacle_to(settings.method, config)
     if obstacle is not None:
         raise UnsupportedServerError(f"--mmtok-method {settings.method} does not run on this model: {obstacle}")
+
+
+def check_scale(settings: Settings) -> None:
+    """Raises UnsupportedServerError if the model cannot read images at the server's encoder scale."""
+    obstacle = FAMILIES[settings.family].obstacle_to_scale
+    if settings.encoder_scale < 1 and obstacle is not None:
+        raise UnsupportedServerError(
+            f"--mmtok-encoder-scale {settings.encoder_scale:g} does not run on {settings.family}: {obstacle}. Drop it"
+        )
 
 
 def check_stages(server_args: Any, settings: Settings) -> None:

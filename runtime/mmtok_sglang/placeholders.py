@@ -116,8 +116,10 @@ class PlaceholderCutter:
         _refuse_our_names(image_data, *(getattr(request, name, None) for name in ("video_data", "audio_data")))
         _refuse_no_images(image_data)
         asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
+        if not asked.changes_nothing:
+            _refuse_what_cannot_be_pruned(request, image_data, asked)
+            self._refuse_scale(asked.encoder_scale)
         if not asked.budget.is_all:
-            _refuse_what_cannot_be_pruned(request, image_data)
             self._refuse_method(asked.method, processor.hf_config)
         # SGLang hands an empty prompt on as None.
         prompt, max_prompt_tokens = kwargs["input_text"] or "", kwargs.get("max_req_input_len")
@@ -125,8 +127,8 @@ class PlaceholderCutter:
         images = image_data
         if image_data:
             images = await self._loader.load(image_data, getattr(processor, "server_args", None))
-        if not asked.budget.is_all and asked.method == "downsample":
-            images = await self._family.shrink_images(images, asked.budget, self._settings, processor, request)
+        if asked.encoder_scale < 1 or (asked.method == "downsample" and not asked.budget.is_all):
+            images = await self._family.shrink_images(images, asked, self._settings, processor, request)
         output = await self._family.process(original, processor, images, *args, **kwargs)
         if output is None or not output.mm_items:
             return output
@@ -259,6 +261,13 @@ class PlaceholderCutter:
         if obstacle is not None:
             raise refusal("method", f"mm_processor_kwargs.mmtok_method {method} does not run on this model: {obstacle}")
 
+    def _refuse_scale(self, scale: float) -> None:
+        obstacle = self._family.obstacle_to_scale
+        if scale < 1 and obstacle is not None:
+            raise refusal(
+                "field", f"mm_processor_kwargs.mmtok_encoder_scale {scale:g} does not run on this model: {obstacle}"
+            )
+
 
 def cut_placeholders(output: Any) -> None:
     """Cuts the placeholders of every planned image in place, with all that is laid out by token.
@@ -292,8 +301,9 @@ def cut_placeholders(output: Any) -> None:
         output.mrope_position_delta = output.mrope_position_delta + int((~stays).sum())
 
 
-def _refuse_what_cannot_be_pruned(request: Any, image_data: Any) -> None:
-    advice = 'send mm_processor_kwargs={"mmtok_budget": "all"} to have it read unpruned'
+def _refuse_what_cannot_be_pruned(request: Any, image_data: Any, asked: Requested) -> None:
+    unscaled = "" if asked.encoder_scale == 1 else ', "mmtok_encoder_scale": 1'
+    advice = f'send mm_processor_kwargs={{"mmtok_budget": "all"{unscaled}}} to have it read unpruned'
     if isinstance(request, EmbeddingReqInput):  # which has no such field
         advice = "embed it on a server without --mmtok-budget"
     if getattr(request, "video_data", None):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, reads_question
 from mmtok_sglang.refusals import refusal
-from mmtok_sglang.settings import MAX_SEED, Settings
+from mmtok_sglang.settings import MAX_SEED, Settings, check_encoder_scale
 
 __all__ = [
     "FIELD",
@@ -25,7 +25,8 @@ __all__ = [
     "requested",
 ]
 
-_BUDGET, _GUIDANCE, _METHOD, _SEED = _FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed")
+_FIELDS = ("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_method", "mmtok_seed")
+_BUDGET, _ENCODER_SCALE, _GUIDANCE, _METHOD, _SEED = _FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,21 @@ class Requested:
     """How a request's images are to be pruned: as it says itself, else as the server says.
 
     Args:
-        budget: Tokens that each keeps.
+        budget: Tokens that each keeps, of those that it has at its scale.
         method: What chooses them.
         seed: What a method that draws is seeded with; 0 for the others.
+        encoder_scale: What each of its sides is scaled by before the vision encoder.
     """
 
     budget: Budget
     method: MethodName
     seed: int
+    encoder_scale: float = 1.0
+
+    @property
+    def changes_nothing(self) -> bool:
+        """True if images are read whole and as they came."""
+        return self.budget.is_all and self.encoder_scale == 1
 
 
 FIELD = "mm_processor_kwargs"
@@ -77,7 +85,7 @@ def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested
     """
     budget, method = _budget(kwargs, settings.budget), _method(kwargs, settings)
     seed = _seed(kwargs, settings.seed)
-    return Requested(budget, method, seed if method == "random" else 0)
+    return Requested(budget, method, seed if method == "random" else 0, _encoder_scale(kwargs, settings, method))
 
 
 def _budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
@@ -112,6 +120,14 @@ def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
             "field", f"mm_processor_kwargs.{_SEED} is a whole number from 0 to {MAX_SEED}, got {given!r:.200}"
         )
     return given
+
+
+def _encoder_scale(kwargs: Mapping[str, Any] | None, settings: Settings, method: MethodName) -> float:
+    given = (kwargs or {}).get(_ENCODER_SCALE)
+    try:
+        return check_encoder_scale(settings.encoder_scale if given is None else given, method)
+    except ValueError as error:
+        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
 
 
 def guidance_texts(

@@ -138,6 +138,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             check_backend,
             check_engine,
             check_model_impl,
+            check_scale,
             check_server,
             check_server_method,
             check_stages,
@@ -156,6 +157,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         check_server(self)
         check_adapters(self, self._mmtok_settings)
         check_server_method(self, self._mmtok_settings)
+        check_scale(self._mmtok_settings)
         check_stages(self, self._mmtok_settings)
         check_agent(self, self._mmtok_settings)
         check_backend(self, self._mmtok_settings)

@@ -19,7 +19,7 @@ from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.flags import Flag, Help, flags_of
 from mmtok_sglang.limits import Limits
 
-__all__ = ["FLAGS", "MAX_SEED", "Settings"]
+__all__ = ["FLAGS", "MAX_SEED", "Settings", "check_encoder_scale"]
 
 MAX_SEED = 2**63 - 1
 """The largest seed; a larger number could not be sent to the scheduler process."""
@@ -85,6 +85,12 @@ class Settings:
         Help("""leave an image unpruned that takes fewer tokens than this in an unpruned prompt, where pruning would
         cost more time than it saves. Default: 0, every image is pruned."""),
     ] = 0
+    encoder_scale: Annotated[
+        float,
+        Help("""scale each side of an image by this before the vision encoder reads it, above 0 and at most 1: at 0.5
+        an image has a quarter of its patches and tokens, and the budget keeps its share, or count, of those. For a Qwen
+        alone. A request overrides it with mm_processor_kwargs={"mmtok_encoder_scale": ...}. Default: 1."""),
+    ] = 1.0
     method: Annotated[
         MethodName,
         Help("""what chooses the tokens, for comparisons. A request overrides it with
@@ -156,7 +162,7 @@ class Settings:
             raise ValueError(f"min_tokens_in is at least 0, got {self.min_tokens_in}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is from 0 to {MAX_SEED}, got {self.seed}")
-        self.check_method(self.method)
+        check_encoder_scale(self.encoder_scale, self.check_method(self.method))
         self._check_agent()
 
     def check_method(self, method: object) -> MethodName:
@@ -198,6 +204,22 @@ class Settings:
     def flags(self) -> dict[str, Any]:
         """Returns the settings as the values of the --mmtok-* flags, for `/server_info`."""
         return {f"mmtok_{name}": _shown(name, attrgetter(path)(self)) for name, path in _PATHS.items()}
+
+
+def check_encoder_scale(value: object, method: MethodName) -> float:
+    """Returns the encoder scale if it is one, and the method goes with it.
+
+    Raises:
+        ValueError: It is no number above 0 and at most 1, or the method sizes images itself.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"encoder_scale is a number above 0 and at most 1, got {value!r:.100}")
+    if value < 1 and method == "downsample":
+        raise ValueError(
+            f"encoder_scale {value:g} does not go with the method downsample, which scales images to the budget "
+            "itself: take 1, or another method"
+        )
+    return float(value)
 
 
 _CONFIG_HELP = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,9 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods.downsample import grid_within
+from mmtok_sglang.metrics import collectors, never_raises
 from mmtok_sglang.refusals import refusal
+from mmtok_sglang.stages import image_stage
 
 __all__ = ["ProcessorSizes"]
 
@@ -40,6 +44,27 @@ class ProcessorSizes:
             max_pixels=given.get("max_pixels", images.size["longest_edge"]),
         )
 
+    def scale(self, source: Any, scale: float, min_tokens_in: int) -> Any:
+        """Returns the image with each side at a share of what the processor would make it, scaled once, bicubic.
+
+        The processor's smallest image is where scaling stops.
+
+        Args:
+            source: What SGLang can load.
+            scale: The share, above 0 and at most 1.
+            min_tokens_in: An image of fewer tokens at its own size is returned as it is.
+
+        Raises:
+            ValueError: It cannot be read, or is longer than the processor takes.
+        """
+
+        def smaller(rows: int, columns: int) -> tuple[int, int]:
+            height, width = rows * self.token_px, columns * self.token_px
+            stopped = max(scale, math.sqrt(self.min_pixels / (height * width)))
+            return self._grid(height * stopped, width * stopped)
+
+        return self._resized(source, smaller, min_tokens_in)
+
     def shrink(self, source: Any, budget: Budget, min_tokens_in: int) -> Any:
         """Returns the image at the size of at most as many tokens as the budget keeps, scaled once, bicubic.
 
@@ -51,24 +76,63 @@ class ProcessorSizes:
         Raises:
             ValueError: The processor would enlarge an image so small, or it cannot be read.
         """
+
+        def smaller(rows: int, columns: int) -> tuple[int, int]:
+            num_kept = budget.num_kept(rows * columns)
+            grid = grid_within(rows, columns, num_kept)
+            if grid != (rows, columns) and grid[0] * grid[1] * self.token_px**2 < self.min_pixels:
+                raise refusal(
+                    "downsample",
+                    f"mmtok_method downsample: {num_kept} tokens of an image are below the {self.min_pixels} pixels "
+                    f"that the processor enlarges it to: ask for an mmtok_budget of "
+                    f"{-(-self.min_pixels // self.token_px**2)} tokens or more",
+                )
+            return grid
+
+        return self._resized(source, smaller, min_tokens_in)
+
+    def _resized(self, source: Any, smaller: Callable[[int, int], tuple[int, int]], min_tokens_in: int) -> Any:
+        """Returns the image at the size of another grid of tokens; as it came if that is its own.
+
+        Args:
+            source: What SGLang can load.
+            smaller: Returns that grid, given the image's own rows and columns.
+            min_tokens_in: An image of fewer tokens is returned as it came.
+        """
+        with image_stage("decode"):
+            image = _loaded(source)
+            rows, columns = self._grid(image.height, image.width)
+            grid = (rows, columns) if rows * columns < min_tokens_in else smaller(rows, columns)
+            if grid == (rows, columns):
+                return source
+            # The processor takes none that is longer.
+            self._grid(grid[0] * self.token_px, grid[1] * self.token_px)
+            size = (grid[1] * self.token_px, grid[0] * self.token_px)
+            resized = image.resize(size, Image.Resampling.BICUBIC)
+        _count_smaller()
+        return resized
+
+    def _grid(self, height: float, width: float) -> tuple[int, int]:
+        """Returns the rows and columns of tokens that the processor makes of an image."""
         try:
-            image, _ = load_image(source, False)
-            # As SGLang converts images before the processor, and before scaling: Pillow scales RGBA by its alpha, which
-            # makes the colour of transparent pixels black.
-            image = image if image.mode == "RGB" else image.convert("RGB")
-        except (OSError, RuntimeError, SyntaxError, ValueError) as error:
-            raise refusal("image", f"an image cannot be read: {error}") from error
-        height, width = smart_resize(image.height, image.width, self.token_px, self.min_pixels, self.max_pixels)
-        rows, columns = height // self.token_px, width // self.token_px
-        num_kept = budget.num_kept(rows * columns)
-        if rows * columns < min_tokens_in or num_kept == rows * columns:
-            return source
-        smaller = grid_within(rows, columns, num_kept)
-        if smaller[0] * smaller[1] * self.token_px**2 < self.min_pixels:
+            sides = smart_resize(height, width, self.token_px, self.min_pixels, self.max_pixels)
+        except ValueError as error:
             raise refusal(
-                "downsample",
-                f"mmtok_method downsample: {num_kept} tokens of an image are below the {self.min_pixels} pixels that "
-                f"the processor enlarges it to: ask for an mmtok_budget of {-(-self.min_pixels // self.token_px**2)} "
-                "tokens or more",
-            )
-        return image.resize((smaller[1] * self.token_px, smaller[0] * self.token_px), Image.Resampling.BICUBIC)
+                "aspect_ratio", f"an image is too long for the processor: {error}: send it cut in parts"
+            ) from None
+        return int(sides[0] // self.token_px), int(sides[1] // self.token_px)
+
+
+@never_raises
+def _count_smaller() -> None:
+    collectors()["smaller_images"].inc()
+
+
+def _loaded(source: Any) -> Image.Image:
+    try:
+        image: Image.Image = load_image(source, False)[0]
+        # As SGLang converts images before the processor, and before scaling: Pillow scales RGBA by its alpha, which
+        # makes the colour of transparent pixels black.
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+        raise refusal("image", f"an image cannot be read: {error}") from error

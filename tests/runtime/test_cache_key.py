@@ -163,6 +163,15 @@ def _with_data(asked: Asked, rng: random.Random) -> Asked:
     )
 
 
+def _scaled(asked: Asked) -> Asked:
+    """The image at half of each side, as the encoder is given it: fewer patches, another grid; N and K may be equal."""
+    return replace(
+        asked,
+        pixels=asked.pixels[: len(asked.pixels) // 4],
+        data={name: each // 2 for name, each in asked.data.items()},
+    )
+
+
 # What each field is changed to, and whether the features' key depends on it.
 _CHANGES: dict[str, tuple[Callable[[Asked, random.Random], Asked], bool]] = {
     "pixels": (lambda asked, rng: replace(asked, pixels=asked.pixels + 1), True),
@@ -170,6 +179,7 @@ _CHANGES: dict[str, tuple[Callable[[Asked, random.Random], Asked], bool]] = {
     "shape of the pixels": (lambda asked, rng: replace(asked, pixels=asked.pixels.reshape(8, 6)), True),
     "dtype of the pixels": (lambda asked, rng: replace(asked, pixels=asked.pixels.bfloat16()), True),
     "how the pixels lie": (_with_data, True),
+    "encoder scale": (lambda asked, rng: _scaled(asked), True),
     "weights": (lambda asked, rng: replace(asked, num_updates=asked.num_updates + 1), True),
     "adapter": (lambda asked, rng: replace(asked, lora_id=_other(rng, _TEXTS, asked.lora_id)), True),
     "extra_key": (lambda asked, rng: replace(asked, extra_key=_other(rng, _TEXTS, asked.extra_key)), True),
@@ -370,6 +380,11 @@ IMAGE_WITH_A_HASH = SimpleNamespace(url="data:", content_hash="sha256:" + "0" * 
         ({}, ["data:"], None),
         ({"mm_hashes": [None], "mm_content_hashes": None}, ["data:"], None),
         ({"mm_hashes": ["0xabc"], "mm_processor_kwargs": {"mmtok_budget": "all"}}, ["data:"], None),
+        (
+            {"mm_hashes": ["0xabc"], "mm_processor_kwargs": {"mmtok_budget": "all", "mmtok_encoder_scale": 0.5}},
+            ["data:"],
+            "mm_hashes",
+        ),
     ],
 )
 def test_images_that_the_caller_names_are_refused_with_a_budget(

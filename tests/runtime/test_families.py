@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from sglang.srt.configs import qwen3_5 as sglang_configs
 from sglang.srt.utils import ImageData
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmtok_deploy import Budget
 from mmtok_deploy.methods import MethodName
@@ -24,6 +26,7 @@ from mmtok_sglang.families.qwen3_vl import Qwen3VL
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.model import EncodedImage, PrunedModel
 from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.request import Requested
 from mmtok_sglang.transformers_backend import separate_images
 from tests.runtime.stand_ins import identified, image_item, make_settings
 
@@ -256,10 +259,17 @@ PROCESSOR = SimpleNamespace(
 
 
 def shrunk(
-    image: Any, budget: str | int, *, processor: Any = PROCESSOR, min_tokens_in: int = 0, request: Any = None
+    image: Any,
+    budget: str | int = "all",
+    *,
+    encoder_scale: float = 1,
+    processor: Any = PROCESSOR,
+    min_tokens_in: int = 0,
+    request: Any = None,
 ) -> Any:
     settings = replace(make_settings(), min_tokens_in=min_tokens_in)
-    (smaller,) = asyncio.run(Qwen25VL().shrink_images([image], Budget.parse(budget), settings, processor, request))
+    asked = Requested(Budget.parse(budget), "mmtok" if encoder_scale < 1 else "downsample", 0, encoder_scale)
+    (smaller,) = asyncio.run(Qwen25VL().shrink_images([image], asked, settings, processor, request))
     return smaller
 
 
@@ -278,11 +288,52 @@ def test_qwen_is_given_a_smaller_image(size: tuple[int, int], budget: str | int,
     assert (smaller.size, smaller.mode, smaller.getpixel((0, 0))) == (expected, "RGB", (255, 0, 0))
 
 
+@pytest.mark.parametrize(
+    ("size", "scale", "expected"),
+    [
+        ((336, 336), 0.5, (168, 168)),
+        # Of what the processor makes of it, 336 x 252.
+        ((345, 260), 0.5, (168, 112)),
+        ((336, 336), 0.99, None),
+        ((336, 336), 1e-300, (56, 56)),
+        # Both keep a column of tokens, and stop where the processor would enlarge the image.
+        ((28, 1120), 0.1, (28, 364)),
+        ((28, 1120), 0.3, (28, 364)),
+        ((28, 1120), 0.6, (28, 672)),
+        ((56, 56), 0.5, None),
+    ],
+)
+def test_an_encoder_scale_is_of_each_side(size: tuple[int, int], scale: float, expected: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, "red")
+    smaller = shrunk(image, encoder_scale=scale)
+    assert (smaller is image) if expected is None else (smaller.size == expected)
+
+
+def test_no_scale_gives_an_image_that_the_processor_would_size_anew() -> None:
+    """It is scaled once, and no side is longer than the processor would have made it."""
+    rng = random.Random(0)
+    for _ in range(100):
+        size = rng.randrange(9, 900), rng.randrange(9, 900)
+        image = Image.new("RGB", size)
+        height, width = smart_resize(size[1], size[0], 28, 4 * 784, 1280 * 784)
+        smaller = shrunk(image, encoder_scale=rng.random())
+        if smaller is not image:
+            assert smart_resize(smaller.height, smaller.width, 28, 4 * 784, 1280 * 784) == smaller.size[::-1]
+            assert (smaller.width <= width, smaller.height <= height) == (True, True)
+
+
+def test_an_image_that_is_scaled_to_a_longer_shape_than_the_processor_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"too long for the processor: .* must be smaller than 200, got 293"):
+        shrunk(Image.new("RGB", (8200, 41)), encoder_scale=0.75)
+
+
 def test_an_image_that_is_small_enough_is_not_scaled() -> None:
     image = Image.new("RGB", (112, 112))
     assert shrunk(image, 16) is image
     assert shrunk(image, 4, min_tokens_in=17) is image
     assert shrunk(image, 4, min_tokens_in=16) is not image
+    assert shrunk(image, encoder_scale=0.5, min_tokens_in=17) is image
+    assert shrunk(image, encoder_scale=0.5, min_tokens_in=16) is not image
 
 
 def test_an_image_is_scaled_from_what_the_processor_would_make_of_it() -> None:
@@ -301,8 +352,10 @@ def test_what_the_processor_would_enlarge_is_refused() -> None:
 @pytest.mark.parametrize("name", ["mm_hashes", "mm_content_hashes"])
 def test_images_named_by_the_caller_are_not_scaled(name: str) -> None:
     image = Image.new("RGB", (336, 336))
-    with pytest.raises(ValueError, match=f"changes the images, which {name} names"):
+    with pytest.raises(ValueError, match=f"downsample changes the images, which {name} names"):
         shrunk(image, "10%", request=SimpleNamespace(**{name: ["00ff"]}))
+    with pytest.raises(ValueError, match=f"mmtok_encoder_scale 0.5 changes the images, which {name} names"):
+        shrunk(image, encoder_scale=0.5, request=SimpleNamespace(**{name: ["00ff"]}))
     shrunk(image, "10%", request=SimpleNamespace(**{name: [None]}))
 
 

@@ -381,6 +381,14 @@ UNPRUNABLE: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_pruned_is_refused_before_it_is_processed(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f'{message}.*"mmtok_budget": "all"'):
         processed(None, 2, **inputs)
+    with pytest.raises(ValueError, match=f'{message}.*"mmtok_budget": "all", "mmtok_encoder_scale": 1'):
+        processed(None, fields={"mmtok_encoder_scale": 0.5}, **inputs)
+
+
+def test_a_scale_is_refused_for_a_model_whose_encoder_reads_one_size() -> None:
+    with pytest.raises(ValueError, match=r"mmtok_encoder_scale 0.5 does not run on this model: .* images of one size"):
+        processed(None, fields={"mmtok_encoder_scale": 0.5})
+    processed(prompt_output(TWO_IMAGES), fields={"mmtok_encoder_scale": 1})
 
 
 @pytest.mark.parametrize("budget", ["all", 2])

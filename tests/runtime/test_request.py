@@ -61,7 +61,7 @@ def test_a_bad_budget_is_refused_and_named(value: Any) -> None:
 
 def test_an_unknown_field_is_refused_with_those_that_exist() -> None:
     with pytest.raises(
-        ValueError, match=r"no field mmtok_alpha, mmtok_budgets; .* mmtok_budget, mmtok_guidance, mmtok_m"
+        ValueError, match=r"no field mmtok_alpha, mmtok_budgets; .* mmtok_budget, mmtok_encoder_scale, mmtok_g"
     ):
         requested({"mmtok_budgets": 5, "mmtok_alpha": 1, "num_crops": 4}, SERVER)
 
@@ -95,6 +95,40 @@ def test_a_bad_seed_is_refused_and_named(value: Any) -> None:
         ValueError, match=r"^mm_processor_kwargs\.mmtok_seed is a whole number from 0 to 9223372036854775807, got "
     ):
         requested({"mmtok_seed": value}, make_settings())
+
+
+def test_a_requests_scale_goes_before_the_servers() -> None:
+    settings = replace(make_settings("10%"), encoder_scale=0.5)
+    assert requested(None, settings).encoder_scale == 0.5
+    assert requested({"mmtok_encoder_scale": None}, settings).encoder_scale == 0.5
+    assert requested({"mmtok_encoder_scale": 0.25}, settings).encoder_scale == 0.25
+    assert requested({"mmtok_encoder_scale": 1}, settings).encoder_scale == 1
+    # Whatever the budget: all tokens of a smaller image are kept then.
+    assert not requested({"mmtok_budget": "all"}, settings).changes_nothing
+    assert requested({"mmtok_budget": "all", "mmtok_encoder_scale": 1}, settings).changes_nothing
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 2, True, "0.5", "50%", [0.5], float("nan"), float("inf"), 10**400])
+def test_a_bad_scale_is_refused_and_named(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^mm_processor_kwargs\.mmtok_encoder_scale is a number above 0 and at most 1, got "
+    ):
+        requested({"mmtok_encoder_scale": value}, SERVER)
+
+
+@pytest.mark.parametrize(
+    ("server", "fields"),
+    [
+        ({}, {"mmtok_method": "downsample", "mmtok_encoder_scale": 0.5}),
+        ({"encoder_scale": 0.5}, {"mmtok_method": "downsample"}),
+        ({"method": "downsample"}, {"mmtok_encoder_scale": 0.5}),
+    ],
+)
+def test_downsample_takes_no_scale(server: dict[str, Any], fields: dict[str, Any]) -> None:
+    settings = replace(make_settings("10%"), **server)
+    with pytest.raises(ValueError, match=r"mmtok_encoder_scale 0.5 does not go with the method downsample.*: take 1,"):
+        requested(fields, settings)
+    assert requested(fields | {"mmtok_encoder_scale": 1}, settings).method == "downsample"
 
 
 @pytest.mark.parametrize(

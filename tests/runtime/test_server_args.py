@@ -38,6 +38,7 @@ FLAGS = [
     "--mmtok-alpha",
     "--mmtok-guidance",
     "--mmtok-method",
+    "--mmtok-encoder-scale",
     "--mmtok-seed",
     "--mmtok-agent-url",
     "--mmtok-agent-model",
@@ -92,6 +93,8 @@ def test_the_servers_help_lists_the_flags() -> None:
         (["--mmtok-budget", "64", "--mmtok-min-tokens", "0"], "is a whole number of at least 1 token, got 0"),
         (["--mmtok-budget", "64", "--mmtok-tv-temp", "-1"], "--mmtok-tv-temp is a positive number"),
         (["--mmtok-budget", "64", "--mmtok-feature-cache-mb", "-1"], "is at least 0, got -1"),
+        (["--mmtok-budget", "64", "--mmtok-encoder-scale", "50%"], "invalid float"),
+        (["--mmtok-budget", "64", "--mmtok-encoder-scale", "nan"], "is a number above 0 and at most 1, got nan"),
         (["--mmtok-budget", "64", "--mmtok-agent-url", "agent"], "is an address like http://host:30000/v1"),
         (["--mmtok-backend", "torch", "--mmtok-budget", "64", "--mmtok-engine", "/a.onnx"], "runs no exported file"),
         (["--mmtok-alpha", "1"], "has no effect without --mmtok-budget"),
@@ -147,6 +150,14 @@ def test_a_variable_that_looks_like_a_flag_is_warned_of(
         ({"mmtok_guidance": "words"}, "--mmtok-guidance is one of keywords, question, got 'words'"),
         ({"mmtok_min_tokens": 0}, "--mmtok-min-tokens is a whole number"),
         ({"mmtok_method": "fastv"}, "--mmtok-method is one of mmtok, text-coverage, .* got 'fastv'"),
+        *(
+            ({"mmtok_encoder_scale": value}, "--mmtok-encoder-scale is a number above 0 and at most 1, got ")
+            for value in (0, -0.5, 1.5, 2, float("inf"), "0.5", True)
+        ),
+        (
+            {"mmtok_method": "downsample", "mmtok_encoder_scale": 0.5},
+            "--mmtok-encoder-scale 0.5 does not go with the method downsample",
+        ),
         ({"mmtok_seed": -1}, "--mmtok-seed is from 0 to 9223372036854775807, got -1"),
         (
             {"mmtok_method": "even", "mmtok_backend": "triton"},
@@ -270,6 +281,13 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
             ),
         ),
         (
+            {"mmtok_budget": "10%", "mmtok_encoder_scale": 0.5},
+            "qwen2.5-vl",
+            Settings(
+                *("qwen2.5-vl", Budget.parse("10%"), SelectionConfig(0.01, 0.2, 0.5), "question"), encoder_scale=0.5
+            ),
+        ),
+        (
             {"mmtok_budget": "all", "mmtok_method": "text-coverage"},
             "llava-1.5",
             Settings("llava-1.5", Budget(), SelectionConfig(0.02, 0.2, 0.5), "keywords", method="text-coverage"),
@@ -321,6 +339,7 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_vv_temp": 0.2,
         "mmtok_alpha": 1.0,
         "mmtok_guidance": "question",
+        "mmtok_encoder_scale": 1.0,
         "mmtok_method": "mmtok",
         "mmtok_seed": 0,
         "mmtok_agent_url": None,

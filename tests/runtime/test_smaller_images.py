@@ -1,4 +1,4 @@
-"""Images for `downsample` have the pixels that SGLang would have given to the processor, scaled."""
+"""Images that are made smaller have the pixels that SGLang would have given to the processor, scaled."""
 
 from __future__ import annotations
 
@@ -86,6 +86,8 @@ def test_scaled_pixels_are_those_of_the_unpruned_path(name: str) -> None:
     assert (unpruned.size, smaller.size, smaller.mode) == (SIZE, (84, 56), "RGB")
     expected = unpruned.resize((84, 56), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(smaller), np.asarray(expected))
+    scaled = SIZES.scale(source, 0.5, 0)
+    assert np.array_equal(np.asarray(scaled), np.asarray(expected))
 
 
 def test_an_image_that_the_camera_held_upright_is_not_turned() -> None:

@@ -14,6 +14,7 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
+from mmtok_sglang.request import Requested
 from mmtok_sglang.selection import ExpectedFeatures
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.typed_placeholders import PlaceholderRule
@@ -39,6 +40,8 @@ class Family(ABC):
     """The dtype of the features before the projector, where it is not the model's."""
     max_pixels_on_cpu: ClassVar[int | None] = None
     """The most pixels of an image on a CPU by default, where the encoder's memory bounds them."""
+    obstacle_to_scale: ClassVar[str | None] = "its vision encoder reads images of one size, however small they are sent"
+    """Why images cannot be scaled by `--mmtok-encoder-scale`, None if they can."""
 
     @property
     def architecture(self) -> str:
@@ -91,13 +94,16 @@ class Family(ABC):
         return None
 
     async def shrink_images(
-        self, images: Sequence[Any], budget: Budget, settings: Settings, processor: Any, request: Any
+        self, images: Sequence[Any], asked: Requested, settings: Settings, processor: Any, request: Any
     ) -> Sequence[Any]:
-        """Returns the images for `downsample`, where the processor makes fewer tokens of smaller ones; else as given.
+        """Returns the images at the encoder scale, or for `downsample` at that of the budget.
+
+        As given where the processor makes no fewer tokens of a smaller image.
 
         Args:
             images: What SGLang can load: addresses, bytes, PIL images.
-            budget: The request's budget, of the tokens of each image at its own size.
+            asked: How the request is to be pruned. For `downsample` the budget is of the tokens of each image at its
+                own size.
             settings: The server's.
             processor: SGLang's processor.
             request: SGLang's request.

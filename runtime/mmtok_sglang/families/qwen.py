@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.refusals import refusal
+from mmtok_sglang.request import Requested
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.smaller_images import ProcessorSizes
 from mmtok_sglang.stages import image_stage
@@ -89,6 +91,7 @@ class Qwen(Family):
         ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
     )
     keys_dtype = torch.float32  # means over 2x2 merge groups
+    obstacle_to_scale = None
     # SGLang's attention on a CPU holds a matrix of all patches by all patches: 22 GB for 3584 x 3584 pixels.
     max_pixels_on_cpu = _MAX_PIXELS_ON_CPU
 
@@ -116,24 +119,31 @@ class Qwen(Family):
         return None if method == "downsample" else super().obstacle_to(method, config)
 
     async def shrink_images(
-        self, images: Sequence[Any], budget: Budget, settings: Settings, processor: Any, request: Any
+        self, images: Sequence[Any], asked: Requested, settings: Settings, processor: Any, request: Any
     ) -> Sequence[Any]:
-        """Returns the images scaled down to the budget, before the processor: what a client would send instead.
+        """Returns the images scaled down before the processor: what a client would send instead.
 
         Raises:
-            ValueError: Fewer tokens than the processor enlarges an image to, or images that the caller names by a hash
-                of their own: SGLang would take a smaller one for the whole (HTTP 400).
+            ValueError: For `downsample` fewer tokens than the processor enlarges an image to; images that cannot be
+                read, or that the caller names by a hash of their own: SGLang would take a smaller one for the whole
+                (HTTP 400).
         """
+        is_scaled = asked.encoder_scale < 1
         for name in ("mm_hashes", "mm_content_hashes"):
             if any(getattr(request, name, None) or ()):
                 # SGLang moves the `content_hash` of an image to the request.
                 in_images = name == "mm_content_hashes" and any(getattr(each, "content_hash", None) for each in images)
                 sent = "content_hash" if in_images else name
+                by = f"mmtok_encoder_scale {asked.encoder_scale:g}" if is_scaled else "mmtok_method downsample"
                 raise refusal(
-                    "downsample", f"mmtok_method downsample changes the images, which {sent} names: send no {sent}"
+                    "hashes" if is_scaled else "downsample",
+                    f"{by} changes the images, which {sent} names: send no {sent}",
                 )
         sizes = ProcessorSizes.of(processor)
-        return [await asyncio.to_thread(sizes.shrink, image, budget, settings.min_tokens_in) for image in images or ()]
+        shrink = (
+            partial(sizes.scale, scale=asked.encoder_scale) if is_scaled else partial(sizes.shrink, budget=asked.budget)
+        )
+        return [await asyncio.to_thread(shrink, image, min_tokens_in=settings.min_tokens_in) for image in images or ()]
 
 
 def _parts(items: Sequence[Any]) -> Iterator[list[Any]]:
