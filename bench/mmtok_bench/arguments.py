@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_deploy.budget import Budget
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "each",
     "image_size",
     "minutes",
+    "mixed_budget",
     "one_of",
     "port",
     "runs",
@@ -116,6 +118,14 @@ def budget(text: str) -> str:
     """Returns a budget as --mmtok-budget takes it."""
     try:
         return str(Budget.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def mixed_budget(text: str) -> str:
+    """Returns a budget, or one of a smaller image: 10%@0.5."""
+    try:
+        return str(MixedBudget.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -15,6 +15,7 @@ from mmtok_bench.arguments import (
     each,
     image_size,
     minutes,
+    mixed_budget,
     one_of,
     port,
     runs,
@@ -106,7 +107,11 @@ def _add_serve(benches: Any) -> None:
     )
     serve.add_argument("--family", choices=_FAMILIES, help="of the checkpoint at --model-path")
     serve.add_argument("--models", type=each(str), metavar="NAMES", help="only these of the preset")
-    serve.add_argument("--budgets", type=each(budget), help="all,20%%,10%%,5%%,64; all is always among them")
+    serve.add_argument(
+        "--budgets",
+        type=each(mixed_budget),
+        help="all,20%%,10%%,5%%,64; all is always among them. 10%%@0.5 is 10%% of a Qwen's image at half of each side",
+    )
     serve.add_argument("--concurrency", type=each(count), help="requests under way at a time: 1,4,16,64")
     serve.add_argument("--image-px", type=each(image_size), help="sizes of images, width x height: 1008x672,448x448")
     serve.add_argument("--image-kinds", type=each(one_of("photograph", "random")), help="photograph,random")
@@ -173,7 +178,12 @@ def _add_quality(commands: Any) -> None:
         help=f"some of {','.join(_METHODS)} (default: all that the family can run), or mmtok+agent: a second server, "
         "to whose guidance the first one's unpruned answer is added",
     )
-    what.add_argument("--budgets", type=each(str), help="default all,50%%,25%%,11%%,5%%,4; public tasks: the family's")
+    what.add_argument(
+        "--budgets",
+        type=each(str),
+        help="default all,50%%,25%%,11%%,5%%,4; public tasks: the family's. 25%%@0.5 is 25%% of a Qwen's image at half "
+        "of each side, all@0.5 the whole of it",
+    )
     what.add_argument("--seeds", type=each(seed), default=[0, 1, 2], help="of the pocket scenes (default 0,1,2)")
     what.add_argument(
         "--num-questions",

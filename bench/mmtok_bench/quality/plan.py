@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
+from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.pocket.questions import KINDS, Kind
-from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, check_method
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 UNPRUNED = "unpruned"
-"""The method of budget "all": nothing is chosen."""
+"""The method of budget "all", and of "all@0.5": nothing is chosen."""
 WITH_AGENT = "mmtok+agent"
 """MMTok on another server, whose guidance an agent's answer joins."""
 
@@ -47,7 +47,8 @@ class QualityPlan:
 
     Args:
         methods: Methods of choosing the tokens; `WITH_AGENT` is one.
-        budgets: As `Budget.parse` reads them; "all" is asked once, whatever the methods, and first.
+        budgets: As `MixedBudget.parse` reads them; "all", and "all@0.5" of a smaller image, are asked once, whatever
+            the methods, and first.
         seeds: Seeds of the held-out scenes, and of the method `random`.
         kinds: Kinds of questions.
         num_questions: Questions of each kind and seed.
@@ -71,7 +72,7 @@ class QualityPlan:
             if method != WITH_AGENT:
                 check_method(method)
         for budget in self.budgets:
-            Budget.parse(budget)
+            MixedBudget.parse(budget)
         if any(not 0 <= seed < 2**32 for seed in self.seeds):
             raise ValueError(f"a seed is between 0 and 2**32 - 1, got {self.seeds}")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
@@ -80,9 +81,18 @@ class QualityPlan:
             raise ValueError(f"expected kinds of {', '.join(KINDS)} and at least 1 question, got {got}")
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Returns methods and budgets in the order in which they are asked."""
-        pruned = [(method, budget) for budget in self.budgets if budget != "all" for method in self.methods]
-        return [*([(UNPRUNED, "all")] if "all" in self.budgets else []), *pruned]
+        """Returns methods and budgets in the order in which they are asked; `downsample` takes no smaller image."""
+        whole = sorted(
+            (each for each in self.budgets if each.partition("@")[0] == "all"), key=lambda each: each != "all"
+        )
+        pruned = [
+            (method, budget)
+            for budget in self.budgets
+            if budget not in whole
+            for method in self.methods
+            if method != "downsample" or "@" not in budget
+        ]
+        return [*((UNPRUNED, budget) for budget in whole), *pruned]
 
     def settings(self) -> Iterator[Setting]:
         """Gives what is asked in one go, in order."""

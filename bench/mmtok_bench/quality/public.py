@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mmtok_bench.families import family_arguments
+from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.quality.lmms_eval import LmmsEvalError, LmmsScore, command_line, program_of, run_lmms_eval
 from mmtok_bench.quality.plan import UNPRUNED, QualityPlan
 from mmtok_bench.quality.published import BENCHMARKS, PAPER_BUDGETS, Benchmark
@@ -101,8 +102,8 @@ def _measure(
         found = scores[benchmark.task]
         score = _score(benchmark, found)
         metrics = {"num_questions": float(found.num_questions), "score": score, "duration_s": duration_s}
-        unpruned = [row for row in run.rows if (row.case["task"], row.case["method"]) == (name, UNPRUNED)]
-        if method != UNPRUNED and unpruned and unpruned[-1].metrics["score"]:
+        unpruned = [row for row in run.rows if (row.case["task"], row.case["budget"]) == (name, "all")]
+        if budget != "all" and unpruned and unpruned[-1].metrics["score"]:
             metrics["share"] = score / unpruned[-1].metrics["score"]
         metrics |= {f"lmms_{metric}": value for metric, value in found.metrics.items()}
         case = _case(arguments, name, method, budget)
@@ -126,7 +127,7 @@ def _score(benchmark: Benchmark, score: LmmsScore) -> float:
 
 
 def _arguments(method: str, budget: str) -> list[str]:
-    return [f"--mmtok-budget={budget}", *([] if method == UNPRUNED else [f"--mmtok-method={method}"])]
+    return [*MixedBudget.parse(budget).flags, *([] if method == UNPRUNED else [f"--mmtok-method={method}"])]
 
 
 def _command(arguments: argparse.Namespace, tasks: Sequence[str], url: str, output: Path) -> list[str]:

@@ -10,6 +10,7 @@ import openai
 import torch
 
 from mmtok_bench.client import Answer, MeasurementError, ask, image_url, in_parallel
+from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.pocket.questions import AskedScene, Question, fingerprint, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import (
@@ -231,11 +232,12 @@ class Sweep:
                 self._run.add(row)
 
 
-def _fields(setting: Setting) -> dict[str, str | int]:
+def _fields(setting: Setting) -> dict[str, str | int | float]:
+    fields = MixedBudget.parse(setting.budget).fields
     if setting.method == UNPRUNED:
-        return {"mmtok_budget": "all"}
+        return fields
     method = "mmtok" if setting.method == WITH_AGENT else setting.method
-    return {"mmtok_budget": setting.budget, "mmtok_method": method, "mmtok_seed": setting.seed}
+    return {**fields, "mmtok_method": method, "mmtok_seed": setting.seed}
 
 
 def _scored(

@@ -10,6 +10,7 @@ import pandas as pd
 
 from mmtok_bench.quality.published import BENCHMARKS, PUBLISHED
 from mmtok_bench.report.frame import newest, records
+from mmtok_bench.report.frontier import frontier_plot
 from mmtok_bench.report.tables import DOWNSAMPLED, PALETTE, Part, Plot, Table, in_words, new_figure, plot_of
 from mmtok_bench.report.tables import UNPRUNED as GREY
 
@@ -120,7 +121,7 @@ def _accuracy_cell(line: Line) -> str:
     shown = f"{100 * metrics['accuracy']:.1f}"
     if "accuracy_low" in metrics:
         shown += f" ({100 * metrics['accuracy_low']:.1f} to {100 * metrics['accuracy_high']:.1f})"
-    if line["method"] != _UNPRUNED and "share" in metrics:
+    if line["budget"] != "all" and "share" in metrics:
         shown += f", {100 * metrics['share']:.0f}% of unpruned"
         shown += f" ({100 * metrics['share_low']:.0f} to {100 * metrics['share_high']:.0f})"
     return shown
@@ -156,8 +157,14 @@ def _public_table(lines: Sequence[Line]) -> Table:
 
 def _plots(shown: Sequence[Line]) -> Iterator[Plot]:
     for model in dict.fromkeys(line["model"] for line in shown):
-        for kind in dict.fromkeys(line["kind"] for line in shown if line["model"] == model):
-            chosen = [line for line in shown if _place(line) == (model, kind) and "tokens_kept" in line["metrics"]]
+        of_model = [line for line in shown if line["model"] == model]
+        frontier = frontier_plot(model, of_model)
+        if frontier is not None:
+            yield frontier
+        # Of whole images: the plot before has the others.
+        of_model = [line for line in of_model if "tokens_kept" in line["metrics"] and "@" not in line["budget"]]
+        for kind in dict.fromkeys(line["kind"] for line in of_model):
+            chosen = [line for line in of_model if line["kind"] == kind]
             if len({line["budget"] for line in chosen}) > 1:
                 yield _plot(f"{model}, {kind}", chosen)
 

@@ -84,9 +84,10 @@ def serve_lines(rows: pd.DataFrame) -> list[Line]:
     """Returns the rows of served models with what they are called and the metrics of what they are held against.
 
     Added are `variant`: "unpruned" is a server without the plugin, "downsample" a smaller image, "mmtok" all else;
-    `label`, budget and method in words; `tokens` of an image that the language model reads, None where not measured;
-    `load`, requests at once; `pixels`; and as `vs_unpruned` and `vs_downsampled` the newest row of the same run whose
-    case differs in budget and method alone: without the plugin, and with the image made smaller to as many tokens.
+    `scale`, what stands behind the @ of the budget; `label`, budget and method in words; `tokens` of an image that the
+    language model reads, None where not measured; `load`, requests at once; `pixels`; and as `vs_unpruned` and
+    `vs_downsampled` the newest row of the same run whose case differs in budget and method alone: without the plugin,
+    and with the image made smaller to as many tokens.
     Texts and images are alike within a tenth of their tokens. None where there is no such row.
     """
     lines = [_named(line) for line in records(rows)]
@@ -122,7 +123,15 @@ def _named(line: Line) -> Line:
     same = sorted((name, value) for name, value in case.items() if name not in _VARIED)
     return {
         **line,
-        **{"variant": variant, "label": label, "tokens": tokens, "budget": budget, "px": px, "pixels": pixels},
+        **{
+            "scale": budget.partition("@")[2],
+            "variant": variant,
+            "label": label,
+            "tokens": tokens,
+            "budget": budget,
+            "px": px,
+            "pixels": pixels,
+        },
         **{"model": str(case.get("model", "")), "load": int(case.get("concurrency", 1))},
         "workload": json.dumps([line["run"], same]),
     }

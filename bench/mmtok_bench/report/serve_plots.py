@@ -85,9 +85,12 @@ def _ttft_against_tokens(model: str, lines: Sequence[Line]) -> Plot | None:
         colour = PALETTE[idx % len(PALETTE)]
         alone = {"mmtok": colour, "downsample": DOWNSAMPLED, "unpruned": UNPRUNED}
         for variant, (name, *style) in _STYLES.items():
-            chosen = [line for line in lines if (line["px"], line["variant"]) == (px, variant)]
-            points = sorted((line["tokens"], line["metrics"]["ttft_p50_ms"]) for line in chosen)
-            _add_line(figure, name + suffix, points, colour if suffix else alone[variant], *style)
+            for scale in dict.fromkeys(line["scale"] for line in lines if line["variant"] == variant):
+                same = (px, variant, scale)
+                chosen = [line for line in lines if (line["px"], line["variant"], line["scale"]) == same]
+                points = sorted((line["tokens"], line["metrics"]["ttft_p50_ms"]) for line in chosen)
+                scaled = f" at scale {scale}" if scale else ""
+                _add_line(figure, name + scaled + suffix, points, colour if suffix else alone[variant], *style)
     figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(rangemode="tozero")
     note = f"{_note(lines, with_size=len(sizes) == 1)}; lower is better"

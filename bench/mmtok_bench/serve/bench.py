@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from mmtok_bench.dummy_models import DUMMY_ARGUMENTS, make_processor, write_dummy_model
+from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.run import Run, quiet_transformers, run_command
 from mmtok_bench.serve.image_tokens import count_image_tokens, downsampled_px
 from mmtok_bench.serve.load import LoadGenerator, load_command
@@ -23,7 +24,6 @@ from mmtok_bench.serve.plan import Side, Turn, are_side_by_side, plan_cases, pla
 from mmtok_bench.serve.presets import ServedModel, ServePlan, Size, plan_of
 from mmtok_bench.serve.rows import BENCH, known_case
 from mmtok_bench.server import ServerPool, SglangServer, make_server
-from mmtok_deploy.budget import Budget
 
 __all__ = ["run_serve_bench", "side_server"]
 
@@ -105,8 +105,12 @@ def _parts(plan: ServePlan, results_dir: Path) -> Iterator[_Part]:
 
 
 def _smaller_px(processor: Any, model: ServedModel, size_px: Size, budget: str) -> Size | None:
+    mixed = MixedBudget.parse(budget)
+    if mixed.is_scaled:
+        # The counterpart of such a budget is one of the whole image.
+        return None
     num_tokens = count_image_tokens(processor, size_px)
-    num_kept = Budget.parse(budget).num_kept(num_tokens)
+    num_kept = mixed.budget.num_kept(num_tokens)
     return None if num_kept == num_tokens else downsampled_px(processor, model.family, size_px, num_kept)
 
 

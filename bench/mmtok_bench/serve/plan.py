@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.serve.presets import ImageKind, PrefixCache, ServedModel, ServePlan, Size
 
 __all__ = ["OFF", "LoadCase", "Method", "Side", "Turn", "are_side_by_side", "plan_cases", "plan_turns", "sides_of"]
@@ -28,7 +29,7 @@ class Side:
     def arguments(self) -> tuple[str, ...]:
         """What sets this server apart from the others of its model."""
         cache = () if self.prefix_cache == "on" else ("--disable-radix-cache",)
-        return cache if self.budget == OFF else (*cache, f"--mmtok-budget={self.budget}")
+        return cache if self.budget == OFF else (*cache, *MixedBudget.parse(self.budget).flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class LoadCase:
     Args:
         side: The server that answers.
         method: How image tokens are saved: not at all, by the plugin, or by a smaller image.
-        budget: What `--mmtok-budget` is, or for a smaller image the budget that it is to be compared with.
+        budget: What `--mmtok-budget` is (10%@0.5: with `--mmtok-encoder-scale`), or for a smaller image the budget that
+            it is to be compared with.
         image_kind: What the images show.
         image_px: The image's size.
         sent_px: The size at which it is sent; `image_px` but for an image that the client makes smaller.

@@ -36,7 +36,7 @@ class ServedModel:
         name: In rows and on the command line; one of `DUMMY_MODELS`, or what a checkpoint's folder is called.
         family: Decides how an image can be sent smaller.
         sizes_px: Image sizes that are sent.
-        budgets: Values of `--mmtok-budget` beside `all`.
+        budgets: Values of `--mmtok-budget` beside `all`; 10%@0.5 is with `--mmtok-encoder-scale`.
         model_path: A checkpoint; None for the model without weights of this name.
         sends_png: Photographs are sent as PNGs, to every server: without the plugin SGLang 0.5.23 answers no JPEG for a
             LLaVA on CUDA.

@@ -1,0 +1,59 @@
+"""A budget and an encoder scale in one word, as the benchmarks' command lines and rows have them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mmtok_deploy.budget import Budget
+
+__all__ = ["MixedBudget"]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedBudget:
+    """What an image keeps: `10%@0.5` is 10% of the tokens that it has at half of each side.
+
+    Args:
+        budget: As `--mmtok-budget` takes it.
+        encoder_scale: As `--mmtok-encoder-scale` does.
+    """
+
+    budget: Budget
+    encoder_scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> MixedBudget:
+        """Returns what a command line or a row names: `10%`, `64`, `all`, or one of these with `@0.5` behind.
+
+        Raises:
+            ValueError: No budget, or a scale that is not above 0 and at most 1.
+        """
+        budget, at, scale = text.partition("@")
+        try:
+            number = float(scale) if at else 1.0
+        except ValueError:
+            number = math.nan
+        if not 0 < number <= 1:
+            raise ValueError(f"the scale of {text!r} is not understood: expected one above 0 and at most 1, as 10%@0.5")
+        return cls(Budget.parse(budget), number)
+
+    def __str__(self) -> str:
+        return str(self.budget) + (f"@{self.encoder_scale:g}" if self.is_scaled else "")
+
+    @property
+    def is_scaled(self) -> bool:
+        """True if images are made smaller."""
+        return self.encoder_scale < 1
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The arguments of a server that does so with every image."""
+        scale = (f"--mmtok-encoder-scale={self.encoder_scale:g}",) if self.is_scaled else ()
+        return (f"--mmtok-budget={self.budget}", *scale)
+
+    @property
+    def fields(self) -> dict[str, str | int | float]:
+        """What of `mm_processor_kwargs` asks for it."""
+        scale = {"mmtok_encoder_scale": self.encoder_scale} if self.is_scaled else {}
+        return {"mmtok_budget": str(self.budget), **scale}

@@ -1,0 +1,102 @@
+"""The plot of budgets and encoder scales together: accuracy against image tokens encoded and kept."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmtok_bench.mixed_budget import MixedBudget
+from mmtok_bench.report.tables import PALETTE, UNPRUNED, Plot, new_figure, plot_of
+
+__all__ = ["Mix", "frontier_plot", "on_the_frontier"]
+
+_METHODS = ("unpruned", "mmtok")
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """One budget at one encoder scale.
+
+    Args:
+        budget: As in the rows: `25%@0.5`.
+        encoder_scale: Its scale.
+        cost: Image tokens that are encoded and those of them that are kept, added up.
+        accuracy: The mean over the kinds of questions.
+    """
+
+    budget: str
+    encoder_scale: float
+    cost: float
+    accuracy: float
+
+
+def on_the_frontier(mixes: Sequence[Mix]) -> list[Mix]:
+    """Returns the mixes than which no other is as cheap and more accurate, or as accurate and cheaper; by cost."""
+    found: list[Mix] = []
+    for mix in sorted(mixes, key=lambda each: (each.cost, -each.accuracy)):
+        if not found or mix.accuracy > found[-1].accuracy:
+            found.append(mix)
+    return found
+
+
+def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
+    """Returns the plot of a model's rows, None where no image was scaled.
+
+    Args:
+        model: Its name.
+        lines: Its pocket rows, of every kind.
+    """
+    mixes = list(_mixes(lines))
+    scales = sorted({mix.encoder_scale for mix in mixes}, reverse=True)
+    if len(scales) < 2:
+        return None
+    figure = new_figure("image tokens, encoded + kept", "accuracy, mean of all kinds")
+    best = on_the_frontier(mixes)
+    figure.add_scatter(
+        name="frontier",
+        x=[mix.cost for mix in best],
+        y=[mix.accuracy for mix in best],
+        mode="lines+markers",
+        line={"color": UNPRUNED, "dash": "dash"},
+        marker={"color": UNPRUNED, "symbol": "circle-open", "size": 16},
+    )
+    for number, scale in enumerate(scales):
+        chosen = sorted((mix for mix in mixes if mix.encoder_scale == scale), key=lambda mix: mix.cost)
+        figure.add_scatter(
+            name=f"encoder scale {scale:g}",
+            x=[mix.cost for mix in chosen],
+            y=[mix.accuracy for mix in chosen],
+            text=[mix.budget for mix in chosen],
+            textposition="bottom right",
+            mode="lines+markers+text",
+            line={"color": PALETTE[number % len(PALETTE)]},
+            marker={"size": 7},
+        )
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(tickformat=".0%")
+    kinds = ", ".join(dict.fromkeys(line["kind"] for line in lines))
+    note = f"method mmtok; kinds: {kinds}; higher and further left is better. A Qwen encodes 4 patches for a token"
+    formats = {"x": "tokens_kept", "y": "accuracy"}
+    return plot_of(f"Quality: {model}, budgets and encoder scales", note, figure, formats)
+
+
+def _mixes(lines: Sequence[dict[str, Any]]) -> Iterator[Mix]:
+    """Gives the budgets that were asked all kinds of questions, at scales of which all tokens were kept once."""
+    kinds = {line["kind"] for line in lines}
+    metrics: dict[str, list[dict[str, float]]] = {}
+    for line in lines:
+        if line["method"] in _METHODS and "tokens_kept" in line["metrics"]:
+            metrics.setdefault(line["budget"], []).append(line["metrics"])
+    for budget, of_kinds in metrics.items():
+        scale = MixedBudget.parse(budget).encoder_scale
+        encoded = metrics.get("all" if scale == 1 else f"all@{scale:g}")
+        if encoded is None or len(of_kinds) < len(kinds):
+            continue
+        yield Mix(
+            budget,
+            scale,
+            encoded[0]["tokens_kept"] + of_kinds[0]["tokens_kept"],
+            statistics.fmean(each["accuracy"] for each in of_kinds),
+        )
