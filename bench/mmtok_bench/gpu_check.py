@@ -230,6 +230,15 @@ def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
     )
 
 
+def _against(metric: str, budget: str, other: str, concurrency: int) -> Callable[[Rows], float | None]:
+    """Returns how many times as good a budget is as another one, on the same machine."""
+
+    def measure(rows: Rows) -> float | None:
+        return _ratio(metric, *(_served(rows, each, concurrency) for each in (budget, other)))
+
+    return measure
+
+
 def _setting(name: str, about: str, arguments: str) -> Part:
     """Returns the part that says whether both sides of the presets are to be given further arguments."""
     return Part(
@@ -389,6 +398,15 @@ PARTS: tuple[Part, ...] = (
     _setting("tokenizers", "four tokenizer processes", "--tokenizer-worker-num=4"),
     _setting("host-images", "images are preprocessed on the host", "--image-processor-backend=pil"),
     _setting("prefill-graphs", "prefill by breakable CUDA graphs", "--cuda-graph-backend-prefill=breakable"),
+    Part(
+        "qwen-7b-scale",
+        "Qwen2.5-VL-7B, 86 tokens of 216 at an encoder scale of 0.5, and of all 864",
+        (_serve("qwen2.5-vl-7b", "10%,40%@0.5", "1008x672", "1,16"),),
+        (
+            Bar("TTFT at 1 against 10%", 1.0, False, "x", _against("ttft_p50_ms", "40%@0.5", "10%", 1)),
+            Bar("requests/s at 16 against 10%", 1.0, False, "x", _against("requests_per_s", "40%@0.5", "10%", 16)),
+        ),
+    ),
     Part(
         "llava-next-13b",
         "LLaVA-NeXT-13B, 2880 -> 160, PNGs",

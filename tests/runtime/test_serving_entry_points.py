@@ -65,6 +65,10 @@ def test_the_budget_of_a_request_holds(served: Served, path: str) -> None:
     assert read(mmtok_budget="all") - read(mmtok_budget="50%") == images["image_tokens_in"] - sum(
         image["tokens_kept"] for image in served.ask(CHAT, mmtok_budget="50%")["mmtok"][0]["images"]
     )
+    if served.token_px is not None:
+        (smaller,) = served.ask(CHAT, mmtok_budget="all", mmtok_encoder_scale=0.5)["mmtok"]
+        scaled = read(mmtok_budget="all", mmtok_encoder_scale=0.5)
+        assert read(mmtok_budget="all") - scaled == images["image_tokens_in"] - smaller["image_tokens_in"]
 
 
 @pytest.mark.parametrize("path", ENTRY_POINTS)
@@ -73,10 +77,11 @@ def test_the_budget_of_a_request_holds(served: Served, path: str) -> None:
     [
         ({"mm_processor_kwargs": {"mmtok_budget": 1.0}}, r'mmtok_budget: budget 1.0 .* write \\"100%\\" or 1'),
         ({"mm_processor_kwargs": {"mmtok_bugdet": 5}}, "no field mmtok_bugdet"),
+        ({"mm_processor_kwargs": {"mmtok_encoder_scale": 0}}, "mmtok_encoder_scale is a number above 0 and at most 1"),
         ({"mmtok_budget": "25%"}, r"mmtok_budget stands at the top .*mm_processor_kwargs"),
         ({"extra_body": {"mmtok_budget": 5}}, "extra_body is an argument"),
     ],
-    ids=["1.0", "unknown", "top level", "extra_body"],
+    ids=["1.0", "unknown", "scale", "top level", "extra_body"],
 )
 def test_fields_that_are_not_understood_are_refused(
     served: Served, path: str, fields: dict[str, Any], named: str

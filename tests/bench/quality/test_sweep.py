@@ -10,7 +10,7 @@ import pytest
 from mmtok_bench.client import RequestError, openai_client
 from mmtok_bench.pocket.questions import Kind
 from mmtok_bench.quality.plan import WITH_AGENT, QualityPlan, Setting, answers_beside, read_answers
-from mmtok_bench.quality.sweep import NotPrunedError, Sweep
+from mmtok_bench.quality.sweep import NotPrunedError, Sweep, _fields
 from mmtok_bench.results import read_rows
 from mmtok_bench.run import Run
 from tests.bench.quality.stand_in import TOKENS, Reply, budget_of, completion, says, serving
@@ -61,6 +61,20 @@ def test_every_setting_and_seed_has_its_rows(tmp_path: Path) -> None:
     assert set(read_answers(answers_beside(path))) == {
         Setting(*setting, seed) for setting in settings for seed in (0, 1)
     }
+
+
+def test_a_smaller_image_is_asked_whole_once_and_pruned_by_every_method() -> None:
+    plan = replace(PLAN, methods=("mmtok", "downsample"), budgets=("4", "4@0.5", "all@0.5", "all"))
+    pairs = [("unpruned", "all"), ("unpruned", "all@0.5"), ("mmtok", "4"), ("downsample", "4"), ("mmtok", "4@0.5")]
+    assert plan.pairs() == pairs
+    scaled = {"mmtok_encoder_scale": 0.5}
+    assert [_fields(Setting(*pair, 3)) for pair in pairs] == [
+        {"mmtok_budget": "all"},
+        {"mmtok_budget": "all"} | scaled,
+        {"mmtok_budget": "4", "mmtok_method": "mmtok", "mmtok_seed": 3},
+        {"mmtok_budget": "4", "mmtok_method": "downsample", "mmtok_seed": 3},
+        {"mmtok_budget": "4", "mmtok_method": "mmtok", "mmtok_seed": 3} | scaled,
+    ]
 
 
 def test_metrics_of_a_constant_answer(tmp_path: Path) -> None:

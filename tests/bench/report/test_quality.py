@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,34 @@ def test_a_line_for_each_method_against_tokens_kept() -> None:
     }
     assert plot.figure.data[0].error_y.array == pytest.approx((0.03, 0.03))
     assert plot.figure.data[0].error_y.arrayminus == pytest.approx((0.04, 0.04))
+
+
+def mixed(budget: str, kept: float, accuracy: float, kind: str = "count") -> ResultRow:
+    return scored("unpruned" if budget.startswith("all") else "mmtok", budget, kept, accuracy, kind=kind)
+
+
+MIXED = [
+    *(mixed(*each) for each in (("all", 196, 0.8), ("25%", 49, 0.7), ("5%", 9, 0.3))),
+    *(mixed(*each) for each in (("all@0.5", 49, 0.74), ("25%@0.5", 12, 0.4), ("11%@0.5", 5, 0.5))),
+    # At a scale of which no image was kept whole, what is encoded is not known.
+    mixed("25%@0.7", 25, 0.9),
+]
+
+
+def test_the_frontier_of_budgets_and_scales() -> None:
+    rows = [*MIXED, *(mixed(str(row.case["budget"]), row.metrics["tokens_kept"], 0.5, "position") for row in MIXED)]
+    plot, *by_kind = quality_part(frame_of(rows)).plots
+    lines: dict[str, Any] = {trace.name: (list(trace.x), pytest.approx(list(trace.y))) for trace in plot.figure.data}
+    assert lines == {
+        "frontier": ([54, 98, 392], [0.5, 0.62, 0.65]),
+        "encoder scale 1": ([205, 245, 392], [0.4, 0.6, 0.65]),
+        "encoder scale 0.5": ([54, 61, 98], [0.5, 0.45, 0.62]),
+    }
+    # The plots of methods are of whole images.
+    assert [list(trace.x) for trace in by_kind[0].figure.data] == [[9, 49], [9, 196]]
+    # A kind that was not asked at a budget leaves it out.
+    (plot, *_) = quality_part(frame_of(rows[:-2])).plots
+    assert [list(trace.x) for trace in plot.figure.data][2] == [61, 98]
 
 
 def test_methods_down_budgets_across() -> None:

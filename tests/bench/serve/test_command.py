@@ -103,6 +103,21 @@ class TestDryRun:
             assert {"--num-prompts=4", "--max-concurrency=2", "--random-output-len=5"} <= set(load)
             assert "--image-resolution=336x336" in load
 
+    def test_a_smaller_image_is_the_servers_and_is_sent_whole(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        commands = dry_run(
+            *("--preset=h200", "--models=qwen2.5-vl-7b", "--budgets=10%@0.50", "--concurrency=1", "--rounds=1"),
+            *("--image-px=1008x672", "--image-kinds=photograph", "--prefix-cache=off"),
+            folder=tmp_path,
+            capsys=capsys,
+        )
+        *servers, off, at_all, scaled = commands
+        assert len(servers) == 3
+        assert {"--mmtok-budget=10%", "--mmtok-encoder-scale=0.5"} <= set(servers[2])
+        sent = [next(word for word in load if word.startswith("--dataset-path=")) for load in (off, at_all, scaled)]
+        assert len(set(sent)) == 1
+
     def test_questions_about_an_image_are_one_load(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         commands = dry_run(
             *("--preset=h200", "--models=qwen2.5-vl-7b", "--budgets=10%", "--concurrency=16", "--rounds=1"),

@@ -31,6 +31,16 @@ def test_sides_differ_by_nothing_but_the_budget_and_the_cache() -> None:
     assert [side.arguments for side in sides_of(MODEL, "on")] == [(), ("--mmtok-budget=all",), ("--mmtok-budget=10%",)]
 
 
+def test_a_smaller_image_is_a_side_without_a_counterpart_of_the_client() -> None:
+    scaled = replace(MODEL, budgets=("10%@0.5", "all@0.5"))
+    assert [side.arguments for side in sides_of(scaled, "on")] == [
+        (),
+        ("--mmtok-budget=all",),
+        ("--mmtok-budget=10%", "--mmtok-encoder-scale=0.5"),
+        ("--mmtok-budget=all", "--mmtok-encoder-scale=0.5"),
+    ]
+
+
 def test_budget_all_runs_once_whether_asked_for_or_not() -> None:
     asked = replace(MODEL, budgets=("all", "10%"))
     assert sides_of(asked, "off") == sides_of(MODEL, "off")

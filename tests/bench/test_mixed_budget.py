@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from mmtok_bench.mixed_budget import MixedBudget
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "flags", "fields"),
+    [
+        ("0.1", "10%", ("--mmtok-budget=10%",), {"mmtok_budget": "10%"}),
+        ("64@1", "64", ("--mmtok-budget=64",), {"mmtok_budget": "64"}),
+        (
+            *("25%@.50", "25%@0.5", ("--mmtok-budget=25%", "--mmtok-encoder-scale=0.5")),
+            {"mmtok_budget": "25%", "mmtok_encoder_scale": 0.5},
+        ),
+        (
+            *("all@0.75", "all@0.75", ("--mmtok-budget=all", "--mmtok-encoder-scale=0.75")),
+            {"mmtok_budget": "all", "mmtok_encoder_scale": 0.75},
+        ),
+    ],
+)
+def test_a_budget_and_a_scale_in_one_word(
+    text: str, shown: str, flags: tuple[str, ...], fields: dict[str, object]
+) -> None:
+    mixed = MixedBudget.parse(text)
+    assert (str(mixed), mixed.flags, mixed.fields) == (shown, flags, fields)
+    assert MixedBudget.parse(shown) == mixed
+
+
+@pytest.mark.parametrize("text", ["10%@", "10%@0", "10%@2", "10%@half", "10%@nan", "10%@0.5@0.5"])
+def test_a_scale_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"the scale of .* expected one above 0 and at most 1, as 10%@0.5"):
+        MixedBudget.parse(text)
+
+
+def test_a_budget_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="budget 'ten' is not understood"):
+        MixedBudget.parse("ten@0.5")
