@@ -12,6 +12,7 @@ if __name__ == "__main__":
     engine = sglang.Engine(
         model_path=model_path,
         mmtok_budget=budget,
+        mmtok_encoder_scale=0.5,
         dtype="float32",
         max_total_tokens=4096,
         max_running_requests=2,
@@ -23,7 +24,7 @@ if __name__ == "__main__":
         "return_logprob": True,
         "top_logprobs_num": 5,
     }
-    half = {"mm_processor_kwargs": {"mmtok_budget": "50%"}}
+    half = {"mm_processor_kwargs": {"mmtok_budget": "50%", "mmtok_encoder_scale": 1}}
     results = [
         engine.generate(**question),
         engine.generate(**question, **half),

@@ -1,4 +1,4 @@
-"""The budget as an argument of sgl.Engine."""
+"""The budget and the encoder scale as arguments of sgl.Engine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mmtok_bench.server import cpu_environment
 from tests.runtime.chats import Chat, small
@@ -39,10 +40,12 @@ def test_engine_with_a_budget(tmp_path: Path) -> None:
     run = _run("10%", image, prompt)
     results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(results) == 4, run.stderr[-3000:]
-    # Of the server's budget, and of three ways to ask for another one.
-    for result, budget in zip(results, [0.1, 0.5, 0.5, 0.5], strict=True):
+    # Of the server's budget and scale, and of three ways to ask for other ones.
+    smaller = small("coffee").resize((168, 112), Image.Resampling.BICUBIC)
+    read = [([smaller], 0.1), *[(chat.images, 0.5)] * 3]
+    for result, (images, budget) in zip(results, read, strict=True):
         account = json.loads(result.removeprefix("RESULT "))
-        pruned = judge.prune(prompt, chat.images, chat.guidance, budget)
+        pruned = judge.prune(prompt, images, chat.guidance, budget)
         assert account["prompt_tokens"] == len(pruned.embeddings)
         assert account["mmtok"][0]["image_tokens_kept"] == pruned.num_image_tokens
         assert judge.max_error(pruned, account) < LOGPROB_TOLERANCE

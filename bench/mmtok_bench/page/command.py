@@ -174,7 +174,10 @@ def _preset_of(family: OneGridFamily, info: Mapping[str, Any]) -> Preset:
 
 def _unlike_here(info: Mapping[str, Any]) -> str:
     """Returns the flags that have the server keep other tokens than are computed here."""
-    usual = {"mmtok_min_tokens": 1, "mmtok_min_tokens_in": 0, "mmtok_agent_url": None, "mm_process_config": None}
+    usual = {
+        **{"mmtok_min_tokens": 1, "mmtok_min_tokens_in": 0, "mmtok_encoder_scale": 1.0, "mmtok_agent_url": None},
+        "mm_process_config": None,
+    }
     found = [name for name, value in usual.items() if (info.get(name) or value) != value]
     return " and ".join(f"--{name.replace('_', '-')}" for name in found)
 

@@ -22,7 +22,10 @@ _TIMEOUT_S = 60.0
 # What makes SGLang itself work for minutes, or sample at random, is left as it is.
 _FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
 _KWARGS = "mm_processor_kwargs"
-_OUR_FIELDS = ("mmtok_budget", "mmtok_guidance", "mmtok_method", "mmtok_seed", "mmtok_bugdet", "mmtok", "images_kwargs")
+_OUR_FIELDS = (
+    *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_method", "mmtok_seed"),
+    *("mmtok_bugdet", "mmtok", "images_kwargs"),
+)
 _METHODS = (*get_args(MethodName), "")
 
 
