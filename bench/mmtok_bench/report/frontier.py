@@ -68,7 +68,7 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
             name=f"encoder scale {scale:g}",
             x=[mix.cost for mix in chosen],
             y=[mix.accuracy for mix in chosen],
-            text=[mix.budget for mix in chosen],
+            text=[mix.budget.partition("@")[0] for mix in chosen],
             textposition="bottom right",
             mode="lines+markers+text",
             line={"color": PALETTE[number % len(PALETTE)]},
