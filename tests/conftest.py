@@ -64,7 +64,7 @@ _EXHAUSTIVE = re.compile(
     r"|test_serving_engine\.py::.*\[llava-next"
     r"|test_serving_agent\.py::.*\[llava-"
     r"|test_serving\w*\.py::.*qwen3(-vl|\.5)-moe"
-    r"|test_serving_(processes|methods|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*qwen3(-vl|\.5)"
+    r"|test_serving_(processes|methods|scale|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*qwen3(-vl|\.5)"
     r"|test_serving_cache\.py::.*qwen3-vl"
     r"|test_serving\.py::test_(more_positions_than_the_context|question_of_four_thousand_words)\[qwen3(-vl|\.5)"
     r"|test_processor\.py::.*\[qwen2"
