@@ -102,7 +102,7 @@ class Manifest:
     Args:
         kind: What the graph holds.
         format: What runs it.
-        files: The file itself, then the files of its weights.
+        files: The file itself, then its weights and the configuration of its image processor, where it has them.
         inputs: In the graph's order.
         outputs: In the graph's order.
         dimensions: The named sizes: B images, N vision tokens, M rows of text, and what they may be.

@@ -54,7 +54,7 @@ def site(built: Path) -> Path:
 
 def test_the_source_archive_holds_what_the_tests_need(built: Path) -> None:
     (sources,) = (path.parent for path in built.glob("*/PKG-INFO"))
-    examples = ("examples/edge_llm/mmtok_pruner.cpp",)
+    examples = ("examples/cpp/encode_image.cpp", "examples/edge_llm/mmtok_pruner.cpp")
     for name in ("Makefile", "constraints.txt", "tests/conftest.py", "docs/reliability.md", "LICENSE", *examples):
         assert (sources / name).is_file()
     assert (sources / "tests" / "data" / "golden").is_dir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from mmtok_deploy.engines.onnxruntime import VERSION
 from mmtok_deploy.manifest import Check, FileInfo, Kind, Manifest, describe_file
 from mmtok_export.check import check_artifact, estimated_seconds
 from mmtok_export.graph_file import tensor_infos
+from mmtok_export.pixels import processor_config
 from mmtok_export.selection_graph import SelectionSpec
 from mmtok_export.whole_graph import Encoder
 
@@ -33,6 +35,7 @@ __all__ = ["check_output", "export_model", "file_infos", "new_artifact", "now"]
 # A protobuf message ends at 2 GiB, and loading a large one takes twice its size of memory.
 _MAX_INLINE_BYTES = 256 * 2**20
 _WEIGHTS_SUFFIX = ".data"
+_PROCESSOR_SUFFIX = ".processor_config.json"
 # What ONNX Runtime 1.18 reads.
 _OLDEST_ONNX_RUNTIME, _TRIED_OPSET, _TRIED_IR_VERSION = "1.18", 21, 10
 _SECONDS_WITHOUT_A_WORD = 10
@@ -98,6 +101,11 @@ def export_model(
         on_step(f"writing {path.name}")
         model.metadata_props.update(manifest.metadata())
         _save_model(model, file)
+        if "pixels" in manifest.details:
+            processor = processor_config(manifest.details["image_size"], manifest.details["pixels"])
+            file.with_name(f"{file.name}{_PROCESSOR_SUFFIX}").write_text(
+                json.dumps(processor, indent=2) + "\n", encoding="utf-8"
+            )
         on_step("computing checksums")
         manifest = replace(manifest, files=file_infos(file))
         _write_manifest(file, manifest)
@@ -173,7 +181,7 @@ def _clear_unfinished(parent: Path) -> None:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Raises FileExistsError if a file, its weights or its manifest is there and may not be replaced."""
+    """Raises FileExistsError if a file, or one that is written beside it, is there and may not be replaced."""
     if path.is_dir() or not path.name:
         raise FileExistsError(f"{path} is a folder: name a file, --output FILE")
     for existing in _files_of(path):
@@ -197,7 +205,8 @@ def _weights(model: ir.Model) -> list[ir.TensorProtocol]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    return [path, path.with_name(f"{path.name}{_WEIGHTS_SUFFIX}"), Manifest.path_of(path)]
+    beside = (path.with_name(f"{path.name}{suffix}") for suffix in (_WEIGHTS_SUFFIX, _PROCESSOR_SUFFIX))
+    return [path, *beside, Manifest.path_of(path)]
 
 
 def _save_model(model: ir.Model, path: Path) -> None:
@@ -219,7 +228,7 @@ def _save_model(model: ir.Model, path: Path) -> None:
 
 
 def file_infos(path: Path) -> tuple[FileInfo, ...]:
-    """Returns what stands in a new artifact's folder: the file itself, then its weights."""
+    """Returns what stands in a new artifact's folder: the file itself, then its weights and its image processor."""
     others = sorted(file for file in path.parent.iterdir() if file not in (path, Manifest.path_of(path)))
     return tuple(describe_file(file) for file in (path, *others))
 

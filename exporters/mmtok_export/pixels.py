@@ -1,8 +1,8 @@
-"""Photographs as an encoder takes them."""
+"""Images as an encoder takes them: how they lie, for whoever runs it, and photographs to check it with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
 
-__all__ = ["CLIP_SCALE", "images_of", "patches_of"]
+__all__ = ["CLIP_SCALE", "images_of", "patches_of", "processor_config"]
 
 CLIP_SCALE: dict[str, tuple[float, float, float]] = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -65,3 +65,27 @@ def patches_of(images: Tensor, patch_size: int, temporal_patch_size: int, merge_
     # rows of tokens, columns of tokens, row and column in the token, channel, row and column in the patch
     patches = cells.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, channels, 1, patch_size**2)
     return patches.expand(-1, -1, temporal_patch_size, -1).flatten(1)
+
+
+def processor_config(image_size: Sequence[int], layout: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configuration of the Hugging Face image processor that makes `pixels` of images of that size.
+
+    Args:
+        image_size: (width, height) in pixels.
+        layout: An encoder's `pixel_layout`.
+    """
+    has_patches = layout["layout"] == "patches"
+    sides = ("patch_size", "temporal_patch_size", "merge_size")
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor" if has_patches else "CLIPImageProcessor",
+        "image_size": {"width": image_size[0], "height": image_size[1]},
+        "do_convert_rgb": True,
+        # The graph takes one size: whoever makes the image decides between scaling, cropping and padding.
+        "do_resize": False,
+        **({name: layout[name] for name in sides} if has_patches else {"do_center_crop": False}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(layout["mean"]),
+        "image_std": list(layout["std"]),
+    }
