@@ -36,6 +36,7 @@ __all__ = ["check_output", "export_model", "file_infos", "new_artifact", "now"]
 _MAX_INLINE_BYTES = 256 * 2**20
 _WEIGHTS_SUFFIX = ".data"
 _PROCESSOR_SUFFIX = ".processor_config.json"
+_ONNX_DOMAINS = ("", "ai.onnx")
 # What ONNX Runtime 1.18 reads.
 _OLDEST_ONNX_RUNTIME, _TRIED_OPSET, _TRIED_IR_VERSION = "1.18", 21, 10
 _SECONDS_WITHOUT_A_WORD = 10
@@ -243,7 +244,9 @@ def _requires(model: ir.Model) -> dict[str, str]:
     """Returns what a runtime must read; ONNX Runtime's version is the oldest that was tried."""
     opset, ir_version = model.graph.opset_imports.get("", 0), model.ir_version
     needed = {"onnx opset": str(opset), "onnx ir version": str(ir_version)}
-    is_tried = opset <= _TRIED_OPSET and ir_version <= _TRIED_IR_VERSION
+    domains = {domain: str(version) for domain, version in model.opset_imports.items() if domain not in _ONNX_DOMAINS}
+    needed |= {f"operators of {domain}": version for domain, version in domains.items()}
+    is_tried = opset <= _TRIED_OPSET and ir_version <= _TRIED_IR_VERSION and not domains
     return needed | ({"onnxruntime": _OLDEST_ONNX_RUNTIME} if is_tried else {})
 
 

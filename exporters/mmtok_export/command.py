@@ -119,6 +119,14 @@ def add_export_parser(commands: Any) -> None:
     attach.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
     _add_common(attach, "needed where a temperature or alpha is not given")
 
+    engine = kinds.add_parser("engine", help="a TensorRT engine of an exported ONNX file")
+    engine.add_argument("file", type=Path, help="an ONNX file, with its manifest beside it")
+    engine.add_argument("--output", type=Path, metavar="FILE.engine", help="where to write (default: beside the file)")
+    engine.add_argument("--skip-check", action="store_true", help="write it without holding it against the reference")
+    engine.add_argument("--force", action="store_true", help="replace what is there")
+    engine.add_argument("--tensorrt", choices=_LIBRARIES, default="auto", help="what builds it (default auto)")
+    _add_engine(engine)
+
     triton = kinds.add_parser("triton", help="a Triton Inference Server's model repository of an exported ONNX file")
     triton.add_argument("file", type=Path, help="an ONNX file, with its manifest beside it")
     triton.add_argument("--repository", type=Path, required=True, metavar="FOLDER", help="where the models are")
@@ -163,7 +171,8 @@ def _run(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> int:
     from mmtok_export.picks import CheckFailedError
     from mmtok_export.tensorrt import EngineBuildError
 
-    runs = {"selection": _selection, "encoder": _encoder, "attach": _attach, "triton": _triton, "check": _check}
+    runs = {"selection": _selection, "encoder": _encoder, "attach": _attach}
+    runs |= {"engine": _engine, "triton": _triton, "check": _check}
     try:
         runs[arguments.kind](arguments, on_step)
     except (CheckFailedError, EngineBuildError, EngineError) as error:
@@ -326,6 +335,14 @@ def _what_it_says_of_itself(file: Path) -> str:
     return f". The graph says that it was exported as {said['mmtok.file']}: {known}"
 
 
+def _engine(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
+    from mmtok_deploy.manifest import Manifest
+
+    on_step(f"reading {arguments.file}")
+    engine = _engine_of(arguments.file, Manifest.load(arguments.file).budget, arguments, path=arguments.output)
+    _build_engine(arguments.file, engine, arguments, on_step)
+
+
 def _triton(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_export.next_steps import write_triton_repository
 
@@ -371,9 +388,7 @@ def _planned_engine(
     onnx_file: Path, budget: int, arguments: argparse.Namespace, *, is_told: bool
 ) -> tuple[Path, Library] | None:
     """Returns where the engine will be and what builds it; what stands in the way shows before anything is made."""
-    from mmtok_deploy.engines.tensorrt import tensorrt_module
     from mmtok_export.artifact import check_output
-    from mmtok_export.tensorrt import check_targets, choose_library, engine_path
 
     check_output(onnx_file, force=arguments.force)
     if arguments.tensorrt is None:
@@ -384,13 +399,24 @@ def _planned_engine(
         return None
     if is_told:
         raise ValueError("an engine makes a fixed number of picks: name a --budget of tokens without --budget-input")
+    return _engine_of(onnx_file, budget, arguments)
+
+
+def _engine_of(
+    onnx_file: Path, budget: int, arguments: argparse.Namespace, *, path: Path | None = None
+) -> tuple[Path, Library]:
+    """Returns where the engine will be and what builds it."""
+    from mmtok_deploy.engines.tensorrt import tensorrt_module
+    from mmtok_export.artifact import check_output
+    from mmtok_export.tensorrt import check_targets, choose_library, engine_path
+
     library: Library = choose_library(arguments.target) if arguments.tensorrt == "auto" else arguments.tensorrt
     check_targets(library, arguments.target, budget)
     missing = [plugin for plugin in arguments.plugin if not plugin.is_file()]
     if missing:
         raise ValueError(f"--plugin {missing[0]} is not there")
     tensorrt_module(library)
-    path = engine_path(onnx_file, library, arguments.target)
+    path = path or engine_path(onnx_file, library, arguments.target)
     check_output(path, force=arguments.force)
     return path, library
 
@@ -473,6 +499,10 @@ def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
     parser.add_argument(
         "--tensorrt", nargs="?", const="auto", choices=_LIBRARIES, help="build an engine as well (default auto)"
     )
+    _add_engine(parser)
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin",
         type=Path,

@@ -20,6 +20,9 @@ _TRITON_TYPES = {
     "bool": "TYPE_BOOL",
 }
 
+# TensorRT 10.3 of JetPack 6 (Orin), whose parser is built on ONNX 1.16; JetPack 7 (Thor) has a newer one.
+_JETPACK_6_OPSET, _JETPACK_6_IR_VERSION = 20, 10
+
 
 def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
     """Returns the next command or call for each runtime that takes the file, by the runtime's name.
@@ -34,8 +37,15 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
         steps["SGLang"] = f"add --mmtok-engine {quoted} to the server's command"
     if manifest.format != "onnx":
         return steps | {"Python": f'open_engine(Path("{text}"), torch.device("cuda"))'}
+    has_plugins = any(name.startswith("operators of ") for name in manifest.requires)
     if not (manifest.takes_budget or manifest.share):
-        steps["TensorRT"] = _trtexec(file, manifest)
+        steps["TensorRT"] = _trtexec("trtexec", file, manifest, has_plugins=has_plugins)
+        plugin = " --plugin LIB.so" if has_plugins else ""
+        steps["TensorRT-RTX"] = f"mmtok export engine {quoted} --target 8.6{plugin}"
+        if _fits_jetpack_6(manifest):
+            steps["Jetson"] = _trtexec("/usr/src/tensorrt/bin/trtexec", file, manifest, has_plugins=has_plugins)
+    if has_plugins:  # no other runtime knows what they do
+        return steps
     steps["ONNX Runtime, Python"] = f'ort.InferenceSession("{text}", providers=["CPUExecutionProvider"])'
     steps["ONNX Runtime, C++"] = f'Ort::Session session(env, ORT_TSTR("{text}"), Ort::SessionOptions{{}});'
     steps["ONNX Runtime, JavaScript"] = f'await ort.InferenceSession.create("{text}")'
@@ -44,9 +54,17 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
     return steps
 
 
-def _trtexec(file: Path, manifest: Manifest) -> str:
+def _fits_jetpack_6(manifest: Manifest) -> bool:
+    """Returns whether the oldest TensorRT that a current Jetson has reads the file's opset and format."""
+    opset, ir_version = (int(manifest.requires.get(f"onnx {name}", 0)) for name in ("opset", "ir version"))
+    return opset <= _JETPACK_6_OPSET and ir_version <= _JETPACK_6_IR_VERSION
+
+
+def _trtexec(tool: str, file: Path, manifest: Manifest, *, has_plugins: bool) -> str:
     """Returns the command that builds an engine of the file with TensorRT's own tool."""
-    command = ["trtexec", f"--onnx={file}", "--stronglyTyped", "--noTF32"]
+    command = [tool, f"--onnx={file}", "--stronglyTyped", "--noTF32"]
+    if has_plugins:
+        command.append("--staticPlugins=LIB.so")
     open_inputs = [tensor for tensor in manifest.inputs if any(isinstance(size, str) for size in tensor.shape)]
     if open_inputs:
         for flag, which in (("min", "minimum"), ("opt", "optimum"), ("max", "maximum")):

@@ -33,6 +33,9 @@ RTX_TARGETS = frozenset({"8.0", "8.6", "8.9", "12.0", "12.1"})
 # selection is float32 inside whatever its features are.
 _WITHOUT_FLOAT32 = "7.5"
 
+# Their TensorRT is JetPack's, which no package of PyPI's takes the place of.
+_JETSONS = {"8.7": "Orin", "11.0": "Thor"}
+
 Library = Literal["tensorrt", "tensorrt-rtx"]
 
 _MAX_BUDGET = 3840
@@ -75,10 +78,18 @@ def check_targets(library: Library, targets: list[str], budget: int) -> None:
 def _no_engine_for(wanted: list[str]) -> ValueError:
     others = ", ".join(target for target in wanted if target not in RTX_TARGETS)
     reason = f" (for {_WITHOUT_FLOAT32} it multiplies no float32 matrices)" if _WITHOUT_FLOAT32 in wanted else ""
+    no_engine = (
+        f"TensorRT-RTX has no engines for compute capability {others}{reason}, and TensorRT builds on the GPU itself"
+    )
+    jetsons = [_JETSONS[target] for target in wanted if target in _JETSONS]
+    if jetsons:
+        return ValueError(
+            f"{no_engine}: export without --tensorrt, copy the file to the Jetson {jetsons[0]}, and run there the "
+            "trtexec command that the export prints"
+        )
     return ValueError(
-        f"TensorRT-RTX has no engines for compute capability {others}{reason}, and TensorRT builds on the GPU itself: "
-        "on a machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there; or run the ONNX file "
-        "by ONNX Runtime's CUDA provider"
+        f"{no_engine}: on a machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there, or "
+        "mmtok export engine FILE.onnx; or run the ONNX file by ONNX Runtime's CUDA provider"
     )
 
 

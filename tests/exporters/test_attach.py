@@ -180,6 +180,7 @@ def test_an_encoder_with_a_plugins_operators(onnx_file: Path, tmp_path: Path) ->
     ir.save(model, tmp_path / "visual.onnx", external_data="visual.data")
     manifest = export_attached(tmp_path / "visual.onnx", tmp_path / "joined.onnx", attachment())
     assert manifest.check.status == "selection only"
+    assert manifest.requires["operators of trt_edgellm"] == "1"
     assert [node.domain for node in ir.load(tmp_path / "joined.onnx").graph].count("trt_edgellm") == 1
 
 

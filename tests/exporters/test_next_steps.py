@@ -7,12 +7,16 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+import torch
 
 from mmtok_deploy.cli import main
+from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.manifest import Manifest, TensorInfo
 from mmtok_export.artifact import export_model
 from mmtok_export.next_steps import next_steps, triton_config
 from mmtok_export.selection_graph import SelectionSpec, build_selection
+from tests.exporters.graphs import batch_of
+from tests.mmtok_deploy.problems import random_problem
 
 
 def test_trtexec_is_given_every_open_shape(exported: Path) -> None:
@@ -35,8 +39,9 @@ def test_of_fixed_sizes_no_shapes(exported: Path) -> None:
 def test_each_runtime_by_what_takes_the_file(spec: SelectionSpec, exported: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(exported)
     runtimes = ["ONNX Runtime, Python", "ONNX Runtime, C++", "ONNX Runtime, JavaScript", "OpenVINO", "Triton"]
-    assert list(next_steps(exported, manifest)) == ["SGLang", "TensorRT", *runtimes]
-    assert list(next_steps(exported, replace(manifest, kind="encoder"))) == ["TensorRT", *runtimes]
+    engines = ["TensorRT", "TensorRT-RTX", "Jetson"]
+    assert list(next_steps(exported, manifest)) == ["SGLang", *engines, *runtimes]
+    assert list(next_steps(exported, replace(manifest, kind="encoder"))) == [*engines, *runtimes]
     assert list(next_steps(exported, replace(manifest, format="tensorrt"))) == ["SGLang", "Python"]
     told = replace(spec, takes_budget=True)
     path = tmp_path / "told.onnx"
@@ -45,10 +50,52 @@ def test_each_runtime_by_what_takes_the_file(spec: SelectionSpec, exported: Path
     ]
 
 
+def test_a_jetson_has_the_command_of_an_opset_that_its_tensorrt_reads(exported: Path) -> None:
+    manifest = Manifest.load(exported)
+    steps = next_steps(exported, manifest)
+    assert steps["Jetson"] == f"/usr/src/tensorrt/bin/{steps['TensorRT']}"
+    for newer in ({"onnx opset": "21"}, {"onnx ir version": "11"}):
+        assert "Jetson" not in next_steps(exported, replace(manifest, requires=manifest.requires | newer))
+
+
+def test_operators_of_a_plugin_are_tensorrts_alone(exported: Path) -> None:
+    manifest = Manifest.load(exported)
+    steps = next_steps(exported, replace(manifest, requires=manifest.requires | {"operators of trt_edgellm": "1"}))
+    assert list(steps) == ["SGLang", "TensorRT", "TensorRT-RTX", "Jetson"]
+    assert all("--staticPlugins=LIB.so" in steps[name] for name in ("TensorRT", "Jetson"))
+    assert steps["TensorRT-RTX"].endswith("--plugin LIB.so")
+
+
+def test_the_engine_of_a_file_as_printed(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(
+        "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'mmtok-deploy[tensorrt-rtx]'"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = shlex.split(next_steps(exported, Manifest.load(exported))["TensorRT-RTX"])[1:]
+    assert main(arguments) == 0
+    engine = exported.with_name("selection.sm86.rtx.engine")
+    assert Manifest.load(engine).details["compute_capabilities"] == ["8.6"]
+    assert main(arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main([*arguments, f"--output={exported.with_name('other.engine')}"]) == 0
+    assert Manifest.load(exported.with_name("other.engine")).dimensions == Manifest.load(exported).dimensions
+
+
 def test_a_call_runs_as_printed(exported: Path) -> None:
     call = next_steps(exported, Manifest.load(exported))["ONNX Runtime, Python"]
     session = eval(call, {"ort": onnxruntime})
     assert [each.name for each in session.get_inputs()] == ["vision", "keys", "text", "text_mask", "excluded"]
+
+
+def test_openvino_picks_the_tokens_as_printed(exported: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    manifest = Manifest.load(exported)
+    model = eval(next_steps(exported, manifest)["OpenVINO"], {"ov": openvino})
+    problem = random_problem(30)
+    outputs = model({name: tensor.numpy() for name, tensor in batch_of([problem]).items()})
+    replay_greedy(problem.picking(5), manifest.constants, outputs["order"][0].tolist())
 
 
 def test_a_triton_model(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

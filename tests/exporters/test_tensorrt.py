@@ -154,6 +154,12 @@ class TestChoosing:
         with pytest.raises(ValueError, match=r"no engines for compute capability 10\.0"):
             choose_library(["10.0"])
 
+    @pytest.mark.usefixtures("no_gpu")
+    @pytest.mark.parametrize(("target", "board"), [("8.7", "Orin"), ("11.0", "Thor")])
+    def test_for_a_jetson(self, target: str, board: str) -> None:
+        with pytest.raises(ValueError, match=f"copy the file to the Jetson {board}, and run there the trtexec command"):
+            choose_library([target])
+
     @pytest.mark.usefixtures("hopper")
     @pytest.mark.parametrize(
         ("library", "targets", "name"),
