@@ -64,6 +64,47 @@ std::vector<float> channelsOf(std::string const& path, std::string const& json, 
     return {numbers.begin(), numbers.end()};
 }
 
+//! Rows of red, green and blue, 8 bits each.
+struct Image
+{
+    int64_t width{0};
+    int64_t height{0};
+    std::string rgb;
+};
+
+Image readImage(std::string const& path)
+{
+    std::string const content = readFile(path);
+    std::istringstream header(content);
+    std::string magic;
+    int64_t largest = 0;
+    Image image;
+    header >> magic >> image.width >> image.height >> largest;
+    int64_t const size = image.width * image.height * kNumChannels;
+    if (!header || magic != "P6" || largest != 255 || size <= 0
+        || static_cast<int64_t>(content.size()) != static_cast<int64_t>(header.tellg()) + 1 + size)
+    {
+        throw std::runtime_error(path + " is not a binary PPM (P6) of 8 bits a channel without comments");
+    }
+    image.rgb = content.substr(content.size() - static_cast<std::size_t>(size));
+    return image;
+}
+
+//! Appends a channel's normalised values in a rectangle of the image.
+void addBlock(std::vector<float>& pixels, Image const& image, Processor const& processor, int64_t channel,
+    int64_t firstRow, int64_t firstColumn, int64_t numRows, int64_t numColumns)
+{
+    for (int64_t row = firstRow; row < firstRow + numRows; ++row)
+    {
+        for (int64_t column = firstColumn; column < firstColumn + numColumns; ++column)
+        {
+            auto const byte = static_cast<uint8_t>(image.rgb[(row * image.width + column) * kNumChannels + channel]);
+            float const value = static_cast<float>(byte) / 255.0F;
+            pixels.push_back((value - processor.mean[channel]) / processor.deviation[channel]);
+        }
+    }
+}
+
 } // namespace
 
 Processor readProcessor(std::string const& path)
@@ -85,60 +126,35 @@ Processor readProcessor(std::string const& path)
 
 std::vector<float> readPixels(std::string const& path, Processor const& processor)
 {
-    std::string const content = readFile(path);
-    std::istringstream header(content);
-    std::string magic;
-    int64_t width = 0;
-    int64_t height = 0;
-    int64_t largest = 0;
-    header >> magic >> width >> height >> largest;
-    int64_t const size = width * height * kNumChannels;
-    if (!header || magic != "P6" || largest != 255 || size <= 0
-        || static_cast<int64_t>(content.size()) != static_cast<int64_t>(header.tellg()) + 1 + size)
+    Image const image = readImage(path);
+    if (image.width != processor.width || image.height != processor.height)
     {
-        throw std::runtime_error(path + " is not a binary PPM (P6) of 8 bits a channel without comments");
-    }
-    if (width != processor.width || height != processor.height)
-    {
-        throw std::runtime_error(path + " is " + std::to_string(width) + "x" + std::to_string(height)
+        throw std::runtime_error(path + " is " + std::to_string(image.width) + "x" + std::to_string(image.height)
             + ": scale it to " + std::to_string(processor.width) + "x" + std::to_string(processor.height));
     }
-    auto const* rgb = reinterpret_cast<uint8_t const*>(content.data() + content.size() - size);
-    auto const valueOf = [&](int64_t channel, int64_t row, int64_t column) {
-        float const value = static_cast<float>(rgb[(row * width + column) * kNumChannels + channel]) / 255.0F;
-        return (value - processor.mean[channel]) / processor.deviation[channel];
-    };
     std::vector<float> pixels;
-    auto const addBlock = [&](int64_t channel, int64_t firstRow, int64_t firstColumn, int64_t rows, int64_t columns) {
-        for (int64_t row = firstRow; row < firstRow + rows; ++row)
-        {
-            for (int64_t column = firstColumn; column < firstColumn + columns; ++column)
-            {
-                pixels.push_back(valueOf(channel, row, column));
-            }
-        }
-    };
     if (processor.patchSize == 0)
     {
         for (int64_t channel = 0; channel < kNumChannels; ++channel)
         {
-            addBlock(channel, 0, 0, height, width);
+            addBlock(pixels, image, processor, channel, 0, 0, image.height, image.width);
         }
         return pixels;
     }
     // Row and column of the token, row and column of the patch in the token, channel, frame, row and column in the patch.
     int64_t const side = processor.patchSize * processor.mergeSize;
-    for (int64_t token = 0; token < (height / side) * (width / side); ++token)
+    int64_t const numColumns = image.width / side;
+    for (int64_t token = 0; token < image.height / side * numColumns; ++token)
     {
         for (int64_t patch = 0; patch < processor.mergeSize * processor.mergeSize; ++patch)
         {
-            int64_t const row = token / (width / side) * side + patch / processor.mergeSize * processor.patchSize;
-            int64_t const column = token % (width / side) * side + patch % processor.mergeSize * processor.patchSize;
+            int64_t const row = token / numColumns * side + patch / processor.mergeSize * processor.patchSize;
+            int64_t const column = token % numColumns * side + patch % processor.mergeSize * processor.patchSize;
             for (int64_t channel = 0; channel < kNumChannels; ++channel)
             {
                 for (int64_t frame = 0; frame < processor.temporalPatchSize; ++frame)
                 {
-                    addBlock(channel, row, column, processor.patchSize, processor.patchSize);
+                    addBlock(pixels, image, processor, channel, row, column, processor.patchSize, processor.patchSize);
                 }
             }
         }

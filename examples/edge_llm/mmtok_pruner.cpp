@@ -1,6 +1,7 @@
 #include "mmtok_pruner.h"
 
 #include <cstring>
+#include <iostream>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -90,6 +91,11 @@ protected:
         std::size_t const width = static_cast<std::size_t>(request.embeds->getShape()[1]);
         std::vector<float> const embeddings = hostEmbeddings(request, width, stream);
         Rows const question = questionOf(request, embeddings, width);
+        if (question.count == 0 && mOptions.config.coverage == Coverage::kText)
+        {
+            std::cerr << "mmtok: the prompt has no question, which coverage of the text needs: its tokens are all kept\n";
+            return request.origLen;
+        }
         std::vector<int32_t> kept;
         for (std::size_t imageIdx = 0; imageIdx < request.imageSpans->size(); ++imageIdx)
         {

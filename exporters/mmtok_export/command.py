@@ -215,7 +215,7 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
     engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
     on_step("building the graph")
     model = build_selection(spec)
-    details = {"preset": arguments.preset}
+    details = {"preset": arguments.preset or "llava-1.5"}
     manifest = export_model(model, path, "selection", spec, details=details, **_how(arguments, on_step))
     _report(path, manifest, has_next=True)
     _build_engine(path, engine, arguments, on_step)

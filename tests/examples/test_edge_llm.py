@@ -191,7 +191,10 @@ def test_the_pruner_needs_keys_or_the_coverage_of_the_text(library: ctypes.CDLL)
         prune(library, embeddings, [(*places[0], 7)], None, SelectionConfig())
 
 
-def test_a_prompt_without_a_question(library: ctypes.CDLL) -> None:
-    embeddings, places = prompt(random_problem(30, num_words=0))
-    with pytest.raises(ValueError, match="needs a row of text"):
-        prune(library, embeddings, [(*places[0], 7)], None, TEXT)
+def test_a_prompt_without_a_question_is_left_as_it_is(library: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
+    problem = random_problem(30, num_words=0)
+    embeddings, places = prompt(problem)
+    assert prune(library, embeddings, [(*places[0], 7)], None, TEXT) == (len(embeddings), [-1] * 7)
+    assert "the prompt has no question" in capfd.readouterr().err
+    length, kept = prune(library, embeddings, [(*places[0], 7)], problem.keys, SelectionConfig())
+    assert (length, -1 in kept) == (len(embeddings) - 23, False)

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -134,3 +135,5 @@ def test_an_export_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert re.search(r"^  next, TensorRT: trtexec --onnx=.*a\.onnx --stronglyTyped --noTF32", said, re.MULTILINE)
     assert re.search(r"^  next, OpenVINO: .*INFERENCE_PRECISION_HINT", said, re.MULTILINE)
+    # The constants are those of a preset though none was named.
+    assert ir.load(tmp_path / "a.onnx").metadata_props["mmtok.preset"] == "llava-1.5"
