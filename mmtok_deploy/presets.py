@@ -32,4 +32,6 @@ PRESETS: dict[str, Preset] = {
     # The authors ship none for Qwen3-VL: those of Qwen2.5-VL.
     "qwen3-vl": _QWEN,
     "qwen3-vl-moe": _QWEN,
+    # Nor for InternVL: the same, since its projector merges 2 x 2 patches, too, before a Qwen.
+    "internvl3": _QWEN,
 }

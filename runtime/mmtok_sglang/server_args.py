@@ -132,6 +132,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             check_adapters,
             check_agent,
             check_backend,
+            check_embedding,
             check_engine,
             check_model_impl,
             check_server,
@@ -151,6 +152,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         check_model_impl(self, self._mmtok_settings)
         check_server(self)
         check_adapters(self, self._mmtok_settings)
+        check_embedding(self, self._mmtok_settings)
         check_server_method(self, self._mmtok_settings)
         check_stages(self, self._mmtok_settings)
         check_agent(self, self._mmtok_settings)

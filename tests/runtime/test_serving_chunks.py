@@ -22,15 +22,24 @@ BUDGET: dict[str, float] = {
     "qwen3-vl-moe": 0.5,
     "llava-1.5": 0.1,
     "llava-next": 0.1,
+    "internvl3": 0.1,
 }
 # Room for the features of one photograph of the size below.
-FEATURE_CACHE_MB = {"qwen2.5-vl": 1, "qwen3-vl": 1, "qwen3-vl-moe": 1, "llava-1.5": 1, "llava-next": 3}
+FEATURE_CACHE_MB = {
+    "qwen2.5-vl": 1,
+    "qwen3-vl": 1,
+    "qwen3-vl-moe": 1,
+    "llava-1.5": 1,
+    "llava-next": 3,
+    "internvl3": 2,
+}
 SIZE = {
     "qwen2.5-vl": (728, 728),
     "qwen3-vl": (416, 416),
     "qwen3-vl-moe": (416, 416),
     "llava-1.5": (336, 252),
     "llava-next": (336, 252),
+    "internvl3": (336, 252),
 }
 # SGLang keeps no embedding, so each chunk of an image asks for its features anew, and every eleventh step retracts a
 # request if two or more are decoding.

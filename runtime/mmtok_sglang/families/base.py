@@ -39,6 +39,8 @@ class Family(ABC):
     """The dtype of the features before the projector, where it is not the model's."""
     max_pixels_on_cpu: ClassVar[int | None] = None
     """The most pixels of an image on a CPU by default, where the encoder's memory bounds them."""
+    embeds: ClassVar[bool] = True
+    """Whether SGLang's class of the model answers embedding requests."""
 
     @property
     def architecture(self) -> str:
