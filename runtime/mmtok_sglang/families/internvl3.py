@@ -59,7 +59,8 @@ class InternVLChatModel(PrunedModel, internvl.InternVLChatModel):
 
     def encode(self, items: Sequence[Any]) -> Tensor:
         """Returns the tokens of images, [tokens, D]."""
-        return super().encode(items).flatten(0, 1)
+        # Embeddings that a request brings ready-made are [tokens, D] already.
+        return super().encode(items).flatten(0, -2)
 
     def features_of(self, items: Sequence[Any]) -> list[Features]:
         """Returns what `encode` does, and as keys what goes into the projector `mlp1`, of all tiles of an image."""
