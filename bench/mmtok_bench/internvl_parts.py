@@ -23,10 +23,10 @@ _MAX_TILES = 12
 _RENAMED = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.multi_modal_projector\.layer_norm\.", "mlp1.0."),
-    (r"^model\.multi_modal_projector\.linear_1\.", "mlp1.1."),
-    (r"^model\.multi_modal_projector\.linear_2\.", "mlp1.3."),
-    (r"^model\.vision_tower\.", "vision_model."),
+    (r"^(?:model\.)?multi_modal_projector\.layer_norm\.", "mlp1.0."),
+    (r"^(?:model\.)?multi_modal_projector\.linear_1\.", "mlp1.1."),
+    (r"^(?:model\.)?multi_modal_projector\.linear_2\.", "mlp1.3."),
+    (r"^(?:model\.)?vision_tower\.", "vision_model."),
     (r"\.embeddings\.cls_token$", ".embeddings.class_embedding"),
     (r"\.embeddings\.position_embeddings$", ".embeddings.position_embedding"),
     (r"\.embeddings\.patch_embeddings\.projection\.", ".embeddings.patch_embedding."),
@@ -128,7 +128,7 @@ def chat_model_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the weights under the published checkpoints' names, which have queries, keys and values in one.
 
     Args:
-        weights: The state dict of Transformers' class.
+        weights: The state dict of Transformers' class, or what that saves, which leaves out `model.`.
     """
     renamed = {}
     for name, weight in weights.items():

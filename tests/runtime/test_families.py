@@ -239,6 +239,19 @@ def test_an_internvl_with_another_language_model_is_refused(name: str) -> None:
     assert InternVL3().obstacle(INTERNVL) is None
 
 
+@pytest.mark.parametrize("placeholder", ["<image>", "<IMG_CONTEXT>"])
+def test_placeholders_of_internvl(placeholder: str) -> None:
+    """The second is that of SGLang's own chat template."""
+    check = InternVL3.placeholder_rule.check
+    check(f"{placeholder}What is it?", 1)
+    for typed in ("<image>", "<IMG_CONTEXT>"):
+        with pytest.raises(ValueError, match="the prompt has 2 image placeholders"):
+            check(f"{placeholder}What is {typed}?", 1)
+    for typed in ("<img>", "</img>", "<video>", "<<<__IMG_PLACEHOLDER__>>>"):
+        with pytest.raises(ValueError, match=f"the text beside the images has {typed}"):
+            check(f"{placeholder}What is {typed}?", 1)
+
+
 @pytest.mark.parametrize("name", ["image_max_dynamic_patch", "max_dynamic_patch"])
 @pytest.mark.parametrize(
     ("asked", "is_refused"), [(None, False), (1, False), (63, False), (64, True), (-1, True), ("6", True)]

@@ -274,6 +274,6 @@ def _difference(account: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def _tokens_before_the_image(served: Served, chat: Chat) -> int:
-    ids = served.judge.processor.tokenizer(served.judge.prompt(chat.for_template()))["input_ids"]
-    before: int = ids.index(served.judge.model.config.image_token_id)
+    inputs = served.judge.processor(text=[served.judge.prompt(chat.for_template())], images=chat.images)
+    before: int = list(inputs["input_ids"][0]).index(served.judge.model.config.image_token_id)
     return before
