@@ -34,4 +34,6 @@ PRESETS: dict[str, Preset] = {
     "qwen3-vl-moe": _QWEN,
     "qwen3.5": _QWEN,
     "qwen3.5-moe": _QWEN,
+    # Nor for InternVL: the same, since its projector merges 2 x 2 patches, too, before a Qwen.
+    "internvl3": _QWEN,
 }

@@ -8,7 +8,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-_SERVED_MODELS = {"llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "transformers"}
+_SERVED_MODELS = {
+    *("internvl", "llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "transformers"),
+}
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _sglang = importlib.util.find_spec("sglang")

@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmtok_bench.internvl_parts import InternVLProcessor, chat_model_config
 from mmtok_bench.model_parts import (
     CLIP_VIT_L,
     Vocabulary,
+    internvl_config,
+    internvl_tokenizer,
     llava_config,
     llava_next_config,
     llava_next_processor,
@@ -118,6 +121,19 @@ _QWEN3_5_35B = {
     "shared_expert_intermediate_size": 512,
 }
 _QWEN3_5_VISION = {name: value for name, value in _QWEN3_VL_VISION.items() if name != "deepstack_visual_indexes"}
+# InternVL3-8B is InternViT-300M and Qwen2.5-7B (ErfeiCui/InternVL-doc docs/en/internvl3.0/introduction.md, commit
+# 10c698e), InternVL3.5-8B the same encoder and Qwen3-8B (its docs/en/internvl3.5). The language models are as in
+# citsjtu2020/LLM-Prof sglang/Model_Config.md (commit 8434c8d), the encoder as `InternVLVisionConfig` of Transformers
+# 5.19 has it by default.
+_INTERN_VIT_300M = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+_QWEN2_5_7B = {**_QWEN_7B, "max_position_embeddings": 131072}
+_QWEN3_8B = {**_QWEN3_VL_8B, "model_type": "qwen3", "max_position_embeddings": 40960}
 _VICUNA_7B = {
     "vocab_size": _LLAVA_VOCABULARY,
     "hidden_size": 4096,
@@ -225,6 +241,13 @@ def _llava_next(text: dict[str, Any]) -> _DummyModel:
     )
 
 
+def _internvl(text: dict[str, Any]) -> _DummyModel:
+    return _DummyModel(
+        lambda: InternVLProcessor(internvl_tokenizer(_words(text["vocab_size"]))),
+        lambda tokenizer: internvl_config(tokenizer, {"dtype": _DTYPE, **text}, _INTERN_VIT_300M),
+    )
+
+
 DUMMY_MODELS: dict[str, _DummyModel] = {
     "qwen2.5-vl-7b": _qwen(_QWEN_7B, _QWEN_7B_VISION),
     "qwen2.5-vl-32b": _qwen(_QWEN_32B, {**_QWEN_7B_VISION, "intermediate_size": 3456}),
@@ -236,6 +259,8 @@ DUMMY_MODELS: dict[str, _DummyModel] = {
     "llava-1.5-13b": _llava(_VICUNA_13B, CLIP_VIT_L),
     "llava-next-7b": _llava_next(_VICUNA_7B),
     "llava-next-13b": _llava_next(_VICUNA_13B),
+    "internvl3-8b": _internvl(_QWEN2_5_7B),
+    "internvl3.5-8b": _internvl(_QWEN3_8B),
     "qwen2.5-vl-0.5b": _qwen({**_TEXT_05B, "vocab_size": 151936, "tie_word_embeddings": True}, _QWEN_SMALL_VISION),
     "qwen3-vl-0.5b": _qwen3_vl(
         {**_TEXT_05B, "head_dim": 64, "vocab_size": 151936, "tie_word_embeddings": True}, _QWEN3_VL_SMALL_VISION
@@ -269,8 +294,11 @@ def write_dummy_model(name: str, folder: Path) -> Path:
     model = DUMMY_MODELS[name]
     processor = model.processor()
     config = model.config(processor.tokenizer)
+    if config.model_type == "internvl":
+        config = chat_model_config(config)
+    else:
+        config.architectures = [_ARCHITECTURES[config.model_type]]
     config.dtype = _DTYPE
-    config.architectures = [_ARCHITECTURES[config.model_type]]
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     processor.save_pretrained(folder)

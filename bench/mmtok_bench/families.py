@@ -10,7 +10,9 @@ from mmtok_deploy.methods import MethodName
 
 __all__ = ["FAMILY_TRAITS", "FamilyName", "FamilyTraits", "PocketFamily", "family_arguments"]
 
-FamilyName = Literal["qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe", "llava-1.5", "llava-next"]
+FamilyName = Literal[
+    "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe", "llava-1.5", "llava-next", "internvl3"
+]
 PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
 """Those of which this package brings a trained model along."""
 
@@ -47,6 +49,7 @@ FAMILY_TRAITS: Mapping[FamilyName, FamilyTraits] = {
     "llava-1.5": FamilyTraits("<image>", arguments=_TRANSFORMERS),
     # Its tiles have one size.
     "llava-next": FamilyTraits("<image>", impossible_methods=("downsample",), arguments=_TRANSFORMERS),
+    "internvl3": FamilyTraits("<image>", impossible_methods=("visionzip", "downsample")),
 }
 
 

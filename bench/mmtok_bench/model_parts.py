@@ -14,6 +14,8 @@ __all__ = [
     "BYTES",
     "CLIP_VIT_L",
     "Vocabulary",
+    "internvl_config",
+    "internvl_tokenizer",
     "llava_config",
     "llava_next_config",
     "llava_next_processor",
@@ -62,6 +64,10 @@ _QWEN_TEMPLATE = _QWEN3_VL_TEMPLATE.replace(
 
 # Its models think first, and the template begins the thought.
 _QWEN3_5_TEMPLATE = _QWEN3_VL_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+_INTERNVL_TEMPLATE = _QWEN3_VL_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n").replace(
+    "<|vision_start|><|video_pad|><|vision_end|>", "<video>\n"
+)
 
 _LLAVA_TEMPLATE = (
     "{% for message in messages %}"
@@ -212,6 +218,19 @@ def _qwen_tokenizer(vocabulary: Vocabulary) -> Any:
     )
 
 
+def internvl_tokenizer(vocabulary: Vocabulary = BYTES) -> Any:
+    """Returns the tokenizer of InternVL3, with a chat template that has `<image>` where an image stands."""
+    tokenizer = _byte_tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|video_pad|>", "<img>", "</img>", "<IMG_CONTEXT>"],
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        vocabulary=vocabulary,
+    )
+    tokenizer.chat_template = _INTERNVL_TEMPLATE
+    return tokenizer
+
+
 def _llava_image_sizes(image_px: int) -> dict[str, Any]:
     return {"size": {"shortest_edge": image_px}, "crop_size": {"height": image_px, "width": image_px}}
 
@@ -353,6 +372,22 @@ def _qwen_text_ids(tokenizer: Any) -> dict[str, int]:
 def _qwen_token_ids(tokenizer: Any) -> dict[str, int]:
     names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
+
+
+def internvl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+    """Returns an InternVL3 configuration, as Transformers' class takes it.
+
+    Args:
+        tokenizer: The one of `internvl_tokenizer`.
+        text: Fields of the language model, a Qwen3 where `model_type` says so, else a Qwen2.
+        vision: Fields of the vision encoder.
+    """
+    return transformers.InternVLConfig(
+        text_config={"tie_word_embeddings": False, **_qwen_text_ids(tokenizer), **text},
+        vision_config={"attention_bias": True, "image_size": 448, **vision},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        tie_word_embeddings=False,
+    )
 
 
 def llava_config(tokenizer: Any, text: Sizes, clip: Sizes, *, image_px: int = _LLAVA_IMAGE_PX) -> Any:

@@ -26,7 +26,7 @@ from mmtok_deploy.selection import BudgetLike
 __all__ = ["EncodedImage", "OneGridFamily", "PatchSelector", "SelectedPatches", "select_patches"]
 
 OneGridFamily = Literal["qwen2.5-vl", "llava-1.5"]
-"""The families that see an image as one grid of patches (LLaVA-NeXT sees tiles)."""
+"""The families that see an image as one grid of patches (LLaVA-NeXT and InternVL3 see tiles)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,9 +12,13 @@ from typing import Any, get_args
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from mmtok_bench.families import FamilyName
+from mmtok_bench.internvl_parts import InternVLProcessor, chat_model_config, chat_model_weights
 from mmtok_bench.model_parts import (
+    internvl_config,
+    internvl_tokenizer,
     llava_config,
     llava_next_config,
     llava_next_processor,
@@ -30,7 +34,7 @@ from mmtok_bench.model_parts import (
 __all__ = ["make_tiny_checkpoint"]
 
 # Raised with every change of what is written, so that folders of an older maker are made again.
-_MAKER_VERSION = 3
+_MAKER_VERSION = 4
 _MARKER = "mmtok_tiny.json"
 
 _TEXT_SIZES: dict[str, Any] = {
@@ -79,6 +83,16 @@ _TINY_QWEN3_5_EXPERTS = {**_TINY_EXPERTS, "shared_expert_intermediate_size": 96}
 _TINY_QWEN3_5_VISION = {
     name: value for name, value in _TINY_QWEN3_VL_VISION.items() if name != "deepstack_visual_indexes"
 }
+# 64 tokens a tile of 448 pixels.
+_TINY_INTERN_VIT = {
+    "patch_size": 28,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "layer_scale_init_value": 1.0,
+    "initializer_range": 0.125,
+}
 _TINY_CLIP = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -97,7 +111,8 @@ def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad
 
     Args:
         family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2.5-vl" and 228 for later Qwens (any
-            size up to 1280), 576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next".
+            size up to 1280), 576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next", and
+            up to 13 of 64 for "internvl3".
         folder: Where to write; made again if it holds a tiny checkpoint of another kind.
         seed: Seed of the weights.
         pad_to_square: "llava-1.5" only: pad an image to a square, as the authors of LLaVA do, or crop its middle, as
@@ -178,6 +193,10 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
             if is_mixture
             else transformers.Qwen3_5ForConditionalGeneration
         )
+    elif family == "internvl3":
+        processor = InternVLProcessor(internvl_tokenizer(), tile_tokens=64)
+        config = internvl_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_INTERN_VIT)
+        model_class = transformers.InternVLForConditionalGeneration
     elif family == "llava-1.5":
         processor = llava_processor(pad_to_square)
         config = llava_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, _TINY_CLIP)
@@ -189,6 +208,11 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
+        if family == "internvl3":
+            # Transformers begins with zeros.
+            embeddings = model.model.vision_tower.embeddings
+            for weight in (embeddings.cls_token, embeddings.position_embeddings):
+                torch.nn.init.normal_(weight, std=_TINY_INTERN_VIT["initializer_range"])
     _remember_for_longer(model)
     _answer_in_ascii(model, processor.tokenizer)
     return model.eval(), processor
@@ -199,8 +223,14 @@ def _save(model: Any, folder: Path) -> None:
 
     Experts of Qwen3-VL are [experts, in, out] in those. Transformers 5.19 transposes them as it loads, not as it saves.
     Those of Qwen3.5 are [experts, out, in], in one tensor, too.
+    Those of InternVL have a format that Transformers does not know: beside it the same model is in `transformers/`.
     """
     weights = model.state_dict()
+    if isinstance(model, transformers.InternVLForConditionalGeneration):
+        model.save_pretrained(folder / "transformers")
+        chat_model_config(model.config).save_pretrained(folder)
+        save_file(chat_model_weights(weights), folder / "model.safetensors", {"format": "pt"})
+        return
     experts = {name: weight for name, weight in weights.items() if ".experts." in name}
     if experts:
         if model.config.model_type == "qwen3_vl_moe":

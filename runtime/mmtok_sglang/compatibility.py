@@ -22,6 +22,7 @@ __all__ = [
     "check_adapters",
     "check_agent",
     "check_backend",
+    "check_embedding",
     "check_engine",
     "check_model_impl",
     "check_scale",
@@ -90,7 +91,7 @@ def check_adapters(server_args: Any, settings: Settings) -> None:
     if not hasattr(FAMILIES[settings.family].model_class, "should_apply_lora"):
         raise UnsupportedServerError(
             f"--mmtok-budget cannot be combined with LoRA adapters (--enable-lora, --lora-paths) on {settings.family}: "
-            "SGLang's Transformers backend does not keep them out of the vision encoder. Drop one of the two."
+            "SGLang does not keep them out of its vision encoder. Drop one of the two."
         )
     on_the_embedding = sorted({"embed_tokens", "all"} & set(cfg.lora_target_modules or ()))
     if on_the_embedding:
@@ -98,6 +99,14 @@ def check_adapters(server_args: Any, settings: Settings) -> None:
             f"--mmtok-budget cannot be combined with LoRA adapters on the input embedding (--lora-target-modules "
             f"{' '.join(on_the_embedding)}): guidance would be embedded by another request's adapter. Name the modules "
             "of the layers alone: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+        )
+
+
+def check_embedding(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if the server is to answer embedding requests, and SGLang's class does not."""
+    if server_args.is_embedding and not FAMILIES[settings.family].embeds:
+        raise UnsupportedServerError(
+            f"--is-embedding does not run on {settings.family}: SGLang's class has no embeddings"
         )
 
 

@@ -125,9 +125,9 @@ class PrunedModel(_Base):
 
         Each pipeline stage hands the positions of kept tokens to the next: only the first encodes and selects.
         """
-        rest = {"get_embedding": get_embedding, "pp_proxy_tensors": pp_proxy_tensors}
-        if input_embeds is not None:
-            rest["input_embeds"] = input_embeds  # not all of SGLang's classes take them
+        rest = {"input_embeds": input_embeds, "get_embedding": get_embedding, "pp_proxy_tensors": pp_proxy_tensors}
+        # Not all of SGLang's classes take all of them.
+        rest = {name: value for name, value in rest.items() if value is not None and value is not False}
         run = partial(super().forward, positions=positions, forward_batch=forward_batch, **rest)
         if not forward_batch.forward_mode.is_extend():
             return run(input_ids)

@@ -22,7 +22,9 @@ class PrunedProcessor(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.pixel_scale = take_over_scaling(self._processor.image_processor, self.image_config)
+        # SGLang has some models' tokenizer in its place, and processes images itself.
+        image_processor = getattr(self._processor, "image_processor", None)
+        self.pixel_scale = None if image_processor is None else take_over_scaling(image_processor, self.image_config)
 
     @override
     async def process_mm_data_async(self, image_data: Any, *args: Any, **kwargs: Any) -> Any:

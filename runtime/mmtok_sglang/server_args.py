@@ -136,6 +136,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             check_adapters,
             check_agent,
             check_backend,
+            check_embedding,
             check_engine,
             check_model_impl,
             check_scale,
@@ -156,6 +157,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         check_model_impl(self, self._mmtok_settings)
         check_server(self)
         check_adapters(self, self._mmtok_settings)
+        check_embedding(self, self._mmtok_settings)
         check_server_method(self, self._mmtok_settings)
         check_scale(self._mmtok_settings)
         check_stages(self, self._mmtok_settings)

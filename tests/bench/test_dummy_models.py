@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from mmtok_bench.dummy_models import DUMMY_MODELS, make_processor, write_dummy_model
 from mmtok_bench.serve.image_tokens import count_image_tokens
@@ -19,6 +19,8 @@ SIZES_B = {
     "llava-1.5-13b": 13.35,
     "llava-next-7b": 7.06,
     "llava-next-13b": 13.35,
+    "internvl3-8b": 7.95,
+    "internvl3.5-8b": 8.53,
     "qwen3-vl-8b": 8.77,
     "qwen3-vl-30b-a3b": 31.07,
     # Without the head that predicts several tokens, which Transformers does not make.
@@ -37,21 +39,27 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_it_has_the_published_size_and_no_weights(written: tuple[str, Path]) -> None:
     name, folder = written
+    is_internvl = name.startswith("internvl")
     assert {path.suffix for path in folder.iterdir()} == {".json", ".jinja"}
-    config = AutoConfig.from_pretrained(folder)
-    assert config.dtype == torch.bfloat16
+    written_config = json.loads((folder / "config.json").read_text())
+    assert written_config["dtype"] == "bfloat16"
+    if is_internvl:  # Transformers does not know the format in which it is published.
+        config = DUMMY_MODELS[name].config(make_processor(name).tokenizer)
+    else:
+        config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    assert type(model).__name__ == config.architectures[0]
+    architecture = "InternVLChatModel" if is_internvl else type(model).__name__
+    assert written_config["architectures"] == [architecture]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     assert num_parameters / 1e9 == pytest.approx(SIZES_B[name], rel=0.02)
 
 
 def test_every_token_id_is_text_and_words_are_one_token(written: tuple[str, Path]) -> None:
     name, folder = written
-    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    assert len(tokenizer) == config["text_config"]["vocab_size"]
+    assert len(tokenizer) == config.get("text_config", config.get("llm_config"))["vocab_size"]
     made_up = [tokenizer.decode([token_id]) for token_id in range(300, len(tokenizer) - 20, 997)]
     assert all(text.strip() and text.isascii() for text in made_up)
     if not name.startswith("qwen3.5"):
@@ -79,6 +87,10 @@ def test_every_token_id_is_text_and_words_are_one_token(written: tuple[str, Path
         # 5 tiles of 576, and a newline token after each of the 48 rows of crops: 2880 without those.
         ("llava-next-7b", (672, 672), 2880 + 48),
         ("llava-next-13b", (672, 336), 3 * 576 + 24),
+        # 4 x 3 tiles, 3 x 3 tiles, 2 x 1 tiles at twice the size; each with a thumbnail.
+        ("internvl3-8b", (1024, 768), 13 * 256),
+        ("internvl3-8b", (448, 448), 10 * 256),
+        ("internvl3.5-8b", (448, 224), 9 * 256),
     ],
 )
 def test_images_become_the_papers_numbers_of_tokens(name: str, size_px: Size, num_tokens: int) -> None:

@@ -164,5 +164,5 @@ def test_what_is_no_tiny_checkpoint_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"one of qwen2\.5-vl, .*, llava-next, got 'gpt-2'"):
+    with pytest.raises(ValueError, match=r"one of qwen2\.5-vl, .*, internvl3, got 'gpt-2'"):
         make_tiny_checkpoint("gpt-2", tmp_path / "it")  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from mmtok_bench.families import FamilyName, family_arguments
 from mmtok_bench.server import SglangServer, cpu_arguments, cpu_environment, running
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from tests.runtime.hand_pruned import HandPruned
-from tests.runtime.serving import Served
+from tests.runtime.serving import Served, template_arguments
 
 FAMILIES = get_args(FamilyName)
 MIN_TOKENS_IN = 8
@@ -37,6 +37,7 @@ def make_server(family: FamilyName, *arguments: str, num_ranks: int = 1, **envir
     return SglangServer(
         checkpoint(family),
         *cpu_arguments(),
+        *template_arguments(family, checkpoint(family)),
         # What a LLaVA needs without a budget alone.
         *(() if has_budget else family_arguments(family)),
         "--enable-cache-report",

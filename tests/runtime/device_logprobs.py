@@ -4,8 +4,8 @@
 
 A row with the largest difference of the logprobs over all chats, and the smallest that the mistake makes: the tokens of
 another question, or for a Qwen the positions of the first tokens in place of their own. On CUDA a LLaVA is served in
-float32 and a Qwen in float16: SGLang's norms for NVIDIA GPUs, which its own model classes use, take 16-bit numbers
-alone. The exit code is 0 if the mistake is at least ten times as large, or five times in float16.
+float32, a Qwen and an InternVL in float16: SGLang's norms for NVIDIA GPUs, which its own model classes use, take 16-bit
+numbers alone. The exit code is 0 if the mistake is at least ten times as large, or five times in float16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mmtok_bench.server import make_server
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from tests.runtime.chats import Chat, small
 from tests.runtime.hand_pruned import HandPruned
-from tests.runtime.serving import Served
+from tests.runtime.serving import Served, template_arguments
 
 BENCH = "device-logprobs"
 _BUDGET = 0.1
@@ -84,13 +84,13 @@ def _run(arguments: argparse.Namespace) -> int:
     quiet_transformers()
     family, device = arguments.family, torch.device(arguments.device)
     on_cpu = device.type == "cpu"
-    is_half = not on_cpu and family.startswith("qwen")
+    is_half = not on_cpu and not family.startswith("llava")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     checkpoint = make_tiny_checkpoint(family, arguments.folder / "checkpoints" / family)
     server = make_server(
         checkpoint,
         family,
-        *("--enable-cache-report", f"--mmtok-budget={_BUDGET:.0%}"),
+        *("--enable-cache-report", f"--mmtok-budget={_BUDGET:.0%}", *template_arguments(family, checkpoint)),
         *(() if on_cpu else (*_ON_CUDA, *(_HALF if is_half else _FULL), *_PREFILL[arguments.prefill])),
         *arguments.server_args,
         on_cpu=on_cpu,

@@ -12,19 +12,25 @@ from mmtok_export.selection_graph import SelectionSpec, build_selection
 
 __all__ = ["export_for"]
 
-# Of the checkpoints' text model and vision encoder; 576 patches of a square or a tile, any number for a Qwen.
+# Of the checkpoints' text model and vision encoder; 576 patches of a square or a tile, any number for the others.
 _VISION_WIDTH, _KEYS_WIDTH = 256, 64
+_NUM_TOKENS = {
+    "llava-1.5": DimRange.fixed(576),
+    "llava-next": DimRange.fixed(576),
+    "internvl3": DimRange(83, 832, 832),
+}
 
 
 def export_for(family: str, path: Path, budget: int, **change: Any) -> Path:
     """Writes the selection that a float32 server of the family's tiny checkpoint takes."""
     values: dict[str, Any] = {
         "budget": budget,
-        "num_tokens": DimRange(budget, 128, 512) if family.startswith("qwen") else DimRange.fixed(576),
+        "num_tokens": _NUM_TOKENS.get(family, DimRange(budget, 128, 512)),
         "num_words": DimRange(1, 16, 64),
         "batch": DimRange(1, 1, 3),
         "vision_width": _VISION_WIDTH,
-        "keys_width": _KEYS_WIDTH,
+        # A token of InternVL is 2 x 2 patches.
+        "keys_width": 4 * _KEYS_WIDTH if family == "internvl3" else _KEYS_WIDTH,
         "dtype": "float32",
         "keys_dtype": "float32",
         "config": PRESETS[family].config,

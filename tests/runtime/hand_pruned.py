@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from sglang.srt.multimodal.processors.internvl import InternVLProcessor as Tiles
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.vision_utils import get_vision_window_index
 
+from mmtok_bench.internvl_parts import InternVLProcessor
 from mmtok_deploy import select_tokens
 from mmtok_deploy.config import Coverage
 from mmtok_deploy.guidance import guidance_words
@@ -42,8 +45,13 @@ class HandPruned:
     def __init__(self, family: str, path: Path, device: torch.device = torch.device("cpu")) -> None:
         self.family = family
         self.device = device
-        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval().to(device)
-        self.processor = AutoProcessor.from_pretrained(path)
+        is_internvl = family == "internvl3"
+        weights = path / "transformers" if is_internvl else path
+        self.model = AutoModelForImageTextToText.from_pretrained(weights, dtype=torch.float32).eval().to(device)
+        if is_internvl:
+            self.processor: Any = _TileProcessor(AutoTokenizer.from_pretrained(path), tile_tokens=64)
+        else:
+            self.processor = AutoProcessor.from_pretrained(path)
         self.preset = PRESETS[family]
         self._config = self.preset.config
 
@@ -265,6 +273,16 @@ class HandPruned:
 
         return [(tokens, tokens) for tokens in outputs], take
 
+    def _features_internvl3(self, inputs: Any, _images: Any) -> Any:
+        projector = self.model.model.multi_modal_projector
+        _, (keys, vision) = self._encode(projector, pixel_values=inputs["pixel_values"])
+        counts = [num * keys.shape[1] for num in inputs["num_tiles"]]
+        features = list(zip(vision.flatten(0, 1).split(counts), keys.flatten(0, 1).split(counts), strict=True))
+        return features, lambda texts, budgets: [
+            self._select(tokens, key, text, budget, None)
+            for (tokens, key), text, budget in zip(features, texts, budgets, strict=True)
+        ]
+
     def _join_tiles(
         self, vision: Tensor, keys: Tensor, text: str, budget: float | int, grid: tuple[int, int]
     ) -> Tensor:
@@ -317,6 +335,19 @@ class HandPruned:
         if len(positions) == 1:
             return Pruned(kept, torch.arange(len(kept))[None], len(kept), sum(map(len, pieces[1::2])))
         return Pruned(kept, positions[:, torch.cat(places)], next_position, sum(map(len, pieces[1::2])))
+
+
+class _TileProcessor(InternVLProcessor):
+    """Pixels are SGLang's: Transformers scales an image otherwise, and chooses other tiles."""
+
+    def __call__(self, text: Sequence[str], images: Sequence[Image.Image] | None = None, **kwargs: Any) -> Any:
+        inputs = super().__call__(text, images, **kwargs)
+        mean, std = (torch.tensor(each)[:, None, None] for each in (Tiles.IMAGENET_MEAN, Tiles.IMAGENET_STD))
+        values = [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in images or ()]
+        tiles = [Tiles.dynamic_preprocess((each - mean) / std, use_thumbnail=True) for each in values]
+        if tiles:
+            inputs["pixel_values"], inputs["num_tiles"] = torch.cat(tiles).float(), [len(each) for each in tiles]
+        return inputs
 
 
 def _outside(width: int, height: int, side: int = 336, patch: int = 14) -> Tensor:

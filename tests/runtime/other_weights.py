@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmtok_bench.internvl_parts import chat_model_weights
+
 __all__ = ["make_adapter", "with_adapter", "with_other_weights"]
 
 _ALPHA_OVER_RANK, _RANK = 2.0, 4
@@ -75,7 +77,11 @@ def _copy(checkpoint: Path, path: Path, change: object) -> Path:
     if path.exists():
         shutil.rmtree(path)
     shutil.copytree(checkpoint, path)
-    for file in path.glob("*.safetensors"):
+    # An InternVL is there in two formats.
+    inner = path / "transformers"
+    for file in (inner if inner.exists() else path).glob("*.safetensors"):
         weights = {name: change(name, weight) for name, weight in load_file(file).items()}  # type: ignore[operator]
         save_file(weights, file, metadata={"format": "pt"})
+        if inner.exists():
+            save_file(chat_model_weights(weights), path / file.name, metadata={"format": "pt"})
     return path

@@ -6,6 +6,7 @@ import json
 import re
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmtok_bench.families import FAMILY_TRAITS, FamilyName
@@ -13,10 +14,18 @@ from mmtok_bench.server import SglangServer
 from tests.runtime.chats import Chat
 from tests.runtime.hand_pruned import HandPruned
 
-__all__ = ["LOGPROB_TOLERANCE", "Served"]
+__all__ = ["LOGPROB_TOLERANCE", "Served", "template_arguments"]
 
 # float32 on both sides; what was seen is below 5e-6, a wrong position moves logprobs by more than 1e-2.
 LOGPROB_TOLERANCE = 1e-4
+
+
+def template_arguments(family: FamilyName, checkpoint: Path) -> tuple[str, ...]:
+    """Returns the arguments by which a server takes a checkpoint's own chat template.
+
+    By itself SGLang 0.5.23 has another one for InternVL, which leaves a mark of its processor's in the prompt.
+    """
+    return ("--chat-template", str(checkpoint / "chat_template.jinja")) if family == "internvl3" else ()
 
 
 @dataclass(frozen=True)

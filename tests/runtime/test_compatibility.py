@@ -116,8 +116,9 @@ def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             "modules embed_tokens",
         ),
         ("qwen2.5-vl", {"enable_lora": True, "lora_target_modules": {"all"}}, "--lora-target-modules all"),
-        ("llava-1.5", {"enable_lora": True}, "on llava-1.5: SGLang's Transformers backend"),
-        ("llava-next", {"enable_lora": True}, "on llava-next: SGLang's Transformers backend"),
+        ("llava-1.5", {"enable_lora": True}, "on llava-1.5: SGLang does not keep them out of its vision encoder"),
+        ("llava-next", {"enable_lora": True}, "on llava-next: SGLang does not keep them out"),
+        ("internvl3", {"enable_lora": True}, "on internvl3: SGLang does not keep them out"),
         ("llava-1.5", {"enable_lora": False}, None),
     ],
 )
@@ -134,9 +135,9 @@ def test_adapters_that_change_what_images_are_selected_by_are_refused(
 
 
 def test_another_model_is_refused_with_those_that_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["InternVLChatModel"]))
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["InternS1ForConditionalGeneration"]))
     monkeypatch.setattr(compatibility, "model_config_of", lambda arguments: config)
-    with pytest.raises(UnsupportedServerError, match="does not support InternVLChatModel") as error:
+    with pytest.raises(UnsupportedServerError, match="does not support InternS1ForConditionalGeneration") as error:
         family_of_server(None)
     for name, family in FAMILIES.items():
         assert f"{family.architecture} ({name})" in str(error.value)
@@ -175,6 +176,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
         ("llava-next", {}),
         ("llava-next", {"model_impl": "transformers"}),
         ("llava-next", {"mmtok_method": "visionzip"}),
+        ("internvl3", {}),
     ],
 )
 def test_real_arguments_of_each_family_pass(
@@ -208,6 +210,11 @@ def test_real_arguments_of_each_family_pass(
         ("llava-next", {"mmtok_method": "downsample"}, "--mmtok-method downsample does not run on this .* tiles"),
         ("llava-1.5", {"mmtok_encoder_scale": 0.5}, "--mmtok-encoder-scale 0.5 does not run on llava-1.5: .* one size"),
         ("llava-next", {"mmtok_encoder_scale": 0.5}, "--mmtok-encoder-scale 0.5 does not run on llava-next: .* size"),
+        ("internvl3", {"mmtok_method": "downsample"}, "--mmtok-method downsample does not run on this .* tiles"),
+        ("internvl3", {"mmtok_method": "visionzip"}, "--mmtok-method visionzip does not run on this .* 2 x 2 patches"),
+        ("internvl3", {"pp_size": 2}, "--pp-size 2 does not run on this model: SGLang 0.5.23 has no pipeline stages"),
+        ("internvl3", {"is_embedding": True}, "--is-embedding does not run on internvl3: SGLang's class"),
+        ("internvl3", {"model_impl": "transformers"}, "InternVLChatModel.* got transformers: drop --model-impl$"),
         ("qwen2.5-vl", {"mmtok_backend": "triton"}, "--mmtok-backend triton does not run here: .*cpu"),
     ],
 )

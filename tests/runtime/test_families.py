@@ -17,6 +17,7 @@ from mmtok_deploy import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.padding import padding_mask
 from mmtok_sglang.families.base import Family
+from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
 from mmtok_sglang.families.qwen import _parts
@@ -214,6 +215,76 @@ def test_a_token_is_selected_by_what_the_language_model_reads_of_it() -> None:
     assert torch.equal(PrunedModel.join(cast("Any", None), image, [kept]), vision[0, kept])
 
 
+INTERNVL = SimpleNamespace(
+    vision_config=SimpleNamespace(image_size=448, patch_size=14, hidden_size=1024),
+    llm_config=SimpleNamespace(architectures=["Qwen3ForCausalLM"], hidden_size=4096),
+    force_image_size=448,
+    downsample_ratio=0.5,
+)
+
+
+def internvl_item(num_tiles: int) -> Any:
+    item = image_item((0, 0))
+    item.feature = torch.zeros(num_tiles, 3, 2, 2)
+    return item
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "budget", "kept"), [(1, "10%", 25), (13, "10%", 332), (13, 64, 64), (7, "all", 1792), (1, 999, 256)]
+)
+def test_tiles_of_internvl_share_the_budget_of_their_image(num_tiles: int, budget: int | str, kept: int) -> None:
+    family, num_tokens = InternVL3(), 256 * num_tiles
+    assert family.num_kept(internvl_item(num_tiles), num_tokens, Budget.parse(budget), INTERNVL) == kept
+    assert family.selection_size(internvl_item(num_tiles), num_tokens, kept, INTERNVL) == (num_tokens, kept)
+
+
+def test_placeholders_of_another_number_than_the_tiles_of_internvl_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="the prompt has 512 placeholders for an image of 768 tokens"):
+        InternVL3().num_kept(internvl_item(3), 512, Budget(tokens=64), INTERNVL)
+
+
+def test_features_of_internvl_are_as_wide_as_four_patches() -> None:
+    assert (InternVL3().vision_width(INTERNVL), InternVL3().keys_width(INTERNVL)) == (4096, 4096)
+
+
+@pytest.mark.parametrize("name", ["InternLM2ForCausalLM", "GptOssForCausalLM", "Qwen3MoeForCausalLM"])
+def test_an_internvl_with_another_language_model_is_refused(name: str) -> None:
+    config = SimpleNamespace(llm_config=SimpleNamespace(architectures=[name]))
+    assert InternVL3().obstacle(config) == f"its language model is a {name}, not verified"
+    assert InternVL3().obstacle(INTERNVL) is None
+
+
+@pytest.mark.parametrize("placeholder", ["<image>", "<IMG_CONTEXT>"])
+def test_placeholders_of_internvl(placeholder: str) -> None:
+    """The second is that of SGLang's own chat template."""
+    check = InternVL3.placeholder_rule.check
+    check(f"{placeholder}What is it?", 1)
+    for typed in ("<image>", "<IMG_CONTEXT>"):
+        with pytest.raises(ValueError, match="the prompt has 2 image placeholders"):
+            check(f"{placeholder}What is {typed}?", 1)
+    for typed in ("<img>", "</img>", "<video>", "<<<__IMG_PLACEHOLDER__>>>"):
+        with pytest.raises(ValueError, match=f"the text beside the images has {typed}"):
+            check(f"{placeholder}What is {typed}?", 1)
+
+
+@pytest.mark.parametrize("name", ["image_max_dynamic_patch", "max_dynamic_patch"])
+@pytest.mark.parametrize(
+    ("asked", "is_refused"), [(None, False), (1, False), (63, False), (64, True), (-1, True), ("6", True)]
+)
+def test_tiles_beyond_what_is_selected_from_are_refused(name: str, asked: Any, is_refused: bool) -> None:
+    async def sglangs(*_: Any, **__: Any) -> str:
+        return "processed"
+
+    processor = SimpleNamespace(num_image_token=256, _processor=None)
+    request = SimpleNamespace(**{name: asked})
+    call = InternVL3().process(sglangs, processor, ["image"], input_text="<image>", request_obj=request)
+    if is_refused:
+        with pytest.raises(ValueError, match=f"^{name} is a whole number of tiles .*, at most 63, got"):
+            asyncio.run(call)
+    else:
+        assert asyncio.run(call) == "processed"
+
+
 CLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="clip_vision_model", image_size=336, patch_size=14))
 SIGLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="siglip_vision_model"))
 
@@ -228,6 +299,7 @@ SIGLIP = SimpleNamespace(vision_config=SimpleNamespace(model_type="siglip_vision
         (Llava15, SIGLIP, ["visionzip", "downsample"]),
         (LlavaNext, CLIP, ["downsample"]),
         (LlavaNext, SIGLIP, ["visionzip", "downsample"]),
+        (InternVL3, INTERNVL, ["visionzip", "downsample"]),
     ],
 )
 def test_methods_that_a_model_cannot_run(family: type[Family], config: Any, cannot: list[str]) -> None:

@@ -32,7 +32,8 @@ def item_of(pixels: torch.Tensor) -> MultimodalDataItem:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("family", get_args(FamilyName))
+# SGLang scales InternVL's images itself.
+@pytest.mark.parametrize("family", [name for name in get_args(FamilyName) if name != "internvl3"])
 def test_pixels_are_bit_for_bit_the_processors(family: FamilyName, size: tuple[int, int]) -> None:
     image_processor = processor_of(family)
     images = [photograph("chelsea").resize(size), photograph("coffee").resize(size)]

@@ -103,6 +103,8 @@ def test_blank_pages_of_different_shapes_are_different_images(
     All tokens of a blank page are alike, so which are kept depends on the encoder's rounding: the server is held
     against itself with empty caches.
     """
+    if cached.family == "internvl3":
+        pytest.skip("its tiles have one size: as many of them are the same input")
     scale = (cached.token_px or 28) / 28
     pages = [Image.new("RGB", (round(width * scale), round(height * scale)), "white") for width, height in sizes]
     chats = [Chat.ask(page, CUP) for page in pages]
@@ -123,7 +125,8 @@ def test_blank_pages_of_different_shapes_are_different_images(
 
 def test_an_image_that_brings_its_own_padding_is_another_image(cached: Served) -> None:
     """Padded to a square by the model's processor, both are the same pixels; which may be picked is not the same."""
-    image, mean = small("coffee"), getattr(cached.judge.processor.image_processor, "image_mean", [0.5] * 3)
+    image_processor = getattr(cached.judge.processor, "image_processor", None)
+    image, mean = small("coffee"), getattr(image_processor, "image_mean", [0.5] * 3)
     square = Image.new("RGB", (336, 336), tuple(int(255 * value) for value in mean))
     square.paste(image, (0, 42))
     for each in (image, square, image):
@@ -271,6 +274,6 @@ def _difference(account: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def _tokens_before_the_image(served: Served, chat: Chat) -> int:
-    """Returns those that the prefix cache gives a prompt with another image."""
-    ids = served.judge.processor.tokenizer(served.judge.prompt(chat.for_template()))["input_ids"]
-    return served.from_cache(ids.index(served.judge.model.config.image_token_id))
+    inputs = served.judge.processor(text=[served.judge.prompt(chat.for_template())], images=chat.images)
+    before: int = list(inputs["input_ids"][0]).index(served.judge.model.config.image_token_id)
+    return served.from_cache(before)

@@ -24,9 +24,10 @@ BUDGET: dict[str, float] = {
     "qwen3.5-moe": 0.5,
     "llava-1.5": 0.1,
     "llava-next": 0.1,
+    "internvl3": 0.1,
 }
 # Room for the features of one photograph of the size below.
-FEATURE_CACHE_MB = {**dict.fromkeys(FAMILIES, 1), "llava-next": 3}
+FEATURE_CACHE_MB = {**dict.fromkeys(FAMILIES, 1), "llava-next": 3, "internvl3": 2}
 SIZE = {
     "qwen2.5-vl": (728, 728),
     "qwen3-vl": (416, 416),
@@ -36,6 +37,7 @@ SIZE = {
     "qwen3.5-moe": (672, 672),
     "llava-1.5": (336, 252),
     "llava-next": (336, 252),
+    "internvl3": (336, 252),
 }
 # SGLang keeps no embedding, so each chunk of an image asks for its features anew, and every eleventh step retracts a
 # request if two or more are decoding.

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from mmtok_bench.dummy_models import DUMMY_ARGUMENTS, make_processor, write_dummy_model
+from mmtok_bench.internvl_parts import InternVLProcessor
 from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.run import Run, quiet_transformers, run_command
 from mmtok_bench.serve.image_tokens import count_image_tokens, downsampled_px
@@ -90,7 +91,7 @@ def _parts(plan: ServePlan, results_dir: Path) -> Iterator[_Part]:
             processor, path = make_processor(model.name), results_dir / "models" / model.name
         else:
             path = Path(model.model_path)
-            processor = transformers.AutoProcessor.from_pretrained(path)
+            processor = _read_processor(path, model)
         # The same for every load: a processor takes its time over images.
         smaller_px = cache(partial(_smaller_px, processor, model))
         for prefix_cache in plan.prefix_caches:
@@ -102,6 +103,12 @@ def _parts(plan: ServePlan, results_dir: Path) -> Iterator[_Part]:
                 )
             turns = plan_turns(cases, rounds=plan.rounds, side_by_side=are_side_by_side(plan, model))
             yield _Part(model, path, sides_of(model, prefix_cache), turns)
+
+
+def _read_processor(path: Path, model: ServedModel) -> Any:
+    if model.family == "internvl3":  # which is published with a tokenizer alone
+        return InternVLProcessor(transformers.AutoTokenizer.from_pretrained(path))
+    return transformers.AutoProcessor.from_pretrained(path)
 
 
 def _smaller_px(processor: Any, model: ServedModel, size_px: Size, budget: str) -> Size | None:

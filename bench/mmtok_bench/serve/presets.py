@@ -115,6 +115,9 @@ _GPU_MODELS = (
     ServedModel("qwen3.5-9b", "qwen3.5", ((1024, 768),), ("10%",), is_only_by_name=True),
     ServedModel("llava-next-7b", "llava-next", _NEXT_SIZES, ("160",), sends_png=True),
     ServedModel("llava-next-13b", "llava-next", _NEXT_SIZES, ("160",), sends_png=True),
+    # 12 tiles and a thumbnail: 3328 tokens.
+    ServedModel("internvl3-8b", "internvl3", ((1024, 768),), ("20%", "10%", "5%"), is_only_by_name=True),
+    ServedModel("internvl3.5-8b", "internvl3", ((1024, 768),), ("20%", "10%", "5%"), is_only_by_name=True),
     ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",), sends_png=True),
     ServedModel("llava-1.5-13b", "llava-1.5", ((336, 336),), ("64",), sends_png=True),
 )

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import transformers
 
-from mmtok_bench.families import FAMILY_TRAITS, FamilyName
+from mmtok_bench.families import FamilyName
 
 __all__ = ["changed_manifests", "run_artifacts"]
 
@@ -32,7 +32,7 @@ def run_artifacts(
     that it makes is that of the unchanged file. What else is raised, or another selection, is not.
     """
     good = _export(family, folder / "good")
-    select = partial(_selection, family, transformers.AutoConfig.from_pretrained(checkpoint))
+    select = partial(_selection, family, checkpoint)
     expected = select(good)
     for what, text in changed_manifests(_manifest(good).read_text(encoding="utf-8")):
         yield _try(f"manifest: {what}", select, _copy(good, folder / "tried", manifest=text.encode()), expected)
@@ -98,14 +98,14 @@ def _export(family: FamilyName, folder: Path) -> Path:
     from mmtok_export.artifact import export_model
     from mmtok_export.selection_graph import SelectionSpec, build_selection
 
-    # For the tiny checkpoints' widths; LLaVA's tokens are always 576.
+    # For the tiny checkpoints' widths.
     spec = SelectionSpec(
         budget=16,
-        num_tokens=DimRange(16, 64, 512) if FAMILY_TRAITS[family].token_px else DimRange.fixed(576),
+        num_tokens=DimRange.fixed(576) if _has_576_tokens(family) else DimRange(16, 64, 512),
         num_words=DimRange(1, 16, 64),
         batch=DimRange(1, 1, 3),
         vision_width=256,
-        keys_width=64,
+        keys_width=_keys_width(family),
         dtype="float32",
         keys_dtype="float32",
         config=PRESETS[family].config,
@@ -133,7 +133,7 @@ def _copy(good: Path, folder: Path, *, manifest: bytes | None = None, graph: byt
     return file
 
 
-def _selection(family: FamilyName, config: Any, file: Path) -> dict[str, Any]:
+def _selection(family: FamilyName, checkpoint: Path, file: Path) -> dict[str, Any]:
     """Returns what a server would select with the file, after all that it checks at its start."""
     import torch
 
@@ -147,17 +147,26 @@ def _selection(family: FamilyName, config: Any, file: Path) -> dict[str, Any]:
 
     preset = PRESETS[family]
     settings = Settings(family, Budget.parse(16), preset.config, preset.guidance, engine=file)
+    # Only now: SGLang, which the families import, makes InternVL's format known.
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
     check_engine_file(settings, FAMILIES[family], config, torch.float32)
     executor = make_executor("auto", torch.device("cpu"), preset.config, file)
     assert isinstance(executor, EngineExecutor)
     executor.check()
     generator = torch.Generator().manual_seed(0)
-    num_tokens = 64 if FAMILY_TRAITS[family].token_px else 576
-    vision, keys, text = (
-        torch.randn(*size, generator=generator) for size in ((num_tokens, 256), (num_tokens, 64), (5, 256))
-    )
+    num_tokens = 576 if _has_576_tokens(family) else 64
+    sizes = ((num_tokens, 256), (num_tokens, _keys_width(family)), (5, 256))
+    vision, keys, text = (torch.randn(*size, generator=generator) for size in sizes)
     (selection,) = executor.select([SelectionProblem(vision, keys, text, 16)])
     return {"order": selection.order.tolist(), "coverage": selection.coverage.tolist()}
+
+
+def _has_576_tokens(family: FamilyName) -> bool:
+    return family.startswith("llava")
+
+
+def _keys_width(family: FamilyName) -> int:
+    return 4 * 64 if family == "internvl3" else 64  # a token of InternVL is 2 x 2 patches
 
 
 def _try(what: str, select: Callable[[Path], dict[str, Any]], file: Path, expected: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmtok_sglang.families.base import Family
+from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
@@ -19,5 +20,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3.5-moe": Qwen35Moe(),
     "llava-1.5": Llava15(),
     "llava-next": LlavaNext(),
+    "internvl3": InternVL3(),
 }
 """By the name of the family's preset (`mmtok_deploy.presets`)."""

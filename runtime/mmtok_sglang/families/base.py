@@ -42,6 +42,8 @@ class Family(ABC):
     """The most pixels of an image on a CPU by default, where the encoder's memory bounds them."""
     obstacle_to_scale: ClassVar[str | None] = "its vision encoder reads images of one size, however small they are sent"
     """Why images cannot be scaled by `--mmtok-encoder-scale`, None if they can."""
+    embeds: ClassVar[bool] = True
+    """Whether SGLang's class of the model answers embedding requests."""
 
     @property
     def architecture(self) -> str:

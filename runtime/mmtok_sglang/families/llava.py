@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import re
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +12,7 @@ from sglang.srt.model_loader.utils import _is_moe_model
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.images import decoded
+from mmtok_sglang.processor_thread import ProcessorThread
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
@@ -31,17 +29,14 @@ class Llava(Family):
     placeholder_rule = PlaceholderRule(re.compile("<image>"))
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmtok-processor")
-        self._clone: Any = None
+        self._thread = ProcessorThread()
 
     async def process(
         self, original: Callable[..., Awaitable[Any]], processor: Any, images: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Returns what SGLang's processor makes of a request, in a thread of its own.
 
-        SGLang's Transformers processor decodes, resizes and tokenises on the event loop, where every other request
-        waits for it. The thread has a copy of the Hugging Face processor, since two threads cannot use one tokenizer at
-        a time.
+        SGLang's Transformers processor decodes, resizes and tokenises on the event loop.
 
         Raises:
             ValueError: A prompt of token ids, which the Transformers processor does not take (HTTP 400).
@@ -52,15 +47,12 @@ class Llava(Family):
                 "this model takes a prompt with images as text, which a processor expands: send no input_ids",
             )
 
-        def run() -> Any:
-            if self._clone is None:
-                self._clone = copy.copy(processor)
-                self._clone._processor = copy.deepcopy(processor._processor)
+        async def run(copied: Any) -> Any:
             # Here, so that one request's images are decoded at a time: they take far more memory than they came in.
             pixels = [decoded(image) for image in images or ()]
-            return asyncio.run(original(self._clone, pixels, *args, **kwargs))  # type: ignore[arg-type]
+            return await original(copied, pixels, *args, **kwargs)
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        return await self._thread.run(run, processor)
 
     def obstacle(self, config: Any) -> str | None:
         """Returns why a model of this architecture cannot be pruned.
