@@ -1,6 +1,7 @@
 """Linear attention on plain PyTorch: SGLang's kernels for it (a gated delta rule, as in Qwen3.5) are Triton's.
 
-They compute token by token in float32: exact, and slow for long prompts.
+So are those of the gates of its models' attention and shared expert. The functions compute in float32, linear attention
+token by token: exact, and slow for long prompts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def use_torch_for_linear_attention(model: nn.Module) -> None:
     from sglang.srt.layers.attention import hybrid_linear_attn_backend
     from sglang.srt.layers.attention.linear import gdn_backend
     from sglang.srt.layers.attention.linear.kernels import gdn_triton
-    from sglang.srt.models import qwen3_5
+    from sglang.srt.models import qwen2_moe, qwen3_5
 
     gdn_backend.causal_conv1d_fn = causal_conv1d
     gdn_backend.causal_conv1d_update = causal_conv1d_update
@@ -41,6 +42,7 @@ def use_torch_for_linear_attention(model: nn.Module) -> None:
     gdn_triton.fused_recurrent_gated_delta_rule_packed_decode = gated_delta_rule_decode
     hybrid_linear_attn_backend.track_mamba_states_all_layers = copy_states
     layernorm_gated.layernorm_fn = gated_rms_norm
+    qwen2_moe.fused_gate_sigmoid_mul_add = add_shared_expert
     qwen3_5.fused_sigmoid_mul = sigmoid_mul
     # Which ratios of heads have a fused split: for all others SGLang splits by PyTorch itself.
     qwen3_5._GDN_FUSED_QKVZBA_RATIOS = ()
@@ -248,6 +250,21 @@ def gated_rms_norm(
 def sigmoid_mul(attn_output: Tensor, gate: Tensor, inplace: bool) -> Tensor:
     """Returns `attn_output` [T, D] multiplied by the sigmoid of `gate` [T, heads, D / heads], in its place."""
     return attn_output.mul_(gate.reshape(attn_output.shape).sigmoid())
+
+
+def add_shared_expert(
+    hidden_states: Tensor, gate_weight: Tensor, shared_output: Tensor, final_hidden_states: Tensor
+) -> None:
+    """Adds to the output of a mixture of experts that of the expert of every token, times its gate.
+
+    Args:
+        hidden_states: [T, D], the layer's input.
+        gate_weight: [D].
+        shared_output: [T, D].
+        final_hidden_states: [T, D], changed in place.
+    """
+    gate = (hidden_states.float() @ gate_weight.float()).sigmoid()[:, None]
+    final_hidden_states += (gate * shared_output.float()).to(final_hidden_states.dtype)
 
 
 def _sequences(starts: Tensor) -> Iterator[tuple[int, slice]]:

@@ -155,3 +155,10 @@ def test_a_model_without_linear_attention_is_left_alone() -> None:
     pin_memory = torch.Tensor.pin_memory
     ours.use_torch_for_linear_attention(nn.Linear(2, 2))
     assert torch.Tensor.pin_memory is pin_memory
+
+
+def test_a_gated_experts_output_is_added_in_place() -> None:
+    hidden, shared, others = torch.randn(3, 5, CHANNELS)
+    weight, before = torch.randn(CHANNELS), others.clone()
+    ours.add_shared_expert(hidden, weight, shared, others)
+    close(others, before + F.linear(hidden, weight[None]).sigmoid() * shared)
