@@ -171,18 +171,16 @@ def test_the_pruner_keeps_what_the_selection_does(library: ctypes.CDLL, coverage
 
 
 def test_every_half_precision_number_is_read(library: ctypes.CDLL) -> None:
-    # Directions at the smallest and largest lengths of float16: read wrongly, others would stand for the question.
-    vision = torch.eye(8, dtype=torch.float16).repeat_interleave(2, dim=0)
-    vision[0] *= 2.0**-24
-    vision[2] *= 3 * 2.0**-20
-    vision[4] *= -65504
-    embeddings = torch.cat([torch.zeros(1, 8, dtype=torch.float16), vision, torch.zeros(1, 8).half()])
-    question = torch.eye(8, dtype=torch.float16)[[0, 1, 2]]
-    embeddings = torch.cat([embeddings, question, torch.zeros(5, 8).half()])
-    seen = Problem(vision.float(), torch.ones(16, 1), question.float())
-    _, kept = prune(library, embeddings, [(1, 17, 6)], None, TEXT)
-    assert [position - 1 for position in kept] == select(library, seen, 6, TEXT).kept.tolist()
-    assert {0, 2} <= {position - 1 for position in kept}
+    # Multiples of float16's smallest number, of either sign, below and above its smallest normal one, 1024 of them.
+    generator = torch.Generator().manual_seed(0)
+    multiples = torch.randint(-3000, 3000, (36, 8), generator=generator)
+    assert 50 < int((multiples.abs() < 1024).sum()) < 238
+    embeddings = (multiples * 2.0**-24).half()
+    seen = Problem(embeddings[1:25].float(), torch.ones(24, 1), embeddings[26:31].float())
+    expected = select(library, seen, 9, TEXT)
+    replay_greedy(seen.picking(9), TEXT, expected.order.tolist())
+    _, kept = prune(library, embeddings, [(1, 25, 9)], None, TEXT)
+    assert [position - 1 for position in kept] == expected.kept.tolist()
 
 
 def test_the_pruner_needs_keys_or_the_coverage_of_the_text(library: ctypes.CDLL) -> None:
