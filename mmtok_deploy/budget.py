@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "tokens_per_tile"]
 
 _ACCEPTED = (
     "a whole number of tokens (64), a percentage up to 100% (10%), a fraction between 0 and 1 (0.1), "
@@ -108,6 +109,27 @@ class Budget:
         percent = self.ratio * 100
         # Decimal, so that what was parsed (a float has 17 digits at most) is written as it was.
         return f"{Context(prec=28).divide(Decimal(percent.numerator), Decimal(percent.denominator))}%"
+
+
+def tokens_per_tile(budget: Budget, tile_tokens: int, num_tiles: int, max_tiles: int) -> int:
+    """Returns how many tokens each tile of an image of LLaVA-NeXT keeps.
+
+    A count is what an image of the most tiles keeps in all (160 is 32 of each of 5 tiles), as in the paper's "up to
+    160"; smaller images keep as many a tile. A ratio is of each tile.
+
+    Args:
+        budget: The request's budget; its minimum is of the whole image.
+        tile_tokens: Tokens of a tile.
+        num_tiles: The image's tiles, the base tile included.
+        max_tiles: The most tiles that an image of this model has.
+    """
+    if budget.is_all:
+        return tile_tokens
+    if budget.tokens is not None:
+        kept = max(1, budget.tokens // max_tiles)
+    else:
+        kept = Budget(ratio=budget.ratio).num_kept(tile_tokens)
+    return min(tile_tokens, max(kept, math.ceil(budget.minimum / num_tiles)))
 
 
 def _is_count(value: object) -> bool:

@@ -116,7 +116,7 @@ def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor])
     for described in (selection, manifest):
         names = _names(described)
         if described.kind != "selection" and described is manifest:
-            optional |= {"text"}
+            optional |= {"text", "tile_grid"}
         if not names - optional <= features.keys() or not features.keys() <= names:
             continue
         inputs = {}

@@ -90,9 +90,18 @@ def add_export_parser(commands: Any) -> None:
 
     encoder = kinds.add_parser("encoder", help="a vision encoder with the selection: pixels in, kept tokens out")
     encoder.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
-    encoder.add_argument("--image-size", type=_image_size, metavar="WxH", help="pixels; LLaVA-1.5 has one size")
+    size = encoder.add_mutually_exclusive_group()
+    size.add_argument("--image-size", type=_image_size, metavar="WxH", help="pixels; the LLaVAs have one size")
+    size.add_argument(
+        "--tokens", type=_range, metavar="N", help=f"images of any size of Qwen2.5-VL, tokens of one: {_SIZES}"
+    )
     encoder.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the encoder (default float16)")
-    encoder.add_argument("--batch-size", type=int, default=1, help="images at a time (default 1)")
+    encoder.add_argument(
+        "--batch-size",
+        type=_range,
+        metavar="B",
+        help=f"images at a time, of LLaVA-NeXT tiles of one: {_SIZES} (default 1; all that an image may have)",
+    )
     encoder.add_argument(
         "--random-weights", action="store_true", help="from config.json alone, to try sizes and engines"
     )
@@ -224,25 +233,31 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
 
 def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_export.artifact import export_model
-    from mmtok_export.budget import num_kept
-    from mmtok_export.encoder import build_joined_encoder, num_tokens_of
+    from mmtok_export.encoder import build_joined_encoder, num_kept_of
     from mmtok_export.encoders import family_of
 
-    budget = num_kept(arguments.budget, DimRange.fixed(num_tokens_of(arguments.model, arguments.image_size)))
+    image_size = arguments.image_size or arguments.tokens
+    budget, share = num_kept_of(
+        arguments.model, image_size, arguments.budget, batch=arguments.batch_size, is_input=arguments.budget_input
+    )
     name = f"encoder-{arguments.model.resolve().name}-k{budget}.onnx"
     path = _output(arguments, name)
-    engine = _planned_engine(path, budget, arguments, is_told=arguments.budget_input)
+    is_told = arguments.budget_input or share is not None
+    if arguments.tensorrt and arguments.tokens:
+        raise ValueError("an engine with an encoder takes images of one size: name --image-size in place of --tokens")
+    engine = _planned_engine(path, budget, arguments, is_told=is_told)
     on_step(f"exporting the encoder of {arguments.model}")
     joined = build_joined_encoder(
         arguments.model,
-        arguments.image_size,
+        image_size,
         budget,
         takes_budget=arguments.budget_input,
+        share=share,
         is_unpruned_given=arguments.unpruned,
         num_words=arguments.text_tokens,
         dtype=arguments.dtype,
         form=arguments.form,
-        batch_size=arguments.batch_size,
+        batch=arguments.batch_size,
         config=_config(arguments, family_of(arguments.model)),
         random_weights=arguments.random_weights,
     )
@@ -252,6 +267,7 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
         "encoder",
         joined.spec,
         details=joined.details,
+        dimensions=joined.dimensions,
         encoder=joined.encoder,
         **_how(arguments, on_step),
     )
@@ -461,6 +477,8 @@ def _report(path: Path, manifest: Manifest, *, has_next: bool = False) -> None:
     size = f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
     sizes = ", ".join(f"{name} {allowed}" for name, allowed in manifest.dimensions.items())
     kept = manifest.share or f"{'up to ' if manifest.takes_budget else ''}{manifest.budget} tokens"
+    if any(tensor.name == "tile_grid" for tensor in manifest.inputs):
+        kept += " of each tile"
     print(f"{path}  {size}, keeps {kept}, {manifest.form}; {sizes}")
     runtime = f" ({manifest.check.runtime})" if manifest.check.runtime else ""
     print(f"  check {manifest.check.status}: {manifest.check.detail}{runtime}", flush=True)

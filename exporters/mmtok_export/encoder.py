@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import GraphBuilder
 from torch import Tensor
 
+from mmtok_deploy.budget import Budget, tokens_per_tile
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
-from mmtok_export.encoders import EncoderError, describe_encoder, export_encoder, native_image_size
+from mmtok_export.budget import num_kept, share_of
+from mmtok_export.encoders import EncoderError, ImageSize, describe_encoder, export_encoder, native_image_size
+from mmtok_export.encoders.base import Encoder as Module
 from mmtok_export.join import builder_on, join_selection
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 from mmtok_export.whole_graph import Encoder
 
-__all__ = ["JoinedEncoder", "build_joined_encoder", "num_tokens_of"]
+__all__ = ["JoinedEncoder", "build_joined_encoder", "num_kept_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,30 +31,34 @@ class JoinedEncoder:
     """An encoder with its selection, built.
 
     Args:
-        model: Inputs `pixels`, `text`, `text_mask`, `excluded`; outputs those of the selection, for a model with
-            M-RoPE `positions`, and for one with DeepStack `deepstack_tokens`.
+        model: Inputs `pixels`, for images of any size `grid_thw`, `text`, `text_mask`, `excluded`, for tiles
+            `tile_grid`; outputs those of the selection, for a model with M-RoPE `positions`, for one with DeepStack
+            `deepstack_tokens`, for tiles `joined_tokens`.
         spec: The selection's sizes.
         details: For the manifest.
+        dimensions: The ranges of open sizes that are not the selection's.
         encoder: The PyTorch module by itself.
     """
 
     model: ir.Model
     spec: SelectionSpec
     details: dict[str, Any]
+    dimensions: dict[str, DimRange]
     encoder: Encoder
 
 
 def build_joined_encoder(
     checkpoint: Path,
-    image_size: tuple[int, int] | None,
+    image_size: ImageSize | None,
     budget: int,
     *,
     takes_budget: bool = False,
+    share: Fraction | None = None,
     is_unpruned_given: bool = False,
     num_words: DimRange,
     dtype: FeatureDtype,
     form: Form,
-    batch_size: int = 1,
+    batch: DimRange | None = None,
     config: SelectionConfig | None = None,
     random_weights: bool = False,
 ) -> JoinedEncoder:
@@ -58,14 +66,15 @@ def build_joined_encoder(
 
     Args:
         checkpoint: Hugging Face checkpoint directory.
-        image_size: (width, height) in pixels; None for a model that has one size.
+        image_size: (width, height) in pixels, or N for images of any size; None for a model that has one size.
         budget: K.
         takes_budget: Whether the budget is an input, and K the largest.
+        share: The share of an image's tokens to keep, in place of a number, for images of any size.
         is_unpruned_given: Whether all tokens are an output too.
         num_words: M.
         dtype: The dtype of the weights, the text and the kept tokens.
         form: How the picks are made.
-        batch_size: B.
+        batch: B; by default the family's own.
         config: Temperatures, weight, coverage; the family's preset by default.
         random_weights: Take the sizes from config.json and no weights.
 
@@ -74,17 +83,15 @@ def build_joined_encoder(
         ValueError: A budget above the image's number of tokens.
     """
     size = _size(checkpoint, image_size)
-    encoder = export_encoder(
-        checkpoint, size, dtype=getattr(torch, dtype), batch_size=batch_size, random_weights=random_weights
-    )
-    graph = encoder.model.graph
+    exported = export_encoder(checkpoint, size, dtype=getattr(torch, dtype), batch=batch, random_weights=random_weights)
+    encoder, graph = exported.module, exported.model.graph
     vision, keys, *levels = graph.outputs
     graph.outputs.clear()
     spec = SelectionSpec(
         budget=budget,
-        num_tokens=DimRange.fixed(encoder.num_tokens),
+        num_tokens=encoder.num_tokens,
         num_words=num_words,
-        batch=DimRange.fixed(batch_size),
+        batch=encoder.batch,
         vision_width=encoder.vision_width,
         keys_width=encoder.keys_width,
         dtype=dtype,
@@ -92,50 +99,77 @@ def build_joined_encoder(
         config=config or PRESETS[encoder.family].config,
         form=form,
         takes_budget=takes_budget,
+        share=share,
     )
-    grid_width = encoder.grid[2] if encoder.has_positions else None
+    builder = builder_on(graph)
     edges = join_selection(
-        builder_on(graph),
+        builder,
         vision,
         keys,
         spec,
         levels=levels[0] if levels else None,
-        grid_width=grid_width,
+        grid_width=_grid_width(builder, encoder),
+        tile_side=encoder.grid[1] if encoder.tiles else None,
         is_unpruned_given=is_unpruned_given,
     )
     details = {
         "family": encoder.family,
-        "image_size": list(size),
+        "image_size": list(encoder.image_size),
         "grid": list(encoder.grid),
         "random_weights": random_weights,
         "edges": edges,
         "preset": encoder.family,
-        "pixels": encoder.module.pixel_layout,
+        "pixels": encoder.pixel_layout,
     }
 
     @torch.inference_mode()
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        vision, keys, *_ = encoder.module(inputs["pixels"])
+        vision, keys, *_ = encoder(inputs["pixels"], inputs.get("grid_thw"))
         return vision, keys
 
-    return JoinedEncoder(encoder.model, spec, details, run)
+    return JoinedEncoder(exported.model, spec, details, dict(encoder.open_sizes), run)
 
 
-def num_tokens_of(checkpoint: Path, image_size: tuple[int, int] | None) -> int:
-    """Returns N, the tokens that the checkpoint's encoder makes of one image; no weights are read.
+def num_kept_of(
+    checkpoint: Path, image_size: ImageSize | None, budget: Budget, *, batch: DimRange | None, is_input: bool
+) -> tuple[int, Fraction | None]:
+    """Returns K of an encoder's graph, and the share that it has to take of each image; no weights are read.
 
     Args:
         checkpoint: Hugging Face checkpoint directory.
-        image_size: (width, height) in pixels; None for a model that has one size.
+        image_size: As `build_joined_encoder`.
+        budget: A count or a share; of an image that is cut into tiles, as a server takes it (`tokens_per_tile`).
+        batch: As `build_joined_encoder`.
+        is_input: Whether the budget is an input.
 
     Raises:
         EncoderError: As `build_joined_encoder`.
+        ValueError: A budget of all tokens.
     """
-    return math.prod(describe_encoder(checkpoint, _size(checkpoint, image_size)).grid)
+    encoder = describe_encoder(checkpoint, _size(checkpoint, image_size), batch)
+    kept, share = num_kept(budget, encoder.num_tokens), share_of(budget, encoder.num_tokens, is_input=is_input)
+    if encoder.tiles is not None:
+        kept = tokens_per_tile(budget, encoder.num_tokens.maximum, encoder.batch.minimum, encoder.tiles.maximum)
+    return kept, share
 
 
-def _size(checkpoint: Path, image_size: tuple[int, int] | None) -> tuple[int, int]:
+def _grid_width(builder: GraphBuilder, encoder: Module) -> int | ir.Value | None:
+    """Returns the tokens in a row of the image, where the language model reads their positions."""
+    if not encoder.has_positions:
+        return None
+    if not encoder.takes_grid:
+        return encoder.grid[2]
+    grid = next(value for value in builder.graph.inputs if value.name == "grid_thw")
+    merge_size = encoder.pixel_layout["merge_size"]
+    width: ir.Value = builder.op.Div(builder.op.Slice(grid, [2], [3], [1]), merge_size)
+    return width
+
+
+def _size(checkpoint: Path, image_size: ImageSize | None) -> ImageSize:
     size = image_size or native_image_size(checkpoint)
     if size is None:
-        raise EncoderError(f"{checkpoint} takes images of many sizes: name one, --image-size WIDTHxHEIGHT")
+        raise EncoderError(
+            f"{checkpoint} takes images of many sizes: name one, --image-size WIDTHxHEIGHT, "
+            "or where the family has it how many tokens they may have, --tokens MIN:MAX"
+        )
     return size

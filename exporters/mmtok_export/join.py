@@ -20,10 +20,10 @@ from mmtok_export.selection_graph import (
 
 __all__ = ["builder_on", "join_selection"]
 
-_INPUTS = ("text", "text_mask", "excluded", "budget")
+_INPUTS = ("text", "text_mask", "excluded", "budget", "tile_grid")
 _OUTPUTS = (
     *("kept", "order", "visual_tokens", "coverage", "total", "positions", "deepstack_tokens"),
-    *("unpruned_tokens", "unpruned_deepstack_tokens"),
+    *("unpruned_tokens", "unpruned_deepstack_tokens", "joined_tokens"),
 )
 
 
@@ -44,7 +44,8 @@ def join_selection(
     spec: SelectionSpec,
     *,
     levels: ir.Value | None = None,
-    grid_width: int | None = None,
+    grid_width: int | ir.Value | None = None,
+    tile_side: int | None = None,
     is_unpruned_given: bool = False,
 ) -> dict[str, dict[str, str | int]]:
     """Appends the selection to a graph, with its inputs `text`, `text_mask` and `excluded` and its outputs.
@@ -56,8 +57,11 @@ def join_selection(
         spec: What is selected.
         levels: [B, N, L * D] in its graph, what DeepStack adds to the first L layers at each token's place: adds the
             output `deepstack_tokens` [B, L, K, D], as `visual_tokens` are the rows kept.
-        grid_width: Tokens in a row of the image, for a model with M-RoPE: adds the output `positions` [B, 3, K] int64,
-            each kept token's (t, h, w) in the image's grid; -1 where there is none.
+        grid_width: Tokens in a row of the image, a number or a scalar of the graph, for a model with M-RoPE: adds the
+            output `positions` [B, 3, K] int64, each kept token's (t, h, w) in the image's grid; -1 where there is none.
+        tile_side: Tokens on a side of a tile, for a model whose images are B tiles: adds the input `tile_grid` [2]
+            int64, rows and columns of the crops, and the output `joined_tokens` [B, K, D], the kept tokens of all tiles
+            in the order in which the language model reads them, row after row.
         is_unpruned_given: Whether all tokens are an output too, `unpruned_tokens` [B, N, D], and with `levels`
             `unpruned_deepstack_tokens` [B, L, N, D].
 
@@ -89,6 +93,10 @@ def join_selection(
     if grid_width is not None:
         outputs["positions"] = _positions(builder.op, outputs["kept"], grid_width)
         outputs["positions"].shape = ir.Shape([batch, 3, kept_dim(spec)])
+    if tile_side is not None:
+        tile_grid = builder.input("tile_grid", ir.DataType.INT64, [2])
+        outputs["joined_tokens"] = _joined(builder.op, outputs, tile_grid, tile_side)
+        outputs["joined_tokens"].shape = ir.Shape([batch, kept_dim(spec), spec.vision_width])
     if is_unpruned_given:
         outputs["unpruned_tokens"] = builder.op.Identity(vision)
         outputs["unpruned_tokens"].shape = ir.Shape([batch, dim(spec.num_tokens, "N"), spec.vision_width])
@@ -115,7 +123,35 @@ def _planes(op: Any, rows: ir.Value, width: int) -> ir.Value:
     return op.Transpose(op.Reshape(rows, [0, 0, -1, width]), perm=[0, 2, 1, 3])
 
 
-def _positions(op: Any, kept: ir.Value, grid_width: int) -> ir.Value:
+def _joined(op: Any, outputs: dict[str, ir.Value], tile_grid: ir.Value, side: int) -> ir.Value:
+    """Returns the kept tokens of all tiles [B, K, D]: the base tile's, then the crops' in raster order of their grid.
+
+    Rows that are no token, of tiles that keep fewer than K, are zero and come last. All rows are NaN where the grid has
+    another number of crops: an error would make the grid a shape, which TensorRT wants on the host.
+
+    Source: Ironieser/MMTok mmtok/llava/llava_arch_mmtok.py, `restore_image_features_sorted`.
+    """
+    kept, tokens = outputs["kept"], outputs["visual_tokens"]
+    columns = op.Slice(tile_grid, [1], [2], [0])
+    num_crops = op.Sub(op.Shape(kept, start=0, end=1), 1)
+    crop = op.Unsqueeze(op.Range(0, op.Squeeze(num_crops, [0]), 1), [1])
+    crops = op.Slice(kept, [1], [2**31 - 1], [0])
+    row = op.Add(op.Mul(op.Div(crop, columns), side), op.Div(crops, side))
+    column = op.Add(op.Mul(op.Mod(crop, columns), side), op.Mod(crops, side))
+    # The base tile has the first places.
+    places = op.Add(op.Add(op.Mul(row, op.Mul(columns, side)), column), side**2)
+    places = op.Concat(op.Slice(kept, [0], [1], [0]), places, axis=0)
+    places = op.Reshape(op.Where(op.GreaterOrEqual(kept, 0), places, 2**31 - 1), [-1])
+    _, order = op.TopK(places, op.Shape(places), axis=0, largest=0, sorted=1, _outputs=2)
+    rows = op.Reshape(tokens, op.Concat([-1], op.Shape(tokens, start=2, end=3), axis=0))
+    joined = op.Reshape(op.Gather(rows, order, axis=0), op.Shape(tokens))
+    is_grid = op.Equal(op.ReduceProd(tile_grid, [0], keepdims=1), num_crops)
+    # By way of float32, which is exact: ONNX Runtime's CPU provider adds no bfloat16.
+    zero_or_nan = op.Div(0.0, op.Cast(is_grid, to=ir.DataType.FLOAT))
+    return op.CastLike(op.Add(op.Cast(joined, to=ir.DataType.FLOAT), zero_or_nan), tokens)
+
+
+def _positions(op: Any, kept: ir.Value, grid_width: int | ir.Value) -> ir.Value:
     """Returns (0, row, column) of each token [B, 3, K], -1 for a token that is not there.
 
     Source: Hugging Face transformers 5.19 modeling_qwen2_5_vl.py, get_rope_index: an image is one frame.

@@ -53,7 +53,7 @@ def check_whole_graph(
     edges = {name: str(edge["name"]) for name, edge in manifest.details["edges"].items()}
     inputs = dict(given or {})
     for tensor in manifest.inputs:
-        if tensor.name not in SELECTION_INPUTS and tensor.name not in inputs:
+        if tensor.name not in (*SELECTION_INPUTS, "tile_grid") and tensor.name not in inputs:
             inputs[tensor.name] = _pictures(tensor, manifest)
     try:
         vision, keys = (encoder or _cut_out(model, file.parent, edges))(inputs)
@@ -129,6 +129,9 @@ def _value(model: ir.Model, name: str) -> ir.Value:
 def _pictures(tensor: TensorInfo, manifest: Manifest) -> Tensor:
     """Returns photographs for an input that takes images."""
     layout = manifest.details.get("pixels") or {}
+    if tensor.name == "grid_thw" and layout:
+        patches = (length // layout["patch_size"] for length in reversed(manifest.details["image_size"]))
+        return torch.tensor([[1, *patches]])
     if layout.get("layout") == "patches":
         images = images_of(tuple(manifest.details["image_size"]), manifest.dimensions["B"].minimum, **layout)
         return patches_of(images, **layout)
@@ -164,7 +167,9 @@ def _question(manifest: Manifest, vision: Tensor) -> dict[str, Tensor]:
     excluded = torch.zeros(num_images, num_tokens, dtype=torch.bool)
     excluded[:, 1:2] = True
     budget = (manifest.budget - torch.arange(num_images)).clamp(min=1)
-    return ({"budget": budget} if manifest.takes_budget else {}) | {
+    tile_grid = torch.tensor([1, num_images - 1])
+    named = {tensor.name for tensor in manifest.inputs}
+    return {name: value for name, value in (("budget", budget), ("tile_grid", tile_grid)) if name in named} | {
         "text": text.to(getattr(torch, manifest.input("text").dtype)),
         "text_mask": text_mask,
         "excluded": excluded,

@@ -51,6 +51,9 @@ def hugging_face(family: FamilyName, pixels: Tensor, image_size: tuple[int, int]
     """Returns vision [B, N, D], keys [B, N, d] and any levels [B, N, L * D], float32, of Hugging Face's encoder."""
     model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint(family), dtype=dtype).eval()
     pixels = pixels.to(dtype)
+    if family == "llava-next":
+        keys = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return [model.model.multi_modal_projector(keys).float(), keys.float()]
     if family == "llava-1.5":
         output = model.get_image_features(pixels)
         keys = output.hidden_states[-2][:, 1:]
@@ -74,11 +77,16 @@ def hugging_face(family: FamilyName, pixels: Tensor, image_size: tuple[int, int]
     return [torch.stack(list(output.pooler_output)).float(), keys.float()]
 
 
-def run(exported: ExportedEncoder, pixels: Tensor) -> list[np.ndarray[Any, Any]]:
-    """Returns what ONNX Runtime computes on the CPU, once the checker has passed the model."""
+def session_of(exported: ExportedEncoder) -> onnxruntime.InferenceSession:
+    """Returns the model in ONNX Runtime, on the CPU, once the checker has passed it."""
     proto = onnx_ir.to_proto(exported.model)
     onnx.checker.check_model(proto, full_check=True)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def run(exported: ExportedEncoder, pixels: Tensor) -> list[np.ndarray[Any, Any]]:
+    """Returns what ONNX Runtime computes on the CPU, once the checker has passed the model."""
+    session = session_of(exported)
     names = [output.name for output in session.get_outputs()]
     assert names == list(_OUTPUTS[: len(names)])
     outputs: list[np.ndarray[Any, Any]] = session.run(names, {"pixels": pixels.numpy()})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -11,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mmtok_bench.families import FamilyName
-from mmtok_deploy import select_tokens
+from mmtok_deploy import Budget, select_tokens
 from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.presets import PRESETS
-from mmtok_export.encoder import build_joined_encoder
+from mmtok_export.encoder import build_joined_encoder, num_kept_of
 from mmtok_export.selection_graph import FORMS, Form
 from tests.runtime.chats import small
 from tests.runtime.conftest import checkpoint, judge_of
@@ -97,6 +99,33 @@ def test_qwen(tmp_path: Path, size: tuple[int, int]) -> None:
     assert_hugging_faces("qwen2.5-vl", run(path, {"pixels": pixels, **asked}), asked, size)
 
 
+def test_qwen_of_any_size(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.onnx"
+    manifest = export(path, "qwen2.5-vl", "--tokens=12:60:200", "--dtype=float32")
+    assert manifest.check.status == "passed", manifest.check.detail
+    assert manifest.dimensions["patches"] == DimRange(48, 240, 800)
+    judge = judge_of("qwen2.5-vl")
+    for size in ((224, 112), (252, 112), (140, 224), (336, 252)):
+        inputs = judge.processor.image_processor(images=[small("astronaut", *size)], return_tensors="pt")
+        asked = question(num_tokens=size[0] * size[1] // 28**2)
+        pixels = {"pixels": inputs["pixel_values"], "grid_thw": inputs["image_grid_thw"]}
+        assert_hugging_faces("qwen2.5-vl", run(path, pixels | asked), asked, size)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "budget", "kept"),
+    [
+        ("qwen2.5-vl", DimRange(12, 60, 200), "25%", (50, Fraction(1, 4))),
+        ("qwen2.5-vl", DimRange(12, 60, 200), "12", (12, None)),
+        ("qwen2.5-vl", (112, 112), "25%", (4, None)),
+        ("llava-next", None, "160", (32, None)),
+        ("llava-next", None, "10%", (57, None)),
+    ],
+)
+def test_what_a_budget_keeps(family: FamilyName, size: Any, budget: str, kept: tuple[int, Fraction | None]) -> None:
+    assert num_kept_of(checkpoint(family), size, Budget.parse(budget), batch=None, is_input=False) == kept
+
+
 def test_qwen3_vl_keeps_what_deepstack_adds_at_the_kept_tokens(tmp_path: Path) -> None:
     path = tmp_path / "encoder.onnx"
     manifest = export(path, "qwen3-vl", "--image-size=224x128", "--dtype=float32", "--unpruned", "--budget-input")
@@ -132,7 +161,13 @@ def test_llava(tmp_path: Path, form: Form) -> None:
 
 def test_a_batch_is_its_images(tmp_path: Path) -> None:
     joined = build_joined_encoder(
-        checkpoint("llava-1.5"), None, BUDGET, num_words=DimRange.fixed(7), dtype="float32", form="lazy", batch_size=2
+        checkpoint("llava-1.5"),
+        None,
+        BUDGET,
+        num_words=DimRange.fixed(7),
+        dtype="float32",
+        form="lazy",
+        batch=DimRange.fixed(2),
     )
     ir.save(joined.model, tmp_path / "two.onnx")
     export(tmp_path / "one.onnx", "llava-1.5", "--dtype=float32")
@@ -177,6 +212,9 @@ def test_random_weights_from_a_configuration_alone(tmp_path: Path) -> None:
     [
         (["--image-size=100x100"], "multiples of 28 px, got 100x100"),
         ([], "takes images of many sizes: name one, --image-size"),
+        (["--image-size=112x112", "--tokens=4:16"], "not allowed with argument --image-size"),
+        (["--tokens=4:16", "--tensorrt", "--target=8.6"], "takes images of one size: name --image-size in place"),
+        (["--tokens=4:16", "--batch-size=1:2"], "takes a fixed number of images, got 1:2"),
         (["--image-size=112"], "an image size is WIDTHxHEIGHT"),
         (["--image-size=112x112", "--budget=17"], "keeps 17 tokens needs images of at least as many, got 16"),
     ],

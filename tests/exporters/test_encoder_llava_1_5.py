@@ -9,9 +9,18 @@ import pytest
 import torch
 
 from mmtok_bench.families import FamilyName
+from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
-from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
+from tests.exporters.encoder_cases import (
+    assert_equal,
+    checkpoint,
+    hugging_face,
+    pixels_of,
+    run,
+    session_of,
+    signature,
+)
 
 FAMILY: FamilyName = "llava-1.5"
 IMAGE_SIZE = (336, 336)
@@ -19,18 +28,30 @@ IMAGE_SIZE = (336, 336)
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_graph_is_hugging_faces(batch_size: int) -> None:
-    exported = export_encoder(checkpoint(FAMILY), IMAGE_SIZE, batch_size=batch_size)
-    assert (exported.family, exported.grid, exported.num_tokens) == (FAMILY, (1, 24, 24), 576)
-    assert exported.family in PRESETS
-    assert not exported.has_positions
+    exported = export_encoder(checkpoint(FAMILY), IMAGE_SIZE, batch=DimRange.fixed(batch_size))
+    assert (exported.module.family, exported.module.grid, exported.module.num_tokens) == (
+        FAMILY,
+        (1, 24, 24),
+        DimRange.fixed(576),
+    )
+    assert exported.module.family in PRESETS
+    assert not exported.module.has_positions
     assert signature(exported) == {
         "pixels": ([batch_size, 3, 336, 336], "FLOAT"),
         "vision": ([batch_size, 576, 256], "FLOAT"),
         "keys": ([batch_size, 576, 64], "FLOAT"),
     }
     pixels = pixels_of(FAMILY, IMAGE_SIZE, batch_size)
-    assert tuple(pixels.shape) == exported.pixels_shape
+    assert tuple(pixels.shape) == exported.module.pixels_shape
     assert_equal(run(exported, pixels), hugging_face(FAMILY, pixels, IMAGE_SIZE, torch.float32), torch.float32)
+
+
+def test_one_graph_of_any_number_of_images() -> None:
+    session = session_of(export_encoder(checkpoint(FAMILY), IMAGE_SIZE, batch=DimRange(1, 1, 8)))
+    for batch_size in (1, 2):
+        pixels = pixels_of(FAMILY, IMAGE_SIZE, batch_size)
+        outputs = session.run(["vision", "keys"], {"pixels": pixels.numpy()})
+        assert_equal(outputs, hugging_face(FAMILY, pixels, IMAGE_SIZE, torch.float32), torch.float32)
 
 
 def test_float16() -> None:

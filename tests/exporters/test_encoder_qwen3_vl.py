@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmtok_bench.families import FamilyName
+from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
 from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
 
@@ -26,9 +27,13 @@ def test_the_tower_is_hugging_faces(image_size: tuple[int, int]) -> None:
     [("qwen3-vl", 1), ("qwen3-vl", 2), ("qwen3-vl-moe", 1), ("qwen3.5", 2), ("qwen3.5-moe", 1)],
 )
 def test_the_graph_is_hugging_faces(family: FamilyName, batch_size: int) -> None:
-    exported = export_encoder(checkpoint(family), WIDE, batch_size=batch_size)
-    assert (exported.family, exported.grid, exported.num_tokens) == (family, (1, 4, 7), 28)
-    assert exported.has_positions
+    exported = export_encoder(checkpoint(family), WIDE, batch=DimRange.fixed(batch_size))
+    assert (exported.module.family, exported.module.grid, exported.module.num_tokens) == (
+        family,
+        (1, 4, 7),
+        DimRange.fixed(28),
+    )
+    assert exported.module.has_positions
     levels = {} if family.startswith("qwen3.5") else {"levels": ([batch_size, 28, 3 * 256], "FLOAT")}
     assert signature(exported) == {
         "pixels": ([batch_size * 28 * 4, 1536], "FLOAT"),

@@ -134,7 +134,13 @@ def test_given_inputs_of_the_whole_graph(onnx_file: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_an_encoder_of_ours(tmp_path: Path, dtype: Any) -> None:
     joined = build_joined_encoder(
-        checkpoint("qwen2.5-vl"), (112, 84), 4, num_words=DimRange.fixed(5), dtype=dtype, form="lazy", batch_size=2
+        checkpoint("qwen2.5-vl"),
+        (112, 84),
+        4,
+        num_words=DimRange.fixed(5),
+        dtype=dtype,
+        form="lazy",
+        batch=DimRange.fixed(2),
     )
     manifest = export_model(
         joined.model, tmp_path / "a.onnx", "encoder", joined.spec, details=joined.details, encoder=joined.encoder

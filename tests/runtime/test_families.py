@@ -14,12 +14,13 @@ from sglang.srt.utils import ImageData
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmtok_deploy import Budget
+from mmtok_deploy.budget import tokens_per_tile
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.padding import padding_mask
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.families.llava_1_5 import Llava15
-from mmtok_sglang.families.llava_next import LlavaNext, _raster_order, tokens_per_tile
+from mmtok_sglang.families.llava_next import LlavaNext, _raster_order
 from mmtok_sglang.families.qwen import _parts
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
 from mmtok_sglang.families.qwen3_5 import Qwen35, Qwen35Moe

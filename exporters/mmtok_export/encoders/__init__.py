@@ -1,6 +1,6 @@
 """A checkpoint's vision tower and projector as an ONNX model, one file a model family."""
 
-from mmtok_export.encoders.base import EncoderError, ExportedEncoder
+from mmtok_export.encoders.base import EncoderError, ExportedEncoder, ImageSize
 from mmtok_export.encoders.export import (
     FAMILIES,
     build_encoder,
@@ -14,6 +14,7 @@ __all__ = [
     "FAMILIES",
     "EncoderError",
     "ExportedEncoder",
+    "ImageSize",
     "build_encoder",
     "describe_encoder",
     "export_encoder",

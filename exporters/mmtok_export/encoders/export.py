@@ -9,10 +9,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from mmtok_export.encoders.base import Encoder, EncoderError, ExportedEncoder
+from mmtok_deploy.dim_range import DimRange
+from mmtok_export.encoders.base import Encoder, EncoderError, ExportedEncoder, ImageSize
 from mmtok_export.encoders.checkpoint import fill_with_noise, load_weights, read_json
 from mmtok_export.encoders.llava_1_5 import Llava15Encoder
+from mmtok_export.encoders.llava_next import LlavaNextEncoder
 from mmtok_export.encoders.qwen2_5_vl import Qwen25VLEncoder
+from mmtok_export.encoders.qwen2_5_vl_grid import Qwen25VLGridEncoder
 from mmtok_export.encoders.qwen3_5 import Qwen35Encoder, Qwen35MoeEncoder
 from mmtok_export.encoders.qwen3_vl import Qwen3VLEncoder, Qwen3VLMoeEncoder
 
@@ -20,6 +23,7 @@ __all__ = ["FAMILIES", "build_encoder", "describe_encoder", "export_encoder", "f
 
 FAMILIES: dict[str, type[Encoder]] = {
     "llava": Llava15Encoder,
+    "llava_next": LlavaNextEncoder,
     "qwen2_5_vl": Qwen25VLEncoder,
     "qwen3_vl": Qwen3VLEncoder,
     "qwen3_vl_moe": Qwen3VLMoeEncoder,
@@ -27,6 +31,9 @@ FAMILIES: dict[str, type[Encoder]] = {
     "qwen3_5_moe": Qwen35MoeEncoder,
 }
 """By the model_type of config.json; add a file and its line here to support another."""
+
+# Those that take images of any size in one graph.
+_ANY_SIZE: dict[type[Encoder], type[Encoder]] = {Qwen25VLEncoder: Qwen25VLGridEncoder}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,69 +43,60 @@ _OPSET = 20
 
 def export_encoder(
     checkpoint: Path,
-    image_size: tuple[int, int],
+    image_size: ImageSize,
     *,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 1,
+    batch: DimRange | None = None,
     random_weights: bool = False,
 ) -> ExportedEncoder:
-    """Returns the checkpoint's vision tower and projector as an ONNX model: standard operators, static shapes.
+    """Returns the checkpoint's vision tower and projector as an ONNX model: standard operators.
 
     The language model is never made nor read.
 
     Args:
         checkpoint: A Hugging Face checkpoint directory: config.json, and safetensors unless `random_weights`.
-        image_size: (width, height) in pixels, after the image processor has scaled the image.
+        image_size: (width, height) in pixels, after the image processor has scaled the image; or N, for any size.
         dtype: The dtype of the weights and of `vision`: float32, float16 or bfloat16.
-        batch_size: Images a call.
+        batch: Images a call; by default the family's own, which is 1 but where an image is several tiles.
         random_weights: Fill the weights with noise: a model of the real size without its weights.
 
     Raises:
         EncoderError: A directory without configuration, weights or vision tower, an architecture that is not in
-            `FAMILIES`, an image size that it does not take, a type or batch size that is not one.
+            `FAMILIES`, an image size or batch that it does not take, a type that is not one.
     """
-    encoder = build_encoder(checkpoint, image_size, dtype=dtype, batch_size=batch_size, random_weights=random_weights)
+    encoder = build_encoder(checkpoint, image_size, dtype=dtype, batch=batch, random_weights=random_weights)
+    inputs = encoder.example()
     with torch.no_grad():
         program = torch.onnx.export(
             encoder,
-            (torch.zeros(encoder.pixels_shape),),
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
             opset_version=_OPSET,
-            input_names=["pixels"],
+            input_names=list(inputs),
             output_names=["vision", "keys", *(["levels"] if encoder.num_levels else [])],
+            dynamic_shapes=encoder.dynamic_shapes(),
         )
     assert program is not None
     model = program.model
     _clean(model)
+    _name_sizes(model, encoder)
     model.graph.name = f"{encoder.family} encoder"
-    return ExportedEncoder(
-        model=model,
-        module=encoder,
-        family=encoder.family,
-        image_size=image_size,
-        batch_size=batch_size,
-        pixels_shape=encoder.pixels_shape,
-        grid=encoder.grid,
-        vision_width=encoder.vision_width,
-        keys_width=encoder.keys_width,
-        dtype=dtype,
-        has_positions=encoder.has_positions,
-    )
+    return ExportedEncoder(model, encoder)
 
 
 def build_encoder(
     checkpoint: Path,
-    image_size: tuple[int, int],
+    image_size: ImageSize,
     *,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 1,
+    batch: DimRange | None = None,
     random_weights: bool = False,
 ) -> Encoder:
     """Returns the PyTorch module that `export_encoder` exports; the same arguments and errors."""
     if dtype not in _DTYPES:
         raise EncoderError(f"dtype is one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    encoder = describe_encoder(checkpoint, image_size, batch_size)
+    encoder = describe_encoder(checkpoint, image_size, batch)
     if random_weights:
         fill_with_noise(encoder, dtype)
     else:
@@ -107,15 +105,21 @@ def build_encoder(
     return encoder.eval().requires_grad_(False)
 
 
-def describe_encoder(checkpoint: Path, image_size: tuple[int, int], batch_size: int = 1) -> Encoder:
+def describe_encoder(checkpoint: Path, image_size: ImageSize, batch: DimRange | None = None) -> Encoder:
     """Returns the PyTorch module with its sizes and without weights; the same errors as `export_encoder`."""
-    if batch_size < 1:
-        raise EncoderError(f"batch_size is at least 1, got {batch_size}")
     family = _family(checkpoint)
+    if isinstance(image_size, DimRange):
+        if family not in _ANY_SIZE:
+            able = ", ".join(each.family for each in _ANY_SIZE)
+            raise EncoderError(
+                f"a graph for images of any size can be made of {able}, got {family.family}: "
+                "name --image-size in place of --tokens"
+            )
+        family = _ANY_SIZE[family]
     try:
         config = AutoConfig.from_pretrained(checkpoint)
         with torch.device("meta"):
-            return family(config, image_size, batch_size)
+            return family(config, image_size, batch or family.native_batch(config))
     except EncoderError:
         raise
     except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
@@ -151,6 +155,17 @@ def _family(checkpoint: Path) -> type[Encoder]:
         f"{checkpoint} {lacks} (config.json has model_type {content.get('model_type')!r}): "
         f"expected model_type {' or '.join(FAMILIES)} and a vision_config"
     )
+
+
+def _name_sizes(model: onnx_ir.Model, encoder: Encoder) -> None:
+    """Gives open sizes of the inputs and outputs the names that the selection has for them."""
+    model.graph.inputs[0].shape = onnx_ir.Shape(encoder.pixels_shape)
+    batch, tokens = (
+        size.minimum if size.is_fixed else name for size, name in ((encoder.batch, "B"), (encoder.num_tokens, "N"))
+    )
+    for value in model.graph.outputs:
+        assert value.shape is not None
+        value.shape = onnx_ir.Shape([batch, tokens, value.shape[2]])
 
 
 def _clean(model: onnx_ir.Model) -> None:

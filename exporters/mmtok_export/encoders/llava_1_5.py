@@ -10,7 +10,8 @@ from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from mmtok_export.encoders.base import Encoder, EncoderError, as_matrix
+from mmtok_deploy.dim_range import DimRange
+from mmtok_export.encoders.base import Encoder, EncoderError, ImageSize, as_matrix
 from mmtok_export.pixels import CLIP_SCALE
 
 __all__ = ["Llava15Encoder"]
@@ -27,17 +28,20 @@ class Llava15Encoder(Encoder):
     family = "llava-1.5"
     has_positions = False
 
-    def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
-        super().__init__(config, image_size, batch_size)
+    def __init__(self, config: Any, image_size: ImageSize, batch: DimRange) -> None:
+        super().__init__(config, image_size, batch)
         vision = config.vision_config
-        _check_config(config)
+        _check_config(config, self.family)
         if image_size != (vision.image_size, vision.image_size):
+            got = "any" if isinstance(image_size, DimRange) else f"{image_size[0]}x{image_size[1]}"
             raise EncoderError(
                 f"the vision tower takes images of {vision.image_size}x{vision.image_size}, "
-                f"got {image_size[0]}x{image_size[1]}: name the size that the image processor scales to"
+                f"got {got}: name the size that the image processor scales to"
             )
         side = vision.image_size // vision.patch_size
-        self.pixels_shape = (batch_size, vision.num_channels, vision.image_size, vision.image_size)
+        self.batch, self.num_tokens, self.image_size = batch, DimRange.fixed(side**2), image_size
+        num_images = batch.minimum if batch.is_fixed else "B"
+        self.pixels_shape = (num_images, vision.num_channels, vision.image_size, vision.image_size)
         self.pixel_layout = {"layout": "images", **CLIP_SCALE}
         self.grid = (1, side, side)
         self.vision_width = config.text_config.hidden_size
@@ -62,7 +66,7 @@ class Llava15Encoder(Encoder):
         self.patch_weight = as_matrix(patch_embedding.weight)
         del self.vision_tower.embeddings.patch_embedding
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns vision [B, N, D] and keys [B, N, d]; see `Encoder.forward`."""
         hidden = self.vision_tower.pre_layrnorm(self._embed(pixels.to(self.patch_weight.dtype)))
         for layer in self.vision_tower.encoder.layers:
@@ -73,22 +77,22 @@ class Llava15Encoder(Encoder):
     def _embed(self, pixels: Tensor) -> Tensor:
         """Returns [B, 1 + N, d]: the class token and the patches, with their positions."""
         embeddings = self.vision_tower.embeddings
-        batch_size, channels, height, width = self.pixels_shape
+        num_images, channels, height, width = pixels.shape
         _, rows, columns = self.grid
-        patches = pixels.view(batch_size, channels, rows, height // rows, columns, width // columns)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, rows * columns, -1)
-        class_token = embeddings.class_embedding.expand(batch_size, 1, -1)
+        patches = pixels.view(num_images, channels, rows, height // rows, columns, width // columns)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(num_images, rows * columns, -1)
+        class_token = embeddings.class_embedding.expand(num_images, 1, -1)
         hidden = torch.cat([class_token, F.linear(patches, self.patch_weight)], dim=1)
         return hidden + embeddings.position_embedding.weight
 
 
-def _check_config(config: Any) -> None:
+def _check_config(config: Any, family: str) -> None:
     tower = config.vision_config.model_type
     if tower != "clip_vision_model":
-        raise EncoderError(f"a LLaVA-1.5 vision tower is clip_vision_model, got {tower}: no exporter knows it")
+        raise EncoderError(f"the vision tower of {family} is clip_vision_model, got {tower}: no exporter knows it")
     if config.vision_feature_select_strategy != "default":
         raise EncoderError(
-            "LLaVA-1.5 drops the class token (vision_feature_select_strategy 'default'), "
+            f"{family} drops the class token (vision_feature_select_strategy 'default'), "
             f"got {config.vision_feature_select_strategy!r}: no exporter knows it"
         )
     layer, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers

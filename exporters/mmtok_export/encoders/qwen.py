@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mmtok_export.encoders.base import Encoder, EncoderError
+from mmtok_deploy.dim_range import DimRange
+from mmtok_export.encoders.base import Encoder, EncoderError, ImageSize
 
-__all__ = ["QwenEncoder", "rotary_angles"]
+__all__ = ["QwenEncoder", "patch_positions", "rotary_angles"]
 
 
 class QwenEncoder(Encoder):
@@ -20,16 +22,25 @@ class QwenEncoder(Encoder):
     pixel_scale: ClassVar[Mapping[str, tuple[float, float, float]]]
     """`mean` and `std` of the family's image processor, of values from 0 to 1."""
 
-    def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
-        super().__init__(config, image_size, batch_size)
+    def __init__(self, config: Any, image_size: ImageSize, batch: DimRange) -> None:
+        super().__init__(config, image_size, batch)
+        if not batch.is_fixed:
+            raise EncoderError(f"a graph of {self.family} takes a fixed number of images, got {batch}: name one")
         vision = config.vision_config
-        _check_image_size(image_size, vision.patch_size * vision.spatial_merge_size)
+        token_side = vision.patch_size * vision.spatial_merge_size
+        self.takes_grid = isinstance(image_size, DimRange)
+        if isinstance(image_size, DimRange):
+            self.num_tokens = image_size
+            rows, columns = _grid_within(image_size)
+            image_size = columns * token_side, rows * token_side
+        _check_image_size(image_size, token_side)
         width, height = image_size
+        self.image_size = image_size
         self.config = vision
-        self.batch_size = batch_size
+        self.batch = batch
+        self.batch_size = batch.minimum
         self.patches = torch.Size((1, height // vision.patch_size, width // vision.patch_size))
         patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.pixels_shape = (batch_size * self.patches.numel(), patch_width)
         self.pixel_layout = {
             "layout": "patches",
             "patch_size": vision.patch_size,
@@ -40,6 +51,23 @@ class QwenEncoder(Encoder):
         self.grid = (1, self.patches[1] // vision.spatial_merge_size, self.patches[2] // vision.spatial_merge_size)
         self.vision_width = vision.out_hidden_size
         self.keys_width = vision.hidden_size
+        if self.takes_grid:
+            group = vision.spatial_merge_size**2
+            self.pixels_shape = ("patches", patch_width)
+            bounds = (self.num_tokens.minimum, self.num_tokens.optimum, self.num_tokens.maximum)
+            self.open_sizes = {"patches": DimRange(*(group * each for each in bounds))}
+        else:
+            self.num_tokens = DimRange.fixed(math.prod(self.grid))
+            self.pixels_shape = (self.batch_size * self.patches.numel(), patch_width)
+
+    def example(self) -> dict[str, Tensor]:
+        """Returns an image of `image_size`, and its grid where that is an input."""
+        pixels = torch.zeros(self.batch_size * self.patches.numel(), int(self.pixels_shape[1]))
+        return {"pixels": pixels} | ({"grid_thw": torch.tensor([list(self.patches)])} if self.takes_grid else {})
+
+    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
+        """Returns the open sizes of the inputs, as `torch.export` takes them."""
+        return super().dynamic_shapes() | ({"grid_thw": {}} if self.takes_grid else {})
 
     def constant(self, name: str, value: Tensor) -> None:
         """Makes a tensor that depends on the grid alone a constant of the graph."""
@@ -49,6 +77,20 @@ class QwenEncoder(Encoder):
         """Returns the keys [B, N, d] float32 of the last block's output: means over what becomes one token."""
         group = self.config.spatial_merge_size**2
         return hidden.view(self.batch_size, -1, group, self.keys_width).float().mean(dim=2)
+
+
+def patch_positions(rows: Tensor, columns: Tensor, merge_size: int) -> Tensor:
+    """Returns [T * merge_size ** 2, 2] int: row and column of the patches of each token, token by token.
+
+    Args:
+        rows: [T] int, of the tokens.
+        columns: [T] int, of the tokens.
+        merge_size: Patches on a side of a token.
+    """
+    within = torch.arange(merge_size)
+    row = (rows[:, None, None] * merge_size + within[:, None]).expand(-1, merge_size, merge_size)
+    column = (columns[:, None, None] * merge_size + within).expand(-1, merge_size, merge_size)
+    return torch.stack([row, column], dim=-1).reshape(-1, 2)
 
 
 def rotary_angles(positions: Tensor, config: Any) -> Tensor:
@@ -62,6 +104,15 @@ def rotary_angles(positions: Tensor, config: Any) -> Tensor:
     quarter = torch.arange(config.hidden_size // config.num_heads // 4)
     frequencies = 1.0 / base ** (quarter / len(quarter))
     return (positions[:, :, None] * frequencies).flatten(1).repeat(1, 2)
+
+
+def _grid_within(num_tokens: DimRange) -> tuple[int, int]:
+    """Returns rows and columns of an image that is about square and has about as many tokens as the optimum."""
+    for columns in range(math.isqrt(num_tokens.optimum), 1, -1):
+        rows = num_tokens.optimum // columns
+        if rows * columns in num_tokens:
+            return rows, columns
+    return num_tokens.optimum, 1
 
 
 def _check_image_size(image_size: tuple[int, int], factor: int) -> None:

@@ -13,11 +13,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from mmtok_export.encoders.base import as_matrix
+from mmtok_deploy.dim_range import DimRange
+from mmtok_export.encoders.base import ImageSize, as_matrix
 from mmtok_export.encoders.qwen import QwenEncoder, rotary_angles
 from mmtok_export.pixels import CLIP_SCALE
 
-__all__ = ["Qwen25VLEncoder"]
+__all__ = ["Qwen25VLEncoder", "feed_forward"]
 
 
 class Qwen25VLEncoder(QwenEncoder):
@@ -38,19 +39,13 @@ class Qwen25VLEncoder(QwenEncoder):
     family = "qwen2.5-vl"
     pixel_scale = CLIP_SCALE
 
-    def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
-        super().__init__(config, image_size, batch_size)
+    def __init__(self, config: Any, image_size: ImageSize, batch: DimRange) -> None:
+        super().__init__(config, image_size, batch)
         self.visual = Qwen2_5_VisionTransformerPretrainedModel(self.config)
 
     def prepare(self) -> None:
         """Makes orders, rotary angles and the mask of the windows."""
-        patch_embed = self.visual.patch_embed
-        self.dtype = patch_embed.proj.weight.dtype
-        self.patch_weight = as_matrix(patch_embed.proj.weight)
-        del self.visual.patch_embed, self.visual.rotary_pos_emb
-        if self.dtype == torch.float16:
-            self.visual.blocks[-1].mlp.down_proj.float()
-
+        self.prepare_weights()
         grid = torch.tensor([self.patches])
         merge = self.config.spatial_merge_size
         order, boundaries = get_vision_window_index(grid, merge, self.config.window_size, self.config.patch_size)
@@ -61,6 +56,15 @@ class Qwen25VLEncoder(QwenEncoder):
         self.constant("cos", angles.cos())
         self.constant("sin", angles.sin())
         self._prepare_windows(boundaries.diff())
+
+    def prepare_weights(self) -> None:
+        """Makes the patches' weights a matrix, and the last product one in float32 where float16 overflows."""
+        patch_embed = self.visual.patch_embed
+        self.dtype = patch_embed.proj.weight.dtype
+        self.patch_weight = as_matrix(patch_embed.proj.weight)
+        del self.visual.patch_embed, self.visual.rotary_pos_emb
+        if self.dtype == torch.float16:
+            self.visual.blocks[-1].mlp.down_proj.float()
 
     def _prepare_windows(self, lengths: Tensor) -> None:
         """Makes what fills cut windows up.
@@ -83,7 +87,7 @@ class Qwen25VLEncoder(QwenEncoder):
         self.constant("window_cos", self.get_buffer("cos")[filled.flatten()])
         self.constant("window_sin", self.get_buffer("sin")[filled.flatten()])
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns vision [B, N, D] and keys [B, N, d]; see `Encoder.forward`."""
         group = self.config.spatial_merge_size**2
         hidden = F.linear(pixels.to(self.dtype), self.patch_weight)
@@ -92,7 +96,7 @@ class Qwen25VLEncoder(QwenEncoder):
         for idx, block in enumerate(self.visual.blocks):
             is_windowed = idx not in self.config.fullatt_block_indexes
             hidden = hidden + self._attend(block.attn, block.norm1(hidden), is_windowed)
-            hidden = hidden + _feed_forward(block.mlp, block.norm2(hidden))
+            hidden = hidden + feed_forward(block.mlp, block.norm2(hidden))
 
         keys = self.keys_of(hidden)
         merger = self.visual.merger
@@ -129,6 +133,7 @@ class Qwen25VLEncoder(QwenEncoder):
         return attention.proj(attended)
 
 
-def _feed_forward(mlp: Any, hidden: Tensor) -> Tensor:
+def feed_forward(mlp: Any, hidden: Tensor) -> Tensor:
+    """Returns a block's gated layer of [..., C], in the dtype of its last product's weights."""
     gated = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
     return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))

@@ -10,7 +10,8 @@ from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel, apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from mmtok_export.encoders.base import as_matrix
+from mmtok_deploy.dim_range import DimRange
+from mmtok_export.encoders.base import ImageSize, as_matrix
 from mmtok_export.encoders.qwen import QwenEncoder, rotary_angles
 
 __all__ = ["Qwen3VLEncoder", "Qwen3VLMoeEncoder"]
@@ -28,8 +29,8 @@ class Qwen3VLEncoder(QwenEncoder):
     vision_model: ClassVar[type[nn.Module]] = Qwen3VLVisionModel
     pixel_scale: ClassVar = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
-    def __init__(self, config: Any, image_size: tuple[int, int], batch_size: int) -> None:
-        super().__init__(config, image_size, batch_size)
+    def __init__(self, config: Any, image_size: ImageSize, batch: DimRange) -> None:
+        super().__init__(config, image_size, batch)
         self.visual: Any = self.vision_model(self.config)
         self.level_blocks = list(getattr(self.visual, "deepstack_visual_indexes", []))
         self.num_levels = len(self.level_blocks)
@@ -54,7 +55,7 @@ class Qwen3VLEncoder(QwenEncoder):
         self.constant("sin", angles.sin())
         del visual.patch_embed, visual.rotary_pos_emb, visual.pos_embed
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, ...]:
         """Returns vision [B, N, D], keys [B, N, d] and, with DeepStack, levels [B, N, L * D]."""
         hidden = F.linear(pixels.to(self.dtype), self.patch_weight, self.patch_bias)
         hidden = hidden.view(self.batch_size, -1, self.keys_width) + self.get_buffer("position_embeddings")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
-from mmtok_deploy.budget import Budget
+from mmtok_deploy.budget import Budget, tokens_per_tile
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families.llava import Llava
 from mmtok_sglang.model import EncodedImage
 from mmtok_sglang.transformers_backend import TransformersModel, TransformersProcessor, separate_images
 
-__all__ = ["LlavaNext", "tokens_per_tile"]
+__all__ = ["LlavaNext"]
 
 
 class LlavaNextForConditionalGeneration(TransformersModel):
@@ -76,27 +76,6 @@ class LlavaNext(Llava):
         if method == "downsample":
             return "its image is cut into tiles of one size, however small it is"
         return super().obstacle_to(method, config)
-
-
-def tokens_per_tile(budget: Budget, tile_tokens: int, num_tiles: int, max_tiles: int) -> int:
-    """Returns how many tokens each tile of an image keeps.
-
-    A count is what an image of the most tiles keeps in all (160 is 32 of each of 5 tiles), as in the paper's "up to
-    160"; smaller images keep as many a tile. A ratio is of each tile.
-
-    Args:
-        budget: The request's budget; its minimum is of the whole image.
-        tile_tokens: Tokens of a tile.
-        num_tiles: The image's tiles, the base tile included.
-        max_tiles: The most tiles that an image of this model has.
-    """
-    if budget.is_all:
-        return tile_tokens
-    if budget.tokens is not None:
-        kept = max(1, budget.tokens // max_tiles)
-    else:
-        kept = Budget(ratio=budget.ratio).num_kept(tile_tokens)
-    return min(tile_tokens, max(kept, math.ceil(budget.minimum / num_tiles)))
 
 
 def _num_tiles(size: list[int], config: Any) -> int:
