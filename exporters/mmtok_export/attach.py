@@ -20,14 +20,18 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines.onnxruntime import run_on_cpu
 from mmtok_export.budget import num_kept, share_of
 from mmtok_export.foreign_graph import (
+    GROUPS,
     OWN_DIMENSIONS,
+    Candidate,
     candidates,
     find_value,
+    index_of,
     is_a_step,
     load_foreign,
     num_patches,
     read_foreign,
     shape_text,
+    times,
 )
 from mmtok_export.join import builder_on, join_selection
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
@@ -88,12 +92,14 @@ class Attached:
         model: What was made.
         spec: The selection's sizes.
         details: For the manifest.
+        dimensions: The ranges of the encoder's open sizes that the number of tokens tells.
         encoder: The encoder's file run by itself, and its tensors made features by PyTorch.
     """
 
     model: ir.Model
     spec: SelectionSpec
     details: dict[str, Any]
+    dimensions: dict[str, DimRange]
     encoder: Encoder
 
 
@@ -121,6 +127,7 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
     vision, keys = (_rows(builder, value, layout) for value, layout in zip((vision, keys), layouts, strict=True))
     keys = _merged_keys(builder, model.graph, keys, attachment)
     spec = _spec(attachment, vision, keys)
+    dimensions = _dimensions(model, vision, spec.num_tokens)
     edges = join_selection(
         builder,
         vision,
@@ -131,7 +138,8 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
     )
     source = {"onnx": onnx_file.name, "vision": attachment.vision, "keys": attachment.keys}
     details = {"edges": edges, "attached_to": source}
-    return Attached(model, spec, details, partial(_run_alone, onnx_file, attachment, layouts, spec.keys_dtype))
+    encoder = partial(_run_alone, onnx_file, attachment, layouts, spec.keys_dtype)
+    return Attached(model, spec, details, dimensions, encoder)
 
 
 def _run_alone(
@@ -163,6 +171,17 @@ def open_dimensions(model: ir.Model) -> set[str]:
     """Returns the names of the sizes that a model's inputs leave open, but for the selection's own."""
     names = {size.value for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
     return {str(name) for name in names if name not in OWN_DIMENSIONS}
+
+
+def _dimensions(model: ir.Model, vision: ir.Value, num_tokens: DimRange) -> dict[str, DimRange]:
+    assert vision.shape is not None
+    size, found = vision.shape[-2], {}
+    for factor in (1, *GROUPS):
+        name = times(factor, "" if isinstance(size, int) else str(size.value))
+        if name in open_dimensions(model):
+            bounds = (num_tokens.minimum, num_tokens.optimum, num_tokens.maximum)
+            found[name] = DimRange(*(factor * bound for bound in bounds))
+    return found
 
 
 def _check_attachment(attachment: Attachment) -> None:
@@ -276,20 +295,41 @@ def _keys_of(attachment: Attachment, graph: ir.Graph, vision: ir.Value, onnx_fil
             return keys
         node = keys.producer()
         problem = f"{keys.name} is a {node.op_type if node else ''}, a step inside a layer, no features"
-    is_map = _map_of(vision, attachment.map_layout)
-    num_tokens = num_patches(graph) or _num_rows(vision, is_map)
-    config = attachment.config
-    rest = (
-        f"--budget {attachment.budget} --tv-temp {config.tv_temp} --vv-temp {config.vv_temp} --alpha {config.alpha} "
-        f"--coverage {config.coverage}"
-    )
+    num_tokens = num_patches(graph) or _num_rows(vision, _map_of(vision, attachment.map_layout))
     listed = "".join(
-        f"\n  mmtok export attach --onnx {shlex.quote(str(onnx_file))} --vision {shlex.quote(attachment.vision)} "
-        f"--keys {shlex.quote(str(each.name))} {rest}  # {shape_text(each)}"
+        f"\n  {_command(onnx_file, attachment, each, index_of(vision))}  # {shape_text(each.value)}"
         for each in candidates(graph, vision, num_tokens)
+        if attachment.keys_per_token in (1, each.keys_per_token)
     )
-    may_be = f"; the nearest that have a row for each token:{listed}" if listed else ""
+    may_be = f"; the nearest that have rows for each token:{listed}" if listed else ""
     raise ValueError(f"{problem}{may_be}")
+
+
+def _command(onnx_file: Path, attachment: Attachment, keys: Candidate, index: str | None) -> str:
+    """Returns what to type to attach to these keys, with all that was given of where and what."""
+    is_merged = keys.keys_per_token > 1
+    flags = {
+        "--onnx": onnx_file,
+        "--vision": attachment.vision,
+        "--keys": keys.value.name,
+        "--keys-per-token": keys.keys_per_token if is_merged else None,
+        "--keys-index": attachment.keys_index or (index if is_merged else None),
+        "--tokens": attachment.num_tokens,
+        "--text-tokens": attachment.num_words,
+        "--batch": attachment.batch,
+        "--skip-tokens": attachment.skip_tokens,
+        "--map": attachment.map_layout,
+        "--grid-width": attachment.grid_width,
+        "--budget": attachment.budget,
+        "--form": attachment.form,
+        "--tv-temp": attachment.config.tv_temp,
+        "--vv-temp": attachment.config.vv_temp,
+        "--alpha": attachment.config.alpha,
+        "--coverage": attachment.config.coverage,
+    }
+    given = [f"{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
+    given += ["--budget-input"] * attachment.takes_budget + ["--unpruned"] * attachment.is_unpruned_given
+    return f"mmtok export attach {' '.join(given)}"
 
 
 def _merged_keys(builder: GraphBuilder, graph: ir.Graph, keys: ir.Value, attachment: Attachment) -> ir.Value:

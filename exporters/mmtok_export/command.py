@@ -301,14 +301,15 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
     model, spec = attached.model, attached.spec
     path = _output(arguments, f"{arguments.onnx.stem}-k{spec.budget}.onnx")
     engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
-    _check_dimensions(open_dimensions(model), dict(arguments.dim), has_engine=engine is not None)
+    dimensions = attached.dimensions | dict(arguments.dim)
+    _check_dimensions(open_dimensions(model), dimensions, has_engine=engine is not None)
     manifest = export_model(
         model,
         path,
         "attached",
         spec,
         details=attached.details | {"preset": arguments.preset},
-        dimensions=dict(arguments.dim),
+        dimensions=dimensions,
         source=arguments.onnx,
         encoder=attached.encoder,
         **_how(arguments, on_step),

@@ -6,6 +6,7 @@ import difflib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 import onnx_ir as ir
@@ -19,14 +20,18 @@ from mmtok_export.pixels import images_of
 from mmtok_export.selection_graph import FEATURE_DTYPES
 
 __all__ = [
+    "GROUPS",
     "OWN_DIMENSIONS",
+    "Candidate",
     "candidates",
     "find_value",
+    "index_of",
     "is_a_step",
     "load_foreign",
     "num_patches",
     "read_foreign",
     "shape_text",
+    "times",
 ]
 
 OWN_DIMENSIONS = ("B", "N", "M", "K")
@@ -38,6 +43,8 @@ _NUM_SUGGESTIONS = 5
 _MIN_WIDTH = 2
 # Class and register tokens in front of the patches: DINOv2 has 1 + 4.
 _MAX_EXTRA_TOKENS = 16
+# Features that a projector merges into one token: squares of 2, 3 and 4.
+GROUPS = (4, 9, 16)
 _SUMS = ("Add", "LayerNormalization", "Sum", "Conv", "SimplifiedLayerNormalization")
 # Steps inside a norm, an attention or an activation.
 _STEPS = ("Pow", "Sqrt", "Softmax", "Exp", "Erf", "ReduceMean", "Reciprocal", "Sigmoid", "Tanh", "Div", "Sub", "Neg")
@@ -127,8 +134,15 @@ def num_patches(graph: ir.Graph) -> int | None:
     return None
 
 
-def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list[ir.Value]:
-    """Returns the tensors that may be the keys of `vision`, best first: one row a token, and near before it.
+class Candidate(NamedTuple):
+    """A tensor that may be the keys, and how many of its rows make a token."""
+
+    value: ir.Value
+    keys_per_token: int
+
+
+def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list[Candidate]:
+    """Returns the tensors that may be the keys of `vision`, best first: rows for each token, and near before it.
 
     Args:
         graph: The encoder's.
@@ -144,8 +158,9 @@ def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list
             if each is not None and each not in seen and each.producer() is not None:
                 seen.add(each)
                 queue.append(each)
-                if each.dtype in FEATURE_DTYPES.values() and _fits(each, num_tokens) and not is_a_step(each):
-                    found.append(each)
+                group = _rows_a_token(each, num_tokens)
+                if each.dtype in FEATURE_DTYPES.values() and group and not is_a_step(each):
+                    found.append(Candidate(each, group))
 
     def is_sum(value: ir.Value) -> bool:
         node = value.producer()
@@ -153,22 +168,40 @@ def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list
         paths = [] if node is None else [each for each in node.inputs if each is not None and each.producer()]
         return node is not None and node.op_type in _SUMS and (node.op_type != "Add" or len(paths) > 1)
 
-    return sorted(found, key=lambda value: not is_sum(value))[:_NUM_SUGGESTIONS]
+    return sorted(found, key=lambda each: not is_sum(each.value))[:_NUM_SUGGESTIONS]
 
 
-def _fits(value: ir.Value, num_tokens: int | str) -> bool:
+def index_of(vision: ir.Value) -> str | None:
+    """Returns the graph's input by which the tokens are put in order at the encoder's end, None if there is none."""
+    node = vision.producer()
+    value = node.inputs[1] if node is not None and node.op_type in ("Gather", "GatherND") else None
+    while value is not None and (node := value.producer()) is not None:
+        value = node.inputs[0] if node.op_type in ("Unsqueeze", "Reshape", "Cast", "Identity") else None
+    is_row = value is not None and value.is_graph_input() and value.shape is not None and len(value.shape) == 1
+    return str(value.name) if value is not None and is_row else None
+
+
+def _rows_a_token(value: ir.Value, num_tokens: int | str) -> int:
+    """Returns how many rows of a tensor make a token, 0 if it has no row for each."""
     shape = value.shape
     if shape is None or len(shape) not in (2, 3, 4) or not all(isinstance(size, int) for size in shape[1:]):
-        return False
+        return 0
     if len(shape) == 4:
         sizes = [int(size) for size in shape[1:]]  # type: ignore[arg-type]
-        return num_tokens in (sizes[1] * sizes[2], sizes[0] * sizes[1])
+        return int(num_tokens in (sizes[1] * sizes[2], sizes[0] * sizes[1]))
     rows, width = shape[-2:]
     if isinstance(width, int) and width < _MIN_WIDTH:
-        return False
-    if not (isinstance(rows, int) and isinstance(num_tokens, int)):
-        return rows == num_tokens
-    return 0 <= rows - num_tokens <= _MAX_EXTRA_TOKENS
+        return 0
+    if isinstance(rows, int) and isinstance(num_tokens, int):
+        if 0 <= rows - num_tokens <= _MAX_EXTRA_TOKENS:
+            return 1
+        return next((group for group in GROUPS if rows == group * num_tokens), 0)
+    return next((group for group in (1, *GROUPS) if str(rows) == times(group, num_tokens)), 0)
+
+
+def times(factor: int, size: int | str) -> str:
+    """Returns an open size as PyTorch's exporter names its multiple."""
+    return str(size) if factor == 1 else f"{factor}*{size}"
 
 
 def _values(graph: ir.Graph) -> dict[str, ir.Value]:

@@ -28,6 +28,8 @@ SELECTION_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total")
 # time.
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
 _MAX_IMAGES = 2
+# Of the operators that ONNX Runtime has.
+_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 
 
 class CannotRunError(Exception):
@@ -50,6 +52,9 @@ def check_whole_graph(
         CannotRunError: The CPU cannot run the graph, or nobody knows what its inputs are.
     """
     model = load_graph(file, manifest)
+    foreign = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain not in _DOMAINS})
+    if foreign:
+        raise CannotRunError(f"the CPU has no {', '.join(foreign)}")
     edges = {name: str(edge["name"]) for name, edge in manifest.details["edges"].items()}
     inputs = dict(given or {})
     for tensor in manifest.inputs:
