@@ -38,7 +38,9 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
     if manifest.format != "onnx":
         return steps | {"Python": f'open_engine(Path("{text}"), torch.device("cuda"))'}
     has_plugins = any(name.startswith("operators of ") for name in manifest.requires)
-    if not (manifest.takes_budget or manifest.share):
+    # TensorRT wants a grid as a shape on the host.
+    takes_grid = any(tensor.name == "grid_thw" for tensor in manifest.inputs)
+    if not (manifest.takes_budget or manifest.share or takes_grid):
         steps["TensorRT"] = _trtexec("trtexec", file, manifest, has_plugins=has_plugins)
         plugin = " --plugin LIB.so" if has_plugins else ""
         steps["TensorRT-RTX"] = f"mmtok export engine {quoted} --target 8.6{plugin}"

@@ -44,6 +44,8 @@ def test_each_runtime_by_what_takes_the_file(spec: SelectionSpec, exported: Path
     assert list(next_steps(exported, manifest)) == ["SGLang", *engines, *runtimes]
     assert list(next_steps(exported, replace(manifest, kind="encoder"))) == [*engines, *runtimes]
     assert list(next_steps(exported, replace(manifest, format="tensorrt"))) == ["SGLang", "Python"]
+    any_size = replace(manifest, kind="encoder", inputs=(*manifest.inputs, TensorInfo("grid_thw", "int64", (1, 3))))
+    assert list(next_steps(exported, any_size)) == runtimes
     told = replace(spec, takes_budget=True)
     path = tmp_path / "told.onnx"
     assert list(next_steps(path, export_model(build_selection(told), path, "selection", told))) == [
