@@ -27,8 +27,9 @@ ARCHITECTURES = (
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
 )
-"""Those whose replayed prefills were held against the hand-pruned model. A LLaVA, on SGLang's Transformers backend, has
-no layers where SGLang looks for what to capture."""
+"""Those whose replayed prefills were held against the hand-pruned model, and the Qwen3.5 with a mixture of experts,
+which SGLang captures by itself. A LLaVA, on SGLang's Transformers backend, has no layers where SGLang looks for what to
+capture."""
 
 CAPTURED_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Tokens of the prefill batches that are captured. A batch is padded to the next of them, at most to twice its tokens;

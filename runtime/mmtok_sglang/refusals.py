@@ -7,7 +7,7 @@ from typing import Literal
 from mmtok_sglang.metrics import collectors
 from mmtok_sglang.ranks import is_first_rank
 
-__all__ = ["Kind", "count_refusal", "refusal"]
+__all__ = ["Kind", "count_refusal", "refusal", "token_ids_refusal"]
 
 Kind = Literal[
     "field",
@@ -47,6 +47,13 @@ def refusal(kind: Kind, message: object) -> ValueError:
     if len(text) > _MAX_LETTERS:
         text = f"{text[: _MAX_LETTERS // 2]} [...] {text[-_MAX_LETTERS // 2 :]}"
     return ValueError(text)
+
+
+def token_ids_refusal() -> ValueError:
+    """Returns the error to raise for images with a prompt of token ids, where the processor expands placeholders."""
+    return refusal(
+        "placeholders", "this model takes a prompt with images as text, which a processor expands: send no input_ids"
+    )
 
 
 def count_refusal(kind: Kind) -> None:

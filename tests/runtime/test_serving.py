@@ -38,34 +38,31 @@ def test_reads_what_the_hand_pruned_model_reads(served: Served, chat: Chat) -> N
     served.check(chat, served.ask(chat))
 
 
-def test_a_wrong_position_would_be_caught(served: Served) -> None:
-    if served.token_px is None:
-        pytest.skip("positions of this family run on: there is no other position to take")
+def _error_of_a_judge_with(served: Served, **mistake: Any) -> float:
+    """Returns how far the served logprobs are from those of a hand-pruned model that makes a mistake."""
     chat = CHATS["one image"]
     account = served.ask(chat)
     prompt = served.judge.prompt(chat.for_template())
-    wrong = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, original_positions=False)
-    assert served.judge.max_error(wrong, account) > 1e-2
+    wrong = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, **mistake)
+    return served.judge.max_error(wrong, account)
+
+
+def test_a_wrong_position_would_be_caught(served: Served) -> None:
+    if served.token_px is None:
+        pytest.skip("positions of this family run on: there is no other position to take")
+    assert _error_of_a_judge_with(served, original_positions=False) > 1e-2
 
 
 def test_another_order_would_be_caught(served: Served) -> None:
     if not served.family.startswith("qwen3.5"):
         pytest.skip("this family has no linear attention")
-    chat = CHATS["one image"]
-    account = served.ask(chat)
-    prompt = served.judge.prompt(chat.for_template())
-    wrong = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, raster_order=False)
-    assert served.judge.max_error(wrong, account) > 1e-2
+    assert _error_of_a_judge_with(served, raster_order=False) > 1e-2
 
 
 def test_levels_of_another_token_would_be_caught(served: Served) -> None:
     if not served.family.startswith("qwen3-vl"):
         pytest.skip("this family has no DeepStack")
-    chat = CHATS["one image"]
-    account = served.ask(chat)
-    prompt = served.judge.prompt(chat.for_template())
-    wrong = served.judge.prune(prompt, chat.images, chat.guidance, 0.1, own_levels=False)
-    assert served.judge.max_error(wrong, account) > 1e-2
+    assert _error_of_a_judge_with(served, own_levels=False) > 1e-2
 
 
 def test_mixed_batch(served: Served) -> None:

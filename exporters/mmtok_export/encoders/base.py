@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
     Args:
         config: The checkpoint's configuration, as Transformers reads it.
-        image_size: Of the images.
+        image_size: The images' size.
         batch: B, images a call.
 
     Attributes:

@@ -26,7 +26,7 @@ from mmtok_sglang.images import is_raw
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.processor_thread import ProcessorThread
-from mmtok_sglang.refusals import refusal
+from mmtok_sglang.refusals import refusal, token_ids_refusal
 from mmtok_sglang.stages import image_stage
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
@@ -121,10 +121,7 @@ class InternVL3(Family):
                 (HTTP 400).
         """
         if not isinstance(kwargs["input_text"], str) and any(map(is_raw, images or ())):
-            raise refusal(
-                "placeholders",
-                "this model takes a prompt with images as text, which a processor expands: send no input_ids",
-            )
+            raise token_ids_refusal()
         _check_num_tiles(kwargs["request_obj"], processor)
 
         async def run(copied: Any) -> Any:

@@ -13,7 +13,7 @@ from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.images import decoded
 from mmtok_sglang.processor_thread import ProcessorThread
-from mmtok_sglang.refusals import refusal
+from mmtok_sglang.refusals import token_ids_refusal
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["Llava"]
@@ -42,10 +42,7 @@ class Llava(Family):
             ValueError: A prompt of token ids, which the Transformers processor does not take (HTTP 400).
         """
         if not isinstance(kwargs["input_text"], str):
-            raise refusal(
-                "placeholders",
-                "this model takes a prompt with images as text, which a processor expands: send no input_ids",
-            )
+            raise token_ids_refusal()
 
         async def run(copied: Any) -> Any:
             # Here, so that one request's images are decoded at a time: they take far more memory than they came in.
