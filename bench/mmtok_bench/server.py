@@ -47,6 +47,12 @@ _LOG_END_LINES = 40
 # Below those that SGLang takes by itself (from 22000) and the system for outgoing connections (from 32768): a server
 # binds its ports long after it is told them.
 _PORTS = range(20000, 22000)
+_ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    # With several tokenizer workers: else one whose imports take over 10 s on a busy machine is ended and started anew,
+    # again and again.
+    "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "120",
+}
 # Requests go to this machine: a proxy named in the environment is not asked.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -243,7 +249,7 @@ class SglangServer:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self._env},
+                env={**_ENVIRONMENT, **os.environ, **self._env},
                 start_new_session=True,
             )
 
