@@ -34,7 +34,7 @@ help:
 	@echo "make quality every method and budget on the pocket tasks, with a report, under artifacts/quality"
 	@echo "make soak    inject faults into servers and see what holds (MINUTES=30 runs all of it, ROWS=fuzz,storm a part)"
 	@echo "make test    the tests, two at a time (JOBS=0: one by one); no GPU needed; test-fast: those without servers;"
-	@echo "             test-all: also what repeats a test for every family and setting"
+	@echo "             test-all: also what repeats a test for every family and setting, and servers that start as users'"
 	@echo "make test-cpus   the tests without servers as other processors compute: instruction sets, threads, last bits"
 	@echo "make gpu-check   what needs an NVIDIA GPU: kernels, engines, served models, each against its bar (PART=kernels,selector)"
 	@echo "make paper MODELS=/models   the paper's latency, memory and accuracy with real weights on this GPU (DRY=1 prints the steps)"
@@ -87,7 +87,7 @@ test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not exhaustive"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --fresh-servers
 
 # CPU_TESTS=tests/mmtok_deploy takes the selection's alone.
 CPUS ?= native avx2 sse4 threads perturbed-1

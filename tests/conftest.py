@@ -17,6 +17,7 @@ import pytest
 from hypothesis import settings
 
 from mmtok_bench.families import FamilyName
+from tests.preloaded_server import preloaded_servers
 from tests.rounding import PerturbedProducts
 
 settings.register_profile("mmtok", derandomize=True, deadline=None, database=None, max_examples=50)
@@ -30,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SEED",
         help="give matrix products on the CPU other last bits, as another processor would",
     )
+    parser.addoption(
+        "--fresh-servers",
+        action="store_true",
+        help="start every server as users do: importing SGLang, not forked from a process that has imported it",
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,6 +43,15 @@ def _perturbed_products(request: pytest.FixtureRequest) -> Iterator[None]:
     seed = request.config.getoption("--perturb-products")
     with nullcontext() if seed is None else PerturbedProducts(seed):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _preloaded_servers(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.config.getoption("--fresh-servers"):
+        yield
+    else:
+        with preloaded_servers():
+            yield
 
 
 @pytest.fixture(autouse=True)

@@ -187,6 +187,11 @@ class SglangServer:
         return dict(self._env)
 
     @property
+    def full_environment(self) -> dict[str, str]:
+        """All environment variables that it is given."""
+        return {**_ENVIRONMENT, **os.environ, **self._env}
+
+    @property
     def process_id(self) -> int:
         """The number of the server's first process, which is that of its session.
 
@@ -244,14 +249,17 @@ class SglangServer:
             self._log = self._log_path.open("w+b")
         self._started_at_s = time.monotonic()
         with signals_wait():
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                env={**_ENVIRONMENT, **os.environ, **self._env},
-                start_new_session=True,
-            )
+            self._process = self._started_process(self._log)
+
+    def _started_process(self, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=self.full_environment,
+            start_new_session=True,
+        )
 
     def wait_until_ready(self) -> None:
         """Returns when the server takes requests; one that has started is given as long again to answer.

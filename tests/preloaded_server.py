@@ -1,0 +1,264 @@
+"""Servers as forks of a process that has imported SGLang once.
+
+Imports are most of what starting a small server takes: 27 of 31 s of a core, in three processes. A template is a
+process that has imported SGLang, and forks when it is asked to: `Template.start` forks a server's first process, which
+keeps a template of its own for the processes that it spawns. All that follows the imports is what
+`python -m sglang.launch_server` does. Variables that are read while importing have the template's values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import importlib
+import multiprocessing.util
+import os
+import pickle
+import pkgutil
+import runpy
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import IO, Any
+
+__all__ = ["preloaded_servers"]
+
+_MODULES = (
+    "sglang.launch_server",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.managers.data_parallel_controller",
+    "sglang.srt.model_executor.model_runner",
+    "numba",
+    "timm",
+)
+# Every other variable of a server needs imports of its own: SGLANG_TEST_RETRACT is one that is read by them.
+_READ_LATER = {
+    "MMTOK_SOAK_FAULTS",
+    "MMTOK_TEST_FAULTS",
+    "PYTHONPATH",
+    "SGLANG_CPU_OMP_THREADS_BIND",
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION",
+    "SGLANG_PP_LAYER_PARTITION",
+    "SGLANG_VIT_ENABLE_CUDA_GRAPH",
+    "SGLANG_VLM_CACHE_SIZE_MB",
+}
+_PR_SET_CHILD_SUBREAPER = 36
+_FIRST_FREE_FD = 256
+
+
+@contextmanager
+def preloaded_servers() -> Iterator[None]:
+    """Makes the servers of an `SglangServer` on a CPU forks of one template, which starts with the first of them.
+
+    Servers with several tokenizer workers, or environment variables beside `cpu_environment` and _READ_LATER, start
+    afresh.
+    """
+    from mmtok_bench.server import SglangServer, cpu_environment
+
+    start_afresh = SglangServer._started_process
+    templates: list[Template] = []
+
+    def started_process(server: SglangServer, output: IO[bytes]) -> subprocess.Popen[bytes] | Child:
+        theirs = server.environment
+        common = cpu_environment()
+        is_common = common.items() <= theirs.items() and set(theirs) <= {*common, *_READ_LATER}
+        # libuv, under the event loops of several tokenizer workers, aborts in forks.
+        if not is_common or any(each.startswith("--tokenizer-worker-num") for each in server.args):
+            return start_afresh(server, output)
+        if not templates:
+            templates.append(Template(common))
+        return templates[0].start(server.command[3:], server.full_environment, output.fileno())
+
+    SglangServer._started_process = started_process  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        SglangServer._started_process = start_afresh  # type: ignore[method-assign]
+        for template in templates:
+            template.close()
+
+
+class Child:
+    """A process that a template forked; this process is its parent."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def wait(self) -> int:
+        """Waits for its end and returns its exit status, negative for a signal."""
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
+class Template:
+    """A process that has imported SGLang with some environment variables.
+
+    Args:
+        environment: The environment variables that it has on top of this process's.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", __file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str], output_fd: int) -> Child:
+        """Forks a server in a session of its own, without standard input.
+
+        Args:
+            arguments: Of `python -m sglang.launch_server`.
+            environment: All its environment variables.
+            output_fd: The file that takes what it prints.
+        """
+        with open(os.devnull) as nothing:
+            fds = {0: nothing.fileno(), 1: output_fd, 2: output_fd}
+            return Child(_ask(self._socket, list(arguments), dict(environment), fds, is_server=True))
+
+    def close(self) -> None:
+        """Ends it; the servers go on."""
+        self._socket.close()
+        self._process.wait()
+
+
+def _ask(
+    template: socket.socket, arguments: list[str], environment: dict[str, str], fds: dict[int, int], *, is_server: bool
+) -> int:
+    """Has a template fork a child of this process, and returns its number.
+
+    Args:
+        template: What the template listens to.
+        arguments: The child's `sys.argv`, without the program.
+        environment: All its environment variables.
+        fds: The file descriptors that it has, by their numbers in the child.
+        is_server: Whether it is a server's first process; else it was spawned by one.
+    """
+    request = pickle.dumps((arguments, environment, os.getcwd(), list(fds), is_server))
+    answer = b""
+    with _adopts_orphans(), suppress(BrokenPipeError, ConnectionResetError):
+        socket.send_fds(template, [struct.pack("!I", len(request))], list(fds.values()))
+        template.sendall(request)
+        answer = template.recv(4, socket.MSG_WAITALL)
+    if len(answer) < 4:
+        raise RuntimeError("the process that has imported SGLang has ended: its output says why")
+    return int(struct.unpack("!I", answer)[0])
+
+
+@contextmanager
+def _adopts_orphans() -> Iterator[None]:
+    """Makes processes whose parent ends, below this one, its children."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def _serve(requests: socket.socket) -> Callable[[], Any]:
+    """Forks for each request, until the asking process ends; returns in the children, with what they have to run."""
+    while True:
+        header, fds, *_ = socket.recv_fds(requests, 4, 64)
+        if not header:
+            os._exit(0)
+        size = struct.unpack("!I", header)[0]
+        arguments, environment, folder, numbers, is_server = pickle.loads(requests.recv(size, socket.MSG_WAITALL))
+        number_read, number_written = os.pipe()
+        between = os.fork()
+        if between == 0:
+            child = os.fork()
+            if child == 0:
+                requests.close()
+                os.close(number_read)
+                os.close(number_written)
+                _take(dict(zip(numbers, fds, strict=True)))
+                os.chdir(folder)
+                os.environ.clear()
+                os.environ.update(environment)
+                return partial(_run_server if is_server else _run_spawned, arguments)
+            os.write(number_written, struct.pack("!I", child))
+            os._exit(0)
+        # Its child is one of the process that asked from now on.
+        os.waitpid(between, 0)
+        requests.sendall(os.read(number_read, 4))
+        for each in (number_read, number_written, *fds):
+            os.close(each)
+
+
+def _take(fds: dict[int, int]) -> None:
+    """Gives file descriptors their numbers."""
+    # Away from the numbers first, which some of them may have.
+    aside = {number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD) for number, fd in fds.items()}
+    for fd in set(fds.values()):
+        os.close(fd)
+    for number, fd in aside.items():
+        os.dup2(fd, number)
+        os.close(fd)
+
+
+def _run_server(arguments: list[str]) -> None:
+    os.setsid()
+    # As Python itself begins with `-m`.
+    sys.path[:0] = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        _serve(theirs)()
+        return
+    theirs.close()
+    _spawn_from(ours)
+    sys.argv = ["", *arguments]
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+def _spawn_from(template: socket.socket) -> None:
+    """Makes the processes that multiprocessing spawns from here forks of the template."""
+    execute = multiprocessing.util.spawnv_passfds
+    one_at_a_time = threading.Lock()
+
+    def spawn(path: bytes, command: list[str], fds: list[int]) -> int:
+        if "--multiprocessing-fork" not in command:
+            return execute(path, command, fds)
+        kept = {int(fd): int(fd) for fd in {0, 1, 2, *fds}}
+        with one_at_a_time:
+            return _ask(template, command[command.index("-c") + 1 :], dict(os.environ), kept, is_server=False)
+
+    multiprocessing.util.spawnv_passfds = spawn  # type: ignore[assignment]
+
+
+def _run_spawned(arguments: list[str]) -> None:
+    code, *rest = arguments
+    sys.argv = ["-c", *rest]
+    exec(code, {"__name__": "__main__"})
+
+
+def _main() -> None:
+    for module in _MODULES:
+        importlib.import_module(module)
+    processors = importlib.import_module("sglang.srt.multimodal.processors")
+    for each in pkgutil.iter_modules(processors.__path__, f"{processors.__name__}."):
+        # SGLang goes on as well: some need packages that are not installed.
+        with suppress(ImportError):
+            importlib.import_module(each.name)
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("the imports started threads, which forks would not have")
+    gc.freeze()
+    _serve(socket.socket(fileno=int(sys.argv[1])))()
+
+
+if __name__ == "__main__":
+    _main()
