@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
+from starlette.responses import JSONResponse
 
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import FIELD, body_of
 
-__all__ = ["engine_async_generate", "engine_generate", "generate_request"]
+__all__ = ["answer_http", "engine_async_generate", "engine_generate", "generate_request"]
 
 # What a call of `sgl.Engine` was given, until the engine makes its request of it.
 _given_to_engine: ContextVar[Mapping[str, Any] | None] = ContextVar("mmtok_given_to_engine", default=None)
+
+# Fields whose values have names of the caller's: schemas, arguments of tools, and what a processor of logits is given.
+_OF_THE_CALLER = {
+    *("tools", "functions", "tool_calls", "function_call", "arguments"),
+    *("response_format", "format", "json_schema", "metadata", "custom_params"),
+}
+
+_UNEXPECTED = re.compile(rf"unexpected keyword argument '(mmtok_\w+|{FIELD}|extra_body)'")
 
 
 def generate_request(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
@@ -32,6 +42,36 @@ def generate_request(original: Callable[..., Any], manager: Any, obj: Any, reque
     except ValueError as error:
         return _refuse(error)
     return original(manager, obj, request)
+
+
+async def answer_http(
+    original: Callable[..., Awaitable[None]], middleware: Any, scope: Any, receive: Any, send: Any
+) -> None:
+    """Answers an HTTP request as SGLang does; HTTP 400 where it fails for one of the plugin's fields.
+
+    What /vertex_generate has in its `parameters`, and any endpoint in its `sampling_params`, are arguments of a call.
+    """
+    has_begun = False
+
+    async def send_on(message: Any) -> None:
+        nonlocal has_begun
+        has_begun = True
+        await send(message)
+
+    try:
+        await original(middleware, scope, receive, send_on)
+    except TypeError as error:
+        found = _UNEXPECTED.search(str(error))
+        if found is None or has_begun:
+            raise
+        message = str(
+            refusal(
+                "field",
+                f"{found[1]} stands where it is not read: send {FIELD} at the top of the request (of /vertex_generate: "
+                f'in its parameters), as {{"{FIELD}": {{"mmtok_budget": ...}}}}',
+            )
+        )
+        await JSONResponse({"error": {"message": message}}, 400)(scope, receive, send)
 
 
 def engine_generate(
@@ -76,10 +116,12 @@ def _hand_on(obj: Any, request: Any) -> None:
         given = body.get(FIELD)
     else:
         given = _given_to_engine.get()
+    # SGLang looks at what /generate is sent, and not at what /vertex_generate is.
+    for each in (given, getattr(obj, FIELD, None)):
+        if each is not None and not isinstance(each, Mapping):
+            raise refusal("field", f'{FIELD} is an object like {{"mmtok_budget": "10%"}}, got {each!r:.200}')
     if given is None:
         return
-    if not isinstance(given, Mapping):
-        raise refusal("field", f'{FIELD} is an object like {{"mmtok_budget": "10%"}}, got {given!r:.200}')
     ours = {name: value for name, value in given.items() if str(name).startswith("mmtok_") and value is not None}
     if not ours:
         return
@@ -109,9 +151,8 @@ def _refuse_misplaced(body: Mapping[str, Any]) -> None:
             "extra_body is an argument of OpenAI's Python client, not a field of a request: send what is in it at the "
             f'top of the request, {{"{FIELD}": {{...}}}}',
         )
-    for place, within in _parts(body):
-        kwargs = within.get(FIELD)
-        names = _ours(within) or (_ours(kwargs) if isinstance(kwargs, dict) else [])
+    for place, within in _objects(body):
+        names = _ours(within)
         if names:
             raise refusal(
                 "field",
@@ -124,19 +165,21 @@ def _ours(fields: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in fields if name.startswith("mmtok_"))
 
 
-def _parts(body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Gives the objects within a request that are of one prompt, message or image, and the field that they stand in."""
-    for place in ("instances", "messages", "input", "sampling_params"):
-        for each in _objects(body.get(place)):
-            yield place, each
-            for part in _objects(each.get("content")):
-                yield place, part
-                for image in _objects(part.get("image_url")):
-                    yield place, image
-
-
-def _objects(value: Any) -> list[dict[str, Any]]:
-    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
+def _objects(body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Gives the objects within a request, at any depth, and the field that each stands in; none of the caller's own."""
+    fields = {place: value for place, value in body.items() if place != FIELD}
+    parameters = fields.get("parameters")
+    if "instances" in body and isinstance(parameters, dict):
+        fields["parameters"] = {name: value for name, value in parameters.items() if name != FIELD}
+    # No recursion: it may be nested as deep as JSON allows.
+    pending = [(place, value) for place, value in fields.items() if place not in _OF_THE_CALLER]
+    while pending:
+        place, value = pending.pop()
+        if isinstance(value, list):
+            pending += [(place, each) for each in value if isinstance(each, dict | list)]
+        elif isinstance(value, dict) and value.get("type") != "tool_use":
+            yield place, value
+            pending += [(place, each) for name, each in value.items() if name not in _OF_THE_CALLER]
 
 
 async def _refuse(error: ValueError) -> AsyncIterator[Any]:

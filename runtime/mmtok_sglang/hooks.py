@@ -8,7 +8,7 @@ from typing import Any
 
 from mmtok_sglang.account import accounting, remembered_by
 from mmtok_sglang.agent import refuse_chains
-from mmtok_sglang.entry_points import engine_async_generate, engine_generate, generate_request
+from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine_generate, generate_request
 from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
 from mmtok_sglang.memory import reserving, room_for_keys_and_values
@@ -83,6 +83,13 @@ def hooks_of(server: Server) -> list[Hook]:
             generate_request,
             reason="every entry point calls it, and not all hand mm_processor_kwargs on",
             until="/v1/messages, /v1/responses, /v1/decisions, /v1/rerank and sgl.Engine hand the field on",
+        ),
+        Hook(
+            "utils.http_middleware_patch._PureASGIDispatch.__call__",
+            "self scope receive send",
+            answer_http,
+            reason="our fields where SGLang takes no others end in HTTP 500, before a request is made of them",
+            until="/vertex_generate answers HTTP 400 to a parameter that it does not know",
         ),
         Hook(
             "entrypoints.engine.Engine.generate",

@@ -8,6 +8,7 @@ import pytest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from mmtok_sglang.entry_points import (
+    answer_http,
     engine_async_generate,
     engine_generate,
     generate_request,
@@ -87,6 +88,17 @@ def test_fields_go_before_what_the_plugin_read_from_messages() -> None:
         ({"messages": [{"content": [{"type": "text"}, {"type": "image_url", **FIELDS}]}]}, "stands within messages"),
         ({"messages": [{"content": [{"image_url": {"url": "x", **FIELDS}}]}]}, "stands within messages"),
         ({"input": [{"content": [{"type": "input_image", "mmtok_budget": 5}]}]}, "stands within input"),
+        ({"input": [{"type": "function_call_output", "output": [FIELDS]}]}, "stands within input"),
+        (
+            {"messages": [{"content": [{"type": "tool_result", "content": [{"source": FIELDS}]}]}]},
+            "stands within messages",
+        ),
+        ({"instances": [{}], "parameters": {"mm_processor_kwargs": FIELDS, **FIELDS}}, "stands within parameters"),
+        ({"instances": [{}], "parameters": {"sampling_params": FIELDS}}, "stands within parameters"),
+        ({"instances": [{}], "parameters": {"sampling_params": {"mm_processor_kwargs": FIELDS}}}, "within parameters"),
+        ({"parameters": {"mm_processor_kwargs": FIELDS}}, "stands within parameters"),
+        ({"chat_template_kwargs": FIELDS}, "stands within chat_template_kwargs"),
+        ({"images": [{"url": "x", **FIELDS}]}, "stands within images"),
     ],
 )
 def test_fields_in_the_wrong_place_are_refused(body: dict[str, Any], message: str) -> None:
@@ -97,14 +109,59 @@ def test_fields_in_the_wrong_place_are_refused(body: dict[str, Any], message: st
 @pytest.mark.parametrize(
     "body",
     [
-        {"messages": "x", "input": 5, "instances": None, "sampling_params": [None, 5, "x", [FIELDS]]},
+        {"messages": "x", "input": 5, "instances": None, "sampling_params": [None, 5, "x", [[]]]},
         {"messages": [{"content": [{"image_url": "x"}, "x", None]}, {"content": None}]},
         # A tool's arguments are the tool's.
         {"tools": [{"function": {"parameters": {"properties": FIELDS}}}]},
+        {"messages": [{"content": [{"type": "tool_use", "input": FIELDS}]}, {"tool_calls": [FIELDS]}]},
+        {"input": [{"type": "function_call", "arguments": FIELDS}], "text": {"format": {"schema": FIELDS}}},
+        {"response_format": {"json_schema": FIELDS}, "sampling_params": {"custom_params": FIELDS}},
+        # It is read there, where SGLang has put it on the request.
+        {"instances": [{}], "parameters": {"mm_processor_kwargs": FIELDS}},
     ],
 )
 def test_what_has_no_fields_is_passed_over(body: dict[str, Any]) -> None:
     assert answer(body) is None
+
+
+def test_deep_json_is_walked_without_recursion() -> None:
+    body: dict[str, Any] = dict(FIELDS)
+    for _ in range(50_000):
+        body = {"a": [body]}
+    with pytest.raises(ValueError, match="stands within a,"):
+        answer(body)
+
+
+def test_fields_that_reach_the_request_must_be_an_object() -> None:
+    # As /vertex_generate makes it, of whatever is in its parameters.
+    for sent in ("10%", [FIELDS], 5):
+        with pytest.raises(ValueError, match="mm_processor_kwargs is an object like"):
+            answer({"instances": [{}], "parameters": {}}, a_request(mm_processor_kwargs=sent))
+
+
+def test_a_field_that_is_no_argument_of_a_request_is_answered_with_400() -> None:
+    def ask(name: str, *, begun: bool = False) -> tuple[int, str]:
+        async def original(middleware: Any, scope: Any, receive: Any, send: Any) -> None:
+            if begun:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            GenerateReqInput(text="x", **{name: 5})
+
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        asyncio.run(answer_http(original, None, {"type": "http"}, None, send))
+        return sent[0]["status"], sent[1]["body"].decode()
+
+    for name in ("mmtok_budget", "extra_body"):
+        status, message = ask(name)
+        assert status == 400
+        assert message.startswith(f'{{"error":{{"message":"{name} stands where it is not read: send mm_processor_kwarg')
+    with pytest.raises(TypeError, match="'temperature'"):
+        ask("temperature")
+    with pytest.raises(TypeError, match="'mmtok_budget'"):
+        ask("mmtok_budget", begun=True)
 
 
 def test_a_refusal_waits_until_the_answer_is_asked_for() -> None:

@@ -110,11 +110,34 @@ def test_a_vertex_request_has_the_fields_in_its_parameters(served: Served) -> No
 
     (images,) = served.ask(CHAT)["mmtok"]
     assert read(**fields) - read() == images["image_tokens_in"] - images["image_tokens_kept"]
+
+
+@pytest.mark.parametrize(
+    ("instance", "parameters", "named"),
+    [
+        ({"mm_processor_kwargs": {"mmtok_budget": 5}}, {}, "mmtok_budget stands within instances, where it is not"),
+        ({}, {"mmtok_budget": "25%"}, "mmtok_budget stands where it is not read: send mm_processor_kwargs"),
+        ({}, {"stream": True, "mmtok_seed": 1}, "mmtok_seed stands where it is not read"),
+        ({}, {"extra_body": {"mmtok_budget": 5}}, "extra_body stands where it is not read"),
+        ({}, {"sampling_params": {"mmtok_budget": 5}}, "mmtok_budget stands within parameters"),
+        ({}, {"mm_processor_kwargs": "25%"}, "mm_processor_kwargs is an object like"),
+        ({}, {"mm_processor_kwargs": {"mmtok_budget": 1.0}}, "mmtok_budget: budget 1.0"),
+        # Without an image nothing of ours is read: SGLang would answer 500 to what is no parameter.
+        ({"image_data": None}, {"mmtok_budget": "25%"}, "mmtok_budget stands where it is not read"),
+        ({"image_data": None}, {"sampling_params": {"mmtok_budget": 5}}, "mmtok_budget stands where it is not read"),
+    ],
+)
+def test_a_vertex_request_with_fields_elsewhere_is_refused(
+    served: Served, instance: dict[str, Any], parameters: dict[str, Any], named: str
+) -> None:
+    instance = {"text": served.judge.prompt(CHAT.for_template()), "image_data": URL} | instance
     with pytest.raises(urllib.error.HTTPError) as refusal:
-        served.post("/vertex_generate", {"instances": [instance | fields], "parameters": parameters})
+        served.post(
+            "/vertex_generate", {"instances": [instance], "parameters": {"sampling_params": SAMPLING} | parameters}
+        )
     with refusal.value as answer:
         assert answer.code == 400
-        assert "mmtok_budget stands within instances, where it is not read" in answer.read().decode()
+        assert named in answer.read().decode()
 
 
 def _events(served: Served, path: str, body: dict[str, Any]) -> list[Any]:
@@ -210,3 +233,39 @@ def test_a_system_image_is_guided_by_the_first_question(served: Served) -> None:
     served.check(chat, served.ask(chat), guidance=[CUP])
     later = chat.then("assistant", "Coffee.").then("user", "How many cats are there?")
     served.check(later, served.ask(later), guidance=[CUP])
+
+
+def _messages_thread(served: Served, image: dict[str, Any]) -> dict[str, Any]:
+    """As an agent sends it: a question, a call of a tool, and its result in a user message with more text."""
+    call = {"type": "tool_use", "id": "call_1", "name": "open", "input": {"page": "cup"}}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": [image, {"type": "text", "text": "loaded"}]}
+    more = {"type": "text", "text": "How many cats are there? " + "Look again. " * 40}
+    turns = [("user", "Open the page of the cup."), ("assistant", [call]), ("user", [result, more])]
+    return {**_messages(served), "messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/generate"])
+def test_a_tools_image_is_guided_by_the_user_at_other_entry_points(served: Served, path: str) -> None:
+    if served.token_px is None:
+        pytest.skip("the chat template of this family has no tools")
+    if path == "/v1/messages":
+        source = {"type": "base64", "media_type": "image/png", "data": URL.partition(",")[2]}
+        body = _messages_thread(served, {"type": "image", "source": source})
+    else:
+        chat = Chat.ask("Open the page of the cup.").then("assistant", "Opening.").then("tool", small("coffee"), "done")
+        chat = chat.then("user", "How many cats are there? " + "Look again. " * 40)
+        body = _generate(served) | {"text": served.judge.prompt(chat.for_template())}
+
+    def ask(**fields: Any) -> tuple[int, int]:
+        answer = served.post(path, {**body, "mm_processor_kwargs": fields or None})
+        if path == "/generate":
+            return answer["meta_info"]["prompt_tokens"], answer["meta_info"]["cached_tokens"]
+        return _messages_usage(answer), answer["usage"].get("cache_read_input_tokens", 0)
+
+    served.flush_cache()
+    ask()
+    # All of a request is in the prefix cache if the same text guides it, and nothing from its image on if another does.
+    num_read, num_cached = ask(mmtok_guidance="Open the page of the cup.")
+    assert num_cached >= served.from_cache(num_read - 1)
+    _, num_others = ask(mmtok_guidance="How many cats are there?")
+    assert num_others < num_cached - 64
