@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
 from mmtok_deploy.methods import MethodName
+from mmtok_sglang import placeholders
 from mmtok_sglang.families import Family
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.placeholders import (
@@ -25,6 +27,7 @@ from mmtok_sglang.placeholders import (
     plan_of,
     share_guidance,
 )
+from mmtok_sglang.request import guidance_texts
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 from tests.runtime.stand_ins import (
     IMAGE_ID,
@@ -337,6 +340,21 @@ def tokenized(request: GenerateReqInput) -> str:
 
     found: str = asyncio.run(cutter.tokenize_one_request(original, manager, request))
     return found
+
+
+def test_the_guidance_of_a_long_prompt_is_found_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+
+    def found(*args: Any) -> list[str]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return guidance_texts(*args)
+
+    monkeypatch.setattr(placeholders, "guidance_texts", found)
+    for num_letters in (10, 100_000):
+        prompt = "<|image_pad|>" + "b" * num_letters
+        processed(prompt_output([IMAGE_ID] * 3), 1, prompt=prompt, limits=Limits(max_guidance_tokens=10**6))
+    # A short one is read at once, on the event loop.
+    assert threads == [True, False]
 
 
 def test_a_prompt_of_ids_and_an_image_without_text() -> None:
