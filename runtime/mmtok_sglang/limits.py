@@ -104,6 +104,23 @@ class Limits:
                 "fewer or smaller ones",
             )
 
+    def check_tiles(self, num_images: int, num_tiles: int, tile_pixels: int) -> None:
+        """Raises ValueError (HTTP 400) for images that are too large together once they are cut into tiles.
+
+        Args:
+            num_images: Images of the request, however small: each is scaled up to its tiles.
+            num_tiles: The most tiles of one.
+            tile_pixels: Pixels of a tile.
+        """
+        most = _MAX_LARGE * self.max_image_pixels // tile_pixels
+        if num_images * num_tiles > most:
+            raise refusal(
+                "pixels",
+                f"the request's {num_images:,} images are cut into up to {num_tiles} tiles each, this server takes "
+                f"{most:,} tiles in a request, the pixels of eight times --mmtok-max-image-pixels: send fewer images, "
+                "or a smaller max_dynamic_patch",
+            )
+
     def check_prompt(self, length: int, unit: str, max_prompt_tokens: int | None) -> None:
         """Raises ValueError (HTTP 400) for a prompt that is not worth tokenising: the server has none as long.
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -17,6 +18,7 @@ from mmtok_deploy import Budget
 from mmtok_deploy.budget import tokens_per_tile
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.padding import padding_mask
+from mmtok_sglang.families import internvl3
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.families.llava_1_5 import Llava15
@@ -26,6 +28,7 @@ from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
 from mmtok_sglang.families.qwen3_5 import Qwen35, Qwen35Moe
 from mmtok_sglang.families.qwen3_vl import Qwen3VL
 from mmtok_sglang.feature_cache import Features
+from mmtok_sglang.limits import Limits
 from mmtok_sglang.model import EncodedImage, PrunedModel
 from mmtok_sglang.placeholders import ImagePlan
 from mmtok_sglang.request import Requested
@@ -272,17 +275,47 @@ def test_placeholders_of_internvl(placeholder: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "is_refused"), [(None, False), (1, False), (63, False), (64, True), (-1, True), ("6", True)]
 )
-def test_tiles_beyond_what_is_selected_from_are_refused(name: str, asked: Any, is_refused: bool) -> None:
+def test_tiles_beyond_what_is_selected_from_are_refused(
+    name: str, asked: Any, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def sglangs(*_: Any, **__: Any) -> str:
         return "processed"
 
-    processor = SimpleNamespace(num_image_token=256, _processor=None)
+    monkeypatch.setattr(internvl3, "current", lambda: SimpleNamespace(settings=SimpleNamespace(limits=Limits())))
+    processor = SimpleNamespace(num_image_token=256, _processor=None, IMAGE_MAX_NUM=12)
     request = SimpleNamespace(**{name: asked})
     call = InternVL3().process(sglangs, processor, ["image"], input_text="<image>", request_obj=request)
     if is_refused:
         with pytest.raises(ValueError, match=f"^{name} is a whole number of tiles .*, at most 63, got"):
             asyncio.run(call)
     else:
+        assert asyncio.run(call) == "processed"
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_images", "is_refused"),
+    # 8 x 64,000,000 pixels are 2,551 tiles, the thumbnails counted.
+    [
+        ({}, 196, False),
+        ({}, 197, True),
+        ({"max_dynamic_patch": 63}, 39, False),
+        ({"max_dynamic_patch": 63}, 40, True),
+        ({"image_max_dynamic_patch": 1, "max_dynamic_patch": 63}, 256, False),
+        ({"max_dynamic_patch": 0}, 197, True),
+    ],
+)
+def test_tiles_of_a_request_beyond_its_pixels_are_refused(
+    asked: dict[str, int], num_images: int, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def sglangs(*_: Any, **__: Any) -> str:
+        return "processed"
+
+    monkeypatch.setattr(internvl3, "current", lambda: SimpleNamespace(settings=SimpleNamespace(limits=Limits())))
+    processor = SimpleNamespace(num_image_token=256, _processor=None, IMAGE_MAX_NUM=12)
+    call = InternVL3().process(
+        sglangs, processor, ["image"] * num_images, input_text="", request_obj=SimpleNamespace(**asked)
+    )
+    with pytest.raises(ValueError, match="this server takes 2,551 tiles in a request") if is_refused else nullcontext():
         assert asyncio.run(call) == "processed"
 
 

@@ -27,11 +27,14 @@ from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.processor_thread import ProcessorThread
 from mmtok_sglang.refusals import refusal, token_ids_refusal
+from mmtok_sglang.server import current
 from mmtok_sglang.stages import image_stage
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 
 __all__ = ["InternVL3"]
 
+# Whatever the checkpoint's size of an image is: sglang 0.5.23, `dynamic_preprocess`.
+_TILE_PX = 448
 _LANGUAGE_MODELS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -117,12 +120,13 @@ class InternVL3(Family):
         SGLang's processor scales images on the event loop.
 
         Raises:
-            ValueError: A prompt of token ids, which the processor does not take, or more tiles than the selection takes
-                (HTTP 400).
+            ValueError: A prompt of token ids, which the processor does not take, or more tiles than the selection or
+                the server takes (HTTP 400).
         """
         if not isinstance(kwargs["input_text"], str) and any(map(is_raw, images or ())):
             raise token_ids_refusal()
-        _check_num_tiles(kwargs["request_obj"], processor)
+        num_tiles = _num_tiles(kwargs["request_obj"], processor)
+        current().settings.limits.check_tiles(len(images or ()), num_tiles, _TILE_PX**2)
 
         async def run(copied: Any) -> Any:
             return await original(copied, images, *args, **kwargs)
@@ -171,9 +175,14 @@ def _tile_tokens(config: Any) -> int:
     return int(side**2 * config.downsample_ratio**2)
 
 
-def _check_num_tiles(request: Any, processor: Any) -> None:
-    """Raises ValueError (HTTP 400) for more tiles than are selected from; SGLang takes any number."""
+def _num_tiles(request: Any, processor: Any) -> int:
+    """Returns the most tiles that an image of the request is cut into, its thumbnail counted.
+
+    Raises:
+        ValueError: More than are selected from (HTTP 400); SGLang takes any number.
+    """
     most = MAX_TOKENS // processor.num_image_token - 1
+    num_tiles = 0
     for name in ("image_max_dynamic_patch", "max_dynamic_patch"):
         asked = getattr(request, name, None)
         if asked is not None and not (isinstance(asked, int) and 0 <= asked <= most):
@@ -181,3 +190,6 @@ def _check_num_tiles(request: Any, processor: Any) -> None:
                 "pixels",
                 f"{name} is a whole number of tiles that an image is cut into, at most {most}, got {asked!r:.100}",
             )
+        # As SGLang reads them, for which 0 is none.
+        num_tiles = num_tiles or asked or 0
+    return 1 + int(num_tiles or processor.IMAGE_MAX_NUM)
