@@ -60,6 +60,7 @@ class StageMetrics:
     def __init__(self) -> None:
         self._parts: deque[_Part] = deque()
         self._prefill: Clock | None = None
+        self._counts: dict[str, int] = {}
 
     def encode(self, original: Callable[..., Any], model: Any, items: Sequence[Any]) -> Any:
         """Returns `original(model, items)`, one call of the vision encoder with its projector, and times it."""
@@ -70,9 +71,12 @@ class StageMetrics:
         self._stop("vision_encoder_milliseconds", clock, {"vision_encoder_images": len(items)})
         return features
 
+    @never_raises
     def start_language_model(self, device: torch.device) -> None:
         """Says that the images of the prefill that runs are embedded: the language model begins."""
         if self._prefill is not None:
+            # A prefill that cannot be timed is left out.
+            self._prefill = None
             self._prefill = start_clock(device)
 
     def forward(self, run: Callable[[], Any], forward_batch: Any, device: torch.device) -> Any:
@@ -85,18 +89,23 @@ class StageMetrics:
         """
         if not is_first_rank():
             return run()
-        counts = {
+        self._start_prefill(forward_batch, device)
+        try:
+            output = run()
+            if self._prefill is not None:
+                self._stop("language_prefill_milliseconds", self._prefill, self._counts)
+        finally:
+            self._prefill = None
+        return output
+
+    @never_raises
+    def _start_prefill(self, forward_batch: Any, device: torch.device) -> None:
+        self._counts = {
             "language_prefill_requests": int(forward_batch.batch_size),
             # Not what a padded batch says of itself.
             "language_prefill_tokens": sum(forward_batch.extend_seq_lens_cpu or ()),
         }
         self._prefill = start_clock(device)
-        try:
-            output = run()
-            self._stop("language_prefill_milliseconds", self._prefill, counts)
-        finally:
-            self._prefill = None
-        return output
 
     @never_raises
     def _stop(self, histogram: str, clock: Clock, counts: Mapping[str, int]) -> None:

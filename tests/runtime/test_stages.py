@@ -51,6 +51,23 @@ def test_a_prefill_is_counted_when_the_device_is_done_with_it(clocks: list[Devic
     assert len(clocks) == 1
 
 
+def test_a_prefill_that_cannot_be_timed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_clock(_device: torch.device) -> None:
+        raise RuntimeError("no event")
+
+    counted, before = StageMetrics(), prefilled()
+
+    def run() -> str:
+        monkeypatch.setattr(stages, "start_clock", no_clock)
+        counted.start_language_model(CPU)
+        return "logits"
+
+    for _ in range(2):  # the clock of the language model fails, then that of the prefill
+        assert counted.forward(run, batch(), CPU) == "logits"
+    counted.settle()
+    assert since(before) == [0, 0, 0, 0]
+
+
 def test_a_prefill_begins_after_the_embedding_of_its_images(clocks: list[DeviceClock]) -> None:
     counted, before = StageMetrics(), prefilled()
 
