@@ -51,7 +51,12 @@ class Failures:
         self._warning = RepeatedWarning(logger)
 
     def guard_forward(
-        self, run: Callable[[Tensor], Any], input_ids: Tensor, forward_batch: Any, vocab_size: int
+        self,
+        run: Callable[[Tensor], Any],
+        input_ids: Tensor,
+        forward_batch: Any,
+        vocab_size: int,
+        can_run_again: Callable[[], bool] = lambda: True,
     ) -> Any:
         """Returns `run(input_ids)`; if that fails, once more without the batch's images.
 
@@ -63,9 +68,10 @@ class Failures:
             input_ids: The batch's.
             forward_batch: SGLang's batch.
             vocab_size: Ids from it on stand for images.
+            can_run_again: Asked after an error, whether the model is as it was before.
 
         Raises:
-            RankError: Some ranks failed and others did not.
+            RankError: Some ranks failed and others did not, or the batch cannot be run once more.
         """
         hashes = _images_of(forward_batch)
         if not hashes or get_parallel().pp_size > 1:
@@ -78,6 +84,8 @@ class Failures:
         except Exception as caught:  # whatever it is, the batch has requests without images
             error = f"{type(caught).__name__}: {caught!s:.500}"
             self._warning.log("MMTok: a batch with images failed (%s)", error, error=caught)
+            if not can_run_again():
+                raise RankError(f"MMTok: a batch failed that has changed the model's state: {error}") from caught
         if not failed_on_all_ranks(error):
             return output
         for item_hash in hashes:
@@ -154,17 +162,12 @@ class Failures:
         return result
 
     def take_in(self, original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any) -> None:
-        """Takes in a request; one with images is answered with HTTP 500 if that fails on all ranks.
-
-        So is one of text where there is one rank. Several do not tell one another of each text.
+        """Takes in a request; it is answered with HTTP 500 if that fails on all ranks.
 
         Raises:
             RankError: It failed on some ranks alone; or, with pipeline parallelism, on all of a stage.
         """
-        if recv_req.mm_inputs is None and (num_ranks() > 1 or get_parallel().pp_size > 1):
-            original(scheduler, recv_req, **kwargs)
-            return
-        error = None
+        has_images, error = recv_req.mm_inputs is not None, None
         try:
             original(scheduler, recv_req, **kwargs)
         except RankError:
@@ -172,6 +175,9 @@ class Failures:
         except Exception as caught:  # whatever it is, it is this request's; the server has others
             error = f"{type(caught).__name__}: {caught!s:.500}"
             self._warning.log("MMTok: a request could not be taken in (%s)", error, error=caught)
+        if error is None and not has_images:
+            # Of texts the ranks tell one another only where one fails: if all do, all say so.
+            return
         try:
             failed = failed_on_all_ranks(error)
             if failed and get_parallel().pp_size > 1:

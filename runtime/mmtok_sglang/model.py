@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.model_loader.utils import resolve_language_model
 from torch import Tensor, nn
 from typing_extensions import override
@@ -76,6 +77,9 @@ class PrunedModel(_Base):
         resolve_language_model(self).register_forward_pre_hook(lambda *_: self._start_language_model())
         self._forward_batch: Any = None
         self._spans: list[Any] = []
+        # Linear attention changes its states in place: run twice, a batch would read its tokens twice.
+        self._is_recurrent = any(isinstance(module, RadixLinearAttention) for module in self.modules())
+        self._has_begun = False
 
     def features_of(self, items: Sequence[Any]) -> list[Features]:
         """Returns the features of pruned images, from one call of `encode` or from several.
@@ -138,13 +142,14 @@ class PrunedModel(_Base):
             input_ids,
             forward_batch,
             self.config.get_text_config().vocab_size,
+            lambda: not (self._is_recurrent and self._has_begun),
         )
         if forward_batch.mrope_positions is not None and not self.pp_group.is_last_rank:
             send_positions(forward_batch, output)
         return output
 
     def _prefill(self, run: Any, input_ids: Tensor, forward_batch: Any) -> Any:
-        self._forward_batch, self._spans = forward_batch, []
+        self._forward_batch, self._spans, self._has_begun = forward_batch, [], False
         if self.pp_group.is_first_rank and has_images(forward_batch):
             check_embeddings(forward_batch)
             if forward_batch.mrope_positions is not None:
@@ -160,6 +165,7 @@ class PrunedModel(_Base):
         server, positions = current(), self._forward_batch.mrope_positions
         if self._spans:
             server.positions.write(self._spans, positions)
+        self._has_begun = True
         server.stages.start_language_model(next(self.parameters()).device)
 
     def _image_tokens(self, items: Sequence[Any]) -> Any:

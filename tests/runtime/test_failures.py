@@ -164,6 +164,19 @@ def test_a_batch_that_fails_runs_once_more_without_its_images() -> None:
     assert [failures.is_marked(each) for each in (1, 2)] == [True, False]
 
 
+def test_a_batch_that_has_changed_the_models_state_is_not_run_again() -> None:
+    batch, num_runs = forward_batch(images(1), 0, 15), 0
+
+    def run(_: Tensor) -> None:
+        nonlocal num_runs
+        num_runs += 1
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RankError, match="a batch failed that has changed the model's state: RuntimeError: no memory"):
+        Failures().guard_forward(run, batch.input_ids, batch, VOCABULARY, lambda: False)
+    assert num_runs == 1
+
+
 @pytest.mark.parametrize(
     "batch",
     [forward_batch(images(1), 0, 9), forward_batch(images(1), 0, 15, ForwardMode.DECODE)],
@@ -177,39 +190,54 @@ def test_a_batch_without_images_fails_as_sglangs_does(batch: Any) -> None:
         Failures().guard_forward(run, batch.input_ids, batch, VOCABULARY)
 
 
-def test_a_request_that_cannot_be_taken_in_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_size=1))
-    sent: list[Any] = []
-    scheduler = SimpleNamespace(send_abort_output=lambda abort, req: sent.append((abort, req)))
+def recv_req(rid: str = "7", mm_inputs: Any = None) -> Any:
+    return SimpleNamespace(rid=rid, input_text="a text", mm_inputs=mm_inputs, http_worker_ipc="worker")
 
-    def original(_scheduler: Any, _request: Any, **_: Any) -> None:
-        raise TypeError("no such field")
 
-    with_images = SimpleNamespace(rid="7", mm_inputs="images", http_worker_ipc="worker")
-    Failures().take_in(original, scheduler, with_images)
-    ((abort, answered),) = sent
-    assert answered is with_images
+def not_taken_in(_scheduler: Any, _request: Any, **_: Any) -> None:
+    raise TypeError("no such field")
+
+
+class Scheduler:
+    def __init__(self) -> None:
+        self.aborts: list[Any] = []
+
+    def send_abort_output(self, abort: Any, _req: Any) -> None:
+        self.aborts.append(abort)
+
+
+@pytest.mark.parametrize("mm_inputs", ["images", None])
+def test_a_request_that_cannot_be_taken_in_is_answered(mm_inputs: Any) -> None:
+    scheduler, sent = Scheduler(), recv_req(mm_inputs=mm_inputs)
+    Failures().take_in(not_taken_in, scheduler, sent)
+    (abort,) = scheduler.aborts
     assert (abort.rid, abort.http_worker_ipc, abort.finished_reason["status_code"]) == ("7", "worker", 500)
     assert abort.finished_reason["message"] == "MMTok: the request could not be taken in (TypeError: no such field)"
-    Failures().take_in(original, scheduler, SimpleNamespace(rid="8", mm_inputs=None, http_worker_ipc=None))
-    assert sent[1][0].rid == "8"
-    # Ranks do not tell one another of each text.
-    monkeypatch.setattr(module, "num_ranks", lambda: 2)
-    with pytest.raises(TypeError):
-        Failures().take_in(original, scheduler, SimpleNamespace(mm_inputs=None))
+
+
+def test_ranks_tell_one_another_of_a_text_that_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str | None] = []
+
+    def tell(error: str | None) -> bool:
+        told.append(error)
+        return error is not None
+
+    monkeypatch.setattr(module, "failed_on_all_ranks", tell)
+    Failures().take_in(lambda *_, **__: None, None, recv_req())
+    assert told == []
+    Failures().take_in(lambda *_, **__: None, None, recv_req(mm_inputs="images"))
+    Failures().take_in(not_taken_in, Scheduler(), recv_req())
+    assert told == [None, "TypeError: no such field"]
 
 
 def test_a_pipeline_stage_does_not_leave_out_a_request_that_others_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_size=2))
     ended: list[str] = []
     monkeypatch.setattr(module, "end_server", lambda error: ended.append(str(error)))
-
-    def original(_scheduler: Any, _request: Any, **_: Any) -> None:
-        raise TypeError("no such field")
-
-    with pytest.raises(RankError):
-        Failures().take_in(original, None, SimpleNamespace(rid="7", mm_inputs="images"))
-    assert ended == ["MMTok: a pipeline stage cannot refuse a request by itself: TypeError: no such field"]
+    for mm_inputs in ("images", None):
+        with pytest.raises(RankError):
+            Failures().take_in(not_taken_in, None, recv_req(mm_inputs=mm_inputs))
+    assert ended == ["MMTok: a pipeline stage cannot refuse a request by itself: TypeError: no such field"] * 2
 
 
 # Why each of two ranks failed, whether it comes to say so, and what it finds.

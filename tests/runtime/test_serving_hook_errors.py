@@ -82,6 +82,16 @@ def test_an_error_at_any_call_leaves_the_server_exact(faulty: tuple[Served, Faul
     assert num_met >= (1 if point == "account" else num_ranks) * (len(CALLS) - 1)
 
 
+@pytest.mark.parametrize("point", ["namespace", "bound"])
+def test_an_error_for_a_text_leaves_the_server_exact(faulty: tuple[Served, Faults, int], point: str) -> None:
+    served, faults, num_ranks = faulty
+    faults.set(point, [1])
+    _, status, message = _asked(served, TEXT)
+    assert (status, "MMTok: the request could not be taken in" in message) == (500, True), message
+    assert faults.clear() == num_ranks
+    served.check(TEXT, served.ask(TEXT))
+
+
 def test_features_that_are_not_finite_reach_no_other_request(faulty: tuple[Served, Faults, int]) -> None:
     served, faults, num_ranks = faulty
     if served.token_px is None:
