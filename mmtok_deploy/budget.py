@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 
+from mmtok_deploy.shown import shown
+
 __all__ = ["Budget", "tokens_per_tile"]
 
 _ACCEPTED = (
@@ -64,7 +66,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise ValueError(f"budget {value!r} is not understood: expected {_ACCEPTED}")
+            raise ValueError(f"budget {shown(value)} is not understood: expected {_ACCEPTED}")
         is_long = isinstance(value, str) and len(value) > _MAX_LETTERS
         if is_long or (isinstance(value, int) and value > 10**_MAX_LETTERS):
             raise ValueError(f"a budget of more than {_MAX_LETTERS} letters is not understood: expected {_ACCEPTED}")
@@ -80,10 +82,10 @@ class Budget:
         if re.fullmatch(_NUMBER, text) and Fraction(text) == 1:
             # JavaScript writes the number 1.0 as 1, which is one token.
             raise ValueError(
-                f'budget {value!r} is not understood: it may be every token or one, write "100%" or 1; '
+                f'budget {shown(value)} is not understood: it may be every token or one, write "100%" or 1; '
                 f"expected {_ACCEPTED}"
             )
-        raise ValueError(f"budget {value!r} is not understood: expected {_ACCEPTED}")
+        raise ValueError(f"budget {shown(value)} is not understood: expected {_ACCEPTED}")
 
     @property
     def is_all(self) -> bool:

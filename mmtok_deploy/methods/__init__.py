@@ -24,6 +24,7 @@ from mmtok_deploy.methods import (
     visionzip,
 )
 from mmtok_deploy.problem import Selection, SelectionProblem
+from mmtok_deploy.shown import shown
 
 __all__ = [
     "Comparator",
@@ -111,7 +112,7 @@ def check_method(name: object) -> MethodName:
     for known in get_args(MethodName):
         if name == known:
             return known  # type: ignore[no-any-return]
-    raise ValueError(f"method is one of {', '.join(get_args(MethodName))}, got {name!r:.100}")
+    raise ValueError(f"method is one of {', '.join(get_args(MethodName))}, got {shown(name)}")
 
 
 def coverage_of(name: MethodName) -> Coverage | None:

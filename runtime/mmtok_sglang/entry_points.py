@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 from starlette.responses import JSONResponse
 
+from mmtok_deploy.shown import shown
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import FIELD, body_of
 
@@ -119,7 +120,7 @@ def _hand_on(obj: Any, request: Any) -> None:
     # SGLang looks at what /generate is sent, and not at what /vertex_generate is.
     for each in (given, getattr(obj, FIELD, None)):
         if each is not None and not isinstance(each, Mapping):
-            raise refusal("field", f'{FIELD} is an object like {{"mmtok_budget": "10%"}}, got {each!r:.200}')
+            raise refusal("field", f'{FIELD} is an object like {{"mmtok_budget": "10%"}}, got {shown(each)}')
     if given is None:
         return
     ours = {name: value for name, value in given.items() if str(name).startswith("mmtok_") and value is not None}

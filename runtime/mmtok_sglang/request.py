@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, reads_question
+from mmtok_deploy.shown import shown
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.settings import MAX_SEED, Settings, check_encoder_scale
 
@@ -117,7 +118,7 @@ def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
         return default
     if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= MAX_SEED:
         raise refusal(
-            "field", f"mm_processor_kwargs.{_SEED} is a whole number from 0 to {MAX_SEED}, got {given!r:.200}"
+            "field", f"mm_processor_kwargs.{_SEED} is a whole number from 0 to {MAX_SEED}, got {shown(given)}"
         )
     return given
 
@@ -157,7 +158,7 @@ def guidance_texts(
         raise refusal(
             "field",
             f"mm_processor_kwargs.{_GUIDANCE} is one text, or a list of one text for each of the request's "
-            f"{num_images} images, got {given!r:.200}",
+            f"{num_images} images, got {shown(given)}",
         )
     texts = prompt_guidance(prompt, placeholder) or prompt_guidance(prompt, _ANY_IMAGE)
     # A prompt of ids may come with its placeholders expanded: then every image is in the same text or none is told

@@ -15,6 +15,7 @@ from mmtok_deploy.executors import ExecutorName
 from mmtok_deploy.guidance import GuidanceRule
 from mmtok_deploy.methods import MethodName, check_method, coverage_of
 from mmtok_deploy.presets import PRESETS
+from mmtok_deploy.shown import shown
 from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.flags import Flag, Help, flags_of
 from mmtok_sglang.limits import Limits
@@ -213,7 +214,7 @@ def check_encoder_scale(value: object, method: MethodName) -> float:
         ValueError: It is no number above 0 and at most 1, or the method sizes images itself.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"encoder_scale is a number above 0 and at most 1, got {value!r:.100}")
+        raise ValueError(f"encoder_scale is a number above 0 and at most 1, got {shown(value)}")
     if value < 1 and method == "downsample":
         raise ValueError(
             f"encoder_scale {value:g} does not go with the method downsample, which scales images to the budget "

@@ -20,6 +20,7 @@ from typing_extensions import override
 from mmtok_deploy.backends.triton_plan import MAX_TOKENS
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.shown import shown
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.images import is_raw
@@ -188,7 +189,7 @@ def _num_tiles(request: Any, processor: Any) -> int:
         if asked is not None and not (isinstance(asked, int) and 0 <= asked <= most):
             raise refusal(
                 "pixels",
-                f"{name} is a whole number of tiles that an image is cut into, at most {most}, got {asked!r:.100}",
+                f"{name} is a whole number of tiles that an image is cut into, at most {most}, got {shown(asked)}",
             )
         # As SGLang reads them, for which 0 is none.
         num_tiles = num_tiles or asked or 0
