@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial, partialmethod
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+from sglang.srt.utils.http_middleware_patch import _PureASGIDispatch
 
 from mmtok_sglang.entry_points import (
     answer_http,
@@ -126,7 +130,7 @@ def test_what_has_no_fields_is_passed_over(body: dict[str, Any]) -> None:
 
 def test_deep_json_is_walked_without_recursion() -> None:
     body: dict[str, Any] = dict(FIELDS)
-    for _ in range(50_000):
+    for _ in range(5000):
         body = {"a": [body]}
     with pytest.raises(ValueError, match="stands within a,"):
         answer(body)
@@ -162,6 +166,21 @@ def test_a_field_that_is_no_argument_of_a_request_is_answered_with_400() -> None
         ask("temperature")
     with pytest.raises(TypeError, match="'mmtok_budget'"):
         ask("mmtok_budget", begun=True)
+
+
+def test_sglangs_own_application_answers_400(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what it fails for before it has made a request; the server behind it is not asked."""
+    original = _PureASGIDispatch.__call__
+    monkeypatch.setattr(_PureASGIDispatch, "__call__", partialmethod(partial(answer_http, original)))
+    client = TestClient(http_server.app, raise_server_exceptions=False)
+
+    def ask(**parameters: Any) -> Any:
+        return client.post("/vertex_generate", json={"instances": [{"text": "x"}], "parameters": parameters})
+
+    refused = ask(mmtok_budget="25%")
+    assert refused.status_code == 400
+    assert "mmtok_budget stands where it is not read" in refused.json()["error"]["message"]
+    assert ask(no_field=5).status_code == 500
 
 
 def test_a_refusal_waits_until_the_answer_is_asked_for() -> None:
