@@ -8,7 +8,10 @@ from torch import Tensor
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.precision import float32_products
 
-__all__ = ["coverage_curve", "coverage_matrix", "unit_rows"]
+__all__ = ["coverage_bound", "coverage_curve", "coverage_matrix", "unit_rows"]
+
+# What float32 rounds of a value of f, relatively: 2**-24 for an addition, and a sum has few on its longest path.
+_VALUE_ROUNDING = 2**-22
 
 
 @float32_products()
@@ -58,6 +61,34 @@ def coverage_curve(matrix: Tensor, order: Tensor) -> Tensor:
     coverage = matrix[:, order].cummax(dim=1).values.sum(dim=0)
     # Sums are rounded by column, so a pick that gains nothing could lower the value by its last bit.
     return coverage.cummax(dim=0).values
+
+
+def coverage_bound(curve: Tensor, total: Tensor) -> Tensor:
+    """Returns an upper bound of f(T) over all sets T of at most K tokens that may be picked, from K greedy picks.
+
+    With f_j the coverage after j picks and f_0 = 0, it is the smallest of f_{j-1} + K (f_j - f_{j-1}) for j = 1 .. K,
+    and at most f of all tokens. Why it holds: C has no negative entry, so f is monotone and submodular. Let S be the
+    first j - 1 picks. f(T) <= f(S + T) since f is monotone, and f(S + T) - f(S) is at most the sum over T of each
+    token's own gain f(S + t) - f(S), since f is submodular. Pick j has the largest gain of all tokens that may be
+    picked, f_j - f_{j-1}, and T has at most K of them.
+
+    It is never above f_K / (1 - (1 - 1/K)^K), which these K inequalities imply. It is raised by what float32 may round
+    of the values of f, 5e-7 K relatively. C is what the backend made of the features, in float32.
+
+    Args:
+        curve: [K] f after each greedy pick, K at least 1, as `Selection.coverage` or `coverage_curve` has it.
+        total: [] f of all tokens.
+
+    Returns:
+        [] in the dtype and on the device of `curve`; nothing is waited for.
+
+    Source: Nemhauser, Wolsey and Fisher, An analysis of approximations for maximizing submodular set functions I,
+        1978, section 4.
+    """
+    num_picks = len(curve)
+    before = torch.cat([curve.new_zeros(1), curve[:-1]])
+    bound = (before + num_picks * (curve - before)).amin()
+    return torch.minimum(bound * (1 + 2 * num_picks * _VALUE_ROUNDING), total)
 
 
 def unit_rows(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -79,6 +79,7 @@ def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, 
             "tokens_kept": num_tokens,
             "method": None,
             "coverage": None,
+            "coverage_bound": None,
             "is_fallback": False,
         }
     outcome = outcome_of(item)
@@ -87,5 +88,6 @@ def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, 
         "tokens_kept": plan.num_kept,
         "method": plan.method,
         "coverage": None if outcome is None else outcome.coverage,
+        "coverage_bound": None if outcome is None else outcome.coverage_bound,
         "is_fallback": None if outcome is None else outcome.fallback is not None,
     }

@@ -55,6 +55,10 @@ _HISTOGRAMS = {
     "vision_encoder_milliseconds": "Time of one call of the vision encoder and its projector, pruned or not.",
     "language_prefill_milliseconds": "Time of one prefill batch in the language model, without encoder and selection.",
 }
+_SHARES = {
+    "coverage": "Share of what all tokens of an image (LLaVA-NeXT: tile) cover that the kept ones cover.",
+    "coverage_bound": "Upper bound of that share for any set of as many tokens.",
+}
 _GAUGES = {
     "feature_cache_bytes": "Bytes of features held, as the device's allocator counts them.",
     "selections_remembered": "Selections held, of images and of tiles.",
@@ -162,6 +166,20 @@ class SelectionMetrics:
             num_kept,
             self.num_fallbacks,
         )
+
+    @never_raises
+    def count_coverage(self, family: str, method: str, coverage: float, bound: float) -> None:
+        """Counts what one selection covers.
+
+        Args:
+            family: The model's, as `families.FAMILIES` has it.
+            method: What selected.
+            coverage: `Outcome.coverage`.
+            bound: `Outcome.coverage_bound`.
+        """
+        if is_first_rank():
+            collectors()["coverage"].labels(family, method).observe(coverage)
+            collectors()["coverage_bound"].labels(family, method).observe(bound)
 
     @never_raises
     def count_encoding(self, *, num_encoded: int, num_hits: int, num_misses: int, held_bytes: int) -> None:
@@ -288,6 +306,9 @@ def _make_collectors() -> dict[str, Any]:
     made: dict[str, Any] = {name: Counter(f"mmtok:{name}", text) for name, text in _COUNTERS.items()}
     buckets = [step * 10.0**power for power in range(-1, 5) for step in (1, 2, 5)]
     made |= {name: Histogram(f"mmtok:{name}", text, buckets=buckets) for name, text in _HISTOGRAMS.items()}
+    shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
+    labels = ["family", "method"]
+    made |= {name: Histogram(f"mmtok:{name}", text, labels, buckets=shares) for name, text in _SHARES.items()}
     made |= {name: Gauge(f"mmtok:{name}", text, multiprocess_mode="sum") for name, text in _GAUGES.items()}
     made["refused_requests"] = Counter("mmtok:refused_requests", "Requests that were refused, by kind.", ["kind"])
     return made

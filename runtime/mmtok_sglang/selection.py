@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtok_deploy.backends.triton_plan import FeatureTypes
+from mmtok_deploy.coverage import coverage_bound
 from mmtok_deploy.executors import EngineExecutor, Executor, make_executor
 from mmtok_deploy.methods import MethodName, comparator, coverage_of
 from mmtok_deploy.methods.evenly_spaced import evenly_spaced
@@ -38,13 +39,15 @@ class Outcome:
     Args:
         method: What was asked to choose the tokens.
         fallback: Why evenly spaced tokens were kept in their place; None if they were not, or it is not known yet.
-        coverage: The share of the method's objective that the kept tokens reach, from 0 to 1; None for a method
-            without one, a fallback, and before it is known.
+        coverage: What the kept tokens cover, as a share of what all N tokens together cover; None for a method that
+            does not go by coverage, a fallback, and before it is known.
+        coverage_bound: No set of as many tokens covers a larger share; None where `coverage` is.
     """
 
     method: MethodName
     fallback: str | None = None
     coverage: float | None = None
+    coverage_bound: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -227,11 +230,11 @@ class TokenSelector:
             tiles.append(found.outcome)
         if not tiles:
             return None
-        reached = [tile.coverage for tile in tiles if tile.coverage is not None]
         return Outcome(
             tiles[0].method,
             next((tile.fallback for tile in tiles if tile.fallback is not None), None),
-            sum(reached) / len(tiles) if len(reached) == len(tiles) else None,
+            _mean([tile.coverage for tile in tiles]),
+            _mean([tile.coverage_bound for tile in tiles]),
         )
 
     def take_fallen(self) -> list[tuple[bytes, int]]:
@@ -257,8 +260,7 @@ class TokenSelector:
         selections = self._run(images, [texts[tuple(image.plan.guidance)] for image in images], outcomes)
         kept: list[Tensor] = []
         is_finite: list[Tensor] = []
-        shares: list[Tensor] = []
-        made: list[int] = []
+        made: dict[int, Selection] = {}
         for place, (image, selection) in enumerate(zip(images, selections, strict=True)):
             indices = evenly_spaced(len(image.vision), image.num_kept, image.vision.device)
             if selection is None:
@@ -267,31 +269,35 @@ class TokenSelector:
             else:
                 # Decided on the device: the host would have to wait for the features' values.
                 is_finite.append(torch.isfinite(selection.total))
-                shares.append(selection.coverage[-1] / selection.total)
                 indices = torch.where(is_finite[-1], selection.kept, indices)
-                made.append(place)
+                made[place] = selection
             kept.append(indices)
         if made:
-            on_host = torch.stack(shares).float().to("cpu", non_blocking=shares[0].is_cuda)
-
-            told = [(images[place].names, outcomes[place]) for place in made]
+            curves = _curves_on_host(made, outcomes)
+            told = [(images[place].names, outcomes[place], curves.get(place)) for place in made]
             sizes = [(len(images[place].vision), images[place].num_kept) for place in made]
 
             def tell(flags: Sequence[bool]) -> None:
-                for (names, outcome), flag, share in zip(told, flags, on_host.tolist(), strict=True):
-                    self._tell(names, outcome, flag, share)
+                for (names, outcome, curve), flag in zip(told, flags, strict=True):
+                    self._tell(names, outcome, flag, curve)
 
             self._metrics.count_call(clock, sizes, torch.stack(is_finite), tell)
         return [_Remembered(*each) for each in zip(of_first_rank(kept), outcomes, strict=True)]
 
-    def _tell(self, names: ImageKeys, outcome: Outcome, is_finite: bool, share: float) -> None:
-        """Fills in what the device has found out."""
+    def _tell(self, names: ImageKeys, outcome: Outcome, is_finite: bool, curve: Tensor | None) -> None:
+        """Fills in what the device has found out; `curve` is an element of `_curves_on_host`."""
         if not is_finite:
             outcome.fallback = NOT_FINITE
             # Whatever broke the features, they are encoded again.
             self._fallen += names.bases
-        elif coverage_of(outcome.method) is not None:
-            outcome.coverage = share
+        elif curve is not None:
+            shares = curve[:-1] / curve[-1]
+            # Both are rounded, and may be equal.
+            outcome.coverage = min(1.0, float(shares[-1]))
+            outcome.coverage_bound = float(coverage_bound(shares, shares.new_ones(())))
+            self._metrics.count_coverage(
+                self._settings.family, outcome.method, outcome.coverage, outcome.coverage_bound
+            )
 
     def _fall_back(self, outcome: Outcome, num_tokens: int, num_kept: int, why: str) -> None:
         outcome.fallback = why
@@ -360,6 +366,25 @@ class TokenSelector:
             ]
         self._fall_back(outcomes[0], len(problems[0].vision), problems[0].num_picks, why)
         return [None]
+
+
+def _curves_on_host(selections: Mapping[int, Selection], outcomes: Sequence[Outcome]) -> dict[int, Tensor]:
+    """Returns coverage after each pick, then that of all tokens, [K + 1], of each selection that goes by coverage.
+
+    They are on the host, from one copy; on CUDA not yet valid when this returns, as nothing waits.
+    """
+    places = [place for place in selections if coverage_of(outcomes[place].method) is not None]
+    if not places:
+        return {}
+    values = [value for place in places for value in (selections[place].coverage, selections[place].total[None])]
+    on_host = torch.cat(values).to("cpu", non_blocking=values[0].is_cuda)
+    return dict(zip(places, on_host.split([len(selections[place]) + 1 for place in places]), strict=True))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Returns the mean of an image's tiles, None where one of them has no value."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def without_non_finite(rows: Tensor) -> Tensor:

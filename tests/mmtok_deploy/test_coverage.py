@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import get_args
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from hypothesis import given
 
 from mmtok_deploy import SelectionConfig
+from mmtok_deploy.backends.reference import greedy_maximum_coverage
 from mmtok_deploy.config import Coverage
-from mmtok_deploy.coverage import coverage_matrix
+from mmtok_deploy.coverage import coverage_bound, coverage_curve, coverage_matrix
 from tests.mmtok_deploy.naive import naive_matrix
-from tests.mmtok_deploy.problems import Problem, problems, random_problem
+from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, golden, problems, random_problem
 
 COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
 
@@ -67,3 +69,47 @@ def test_zero_rows_are_like_nothing() -> None:
     zeros = Problem(torch.zeros(4, 8), torch.zeros(4, 6), torch.zeros(2, 8))
     expected = torch.cat([torch.full((2, 4), 1 / 8), torch.full((4, 4), 1 / 32)])
     torch.testing.assert_close(matrix_of(zeros), expected)
+
+
+def best_coverage(matrix: torch.Tensor, num_picks: int, tokens: list[int]) -> float:
+    """Returns the largest f of all sets of `num_picks` of these tokens, each of which is looked at."""
+    sets = torch.tensor(list(itertools.combinations(tokens, num_picks)))
+    return float(matrix.double()[:, sets].amax(dim=2).sum(dim=0).max())
+
+
+@pytest.mark.parametrize("coverage", COVERAGES)
+@pytest.mark.parametrize("excluded", [None, [2, 5, 6]])
+def test_no_set_covers_more_than_the_bound(coverage: Coverage, excluded: list[int] | None) -> None:
+    tokens = [token for token in range(10) if token not in (excluded or ())]
+    num_tight = 0
+    for seed, num_picks in itertools.product(range(8), range(1, len(tokens) + 1)):
+        problem = random_problem(10, 3, excluded, seed)
+        matrix = matrix_of(problem, SelectionConfig(coverage=coverage))
+        curve = coverage_curve(matrix, greedy_maximum_coverage(matrix, num_picks, problem.excluded))
+        total = matrix.amax(dim=1).sum()
+        bound, best = float(coverage_bound(curve, total)), best_coverage(matrix, num_picks, tokens)
+        # Not even by a rounding, unless both are f of all tokens.
+        assert bound >= best if bound < total else best <= total * (1 + 1e-6)
+        num_tight += bool(bound < total)
+    assert num_tight >= 8
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_the_bound_is_tighter_than_what_greedy_selection_promises(name: str) -> None:
+    case = golden(name)
+    matrix = matrix_of(case.problem, case.config)
+    curve, total = coverage_curve(matrix, torch.tensor(case.order)), matrix.amax(dim=1).sum()
+    reached, bound = float(curve[-1]), float(coverage_bound(curve, total))
+    promised = reached / (1 - (1 - 1 / case.budget) ** case.budget)
+    assert reached <= bound <= min(promised * (1 + 1e-5 * case.budget), float(total))
+
+
+def test_one_greedy_pick_is_the_best_one() -> None:
+    curve = torch.tensor([0.25])
+    assert float(coverage_bound(curve, torch.tensor(1.0))) == pytest.approx(0.25, rel=1e-6)
+
+
+def test_equal_gains_bound_nothing_below_them() -> None:
+    # Four of eight tokens, each of which covers an eighth: the four are the best.
+    curve = torch.tensor([0.125, 0.25, 0.375, 0.5])
+    assert float(coverage_bound(curve, torch.tensor(1.0))) == pytest.approx(0.5, rel=1e-5)

@@ -9,7 +9,7 @@ import pytest
 NAMES = {
     "mmtok_deploy": ["Budget", "Selection", "SelectionConfig", "SelectionError", "__version__", "select_tokens"],
     "mmtok_deploy.budget": ["Budget"],
-    "mmtok_deploy.coverage": ["coverage_curve", "coverage_matrix"],
+    "mmtok_deploy.coverage": ["coverage_bound", "coverage_curve", "coverage_matrix"],
     "mmtok_deploy.engines": ["Engine", "EngineError", "open_engine"],
     "mmtok_deploy.greedy_replay": ["WrongPickError", "replay_greedy"],
     "mmtok_deploy.methods": ["MethodName", "comparator"],

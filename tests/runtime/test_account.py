@@ -8,12 +8,13 @@ import pytest
 
 from mmtok_sglang.account import accounting, image_account
 from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.selection import Outcome
 from tests.runtime.stand_ins import image_item
 
 PRUNED = image_item((3, 12), ImagePlan(num_tokens=100, num_kept=10, guidance=[5]))
 DRAWN = image_item((20, 24), ImagePlan(num_tokens=50, num_kept=5, guidance=[], method="random", seed=3))
 WHOLE = image_item((30, 37))
-OUTCOMES = {id(PRUNED): SimpleNamespace(coverage=0.75, fallback=None)}
+OUTCOMES = {id(PRUNED): Outcome("mmtok", coverage=0.75, coverage_bound=0.8)}
 
 
 def outcome_of(item: Any) -> Any:
@@ -40,14 +41,28 @@ def test_the_account_of_images() -> None:
         "image_tokens_kept": 18,
         "num_fallbacks": 0,
         "images": [
-            {"tokens_in": 100, "tokens_kept": 10, "method": "mmtok", "coverage": 0.75, "is_fallback": False},
-            {"tokens_in": 8, "tokens_kept": 8, "method": None, "coverage": None, "is_fallback": False},
+            {
+                "tokens_in": 100,
+                "tokens_kept": 10,
+                "method": "mmtok",
+                "coverage": 0.75,
+                "coverage_bound": 0.8,
+                "is_fallback": False,
+            },
+            {
+                "tokens_in": 8,
+                "tokens_kept": 8,
+                "method": None,
+                "coverage": None,
+                "coverage_bound": None,
+                "is_fallback": False,
+            },
         ],
     }
 
 
 def test_a_fallback_is_told() -> None:
-    outcomes: dict[int, Any] = {id(PRUNED): SimpleNamespace(coverage=None, fallback="its features are not finite")}
+    outcomes: dict[int, Any] = {id(PRUNED): Outcome("mmtok", "its features are not finite")}
     account = image_account([PRUNED, WHOLE], lambda item: outcomes[id(item)])
     assert (account["num_fallbacks"], account["images"][0]["is_fallback"]) == (1, True)
 
@@ -60,6 +75,7 @@ def test_what_is_not_known_is_null() -> None:
         "tokens_kept": 5,
         "method": "random",
         "coverage": None,
+        "coverage_bound": None,
         "is_fallback": None,
     }
 

@@ -13,14 +13,16 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import EngineError
 from mmtok_deploy.executors import check_selection
 from mmtok_deploy.manifest import ArtifactError, Kind, Manifest, TensorInfo
+from mmtok_deploy.synthetic import synthetic_features
 from mmtok_sglang import server_args
 from mmtok_sglang.engine_file import EngineMismatchError
 from mmtok_sglang.metrics import SelectionMetrics
-from mmtok_sglang.selection import TokenSelector
+from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.selection import ImageTokens, TokenSelector
 from mmtok_sglang.server_args import MMTokServerArgs
 from mmtok_sglang.settings import Settings
 from tests.runtime.engine_files import export_for
-from tests.runtime.stand_ins import tiny_checkpoint
+from tests.runtime.stand_ins import image_names, tiny_checkpoint
 
 
 @pytest.fixture
@@ -164,6 +166,24 @@ def test_a_selector_starts_with_the_file(llava_file: Path, caplog: pytest.LogCap
     caplog.set_level("INFO")
     TokenSelector(settings_with(llava_file), SelectionMetrics()).start(torch.device("cpu"))
     assert "MMTok: tokens are selected by selection.onnx by onnxruntime 1." in caplog.text
+
+
+def test_a_file_says_what_its_tokens_cover(llava_file: Path) -> None:
+    vision, keys, text = synthetic_features(576, 5, 256, 64)
+    # Fewer than the file's 64: the first picks.
+    image = ImageTokens(image_names(1), ImagePlan(576, 20, guidance=[0, 1, 2, 3, 4]), vision, keys, 20)
+    told = []
+    for settings in (settings_with(llava_file), replace(settings_with(llava_file), engine=None)):
+        selector = TokenSelector(settings, SelectionMetrics())
+        selector.start(torch.device("cpu"))
+        selector.select([image], lambda ids: text[ids])
+        outcome = selector.outcome(image.names.selection or b"")
+        assert outcome is not None
+        assert outcome.coverage is not None
+        assert outcome.coverage_bound is not None
+        told.append((outcome.coverage, outcome.coverage_bound))
+    assert 0 < told[0][0] < told[0][1] < 1
+    assert told[0] == pytest.approx(told[1], rel=1e-4)
 
 
 def test_a_selector_does_not_start_with_a_file_that_cannot_run(llava_file: Path) -> None:

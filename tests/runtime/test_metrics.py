@@ -125,7 +125,9 @@ def test_one_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     counted = SelectionMetrics()
     encode(counted, num_encoded=1)
     counted.count_call(start_clock(torch.device("cpu")), SIZES, FINITE)
+    counted.count_coverage("llava-1.5", "mmtok", 0.5, 0.6)
     assert (value("selections_total"), value("encoded_images_total")) == before
+    assert REGISTRY.get_sample_value("mmtok:coverage_count", {"family": "llava-1.5", "method": "mmtok"}) is None
     assert caplog.messages == []
 
 

@@ -165,7 +165,7 @@ def test_the_account_of_an_answer(served: Served) -> None:
     assert len(account["images"]) == 2
     for image in account["images"]:
         assert image["method"] == "mmtok"
-        assert 0 < image["coverage"] <= 1
+        assert 0 < image["coverage"] <= image["coverage_bound"] <= 1
         assert not image["is_fallback"]
         assert image["tokens_kept"] < image["tokens_in"]
     if served.family != "llava-next":
@@ -176,7 +176,9 @@ def test_the_account_of_an_answer(served: Served) -> None:
     (drawn,) = served.ask(two, mmtok_method="random")["mmtok"]
     for some, many, none in zip(account["images"], more["images"], drawn["images"], strict=True):
         assert some["coverage"] < many["coverage"]
-        assert (none["method"], none["coverage"], none["is_fallback"]) == ("random", None, False)
+        assert (none["method"], none["coverage"], none["coverage_bound"], none["is_fallback"]) == (
+            *("random", None, None, False),
+        )
 
 
 def test_a_fallback_is_in_the_account(served: Served) -> None:
@@ -197,6 +199,7 @@ def test_an_unpruned_images_account(served: Served) -> None:
         "tokens_kept": account["image_tokens_in"],
         "method": None,
         "coverage": None,
+        "coverage_bound": None,
         "is_fallback": False,
     }
     assert account["num_fallbacks"] == 0

@@ -10,11 +10,13 @@ from typing import get_args
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from sglang.srt.distributed import parallel_state
 from torch import Tensor
 
 from mmtok_deploy import select_tokens
 from mmtok_deploy.backends.triton_plan import FeatureTypes
+from mmtok_deploy.coverage import coverage_bound
 from mmtok_deploy.executors import TorchExecutor, make_executor
 from mmtok_deploy.methods import MethodName, comparator
 from mmtok_deploy.problem import Selection, SelectionProblem
@@ -365,6 +367,8 @@ def test_what_a_selection_did_is_known_without_waiting() -> None:
     reference = select_tokens(vision, keys, embed(torch.tensor(PLAN.guidance)), 5, config=SETTINGS.config)
     assert (outcome.method, outcome.fallback) == ("mmtok", None)
     assert outcome.coverage == pytest.approx(float(reference.coverage[-1] / reference.total))
+    bound = coverage_bound(reference.coverage, reference.total)
+    assert outcome.coverage_bound == pytest.approx(float(bound / reference.total))
     assert selector.take_fallen() == []
 
 
@@ -375,7 +379,7 @@ def test_tiles_are_one_outcome() -> None:
     selector.select(tiles, features(1)[2])
     outcome = selector.outcome(image_names(1).selection or b"")
     assert outcome is not None
-    assert outcome.coverage is None
+    assert (outcome.coverage, outcome.coverage_bound) == (None, None)
     assert outcome.fallback == "its features are not finite"
 
 
@@ -385,7 +389,41 @@ def test_a_method_that_covers_nothing_has_no_coverage(method: MethodName) -> Non
     selected(selector, replace(PLAN, method=method))
     outcome = selector.outcome(image_names(1).selection or b"")
     assert outcome is not None
-    assert outcome.coverage is None
+    assert (outcome.coverage, outcome.coverage_bound) == (None, None)
+
+
+def test_tiles_share_one_coverage() -> None:
+    selector = make_selector()
+    tiles = [replace(image_tokens(1, PLAN, seed=tile)[0], tile=tile) for tile in range(3)]
+    selector.select(tiles, features(1)[2])
+    outcome = selector.outcome(image_names(1).selection or b"")
+    assert outcome is not None
+    # Drawn tokens of the second tile's features go by no coverage, and are told apart in one call.
+    other = replace(image_tokens(2, replace(PLAN, method="random"), seed=1)[0])
+    alone = [replace(tile, names=image_names(10 + number), tile=0) for number, tile in enumerate(tiles)]
+    selector.select([alone[0], other, *alone[1:]], features(1)[2])
+    each = [selector.outcome(image_names(10 + number).selection or b"") for number in range(3)]
+    for name in ("coverage", "coverage_bound"):
+        values = [getattr(one, name) for one in each]
+        assert getattr(outcome, name) == pytest.approx(sum(values) / 3)
+        assert len(set(values)) == 3
+
+
+def test_what_is_covered_is_counted_by_family_and_method() -> None:
+    labels = {"family": SETTINGS.family, "method": "text-coverage"}
+
+    def counted(name: str) -> float:
+        return REGISTRY.get_sample_value(f"mmtok:{name}", labels) or 0.0
+
+    names = ("coverage_count", "coverage_sum", "coverage_bound_count", "coverage_bound_sum")
+    before = [counted(name) for name in names]
+    selector = make_selector()
+    for _ in range(2):  # the second time it is remembered
+        selected(selector, replace(PLAN, method="text-coverage"))
+    outcome = selector.outcome(image_names(1).selection or b"")
+    assert outcome is not None
+    added = [counted(name) - then for name, then in zip(names, before, strict=True)]
+    assert added == pytest.approx([1, outcome.coverage, 1, outcome.coverage_bound])
 
 
 NAN_PLAN, TEXT_PLAN = PLAN, replace(PLAN, method="text-coverage", guidance=[])
