@@ -8,7 +8,7 @@ import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -53,6 +53,8 @@ class Answer:
         num_image_tokens: Tokens of the image in the prompt; None where the server does not count them.
         num_cached_tokens: Prompt tokens taken from the server's prefix cache.
         logprobs: Those of the answer's tokens, if they were asked for.
+        account: What the server says it did with the image, `meta_info["mmtok"]`, if it was asked for; None where it
+            says nothing.
     """
 
     text: str
@@ -62,6 +64,7 @@ class Answer:
     num_image_tokens: int | None
     num_cached_tokens: int
     logprobs: tuple[float, ...] = ()
+    account: Mapping[str, Any] | None = None
 
 
 def openai_client(url: str, *, timeout_s: float = 300.0) -> openai.OpenAI:
@@ -83,9 +86,10 @@ def ask(
     max_tokens: int = 16,
     ignore_eos: bool = True,
     with_logprobs: bool = False,
+    with_account: bool = False,
     fields: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """Returns a server's greedy answer to a question about an image; streamed, but for one with logprobs.
+    """Returns a server's greedy answer to a question about an image; streamed, but for one with more than its text.
 
     Args:
         client: The client of a server started with `--enable-cache-report`, without which it counts no image tokens.
@@ -94,26 +98,30 @@ def ask(
         max_tokens: Length of the answer.
         ignore_eos: Whether it is not ended before by an end token.
         with_logprobs: Whether the logprobs of its tokens are asked for.
+        with_account: Whether what was done with the image is: SGLang gives no `meta_info` with a stream.
         fields: Further ones of the request's body, as `mm_processor_kwargs`.
 
     Raises:
         RequestError: The server refused the request, cannot be reached, or sent no text, usage or logprobs.
     """
     fields = {"ignore_eos": ignore_eos, **(fields or {})}
-    if not with_logprobs:
+    if not (with_logprobs or with_account):
         *_, answer = stream(client, image, question, max_tokens=max_tokens, fields=fields)
         assert isinstance(answer, Answer)
         return answer
     started_s = time.perf_counter()
     # Streamed, SGLang 0.5.23 leaves out those of tokens that are no whole character by themselves.
     with _told_failure(question, fields):
-        answered = _create(client, image, question, max_tokens, fields)(logprobs=True)
+        told = {"return_meta_info": True} if with_account else {}
+        answered = _create(client, image, question, max_tokens, fields | told)(logprobs=with_logprobs)
     latency_s = time.perf_counter() - started_s
-    found = answered.choices[0].logprobs
+    choice = answered.choices[0]
+    found = choice.logprobs
     logprobs = tuple(token.logprob for token in (found.content if found else None) or ())
-    if not logprobs:
+    if with_logprobs and not logprobs:
         raise _lacks(question, "logprobs")
-    return _answer(question, answered.choices[0].message.content, answered.usage, latency_s, latency_s, logprobs)
+    answer = _answer(question, choice.message.content, answered.usage, latency_s, latency_s)
+    return replace(answer, logprobs=logprobs, account=_account(choice))
 
 
 def stream(
@@ -170,7 +178,11 @@ def account(client: openai.OpenAI, image: str, question: str, fields: Mapping[st
     """
     with _told_failure(question, fields):
         answered = _create(client, image, question, 1, {**fields, "return_meta_info": True})()
-    told = (getattr(answered.choices[0], "meta_info", None) or {}).get("mmtok")
+    return _account(answered.choices[0])
+
+
+def _account(choice: Any) -> dict[str, Any] | None:
+    told = (getattr(choice, "meta_info", None) or {}).get("mmtok")
     # A list of one object.
     return dict(told[0]) if told else None
 
@@ -200,9 +212,7 @@ def _lacks(question: str, what: str) -> RequestError:
     return RequestError(f"{question!r} came back without {what}: is this an SGLang server?")
 
 
-def _answer(
-    question: str, text: str | None, usage: Any, ttft_s: float, latency_s: float, logprobs: tuple[float, ...] = ()
-) -> Answer:
+def _answer(question: str, text: str | None, usage: Any, ttft_s: float, latency_s: float) -> Answer:
     if text is None or usage is None:
         raise _lacks(question, "text" if text is None else "usage")
     details = usage.prompt_tokens_details
@@ -215,7 +225,6 @@ def _answer(
         num_prompt_tokens=usage.prompt_tokens,
         num_image_tokens=num_image_tokens if isinstance(num_image_tokens, int) else None,
         num_cached_tokens=(details.cached_tokens or 0) if details else 0,
-        logprobs=logprobs,
     )
 
 

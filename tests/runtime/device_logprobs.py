@@ -19,7 +19,7 @@ from typing import get_args
 
 import torch
 
-from mmtok_bench.client import in_parallel
+from mmtok_bench.client import MeasurementError, in_parallel
 from mmtok_bench.families import FamilyName
 from mmtok_bench.results import append_row, make_row
 from mmtok_bench.run import quiet_transformers, run_command
@@ -52,10 +52,17 @@ def measure(served: Served) -> dict[str, float]:
     """Returns the largest difference of the chats, and the smallest that the mistake makes.
 
     They are asked one after another, and once more all at once: in one batch, and behind cached prefixes.
+
+    Raises:
+        MeasurementError: An answer does not say what its images' tokens cover.
     """
     errors, mistakes = [], []
     alone = [served.ask(chat) for chat in _CHATS]
     together = in_parallel(len(_CHATS), served.ask, _CHATS)
+    for image in (image for account in (*alone, *together) for image in account["mmtok"][0]["images"]):
+        # Both come from the device, without waiting for it.
+        if not 0 < (image["coverage"] or 0) <= image["coverage_bound"] <= 1:
+            raise MeasurementError(f"expected 0 < coverage <= coverage_bound <= 1, an answer says {image}")
     for chat, *accounts in zip(_CHATS, alone, together, strict=True):
         prompt = served.judge.prompt(chat.for_template())
         pruned = served.judge.prune(prompt, chat.images, chat.guidance, _BUDGET)

@@ -125,6 +125,9 @@ class ScoredAnswer:
         latency_ms: Latency of the request, others running beside it.
         cell_s: How long all questions of the setting took.
         question_set: `fingerprint` of the setting's questions.
+        coverage: Share of the coverage that the kept tokens reach, as the server tells it; None for a method that does
+            not go by coverage, and in files from before it was asked for.
+        coverage_bound: No set of as many tokens reaches a larger one.
     """
 
     method: str
@@ -142,6 +145,8 @@ class ScoredAnswer:
     latency_ms: float
     cell_s: float
     question_set: str
+    coverage: float | None = None
+    coverage_bound: float | None = None
 
     @property
     def of(self) -> Setting:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mmtok_bench.pocket.questions import KINDS, Negative, Question
 from mmtok_bench.quality.plan import ScoredAnswer
-from mmtok_bench.quality.scoring import accuracy_interval, chance, majority, share_interval, yes_no
+from mmtok_bench.quality.scoring import accuracy_interval, auroc_interval, chance, majority, share_interval, yes_no
 from mmtok_bench.results import CaseValue, ResultRow, make_row
 
 __all__ = ["ALL_SEEDS", "BENCH", "POCKET", "rows_of"]
@@ -77,6 +77,7 @@ def _metrics(kind: str, answers: Sequence[ScoredAnswer], unpruned: Sequence[Scor
     metrics |= {"chance": chance(kind), "majority": majority([_question(answer) for answer in answers])}
     if kind == "existence":
         metrics |= _pope(answers)
+    metrics |= _covered(answers, unpruned)
     kept = [answer.num_image_tokens for answer in answers if answer.num_image_tokens is not None]
     if kept:
         metrics["tokens_kept"] = statistics.fmean(kept)
@@ -84,6 +85,31 @@ def _metrics(kind: str, answers: Sequence[ScoredAnswer], unpruned: Sequence[Scor
     metrics["latency_p50_ms"] = statistics.median(answer.latency_ms for answer in answers)
     metrics["duration_s"] = sum({answer.of: answer.cell_s for answer in answers}.values())
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _covered(answers: Sequence[ScoredAnswer], unpruned: Sequence[ScoredAnswer]) -> dict[str, float]:
+    """Returns the mean coverage and its bound, and how well the coverage tells answers that pruning made wrong.
+
+    Of the questions that the unpruned model answers rightly, `num_lost` are answered wrongly; `lost_auroc` is the share
+    of pairs, a lost one and another, of which the lost one has the smaller coverage.
+    """
+    told = [answer for answer in answers if answer.coverage is not None]
+    if not told:
+        return {}
+    shares, bounds = (np.array([getattr(each, name) for each in told]) for name in ("coverage", "coverage_bound"))
+    metrics = {"coverage": shares.mean(), "coverage_bound": bounds.mean()}
+    right = {(*_scene(answer), answer.question) for answer in unpruned if answer.is_right}
+    is_judged = np.array([(*_scene(answer), answer.question) in right for answer in told])
+    if not is_judged.any():
+        return metrics
+    is_lost = np.array([not answer.is_right for answer in told])[is_judged]
+    numbers = {place: number for number, place in enumerate(dict.fromkeys(map(_scene, told)))}
+    scenes = np.array([numbers[_scene(answer)] for answer in told])[is_judged]
+    metrics["num_lost"] = is_lost.sum()
+    auroc = auroc_interval(-shares[is_judged], is_lost, scenes)
+    if auroc is not None:
+        metrics |= {"lost_auroc": auroc.value, "lost_auroc_low": auroc.low, "lost_auroc_high": auroc.high}
+    return metrics
 
 
 def _scene(answer: ScoredAnswer) -> tuple[int, int]:

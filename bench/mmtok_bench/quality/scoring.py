@@ -17,6 +17,7 @@ __all__ = [
     "Interval",
     "YesNo",
     "accuracy_interval",
+    "auroc_interval",
     "chance",
     "is_right",
     "majority",
@@ -146,6 +147,32 @@ def share_interval(num_right: _Counts, num_right_unpruned: _Counts) -> Interval 
     if np.count_nonzero(num_right_unpruned) < 10:
         return None
     return _ratio_interval(num_right, num_right_unpruned)
+
+
+def auroc_interval(scores: _Counts, is_positive: NDArray[np.bool_], scenes: NDArray[np.int64]) -> Interval | None:
+    """Returns the area under the ROC curve with its interval, from draws of whole scenes.
+
+    It is the share of pairs, a positive question and a negative one, of which the positive has the larger score; equal
+    scores count half. None where fewer than ten scenes have a positive question, or fewer than ten a negative one.
+
+    Args:
+        scores: [questions].
+        is_positive: [questions].
+        scenes: [questions] each question's scene, from 0 on.
+    """
+    positive, negative = scenes[is_positive], scenes[~is_positive]
+    if min(len(np.unique(positive)), len(np.unique(negative))) < 10:
+        return None
+    above, below = scores[is_positive][:, None], scores[~is_positive][None]
+    wins = (above > below) + 0.5 * (above == below)
+    num_scenes = int(scenes.max()) + 1
+    rng = np.random.default_rng(_SEED)
+    drawn = rng.multinomial(num_scenes, np.full(num_scenes, 1 / num_scenes), size=_NUM_RESAMPLES).astype(float)
+    counts = drawn[:, positive], drawn[:, negative]
+    pairs = counts[0].sum(axis=1) * counts[1].sum(axis=1)
+    draws = ((counts[0] @ wins) * counts[1]).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
+    low, high = np.quantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return Interval(float(wins.mean()), float(low), float(high))
 
 
 def _ratio_interval(numerators: _Counts, denominators: _Counts) -> Interval:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import openai
 import torch
@@ -191,7 +192,9 @@ class Sweep:
             question = asked.questions[number]
             length = max_tokens or len(normalise(question.answer).split())
             url = self._urls[setting.seed, asked.index]
-            said = ask(client, url, question.text, max_tokens=length, ignore_eos=False, fields=fields)
+            said = ask(
+                client, url, question.text, max_tokens=length, ignore_eos=False, with_account=True, fields=fields
+            )
             self._run.advance()
             return said
 
@@ -244,6 +247,8 @@ def _scored(
     setting: Setting, asked: AskedScene, number: int, said: Answer, cell_s: float, question_set: str
 ) -> ScoredAnswer:
     question: Question = asked.questions[number]
+    # One image a request.
+    image: Mapping[str, Any] = said.account["images"][0] if said.account else {}
     return ScoredAnswer(
         method=setting.method,
         budget=setting.budget,
@@ -260,4 +265,6 @@ def _scored(
         latency_ms=round(said.latency_ms, 1),
         cell_s=cell_s,
         question_set=question_set,
+        coverage=image.get("coverage"),
+        coverage_bound=image.get("coverage_bound"),
     )

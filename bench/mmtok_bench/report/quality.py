@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -97,6 +97,22 @@ def _score_tables(shown: Sequence[Line]) -> Iterator[Table]:
         if existence:
             title = f"{model}: existence, POPE's F1, %: random / popular / adversarial negatives"
             yield _grid(title, existence, _pope_cell)
+        covered = [line for line in of_model if "coverage" in line["metrics"]]
+        if covered:
+            yield _coverage_table(model, covered)
+
+
+def _coverage_table(model: str, lines: Sequence[Line]) -> Table:
+    """Returns methods and budgets down, kinds of questions across."""
+    cells = {(line["method"], line["budget"], line["kind"]): _coverage_cell(line["metrics"]) for line in lines}
+    kinds = list(dict.fromkeys(kind for *_, kind in cells))
+    settings = list(dict.fromkeys((method, budget) for method, budget, _ in cells))
+    title = (
+        f"{model}: coverage, % (bound for any tokens); answers that pruning made wrong, and how well a low coverage "
+        "tells them from those that stayed right: area under the ROC curve (95% interval), 0.5 by chance"
+    )
+    rows = tuple((*setting, *(cells.get((*setting, kind), "") for kind in kinds)) for setting in settings)
+    return Table(title, ("method", "budget", *kinds), rows, num_texts=2)
 
 
 def _grid(title: str, lines: Sequence[Line], cell_of: Callable[[Line], str]) -> Table:
@@ -124,6 +140,16 @@ def _accuracy_cell(line: Line) -> str:
     if line["budget"] != "all" and "share" in metrics:
         shown += f", {100 * metrics['share']:.0f}% of unpruned"
         shown += f" ({100 * metrics['share_low']:.0f} to {100 * metrics['share_high']:.0f})"
+    return shown
+
+
+def _coverage_cell(metrics: Mapping[str, float]) -> str:
+    shown = f"{100 * metrics['coverage']:.1f} ({100 * metrics['coverage_bound']:.1f})"
+    if "num_lost" in metrics:
+        shown += f", {metrics['num_lost']:.0f} lost"
+    if "lost_auroc" in metrics:
+        shown += f": {metrics['lost_auroc']:.2f}"
+        shown += f" ({metrics['lost_auroc_low']:.2f} to {metrics['lost_auroc_high']:.2f})"
     return shown
 
 

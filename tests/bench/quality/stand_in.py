@@ -1,4 +1,4 @@
-"""A server that streams chat completions and knows no model: for what happens on this side of HTTP."""
+"""A server of chat completions, streamed or not, that knows no model: for what happens on this side of HTTP."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ def serving(reply: Reply, info: dict[str, Any] | None = None) -> Iterator[str]:
             status, answer = reply(body)
             if status != 200:
                 self._send(status, json.dumps(answer), "application/json")
+                return
+            if not body.get("stream"):
+                choices = [{**each, "message": each["delta"]} for each in answer["choices"]]
+                whole = {**answer, "object": "chat.completion", "choices": choices}
+                self._send(200, json.dumps(whole), "application/json")
                 return
             # SGLang sends the usage in a piece of its own, without choices.
             pieces = [{**answer, "usage": None}, {**answer, "choices": []}]

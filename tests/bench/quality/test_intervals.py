@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmtok_bench.quality.scoring import accuracy_interval, share_interval
+from mmtok_bench.quality.scoring import accuracy_interval, auroc_interval, share_interval
 
 
 @pytest.fixture
@@ -61,3 +61,30 @@ def test_counts_that_do_not_fit() -> None:
         accuracy_interval(np.ones(1), np.ones(1))
     with pytest.raises(ValueError, match=r"\(3,\) and \(2,\)"):
         accuracy_interval(np.ones(3), np.ones(2))
+
+
+def test_auroc_is_the_share_of_pairs_in_order() -> None:
+    scores, is_positive = np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False])
+    # Of four pairs: 3 > 2, 3 > 1, 1 < 2, and 1 = 1, which counts half.
+    found = auroc_interval(np.tile(scores, 10), np.tile(is_positive, 10), np.repeat(np.arange(10), 4))
+    assert found is not None
+    assert (found.value, found.low, found.high) == (0.625, 0.625, 0.625)
+
+
+def test_auroc_of_scores_that_say_nothing_is_a_half_within_its_interval(rng: np.random.Generator) -> None:
+    is_positive = rng.random(600) < 0.3
+    blind = auroc_interval(rng.random(600), is_positive, np.arange(600))
+    sighted = auroc_interval(rng.random(600) + is_positive, is_positive, np.arange(600))
+    assert blind is not None
+    assert sighted is not None
+    # 2.6 standard errors of the area under equal distributions (Mann-Whitney) to either side, at most.
+    half = 2.6 * np.sqrt(601 / (12 * is_positive.sum() * (~is_positive).sum()))
+    assert blind.low < 0.5 < blind.high
+    assert 0.5 * half < blind.high - blind.low < 2 * half
+    assert sighted.value == 1
+
+
+def test_auroc_of_few_scenes_is_not_told(rng: np.random.Generator) -> None:
+    is_positive = np.arange(200) < 9
+    assert auroc_interval(rng.random(200), is_positive, np.arange(200)) is None
+    assert auroc_interval(rng.random(200), ~is_positive, np.arange(200)) is None

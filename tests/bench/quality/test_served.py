@@ -56,6 +56,8 @@ def test_pocket_tasks(served_pocket_model: SglangServer, tmp_path: Path, capsys:
     assert kept == {("unpruned", "all"): 196} | {
         (method, budget): tokens for method in methods for budget, tokens in (("25%", 49), ("4", 4))
     }
+    covering = {row["case"]["method"] for row in rows if 0 < row["metrics"].get("coverage", 0) <= 1}
+    assert covering == {"mmtok", "text-coverage", "vision-coverage"}
     (path,) = tmp_path.glob("*.jsonl")
     # Four kinds of questions: unpruned, and each method at two budgets.
     assert len(read_rows(path)) == len(rows) == (1 + 2 * len(methods)) * 4

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from mmtok_bench.client import RequestError, openai_client
-from mmtok_bench.pocket.questions import Kind
+from mmtok_bench.client import RequestError, image_url, openai_client
+from mmtok_bench.pocket.questions import Kind, make_scenes, picture_of
 from mmtok_bench.quality.plan import WITH_AGENT, QualityPlan, Setting, answers_beside, read_answers
 from mmtok_bench.quality.sweep import NotPrunedError, Sweep, _fields
 from mmtok_bench.results import read_rows
 from mmtok_bench.run import Run
-from tests.bench.quality.stand_in import TOKENS, Reply, budget_of, completion, says, serving
+from tests.bench.quality.stand_in import TOKENS, Reply, budget_of, completion, question_of, says, serving
 from tests.bench.report.rows import selector_rows, write
 
 KINDS: tuple[Kind, ...] = ("existence", "count")
@@ -99,6 +99,41 @@ def test_share_of_the_unpruned_score(tmp_path: Path) -> None:
     assert metrics["share"] == 1
     assert metrics["accuracy"] == 0.5
     assert metrics["pope_yes_share"] == 0
+
+
+def test_how_well_coverage_tells_the_answers_that_pruning_made_wrong(tmp_path: Path) -> None:
+    """Pruned answers are always "yes", unpruned ones right; the lost ones, all of which are "no", are covered less."""
+    plan = QualityPlan(methods=("mmtok", "even"), budgets=("4", "all"), seeds=(0,), kinds=KINDS[:1], num_questions=40)
+    expected = {
+        (image_url(picture_of(asked.scene)), question.text): question.answer
+        for asked in make_scenes(0, plan.num_questions, plan.kinds)
+        for question in asked.questions
+    }
+
+    def covering(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        place = body["messages"][0]["content"][0]["image_url"]["url"], question_of(body)
+        budget, method = budget_of(body), body["mm_processor_kwargs"].get("mmtok_method")
+        answer = completion(expected[place] if budget == "all" else "yes", TOKENS[budget])
+        covered = 0.5 if expected[place] == "no" else 0.75
+        image = {"coverage": covered, "coverage_bound": 0.8} if method == "mmtok" else {"coverage": None}
+        answer["choices"][0]["meta_info"] = {"mmtok": [{"images": [image]}]}
+        return 200, answer
+
+    path = tmp_path / "rows.jsonl"
+    sweep, _ = run(plan, path, covering)
+    told = {row.case["method"]: row.metrics for row in sweep.rows()}
+    assert (told["mmtok"]["num_lost"], told["mmtok"]["lost_auroc"]) == (20, 1)
+    assert told["mmtok"]["coverage"] == pytest.approx(0.625)
+    assert told["mmtok"]["coverage_bound"] == pytest.approx(0.8)
+    for method in ("unpruned", "even"):
+        assert not {"coverage", "coverage_bound", "num_lost", "lost_auroc"} & set(told[method])
+    # Answers of a run that did not ask for it go on as they are.
+    answers = answers_beside(path)
+    lines = [json.loads(line) for line in lines_of(answers)]
+    for line in lines:
+        del line["coverage"], line["coverage_bound"]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(plan, path, covering)[1] == 0
 
 
 def test_going_on_asks_only_what_is_left(tmp_path: Path) -> None:

@@ -155,3 +155,21 @@ def test_in_the_report() -> None:
     assert "| 85.12 |" in page
     assert "LLaVA-1.5-7B, the paper" in page
     assert "87.7" in page
+
+
+def test_coverage_and_how_well_it_tells_a_wrong_answer() -> None:
+    told = {"coverage": 0.912, "coverage_bound": 0.9544, "num_lost": 12.0}
+    auroc = {"lost_auroc": 0.613, "lost_auroc_low": 0.554, "lost_auroc_high": 0.671}
+    rows = [
+        ROWS[0],
+        replace(ROWS[1], metrics={**ROWS[1].metrics, **told, **auroc}),
+        replace(ROWS[3], metrics={**ROWS[3].metrics, **told}),
+        ROWS[4],
+        replace(scored("mmtok", "4", 4, 0.4, kind="position"), metrics={**ROWS[3].metrics, **told}),
+    ]
+    table = quality_part(frame_of(rows)).tables[-1]
+    assert table.columns == ("method", "budget", "count", "position")
+    assert table.rows == (
+        ("mmtok", "25%", "91.2 (95.4), 12 lost: 0.61 (0.55 to 0.67)", ""),
+        ("mmtok", "4", "91.2 (95.4), 12 lost", "91.2 (95.4), 12 lost"),
+    )
