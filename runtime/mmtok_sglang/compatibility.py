@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from mmtok_deploy.backends import get_backend
 from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.engine_file import check_engine_file
 from mmtok_sglang.families import FAMILIES
+from mmtok_sglang.refused_models import REFUSED_MODELS
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.transformers_backend import TransformersModel
 
@@ -29,6 +32,7 @@ __all__ = [
     "check_server",
     "check_server_method",
     "check_stages",
+    "check_unread_config",
     "family_of_server",
 ]
 
@@ -51,9 +55,26 @@ def family_of_server(server_args: Any) -> str:
             if obstacle is not None:
                 raise UnsupportedServerError(f"--mmtok-budget does not support this {architecture}: {obstacle}")
             return name
+    raise _unsupported(architecture)
+
+
+def check_unread_config(folder: str) -> None:
+    """Raises UnsupportedServerError if a folder's config.json names a model of `REFUSED_MODELS`.
+
+    SGLang reads the configurations of some of them with --trust-remote-code alone, and fails without naming the model.
+    """
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    architecture = next(iter(config.get("architectures") or ()), "")
+    if architecture in REFUSED_MODELS:
+        raise _unsupported(architecture)
+
+
+def _unsupported(architecture: str) -> UnsupportedServerError:
+    reason = f": {REFUSED_MODELS[architecture]}" if architecture in REFUSED_MODELS else ""
     supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
-    raise UnsupportedServerError(
-        f"--mmtok-budget does not support {architecture}. Supported: {supported}. "
+    return UnsupportedServerError(
+        f"--mmtok-budget does not support {architecture}{reason}. Supported: {supported}. "
         "Start the server without --mmtok-budget to serve this model unpruned."
     )
 

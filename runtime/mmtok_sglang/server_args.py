@@ -118,7 +118,10 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         has_own_graphs = self.mmtok_budget is not None and prefer_prefill_graphs(self)
         with ends_start(self.__dict__.get("_mmtok_on_command_line", False)):
             if self.mmtok_budget is not None:
+                from mmtok_sglang.compatibility import check_unread_config
+
                 _check_model_path(self.model_path)
+                check_unread_config(self.model_path)
         super().resolve_once()
         if _in_detokenizer():
             return

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ from mmtok_sglang.compatibility import (
     family_of_server,
 )
 from mmtok_sglang.families import FAMILIES
+from mmtok_sglang.refused_models import REFUSED_MODELS
 from mmtok_sglang.server_args import MMTokServerArgs
 from mmtok_sglang.settings import Settings
 from tests.runtime.stand_ins import make_settings, tiny_checkpoint, unchanged_environment
@@ -137,10 +140,28 @@ def test_adapters_that_change_what_images_are_selected_by_are_refused(
 def test_another_model_is_refused_with_those_that_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["InternS1ForConditionalGeneration"]))
     monkeypatch.setattr(compatibility, "model_config_of", lambda arguments: config)
-    with pytest.raises(UnsupportedServerError, match="does not support InternS1ForConditionalGeneration") as error:
+    with pytest.raises(UnsupportedServerError, match=r"not support InternS1ForConditionalGeneration\. Supp") as error:
         family_of_server(None)
     for name, family in FAMILIES.items():
         assert f"{family.architecture} ({name})" in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", REFUSED_MODELS)
+def test_a_model_that_people_serve_is_refused_with_its_reason(
+    installed: list[Settings | None], tmp_path: Path, architecture: str
+) -> None:
+    """Also where Transformers could not read its configuration without the checkpoint's own code."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "theirs"}))
+    arguments = MMTokServerArgs(model_path=str(tmp_path), mmtok_budget="64")
+    with pytest.raises(UnsupportedServerError) as error:
+        arguments.resolve_once()
+    assert f"not support {architecture}: {REFUSED_MODELS[architecture]}. Supported: " in str(error.value)
+    assert installed == []
+    assert f"`{architecture}`" in (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+
+
+def test_no_family_is_among_the_refused_models() -> None:
+    assert not REFUSED_MODELS.keys() & {family.architecture for family in FAMILIES.values()}
 
 
 def test_a_llava_of_another_vision_encoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
