@@ -30,6 +30,7 @@ PRESETS: dict[str, Preset] = {
     "llava-next": Preset(SelectionConfig(tv_temp=0.02, vv_temp=0.2, alpha=0.5), "keywords"),
     "qwen2.5-vl": _QWEN,
     # The authors ship none for these: those of Qwen2.5-VL.
+    "qwen2-vl": _QWEN,
     "qwen3-vl": _QWEN,
     "qwen3-vl-moe": _QWEN,
     "qwen3.5": _QWEN,

@@ -20,6 +20,8 @@ from mmtok_bench.model_parts import (
     llava_next_config,
     llava_next_processor,
     llava_processor,
+    qwen2_vl_config,
+    qwen2_vl_processor,
     qwen3_5_config,
     qwen3_5_processor,
     qwen3_vl_config,
@@ -56,6 +58,10 @@ _QWEN_7B_VISION = {
     "num_heads": 16,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
+# Qwen2-VL-7B has the same language model; its encoder is as `Qwen2VLVisionConfig` of Transformers 5.19 has it by
+# default.
+_QWEN2_VL_7B = {**_QWEN_7B, "max_position_embeddings": 32768}
+_QWEN2_VL_VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
 _QWEN_32B = {
     **_QWEN_7B,
     "hidden_size": 5120,
@@ -209,6 +215,13 @@ def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
     )
 
 
+def _qwen2_vl(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
+    return _DummyModel(
+        lambda: qwen2_vl_processor(_words(text["vocab_size"]), max_image_tokens=16384),
+        lambda tokenizer: qwen2_vl_config(tokenizer, text, vision),
+    )
+
+
 def _qwen3_vl(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
     return _DummyModel(
         # As the published processor: an image of fewer than 64 tokens is enlarged.
@@ -249,6 +262,7 @@ def _internvl(text: dict[str, Any]) -> _DummyModel:
 
 
 DUMMY_MODELS: dict[str, _DummyModel] = {
+    "qwen2-vl-7b": _qwen2_vl(_QWEN2_VL_7B, _QWEN2_VL_VISION),
     "qwen2.5-vl-7b": _qwen(_QWEN_7B, _QWEN_7B_VISION),
     "qwen2.5-vl-32b": _qwen(_QWEN_32B, {**_QWEN_7B_VISION, "intermediate_size": 3456}),
     "qwen3-vl-8b": _qwen3_vl(_QWEN3_VL_8B, _QWEN3_VL_VISION),
@@ -306,6 +320,7 @@ def write_dummy_model(name: str, folder: Path) -> Path:
 
 
 _ARCHITECTURES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",

@@ -11,7 +11,15 @@ from mmtok_deploy.methods import MethodName
 __all__ = ["FAMILY_TRAITS", "FamilyName", "FamilyTraits", "PocketFamily", "family_arguments"]
 
 FamilyName = Literal[
-    "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe", "llava-1.5", "llava-next", "internvl3"
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "qwen3-vl-moe",
+    "qwen3.5",
+    "qwen3.5-moe",
+    "llava-1.5",
+    "llava-next",
+    "internvl3",
 ]
 PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
 """Those of which this package brings a trained model along."""
@@ -38,10 +46,12 @@ class FamilyTraits:
 # SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788), and LLaVA-NeXT has no other.
 _TRANSFORMERS = ("--model-impl=transformers",)
 # Qwen's encoders have no class token, whose attention VisionZip ranks by.
+_QWEN2_VL = FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=28)
 _QWEN3_VL = FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=32)
 
 FAMILY_TRAITS: Mapping[FamilyName, FamilyTraits] = {
-    "qwen2.5-vl": FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=28),
+    "qwen2-vl": _QWEN2_VL,
+    "qwen2.5-vl": _QWEN2_VL,
     "qwen3-vl": _QWEN3_VL,
     "qwen3-vl-moe": _QWEN3_VL,
     "qwen3.5": _QWEN3_VL,

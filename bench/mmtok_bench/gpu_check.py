@@ -331,7 +331,7 @@ def _replays_ms(call: Callable[[], object], num_runs: int = 30) -> list[float]:
     return times_ms
 
 
-_WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith("qwen"))
+_WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith(("qwen2.5", "qwen3")))
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 # What a model of which nothing was measured before has to hold.

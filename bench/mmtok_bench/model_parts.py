@@ -20,6 +20,8 @@ __all__ = [
     "llava_next_config",
     "llava_next_processor",
     "llava_processor",
+    "qwen2_vl_config",
+    "qwen2_vl_processor",
     "qwen3_5_config",
     "qwen3_5_processor",
     "qwen3_vl_config",
@@ -186,6 +188,17 @@ def qwen_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 12
     )
 
 
+def qwen2_vl_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 1280) -> Any:
+    """Returns the processor of Qwen2-VL: that of Qwen2.5-VL under another name."""
+    parts = qwen_processor(vocabulary, max_image_tokens=max_image_tokens)
+    return transformers.Qwen2VLProcessor(
+        image_processor=parts.image_processor,
+        tokenizer=parts.tokenizer,
+        video_processor=parts.video_processor,
+        chat_template=parts.chat_template,
+    )
+
+
 def qwen3_vl_processor(
     vocabulary: Vocabulary = BYTES, *, min_image_tokens: int = 4, max_image_tokens: int = 1280
 ) -> Any:
@@ -272,20 +285,8 @@ def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
         vision: Fields of the vision encoder, which attends within windows of 112 pixels where
             `fullatt_block_indexes` names no block.
     """
-    half = text["hidden_size"] // text["num_attention_heads"] // 2
     return transformers.Qwen2_5_VLConfig(
-        text_config={
-            "rope_parameters": {
-                "rope_type": "default",
-                "type": "mrope",
-                # A quarter of the rotations for time, three eighths each for height and width, as in every size.
-                "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
-                "rope_theta": 1000000.0,
-            },
-            "tie_word_embeddings": False,
-            **_qwen_text_ids(tokenizer),
-            **text,
-        },
+        text_config=_qwen2_text(tokenizer, text),
         vision_config={
             "out_hidden_size": text["hidden_size"],
             "window_size": 112,
@@ -295,6 +296,40 @@ def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
         **_qwen_token_ids(tokenizer),
         tie_word_embeddings=text.get("tie_word_embeddings", False),
     )
+
+
+def qwen2_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+    """Returns a Qwen2-VL configuration.
+
+    Args:
+        tokenizer: As `qwen2_vl_processor` takes it.
+        text: Fields of the language model; a head's width is a multiple of 16.
+        vision: Fields of the vision encoder; its width is `embed_dim`.
+    """
+    return transformers.Qwen2VLConfig(
+        # SGLang takes it for the encoder's layer norms, too, whose own is this one.
+        text_config={"rms_norm_eps": 1e-6, **_qwen2_text(tokenizer, text)},
+        # SGLang reads `in_chans`, as the published checkpoints have it, and Transformers `in_channels`.
+        vision_config={"hidden_size": text["hidden_size"], "in_chans": 3, **vision},
+        **_qwen_token_ids(tokenizer),
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+
+
+def _qwen2_text(tokenizer: Any, text: Sizes) -> dict[str, Any]:
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "type": "mrope",
+            # A quarter of the rotations for time, three eighths each for height and width, as in every size.
+            "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
+            "rope_theta": 1000000.0,
+        },
+        "tie_word_embeddings": False,
+        **_qwen_text_ids(tokenizer),
+        **text,
+    }
 
 
 def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:

@@ -23,6 +23,8 @@ from mmtok_bench.model_parts import (
     llava_next_config,
     llava_next_processor,
     llava_processor,
+    qwen2_vl_config,
+    qwen2_vl_processor,
     qwen3_5_config,
     qwen3_5_processor,
     qwen3_vl_config,
@@ -49,6 +51,7 @@ _TEXT_SIZES: dict[str, Any] = {
     "initializer_range": 0.0625,
 }
 
+_TINY_QWEN2_VL_VISION = {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 2, "initializer_range": 0.125}
 _TINY_QWEN_VISION = {
     "depth": 2,
     "hidden_size": 64,
@@ -110,8 +113,8 @@ def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad
     there when it is complete, so a reader never sees half of it.
 
     Args:
-        family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2.5-vl" and 228 for later Qwens (any
-            size up to 1280), 576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next", and
+        family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2-vl" and "qwen2.5-vl" and 228 for
+            later Qwens (any size up to 1280), 576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next", and
             up to 13 of 64 for "internvl3".
         folder: Where to write; made again if it holds a tiny checkpoint of another kind.
         seed: Seed of the weights.
@@ -172,6 +175,11 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
         processor = qwen_processor()
         config = qwen_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_QWEN_VISION)
         model_class = transformers.Qwen2_5_VLForConditionalGeneration
+    elif family == "qwen2-vl":
+        processor = qwen2_vl_processor()
+        text = {**_TEXT_SIZES, "num_key_value_heads": 2}
+        config = qwen2_vl_config(processor.tokenizer, text, _TINY_QWEN2_VL_VISION)
+        model_class = transformers.Qwen2VLForConditionalGeneration
     elif family in ("qwen3-vl", "qwen3-vl-moe"):
         is_mixture = family == "qwen3-vl-moe"
         processor = qwen3_vl_processor()

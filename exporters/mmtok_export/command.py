@@ -45,6 +45,7 @@ _FEATURES = {
     "llava-1.5": _Features(4096, 1024),
     "llava-next": _Features(4096, 1024),
     "internvl3": _Features(3584, 4096),
+    "qwen2-vl": _Features(3584, 1280, has_float32_keys=True),
     "qwen2.5-vl": _Features(3584, 1280, has_float32_keys=True),
     "qwen3-vl": _Features(4096, 1152, has_float32_keys=True),
     "qwen3-vl-moe": _Features(2048, 1152, has_float32_keys=True),

@@ -13,6 +13,7 @@ from mmtok_bench.serve.presets import QUESTIONS, Size
 
 # Parameters in billions as published (language model, encoder and what joins them), within 2%.
 SIZES_B = {
+    "qwen2-vl-7b": 8.29,
     "qwen2.5-vl-7b": 8.29,
     "qwen2.5-vl-32b": 33.45,
     "llava-1.5-7b": 7.06,
@@ -75,6 +76,7 @@ def test_every_token_id_is_text_and_words_are_one_token(written: tuple[str, Path
 @pytest.mark.parametrize(
     ("name", "size_px", "num_tokens"),
     [
+        ("qwen2-vl-7b", (1008, 672), 864),
         ("qwen2.5-vl-7b", (1008, 672), 864),
         ("qwen2.5-vl-7b", (224, 224), 64),
         ("qwen2.5-vl-0.5b", (1008, 784), 1008),
@@ -98,7 +100,7 @@ def test_images_become_the_papers_numbers_of_tokens(name: str, size_px: Size, nu
 
 
 def test_unknown_names_and_somebodys_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"one of qwen2\.5-vl-7b, .* got 'gpt-2'"):
+    with pytest.raises(ValueError, match=r"one of qwen2-vl-7b, .* got 'gpt-2'"):
         write_dummy_model("gpt-2", tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FileExistsError, match="holds weights"):

@@ -21,6 +21,6 @@ def test_constants_are_the_authors(family: str, tv_temp: float, guidance: str) -
     assert preset.guidance == guidance
 
 
-@pytest.mark.parametrize("family", ["qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe", "internvl3"])
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe", "internvl3"])
 def test_families_without_constants_of_the_authors_have_those_of_qwen2_5_vl(family: str) -> None:
     assert PRESETS[family] == PRESETS["qwen2.5-vl"]

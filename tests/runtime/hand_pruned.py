@@ -232,7 +232,7 @@ class HandPruned:
             output = self.model.model.get_image_features(inputs["pixel_values"], grids)
         finally:
             hook.remove()
-        of_layers = getattr(output, "deepstack_features", ())  # Qwen3.5 has none
+        of_layers = getattr(output, "deepstack_features", ())  # Qwen2-VL and Qwen3.5 have none
         # One tensor an image; before Transformers 5.19, one of all images for each level.
         levels = [
             level if isinstance(level, Tensor) else torch.cat(tuple(level))
@@ -246,7 +246,7 @@ class HandPruned:
             for (tokens, key), text, budget in zip(features, texts, budgets, strict=True)
         ]
 
-    _features_qwen3_vl_moe = _features_qwen3_5 = _features_qwen3_5_moe = _features_qwen3_vl
+    _features_qwen2_vl = _features_qwen3_vl_moe = _features_qwen3_5 = _features_qwen3_5_moe = _features_qwen3_vl
 
     def _features_llava_1_5(self, inputs: Any, images: Sequence[Image.Image]) -> Any:
         projector = self.model.model.multi_modal_projector

@@ -163,7 +163,7 @@ def test_a_familys_classes_come_before_sglangs(name: str, is_imported_before: bo
     assert processor_of(family.architecture) is family.processor_class
     # Every other model is as it was.
     assert len(ModelRegistry.models) <= num_models + 1
-    assert processor_of("Qwen2VLForConditionalGeneration").__name__ == "QwenVLImageProcessor"
+    assert processor_of("Qwen3OmniMoeForConditionalGeneration").__name__ == "QwenVLImageProcessor"
 
 
 @pytest.mark.usefixtures("registries")

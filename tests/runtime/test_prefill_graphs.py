@@ -29,11 +29,11 @@ def sizes(*flags: str) -> list[int] | None:
     return chosen
 
 
-def test_every_qwen_is_captured_and_no_llava() -> None:
+def test_later_qwens_are_captured_and_no_llava() -> None:
     prefer_prefill_graphs(parsed("--mmtok-budget=10%"))
     allowed = model_config.multimodal_breakable_cuda_graph_supported_model_archs
     captured = {name for name, family in FAMILIES.items() if family.architecture in allowed}
-    assert captured == {name for name in FAMILIES if name.startswith("qwen")}
+    assert captured == {name for name in FAMILIES if name.startswith(("qwen2.5", "qwen3"))}
     # Once each, however often arguments are resolved.
     assert [allowed.count(name) for name in ARCHITECTURES] == [1] * 5
 

@@ -17,6 +17,7 @@ from tests.runtime.serving import Served
 
 QUESTION = "What is in this picture, and which colours are there?"
 BUDGET: dict[str, float] = {
+    "qwen2-vl": 0.5,
     "qwen2.5-vl": 0.5,
     "qwen3-vl": 0.5,
     "qwen3-vl-moe": 0.5,
@@ -29,6 +30,7 @@ BUDGET: dict[str, float] = {
 # Room for the features of one photograph of the size below.
 FEATURE_CACHE_MB = {**dict.fromkeys(FAMILIES, 1), "llava-next": 3, "internvl3": 2}
 SIZE = {
+    "qwen2-vl": (728, 728),
     "qwen2.5-vl": (728, 728),
     "qwen3-vl": (416, 416),
     "qwen3-vl-moe": (416, 416),
@@ -54,7 +56,9 @@ GRAPHS = "-graphs"
 """Families whose prefills are replayed: `tests.runtime.emulated_graphs`."""
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *(name + GRAPHS for name in FAMILIES if name.startswith("qwen"))])
+@pytest.fixture(
+    scope="module", params=[*FAMILIES, *(name + GRAPHS for name in FAMILIES if name.startswith(("qwen2.5", "qwen3")))]
+)
 def chunked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Chunks of 32 tokens, no cache of embeddings, a cache of one image's features, retractions."""
     name: str = request.param

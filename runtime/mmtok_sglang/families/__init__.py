@@ -7,12 +7,14 @@ from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
+from mmtok_sglang.families.qwen2_vl import Qwen2VL
 from mmtok_sglang.families.qwen3_5 import Qwen35, Qwen35Moe
 from mmtok_sglang.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 
 __all__ = ["FAMILIES", "Family"]
 
 FAMILIES: dict[str, Family] = {
+    "qwen2-vl": Qwen2VL(),
     "qwen2.5-vl": Qwen25VL(),
     "qwen3-vl": Qwen3VL(),
     "qwen3-vl-moe": Qwen3VLMoe(),

@@ -154,7 +154,7 @@ class TestDryRun:
         (["--prefix-cache=cold"], "expected some of off,on, got 'cold'"),
         (["--models=gpt-2"], "preset cpu has qwen2.5-vl-0.5b, llava-1.5-0.5b, qwen3-vl-0.5b; got 'gpt-2'"),
         (["--family=llava-1.5"], "give it with --model-path"),
-        (["--model-path=."], "--model-path needs --family, one of qwen2.5-vl, qwen3-vl, qwen3-vl-moe, qwen3.5, "),
+        (["--model-path=."], "--model-path needs --family, one of qwen2-vl, qwen2.5-vl, qwen3-vl, qwen3-vl-moe, "),
         (["--model-path=.", "--dummy-weights"], "not allowed with argument --model-path"),
         (["--model-path=nowhere", "--family=llava-1.5"], "--model-path nowhere holds no config.json"),
         (["--model-path=.", "--family=llava-1.5", "--models=llava-1.5-0.5b"], "give one of them"),
