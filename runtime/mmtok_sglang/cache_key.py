@@ -240,7 +240,8 @@ class CacheKeys:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._constants = digest(settings.config, settings.backend, str(settings.engine), settings.onnxruntime_provider)
+        executor = (settings.backend, str(settings.engine), settings.onnxruntime_provider)
+        self._constants = digest(settings.config, *executor, settings.share_tiles)
         self._version = 0
         self._moved: dict[bytes, int] = {}
         self._num_emptied = 0

@@ -31,6 +31,7 @@ __all__ = [
     "check_scale",
     "check_server",
     "check_server_method",
+    "check_sharing",
     "check_stages",
     "check_unread_config",
     "family_of_server",
@@ -134,7 +135,8 @@ def check_embedding(server_args: Any, settings: Settings) -> None:
 def check_engine(server_args: Any, settings: Settings) -> None:
     """Raises EngineMismatchError if the exported file is not for this model and budget, ArtifactError if not whole."""
     model_config = model_config_of(server_args)
-    check_engine_file(settings, FAMILIES[settings.family], model_config.hf_config, model_config.dtype)
+    family = FAMILIES[settings.family].configured(settings)
+    check_engine_file(settings, family, model_config.hf_config, model_config.dtype)
 
 
 def check_agent(server_args: Any, settings: Settings) -> None:
@@ -179,6 +181,13 @@ def check_scale(settings: Settings) -> None:
         raise UnsupportedServerError(
             f"--mmtok-encoder-scale {settings.encoder_scale:g} does not run on {settings.family}: {obstacle}. Drop it"
         )
+
+
+def check_sharing(settings: Settings) -> None:
+    """Raises UnsupportedServerError if the tiles of the model's images cannot share a budget."""
+    obstacle = FAMILIES[settings.family].obstacle_to_sharing
+    if settings.share_tiles and obstacle is not None:
+        raise UnsupportedServerError(f"--mmtok-share-tiles does not run on {settings.family}: {obstacle}. Drop it")
 
 
 def check_stages(server_args: Any, settings: Settings) -> None:

@@ -36,6 +36,11 @@ class Features:
     keys: Tensor
     attention: Tensor | None = None
 
+    def in_one_piece(self) -> Features:
+        """Returns the features of all tiles, one after another, as those of one."""
+        each = (None if each is None else each.flatten(0, 1)[None] for each in (self.vision, self.keys, self.attention))
+        return Features(*each)  # type: ignore[arg-type]
+
     @property
     def size_bytes(self) -> int:
         """Bytes that the tensors take where each is alone in its memory, and their entry in a cache."""

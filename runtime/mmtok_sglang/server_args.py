@@ -145,6 +145,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             check_scale,
             check_server,
             check_server_method,
+            check_sharing,
             check_stages,
             family_of_server,
         )
@@ -163,6 +164,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         check_embedding(self, self._mmtok_settings)
         check_server_method(self, self._mmtok_settings)
         check_scale(self._mmtok_settings)
+        check_sharing(self._mmtok_settings)
         check_stages(self, self._mmtok_settings)
         check_agent(self, self._mmtok_settings)
         check_backend(self, self._mmtok_settings)
@@ -245,6 +247,6 @@ def _install(settings: Settings | None) -> None:
         from mmtok_sglang.hooks import hooks_of
         from mmtok_sglang.server import start
 
-        family = FAMILIES[settings.family]
+        family = FAMILIES[settings.family].configured(settings)
         install(hooks_of(start(settings, family)), family.model_class, family.processor_class)
     _served[:] = [settings]

@@ -92,6 +92,11 @@ class Settings:
         an image has a quarter of its patches and tokens, and the budget keeps its share, or count, of those. For a Qwen
         alone. A request overrides it with mm_processor_kwargs={"mmtok_encoder_scale": ...}. Default: 1."""),
     ] = 1.0
+    share_tiles: Annotated[
+        bool,
+        Help("""select from all tiles of an image at once, so that they share the image's budget, in place of as many
+        tokens of each tile. For LLaVA-NeXT alone. Default: off."""),
+    ] = False
     method: Annotated[
         MethodName,
         Help("""what chooses the tokens, for comparisons. A request overrides it with

@@ -42,9 +42,12 @@ class Pruned:
 
 
 class HandPruned:
-    def __init__(self, family: str, path: Path, device: torch.device = torch.device("cpu")) -> None:
+    def __init__(
+        self, family: str, path: Path, device: torch.device = torch.device("cpu"), *, share_tiles: bool = False
+    ) -> None:
         self.family = family
         self.device = device
+        self.share_tiles = share_tiles
         is_internvl = family == "internvl3"
         weights = path / "transformers" if is_internvl else path
         self.model = AutoModelForImageTextToText.from_pretrained(weights, dtype=torch.float32).eval().to(device)
@@ -286,7 +289,12 @@ class HandPruned:
     def _join_tiles(
         self, vision: Tensor, keys: Tensor, text: str, budget: float | int, grid: tuple[int, int]
     ) -> Tensor:
-        kept = [self._select(v, k, text, budget, None) for v, k in zip(vision, keys, strict=True)]
+        if self.share_tiles:
+            chosen = self._select(vision.flatten(0, 1), keys.flatten(0, 1), text, budget, None)
+            places = [chosen - tile * vision.shape[1] for tile in range(len(vision))]
+            kept = [each[(each >= 0) & (each < vision.shape[1])] for each in places]
+        else:
+            kept = [self._select(v, k, text, budget, None) for v, k in zip(vision, keys, strict=True)]
         rows, columns = grid
         side = round(vision.shape[1] ** 0.5)
         joined = torch.zeros(rows * side, columns * side, vision.shape[2])

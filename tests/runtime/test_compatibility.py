@@ -184,6 +184,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
+        ("qwen2-vl", {}),
         ("qwen2.5-vl", {}),
         ("qwen2.5-vl", {"mmtok_method": "downsample"}),
         ("qwen3-vl", {}),
@@ -196,6 +197,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Settings | None]:
         ("llava-1.5", {"model_impl": "transformers", "mmtok_method": "downsample"}),
         ("llava-next", {}),
         ("llava-next", {"model_impl": "transformers"}),
+        ("llava-next", {"mmtok_share_tiles": True}),
         ("llava-next", {"mmtok_method": "visionzip"}),
         ("internvl3", {}),
     ],
@@ -231,8 +233,11 @@ def test_real_arguments_of_each_family_pass(
         ("llava-next", {"mmtok_method": "downsample"}, "--mmtok-method downsample does not run on this .* tiles"),
         ("llava-1.5", {"mmtok_encoder_scale": 0.5}, "--mmtok-encoder-scale 0.5 does not run on llava-1.5: .* one size"),
         ("llava-next", {"mmtok_encoder_scale": 0.5}, "--mmtok-encoder-scale 0.5 does not run on llava-next: .* size"),
+        ("llava-1.5", {"mmtok_share_tiles": True}, "--mmtok-share-tiles does not run on llava-1.5: .* in one piece"),
+        ("internvl3", {"mmtok_share_tiles": True}, "--mmtok-share-tiles does not run on internvl3: .* already"),
         ("internvl3", {"mmtok_method": "downsample"}, "--mmtok-method downsample does not run on this .* tiles"),
         ("internvl3", {"mmtok_method": "visionzip"}, "--mmtok-method visionzip does not run on this .* 2 x 2 patches"),
+        ("qwen2-vl", {"pp_size": 2}, "--pp-size 2 does not run on this model: SGLang 0.5.23 has no pipeline stages"),
         ("internvl3", {"pp_size": 2}, "--pp-size 2 does not run on this model: SGLang 0.5.23 has no pipeline stages"),
         ("internvl3", {"is_embedding": True}, "--is-embedding does not run on internvl3: SGLang's class"),
         ("internvl3", {"model_impl": "transformers"}, "InternVLChatModel.* got transformers: drop --model-impl$"),

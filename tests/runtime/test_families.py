@@ -156,7 +156,35 @@ def test_kept_tokens_of_crops_come_in_raster_order_of_the_joined_grid(grid: tupl
         tokens.reshape(*grid, side, side).transpose(1, 2).reshape(grid[0] * side, grid[1] * side)
         for tokens in (index, is_kept)
     )
-    assert torch.equal(_raster_order(kept, grid, side), picture[mask])
+    flat = kept + side**2 * (1 + torch.arange(num_crops)[:, None])
+    assert torch.equal(_raster_order(flat.flatten(), grid, side), side**2 + picture[mask])
+    # Before them the base tile's, however the tokens come.
+    mixed = torch.cat([flat.flatten(), torch.tensor([2, 7])])
+    expected = torch.cat([torch.tensor([2, 7]), side**2 + picture[mask]])
+    assert torch.equal(_raster_order(mixed[torch.randperm(len(mixed), generator=generator)], grid, side), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_tiles", "budget", "num_tokens", "kept"),
+    [
+        ([600, 600], 5, 160, 2928, 160),
+        ([336, 672], 3, 160, 1176, 160),
+        ([600, 600], 5, "10%", 2928, 288),
+        ([336, 672], 3, "10%", 1176, 172),
+        ([336, 672], 3, "all", 1176, 1176),
+        ([336, 672], 3, "99.99%", 1176, 1176),
+        ([20, 900], 4, 2800, 600, 600),
+    ],
+)
+def test_what_an_image_whose_tiles_share_its_budget_keeps(
+    size: list[int], num_tiles: int, budget: int | str, num_tokens: int, kept: int
+) -> None:
+    family = LlavaNext().configured(replace(make_settings(family="llava-next"), share_tiles=True))
+    item = image_item((0, num_tokens - 1), model_specific_data={"image_sizes": torch.tensor([size])})
+    assert family.num_kept(item, num_tokens, Budget.parse(budget), LLAVA_NEXT) == kept
+    assert family.selection_size(item, num_tokens, kept, LLAVA_NEXT) == (num_tiles * 576, kept)
+    assert family.num_selected_from(LLAVA_NEXT) is None
+    assert family.max_num_kept(2880, Budget(tokens=160), LLAVA_NEXT) == 160
 
 
 QWEN = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))

@@ -42,8 +42,14 @@ class Family(ABC):
     """The most pixels of an image on a CPU by default, where the encoder's memory bounds them."""
     obstacle_to_scale: ClassVar[str | None] = "its vision encoder reads images of one size, however small they are sent"
     """Why images cannot be scaled by `--mmtok-encoder-scale`, None if they can."""
+    obstacle_to_sharing: ClassVar[str | None] = "its images are read in one piece, which has all of the budget already"
+    """Why the tiles of an image cannot share its budget by `--mmtok-share-tiles`, None if they can."""
     embeds: ClassVar[bool] = True
     """Whether SGLang's class of the model answers embedding requests."""
+
+    def configured(self, settings: Settings) -> Family:
+        """Returns the family as it is in a server with these settings."""
+        return self
 
     @property
     def architecture(self) -> str:

@@ -109,6 +109,7 @@ class InternVL3(Family):
         ("<img>", "</img>", "<video>", "<|video_pad|>", "<<<__IMG_PLACEHOLDER__>>>", "<<<__VID_PLACEHOLDER__>>>"),
     )
     embeds = False
+    obstacle_to_sharing = "its tiles share the budget of their image already"
 
     def __init__(self) -> None:
         self._thread = ProcessorThread()

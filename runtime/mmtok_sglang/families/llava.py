@@ -76,6 +76,10 @@ class Llava(Family):
         layers = config.vision_feature_layer
         return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
 
-    def num_selected_from(self, config: Any) -> int:
+    def num_selected_from(self, config: Any) -> int | None:
         """Returns the number of patches of the square that CLIP reads: an image or a tile."""
+        return self.tile_tokens(config)
+
+    def tile_tokens(self, config: Any) -> int:
+        """Returns the number of patches of the square that CLIP reads."""
         return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
