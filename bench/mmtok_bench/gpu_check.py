@@ -282,6 +282,18 @@ def _logprobs(family: str, prefill: str) -> tuple[Bar, ...]:
     return (*bars, Bar(f"{what}, prefills replayed", 4, False, "", of_family(itemgetter("num_replayed"))))
 
 
+def _quantised(method: str) -> tuple[Bar, ...]:
+    def control(metrics: Mapping[str, float]) -> float:
+        difference = metrics["max_difference"]
+        return metrics["control_difference"] / difference if difference else math.inf
+
+    of_method = partial(_of_row, "device-quantised", method=method)
+    return (
+        Bar(f"{method}, difference of coverage", 1e-3, True, "", of_method(itemgetter("max_difference"))),
+        Bar(f"{method}, another question's against that", 10, False, "x", of_method(control)),
+    )
+
+
 def _device_logprobs(family: str, prefill: str) -> tuple[str, ...]:
     return ("-m", "tests.runtime.device_logprobs", "FOLDER", "--family", family, "--prefill", prefill)
 
@@ -332,6 +344,7 @@ def _replays_ms(call: Callable[[], object], num_runs: int = 30) -> list[float]:
 
 
 _WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith(("qwen2.5", "qwen3")))
+_QUANTISED = ("fp8", "awq", "gptq")
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 # What a model of which nothing was measured before has to hold.
@@ -391,6 +404,12 @@ PARTS: tuple[Part, ...] = (
         "the same, with prefills by CUDA graphs",
         tuple(_device_logprobs(family, "graphs") for family in _WITH_GRAPHS),
         tuple(bar for family in _WITH_GRAPHS for bar in _logprobs(family, "graphs")),
+    ),
+    Part(
+        "quantised",
+        "tokens kept of images by FP8, AWQ and GPTQ checkpoints, against the unquantised one's",
+        tuple(("-m", "tests.runtime.device_quantised", "FOLDER", "--method", each) for each in _QUANTISED),
+        tuple(bar for each in _QUANTISED for bar in _quantised(each)),
     ),
     _qwen_7b(1, _ttft("10%", 1, 1.25), _rates("10%", 1, 1.0)),
     _qwen_7b(16, _rates("10%", 16, 1.4)),

@@ -205,8 +205,13 @@ def _problems(cfg: Any) -> Iterator[str]:
         yield "--language-model-only: there is no vision encoder"
     if cfg.disaggregation_mode != "null":
         yield f"--disaggregation-mode {cfg.disaggregation_mode}: not verified"
-    if cfg.speculative_algorithm:
-        yield f"--speculative-algorithm {cfg.speculative_algorithm}: the draft model reads unpruned positions"
+    if cfg.speculative_algorithm == "NGRAM":
+        yield "--speculative-algorithm NGRAM: not verified"
+    elif cfg.speculative_algorithm:
+        yield (
+            f"--speculative-algorithm {cfg.speculative_algorithm}: the draft model's prefill reads positions from "
+            "before the selection"
+        )
     if cfg.mm_enable_dp_encoder:
         yield "--mm-enable-dp-encoder: features before the merger are spread over the ranks"
     if cfg.attn_dp_size > 1:
