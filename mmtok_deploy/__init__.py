@@ -23,7 +23,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Returns what the package names, imported when it is first asked for: the command line need not load PyTorch."""
+    """Returns a public name, imported on first use, so that the command line starts without loading PyTorch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

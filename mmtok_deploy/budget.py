@@ -117,10 +117,10 @@ def tokens_per_tile(budget: Budget, tile_tokens: int, num_tiles: int, max_tiles:
     """Returns how many tokens each tile of an image of LLaVA-NeXT keeps.
 
     A count is what an image of the most tiles keeps in all (160 is 32 of each of 5 tiles), as in the paper's "up to
-    160"; smaller images keep as many a tile. A ratio is of each tile.
+    160"; smaller images keep as many per tile. A ratio applies to each tile.
 
     Args:
-        budget: The request's budget; its minimum is of the whole image.
+        budget: The request's budget; its minimum applies to the whole image.
         tile_tokens: Tokens of a tile.
         num_tiles: The image's tiles, the base tile included.
         max_tiles: The most tiles that an image of this model has.

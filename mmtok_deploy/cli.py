@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    """Returns the parser; where `export` or `doctor` is asked for, of that alone, which imports nothing slow."""
+    """Returns the parser; for `export` or `doctor` with that command alone, so that nothing slow is imported."""
     parser = argparse.ArgumentParser(prog="mmtok", description="MMTok vision-token selection, made deployable.")
     parser.add_argument("--version", action="version", version=f"mmtok-deploy {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -54,7 +54,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         from mmtok_bench.commands import add_bench_commands
 
         add_bench_commands(commands)
-        # Trains the pocket models: beside the packages in a checkout, and in no wheel.
+        # Trains the pocket models; it is in a checkout, and not in the wheel.
         if importlib.util.find_spec("pocket_training") is not None:
             from pocket_training.command import add_pocket_parser
 

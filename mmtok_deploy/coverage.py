@@ -29,7 +29,7 @@ def coverage_matrix(
         keys: [N, d] vision features before the projector; any of the three dtypes.
         text: [M, D] input embeddings of the guidance words; M may be 0 unless coverage is "text".
         config: Temperatures, weight, coverage.
-        dtype: What to compute in: float32, or float64 to judge a selection by.
+        dtype: Dtype of the computation: float32, or float64 to judge a selection.
 
     Returns:
         [M + N, N] in `dtype` (or [M, N], or [N, N]) on the features' device.
@@ -59,7 +59,7 @@ def coverage_curve(matrix: Tensor, order: Tensor) -> Tensor:
         [K] float32, never falling.
     """
     coverage = matrix[:, order].cummax(dim=1).values.sum(dim=0)
-    # Sums are rounded by column, so a pick that gains nothing could lower the value by its last bit.
+    # Sums are rounded: without cummax, a pick that gains nothing could lower the value by its last bit.
     return coverage.cummax(dim=0).values
 
 

@@ -1,4 +1,4 @@
-"""What is installed, what works on this machine, and what to do about the rest: mmtok doctor."""
+"""`mmtok doctor`: what is installed, what works on this machine, and what to do about the rest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _REINSTALL = "install mmtok-deploy again; in a checkout: pip install -e ."
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _PROBE_LIMIT_S = 180
 
-# Loads and calls the entry points as a server does, but keeps the errors: SGLang logs them and serves on.
+# Loads and calls the entry points as a server does, but keeps the errors, which SGLang only logs.
 _PROBE = """
 import json, sys
 from importlib.metadata import entry_points
@@ -59,12 +59,12 @@ print(json.dumps(errors))
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at.
+    """The result of one check.
 
     Args:
-        name: What was looked at; unique.
-        status: "failed" stands in the way of serving with a budget; "optional" is not installed and not needed for it.
-        found: What is there.
+        name: What was checked; unique.
+        status: "failed" prevents serving with a budget; "optional" is not installed, and not needed to serve.
+        found: What was found.
         fix: What to do about it; empty if nothing.
     """
 
@@ -148,7 +148,7 @@ def _check_torch() -> Check:
 
 def _num_cuda_devices() -> int:
     with warnings.catch_warnings():
-        # PyTorch warns about a driver that is too old; _check_devices says so in its own words.
+        # PyTorch warns about a driver that is too old; _check_devices reports that.
         warnings.simplefilter("ignore")
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -211,7 +211,7 @@ def _probe_entry_points() -> dict[str, str]:
     if done.returncode:
         last_line = done.stderr.strip().rpartition("\n")[2]
         return dict.fromkeys(_GROUPS, f"exit code {done.returncode}: {last_line}")
-    # Above the answer stands what libraries print while they are imported.
+    # Libraries may print lines above the answer when they are imported.
     errors: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return errors
 
@@ -222,7 +222,7 @@ def _check_plugins_variable() -> Check:
     if plugins is None:
         return Check(name, "ok", "not set")
     needed = [_PLUGIN]
-    # SGLang holds platforms against this list as well, unless SGLANG_PLATFORM names one.
+    # SGLang also looks for the platform in this list, unless SGLANG_PLATFORM names one.
     if not (torch.accelerator.is_available() or sglang_platform() or use_cpu_engine()):
         needed.append(_PLATFORM)
     found = ",".join(plugins) or "names no plugin"
@@ -256,7 +256,7 @@ def _check_cpu_engine_variable() -> Check:
 
 
 def _check_reference(device: torch.device) -> Check:
-    # Three kinds of tokens and a word like the rarest: that one is picked first, then one of each other kind.
+    # Three kinds of tokens, and a word equal to the rarest kind: it is picked first, then one of each other kind.
     kinds, expected = [0, 1, 0, 2, 1, 0], [3, 0, 1]
     order: list[int] = []
     try:

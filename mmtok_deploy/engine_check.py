@@ -1,4 +1,4 @@
-"""Whether an exported file selects as the reference does, on the device that it will run on."""
+"""Checks that an exported file selects as the reference does, on the device that it will run on."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["hold_to_reference", "sample_problems"]
 
 # Relative. Matrix products and sums of thousands of terms, in another order; 1.1e-5 was seen.
 _COVERAGE_TOLERANCE = 1e-4
-# What float32 rounds of the coverage, twice: the scale on which two gains are told apart.
+# Relative: twice the float32 rounding error of the coverage. Gains that differ by less are a close call.
 _COVERAGE_ROUNDING = 2**-23
-# The sample has at most so many, to keep a start short where the file takes images of many sizes.
+# The sample's largest sizes, which keep a server's start short.
 _MAX_TOKENS, _MAX_WORDS = 1024, 8
-# No image and no question is larger; a file that takes nothing smaller is not one that can be tried.
+# Larger than any image or question: a file whose smallest size is larger still cannot be tried.
 _MAX_SMALLEST = 1 << 15
 
 
 def sample_problems(manifest: Manifest, device: torch.device) -> list[SelectionProblem]:
-    """Returns two images like a model's, the second with a shorter text and with excluded tokens.
+    """Returns two synthetic images, the second with a shorter text and with excluded tokens.
 
     Args:
-        manifest: The manifest of the file that is to select from them.
-        device: Where they are made.
+        manifest: Manifest of the file that will select from them.
+        device: Device of the features.
 
     Raises:
-        ValueError: The smallest image or text that the file takes is larger than any.
+        ValueError: The smallest image or text that the file takes is too large to try.
     """
     sizes = manifest.dimensions
     for name in ("N", "M"):
@@ -51,7 +51,7 @@ def sample_problems(manifest: Manifest, device: torch.device) -> list[SelectionP
         excluded = None
         if is_masked and num_tokens > 1:
             excluded = torch.arange(num_tokens, device=device) < num_tokens // 8
-            # What would be picked first, so that a file which does not read the mask is found out.
+            # The token that would be picked first is excluded, to detect a file that ignores the mask.
             excluded[coverage_matrix(vision, keys, text, manifest.constants).sum(dim=0).argmax()] = True
         num_pickable = num_tokens - (0 if excluded is None else int(excluded.sum()))
         problems.append(SelectionProblem(vision, keys, text, min(manifest.budget, num_pickable), excluded))
@@ -59,10 +59,10 @@ def sample_problems(manifest: Manifest, device: torch.device) -> list[SelectionP
 
 
 def hold_to_reference(problem: SelectionProblem, config: SelectionConfig, selection: Selection) -> GreedyReplay:
-    """Returns the replay of a selection that is the reference's; picks as `replay_greedy` judges them.
+    """Returns the replay of a selection after checking it against the reference; `replay_greedy` judges the picks.
 
     Raises:
-        WrongPickError: It is not, and why.
+        WrongPickError: The selection is wrong; the message says where.
     """
     order: list[int] = selection.order.tolist()
     replay = replay_greedy(problem, config, order, coverage_error=_COVERAGE_ROUNDING)

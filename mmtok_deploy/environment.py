@@ -23,7 +23,7 @@ _CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
 
 
 def is_set(name: str) -> bool:
-    """Returns whether a variable is set and not empty: to warn of one that looks like a flag and is not read."""
+    """Returns whether a variable is set and not empty; for warnings about variables that are not read."""
     return bool(os.environ.get(name))
 
 

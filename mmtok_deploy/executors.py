@@ -1,4 +1,4 @@
-"""What runs the selection in a server: PyTorch, or an exported file."""
+"""Executors run the selection in a server: by PyTorch, or from an exported file."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 ExecutorName = Literal["auto", "torch", "triton", "onnxruntime", "tensorrt"]
 
-# The tokens of the image to select from before the first request.
+# Tokens of the synthetic image that is selected from before the first request.
 _SAMPLE_TOKENS = 576
 
 
 class Executor(Protocol):
-    """Selects for a batch of problems on one device, without waiting for it."""
+    """Selects tokens for a batch of problems on one device, without synchronizing."""
 
     @property
     def name(self) -> str:
-        """What runs it, for the log."""
+        """Backend or file, library and device, for the log."""
 
     def select(self, problems: Sequence[SelectionProblem]) -> list[Selection]:
-        """Returns one selection a problem, in their order.
+        """Returns the selection of each problem, in the same order.
 
         Raises:
-            EngineError: A problem that the exported file cannot hold.
+            EngineError: A problem outside the exported file's sizes.
         """
 
 
@@ -59,18 +59,19 @@ def make_executor(
     """Returns the executor of that name, ready to run.
 
     Args:
-        name: "auto" is the exported file if there is one, else the fastest backend on the device; "torch" is that
-            among those of PyTorch's operations alone.
-        device: Where the features are.
+        name: "auto" is the exported file if there is one, else the fastest backend on the device; "torch" is the
+            fastest one that needs PyTorch alone.
+        device: Device of the features.
         config: Temperatures, weight, coverage; an exported file has its own, which must be these.
-        engine_file: For "onnxruntime" and "tensorrt".
-        provider: ONNX Runtime's, instead of the device's.
-        engine_sha256: What the exported file must hash to; None takes any that its manifest describes.
+        engine_file: The exported file, for "onnxruntime" and "tensorrt".
+        provider: ONNX Runtime's provider; by default that of the device.
+        engine_sha256: Checksum that the file must have; None accepts any file that matches its manifest.
 
     Raises:
-        ArtifactError: The exported file is not whole, or not the one that `engine_sha256` names.
-        EngineError: It cannot run here, or was exported for something else.
-        ValueError: A name without a file, a file without the name, or Triton where it cannot run.
+        ArtifactError: The exported file is damaged, or has another checksum than `engine_sha256`.
+        EngineError: The exported file cannot run here, or was exported for something else.
+        ValueError: A name that needs a file without one, a file with a name that runs none, or Triton on a device
+            that it does not support.
     """
     if name in ("onnxruntime", "tensorrt") and engine_file is None:
         raise ValueError(f"the backend {name} runs an exported file: name it")
@@ -88,17 +89,17 @@ def make_executor(
 
 
 class TorchExecutor:
-    """One of this project's own backends, within the memory that `backends/blocked.py` states.
+    """Runs one of the backends, with memory bounded as in `backends/blocked.py`.
 
     Args:
-        backend: Which.
-        device: Where the features are.
+        backend: Name of the backend.
+        device: Device of the features.
         config: Temperatures, weight, coverage.
     """
 
     def __init__(self, backend: BackendName, device: torch.device, config: SelectionConfig) -> None:
         self._backend = get_backend(backend, device)
-        if backend != "auto":  # which is bounded by itself
+        if backend != "auto":  # whose memory is bounded already
             self._backend = within_memory(self._backend, max_bytes=max_matrix_bytes(device))
         self._config = config
         self._device = device
@@ -106,13 +107,13 @@ class TorchExecutor:
         self.name = f"torch ({self._runs}) on {device}"
 
     def prepare(self, types: FeatureTypes, tokens: tuple[int, int]) -> None:
-        """Does what the first selections would wait for: compiles kernels, and selects from synthetic features.
+        """Warms up, so that no request waits for it: compiles kernels, and selects from synthetic features.
 
         Args:
-            types: Dtypes and widths of the features to come.
+            types: Dtypes and widths of the features.
             tokens: The fewest and the most tokens of an image.
         """
-        # The matrix of a larger image is not held as a whole: no kernel of Triton's runs then.
+        # A larger image is selected from by blocks, without Triton kernels.
         most = min(tokens[1], math.isqrt(max_matrix_bytes(self._device) // 4))
         fewest = min(tokens[0], most)
         if self._runs == "triton":
@@ -140,11 +141,11 @@ class TorchExecutor:
 
 
 class EngineExecutor:
-    """An exported selection. Fewer picks than it makes are the first ones: greedy budgets are nested.
+    """Runs an exported selection. For fewer picks than the file makes, it takes the first: greedy budgets are nested.
 
     Args:
         engine: The loaded file.
-        device: Where the features are.
+        device: Device of the features.
         config: Temperatures, weight, coverage of the server.
 
     Raises:
@@ -180,10 +181,10 @@ class EngineExecutor:
         return [selections[idx] for idx in range(len(problems))]
 
     def check(self) -> None:
-        """Selects from features like a model's, together and one by one, and holds the picks against the reference.
+        """Selects from synthetic features, as a batch and one by one, and checks the picks against the reference.
 
         Raises:
-            EngineError: It does not run, or selects other tokens.
+            EngineError: The file does not run, or selects other tokens.
         """
         export = self.manifest.check
         if export.status != "passed":
@@ -198,7 +199,7 @@ class EngineExecutor:
             results = [result for each in runs for result in zip(each, self.select(each), strict=True)]
         except EngineError:
             raise
-        except Exception as error:  # whatever a file that is not what it says may raise
+        except Exception as error:  # a broken file may raise anything
             raise EngineError(f"{self.name} does not run: {type(error).__name__}: {error}") from error
         for problem, selection in results:
             try:
@@ -209,7 +210,7 @@ class EngineExecutor:
                 ) from error
 
     def _groups(self, problems: Sequence[SelectionProblem]) -> list[list[int]]:
-        """Returns which problems run together: as many of one size as the file takes."""
+        """Returns the indices of problems that run together: equal in size, at most as many as the file takes."""
         by_size: dict[int, list[int]] = {}
         for idx, problem in enumerate(problems):
             if problem.num_picks > self.manifest.budget:
@@ -244,10 +245,10 @@ class EngineExecutor:
 
 
 def check_selection(manifest: Manifest, num_tokens: int, num_kept: int, num_words: int) -> None:
-    """Raises ValueError (HTTP 400) if the exported file cannot hold this selection of one image or tile.
+    """Raises ValueError (HTTP 400) if this selection from one image or tile is outside the exported file's sizes.
 
     Args:
-        manifest: The file's.
+        manifest: The file's manifest.
         num_tokens: N.
         num_kept: K.
         num_words: Guidance tokens; fewer than the file's smallest number are padded.

@@ -1,4 +1,4 @@
-"""Whether picks are greedy: replays them in double precision, and allows for what float32 rounds."""
+"""Checks that picks are greedy: replays them in double precision, and allows for float32 rounding."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ __all__ = ["GreedyReplay", "WrongPickError", "replay_greedy"]
 # The error of a cosine of two unit vectors in float32, whatever the order of the sum; a softmax divides it by its
 # temperature. Measured over the golden cases and on features of LLaVA's width: at most 5.4e-7.
 _COSINE_ERROR = 6e-7
-# The relative error that the rest adds to an entry of C (exponential, normalisation) and to the sum that a gain is.
+# The relative error that exponential and normalisation add to an entry of C, and that the sum adds to a gain.
 _ENTRY_ERROR = 1e-6
-# Tokens that gain less than this share of the pick's gain are no rivals of it.
+# Tokens that gain less than this share of the pick's gain are not compared with it.
 _RIVAL_SHARE = 0.99
 
 
 class WrongPickError(Exception):
-    """A pick that is not greedy: another token gains more, by more than float32 rounds."""
+    """A pick is not greedy: another token gains more, by more than float32 rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class GreedyReplay:
-    """Picks that are greedy, in double precision.
+    """A replay in double precision of picks that are greedy.
 
     Args:
         coverage: [K] float64, f(S) after each pick.
         total: [] float64, f of all N tokens.
-        num_close_calls: Picks that another token beats, but by less than float32 rounds.
+        num_close_calls: Picks whose gain another token exceeds, but by less than float32 rounding.
         smallest_lead: Over all picks, the least by which the pick's gain exceeds another token's gain, as a multiple
-            of what float32 may round of the two; infinite if no other token gains 99% of a pick's gain. Above 1,
+            of the float32 rounding of the two; infinite if no other token gains 99% of a pick's gain. Above 1,
             float32 arithmetic gives these picks on any processor.
     """
 
@@ -62,8 +62,9 @@ def replay_greedy(
         problem: What was selected from.
         config: Temperatures, weight, coverage.
         order: [K] token indices as picked.
-        coverage_error: Share of the coverage so far within which two gains are a close call as well. Gains of a picture
-            of nearly equal parts are small beside it, and whoever sums in another order rounds on its scale.
+        coverage_error: Two gains that differ by less than this share of the coverage so far are a close call, too.
+            In an image of nearly equal parts, gains are small compared with the coverage, and a sum in another order
+            is rounded on the scale of the coverage.
 
     Raises:
         WrongPickError: A token that may not be picked, a number of tokens other than `problem.num_picks`, or a gain
@@ -79,7 +80,7 @@ def replay_greedy(
     if problem.excluded is not None:
         is_open &= ~problem.excluded
     covered = matrix.new_zeros(num_rows)
-    # A gain only falls as tokens are picked, so an earlier one is an upper bound: few are computed anew.
+    # A gain only falls as tokens are picked, so an earlier one is an upper bound: few are computed again.
     bounds = columns.sum(dim=1)
     coverage = matrix.new_empty(len(order))
     num_close_calls, smallest_lead = 0, math.inf
@@ -110,7 +111,7 @@ def replay_greedy(
 
 
 def _gains(columns: Tensor, covered: Tensor, entry_errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the gain of each column [n, R] over what is covered [R], and what float32 may round of it, both [n]."""
+    """Returns the gain of each column [n, R], given `covered` [R], and its float32 rounding error, both [n]."""
     may_gain = columns * (1 + entry_errors) > covered * (1 - entry_errors)
     errors = ((columns + covered) * entry_errors * may_gain).sum(dim=1)
     return (columns - covered).clamp_(min=0).sum(dim=1), errors

@@ -27,12 +27,12 @@ NON_VISUAL_WORDS = frozenset(_WORDS.split())
 
 
 def guidance_words(text: str, rule: GuidanceRule) -> list[str]:
-    """Returns the words to embed, in order; tokenise them one by one, as the authors do.
+    """Returns the words to embed, in order; they are to be tokenised one by one, as the authors do.
 
     Args:
         text: The user's question. `<image>` markers in it are dropped.
-        rule: "keywords" (LLaVA) drops the benchmark instructions and the words without visual meaning, and uses the
-            text as it was where nothing is left. "question" (Qwens) is `Question: ` and the whole text.
+        rule: "keywords" (LLaVA) drops the benchmark instructions and the words without visual meaning; if nothing is
+            left, all words are used. "question" (Qwens) is `Question: ` and the whole text.
 
     Returns:
         Words without white space; empty if `text` holds no word, which leaves the image alone to be covered.

@@ -1,4 +1,4 @@
-"""What stands beside every exported file: what it computes, for which sizes, and how to tell that it is whole."""
+"""The manifest beside every exported file: what the file computes, for which sizes, and its checksum."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["ArtifactError", "Check", "Format", "Kind", "Manifest", "TensorInfo",
 SCHEMA = 2
 
 Kind = Literal["selection", "encoder", "attached"]
-"""The selection by itself, joined to a vision encoder of ours, or to an encoder that somebody else exported."""
+"""The selection alone, joined to a vision encoder of this project, or attached to an encoder that others exported."""
 Format = Literal["onnx", "tensorrt", "tensorrt-rtx"]
 CheckStatus = Literal["passed", "selection only", "not run"]
 
 BUDGET_DIMENSION = "K"
-"""The dimension of outputs whose size is told at run time: how many tokens are kept."""
+"""The dimension of outputs whose size is known at run time: how many tokens are kept."""
 _METADATA_PREFIX = "mmtok."
-# One place a kept token, the first after the batch.
+# Outputs whose second dimension is the kept tokens.
 _KEPT_OUTPUTS = ("kept", "order", "visual_tokens", "coverage")
 
 _DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 
 
 class ArtifactError(ValueError):
-    """An exported file that cannot be used: missing, changed, of another version, or for something else."""
+    """An exported file cannot be used: it is missing, changed, of another version, or for something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class TensorInfo:
     Args:
         name: Its name in the graph.
         dtype: As PyTorch names it: float32, float16, bfloat16, int64, bool.
-        shape: Sizes; a name is one of the manifest's dimensions.
+        shape: Sizes; a text is the name of one of the manifest's dimensions.
     """
 
     name: str
@@ -78,9 +78,9 @@ class Check:
     """A comparison with the float32 reference.
 
     Args:
-        status: "passed"; "selection only" where the encoder before it cannot run on the machine that made it; "not run"
-            where nothing can, or nothing was asked for.
-        runtime: What ran it, with its version; empty if nothing did.
+        status: "passed"; "selection only" if the encoder cannot run on the machine that exported it; "not run" if
+            nothing can run there, or no check was asked for.
+        runtime: Library that ran it, with its version; empty if nothing ran.
         detail: What was compared, or why nothing was.
     """
 
@@ -101,15 +101,15 @@ class Manifest:
 
     Args:
         kind: What the graph holds.
-        format: What runs it.
-        files: The file itself, then its weights and the configuration of its image processor, where it has them.
+        format: The library that runs the file.
+        files: The file itself, then its weights and the configuration of its image processor, if it has them.
         inputs: In the graph's order.
         outputs: In the graph's order.
-        dimensions: The named sizes: B images, N vision tokens, M rows of text, and what they may be.
-        budget: K, tokens kept; the most that may be asked for where the graph takes a budget or a share.
+        dimensions: Range of each named dimension: B images, N vision tokens, M rows of text.
+        budget: K, tokens kept; the largest K where the graph takes a budget or keeps a share.
         form: How the picks are made; a `Form` of the exporter.
         constants: Temperatures, weight, coverage.
-        details: What else there is to know, by kind: an encoder's family, image size and grid; the tensors that a
+        details: Further facts that depend on the kind: an encoder's family, image size and grid; the tensors that a
             selection is attached to; an engine's compute capabilities.
         versions: Versions of the libraries that made it.
         requires: Oldest version of each library that runs it.
@@ -164,21 +164,21 @@ class Manifest:
 
     @property
     def takes_budget(self) -> bool:
-        """Whether the number of tokens to keep is an input, one an image."""
+        """Whether the number of tokens to keep is an input, one number for each image."""
         return any(tensor.name == "budget" for tensor in self.inputs)
 
     def num_kept(self, num_tokens: int, asked: int | None = None) -> int:
-        """Returns how many places of `kept` an image fills where no token is excluded.
+        """Returns how many tokens of an image are kept if none is excluded.
 
         Args:
-            num_tokens: N, of the image.
-            asked: Its budget, where the graph takes one.
+            num_tokens: N of the image.
+            asked: Budget of the image, if the graph takes one.
         """
         budget = Budget.parse(self.share) if self.share else Budget(self.budget if asked is None else asked)
         return min(self.budget, budget.num_kept(num_tokens))
 
     def contract(self) -> str:
-        """Returns the checksum of what the graph computes, which the graph itself holds as well (`metadata`)."""
+        """Returns a checksum of what the graph computes; the graph holds it as well (`metadata`)."""
         said = {name: getattr(self, name) for name in ("kind", "budget", "share", "form")}
         said |= {
             "constants": asdict(self.constants),
@@ -189,7 +189,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def metadata(self) -> dict[str, str]:
-        """Returns what stands in the graph's `metadata_props`, by which a file without its manifest is known."""
+        """Returns the graph's `metadata_props`, which identify a file without its manifest."""
         said = {
             "version": self.versions.get("mmtok-deploy", ""),
             "file": self.files[0].name,
@@ -251,12 +251,12 @@ class Manifest:
 
     @staticmethod
     def path_of(file: Path) -> Path:
-        """Returns where the manifest of an exported file stands."""
+        """Returns the path of an exported file's manifest."""
         return file.with_name(f"{file.name}.json")
 
     @classmethod
     def load(cls, file: Path) -> Manifest:
-        """Returns the manifest of an exported file whose every byte is what was exported.
+        """Returns the manifest of an exported file after checking the checksums of all its files.
 
         Raises:
             ArtifactError: The file or its manifest is missing, or a file has changed.
@@ -281,11 +281,11 @@ class Manifest:
         return manifest
 
     def read_file(self, file: Path, sha256: str | None = None) -> bytes:
-        """Returns the bytes of the exported file, which are what its manifest describes: load these, not the file.
+        """Returns the checked bytes of the exported file; load these, since the file may change after the check.
 
         Args:
             file: The file.
-            sha256: What the bytes must hash to besides, lower case; None asks for nothing.
+            sha256: Checksum that the bytes must also have, lower case; None for none.
 
         Raises:
             ArtifactError: The file has changed, or is not the one that `sha256` names.

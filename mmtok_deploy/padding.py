@@ -1,4 +1,4 @@
-"""The patches of a padded image that hold none of it."""
+"""The patches of a padded image that are padding alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def padding_mask(height_px: int, width_px: int, side_px: int, num_patches: int) 
     """Returns [num_patches * num_patches] bool: the patches of a padded square that hold no pixel of the image.
 
     Args:
-        height_px: The image's.
-        width_px: The image's.
-        side_px: The square's side after resizing.
+        height_px: Height of the image.
+        width_px: Width of the image.
+        side_px: Side of the square after resizing.
         num_patches: Patches along the side.
 
     Source: Ironieser/MMTok mmtok/llava/patch_llava.py, `calculate_padding_patch_indices` without overlap.

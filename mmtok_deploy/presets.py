@@ -12,7 +12,7 @@ __all__ = ["PRESETS", "Preset"]
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What a family uses where the user says nothing else.
+    """The defaults of a model family.
 
     Args:
         config: Temperatures, weight and coverage.
@@ -35,6 +35,6 @@ PRESETS: dict[str, Preset] = {
     "qwen3-vl-moe": _QWEN,
     "qwen3.5": _QWEN,
     "qwen3.5-moe": _QWEN,
-    # Nor for InternVL: the same, since its projector merges 2 x 2 patches, too, before a Qwen.
+    # None is shipped for InternVL either: the same, since its projector also merges 2 x 2 patches before a Qwen.
     "internvl3": _QWEN,
 }

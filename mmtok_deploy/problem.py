@@ -1,4 +1,4 @@
-"""What a selection backend is given, and what it answers."""
+"""Input and output of a selection backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Selection", "SelectionProblem"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SelectionProblem:
-    """One image (or tile) to select tokens from, checked: what `select_tokens` makes of its arguments.
+    """One image (or tile) to select tokens from, with sizes and dtypes that `select_tokens` has checked.
 
     Everything that decides a shape is known to the host, so that no backend has to wait for an accelerator.
 
@@ -21,9 +21,9 @@ class SelectionProblem:
         text: [M, D] language-model input embeddings of the guidance words; M may be 0.
         num_picks: K, at most the number of tokens that may be picked.
         excluded: [N] bool, tokens never to pick.
-        attention: [N] what the vision tower pays to each token, for methods that go by it
-            (`methods/visionzip.py`, `methods/scope.py`); None where the tower has no class token, or nobody reads it.
-        seed: For methods that draw (`methods/random_tokens.py`).
+        attention: [N] attention of the vision tower's class token to each token, for methods that read it
+            (`methods/visionzip.py`, `methods/scope.py`); None if the tower has no class token or no method reads it.
+        seed: Seed for methods that draw (`methods/random_tokens.py`).
     """
 
     vision: Tensor
@@ -44,7 +44,7 @@ class Selection:
         kept: [K] int64, the same indices in raster order.
         coverage: [K] float32, f(S) after each pick; never falls.
         total: [] float32, f of all N tokens; `coverage / total` is the share of text and image that is covered. Not
-            finite where the features are not: then the indices mean nothing, but are valid ones.
+            finite if the features are not: the indices are then valid, but mean nothing.
     """
 
     order: Tensor

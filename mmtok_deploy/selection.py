@@ -62,7 +62,7 @@ def select_tokens(
     """Returns the vision tokens that best cover the text and the image: MMTok's greedy maximum coverage.
 
     One problem is given as tensors; a batch as lists of tensors, one a problem, whose N, M and budgets may differ.
-    All arithmetic is float32. Gains that differ by less than float32 rounds, such as those of equal tokens, are picked
+    All arithmetic is float32. Tokens whose gains differ by less than float32 rounding, such as equal tokens, are picked
     in either order, which may depend on the processor and the number of threads. Without text (M = 0) the image alone
     is covered.
 
@@ -74,7 +74,7 @@ def select_tokens(
         config: Temperatures, weight, coverage.
         excluded: [N] bool, tokens never to pick, such as padding. If fewer tokens than the budget remain, those are
             returned; a budget of N or more returns every token untouched (`order` then ends with the excluded ones).
-        backend: What computes it. Backends differ in speed, and give the same tokens but for such gains.
+        backend: Name of the backend. Backends differ in speed, and pick the same tokens except for gains that close.
 
     Raises:
         TypeError: Tensors and lists mixed, or a dtype that is not one of the three.

@@ -1,4 +1,4 @@
-"""Synthetic features: what a selection is tried and timed on where no image is at hand."""
+"""Synthetic features, on which a selection is tried and timed without an image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["synthetic_features"]
 
-# Tokens of one image resemble one another: as many things are seen as this, each by many tokens.
+# Tokens of one image resemble one another: it shows this many things, each in many tokens.
 _NUM_THINGS = 24
 
 

@@ -77,6 +77,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(site: Path) -> None:
     assert {name for name in found if ".dist-info/" not in name} == expected
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
     program = (
         "import mmtok_deploy, mmtok_export, mmtok_sglang, mmtok_bench\n"
@@ -92,6 +93,7 @@ def test_the_wheel_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
     assert entry_points == "['console_scripts mmtok', 'sglang.srt.platforms torch_cpu', 'sglang.srt.plugins mmtok']"
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_wheel_finds_its_plugin(site: Path, tmp_path: Path) -> None:
     run = in_other_folder(["-m", "mmtok_deploy", "doctor", "--json"], site, tmp_path)
     assert run.returncode in (0, 1), run.stderr

@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks have in common: types of arguments, and the options of every run."""
+"""Argument types and options that the benchmarks' command lines share."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ _T = TypeVar("_T")
 
 
 def add_run_arguments(parser: Any, folder: str, *, with_resume: bool = True) -> None:
-    """Adds where a run writes, whether it goes on with an earlier one, and how it prints.
+    """Adds --results-dir, --resume and --json.
 
     Args:
         parser: An argparse parser or a group of one.
         folder: The default of --results-dir.
-        with_resume: Whether the benchmark can go on with an earlier run's rows.
+        with_resume: Whether the benchmark can continue an earlier run.
     """
     parser.add_argument(
         *("--results-dir", "--output"),
         type=Path,
         default=Path(folder),
         metavar="FOLDER",
-        help=f"for a new file of rows, logs and models (default {folder}); no older file is changed",
+        help=f"folder for a new file of rows, and for logs and models (default {folder})",
     )
     if with_resume:
         parser.add_argument(
-            "--resume", type=Path, metavar="FILE.jsonl", help="go on with an earlier run's rows: those are not measured"
+            "--resume", type=Path, metavar="FILE.jsonl", help="continue an earlier run; its rows are not measured again"
         )
-    parser.add_argument("--json", action="store_true", help="print the rows, a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, one object per line")
 
 
 def each(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
-    """Returns what parses values with commas between."""
+    """Returns a parser of a comma-separated list of values."""
 
     def parse_list(text: str) -> list[_T]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -64,7 +64,7 @@ def each(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """Returns what takes one of these names."""
+    """Returns a parser that accepts one of these names."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -82,14 +82,14 @@ def count(text: str) -> int:
 
 
 def port(text: str) -> int:
-    """Returns a port's number, or 0 for any that is free."""
+    """Returns a port number; 0 stands for any free port."""
     if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
         raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return int(text)
 
 
 def runs(text: str) -> int:
-    """Returns a number of timed runs, of which at least 2 have quantiles."""
+    """Returns a number of timed runs, at least 2, which quantiles need."""
     if count(text) < 2:
         raise argparse.ArgumentTypeError(f"expected at least 2 runs, got {text!r}")
     return int(text)
@@ -139,7 +139,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def shape(text: str) -> tuple[int, int]:
-    """Returns the tokens of an image and how many of them are picked."""
+    """Returns the number of tokens of an image and the number of picks."""
     num_tokens, separator, num_picks = text.partition("x")
     if not separator or count(num_picks) > count(num_tokens):
         raise argparse.ArgumentTypeError(f"expected tokens x picks, such as 2880x160, no more picks: got {text!r}")

@@ -1,4 +1,4 @@
-"""Questions about images, as any client of an OpenAI-compatible server asks them."""
+"""Asks an OpenAI-compatible server questions about images."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ _Result = TypeVar("_Result")
 
 
 class MeasurementError(RuntimeError):
-    """What ended a measurement from outside: a server, a request or another program failed."""
+    """A measurement failed because of a server, a request or another program."""
 
 
 class RequestError(MeasurementError):
-    """A request that failed: it is neither a right nor a wrong answer."""
+    """A request failed; it counts neither as a right nor as a wrong answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server answered.
+    """A server's answer.
 
     Args:
         text: The generated text.
         ttft_ms: Milliseconds from sending the request to the first piece of text, or to the end where none is streamed.
-        latency_ms: To the end of the answer.
+        latency_ms: Milliseconds from sending the request to the end of the answer.
         num_prompt_tokens: Tokens of the prompt, the image's included.
         num_image_tokens: Tokens of the image in the prompt; None where the server does not count them.
         num_cached_tokens: Prompt tokens taken from the server's prefix cache.
@@ -68,7 +68,7 @@ class Answer:
 
 
 def openai_client(url: str, *, timeout_s: float = 300.0) -> openai.OpenAI:
-    """Returns the official client of a server at this address (without a path); no proxy, and no second try."""
+    """Returns an OpenAI client of the server at this address (without a path); it uses no proxy and does not retry."""
     return openai.OpenAI(
         base_url=f"{url.rstrip('/')}/v1",
         api_key="none",
@@ -110,7 +110,7 @@ def ask(
         assert isinstance(answer, Answer)
         return answer
     started_s = time.perf_counter()
-    # Streamed, SGLang 0.5.23 leaves out those of tokens that are no whole character by themselves.
+    # In a stream, SGLang 0.5.23 leaves out the logprobs of tokens that are not a whole character.
     with _told_failure(question, fields):
         told = {"return_meta_info": True} if with_account else {}
         answered = _create(client, image, question, max_tokens, fields | told)(logprobs=with_logprobs)
@@ -132,14 +132,14 @@ def stream(
     max_tokens: int = 16,
     fields: Mapping[str, Any] | None = None,
 ) -> Iterator[str | Answer]:
-    """Gives the pieces of a server's greedy answer as they come, then the whole `Answer`.
+    """Yields the pieces of a server's greedy answer as they arrive, then the whole `Answer`.
 
     Args:
-        client: As of `ask`.
-        image: As of `ask`.
-        question: As of `ask`.
-        max_tokens: As of `ask`.
-        fields: As of `ask`.
+        client: As in `ask`.
+        image: As in `ask`.
+        question: As in `ask`.
+        max_tokens: As in `ask`.
+        fields: As in `ask`.
 
     Raises:
         RequestError: The server refused the request, cannot be reached, or sent no text or usage.
@@ -163,15 +163,15 @@ def stream(
 
 
 def account(client: openai.OpenAI, image: str, question: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns what the server says it did with the image, `meta_info["mmtok"]`; None where it says nothing.
+    """Returns the server's account of the image, `meta_info["mmtok"]`; None if it sends none.
 
-    It is another request, of one token: SGLang gives no `meta_info` with a stream.
+    This sends another request, of one token: SGLang sends no `meta_info` with a stream.
 
     Args:
         client: The client of a server with a budget.
-        image: As of `ask`.
-        question: As of `ask`.
-        fields: As of `ask`.
+        image: As in `ask`.
+        question: As in `ask`.
+        fields: As in `ask`.
 
     Raises:
         RequestError: The server refused the request, or cannot be reached.
@@ -216,7 +216,7 @@ def _answer(question: str, text: str | None, usage: Any, ttft_s: float, latency_
     if text is None or usage is None:
         raise _lacks(question, "text" if text is None else "usage")
     details = usage.prompt_tokens_details
-    # SGLang's own field, which the OpenAI client passes on without a declaration.
+    # A field of SGLang's, which the OpenAI client does not declare.
     num_image_tokens = getattr(details, "image_tokens", None)
     return Answer(
         text=text,
@@ -229,16 +229,16 @@ def _answer(question: str, text: str | None, usage: Any, ttft_s: float, latency_
 
 
 def user_message(images: Iterable[str], question: str) -> ChatCompletionUserMessageParam:
-    """Returns a user's turn: images by their addresses, then the question."""
+    """Returns a user message: images by URL, then the question."""
     content: list[ChatCompletionContentPartParam] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
 def in_parallel(num_threads: int, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """Returns `work` of each item, so many at a time, begun in their order.
+    """Returns the result of `work` for each item; `num_threads` run at a time, started in order.
 
-    The first error, or Ctrl-C, drops those that have not begun and is raised. Those that have begun end with their
-    server, which is stopped soon after; their answers are not waited for.
+    The first error, or Ctrl-C, is raised at once: calls that have not started are dropped, and running calls are not
+    waited for. These end when their server is stopped.
     """
     pool = ThreadPoolExecutor(num_threads)
     try:

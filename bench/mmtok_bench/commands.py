@@ -1,4 +1,4 @@
-"""The parts of the command line that measure: `mmtok demo`, `bench`, `quality` and `soak`; imports nothing slow."""
+"""The command lines of `mmtok demo`, `bench`, `quality` and `soak`; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="ask a small model about a picture, with and without a budget")
     demo.set_defaults(run="mmtok_bench.demo:run_demo")
     demo.add_argument(
-        "--family", default="llava-1.5", choices=_POCKET_FAMILIES, help="of the model (default llava-1.5)"
+        "--family", default="llava-1.5", choices=_POCKET_FAMILIES, help="family of the model (default llava-1.5)"
     )
     demo.add_argument(
         "--budget", default="25%", type=budget, help="vision tokens to keep: 64, 25%%, 0.25 (default 25%%)"
@@ -61,9 +61,7 @@ def _add_demo(commands: Any) -> None:
         "--folder", default=Path("artifacts/demo"), type=Path, help="where to write (default artifacts/demo)"
     )
     page = demo.add_argument_group("in a browser")
-    page.add_argument(
-        "--page", action="store_true", help="serve a page on which to choose picture, question, budget and method"
-    )
+    page.add_argument("--page", action="store_true", help="serve a page to choose picture, question, budget and method")
     page.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start the pocket model")
     page.add_argument(
         "--model-path",
@@ -71,8 +69,8 @@ def _add_demo(commands: Any) -> None:
         metavar="FOLDER",
         help="the checkpoint that --url serves, to show its patches",
     )
-    page.add_argument("--host", default="127.0.0.1", help="where the page is served (default 127.0.0.1: here alone)")
-    page.add_argument("--port", default=8600, type=port, help="likewise; 0 is any that is free (default 8600)")
+    page.add_argument("--host", default="127.0.0.1", help="address of the page (default 127.0.0.1: this machine only)")
+    page.add_argument("--port", default=8600, type=port, help="port of the page; 0 for any free port (default 8600)")
 
 
 def _add_selector(benches: Any) -> None:
@@ -82,8 +80,8 @@ def _add_selector(benches: Any) -> None:
     selector.add_argument("--batch", type=each(count), help="images in one call: 1,8,32 (default 1; all three on CUDA)")
     selector.add_argument("--backends", type=each(str), help="dense,torchscript,lazy,... (default: all)")
     selector.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    selector.add_argument("--threads", type=count, help="of PyTorch on the CPU (default: its own)")
-    selector.add_argument("--runs", type=runs, default=15, help="timed runs of each, at least 2 (default 15)")
+    selector.add_argument("--threads", type=count, help="PyTorch's threads on the CPU (default: its own number)")
+    selector.add_argument("--runs", type=runs, default=15, help="timed runs of each backend, at least 2 (default 15)")
     add_run_arguments(selector, "artifacts/bench/selector")
 
 
@@ -105,14 +103,14 @@ def _add_serve(benches: Any) -> None:
         action="store_true",
         help="the preset's models at full size with random weights, without any download (the default)",
     )
-    serve.add_argument("--family", choices=_FAMILIES, help="of the checkpoint at --model-path")
-    serve.add_argument("--models", type=each(str), metavar="NAMES", help="only these of the preset")
+    serve.add_argument("--family", choices=_FAMILIES, help="family of the checkpoint at --model-path")
+    serve.add_argument("--models", type=each(str), metavar="NAMES", help="only these models of the preset")
     serve.add_argument(
         "--budgets",
         type=each(mixed_budget),
         help="all,20%%,10%%,5%%,64; all is always among them. 10%%@0.5 is 10%% of a Qwen's image at half of each side",
     )
-    serve.add_argument("--concurrency", type=each(count), help="requests under way at a time: 1,4,16,64")
+    serve.add_argument("--concurrency", type=each(count), help="requests at a time: 1,4,16,64")
     serve.add_argument("--image-px", type=each(image_size), help="sizes of images, width x height: 1008x672,448x448")
     serve.add_argument("--image-kinds", type=each(one_of("photograph", "random")), help="photograph,random")
     serve.add_argument("--prefix-cache", type=each(one_of("off", "on")), help="off,on")
@@ -125,9 +123,9 @@ def _add_serve(benches: Any) -> None:
     serve.add_argument(
         "--images-in-turn",
         type=count,
-        help="images that these are asked about in turns (default: as many as requests at a time)",
+        help="images that are asked about in turn (default: the concurrency)",
     )
-    serve.add_argument("--num-requests", type=count, help="of each row and round; never fewer than there are clients")
+    serve.add_argument("--num-requests", type=count, help="requests of each row and round, at least the concurrency")
     serve.add_argument("--output-tokens", type=count, help="length of every answer")
     serve.add_argument("--rounds", type=count, help="how often each row is measured, the servers in turns (default 5)")
     serve.add_argument(
@@ -135,14 +133,14 @@ def _add_serve(benches: Any) -> None:
         type=shlex.split,
         default=[],
         metavar="'ARGS'",
-        help="further arguments of every server, in one word: --server-args='--attention-backend triton'",
+        help="further arguments of every server, as one word: --server-args='--attention-backend triton'",
     )
     add_run_arguments(serve, "artifacts/bench/serve")
     serve.add_argument("--dry-run", action="store_true", help="print every command instead of running it")
 
 
 def _add_report(benches: Any) -> None:
-    report = benches.add_parser("report", help="one page of plots and tables of what was measured")
+    report = benches.add_parser("report", help="one page with plots and tables of the results")
     report.set_defaults(run="mmtok_bench.report.command:run_report")
     report.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="files of rows, or folders of them")
     report.add_argument(
@@ -150,9 +148,9 @@ def _add_report(benches: Any) -> None:
     )
     report.add_argument("--markdown", type=Path, metavar="FILE.md", help="the tables as Markdown; alone, no page")
     report.add_argument(
-        "--compare", nargs=2, metavar=("OLD", "NEW"), help="hold a commit's rows against those of an older one"
+        "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare the rows of a commit with those of an older one"
     )
-    report.add_argument("--force", action="store_true", help="replace files that are there")
+    report.add_argument("--force", action="store_true", help="replace existing files")
 
 
 def _add_quality(commands: Any) -> None:
@@ -184,29 +182,31 @@ def _add_quality(commands: Any) -> None:
         help="default all,50%%,25%%,11%%,5%%,4; public tasks: the family's. 25%%@0.5 is 25%% of a Qwen's image at half "
         "of each side, all@0.5 the whole of it",
     )
-    what.add_argument("--seeds", type=each(seed), default=[0, 1, 2], help="of the pocket scenes (default 0,1,2)")
+    what.add_argument("--seeds", type=each(seed), default=[0, 1, 2], help="seeds of the pocket scenes (default 0,1,2)")
     what.add_argument(
         "--num-questions",
         type=count,
-        help="of each kind and seed (default 170), or of each public task (default: all of them)",
+        help="questions of each kind and seed (default 170), or of each public task (default: all)",
     )
     served = quality.add_argument_group("what is asked of")
     served.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start one")
     served.add_argument(
         "--family",
         choices=_FAMILIES,
-        help="of the model: which pocket model is served (default llava-1.5), or what the server of --model-path "
-        "needs; which methods are run; for public tasks, the paper's budgets",
+        help="family of the model: decides the pocket model (default llava-1.5) or what the server of --model-path "
+        "needs, the methods, and for public tasks the paper's budgets",
     )
     served.add_argument("--model-path", help="what the started server serves (default: a pocket model)")
     served.add_argument(
-        "--server-arg", action="append", default=[], metavar="ARG", help="of the started server; once for each argument"
+        "--server-arg",
+        action="append",
+        default=[],
+        metavar="ARG",
+        help="an argument of the started server; repeatable",
     )
     served.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    served.add_argument(
-        "--concurrency", type=count, help="requests under way at a time (default 32; 8 for the families of Qwen)"
-    )
-    served.add_argument("--max-tokens", type=count, help="of a pocket answer (default: as many words as the right one)")
+    served.add_argument("--concurrency", type=count, help="requests at a time (default 32; 8 for the families of Qwen)")
+    served.add_argument("--max-tokens", type=count, help="tokens of a pocket answer (default: words of the right one)")
     lmms = quality.add_argument_group("public tasks")
     lmms.add_argument("--lmms-venv", type=Path, default=Path("artifacts/lmms-eval"), help="default artifacts/lmms-eval")
     lmms.add_argument("--include-path", type=Path, help="a folder of further lmms-eval task files")
@@ -235,9 +235,9 @@ def _add_soak(commands: Any) -> None:
         "--minutes",
         type=minutes,
         default=5.0,
-        help="of faults, the start of servers not counted; 30 runs every row in full (default 5)",
+        help="minutes of faults, without the servers' starts; 30 runs every row in full (default 5)",
     )
-    soak.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
+    soak.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
     add_run_arguments(soak, "artifacts/soak", with_resume=False)
     soak.add_argument("--list", action="store_true", help="print the rows' names and what they do, and stop")
     soak.add_argument(

@@ -1,4 +1,4 @@
-"""The demonstration: the pocket model served without and with a budget, side by side, and asked about one scene."""
+"""`mmtok demo`: serves the pocket model without and with a budget, and asks both servers about one scene."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MODELS: Mapping[PocketFamily, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What one server answered: each question's answer, the first question's again, and the median time."""
+    """One server's results: an answer to each question, the first question's second answer, and the median TTFT."""
 
     answers: list[Answer]
     again: Answer
@@ -46,7 +46,7 @@ class _Measured:
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of `mmtok demo`: 0, 1 if a server failed, or 130 after Ctrl-C. No server outlives it."""
+    """Returns the exit code of `mmtok demo`: 0, 1 if a server failed, or 130 after Ctrl-C. All servers are stopped."""
     return run_command("mmtok demo", lambda: _chosen(arguments))
 
 
@@ -85,7 +85,7 @@ def _run(family: PocketFamily, budget: str, folder: Path) -> int:
             )
             for log, arguments in zip(logs, ((), (f"--mmtok-budget={budget}",)), strict=True)
         ]
-        # Side by side: for half of a start, one server has one core's worth of work.
+        # Both start at once: for half of its start, a server keeps only one core busy.
         with started(*servers):
             pictures = [
                 _draw(family, draw(asked.scene, _PICTURE_SCALE), image, question, budget, folder)
@@ -115,9 +115,9 @@ def _run(family: PocketFamily, budget: str, folder: Path) -> int:
 def _measure(
     servers: Sequence[SglangServer], image: Image.Image, questions: Sequence[Question]
 ) -> tuple[_Measured, ...]:
-    """Returns what each server answered; they take turns, so that a busy machine slows both."""
+    """Returns each server's results; the servers take turns, so that other load on the machine slows both."""
     clients = [server.client() for server in servers]
-    # Questions are timed about images that no cache has seen; the first one is not, it makes a server set itself up.
+    # Each timed question has an image that no cache has seen. The first is a warm-up and is not timed.
     ttfts_ms: list[list[float]] = [[] for _ in clients]
     for number, question in enumerate(questions):
         url = image_url(_with_corner(image, number))
@@ -127,7 +127,7 @@ def _measure(
     return tuple(
         _Measured(
             [
-                # As many words as the right answer has, as `mmtok quality` allows.
+                # As many tokens as the right answer has words, as in `mmtok quality`.
                 ask(client, url, question.text, max_tokens=len(question.answer.split()), ignore_eos=False)
                 for question in questions
             ],
@@ -176,7 +176,7 @@ def _token_table(without: _Measured, with_budget: _Measured, budget: str) -> Tab
 def _draw(
     family: PocketFamily, shown: Image.Image, image: Image.Image, question: Question, budget: str, folder: Path
 ) -> Path:
-    """Returns the picture of what a question keeps, on the scene in the size of the page."""
+    """Returns the path of a picture that shows which patches a question keeps, drawn on the enlarged scene."""
     selected = select_patches(family, pocket_checkpoint(family), image, question.text, budget)
     return draw_kept(
         shown,

@@ -1,6 +1,6 @@
 """Models of real size without weights: configuration, processor and tokenizer, written without any download.
 
-SGLang draws the weights itself (`--load-format dummy`): small uniform numbers, the same on every start.
+SGLang draws the weights (`--load-format dummy`): small uniform numbers, the same at every start.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from mmtok_bench.serve.presets import QUESTIONS
 __all__ = ["DUMMY_ARGUMENTS", "DUMMY_MODELS", "make_processor", "write_dummy_model"]
 
 DUMMY_ARGUMENTS = ("--load-format=dummy",)
-"""What a server of a folder without weights is started with."""
+"""Server arguments for a folder without weights."""
 
-# float16, in which the LLaVAs are published, has not the range for features of weights below 1e-3.
+# float16, in which the LLaVAs are published, has too small a range for features of weights below 1e-3.
 _DTYPE = "bfloat16"
 
 _QWEN_VOCABULARY = 152064
@@ -168,8 +168,8 @@ _TEXT_05B = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32768,
 }
-# One head and two blocks, within windows and to the whole image: on a CPU, SGLang 0.5.23 computes the whole matrix of
-# attention for windows too, which with more of them would take longer than the language model.
+# One head and two blocks, one with windows and one with full attention: on a CPU, SGLang 0.5.23 computes the full
+# attention matrix for windows too. With more blocks the encoder would take longer than the language model.
 _QWEN_SMALL_VISION = {
     "depth": 2,
     "hidden_size": 128,
@@ -224,7 +224,7 @@ def _qwen2_vl(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
 
 def _qwen3_vl(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
     return _DummyModel(
-        # As the published processor: an image of fewer than 64 tokens is enlarged.
+        # Like the published processor, this enlarges an image of fewer than 64 tokens.
         lambda: qwen3_vl_processor(_words(text["vocab_size"]), min_image_tokens=64, max_image_tokens=16384),
         lambda tokenizer: qwen3_vl_config(tokenizer, text, vision),
     )
@@ -241,7 +241,7 @@ def _qwen3_5(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
 
 def _llava(text: dict[str, Any], clip: dict[str, Any], image_px: int = 336) -> _DummyModel:
     return _DummyModel(
-        # As the published processor: the middle of an image, not a padded square.
+        # Like the published processor, this crops the middle of an image; it does not pad to a square.
         lambda: llava_processor(False, _words(text["vocab_size"]), image_px=image_px),
         lambda tokenizer: llava_config(tokenizer, text, clip, image_px=image_px),
     )
@@ -282,7 +282,7 @@ DUMMY_MODELS: dict[str, _DummyModel] = {
     # 448 pixels, where the published model has 336: 1024 tokens, where it has 576.
     "llava-1.5-0.5b": _llava({**_TEXT_05B, "vocab_size": 151936}, _CLIP_SMALL, 448),
 }
-"""By name; sizes of 7B and above are those of the published checkpoints."""
+"""Models by name; those of 7B and above have the sizes of the published checkpoints."""
 
 
 def make_processor(name: str) -> Any:
@@ -291,11 +291,11 @@ def make_processor(name: str) -> Any:
 
 
 def write_dummy_model(name: str, folder: Path) -> Path:
-    """Returns `folder`, which then holds a model without weights, for `DUMMY_ARGUMENTS`.
+    """Writes a model without weights, to be served with `DUMMY_ARGUMENTS`; returns `folder`.
 
     Args:
         name: One of `DUMMY_MODELS`.
-        folder: Where to write; what an earlier call wrote there is written anew.
+        folder: Where to write; files of an earlier call are overwritten.
 
     Raises:
         ValueError: An unknown name.

@@ -1,4 +1,4 @@
-"""The model families that are measured, and what sets them apart for a benchmark."""
+"""The model families that are measured, and how they differ for a benchmark."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FamilyName = Literal[
     "internvl3",
 ]
 PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
-"""Those of which this package brings a trained model along."""
+"""The families of which this package contains a trained model."""
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyTraits:
-    """What a benchmark has to know of a family.
+    """Properties of a family that a benchmark needs.
 
     Args:
-        placeholder: What stands for one image in a prompt's text.
+        placeholder: Text that stands for one image in a prompt.
         impossible_methods: Methods that its models cannot run.
-        token_px: Side in pixels of what a token stands for, where smaller images have fewer tokens; None where the
+        token_px: Side in pixels of the square that one token covers, if smaller images have fewer tokens; None if the
             encoder reads squares of one size.
-        arguments: Server arguments without which a model of the family is not served, or not pruned.
+        arguments: Server arguments that the family needs to be served or pruned.
     """
 
     placeholder: str
@@ -64,8 +64,5 @@ FAMILY_TRAITS: Mapping[FamilyName, FamilyTraits] = {
 
 
 def family_arguments(family: FamilyName | None) -> tuple[str, ...]:
-    """Returns the server arguments without which a model of the family is not served, or not pruned.
-
-    None is a model whose family was not named: nothing is known to be needed.
-    """
+    """Returns the server arguments that the family needs to be served or pruned; none if the family is not known."""
     return () if family is None else FAMILY_TRAITS[family].arguments

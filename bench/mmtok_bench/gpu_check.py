@@ -1,14 +1,14 @@
-"""What needs an NVIDIA GPU, in parts of a few minutes, and whether each reaches its bar.
+"""Runs the checks that need an NVIDIA GPU, in parts of a few minutes, and compares each with its bar.
 
     python -m mmtok_bench.gpu_check --list
     python -m mmtok_bench.gpu_check --dry-run                 # prints the commands, also without a GPU
     python -m mmtok_bench.gpu_check --parts kernels,selector
     python -m mmtok_bench.gpu_check                           # all parts; those that are done are not run again
 
-A part is made for four minutes on an H200, whose memory holds the servers of a 7B model side by side; on a GPU of less
-than 120 GiB one server runs at a time, and each case is measured once. Rows, logs, the table of bars and an archive of
-them are in artifacts/gpu-check. The exit code is 0 if all bars are reached, 1 if one is not, was not measured, or a
-command failed, 2 for a wrong argument or without a GPU, 130 after Ctrl-C.
+A part is meant to take four minutes on an H200, whose memory holds the servers of a 7B model side by side. On a GPU
+with less than 120 GiB one server runs at a time, and each case is measured once. Rows, logs, the table of bars and an
+archive of them are written to artifacts/gpu-check. The exit code is 0 if all bars are reached; 1 if a bar is not
+reached or not measured, or a command failed; 2 for a wrong argument or without a GPU; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ __all__ = ["DONE", "PARTS", "Bar", "Part", "judge", "main", "run_part"]
 _TIMEOUT_S = 600
 _LARGE_GIB = 120
 DONE = "done.json"
-"""In a part's folder once it has been run: the exit codes of its commands, and the seconds."""
+"""File in a part's folder after it has run: the exit codes of its commands, and the seconds."""
 
 Rows = Sequence[ResultRow]
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What a part has to reach.
+    """A value that a part has to reach.
 
     Args:
         text: What is measured.
-        bound: The value to reach.
-        is_upper: The value must not be above the bound; otherwise not below it.
+        bound: The bound of the value.
+        is_upper: Whether the value must not be above the bound; otherwise not below it.
         unit: The unit of bound and value.
-        measure: Returns the value from the part's rows; None where a row is missing.
-        is_choice: It says which of two settings is the better one: neither falls short.
+        measure: Returns the value from the part's rows; None if a row is missing.
+        is_choice: Whether the bar only says which of two settings is better; it then never fails.
     """
 
     text: str
@@ -77,16 +77,17 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Commands that run one after another, and the bars that their rows are held against.
+    """Commands that run one after another, and the bars that their rows are compared with.
 
     Args:
-        name: On the command line.
-        about: What it is, in a few words.
-        commands: Arguments of Python; FOLDER in them is the part's own folder, PRESET and ROUNDS are those of the GPU.
-        bars: Empty for tests, whose exit code says all.
+        name: Name on the command line.
+        about: A short description.
+        commands: Arguments of Python; FOLDER in them is replaced by the part's folder, PRESET and ROUNDS by the
+            GPU's.
+        bars: Empty for tests, where the exit code is the result.
         in_process: Measures rows in this process.
         beside: Another part, whose rows the bars read as well.
-        needs_gib: Memory of the GPU without which nothing is run.
+        needs_gib: GPU memory that the part needs; with less it is not run.
         timeout_s: The time limit of each command; None is ten minutes.
     """
 
@@ -101,7 +102,7 @@ class Part:
 
 
 def _served(rows: Rows, budget: str, concurrency: int, *, questions: int = 1, arguments: str = "") -> ResultRow | None:
-    """Returns the newest row of photographs of the largest size; with the prefix cache for several questions."""
+    """Returns the newest row of the largest photographs; for several questions, of a server with prefix cache."""
     found = [
         row
         for row in rows
@@ -118,7 +119,7 @@ def _served(rows: Rows, budget: str, concurrency: int, *, questions: int = 1, ar
 
 
 def _ratio(metric: str, ours: ResultRow | None, theirs: ResultRow | None) -> float | None:
-    """Returns how many times as good as theirs our metric is; None where a row is missing."""
+    """Returns how many times as good our metric is as theirs; None if a row is missing."""
     if ours is None or theirs is None:
         return None
     ratio = ours.metrics[metric] / theirs.metrics[metric]
@@ -128,7 +129,7 @@ def _ratio(metric: str, ours: ResultRow | None, theirs: ResultRow | None) -> flo
 def _gain(
     metric: str, budget: str, concurrency: int, *, questions: int = 1, arguments: str = ""
 ) -> Callable[[Rows], float | None]:
-    """Returns how many times as good as the unpruned server a budget is: the median of the rounds, if there are any."""
+    """Measures how many times as good a budget is as the unpruned server; with several rounds, their median."""
 
     def measure(rows: Rows) -> float | None:
         unpruned, pruned = (
@@ -142,7 +143,7 @@ def _gain(
 
 
 def _setting_gain(budget: str, concurrency: int, arguments: str) -> Callable[[Rows], float | None]:
-    """Returns how many times the requests a second further arguments give, of servers with the same budget."""
+    """Measures how many times the requests per second a server answers with further arguments, at the same budget."""
 
     def measure(rows: Rows) -> float | None:
         ours, theirs = (_served(rows, budget, concurrency, arguments=each) for each in (arguments, ""))
@@ -152,7 +153,7 @@ def _setting_gain(budget: str, concurrency: int, arguments: str) -> Callable[[Ro
 
 
 def _of_row(bench: str, value: Callable[[Mapping[str, float]], float | None], **case: str) -> Callable[..., Any]:
-    """Returns a value of the newest row of a bench whose case has these values."""
+    """Measures a value of the newest row of a bench whose case has these values."""
 
     def measure(rows: Rows) -> float | None:
         found = [row for row in rows if row.bench == bench and case.items() <= row.case.items()]
@@ -170,7 +171,7 @@ def _selection_share(budget: str, concurrency: int) -> Callable[[Rows], float | 
 
 
 def _gpu_time_gain(budget: str) -> Callable[[Rows], float | None]:
-    """Returns how many times as long a request takes on the GPU at `all`."""
+    """Measures how many times as long a request takes on the GPU at budget `all`."""
 
     def gpu_ms(row: ResultRow) -> float:
         return sum(row.metrics[name] for name in ("vision_encoder_ms", "selection_ms", "language_prefill_ms"))
@@ -231,7 +232,7 @@ def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
 
 
 def _against(metric: str, budget: str, other: str, concurrency: int) -> Callable[[Rows], float | None]:
-    """Returns how many times as good a budget is as another one, on the same machine."""
+    """Measures how many times as good a budget is as another one, on the same machine."""
 
     def measure(rows: Rows) -> float | None:
         return _ratio(metric, *(_served(rows, each, concurrency) for each in (budget, other)))
@@ -240,7 +241,7 @@ def _against(metric: str, budget: str, other: str, concurrency: int) -> Callable
 
 
 def _setting(name: str, about: str, arguments: str) -> Part:
-    """Returns the part that says whether both sides of the presets are to be given further arguments."""
+    """Returns a part that measures whether the presets should give these further arguments to all servers."""
     return Part(
         f"setting-{name}",
         f"{about}: {arguments}; beside qwen-7b-16",
@@ -270,7 +271,7 @@ def _logprobs(family: str, prefill: str) -> tuple[Bar, ...]:
         return metrics["control_error"] / metrics["max_error"] if metrics["max_error"] else math.inf
 
     of_family = partial(_of_row, "device-logprobs", family=family, prefill=prefill)
-    # SGLang's own models are served on CUDA in 16 bits alone, whose logits are good to two places.
+    # SGLang serves its own models on CUDA in 16 bits only, whose logits are good to two decimal places.
     largest, least_ratio = (1e-3, 10) if family.startswith("llava") else (5e-3, 5)
     what = family if prefill == "eager" else f"{family}, prefill graphs"
     bars = (
@@ -347,7 +348,7 @@ _WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startsw
 _QUANTISED = ("fp8", "awq", "gptq")
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
-# What a model of which nothing was measured before has to hold.
+# Bars of a model that was not measured before.
 _NO_SLOWER = (
     Bar("`all`, requests/s at 16", 0.98, False, "x", _gain("requests_per_s", "all", 16)),
     _ttft("10%", 1, 1.0),
@@ -415,7 +416,7 @@ PARTS: tuple[Part, ...] = (
     _qwen_7b(16, _rates("10%", 16, 1.4)),
     _qwen_7b(64, _rates("10%", 64, 1.4)),
     _questions("qwen-7b-questions", "all of whose KV fits", 16, 1.0),
-    # 34 images of 864 tokens and their questions are three times the KV pool; few at once, so that they fit it.
+    # 34 images of 864 tokens and their questions are three times the KV pool; few run at once, so that they fit it.
     _questions(
         *("qwen-7b-questions-evicted", "of images that take three times the KV pool", 4, 1.5),
         *("--images-in-turn", "34"),
@@ -478,12 +479,12 @@ PARTS: tuple[Part, ...] = (
 
 
 def judge(part: Part, rows: Rows, exit_codes: Sequence[int]) -> list[tuple[str, str, str, bool | None]]:
-    """Returns a line for each bar of a part: text, bound, value, and whether it is reached (None: not measured).
+    """Returns a line for each bar of a part: text, bound, value, and whether it is reached (None if not measured).
 
     Args:
         part: The part.
         rows: Its rows.
-        exit_codes: What its commands ended with; a failed one is a line of its own.
+        exit_codes: Exit codes of its commands; a failed command has a line of its own.
     """
     lines: list[tuple[str, str, str, bool | None]] = []
     for code in exit_codes or [0]:
@@ -509,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mmtok_bench.gpu_check", description="Runs what needs an NVIDIA GPU and holds it against the bars."
     )
-    parser.add_argument("--parts", default=",".join(known), help=f"of {', '.join(known)} (default all)")
+    parser.add_argument("--parts", default=",".join(known), help=f"some of {', '.join(known)} (default all)")
     parser.add_argument("--output", type=Path, default=Path("artifacts/gpu-check"), help="folder (default %(default)s)")
     parser.add_argument("--again", action="store_true", help="run parts anew that are done")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
@@ -565,7 +566,7 @@ def _print(parts: Sequence[Part], folder: Path) -> None:
 
 
 def run_part(part: Part, folder: Path) -> None:
-    """Runs a part's commands one after another; leaves logs, rows and the exit codes in its folder."""
+    """Runs a part's commands one after another; writes logs, rows and exit codes to its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
     start = time.monotonic()

@@ -1,7 +1,7 @@
-"""Parts of an InternVL without trained weights: its processor, its configuration, the names of its weights.
+"""Parts of an InternVL without trained weights: processor, configuration, names of weights.
 
-The published checkpoints are in a format of their own (`InternVLChatModel`), which SGLang serves and Transformers 5.19
-does not know; its class for the same model is `InternVLForConditionalGeneration`.
+The published checkpoints have a format of their own (`InternVLChatModel`). SGLang serves it; Transformers 5.19 does not
+load it, and has the class `InternVLForConditionalGeneration` for the same model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _RENAMED = (
 
 
 def num_tiles(width: int, height: int) -> int:
-    """Returns the tiles that SGLang cuts an image into: 1, or up to 12 and a thumbnail.
+    """Returns the number of tiles that SGLang cuts an image into: 1, or up to 12 and a thumbnail.
 
     Source: sglang 0.5.23 srt/multimodal/processors/internvl.py, `dynamic_preprocess`.
     """
@@ -49,10 +49,10 @@ def num_tiles(width: int, height: int) -> int:
 
 
 class InternVLProcessor:
-    """The tokenizer, and the expansion of each `<image>` to its tiles' tokens; pixels are SGLang's to make.
+    """The tokenizer, with each `<image>` expanded to its tiles' tokens; SGLang itself makes the pixels.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         tile_tokens: Tokens of a tile.
     """
 
@@ -64,7 +64,7 @@ class InternVLProcessor:
         self._tile_tokens = tile_tokens
 
     def __call__(self, text: Sequence[str], images: Sequence[Any] | None = None, **kwargs: Any) -> Any:
-        """Returns the tokenizer's output for one prompt; `kwargs` are the tokenizer's."""
+        """Returns the tokenizer's output for one prompt; `kwargs` are passed to the tokenizer."""
         (prompt,) = text
         for image in images or ():
             tokens = "<IMG_CONTEXT>" * (self._tile_tokens * num_tiles(image.width, image.height))
@@ -72,11 +72,11 @@ class InternVLProcessor:
         return self.tokenizer([prompt], **kwargs)
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the tokenizer's method of this name does."""
+        """Calls the tokenizer's `apply_chat_template`."""
         return self.tokenizer.apply_chat_template(*args, **kwargs)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes the tokenizer: a published checkpoint has no processor beside it."""
+        """Writes the tokenizer; the published checkpoints have no processor."""
         self.tokenizer.save_pretrained(folder)
 
 
@@ -88,7 +88,7 @@ def chat_model_config(config: transformers.InternVLConfig) -> Any:
     """Returns the configuration in the published checkpoints' format.
 
     Args:
-        config: The one of Transformers' class; its language model is a Qwen2 or a Qwen3.
+        config: Configuration of Transformers' class; its language model is a Qwen2 or a Qwen3.
     """
     vision, text = config.vision_config, config.text_config
     architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[text.model_type]
@@ -125,10 +125,10 @@ def chat_model_config(config: transformers.InternVLConfig) -> Any:
 
 
 def chat_model_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights under the published checkpoints' names, which have queries, keys and values in one.
+    """Returns the weights with the published checkpoints' names; query, key and value weights are one tensor.
 
     Args:
-        weights: The state dict of Transformers' class, or what that saves, which leaves out `model.`.
+        weights: The state dict of Transformers' class, with or without the prefix `model.` of the saved file.
     """
     renamed = {}
     for name, weight in weights.items():

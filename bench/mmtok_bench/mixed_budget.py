@@ -1,4 +1,4 @@
-"""A budget and an encoder scale in one word, as the benchmarks' command lines and rows have them."""
+"""A budget and an encoder scale as one value, `10%@0.5`, in the benchmarks' command lines and rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["MixedBudget"]
 
 @dataclass(frozen=True, slots=True)
 class MixedBudget:
-    """What an image keeps: `10%@0.5` is 10% of the tokens that it has at half of each side.
+    """A budget and an encoder scale: `10%@0.5` keeps 10% of the tokens of an image whose sides are halved.
 
     Args:
-        budget: As `--mmtok-budget` takes it.
-        encoder_scale: As `--mmtok-encoder-scale` does.
+        budget: Value of `--mmtok-budget`.
+        encoder_scale: Value of `--mmtok-encoder-scale`.
     """
 
     budget: Budget
@@ -27,7 +27,7 @@ class MixedBudget:
         """Returns what a command line or a row names: `10%`, `64`, `all`, or one of these with `@0.5` behind.
 
         Raises:
-            ValueError: No budget, or a scale that is not above 0 and at most 1.
+            ValueError: The text holds no budget, or a scale that is not above 0 and at most 1.
         """
         budget, at, scale = text.partition("@")
         try:
@@ -48,12 +48,12 @@ class MixedBudget:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The arguments of a server that does so with every image."""
+        """Server arguments that apply this to every image."""
         scale = (f"--mmtok-encoder-scale={self.encoder_scale:g}",) if self.is_scaled else ()
         return (f"--mmtok-budget={self.budget}", *scale)
 
     @property
     def fields(self) -> dict[str, str | int | float]:
-        """What of `mm_processor_kwargs` asks for it."""
+        """Fields of `mm_processor_kwargs` that apply this to one request."""
         scale = {"mmtok_encoder_scale": self.encoder_scale} if self.is_scaled else {}
         return {"mmtok_budget": str(self.budget), **scale}

@@ -1,4 +1,4 @@
-"""Parts of models without trained weights: tokenizers, the real processors and templates, and configurations."""
+"""Parts of models without trained weights: tokenizers, real processors and chat templates, and configurations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CLIP_VIT_L = {
 }
 """The vision encoder of the published LLaVAs."""
 
-# Without the default system turn of Qwen2.5-VL's.
+# Unlike Qwen2.5-VL's template, this adds no default system message.
 _QWEN3_VL_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n"
@@ -64,7 +64,7 @@ _QWEN_TEMPLATE = _QWEN3_VL_TEMPLATE.replace(
     "{% endif %}",
 )
 
-# Its models think first, and the template begins the thought.
+# The models think before they answer; the template opens the thought.
 _QWEN3_5_TEMPLATE = _QWEN3_VL_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 _INTERNVL_TEMPLATE = _QWEN3_VL_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n").replace(
@@ -100,14 +100,14 @@ _LLAVA_PROCESSOR: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a tokenizer knows beside the 256 bytes and its special tokens.
+    """Tokens of a tokenizer beside the 256 bytes and its special tokens.
 
     Args:
-        text: Its words (with the space before them, punctuation by itself) are one token each.
-        size: Tokens in all, special ones included: made-up words fill it, so that every token id decodes to text.
-            None for no filling.
-        has_merges: Whether words are put together from bytes, by merges and tokens of their own: Transformers 5.19
-            reads a Qwen3.5's tokenizer without the setting by which a word that is a token is one.
+        text: Each of its words (with the space before it; punctuation is separate) is one token.
+        size: Number of all tokens, special ones included. Made-up words fill it, so that every token id decodes to
+            text. None adds none.
+        has_merges: Whether words are merged from bytes, with a token for each step. Qwen3.5 needs this: Transformers
+            5.19 reads its tokenizer without `ignore_merges`.
     """
 
     text: str = ""
@@ -129,7 +129,7 @@ def _byte_tokenizer(
     """Returns a fast tokenizer; special tokens have the highest ids.
 
     Raises:
-        ValueError: A vocabulary that is smaller than what has to be in it.
+        ValueError: The vocabulary's size is too small for its tokens.
     """
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -142,7 +142,7 @@ def _byte_tokenizer(
             raise ValueError(f"a vocabulary of {vocabulary.size} tokens is {-num_missing} too small")
         tokens += (_made_up_word(number) for number in range(num_missing))
     ids = {token: token_id for token_id, token in enumerate(tokens)}
-    # ignore_merges: a word that is a token is not put together from bytes.
+    # ignore_merges: a word that is a token is taken whole, not merged from bytes.
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=vocabulary != BYTES))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
@@ -162,14 +162,14 @@ def _byte_tokenizer(
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns the merges that put words together letter by letter, from the first on."""
-    # Those that follow a space first: the others, which begin with any letter, would join letters within them.
+    """Returns the merges that build each word letter by letter, from its first letter on."""
+    # Words after a space come first: merges of the others could join letters inside them.
     ordered = sorted(words, key=lambda word: not word.startswith("Ġ"))
     return list(dict.fromkeys((word[:end], word[end]) for word in ordered for end in range(1, len(word))))
 
 
 def _made_up_word(number: int) -> str:
-    # Letters alone, so that the splitter keeps a word whole; "Ġ" is the byte-level alphabet's space.
+    # Only letters, so that the splitter keeps the word whole; "Ġ" is the byte-level alphabet's space.
     letters = ""
     for _ in range(4):
         number, letter = divmod(number, 26)
@@ -214,7 +214,7 @@ def qwen3_vl_processor(
 
 
 def qwen3_5_processor(vocabulary: Vocabulary = BYTES, **image_tokens: int) -> Any:
-    """Returns the processor of Qwen3.5: that of Qwen3-VL, whose arguments it takes, with another template."""
+    """Returns the processor of Qwen3.5: Qwen3-VL's, with the same arguments and another template."""
     processor = qwen3_vl_processor(vocabulary, **image_tokens)
     processor.chat_template = _QWEN3_5_TEMPLATE
     return processor
@@ -333,11 +333,11 @@ def _qwen2_text(tokenizer: Any, text: Sizes) -> dict[str, Any]:
 
 
 def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
-    """Returns a Qwen3-VL configuration: of the mixture of experts where `text` has `num_experts`.
+    """Returns a Qwen3-VL configuration; a mixture of experts if `text` has `num_experts`.
 
     Args:
         tokenizer: As `qwen3_vl_processor` takes it.
-        text: Fields of the language model, its `head_dim`, a multiple of 32, among them.
+        text: Fields of the language model, including `head_dim`, a multiple of 32.
         vision: Fields of the vision encoder; DeepStack takes the output of its blocks `deepstack_visual_indexes`.
     """
     half = text["head_dim"] // 2
@@ -346,7 +346,7 @@ def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
         text_config={
             "rope_parameters": {
                 "rope_type": "default",
-                # Three eighths of the rotations for time, the rest for height and width, as in every size.
+                # As in every published size: three eighths of the rotations for time, the rest for height and width.
                 "mrope_section": [half * 3 // 8, half * 5 // 16, half * 5 // 16],
                 "mrope_interleaved": True,
                 "rope_theta": 5000000.0,
@@ -362,14 +362,14 @@ def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
 
 
 def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes, *, rope_theta: float = 1e7) -> Any:
-    """Returns a Qwen3.5 configuration: of the mixture of experts where `text` has `num_experts`.
+    """Returns a Qwen3.5 configuration; a mixture of experts if `text` has `num_experts`.
 
     Args:
         tokenizer: As `qwen3_5_processor` takes it.
-        text: Fields of the language model; every `full_attention_interval`-th layer attends to all tokens, the others
-            are linear attention. A quarter of its `head_dim` is rotated, a multiple of 2.
+        text: Fields of the language model. Every `full_attention_interval`-th layer has full attention, the others
+            linear attention. A quarter of its `head_dim` is rotated, a multiple of 2.
         vision: Fields of the vision encoder.
-        rope_theta: The base of the rotations; that of every size unless given.
+        rope_theta: The base of the rotations; by default that of every published size.
     """
     half, interval = text["head_dim"] // 8, text["full_attention_interval"]
     config_class = transformers.Qwen3_5MoeConfig if "num_experts" in text else transformers.Qwen3_5Config
@@ -377,13 +377,13 @@ def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes, *, rope_theta: fl
         text_config={
             "rope_parameters": {
                 "rope_type": "default",
-                # As many rotations for time, height and width; 11, 11 and 10 in every size.
+                # Equal parts for time, height and width: 11, 11 and 10 in every published size.
                 "mrope_section": [(half + 2) // 3, (half + 1) // 3, half // 3],
                 "mrope_interleaved": True,
                 "partial_rotary_factor": 0.25,
                 "rope_theta": rope_theta,
             },
-            # Transformers reads these and leaves out the interval as it writes, which SGLang reads.
+            # Transformers reads these. Without them it would not save the interval, which SGLang reads.
             "layer_types": [
                 "linear_attention" if (idx + 1) % interval else "full_attention"
                 for idx in range(text["num_hidden_layers"])
@@ -392,7 +392,7 @@ def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes, *, rope_theta: fl
             **_qwen_text_ids(tokenizer),
             **text,
         },
-        # Without them SGLang takes those of Qwen3-VL.
+        # Without this field, SGLang uses the DeepStack indexes of Qwen3-VL.
         vision_config={"out_hidden_size": text["hidden_size"], "deepstack_visual_indexes": [], **vision},
         **_qwen_token_ids(tokenizer),
         tie_word_embeddings=text.get("tie_word_embeddings", False),
@@ -410,11 +410,11 @@ def _qwen_token_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def internvl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
-    """Returns an InternVL3 configuration, as Transformers' class takes it.
+    """Returns an InternVL3 configuration of Transformers' class.
 
     Args:
-        tokenizer: The one of `internvl_tokenizer`.
-        text: Fields of the language model, a Qwen3 where `model_type` says so, else a Qwen2.
+        tokenizer: Result of `internvl_tokenizer`.
+        text: Fields of the language model, a Qwen3 if `model_type` says so, else a Qwen2.
         vision: Fields of the vision encoder.
     """
     return transformers.InternVLConfig(
@@ -440,7 +440,7 @@ def llava_config(tokenizer: Any, text: Sizes, clip: Sizes, *, image_px: int = _L
 
 
 def llava_next_config(tokenizer: Any, text: Sizes, clip: Sizes) -> Any:
-    """Returns a LLaVA-NeXT configuration; arguments as of `llava_config`."""
+    """Returns a LLaVA-NeXT configuration; arguments as in `llava_config`."""
     return transformers.LlavaNextConfig(
         **_llava_fields(tokenizer, text, clip, _LLAVA_IMAGE_PX), image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
     )

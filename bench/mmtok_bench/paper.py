@@ -1,11 +1,11 @@
-"""The paper's latency, memory and accuracy on this machine's GPU, the paper's own figures quoted beside.
+"""Measures the paper's latency, memory and accuracy on this machine's GPU, and quotes the paper's figures beside them.
 
     python -m mmtok_bench.paper --checkpoints /models --dry-run
     python -m mmtok_bench.paper --checkpoints /models
 
-/models holds checkpoints in folders named as they are on Hugging Face; those that are not there are left out. Steps
-that succeeded are not run again. Rows, logs and the page of tables are in artifacts/paper. The exit code is 0, 1 if a
-step failed, 2 for a wrong argument or without a GPU, 130 after Ctrl-C.
+/models holds checkpoints in folders with their names on Hugging Face; missing ones are left out. Steps that succeeded
+are not run again. Rows, logs and the page of tables are written to artifacts/paper. The exit code is 0, 1 if a step
+failed, 2 for a wrong argument or without a GPU, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Checkpoint:
     Args:
         folder: Its name on Hugging Face.
         family: Its family.
-        published: What the paper calls it.
-        image_px: An image of about the paper's number of tokens.
+        published: Its name in the paper.
+        image_px: Size of an image with about the paper's number of tokens.
         budget: The budget that the paper's latencies were measured with.
     """
 
@@ -53,7 +53,7 @@ class Checkpoint:
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
-        """The benchmarks of which the paper has a score, in its order."""
+        """The benchmarks for which the paper has a score, in its order."""
         scored = {row.benchmark for row in PUBLISHED if row.model == self.published}
         return tuple(name for name in BENCHMARKS if name in scored)
 
@@ -79,12 +79,12 @@ _TIMEOUT_S = 24 * 3600
 
 
 def steps_of(checkpoints: Sequence[Checkpoint], folder: Path, lmms_venv: Path) -> list[Part]:
-    """Returns what is run, the shortest first.
+    """Returns the steps to run, the shortest first.
 
     Args:
-        checkpoints: Those that are there.
-        folder: That holds them.
-        lmms_venv: lmms-eval's virtual environment, which is made unless it is there.
+        checkpoints: The checkpoints to measure.
+        folder: The folder that holds them.
+        lmms_venv: Virtual environment of lmms-eval, which is created if it does not exist.
     """
     mmtok, where = ("-m", "mmtok_deploy"), ("--results-dir", "FOLDER")
     selector = (*mmtok, "bench", "selector", "--device", "cuda", *where)
@@ -104,7 +104,7 @@ def steps_of(checkpoints: Sequence[Checkpoint], folder: Path, lmms_venv: Path) -
         budgets = ",".join(PAPER_BUDGETS[each.family])
         questions: list[tuple[str, ...]] = [("--tasks", name, "--budgets", budgets) for name in each.benchmarks]
         if each.family == "qwen2.5-vl":
-            # Beside MMTok's, DivPrune's time; VisionZip reads a class token, which this encoder has not.
+            # DivPrune's time, beside MMTok's; VisionZip needs a class token, which this encoder does not have.
             questions.append(("--tasks", "mme", "--methods", "divprune", "--budgets", "10%"))
         commands = tuple(
             (*mmtok, "quality", *question, *model, "--lmms-venv", str(lmms_venv), *where) for question in questions
@@ -117,11 +117,11 @@ _SELECTOR_TITLE = "Table 13: the selection by itself"
 
 
 def tables(rows: Iterable[ResultRow], folder: Path) -> list[Table]:
-    """Returns the paper's tables, each with what was measured under what is quoted.
+    """Returns the paper's tables, with measured figures below the quoted ones.
 
     Args:
-        rows: Of `mmtok bench selector`, `mmtok bench serve` and `mmtok quality`.
-        folder: That holds the checkpoints, whose configurations say how large a token's keys and values are.
+        rows: Rows of `mmtok bench selector`, `mmtok bench serve` and `mmtok quality`.
+        folder: The folder of the checkpoints, whose configurations give the size of a token's keys and values.
     """
     rows = list(rows)
     known = {each.folder: each for each in CHECKPOINTS}
@@ -182,7 +182,7 @@ def _latency(served: Sequence[ResultRow], folder: Path) -> Table:
 
 
 def _answers(checkpoint: Checkpoint, asked: Sequence[ResultRow]) -> Table:
-    """Returns a model's scores by benchmark and budget, the paper's first."""
+    """Returns a table of a model's scores by benchmark and budget, the paper's first."""
     lines = []
     for budget in PAPER_BUDGETS[checkpoint.family]:
         quoted = {row.benchmark: row for row in PUBLISHED if (row.model, row.budget) == (checkpoint.published, budget)}
@@ -210,7 +210,7 @@ def _score(score: float | None, share: float) -> str:
 
 
 def _kv_gb(row: ResultRow, folder: Path) -> str:
-    """Returns the GB of keys and values of a request; empty where the checkpoint is not there."""
+    """Returns the GB of keys and values of a request; empty if the checkpoint is missing."""
     path = folder / str(row.case["model"]) / "config.json"
     if not path.is_file():
         return ""

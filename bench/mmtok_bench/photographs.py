@@ -1,4 +1,4 @@
-"""Photographs for loads: each request gets another one."""
+"""Photographs for load tests: each request gets a different one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["new_photograph", "photograph_url"]
 
 
 def new_photograph(size_px: tuple[int, int], seed: str) -> Image.Image:
-    """Returns a photograph of this size that no other seed gives: a part of one, flipped or not."""
+    """Returns a photograph of this size that depends on the seed: a random crop of one, flipped or not."""
     draw = random.Random(seed)
     whole = photograph(draw.choice(list(PHOTOGRAPHS)))
     shape = size_px[0] / size_px[1]
@@ -28,10 +28,10 @@ def photograph_url(image_px: tuple[int, int], sent_px: tuple[int, int], seed: st
     """Returns a new photograph as a data URL: a JPEG, which is what cameras and browsers send, or a PNG.
 
     Args:
-        image_px: Its size.
-        sent_px: The size to which the client shrinks it before it is sent.
-        seed: Which photograph.
-        lossless: As a PNG.
+        image_px: Size of the photograph.
+        sent_px: Size to which the client shrinks it before it is sent.
+        seed: Decides which photograph.
+        lossless: Whether it is a PNG.
     """
     image = new_photograph(image_px, seed)
     if sent_px != image_px:

@@ -1,4 +1,4 @@
-"""A picture of which patches of a photograph a selection keeps."""
+"""Draws which patches of a photograph a selection keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 __all__ = ["draw_kept"]
 
 _LONG_SIDE_PX = 1200
-# Drawn larger and scaled down, which smooths the discs and the frames.
+# Drawn at this multiple and scaled down, which smooths discs and frames.
 _OVERSAMPLING = 2
 _PAPER = (255, 255, 255)
 _INK = (28, 30, 34)
@@ -28,7 +28,7 @@ def draw_kept(
     title: str,
     numbered: int = 20,
 ) -> Path:
-    """Returns `path`, where the photograph now is as a PNG: kept patches clear, the rest dimmed.
+    """Writes the photograph as a PNG, kept patches clear and the rest dimmed; returns `path`.
 
     Args:
         image: What the vision encoder saw, cut into `grid` patches of equal size.
@@ -36,7 +36,7 @@ def draw_kept(
         order: Kept patches in the order of picking, counted row by row from 0.
         path: Where to write; its folder is made.
         title: One line above the picture.
-        numbered: How many of the first picks bear their number, from 1.
+        numbered: How many of the first picks are numbered, from 1.
 
     Raises:
         ValueError: An empty grid, or an index that is not in it.
@@ -109,7 +109,7 @@ def _frame(
 def _number(picture: Image.Image, boxes: list[tuple[int, int, int, int]]) -> None:
     draw = ImageDraw.Draw(picture)
     for number, (left, top, right, bottom) in enumerate(boxes, start=1):
-        # In a corner and no larger than legible: the patch is what the picture is about.
+        # A small disc in a corner, so that the patch stays visible.
         radius = max(0.25 * min(right - left, bottom - top), 10 * _OVERSAMPLING)
         x, y = left + 1.05 * radius, top + 1.05 * radius
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_ACCENT, outline=_INK, width=_OVERSAMPLING)

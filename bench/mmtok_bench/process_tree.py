@@ -1,4 +1,4 @@
-"""Ends a process and everything it has started, also when this process is ended itself."""
+"""Ends a process and all its descendants, even when this process is ended."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _POLL_INTERVAL_S = 0.05
 def process_tree(session_id: int) -> list[psutil.Process]:
     """Returns the processes of a session and their descendants that still run.
 
-    Processes whose parent has ended are found by their session; those that left the session by their parent.
+    Processes whose parent has ended are found by their session, those that left the session by their parent.
 
     Args:
-        session_id: The number of the process that was started with `start_new_session=True`. It has to be unreaped,
-            or its number may be another's.
+        session_id: PID of a process started with `start_new_session=True`. It must not have been waited for, since
+            its PID could then belong to another process.
     """
     found = set()
     for process in psutil.process_iter():
@@ -45,20 +45,20 @@ def process_tree(session_id: int) -> list[psutil.Process]:
 
 
 def end_process_tree(session_id: int, *, grace_s: float) -> None:
-    """Ends the processes of a session and their descendants: by SIGTERM, and by SIGKILL what runs on after `grace_s`.
+    """Ends the processes of a session and their descendants by SIGTERM, and by SIGKILL after `grace_s`.
 
-    An exception on the way, such as a second Ctrl-C, shortens the wait to nothing and is raised when all have ended.
-    The shared memory that they leave behind is removed.
+    An exception during the wait, such as a second Ctrl-C, ends it at once; it is raised when all processes have ended.
+    Shared memory that they leave behind is removed.
     """
     segments = _shared_memory_of(session_id)
     try:
         _send(signal.SIGTERM, session_id)
         _wait_until_gone(session_id, grace_s)
-        # Python's resource tracker removes what the others leave, and then ends by itself.
+        # Python's resource tracker removes what the others leave, then ends on its own.
         _send(signal.SIGKILL, session_id, but="multiprocessing.resource_tracker")
         _wait_until_gone(session_id, grace_s)
     finally:
-        # Until nothing is left: a process may have started another since it was looked up.
+        # Repeated, since a process may have started another after it was looked up.
         while process_tree(session_id):
             _send(signal.SIGKILL, session_id)
             _wait_until_gone(session_id, grace_s)
@@ -68,7 +68,7 @@ def end_process_tree(session_id: int, *, grace_s: float) -> None:
 
 @contextlib.contextmanager
 def sigterm_raises_exit() -> Iterator[None]:
-    """Makes SIGTERM unwind the `with` blocks, as Ctrl-C does, unless SIGTERM has a handler already."""
+    """Makes SIGTERM leave `with` blocks as Ctrl-C does, unless SIGTERM has a handler already."""
 
     def raise_exit(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -85,9 +85,9 @@ def sigterm_raises_exit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Has Ctrl-C and SIGTERM wait for the end of the block, in which a process is started and its number kept.
+    """Delays Ctrl-C and SIGTERM to the end of the block, in which a process is started and stored.
 
-    An exception in the middle of it would leave a process that nobody knows of.
+    An exception in the middle of it would leave a process that nobody ends.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -108,12 +108,12 @@ def signals_wait() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running_process(command: Sequence[str], *, grace_s: float, **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Starts a process in a session of its own, and ends it with everything it has started when the block ends.
+    """Runs a process in a session of its own; at the end of the block, ends it and its descendants.
 
     Args:
         command: The program and its arguments.
-        grace_s: As `end_process_tree` takes it.
-        **options: As of `subprocess.Popen`.
+        grace_s: As in `end_process_tree`.
+        **options: As in `subprocess.Popen`.
     """
     process = None
     try:
@@ -130,7 +130,7 @@ def running_process(command: Sequence[str], *, grace_s: float, **options: Any) -
 
 
 def sum_resident_bytes(processes: Iterable[psutil.Process]) -> int:
-    """Returns the resident memory of processes together; pages that they share count several times."""
+    """Returns the sum of the processes' resident memory; shared pages count several times."""
     total = 0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -159,7 +159,7 @@ def _wait_until_gone(session_id: int, timeout_s: float) -> None:
 
 
 def _shared_memory_of(session_id: int) -> set[Path]:
-    """Returns the shared-memory files that only processes of the session have mapped; none where there is no /proc."""
+    """Returns the shared-memory files that only processes of the session have mapped; none without /proc."""
     ours = {process.pid for process in process_tree(session_id)}
     mapped: dict[bool, set[Path]] = {True: set(), False: set()}
     for maps in Path("/proc").glob("[0-9]*/maps"):

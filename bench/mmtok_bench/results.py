@@ -1,4 +1,4 @@
-"""One row of a benchmark: what was measured, on what, and what came out."""
+"""Result rows of benchmarks: what was measured, where, and the metrics; and files of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 SCHEMA = 2
-"""A later version may add fields, which this one skips; one that changes their meaning counts up."""
+"""A later version may add fields, which this one skips; a change of a field's meaning raises the number."""
 
 CaseValue = int | float | str
 
@@ -48,28 +48,28 @@ _LIBRARIES = ("sglang", "triton", "transformers", "onnxruntime")
 
 
 class UnfinishedRowWarning(UserWarning):
-    """A file's last line is the beginning of a row whose writer was ended; the rows before it are read."""
+    """The last line of a file is incomplete, since its writer was killed; the rows before it are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """What one benchmark measured of one backend on one case.
+    """The result of one benchmark for one backend and one case.
 
     Args:
-        bench: Which benchmark, such as "selector".
-        case: What was measured; the keys are the benchmark's own.
+        bench: Name of the benchmark, such as "selector".
+        case: What was measured; each benchmark has keys of its own.
         backend: What computed it.
-        metrics: What came out, by name; the name ends in the unit. What was not measured is absent, never NaN.
-        num_runs: Runs, or requests, that the metrics are of.
-        device: The processor's or the accelerator's name.
+        metrics: Values by name; the name ends in the unit. A metric that was not measured is absent, never NaN.
+        num_runs: Number of runs, or requests, behind the metrics.
+        device: Name of the processor or the accelerator.
         num_threads: PyTorch's threads on the CPU.
-        versions: Of Python, mmtok-deploy and the libraries that matter.
-        commit: The checkout's commit, with "+" where files differ from it; empty outside one.
+        versions: Versions of Python, mmtok-deploy and the libraries that matter.
+        commit: Commit of the checkout, with "+" if files differ from it; empty outside a checkout.
         time: When it was measured, ISO 8601, UTC.
-        schema: The version of this form.
+        schema: Version of this format.
 
     Raises:
-        ValueError: A metric that is not a finite number, or a case's value that is neither number nor text.
+        ValueError: A metric is not a finite number, or a value of the case is neither a number nor a text.
     """
 
     bench: str
@@ -105,9 +105,9 @@ def make_row(
     device: torch.device,
     num_threads: int | None = None,
 ) -> ResultRow:
-    """Returns the row of `metrics`, with what can be known of this machine.
+    """Returns a row of `metrics`, with device, versions, commit and time filled in.
 
-    `num_threads` is for work that another process did; None is what PyTorch uses in this one.
+    `num_threads` is for work of another process; None is PyTorch's number in this process.
     """
     return ResultRow(
         bench=bench,
@@ -131,7 +131,7 @@ def make_latency_row(
     device: torch.device,
     more: Mapping[str, float] | None = None,
 ) -> ResultRow:
-    """Returns the row of `times_ms`, at least two runs: latency_p20_ms, which a fifth did not exceed, p50 and p80.
+    """Returns a row of the 20th, 50th and 80th percentiles of `times_ms`, which has at least two runs.
 
     `more` are further metrics.
     """
@@ -141,7 +141,7 @@ def make_latency_row(
 
 
 def new_result_file(folder: Path, bench: str) -> Path:
-    """Returns a new, empty file `<bench>-<time>.jsonl` in `folder`; older files are never touched."""
+    """Creates an empty file `<bench>-<time>.jsonl` in `folder`; older files are never changed."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{bench}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     for number in range(1000):
@@ -155,7 +155,7 @@ def new_result_file(folder: Path, bench: str) -> Path:
 
 
 def append_row(path: Path, row: ResultRow) -> None:
-    """Writes the row as the file's next line, at once: what was measured survives what comes after."""
+    """Appends the row to the file and syncs it to disk, so that it survives a crash."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(row)) + "\n")
         file.flush()
@@ -163,7 +163,7 @@ def append_row(path: Path, row: ResultRow) -> None:
 
 
 def drop_unfinished_line(path: Path) -> bool:
-    """Returns whether the file's last line had no end, and was cut off: the next one would have been joined to it."""
+    """Removes a last line without a line end, which the next row would be joined to; returns whether there was one."""
     text = path.read_bytes()
     num_whole = text.rfind(b"\n") + 1
     if num_whole < len(text):
@@ -175,10 +175,10 @@ def read_rows(path: Path) -> list[ResultRow]:
     """Returns the rows of a file.
 
     Warns:
-        UnfinishedRowWarning: The last line was cut off while it was written; the rows before it are returned.
+        UnfinishedRowWarning: The last line is incomplete; the rows before it are returned.
 
     Raises:
-        ValueError: A line that is no row, or of a schema that this version does not know; the message has its number.
+        ValueError: A line is not a row, or has a schema that this version does not know; the message has its number.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     rows = []
@@ -186,7 +186,7 @@ def read_rows(path: Path) -> list[ResultRow]:
         try:
             fields = json.loads(line)
         except ValueError:
-            # Only a row that was being written when its process ended has no end of line.
+            # Only a row whose process was killed while writing has no end of line.
             if number == len(lines) and not line.endswith("\n"):
                 warnings.warn(f"{path}:{number} was cut off and is skipped", UnfinishedRowWarning, stacklevel=2)
                 continue
@@ -199,9 +199,9 @@ def read_rows(path: Path) -> list[ResultRow]:
 
 
 def row_files(folder: Path) -> list[Path]:
-    """Returns the files of rows below a folder: all .jsonl files but what a run left in a folder of its own.
+    """Returns the files of rows below a folder: all .jsonl files, except those in a run's folder of logs.
 
-    Such a folder, `x/` beside `x.jsonl`, holds another program's output.
+    Such a folder, `x/` beside `x.jsonl`, holds output of other programs.
     """
 
     def is_of_a_run(path: Path) -> bool:
@@ -231,7 +231,7 @@ _FIELD_TYPES: dict[str, type] = {name: get_origin(kind) or kind for name, kind i
 
 
 def device_name(device: torch.device) -> str:
-    """Returns what the device is called, with the number of cores that this process may use of a CPU."""
+    """Returns the name of the device; for a CPU with the number of cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -21,21 +21,21 @@ __all__ = ["INTERRUPTED", "Run", "progress_bar", "quiet_transformers", "run_comm
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
-# Steps are uneven: the time that is left is guessed from the last two minutes.
+# Steps take different times: the remaining time is estimated from the last two minutes.
 _SPEED_PERIOD_S = 120.0
 
 
 class Run:
-    """The rows of one run, which are written as they come, its progress bar and its output.
+    """The rows of one run, which are written at once, its progress bar and its output.
 
     Args:
-        bench: What the rows are of.
-        folder: Where a new file of rows goes; older files are never touched.
-        resume: An earlier run's file, which is gone on with; its rows are not measured again.
+        bench: Name of the benchmark.
+        folder: Folder of the new file of rows; older files are never changed.
+        resume: File of an earlier run, which is continued; its rows are not measured again.
         json_output: Print rows as JSON lines, and all else to stderr.
 
     Raises:
-        ValueError: A file to go on with that is not there, or holds something else than rows.
+        ValueError: The file to continue does not exist, or does not hold rows.
     """
 
     def __init__(self, bench: str, folder: Path, *, resume: Path | None = None, json_output: bool = False) -> None:
@@ -52,45 +52,45 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the run's logs and other programs' output go, beside its rows."""
+        """Folder beside the rows, for logs and other programs' output."""
         return self.path.with_suffix("")
 
     def has(self, **case: CaseValue) -> bool:
-        """Returns whether there is a row of a case with these values."""
+        """Returns whether there is a row whose case has these values."""
         return any(case.items() <= row.case.items() for row in self.rows)
 
     def add(self, row: ResultRow) -> None:
-        """Writes a row, at once: what was measured survives what comes after."""
+        """Writes a row at once, so that it survives a crash."""
         append_row(self.path, row)
         self.rows.append(row)
 
     def fail(self, failure: str) -> None:
-        """Reports what could not be measured, which makes the exit code 1."""
+        """Prints and stores a failure."""
         self.failures.append(failure)
         self.console.print(failure, style="red", markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def steps(self, total: int | None, done: int = 0) -> Iterator[None]:
-        """Shows a progress bar of so many steps while the block runs."""
+        """Shows a progress bar of `total` steps while the block runs."""
         with progress_bar(self.console) as self._progress:
             self._progress.add_task("", total=total, completed=done)
             yield
         self._progress = None
 
     def step(self, text: str, *, always: bool = False) -> None:
-        """Says what is done now, in the progress bar; in a line of its own where there is none, or `always`."""
+        """Shows the current step in the progress bar; on a line of its own without a terminal, or if `always`."""
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=text)
         if always or not self.console.is_terminal:
             self.console.print(text, markup=False, soft_wrap=True)
 
     def advance(self, num_steps: int = 1) -> None:
-        """Counts steps as done."""
+        """Moves the progress bar on."""
         if self._progress is not None:
             self._progress.advance(self._progress.task_ids[0], num_steps)
 
     def show(self, rows: Sequence[ResultRow] | None = None) -> None:
-        """Prints rows, all of them unless given: as JSON, or the report's tables and sentences; and their file."""
+        """Prints rows (default: all) as JSON, or as the report's tables and sentences; and the path of their file."""
         shown = self.rows if rows is None else rows
         if self._json_output:
             for row in shown:
@@ -103,15 +103,15 @@ class Run:
 
 
 def run_command(command: str, work: Callable[[], int], *, stopped: str = "the servers have ended.") -> int:
-    """Returns the exit code of a benchmark: that of `work`, or of the exception that ended it.
+    """Runs a benchmark and returns its exit code.
 
-    1 where a server, a request or another program failed, 2 for wrong arguments (ValueError), 130 after Ctrl-C.
-    SIGTERM ends the servers too.
+    That is the result of `work`; 1 if a server, a request or another program failed, 2 for wrong arguments
+    (ValueError), 130 after Ctrl-C. SIGTERM ends the servers too.
 
     Args:
-        command: What its messages begin with.
-        work: Runs it.
-        stopped: What is said after Ctrl-C.
+        command: Prefix of its messages.
+        work: Runs the benchmark.
+        stopped: Text that is printed after Ctrl-C.
     """
     try:
         with sigterm_raises_exit():
@@ -128,7 +128,7 @@ def run_command(command: str, work: Callable[[], int], *, stopped: str = "the se
 
 
 def progress_bar(console: Console, *more_columns: str) -> Progress:
-    """Returns a progress display with the steps done, the time taken and the time left; it is gone when it ends.
+    """Returns a progress bar with steps done, time taken and time left; it disappears at the end.
 
     Args:
         console: Where it is shown, if that is a terminal.
@@ -145,7 +145,7 @@ def progress_bar(console: Console, *more_columns: str) -> Progress:
 
 
 def quiet_transformers() -> None:
-    """Leaves out what Transformers prints about checkpoints of a few megabytes."""
+    """Turns off Transformers' messages and progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""A second SGLang plugin for one server, besides the installed one: what tests and the soak inject faults by."""
+"""A second SGLang plugin for one server, by which tests and the soak inject faults."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["plugin_environment"]
 
 
 def plugin_environment(folder: Path, name: str, target: str, *paths: Path) -> dict[str, str]:
-    """Returns the environment in which every process of a server loads a plugin, and writes its entry point.
+    """Writes a plugin's entry point; returns the environment in which every process of a server loads the plugin.
 
     Args:
-        folder: Where the entry point is written; it stays for as long as the server runs.
-        name: The plugin's name, in lower case with underscores.
-        target: `module:function` that SGLang calls once a process.
-        *paths: Folders to import the module from, where it is not installed.
+        folder: Where the entry point is written; it has to stay while the server runs.
+        name: Name of the plugin, in lower case with underscores.
+        target: `module:function`, which SGLang calls once in each process.
+        *paths: Folders to import the module from, if it is not installed.
     """
     plugin = folder.absolute() / "plugin"
     metadata = plugin / f"{name}-1.dist-info"

@@ -1,4 +1,4 @@
-"""Which patches of an image a checkpoint's selection keeps, computed in this process with Hugging Face's encoder."""
+"""Computes which patches of an image a selection keeps, in this process with Hugging Face's encoder."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from mmtok_deploy.selection import BudgetLike
 __all__ = ["EncodedImage", "OneGridFamily", "PatchSelector", "SelectedPatches", "select_patches"]
 
 OneGridFamily = Literal["qwen2.5-vl", "llava-1.5"]
-"""The families that see an image as one grid of patches (LLaVA-NeXT and InternVL3 see tiles)."""
+"""The families that encode an image as one grid of patches (LLaVA-NeXT and InternVL3 encode tiles)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedImage:
-    """What tokens of an image are selected from.
+    """The features of an image from which tokens are selected.
 
     Args:
-        image: The image as the encoder saw it: padded to a square, or cut to one, where the processor does so.
+        image: The image as the encoder sees it: padded or cropped to a square, if the processor does so.
         grid: Rows and columns of vision tokens.
-        token_px: Side of the square of the encoder's pixels that a token stands for.
+        token_px: Side in the encoder's pixels of the square that a token covers.
         vision: [N, D] tokens after the projector, row by row.
-        keys: [N, d] features before it.
+        keys: [N, d] features before the projector.
         excluded: [N] bool, tokens that are padding; None if none is.
-        attention: [N] what the class token pays to each token; None of encoders without one.
+        attention: [N] attention of the class token to each token; None for encoders without a class token.
     """
 
     image: Image.Image
@@ -59,10 +59,10 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SelectedPatches:
-    """A selection on the image that it was made from.
+    """A selection, and the image that it was made from.
 
     Args:
-        image: The image as the encoder saw it: padded to a square if the checkpoint's processor does that.
+        image: The image as the encoder sees it: padded to a square, if the checkpoint's processor does so.
         grid: Rows and columns of vision tokens.
         selection: Indices into the grid, counted row by row.
     """
@@ -73,11 +73,11 @@ class SelectedPatches:
 
 
 class PatchSelector:
-    """A checkpoint's encoder and word embeddings, in float32 on the CPU, and what a server would select with them.
+    """Selects as a server would, with a checkpoint's encoder and word embeddings in float32 on the CPU.
 
     Args:
-        family: Which preset and which features.
-        checkpoint: Folder of the checkpoint; it has to be of that family.
+        family: Family of the checkpoint; decides preset and features.
+        checkpoint: Folder of the checkpoint.
         preset: Constants and guidance rule in place of the family's.
 
     Raises:
@@ -116,13 +116,14 @@ class PatchSelector:
 
     @torch.inference_mode()
     def select(self, image: EncodedImage, text: Tensor, budget: BudgetLike, method: MethodName = "mmtok") -> Selection:
-        """Returns the tokens that a method keeps of an image.
+        """Returns the tokens of an image that a method keeps.
 
         Args:
-            image: What `encode` returned.
-            text: What `embed` returned.
-            budget: Tokens to keep; more than may be picked are those, and all are all.
-            method: Which method; `random` draws by seed 0, where a server draws for each image, question and budget.
+            image: Result of `encode`.
+            text: Result of `embed`.
+            budget: Tokens to keep. Excluded tokens are kept only at a budget of all tokens.
+            method: Name of the method. `random` draws with seed 0; a server's seed depends on image, question and
+                budget.
 
         Raises:
             ValueError: A budget that is not understood, or a method that cannot run on the features.
@@ -141,11 +142,11 @@ class PatchSelector:
 def select_patches(
     family: OneGridFamily, checkpoint: Path, image: Image.Image, question: str, budget: BudgetLike
 ) -> SelectedPatches:
-    """Returns the patches that the family's preset keeps of an image, in float32 on the CPU.
+    """Returns the patches of an image that the family's preset keeps, computed in float32 on the CPU.
 
     Args:
-        family: Which preset and which features.
-        checkpoint: Folder of the checkpoint; it has to be of that family.
+        family: Family of the checkpoint; decides preset and features.
+        checkpoint: Folder of the checkpoint.
         image: RGB.
         question: The user's text, which guides the selection.
         budget: Tokens to keep.
@@ -177,7 +178,7 @@ def _llava_features(model: Any, pixels: Any) -> tuple[tuple[int, int], Tensor, T
         if config.model_type == "clip_vision_model":
             layer = model.config.vision_feature_layer
             layer = layer if isinstance(layer, int) else layer[-1]
-            # Features are numbered from the embeddings on, which come before layer 0.
+            # Feature 0 is the embeddings, feature 1 the output of layer 0.
             attention = model.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
             for projection in (attention.q_proj, attention.k_proj):
                 hook = projection.register_forward_hook(lambda _, __, output: queries_and_keys.append(output))
@@ -192,7 +193,7 @@ def _llava_features(model: Any, pixels: Any) -> tuple[tuple[int, int], Tensor, T
 
 
 def _encode(projector: torch.nn.Module, image_features: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-    """Returns what the projector was given, and the first image's features."""
+    """Returns the projector's input, and the first image's features."""
     given: list[Tensor] = []
     hook = projector.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
     try:
@@ -205,7 +206,7 @@ def _encode(projector: torch.nn.Module, image_features: Callable[[], Any]) -> tu
 def _as_llava_sees(
     image: Image.Image, image_processor: Any, grid: tuple[int, int]
 ) -> tuple[Image.Image, Tensor | None]:
-    """Returns the square image, and which of its patches hold nothing but padding (None where it is cropped)."""
+    """Returns the square image, and which of its patches are padding alone (None if it was cropped)."""
     if not image_processor.do_pad:
         return ImageOps.fit(image, (min(image.size),) * 2), None
     colour = tuple(int(255 * mean) for mean in image_processor.image_mean)

@@ -1,10 +1,10 @@
-"""What a server with a budget must do from its first request on: no request waits for a compiler.
+"""Checks that no request of a server with a budget waits for a compiler, not even the first.
 
     python -m mmtok_bench.served_checks artifacts/checks --model qwen2.5-vl-7b
 
-A new server is asked about photographs of one size, one request at a time: the first is held against those from the
-tenth on, of which the time of each stage is measured as well. Then come random questions about photographs of random
-sizes at random budgets, several at a time, while `mmtok:triton_compiles_total` counts what is compiled.
+A new server gets requests about photographs of one size, one at a time. The first is compared with the tenth and later
+ones, for which the time of each stage is measured as well. Then come random questions about photographs of random sizes
+at random budgets, several at a time, while `mmtok:triton_compiles_total` counts compiled kernels.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _COMPILES = {
 
 
 def check_server(server: SglangServer, *, num_requests: int, concurrency: int, max_side_px: int) -> dict[str, float]:
-    """Returns what was measured of a server that has answered nothing yet.
+    """Returns the metrics of a server that has not answered any request yet.
 
-    Among it `first_ttft_ms`; of the tenth request and those after it `later_ttft_p50_ms`, `later_ttft_p90_ms` and the
-    milliseconds of each stage; `triton_compiles` of the plugin's kernels during the random requests, and
-    `triton_compiles_elsewhere` of others', absent where the server counts none; and `num_failed`.
+    These are `first_ttft_ms`; for the tenth and later requests `later_ttft_p50_ms`, `later_ttft_p90_ms` and the
+    milliseconds of each stage; kernels compiled during the random requests, `triton_compiles` for the plugin's and
+    `triton_compiles_elsewhere` for others, absent if the server does not count them; and `num_failed`.
 
     Args:
         server: Ready, with `--enable-metrics` and `--enable-cache-report`.
-        num_requests: Random requests.
-        concurrency: Random requests that are under way at a time.
+        num_requests: Number of random requests.
+        concurrency: Random requests at a time.
         max_side_px: The longest side of their images.
     """
     client = server.client()
@@ -96,9 +96,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="for the row, the server's log and the model")
     parser.add_argument("--model", choices=DUMMY_MODELS, default="qwen2.5-vl-7b", help="default %(default)s")
     parser.add_argument("--budget", default="10%", help="default 10%%")
-    parser.add_argument("--requests", type=int, default=500, help="random ones (default %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=16, help="of these (default %(default)s)")
-    parser.add_argument("--max-side-px", type=int, default=1400, help="of their images (default %(default)s)")
+    parser.add_argument("--requests", type=int, default=500, help="random requests (default %(default)s)")
+    parser.add_argument("--concurrency", type=int, default=16, help="random requests at a time (default %(default)s)")
+    parser.add_argument(
+        "--max-side-px", type=int, default=1400, help="longest side of their images (default %(default)s)"
+    )
     parser.add_argument("--server-args", type=shlex.split, default=[], help="further arguments of the server")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What a server counted while it was measured: times by stage from its metrics, and the most memory it held."""
+"""A server's own measurements: times by stage from its metrics, and its peak memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FALLBACKS = "mmtok:selection_fallbacks_total"
 
 
 def read_counts(server: SglangServer) -> dict[str, float]:
-    """Returns the plugin's counters and sums of a server with `--enable-metrics`; none without the plugin's flags.
+    """Returns the plugin's counters and sums from a server with `--enable-metrics`; none without the plugin's flags.
 
     Raises:
         ServerError: The server does not answer.
@@ -38,7 +38,7 @@ def read_counts(server: SglangServer) -> dict[str, float]:
 
 
 def parse_counts(text: str) -> dict[str, float]:
-    """Returns the plugin's counters and sums in Prometheus's text format, added up over labels."""
+    """Parses the plugin's counters and sums from Prometheus's text format, added up over labels."""
     counts: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -48,12 +48,14 @@ def parse_counts(text: str) -> dict[str, float]:
 
 
 def stage_metrics(before: Mapping[str, float], after: Mapping[str, float], num_requests: int) -> dict[str, float]:
-    """Returns milliseconds and encoded images a request, and fallbacks to evenly spaced tokens; absent what is missing.
+    """Returns each stage's milliseconds and encoded images per request, and fallbacks to evenly spaced tokens.
+
+    What the server does not count is absent.
 
     Args:
         before: `read_counts` before the requests.
-        after: And after them.
-        num_requests: Requests in between.
+        after: `read_counts` after the requests.
+        num_requests: Number of requests.
     """
     counted = {name: after[name] - before.get(name, 0.0) for name in after}
     metrics = {name: counted[count] / num_requests for name, count in _STAGES.items() if count in counted}
@@ -63,19 +65,19 @@ def stage_metrics(before: Mapping[str, float], after: Mapping[str, float], num_r
 
 
 class PeakMemory:
-    """The most memory in use while a `with` block runs, looked at once a second.
+    """The peak memory while a `with` block runs, sampled once a second.
 
-    On a CPU: the resident memory of the server's processes, added up (pages that they share count several times). On
-    CUDA: what is in use of the first device, by whomever.
+    On a CPU: the sum of the resident memory of the server's processes (shared pages count several times). On CUDA: all
+    memory in use on the first device, by any process.
 
     Args:
-        server_pid: The server's first process.
-        on_cpu: Which of both.
+        server_pid: PID of the server's first process.
+        on_cpu: Whether the server computes on the CPU.
     """
 
     def __init__(self, server_pid: int, *, on_cpu: bool) -> None:
         self.peak_bytes = 0
-        # Found once: looking through all processes every second would take time from the server on two cores.
+        # Found once: searching all processes every second would take time from the server on two cores.
         self._processes = process_tree(server_pid) if on_cpu else None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -35,7 +35,7 @@ from mmtok_bench.model_parts import (
 
 __all__ = ["make_tiny_checkpoint"]
 
-# Raised with every change of what is written, so that folders of an older maker are made again.
+# Raised with every change of the files, so that older folders are made again.
 _MAKER_VERSION = 4
 _MARKER = "mmtok_tiny.json"
 
@@ -46,8 +46,8 @@ _TEXT_SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 8192,
-    # 1 / sqrt(hidden_size), above the usual 0.02: attention that is not uniform and logits of unit spread, so that a
-    # token read at the wrong position moves the logprobs by far more than arithmetic does.
+    # 1 / sqrt(hidden_size), above the usual 0.02: it gives attention that is not uniform and logits of unit spread, so
+    # that a token at a wrong position changes the logprobs by far more than rounding does.
     "initializer_range": 0.0625,
 }
 
@@ -57,11 +57,11 @@ _TINY_QWEN_VISION = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_heads": 4,
-    # Block 0 attends within windows of 4 x 4 merged patches, block 1 to the whole image.
+    # Block 0 has windows of 4 x 4 merged patches, block 1 full attention.
     "fullatt_block_indexes": [1],
     "initializer_range": 0.125,
 }
-# A layer more than DeepStack has levels.
+# One layer more than DeepStack has levels.
 _QWEN3_VL_TEXT = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64}
 _TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 _TINY_QWEN3_VL_VISION = {
@@ -106,11 +106,11 @@ _TINY_CLIP = {
 
 
 def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
-    """Returns `folder`, which then holds a tiny checkpoint that Transformers and SGLang load like the real one.
+    """Writes a tiny checkpoint that Transformers and SGLang load like the real one; returns `folder`.
 
-    Weights are random, drawn from `seed`, and stored in bfloat16; the tokenizer is byte-level (one token a byte). A
-    folder made before with the same arguments is returned as it is. A new one is written next to its place and moved
-    there when it is complete, so a reader never sees half of it.
+    Weights are random, drawn from `seed`, and stored in bfloat16; the tokenizer is byte-level (one token per byte). A
+    folder made before with the same arguments is kept. A new one is written beside its place and moved there when it is
+    complete, so that a reader never sees half of it.
 
     Args:
         family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2-vl" and "qwen2.5-vl" and 228 for
@@ -123,7 +123,7 @@ def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad
 
     Raises:
         ValueError: An unknown family.
-        FileExistsError: `folder` holds something else than a tiny checkpoint.
+        FileExistsError: `folder` holds something other than a tiny checkpoint.
     """
     if family not in get_args(FamilyName):
         raise ValueError(f"family is one of {', '.join(get_args(FamilyName))}, got {family!r}")
@@ -194,7 +194,7 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
         is_mixture = family == "qwen3.5-moe"
         processor = qwen3_5_processor()
         text = {**_TEXT_SIZES, **_QWEN3_5_TEXT, **(_TINY_QWEN3_5_EXPERTS if is_mixture else {})}
-        # A quarter of a head is rotated: by the usual base, of one so small, too slowly for a wrong position to show.
+        # Only a quarter of a head is rotated: with the usual base, a wrong position would change too little.
         config = qwen3_5_config(processor.tokenizer, text, _TINY_QWEN3_5_VISION, rope_theta=1e4)
         model_class = (
             transformers.Qwen3_5MoeForConditionalGeneration
@@ -229,9 +229,9 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
 def _save(model: Any, folder: Path) -> None:
     """Writes a model as its published checkpoints are.
 
-    Experts of Qwen3-VL are [experts, in, out] in those. Transformers 5.19 transposes them as it loads, not as it saves.
-    Those of Qwen3.5 are [experts, out, in], in one tensor, too.
-    Those of InternVL have a format that Transformers does not know: beside it the same model is in `transformers/`.
+    Published experts of Qwen3-VL are [experts, in, out]: Transformers 5.19 transposes them when it loads, but not when
+    it saves. Experts of Qwen3.5 are [experts, out, in], also in one tensor. InternVL has a format that Transformers
+    does not know: the same model for Transformers is in the folder `transformers/`.
     """
     weights = model.state_dict()
     if isinstance(model, transformers.InternVLForConditionalGeneration):
@@ -249,7 +249,7 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _remember_for_longer(model: Any) -> None:
-    """Has linear attention, if there is any, forget a 64th of what it does: else only a token's neighbours count."""
+    """Makes linear attention forget 64 times more slowly: otherwise only a token's neighbours would count."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("linear_attn.A_log"):
@@ -257,10 +257,10 @@ def _remember_for_longer(model: Any) -> None:
 
 
 def _answer_in_ascii(model: Any, tokenizer: Any) -> None:
-    """Gives every token but printable ASCII the logit 0, which never wins greedily.
+    """Gives every token except printable ASCII the logit 0, which greedy decoding never picks.
 
-    So an answer can be printed, has the length that was asked for (no end token), and streams token by token (the
-    first bytes of a longer character are held back until it is whole).
+    An answer can then be printed, has the requested length (there is no end token), and streams token by token (the
+    first bytes of a longer character would be held back until it is complete).
     """
     answers = set(tokenizer(string.printable[:95], add_special_tokens=False)["input_ids"])
     silent = [token_id for token_id in range(_TEXT_SIZES["vocab_size"]) if token_id not in answers]

@@ -28,7 +28,7 @@ SELECTION_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total")
 # time.
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
 _MAX_IMAGES = 2
-# Of the operators that ONNX Runtime has.
+# Domains of the operators that ONNX Runtime has.
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 
 

@@ -1,4 +1,4 @@
-"""The selection's backends, one file each: the same problems, the same picks up to rounding, at different speeds."""
+"""Backends of the selection, one file each. All give the same picks up to rounding; they differ in speed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 __all__ = ["Backend", "BackendName", "fastest_backend", "get_backend"]
 
 BackendName = Literal["auto", "blocked", "lazy", "reference", "triton"]
-"""`auto` is the fastest exact backend for the features' device, of those measured there, within the memory that
-`blocked` states: `lazy` on a CPU, `triton` on NVIDIA GPUs that it runs on, `reference` elsewhere."""
+"""`auto` is the fastest exact backend measured on the features' device: `lazy` on a CPU, `triton` on NVIDIA GPUs that
+it supports, `reference` elsewhere. `auto` bounds its memory by `blocked`."""
 
 Backend = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
-"""Selects for a batch of problems on one device; answers in their order. Picks are greedy up to what float32 rounds
-(`greedy_replay.py`)."""
+"""Selects tokens for a batch of problems on one device; returns the selections in the same order. Picks are greedy up
+to float32 rounding (`greedy_replay.py`)."""
 
 
 def get_backend(name: BackendName, device: torch.device) -> Backend:
@@ -50,11 +50,11 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
 def fastest_backend(
     device_type: str, capability: tuple[int, int] | None, has_triton: bool
 ) -> Literal["lazy", "reference", "triton"]:
-    """Returns the backend that `auto` is.
+    """Returns the backend that `auto` stands for.
 
     Args:
-        device_type: Where the features are.
-        capability: The NVIDIA GPU's; None for any other device.
+        device_type: Type of the features' device, such as "cuda".
+        capability: Compute capability of an NVIDIA GPU; None for any other device.
         has_triton: Whether Triton is installed.
     """
     if device_type == "cpu":

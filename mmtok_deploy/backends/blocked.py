@@ -1,4 +1,4 @@
-"""The selection without the whole coverage matrix: columns are computed when they are asked for, and few are."""
+"""The selection without holding the whole coverage matrix: columns are computed when needed, and few are needed."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ MAX_HOST_BYTES = 1280 << 20
 """The same where the features are in the host's memory, of which there is more: one image of 16,384 tokens."""
 
 _FLOAT32_BYTES = 4
-# Columns evaluated together. Measured at N=16384, K=256 on two CPU cores: 64 takes longer, 256 no less.
+# Columns evaluated together. Measured at N=16384, K=256 on two CPU cores: 64 is slower, 256 is not faster.
 _BLOCK = 128
-# A block of columns, and what exists beside it while it is computed and its gains are added up.
+# A block of columns, and temporaries of its size while it is computed and its gains are summed.
 _BLOCKS_AT_WORK = 4
 
 
 def select(
     problems: Sequence[SelectionProblem], config: SelectionConfig, *, max_bytes: int = MAX_BYTES
 ) -> list[Selection]:
-    """Returns the selection of each problem, made one after another; the reference's picks, but for close calls.
+    """Returns the selection of each problem, one after another; picks equal the reference's except for close calls.
 
     The coverage matrix C = [P; alpha Q] of M + N rows and N columns is never held as a whole: at most `max_bytes` of
     it (one column times five, if that is more), beside float32 copies of `keys` and `text`. Its columns are computed
-    from the features twice, once for the softmax and once for the first gains; after that lazy evaluation asks for few
-    of them: a gain only falls as tokens are picked, so an old one is an upper bound, and only columns whose bound is
-    among the highest are evaluated again.
+    from the features twice, once for the softmax and once for the first gains. After that, lazy evaluation needs few
+    of them: a gain only falls as tokens are picked, so an old gain is an upper bound, and only the columns with the
+    highest bounds are evaluated again.
 
     The host waits for the device at every pick.
 
     Args:
-        problems: As for every backend.
+        problems: What to select from.
         config: Temperatures, weight, coverage.
-        max_bytes: The bound on what is held of C.
+        max_bytes: The most bytes of C held at a time.
 
     Source: MMTok, arXiv 2508.18264, Algorithm 2; lazy evaluation: Minoux, "Accelerated greedy algorithms", 1978.
     """
@@ -54,7 +54,7 @@ def select(
 
 
 def max_matrix_bytes(device: torch.device) -> int:
-    """Returns the bound on matrices held at a time on a device."""
+    """Returns the most bytes of coverage matrices held at a time on a device."""
     return MAX_HOST_BYTES if device.type == "cpu" else MAX_BYTES
 
 
@@ -66,8 +66,8 @@ def within_memory(
     Args:
         dense: The backend for what fits: it is called once, or once for each part of the batch that fits. A problem
             that does not fit alone is selected here, by blocks.
-        max_bytes: The bound on the matrices; what `dense` holds beside them (the reference: 1.9 to 3.8 times
-            as much again, the more the larger the budget) is not counted.
+        max_bytes: The most bytes of matrices. What `dense` allocates beside them is not counted (the reference: another
+            1.9 to 3.8 times as much, growing with the budget).
     """
 
     @functools.wraps(dense)
@@ -109,11 +109,11 @@ def _gains(columns: Tensor, covered: Tensor) -> Tensor:
 
 
 class _Columns:
-    """The columns of one problem's C, a block at a time; the latest ones computed are held, within the bound.
+    """The columns of one problem's C, computed in blocks; the most recently used ones are kept, within the bound.
 
-    Every block is computed in one shape, so that a column has nearly the same bits each time: else an old gain would
-    not be an upper bound. A column's last bits may still depend on its place in the block, so an old gain is an upper
-    bound up to rounding, which can decide close calls only.
+    Every block has the same shape, so that a column has nearly the same bits each time: otherwise an old gain would not
+    be an upper bound. A column's last bits may still depend on its place in the block, so an old gain is an upper bound
+    up to rounding, which can decide close calls only.
     """
 
     def __init__(self, problem: SelectionProblem, config: SelectionConfig, max_bytes: int) -> None:
@@ -156,7 +156,7 @@ class _Columns:
         missing = [column for column in dict.fromkeys(wanted) if column not in self._place]
         if missing:
             for column in missing:
-                # The place of no column that is wanted: those are the last, and there is place for a block.
+                # Replaces the least recently used column. Wanted columns are at the end, and a whole block fits.
                 is_full = len(self._place) == len(self._held)
                 self._place[column] = self._place.popitem(last=False)[1] if is_full else len(self._place)
             self._held[[self._place[column] for column in missing]] = self._compute(missing)
@@ -185,7 +185,7 @@ class _Columns:
     def _softmax_statistics(self) -> tuple[Tensor, Tensor]:
         """Returns, for each row, its highest logit and its weight over the sum of its exponentials, both [R].
 
-        A row's largest entry in C is the latter, since e^0 = 1.
+        The second is also the row's largest entry in C, since e^0 = 1.
         """
         highest = torch.full((self.num_rows,), float("-inf"), device=self.device)
         sums = torch.zeros(self.num_rows, device=self.device)

@@ -1,4 +1,4 @@
-"""The exact selection on a CPU: lazy greedy, which evaluates the few tokens that can still win."""
+"""The exact selection on a CPU: lazy greedy, which evaluates only tokens that can still have the largest gain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["select"]
 
-# Measured on 2 cores of an AMD EPYC (Zen 5), 576 to 2,880 tokens: smaller blocks cost calls, larger ones the cache.
+# Measured on 2 cores of an AMD EPYC (Zen 5), 576 to 2,880 tokens: small blocks cost calls, large ones exceed the cache.
 _BLOCK_TOKENS = 256
 # Entries of C that stay in the cache from one operation to the next.
 _CACHED_ENTRIES = 1 << 18
@@ -27,13 +27,13 @@ _CHUNK_TOKENS = 32
 
 @torch.no_grad()
 def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
-    """Returns the selection of each problem, made one after another; the features are on the CPU.
+    """Returns the selection of each problem, one after another; the features are on the CPU.
 
-    The picks are the reference's, but for close calls: values agree to float32's rounding, since products are summed in
-    another order.
+    Picks equal the reference's except for close calls: products are summed in another order, so values agree only up to
+    float32 rounding.
 
-    Memory: one problem at a time holds the coverage matrix, 4 N (M + N) bytes, and while that is made twice the keys in
-    float32: 33 MB and 24 MB for 2,880 tokens of LLaVA, 1.08 GB and 0.13 GB for 16,384.
+    Memory: one problem at a time holds the coverage matrix, 4 N (M + N) bytes, and while that is computed, twice the
+    keys in float32: 33 MB and 24 MB for 2,880 tokens of LLaVA, 1.08 GB and 0.13 GB for 16,384.
     """
     return [_select_one(problem, config) for problem in problems]
 
@@ -44,10 +44,10 @@ def _select_one(problem: SelectionProblem, config: SelectionConfig) -> Selection
 
 
 class _DenseColumns:
-    """The columns of a whole C: gains by the chunk, always in the same shape, and small enough for one thread.
+    """The columns of a whole C. Gains are computed in chunks of one shape, small enough for one thread.
 
     Old gains are upper bounds in float32 as well: subtraction, maximum and addition round monotonically, and every
-    gain is summed by the same operation on the same shape. Only the first bounds are not, and are rounded up for it.
+    gain is summed by the same operation on the same shape. The first bounds are summed otherwise, and are rounded up.
 
     Args:
         columns: [N, R] float32, the transpose of C, non-negative; row-contiguous is fastest.
@@ -98,7 +98,7 @@ def _coverage_columns(problem: SelectionProblem, config: SelectionConfig) -> tup
     weights = sums.reciprocal_()
     weights[:num_words] /= max(num_words, 1)
     weights[num_words:] *= (config.alpha if num_words else 1.0) / num_tokens
-    # The largest entry of a row was exp(0): its weight is the largest of C's row.
+    # The largest entry of a row was exp(0): the row's weight is its largest entry in C.
     return columns.mul_(weights), weights.sum()
 
 
@@ -107,7 +107,7 @@ def _write_text_logits(vision: Tensor, text: Tensor, temperature: float, logits:
     """Writes x t^T / temperature, x and t of unit rows, into `logits` [N, M]."""
     words = unit_rows(text)
     for rows, out in zip(vision.split(_BLOCK_TOKENS), logits.split(_BLOCK_TOKENS), strict=True):
-        # Lengths are divided out of the products, which are far fewer than the features.
+        # Products are divided by the lengths, not features: there are far fewer products.
         rows = rows.float()
         lengths = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-8)
         out.copy_((words @ rows.T).div_(lengths.mul_(temperature)).T)

@@ -1,4 +1,4 @@
-"""Lazy greedy maximum coverage: the dense loop's picks from a fraction of its gains."""
+"""Lazy greedy maximum coverage: the picks of the dense loop, with a fraction of its gains computed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["Columns", "LazyAnswer", "lazy_greedy", "select_lazily"]
 
-# Tokens evaluated first at each pick, at least. Measured on two CPU cores at 576 to 2,880 tokens: half as many need a
-# second round more often, and twice as many are evaluated in vain.
+# The fewest tokens evaluated in the first round of a pick. Measured on two CPU cores at 576 to 2,880 tokens: half as
+# many need a second round more often, and of twice as many, more are evaluated without need.
 _FIRST_TOKENS = 16
 
 
 class Columns(Protocol):
-    """The columns of C, one a token, of which few are looked at.
+    """The columns of C, one for each token; few of them are read.
 
     Args:
-        num_rows: R.
-        chunk_tokens: Gains are computed for so many tokens at a time.
+        num_rows: R, rows of C.
+        chunk_tokens: Number of tokens whose gains are computed at a time.
         bounds: [N] float32, at least each token's first gain.
     """
 
@@ -31,19 +31,19 @@ class Columns(Protocol):
     bounds: Tensor
 
     def gains(self, tokens: Tensor, covered: Tensor) -> Tensor:
-        """Returns the gains [n] of `tokens` [n] over what is `covered` [R]; n is whole chunks, or all tokens."""
+        """Returns the gains [n] of `tokens` [n], given `covered` [R]; n is a multiple of `chunk_tokens`, or N."""
 
     def column(self, token: int) -> Tensor:
         """Returns one column, [R]."""
 
 
 class LazyAnswer(NamedTuple):
-    """A greedy answer and what it took.
+    """A greedy selection, and how many gains were computed for it.
 
     Args:
         order: [K] int64, tokens as picked.
         coverage: [K] float32, f(S) after each pick; never falls.
-        num_evaluations: Gains computed, a token at a time; a dense loop computes K x N.
+        num_evaluations: Number of gains computed; a dense loop computes K x N.
     """
 
     order: Tensor
@@ -52,12 +52,12 @@ class LazyAnswer(NamedTuple):
 
 
 def select_lazily(columns: Columns, total: Tensor, problem: SelectionProblem) -> Selection:
-    """Returns a problem's selection; the first tokens that may be picked where the features are not finite.
+    """Returns a problem's selection; if features are not finite, the first tokens that may be picked.
 
     Args:
         columns: The columns of the problem's C; their bounds are changed.
         total: [] float32, f of all tokens.
-        problem: Whose tokens are picked.
+        problem: What to select from.
     """
     if torch.isfinite(total):
         order, coverage, _ = lazy_greedy(columns, problem.num_picks, problem.excluded)
@@ -71,12 +71,13 @@ def select_lazily(columns: Columns, total: Tensor, problem: SelectionProblem) ->
 def lazy_greedy(columns: Columns, num_picks: int, excluded: Tensor | None = None) -> LazyAnswer:
     """Returns the tokens as picked: the answer of `reference.greedy_maximum_coverage`, ties included.
 
-    A token's gain only falls as tokens are added, so a gain computed earlier is an upper bound of today's. A pick
-    computes anew the tokens with the largest bounds, ever more of them, until the largest of all is a new one.
+    A token's gain only falls as tokens are added, so a gain computed earlier is an upper bound of the current one. Each
+    pick computes the gains of the tokens with the largest bounds again, in rounds of growing size, until the largest
+    bound of all is a gain of this pick.
 
     Args:
         columns: The columns of C; their bounds are changed.
-        num_picks: Tokens to pick; fewer are picked where fewer may be.
+        num_picks: Tokens to pick; at most as many as are not excluded.
         excluded: [N] bool, tokens never to pick.
 
     Source: Minoux, Accelerated greedy algorithms for maximizing submodular set functions, 1978.
@@ -98,17 +99,17 @@ def lazy_greedy(columns: Columns, num_picks: int, excluded: Tensor | None = None
         num_computed = first
         old_bounds, tokens = bounds.topk(first, sorted=False)
         while True:
-            # The minimum keeps what may not be picked at minus infinity.
+            # The minimum keeps excluded and picked tokens at minus infinity.
             bounds.index_copy_(0, tokens, torch.minimum(columns.gains(tokens, covered), old_bounds))
             fresh.update(tokens.tolist())
             num_evaluations += len(tokens)
-            # argmax is the first of equals: a tie with a token of lower index is not won before that one is computed.
+            # argmax returns the first of equals: a token with an equal bound and a lower index is computed first.
             best = int(bounds.argmax())
             if best in fresh:
                 break
             stale = bounds.index_fill(0, bounds.new_tensor([*fresh], dtype=torch.int64), -math.inf)
             tokens = stale.topk(num_computed, sorted=False).indices
-            # Among equals topk takes any: with the first one, each round settles at least that.
+            # topk takes any of equal bounds; with `best` among them, each round computes at least that one.
             tokens[-1] = best
             old_bounds = bounds.index_select(0, tokens)
             num_computed = min(2 * num_computed, most)
@@ -117,5 +118,5 @@ def lazy_greedy(columns: Columns, num_picks: int, excluded: Tensor | None = None
         torch.maximum(covered, columns.column(best), out=covered)
         coverage.append(covered.sum())
     curve = torch.stack(coverage) if coverage else bounds.new_empty(0)
-    # Sums are rounded, so that a pick which gains nothing could lower the value by its last bit.
+    # Sums are rounded: without cummax, a pick that gains nothing could lower the value by its last bit.
     return LazyAnswer(bounds.new_tensor(order, dtype=torch.int64), curve.cummax(dim=0).values, num_evaluations)

@@ -15,7 +15,7 @@ __all__ = ["greedy_maximum_coverage", "select"]
 
 
 def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
-    """Returns the selection of each problem, made one after another."""
+    """Returns the selection of each problem, one after another."""
     return [_select_one(problem, config) for problem in problems]
 
 
@@ -34,7 +34,7 @@ def greedy_maximum_coverage(matrix: Tensor, num_picks: int, excluded: Tensor | N
 
     Args:
         matrix: [R, N] float32, C; non-negative.
-        num_picks: Columns to pick; fewer are picked where fewer may be.
+        num_picks: Columns to pick; at most as many as are not excluded.
         excluded: [N] bool, columns never to pick.
 
     Returns:

@@ -1,13 +1,13 @@
 """The selection on a GPU, in Triton: the reference's picks for a whole batch, without waiting for the host.
 
 Five steps, each for all problems at once: norms, cosine logits (words with tokens, keys with keys), the rows' softmax
-weights, the columns of C with a bound on each one's gain, and the picks. What the host knows beforehand, the shapes,
-decides every launch; nothing that is computed does. The kernels are in `triton_kernels.py`.
+weights, the columns of C with a bound on each one's gain, and the picks. Launches depend on shapes alone, which the
+host knows beforehand, and on no computed value. The kernels are in `triton_kernels.py`.
 
-Exactness: float32 throughout. Products are made on tensor cores: of float32 features as three products of their halves
-(tf32x3), whose cosines are good to 1e-5; features of 16 bits are multiplied as they are, exactly. Sums are float32, but
-cut where the reference's are rounded. Picks may then differ from the reference's where two gains are as good as equal.
-So may they, by the order of sums, between teams.
+Exactness: float32 throughout. Tensor cores multiply float32 features by three TF32 products (tf32x3), which gives
+cosines good to 1e-5, and 16-bit features exactly. Sums are float32, but truncated where the reference's are rounded.
+Picks may therefore differ from the reference's where two gains are nearly equal. They may also differ between teams,
+which sum in different orders.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Batch:
     """A batch as the kernels take it.
 
     Args:
-        layout: Where each problem lies in flat tensors.
+        layout: Offsets of each problem in flat tensors.
         plan: The launches.
         vision: [total tokens, D].
         words: [total words, D], of the same dtype.
@@ -58,7 +58,7 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Picks:
-    """What the last kernel writes, for all problems: its workspace, and the answers."""
+    """Workspace and outputs of the last kernel, for all problems."""
 
     covered: Tensor
     meeting: Tensor
@@ -69,7 +69,7 @@ class _Picks:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises ValueError, with what to do, unless the kernels run on the device."""
+    """Raises ValueError if the kernels do not run on the device; the message says what to do."""
     if IS_INTERPRETED:
         return
     if device.type != "cuda":
@@ -90,7 +90,7 @@ def load_kernels(
 ) -> None:
     """Compiles or loads every kernel that a selection from such features may launch, in parallel.
 
-    After it no selection waits for Triton's compiler.
+    After this call, no selection waits for Triton's compiler.
 
     Args:
         types: The features' dtypes and widths.
@@ -103,9 +103,10 @@ def load_kernels(
 
 
 def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
-    """Returns the selection of each problem; those with features of one width are done together.
+    """Returns the selection of each problem; problems with features of the same width run together.
 
-    Never waits for the device. To capture it in a CUDA graph, call it once before with problems of the same shapes.
+    Does not synchronize with the device. To capture it in a CUDA graph, call it once before with problems of the same
+    shapes.
 
     Raises:
         RuntimeError: A CUDA graph is being captured, and these shapes have not been seen before.
@@ -157,7 +158,7 @@ def _flat_masks(problems: Sequence[SelectionProblem]) -> Tensor | None:
 
 
 def _weighted_logits(batch: _Batch, config: SelectionConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the logits of C, by column, and each row's maximum and weight, which make them C's entries."""
+    """Returns the logits of C by column, and each row's maximum and weight, which turn logits into entries of C."""
     layout, vision, num_parts = batch.layout, batch.vision, batch.plan.num_parts
     logits = vision.new_empty(layout.total_entries, dtype=torch.float32)
     part_max, part_sum = vision.new_empty((2, layout.total_rows, num_parts), dtype=torch.float32)
@@ -182,7 +183,7 @@ def _weighted_logits(batch: _Batch, config: SelectionConfig) -> tuple[Tensor, Te
 
 
 def _finish_columns(batch: _Batch, logits: Tensor, row_max: Tensor, row_weight: Tensor) -> Tensor:
-    """Makes the logits C's entries; returns a bound on each column's gain, [total tokens] float32."""
+    """Turns the logits into entries of C; returns a bound on each column's gain, [total tokens] float32."""
     bounds = logits.new_empty(batch.layout.total_tokens)
     if batch.plan.columns is not None:
         excluded = bounds if batch.excluded is None else batch.excluded
@@ -191,14 +192,14 @@ def _finish_columns(batch: _Batch, logits: Tensor, row_max: Tensor, row_weight: 
 
 
 def _new_picks(batch: _Batch) -> _Picks:
-    """Returns three allocations as six tensors, each at a multiple of 16 bytes, in one fill each."""
+    """Returns six tensors, aligned to 16 bytes, in three allocations that are filled once each."""
     layout, vision = batch.layout, batch.vision
     num_problems, total_picks = len(layout.num_picks), sum(layout.num_picks)
     num_padded = -(-total_picks // 4) * 4
     num_meeting = num_problems * MEETING_WORDS
     num_covered = batch.plan.num_programs * layout.total_rows
     workspace = vision.new_zeros(num_meeting + num_covered // 2, dtype=torch.int64)
-    # What a team that gives up leaves as they are: valid indices, and a total that says that they are no selection.
+    # A team that gives up leaves these as they are: valid indices, and a total of NaN: no selection.
     indices = vision.new_zeros((2, num_padded), dtype=torch.int64)
     values = vision.new_full((num_padded + num_problems,), math.nan, dtype=torch.float32)
     return _Picks(
@@ -231,7 +232,7 @@ def _of_one_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tens
 
 def _multipliable(features: Sequence[Tensor]) -> Tensor:
     flat = flattened(features)
-    # NumPy, which interprets, multiplies no bfloat16.
+    # Triton's interpreter computes by NumPy, which has no bfloat16.
     return flat.float() if IS_INTERPRETED and flat.dtype == torch.bfloat16 else flat
 
 

@@ -15,7 +15,7 @@ from mmtok_deploy.backends.triton_layout import ROW_ALIGNMENT, Field
 __all__ = ["MEETING_WORDS", "coverage_columns", "greedy_picks", "row_weights", "similarity"]
 
 MEETING_WORDS = 4
-"""Words a team meets by: three slots for the largest key, taken in turn, and how many have arrived so far."""
+"""Integers that a team synchronizes by: three slots for the largest key, used in turn, and the number of arrivals."""
 
 # Triton reads globals only as constexpr.
 _NUM_FIELDS = tl.constexpr(len(Field))
@@ -40,7 +40,7 @@ _PICKED = tl.constexpr(-2.0)
 _OUT = tl.constexpr(-1)
 _SIGN = tl.constexpr(-(2**31))
 _MAX_INDEX = tl.constexpr(2**31 - 1)
-# In place of how many have arrived: a program of the team has waited too long, and all of them stop waiting.
+# In place of the number of arrivals: a program of the team has waited too long, and all of them stop waiting.
 _GIVEN_UP = tl.constexpr(2**62)
 
 

@@ -1,4 +1,4 @@
-"""The kernels as compiled for a device: loaded before they are needed, and launched without Triton's look-up."""
+"""The kernels compiled for a device: loaded before they are needed, and launched without Triton's look-up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IS_INTERPRETED = not isinstance(greedy_picks, triton.runtime.JITFunction)
 
 _LOG_EVERY_S = 5.0
 
-# By device index and variant: the compiled kernel, and what it takes after a launch's arguments.
+# Device index and variant -> the compiled kernel, and the constants that it takes after a launch's arguments.
 _loaded: dict[tuple[int, Variant], tuple[Any, tuple[int | str, ...]]] = {}
 # Devices for which `load` has been called.
 _are_loaded: set[int] = set()
@@ -45,8 +45,8 @@ def launch(what: Launch, device: torch.device, *arguments: Tensor | int | float)
 
     Args:
         what: Variant and grid.
-        device: The arguments'.
-        arguments: Those of the kernel up to its constants, as the variant says.
+        device: Device of the arguments.
+        arguments: The kernel's arguments before its constants, as in the variant.
     """
     variant = what.variant
     if IS_INTERPRETED:
@@ -65,14 +65,14 @@ def load(variants: Sequence[Variant], device: torch.device) -> None:
     """Compiles the variants for the device, or loads them from Triton's cache, in parallel; logs progress.
 
     Args:
-        variants: Which.
+        variants: The kernels to load.
         device: A CUDA device with an index.
     """
     start = last_log = time.monotonic()
     num_threads = min(len(variants), len(os.sched_getaffinity(0)))
     logger.info("Triton: loading %d kernels for %s with %d threads", len(variants), device, num_threads)
     for kernel in KERNELS.values():
-        # Makes the kernel's entry for the device, which two threads would each make for themselves.
+        # Creates the kernel's entry for the device here: two threads would each create their own.
         kernel.device_caches[device.index]
     # A new thread's current device is the first one.
     with ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(device,)) as threads:
@@ -87,10 +87,10 @@ def load(variants: Sequence[Variant], device: torch.device) -> None:
 
 
 def tell_of_compiles(tell: Callable[[bool], None]) -> None:
-    """Has `tell` called with each kernel that Triton compiles in this process from now on, or loads from its cache.
+    """Calls `tell` for each kernel that Triton compiles, or loads from its cache, in this process from now on.
 
     Args:
-        tell: Takes whether the kernel is one of this package.
+        tell: Called with True for a kernel of this project, with False for any other.
     """
     before = triton.knobs.runtime.jit_post_compile_hook
 
@@ -105,7 +105,7 @@ def _load(variant: Variant, device_index: int) -> tuple[Any, tuple[int | str, ..
     kernel = KERNELS[variant.kernel].warmup(
         *variant.arguments, grid=(1, 1), **dict(variant.constants), **dict(variant.options)
     )
-    # Asked for a launch, it loads itself to the device; before 3.8, Triton compiles what launches it as well.
+    # This loads the kernel to the device; before 3.8, Triton also compiles its launcher here.
     kernel[1, 1, 1]
     loaded = kernel, tuple(value for _, value in variant.constants)
     _loaded[device_index, variant] = loaded

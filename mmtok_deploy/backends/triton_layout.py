@@ -1,4 +1,4 @@
-"""Where the problems of a ragged batch lie in flat tensors: known from their shapes alone, before anything runs."""
+"""Offsets of the problems of a ragged batch in flat tensors, computed from their shapes alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Field(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """A batch's places in flat tensors, in which the problems lie one after another.
+    """A batch's offsets in flat tensors, in which the problems lie one after another.
 
     Args:
         table: [B, len(Field)] int64 on the device.
@@ -55,7 +55,7 @@ class Layout:
         total_tokens: Tokens of all problems.
         total_rows: Rows of all problems; padding is counted here and below.
         total_entries: Entries of all problems' C.
-        copied: When `table` is there; None where that took no copy.
+        copied: Recorded after `table` is copied to the device; None without a copy.
     """
 
     table: Tensor
@@ -67,7 +67,7 @@ class Layout:
     copied: torch.cuda.Event | None
 
 
-# A CUDA graph reads its tables at each replay, so these are never let go.
+# A CUDA graph reads its tables at each replay, so these are never freed.
 _in_graphs: dict[int, Layout] = {}
 
 
@@ -94,7 +94,7 @@ def layout_of(shapes: tuple[Shape, ...], coverage: Coverage, device: torch.devic
 @functools.lru_cache(maxsize=1024)
 def _make_layout(shapes: tuple[Shape, ...], coverage: Coverage, device: torch.device) -> Layout:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A copy that is captured is done at each replay, from host memory that may be gone by then.
+        # A captured copy runs at each replay, from host memory that may be freed by then.
         raise RuntimeError("a CUDA graph is being captured: select once before with problems of the same shapes")
     rows = []
     first_token = first_word = first_pick = first_row = first_entry = 0
@@ -153,9 +153,9 @@ def _padded(num_rows: int) -> int:
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the tensors one after another, from an address that is a multiple of 16 bytes.
+    """Returns the tensors concatenated, at an address that is a multiple of 16 bytes, as the kernels expect.
 
-    Without a copy where they already lie so, as an encoder's batch does. Kernels are compiled for such addresses.
+    Nothing is copied if they already lie so in memory, as an encoder's batch does.
     """
     first = tensors[0]
     address = first.data_ptr()

@@ -1,7 +1,8 @@
-"""What a batch launches: known from its sizes and dtypes alone, before anything runs.
+"""The launches of a batch, computed from its sizes and dtypes alone.
 
 Triton compiles a kernel anew for each combination of its constants and of what it specialises arguments by. Here both
-come from buckets, so that `variants` can name every combination of a server, to be compiled before its first request.
+come from buckets, so that `variants` can list every combination that a server needs, to be compiled before its first
+request.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MAX_TOKENS = 1 << 14
 MIN_CAPABILITY = (8, 0)
 """The oldest GPUs that the kernels run on: Ampere's."""
 
-# They decide how fast the picks are made, and never which. Pick tiles were measured on an H200, the others were not.
+# These change how fast picks are made, never which. Pick tiles were measured on an H200, the others were not.
 SMALL_TILE = 64  # tokens a side of a similarity tile
 LARGE_TILE = 128  # the same, for 16-bit features of LARGE_TILE_MIN_TOKENS tokens or more
 LARGE_TILE_MIN_TOKENS = 1024
@@ -55,8 +56,8 @@ PARTS = (16, 64, 256)
 TURNS = (4, 16, 64, 256)
 
 MAX_SPINS = 1 << 22
-"""How often a program of a team looks whether the others have arrived, before the selection is given up: seconds, if a
-look takes about a microsecond. That has not been measured."""
+"""How often a program of a team checks whether the others have arrived before it gives up: seconds, if a check takes
+about a microsecond, which has not been measured."""
 
 FLOAT32_PRODUCTS: Literal["ieee", "tf32x3"] = "tf32x3"
 """How float32 features are multiplied. "tf32x3", three products on tensor cores, keeps all golden answers with every
@@ -75,7 +76,7 @@ class Team(NamedTuple):
     Args:
         num_programs: More than one must all fit on the device at once, and do not run in Triton's interpreter.
         num_candidates: Columns that each of them may evaluate in one round, a power of two.
-        is_meeting: Whether they meet each round; a single program may, for tests.
+        is_meeting: Whether they synchronize each round; a single program may, for tests.
     """
 
     num_programs: int
@@ -176,15 +177,15 @@ def plan(
     num_multiprocessors: int,
     team: Team | None = None,
 ) -> Plan:
-    """Returns what a batch launches.
+    """Returns the launches of a batch.
 
     Args:
-        size: The batch's.
-        types: The features'.
+        size: Sizes of the batch.
+        types: Dtypes and widths of the features.
         coverage: What is to be covered.
         has_excluded: Whether any problem has tokens never to pick.
-        num_multiprocessors: The device's; 0 where programs run one after another.
-        team: Who picks, if not `_choose_team`'s.
+        num_multiprocessors: Number on the device; 0 where programs run one after another.
+        team: The team that picks; None lets `_choose_team` decide.
     """
     is_half = (types.vision if coverage == "text" else types.keys) != torch.float32
     tile = LARGE_TILE if is_half and size.max_tokens >= LARGE_TILE_MIN_TOKENS else SMALL_TILE

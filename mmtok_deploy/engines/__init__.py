@@ -1,4 +1,4 @@
-"""Running an exported file on PyTorch tensors, one file a library."""
+"""Runs exported files on PyTorch tensors; one module for each library."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["Engine", "EngineError", "allocate_outputs", "check_inputs", "check_g
 
 
 class EngineError(RuntimeError):
-    """An exported file that cannot run here: no library, no provider, another device, inputs outside its ranges."""
+    """An exported file cannot run here: no library, no provider, another device, or inputs outside its ranges."""
 
 
 class Engine(Protocol):
-    """An exported file, loaded."""
+    """A loaded exported file."""
 
     @property
     def name(self) -> str:
-        """What runs it: library, version, provider or device."""
+        """Library, version, and provider or device."""
 
     @property
     def manifest(self) -> Manifest:
-        """What it computes."""
+        """The file's manifest."""
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the outputs, on the inputs' device, without waiting for it.
+        """Returns the outputs on the inputs' device, without synchronizing.
 
         Raises:
             EngineError: An input is missing, or has another dtype, device or size than the file takes.
@@ -38,19 +38,19 @@ class Engine(Protocol):
 
 
 def open_engine(file: Path, device: torch.device, provider: str | None = None, sha256: str | None = None) -> Engine:
-    """Returns the exported file, loaded for tensors on `device`.
+    """Returns an exported file, loaded for tensors on `device`.
 
     Args:
         file: An ONNX file or a TensorRT engine with its manifest.
-        device: Where inputs and outputs are.
+        device: Device of inputs and outputs.
         provider: ONNX Runtime's provider; by default that of the device, CUDAExecutionProvider or
             CPUExecutionProvider.
-        sha256: What the file must hash to, lower case; None takes any that its manifest describes.
+        sha256: Checksum that the file must have, lower case; None accepts any file that matches its manifest.
 
     Raises:
-        ArtifactError: The file is not whole, not ours, not the one that `sha256` names, or has other inputs and outputs
-            than its manifest says.
-        EngineError: It cannot run on the device, and why.
+        ArtifactError: The file is damaged, was not exported by this project, has another checksum than `sha256`, or
+            other inputs and outputs than its manifest says.
+        EngineError: The file cannot run on the device; the message says why.
     """
     manifest = Manifest.load(file)
     content = manifest.read_file(file, sha256)
@@ -71,12 +71,12 @@ def check_graph(
     outputs: Sequence[TensorInfo],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises ArtifactError if a graph is not the one that its manifest describes. Whatever loads a file asks this.
+    """Raises ArtifactError if a graph is not the one that its manifest describes; called whenever a file is loaded.
 
     Args:
         manifest: The manifest.
-        inputs: As the library reports them; a size that it leaves open is a name, "" where it has none.
-        outputs: The same.
+        inputs: Inputs as the library reports them; a dynamic size is a name, or "" without one.
+        outputs: Outputs, likewise.
         metadata: The graph's `metadata_props`: constants, form and ranges, which its tensors do not show. None for an
             engine, which has none.
     """
@@ -117,7 +117,7 @@ def _not_described(manifest: Manifest, found: str, described: str) -> ArtifactEr
 
 
 def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.device) -> dict[str, int]:
-    """Returns the named sizes that these inputs have.
+    """Returns the size of each named dimension in these inputs.
 
     Raises:
         EngineError: An input is missing, or has another dtype, device or size than the file takes.
@@ -127,7 +127,7 @@ def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.de
     sizes: dict[str, int] = {}
     for expected in manifest.inputs:
         found = inputs[expected.name]
-        # The host reads the budget, to make room for the outputs.
+        # The host reads the budget to allocate the outputs.
         place = torch.device("cpu") if expected.name == "budget" else device
         if found.dtype != getattr(torch, expected.dtype) or not _same_device(found.device, place):
             raise EngineError(
@@ -158,7 +158,7 @@ def allocate_outputs(manifest: Manifest, sizes: dict[str, int], device: torch.de
     """Returns empty tensors for every output.
 
     Raises:
-        ArtifactError: An output has a size that no input tells.
+        ArtifactError: An output has a named size that no input has.
     """
     outputs = {}
     for output in manifest.outputs:
@@ -171,7 +171,7 @@ def allocate_outputs(manifest: Manifest, sizes: dict[str, int], device: torch.de
 
 
 def _same_device(found: torch.device, expected: torch.device) -> bool:
-    # "cuda" is "cuda:0" as an engine is opened; a tensor always has its number.
+    # A device without an index means index 0; a tensor's device always has one.
     return found.type == expected.type and (found.index or 0) == (expected.index or 0)
 
 

@@ -1,4 +1,4 @@
-"""ONNX files by ONNX Runtime, on PyTorch's memory: nothing is copied in or out."""
+"""Runs ONNX files by ONNX Runtime on PyTorch's memory, without copies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ELEMENT_TYPES = {
 }
 
 
-# What ONNX Runtime calls them.
+# ONNX Runtime's type -> PyTorch's dtype.
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -51,13 +51,13 @@ class OnnxRuntimeEngine:
     Args:
         file: The ONNX file.
         manifest: Its manifest.
-        device: Where inputs and outputs are.
+        device: Device of inputs and outputs.
         provider: CPUExecutionProvider, CUDAExecutionProvider or TensorrtExecutionProvider; by default the device's.
-        content: The file's bytes, which are what is loaded; None reads the file. Weights in files of their own are read
-            from its folder.
+        content: The file's bytes, which are loaded in its place; None reads the file. External weights are read from
+            the file's folder.
 
     Raises:
-        ArtifactError: Its inputs and outputs are not those of the manifest.
+        ArtifactError: Inputs or outputs differ from the manifest.
         EngineError: The provider is not in this build of ONNX Runtime, is for another device, or does not start.
     """
 
@@ -83,7 +83,7 @@ class OnnxRuntimeEngine:
             )
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise EngineError(f"ONNX Runtime cannot load {file.name}: {error}") from error
-        # Where a provider's own libraries are missing, ONNX Runtime warns and takes the CPU.
+        # If a provider's libraries are missing, ONNX Runtime warns and falls back to the CPU.
         if self._session.get_providers()[0] != provider:
             raise EngineError(
                 f"{provider} did not start, ONNX Runtime offers {', '.join(self._session.get_providers())} instead: "
@@ -130,7 +130,7 @@ def run_on_cpu(content: bytes, folder: Path, inputs: dict[str, Tensor], outputs:
 
     Args:
         content: The graph.
-        folder: Where the files of its weights are.
+        folder: Folder of its external weights.
         inputs: By name.
         outputs: Names.
 
@@ -153,7 +153,7 @@ def _options(folder: Path) -> Any:
 
 
 def _tensors(described: Any) -> list[TensorInfo]:
-    """Returns what ONNX Runtime says of inputs or outputs."""
+    """Returns ONNX Runtime's description of inputs or outputs."""
     tensors = []
     for each in described:
         if each.type not in _DTYPES:

@@ -15,7 +15,7 @@ from mmtok_deploy.manifest import ArtifactError, Manifest, TensorInfo
 __all__ = ["TensorRTEngine", "compute_capability", "engine_tensors", "tensorrt_module"]
 
 
-# What TensorRT calls them.
+# TensorRT's type -> PyTorch's dtype.
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -33,12 +33,12 @@ class TensorRTEngine:
         file: The engine.
         manifest: Its manifest.
         device: A CUDA device.
-        content: The file's bytes, which are what is loaded; None reads the file.
+        content: The file's bytes, which are loaded in its place; None reads the file.
 
     Raises:
-        ArtifactError: Its inputs and outputs are not those of the manifest.
-        EngineError: No GPU, another compute capability than the engine was built for, the library is not installed or
-            another version, or TensorRT does not take the file.
+        ArtifactError: Inputs or outputs differ from the manifest.
+        EngineError: There is no GPU, or the engine was built for another compute capability; the library is not
+            installed or has another version; or TensorRT rejects the file.
     """
 
     def __init__(self, file: Path, manifest: Manifest, device: torch.device, content: bytes | None = None) -> None:
@@ -67,14 +67,14 @@ class TensorRTEngine:
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Engine.run`."""
         sizes = check_inputs(self.manifest, inputs, self._device)
-        # On the same stream as the run, so PyTorch gives the copies' memory to nobody who would write it earlier.
+        # On the stream of the run, so PyTorch reuses the memory of the copies only after it.
         contiguous = {name: tensor.contiguous() for name, tensor in inputs.items()}
         for name, tensor in contiguous.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
                 raise EngineError(f"TensorRT does not take {name} of shape {tuple(tensor.shape)}")
         outputs = allocate_outputs(self.manifest, sizes, self._device)
         for name, tensor in outputs.items():
-            # What the engine will write, whatever the manifest says.
+            # Checked because the engine writes this shape, whatever the manifest says.
             writes = tuple(self._context.get_tensor_shape(name))
             if writes != tuple(tensor.shape):
                 raise EngineError(
@@ -89,7 +89,7 @@ class TensorRTEngine:
 
 
 def engine_tensors(engine: Any) -> tuple[list[TensorInfo], list[TensorInfo]]:
-    """Returns what a TensorRT engine says of its inputs and outputs; an open size is "".
+    """Returns a TensorRT engine's inputs and outputs; a dynamic size is "".
 
     Raises:
         ArtifactError: A tensor of a type that no exported file has.
@@ -124,7 +124,7 @@ def tensorrt_module(name: str) -> Any:
 
 
 def compute_capability(device: torch.device | None = None) -> str:
-    """Returns a GPU's compute capability, by default of the one at hand: "8.6"."""
+    """Returns a GPU's compute capability, such as "8.6"; by default the current GPU's."""
     return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 

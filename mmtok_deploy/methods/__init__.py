@@ -1,6 +1,6 @@
-"""MMTok and the methods that it is compared with, one file each: the same problems, each its own choice of tokens.
+"""MMTok and the methods that it is compared with, one file each: each chooses tokens from the same problems.
 
-For research: on the same server, image and budget, only the choice differs.
+For research: on the same server, with the same image and budget, only the choice of tokens differs.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ MethodName = Literal[
 ]
 
 Comparator = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
-"""Chooses the tokens of a batch of problems on one device; answers in their order.
+"""Chooses the tokens of a batch of problems on one device; returns the selections in the same order.
 
-`Selection.coverage` is what the method's own objective is after each pick, zeros where it has none, and `total` is not
-finite where the features that it read are not.
+`Selection.coverage` is the method's own objective after each pick, zeros if it has none; `total` is not finite if the
+features that the method reads are not.
 """
 
 # Source: MMTok, arXiv 2508.18264: section 3.3; section 3.1 and Algorithm 1; section 3.2.
@@ -72,7 +72,7 @@ def _covering(coverage: Coverage) -> Comparator:
     def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Selection]:
         if not problems:
             return []
-        # Not by Triton's kernels: those of this coverage may not have been compiled, and a request would wait.
+        # Without Triton: kernels of this coverage may not be compiled yet, and a request would wait for them.
         executor = make_executor("torch", problems[0].vision.device, replace(config, coverage=coverage))
         return executor.select(problems)
 
@@ -95,7 +95,7 @@ _COMPARATORS: dict[MethodName, Comparator] = {
 
 
 def comparator(name: MethodName) -> Comparator:
-    """Returns the method of that name, by PyTorch's operations alone.
+    """Returns the method of that name; all run on PyTorch operations alone.
 
     Raises:
         ValueError: An unknown name.
@@ -116,20 +116,20 @@ def check_method(name: object) -> MethodName:
 
 
 def coverage_of(name: MethodName) -> Coverage | None:
-    """Returns what the tokens that the method keeps cover; None for a method that does not go by coverage."""
+    """Returns what the method covers; None for a method that does not maximize coverage."""
     return _COVERAGES.get(name)
 
 
 def is_nested(name: MethodName) -> bool:
-    """True if what a budget keeps is the first picks of every larger budget, for the same seed."""
+    """True if a budget keeps the first picks of every larger budget, for the same seed."""
     return name not in ("dart", "even", "downsample")
 
 
 def reads_question(name: MethodName) -> bool:
-    """True if another question about an image may have other tokens kept; `random` draws anew for each."""
+    """True if another question about an image may keep other tokens; `random` draws anew for each."""
     return name in ("mmtok", "text-coverage", "cdpruner", "dart", "random")
 
 
 def reads_attention(name: MethodName) -> bool:
-    """True if the method goes by `SelectionProblem.attention`: `visionzip` needs it, `scope` does without."""
+    """True if the method reads `SelectionProblem.attention`: `visionzip` needs it, `scope` also works without it."""
     return name in ("scope", "visionzip")

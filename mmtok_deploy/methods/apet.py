@@ -1,4 +1,4 @@
-"""ApET: a few basis tokens, and the tokens that these explain least."""
+"""ApET: a few basis tokens, and the tokens that these approximate worst."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 __all__ = ["select"]
 
 _BASIS_TOKENS = 10
-# What is left of a token, as a share of its length, below which float32 does not tell it from rounding.
+# Residuals below this share of a token's length are float32 rounding.
 _TOLERANCE = 1e-5
 
 
@@ -60,8 +60,8 @@ def _farthest_points(keys: Tensor, problem: SelectionProblem) -> tuple[Tensor, T
 
 def _errors(keys: Tensor, basis: Tensor) -> Tensor:
     """Returns [N] the distances of the keys [N, d] to the space that the basis [M, d] spans."""
-    # Orthonormal rows, twice projected for rounding's sake; zeros for a basis token that the earlier ones span already:
-    # unlike normal equations, this stands tokens that are equal, or zero.
+    # Orthonormal rows, projected twice against rounding; zeros for a basis token that the earlier ones span already.
+    # Unlike normal equations, this works for tokens that are equal, or zero.
     axes = torch.zeros_like(basis)
     for place, token in enumerate(basis):
         rest = token - (axes @ token) @ axes

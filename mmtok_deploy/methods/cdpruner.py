@@ -15,7 +15,7 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 
 __all__ = ["select"]
 
-# The authors' code adds as much, so that the least relevant token is not worth nothing.
+# Added as in the authors' code, so that the least relevant token has a relevance above 0.
 _LEAST = 1e-6
 
 
@@ -48,7 +48,7 @@ def _select_one(problem: SelectionProblem) -> Selection:
 
 
 def _relevance(tokens: Tensor, problem: SelectionProblem) -> Tensor:
-    """Returns [N]: of what may be picked, the least relevant token has about 0, the most 1; all have 1 in a tie."""
+    """Returns [N] relevance: about 0 for the least relevant token that may be picked, 1 for the most, or 1 for all."""
     words = unit_rows(problem.text.float().mean(dim=0))
     similarity = tokens @ words
     lowest = highest = similarity

@@ -1,4 +1,4 @@
-"""DART: a few pivots, and the tokens that repeat them least."""
+"""DART: a few pivots, and the tokens that are least similar to them."""
 
 from __future__ import annotations
 

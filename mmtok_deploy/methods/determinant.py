@@ -12,7 +12,7 @@ from mmtok_deploy.problem import SelectionProblem
 
 __all__ = ["largest_determinant"]
 
-# What is left of a token's own diagonal, below which float32 does not tell it from rounding.
+# Remainders below this share of a token's diagonal entry are float32 rounding.
 _TOLERANCE = 1e-5
 
 
@@ -27,7 +27,7 @@ def largest_determinant(
     Args:
         row_of: Gives [N], the kernel's row of the token whose index it is given as [1] int64.
         diagonal: [N] float32, the kernel's diagonal.
-        problem: For the number of picks and the excluded tokens.
+        problem: Gives the number of picks and the excluded tokens.
 
     Source: Chen et al., Fast Greedy MAP Inference for Determinantal Point Process, arXiv 1709.05135, Algorithm 1.
     """

@@ -39,7 +39,7 @@ def _select_one(problem: SelectionProblem) -> Selection:
     nearest = _nearest_other(tokens, problem.excluded)
     open_tokens = bar(torch.zeros_like(nearest), problem.excluded)
     for pick in range(problem.num_picks):
-        # A tensor of one dimension: the host would wait for an index without any.
+        # With keepdim: indexing by a tensor of no dimension would synchronize with the device.
         best = torch.argmax(nearest + open_tokens, keepdim=True)
         order[pick : pick + 1], distances[pick : pick + 1] = best, nearest.index_select(0, best)
         open_tokens.index_fill_(0, best, float("-inf"))

@@ -31,8 +31,8 @@ def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> lis
 def grid_within(rows: int, columns: int, max_tokens: int) -> tuple[int, int]:
     """Returns the grid of at most `max_tokens` tokens that is nearest in shape to one of `rows` x `columns`.
 
-    Of the grids with the most tokens for their number of rows, the one whose aspect ratio is nearest; of two equally
-    near, the one of more tokens. A grid that is small enough is returned as it is.
+    Candidates are the grids with the most tokens for each number of rows. The one with the nearest aspect ratio is
+    returned; of two equally near, the one with more tokens. A grid that is small enough is returned as it is.
 
     Args:
         rows: Rows of the image's own grid, at least 1.

@@ -23,7 +23,7 @@ def _select_one(problem: SelectionProblem) -> Tensor:
     num_tokens = len(problem.vision)
     if problem.excluded is None:
         return evenly_spaced(num_tokens, problem.num_picks, problem.vision.device)
-    # How many may be picked stays on the device: the host would have to wait for it.
+    # The number of tokens that may be picked stays on the device: reading it would synchronize.
     may_be_picked = problem.excluded.argsort(stable=True)
     return may_be_picked[evenly_spaced(num_tokens - problem.excluded.sum(), problem.num_picks, problem.vision.device)]
 

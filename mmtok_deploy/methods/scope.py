@@ -1,4 +1,4 @@
-"""SCOPE: tokens that cover the image, each worth as much more as it is salient."""
+"""SCOPE: tokens that cover the image, each gain weighted by the token's saliency."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> lis
     """Returns each problem's tokens of the largest coverage gain times saliency, greedily; the question is not read.
 
     A token is covered as well as its most similar picked one is similar to it (cosine, at least 0), by the features
-    before the projector. Saliency is what the vision tower's class token pays to a token, `SelectionProblem.attention`
-    (the paper's alpha is 1); of models without one it is left out, and coverage alone decides. Excluded tokens need no
-    cover. The objective is the coverage after each pick. Ties go to the lowest index. [N, N] is held.
+    before the projector. Saliency is the attention of the vision tower's class token to a token,
+    `SelectionProblem.attention` (the paper's alpha is 1); for models without a class token, coverage alone decides.
+    Excluded tokens need no cover. The objective is the coverage after each pick. Ties go to the lowest index. A matrix
+    of [N, N] is held in memory.
 
     Source: SCOPE, arXiv 2510.24214, section 3.
     """

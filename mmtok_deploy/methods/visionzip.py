@@ -38,7 +38,7 @@ def _select_one(problem: SelectionProblem) -> Selection:
 
 @float32_products()
 def class_token_attention(queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
-    """Returns [B, N] float32: what the class token, the first of N + 1, pays to each other token, over all heads.
+    """Returns [B, N] float32: attention of the class token, the first of N + 1, to each other token, summed over heads.
 
     Args:
         queries: [B, N + 1, d] of one layer, heads side by side, as the layer's query projection gives them.

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,11 +174,9 @@ def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
-def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mmtok_bench.gpu_check", "--output", str(tmp_path / "out")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2
-    assert run.stderr.startswith("gpu-check needs an NVIDIA GPU")
+def test_without_a_gpu_nothing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("gpu-check needs an NVIDIA GPU")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -117,14 +115,14 @@ def test_steps_are_run_once_and_the_page_is_written(
     assert ran[4:] == [f"quality-{QWEN}"]
 
 
-def test_without_checkpoints_or_a_gpu_nothing_is_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mmtok_bench.paper", "--checkpoints", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert run.returncode == 2
-    assert "holds none of Qwen2.5-VL-7B-Instruct" in run.stderr
+def test_without_checkpoints_or_a_gpu_nothing_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--checkpoints", str(tmp_path)]) == 2
+    assert "holds none of Qwen2.5-VL-7B-Instruct" in capsys.readouterr().err
     if not torch.cuda.is_available():
         checkpoint(tmp_path, QWEN)
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-        assert run.returncode == 2
-        assert "--dry-run prints the steps" in run.stderr
+        assert main(["--checkpoints", str(tmp_path)]) == 2
+        assert "--dry-run prints the steps" in capsys.readouterr().err
     assert not (tmp_path / "artifacts").exists()

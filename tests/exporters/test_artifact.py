@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import subprocess
-import sys
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 
 from mmtok_deploy import SelectionConfig
+from mmtok_deploy.cli import main
 from mmtok_deploy.manifest import Manifest
 from mmtok_export import artifact
 from mmtok_export.artifact import export_model, new_artifact
@@ -104,15 +106,15 @@ def test_whatever_happens_nothing_half_written_is_left(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_export_has_left_goes_at_the_next_start(tmp_path: Path) -> None:
-    script = (
-        "import os, signal\n"
-        "from pathlib import Path\n"
-        "from mmtok_export.artifact import new_artifact\n"
-        f"with new_artifact(Path({str(tmp_path)!r}) / 'a.onnx', force=False) as file:\n"
-        "    file.write_text('gigabytes')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
+    process_id = os.fork()
+    if process_id == 0:
+        try:
+            with new_artifact(tmp_path / "a.onnx", force=False) as file:
+                file.write_text("gigabytes")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)  # a failed test must not go on in the copy of its process
+    os.waitpid(process_id, 0)
     assert len(list(tmp_path.iterdir())) == 1
     with new_artifact(tmp_path / "b.onnx", force=False) as file:
         # One that is being written stays.
@@ -122,20 +124,15 @@ def test_what_a_killed_export_has_left_goes_at_the_next_start(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.onnx", "c.onnx"]
 
 
-def test_no_space_left(tmp_path: Path) -> None:
+def test_no_space_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A limit on the size of files stands for a full disk: writing fails half-way, as it would there.
-    limited = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from mmtok_deploy.cli import main\n"
-        "import mmtok_export.artifact\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", limited, "export", "selection", "--budget=4", "--tokens=16"]
-    done = subprocess.run(
-        [*command, f"--output={tmp_path}/a.onnx"], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 2
-    assert "File too large" in done.stderr
-    assert "free some space" in done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        assert main(["export", "selection", "--budget=4", "--tokens=16", f"--output={tmp_path}/a.onnx"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert "File too large" in said
+    assert "free some space" in said
     assert list(tmp_path.iterdir()) == []

@@ -66,6 +66,12 @@ def onnx_file(encoder: WindowedEncoder, tmp_path_factory: pytest.TempPathFactory
     return export_encoder(encoder, tmp_path_factory.mktemp("attach") / "visual.onnx")
 
 
+@pytest.fixture(scope="module")
+def open_file(encoder: WindowedEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for any number of tokens."""
+    return export_encoder(encoder, tmp_path_factory.mktemp("open") / "visual.onnx", dynamic=True)
+
+
 def attachment(**change: Any) -> Attachment:
     values: dict[str, Any] = {
         "vision": "output",
@@ -134,10 +140,9 @@ def test_everything_of_the_encoder_and_the_selection(encoder: WindowedEncoder, o
 
 
 @pytest.mark.parametrize("num_tokens", [BUDGET, 18, 60])
-def test_an_encoder_of_any_size(encoder: WindowedEncoder, tmp_path: Path, num_tokens: int) -> None:
-    visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
+def test_an_encoder_of_any_size(encoder: WindowedEncoder, open_file: Path, tmp_path: Path, num_tokens: int) -> None:
     what = attachment(num_tokens=DimRange(BUDGET, 24, 64), grid_width=None)
-    export_attached(visual, tmp_path / "joined.onnx", what)
+    export_attached(open_file, tmp_path / "joined.onnx", what)
     assert_selected(encoder, run_attached(tmp_path / "joined.onnx", num_tokens))
 
 
@@ -205,33 +210,26 @@ def test_refused(onnx_file: Path, change: dict[str, Any], message: str) -> None:
         attach_selection(onnx_file, attachment(**change))
 
 
-def test_an_open_number_of_tokens_needs_a_range(encoder: WindowedEncoder, tmp_path: Path) -> None:
-    visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
+def test_an_open_number_of_tokens_needs_a_range(open_file: Path) -> None:
     with pytest.raises(ValueError, match=r"give the range of its tokens, --tokens MIN:MAX"):
-        attach_selection(visual, attachment(grid_width=None))
+        attach_selection(open_file, attachment(grid_width=None))
     with pytest.raises(ValueError, match="--grid-width is for images of one size"):
-        attach_selection(visual, attachment(num_tokens=DimRange(BUDGET, 24, 64)))
+        attach_selection(open_file, attachment(num_tokens=DimRange(BUDGET, 24, 64)))
 
 
 def test_a_share_of_the_graphs_own_number_of_tokens(
-    encoder: WindowedEncoder,
-    onnx_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    onnx_file: Path, open_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(command(onnx_file, "--preset=qwen2.5-vl", "--budget=25%")) == 0
     assert Manifest.load(tmp_path / "artifacts/export/visual-k6.onnx").budget == 6
-    visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
-    open_size = [argument for argument in command(visual, "--preset=qwen2.5-vl") if "grid" not in argument]
+    open_size = [argument for argument in command(open_file, "--preset=qwen2.5-vl") if "grid" not in argument]
     assert main([*open_size, "--budget=25%", f"--tokens={BUDGET}:64"]) == 0
     assert Manifest.load(tmp_path / "artifacts/export/visual-k16.onnx").share == "25%"
 
 
-def test_an_open_size_that_is_called_as_ours(encoder: WindowedEncoder, tmp_path: Path) -> None:
-    visual = export_encoder(encoder, tmp_path / "visual.onnx", dynamic=True)
-    model = ir.load(visual)
+def test_an_open_size_that_is_called_as_ours(open_file: Path, tmp_path: Path) -> None:
+    model = ir.load(open_file)
     model.graph.inputs[0].shape = ir.Shape(["N", 12])
     ir.save(model, tmp_path / "named.onnx", external_data="named.data")
     what = attachment(num_tokens=DimRange(BUDGET, 24, 64), grid_width=None)

@@ -71,11 +71,7 @@ def test_random_weights_need_the_configuration_alone(tmp_path: Path) -> None:
     assert {opset.domain for opset in onnx.load(tmp_path / "encoder.onnx", load_external_data=False).opset_import} == {
         ""
     }
-
-
-def test_the_file_says_nothing_about_the_machine(tmp_path: Path) -> None:
-    exported = export_encoder(checkpoint(FAMILY), (28, 28))
-    onnx_ir.save(exported.model, tmp_path / "encoder.onnx")
+    # The file says nothing about the machine that made it.
     content = (tmp_path / "encoder.onnx").read_bytes()
     for trace in (b".py", b"pkg.torch", b"site-packages", str(Path.cwd()).encode()):
         assert trace not in content

@@ -26,7 +26,7 @@ FAMILY: FamilyName = "llava-1.5"
 IMAGE_SIZE = (336, 336)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_graph_is_hugging_faces(batch_size: int) -> None:
     exported = export_encoder(checkpoint(FAMILY), IMAGE_SIZE, batch=DimRange.fixed(batch_size))
     assert (exported.module.family, exported.module.grid, exported.module.num_tokens) == (
@@ -54,6 +54,7 @@ def test_one_graph_of_any_number_of_images() -> None:
         assert_equal(outputs, hugging_face(FAMILY, pixels, IMAGE_SIZE, torch.float32), torch.float32)
 
 
+@pytest.mark.exhaustive
 def test_float16() -> None:
     pixels = pixels_of(FAMILY, IMAGE_SIZE)
     outputs = run(export_encoder(checkpoint(FAMILY), IMAGE_SIZE, dtype=torch.float16), pixels)

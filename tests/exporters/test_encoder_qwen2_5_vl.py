@@ -44,7 +44,13 @@ def test_the_tower_is_hugging_faces(image_size: tuple[int, int]) -> None:
     assert_equal(list(encoder(pixels)), expected, torch.float32)
 
 
-@pytest.mark.parametrize(("image_size", "batch_size"), [(FULL_WINDOWS, 1), (CUT_WINDOWS, 1), (CUT_WINDOWS, 2)])
+@pytest.mark.parametrize(
+    ("image_size", "batch_size"),
+    [
+        (CUT_WINDOWS, 2),
+        *(pytest.param(size, 1, marks=pytest.mark.exhaustive) for size in (FULL_WINDOWS, CUT_WINDOWS)),
+    ],
+)
 def test_the_graph_is_hugging_faces(image_size: tuple[int, int], batch_size: int) -> None:
     exported = export_encoder(checkpoint(FAMILY), image_size, batch=DimRange.fixed(batch_size))
     columns, rows = image_size[0] // 28, image_size[1] // 28
@@ -74,6 +80,7 @@ def any_size() -> Any:
     return session_of(export_encoder(checkpoint(FAMILY), ANY_SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "image_size",
     [(448, 336), (392, 252), (56, 56), (112, 112), (28, 140), (140, 448), (448, 140), (364, 84)],
@@ -86,6 +93,7 @@ def test_one_graph_of_images_of_any_size(any_size: Any, image_size: tuple[int, i
     assert_equal(outputs, hugging_face(FAMILY, pixels, image_size, torch.float32), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [[1, 4, 6], [1, 10, 16], [2, 8, 16], [0, 8, 16], [1, 0, 16]])
 def test_a_grid_that_is_not_the_pixels_is_refused(any_size: Any, grid: list[int]) -> None:
     pixels = pixels_of(FAMILY, (224, 112))
@@ -93,6 +101,7 @@ def test_a_grid_that_is_not_the_pixels_is_refused(any_size: Any, grid: list[int]
         any_size.run(None, {"pixels": pixels.numpy(), "grid_thw": torch.tensor([grid]).numpy()})
 
 
+@pytest.mark.exhaustive
 def test_any_size_in_half_precision() -> None:
     exported = export_encoder(checkpoint(FAMILY), ANY_SIZE, dtype=torch.float16)
     pixels = pixels_of(FAMILY, CUT_WINDOWS)
@@ -115,6 +124,7 @@ def test_any_size_is_refused(family: FamilyName, batch: DimRange | None, message
         export_encoder(checkpoint(family), ANY_SIZE, batch=batch)
 
 
+@pytest.mark.exhaustive
 def test_float16() -> None:
     exported = export_encoder(checkpoint(FAMILY), CUT_WINDOWS, dtype=torch.float16)
     pixels = pixels_of(FAMILY, CUT_WINDOWS)

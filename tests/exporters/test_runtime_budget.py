@@ -168,6 +168,7 @@ def test_what_cannot_be_told_at_run_time(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_with_an_encoder_and_its_unpruned_tokens(tmp_path: Path) -> None:
     from mmtok_export.artifact import export_model
 

@@ -131,7 +131,7 @@ def test_given_inputs_of_the_whole_graph(onnx_file: Path, tmp_path: Path, capsys
     assert "check selection only: of the given features" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.exhaustive), "float16", "bfloat16"])
 def test_an_encoder_of_ours(tmp_path: Path, dtype: Any) -> None:
     joined = build_joined_encoder(
         checkpoint("qwen2.5-vl"),
@@ -145,6 +145,10 @@ def test_an_encoder_of_ours(tmp_path: Path, dtype: Any) -> None:
     manifest = export_model(
         joined.model, tmp_path / "a.onnx", "encoder", joined.spec, details=joined.details, encoder=joined.encoder
     )
+    dtypes = {tensor.name: tensor.dtype for tensor in (*manifest.inputs, *manifest.outputs)}
+    assert (dtypes["pixels"], dtypes["text"], dtypes["visual_tokens"]) == ("float32", dtype, dtype)
+    # Means over merged patches, which float16 may not hold.
+    assert manifest.details["edges"]["keys"]["dtype"] == "float32"
     if dtype == "bfloat16":  # whose matrices ONNX Runtime's CPU provider does not multiply
         assert manifest.check.status == "selection only"
         assert "the whole graph did not run: ONNX Runtime" in manifest.check.detail

@@ -24,8 +24,23 @@ from tests.mmtok_deploy.problems import (
 FLOAT32_BYTES = 4
 
 
-@pytest.mark.parametrize("max_columns", [0, 13, 80, 10**6], ids=["one at a time", "two", "sixteen", "all"])
-@pytest.mark.parametrize("name", GOLDEN_NAMES)
+BOUNDS = {"one at a time": 0, "two": 13, "sixteen": 80, "all": 10**6}
+# What small images show already, and takes long for large ones.
+LARGE = {name for name in GOLDEN_NAMES if len(golden(name).problem) > 300}
+
+
+@pytest.mark.parametrize(
+    ("name", "max_columns"),
+    [
+        pytest.param(
+            *(name, max_columns),
+            id=f"{name}-{bound}",
+            marks=[pytest.mark.exhaustive] if bound == "two" and name in LARGE else [],
+        )
+        for name in GOLDEN_NAMES
+        for bound, max_columns in BOUNDS.items()
+    ],
+)
 def test_golden_cases_at_any_bound(name: str, max_columns: int) -> None:
     case = golden(name)
     problem = case.given()

@@ -37,7 +37,7 @@ def run_checks() -> tuple[int, dict[str, dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def real() -> tuple[int, str]:
-    """One run that loads the plugin; the other tests are about what surrounds it."""
+    """One run that loads the plugin in a process of its own, which takes long; the other tests are about the rest."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
@@ -65,12 +65,14 @@ def install(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
     monkeypatch.setattr(doctor, "_installed_version", installed_version)
 
 
+@pytest.mark.slow
 def test_this_machine_serves(real: tuple[int, str]) -> None:
     code, printed = real
     assert [check for check in checks_of(printed).values() if check["status"] == "failed"] == []
     assert code == 0
 
 
+@pytest.mark.slow
 def test_json_schema(real: tuple[int, str]) -> None:
     report: dict[str, Any] = json.loads(real[1])
     assert list(report) == ["schema", "serving", "families", "checks"]
@@ -91,6 +93,7 @@ def test_json_schema(real: tuple[int, str]) -> None:
     } < set(names)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_found(real: tuple[int, str]) -> None:
     checks = checks_of(real[1])
     assert checks["mmtok-deploy"]["found"] == __version__
@@ -107,6 +110,7 @@ def test_the_cpu_is_named_where_it_serves(quick: pytest.MonkeyPatch) -> None:
     assert (cpu["status"], "torch_cpu" in cpu["found"]) == ("ok", True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_reference_runs_on_each_cuda_device(real: tuple[int, str]) -> None:
     checks = checks_of(real[1])

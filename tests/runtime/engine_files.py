@@ -12,7 +12,7 @@ from mmtok_export.selection_graph import SelectionSpec, build_selection
 
 __all__ = ["export_for"]
 
-# Of the checkpoints' text model and vision encoder; 576 patches of a square or a tile, any number for the others.
+# Widths of the checkpoints' text model and vision encoder. LLaVAs have 576 patches a square or tile, others any number.
 _VISION_WIDTH, _KEYS_WIDTH = 256, 64
 _NUM_TOKENS = {
     "llava-1.5": DimRange.fixed(576),

@@ -426,7 +426,7 @@ def test_qwen_is_given_a_smaller_image(size: tuple[int, int], budget: str | int,
     ("size", "scale", "expected"),
     [
         ((336, 336), 0.5, (168, 168)),
-        # Of what the processor makes of it, 336 x 252.
+        # The processor makes it 336 x 252 first.
         ((345, 260), 0.5, (168, 112)),
         ((336, 336), 0.99, None),
         ((336, 336), 1e-300, (56, 56)),

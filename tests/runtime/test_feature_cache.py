@@ -18,7 +18,7 @@ from tests.runtime.stand_ins import identified, image_item, make_settings
 
 PLAN = ImagePlan(num_tokens=4, num_kept=2, guidance=[3, 1, 2])
 KEYS = CacheKeys(make_settings(2))
-# Of an image of 4 tokens of 8 + 6 numbers: two blocks of the device's memory, and an entry on the host.
+# An image of 4 tokens of 8 + 6 numbers takes two blocks of the device's memory, and an entry on the host.
 IMAGE_BYTES = 2 * 512 + feature_cache._ENTRY_BYTES
 
 

@@ -40,7 +40,7 @@ def test_engine_with_a_budget(tmp_path: Path) -> None:
     run = _run("10%", image, prompt)
     results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(results) == 4, run.stderr[-3000:]
-    # Of the server's budget and scale, and of three ways to ask for other ones.
+    # First the server's budget and scale, then three ways to ask for others.
     smaller = small("coffee").resize((168, 112), Image.Resampling.BICUBIC)
     read = [([smaller], 0.1), *[(chat.images, 0.5)] * 3]
     for result, (images, budget) in zip(results, read, strict=True):

@@ -28,7 +28,7 @@ NUM_KEPT = {
     **dict.fromkeys(_QWEN3, 10),
     "llava-1.5": 57,
     "llava-next": 3 * 57,
-    # Of 3 x 3 tiles and a thumbnail.
+    # 3 x 3 tiles and a thumbnail.
     "internvl3": 64,
 }
 # The largest grid of the image's shape that the budget holds.

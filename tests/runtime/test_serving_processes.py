@@ -36,14 +36,14 @@ def test_two_ranks(ranks_family: FamilyName, parallelism: str) -> None:
         pytest.skip("refused: SGLang has no pipeline stages for it")
     environment = {}
     if ranks_family.startswith("qwen3-vl") and parallelism == "--pp-size=2":
-        # Of 4 layers; DeepStack adds to the first three.
+        # The model has 4 layers, and DeepStack adds to the first three.
         environment = {"SGLANG_PP_LAYER_PARTITION": "3,1"}
     _check(ranks_family, parallelism, num_ranks=2, **environment)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two replicas need two cores")
 def test_two_replicas() -> None:
-    """Of data parallelism: each has caches of its own, and requests go to them in turns."""
+    """Replicas of data parallelism have caches of their own, and requests go to them in turns."""
     arguments = ("--mmtok-budget=10%", "--dp-size=2", "--load-balance-method=round_robin")
     with make_server("qwen2.5-vl", *arguments, num_ranks=2) as server:
         served = Served("qwen2.5-vl", server, judge_of("qwen2.5-vl"))

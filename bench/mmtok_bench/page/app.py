@@ -1,4 +1,4 @@
-"""What the browser asks of the page's program: pictures, selections, answers and the server's state."""
+"""The page's HTTP API: pictures, selections, answers and the server's state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mmtok_deploy.methods import MethodName, is_nested
 __all__ = ["PageContent", "make_app"]
 
 _STATIC = Path(__file__).parent / "static"
-# Not guessed by Python's mimetypes, which follows what the machine says of an ending.
+# Not guessed by Python's mimetypes, which depends on the machine's configuration.
 _TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 _FILES = {
     "": (_STATIC / "index.html", "text/html; charset=utf-8"),
@@ -47,17 +47,17 @@ _MAX_ANSWER_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class PageContent:
-    """What is shown.
+    """The content of the page.
 
     Args:
-        model: Which model is served, and where, in a sentence.
-        privacy: Where pictures and questions go, in a sentence.
-        methods: The methods that it can run.
+        model: A sentence that says which model is served, and where.
+        privacy: A sentence that says where pictures and questions go.
+        methods: The methods that the model can run.
         pictures: The pictures.
-        patches: What is kept of them; None where this process has no copy of the model.
-        no_patches: Why not, in a sentence.
-        notes: What to know of the model, in sentences.
-        budget: What the slider stands at where a link says nothing else.
+        patches: Computes what is kept of them; None if this process has no copy of the model.
+        no_patches: A sentence that says why there are no patches.
+        notes: Sentences about the model.
+        budget: The budget at the start, unless the link has one.
     """
 
     model: str
@@ -71,7 +71,7 @@ class PageContent:
 
 
 class SelectionAsked(BaseModel):
-    """What /api/selection is asked."""
+    """Body of a request to /api/selection."""
 
     picture: str
     question: str = Field(max_length=_MAX_QUESTION)
@@ -80,14 +80,14 @@ class SelectionAsked(BaseModel):
 
 
 class RunAsked(BaseModel):
-    """One answer that is asked for: a budget, and a method where it prunes."""
+    """One requested answer: a budget, and a method if the budget prunes."""
 
     budget: Annotated[str, AfterValidator(lambda text: str(Budget.parse(text)))]
     method: MethodName | None = None
 
 
 class AnswersAsked(BaseModel):
-    """What /api/answers is asked."""
+    """Body of a request to /api/answers."""
 
     picture: str
     question: str = Field(max_length=_MAX_QUESTION)
@@ -98,12 +98,12 @@ def make_app(content: PageContent, served: Served, host: str = "localhost") -> G
     """Returns the page as an ASGI application.
 
     Args:
-        content: What is shown.
+        content: The content of the page.
         served: The server that answers.
-        host: The name or address that the page is served at.
+        host: The name or address at which the page is served.
     """
     app = FastAPI(title="mmtok demo --page", docs_url=None, redoc_url=None, openapi_url=None)
-    # Times to first token are of one request at a time, however many tabs there are.
+    # Only one request runs at a time, however many tabs there are: others would change the time to first token.
     asking = threading.Lock()
 
     @app.exception_handler(PictureError)
@@ -189,19 +189,19 @@ def _described(picture_id: str, picture: Picture) -> dict[str, Any]:
 
 
 async def _lines(events: Generator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Gives each event as a line of JSON."""
+    """Yields each event as a line of JSON."""
     try:
         async for event in iterate_in_threadpool(events):
             yield json.dumps(event) + "\n"
     finally:
-        # Whoever waits has its turn, also where the browser has gone away in the middle of an answer.
+        # Releases the lock, also if the browser disconnects in the middle of an answer.
         events.close()
 
 
 def _answers(
     served: Served, asking: threading.Lock, picture: Picture, asked: AnswersAsked
 ) -> Generator[dict[str, Any]]:
-    """Gives what happens, an object an event, each with the number of its run."""
+    """Yields the events of all runs as dictionaries, each with the number of its run."""
     if not asking.acquire(blocking=False):
         yield {"waiting": True}
         asking.acquire()
@@ -219,8 +219,8 @@ def _answers(
 
 
 def _one_answer(client: Any, image: str, question: str, kwargs: dict[str, str]) -> Iterator[dict[str, Any]]:
-    # Each request has a salt of its own, so that no cache has anything for it; the first is not timed, since a server
-    # may set itself up for a new shape.
+    # Each request has a salt of its own, so that no cache is hit. The first is not timed, since a server may have to
+    # warm up for a new shape.
     first, timed = ({"cache_salt": secrets.token_hex(8), "mm_processor_kwargs": kwargs} for _ in range(2))
     for _ in stream(client, image, question, max_tokens=1, fields=first):
         pass
@@ -229,12 +229,12 @@ def _one_answer(client: Any, image: str, question: str, kwargs: dict[str, str]) 
             yield {"answer": asdict(piece)}
         else:
             yield {"piece": piece}
-    # By the same salt it is told of the same selection.
+    # The same salt gives the account of the same selection.
     yield {"account": account(client, image, question, timed)}
 
 
 def _reason(error: Exception) -> str:
-    """Returns what the server said, where it said something; the request is on the page already."""
+    """Returns the server's error message, if it sent one, without the request, which the page shows already."""
     cause = error.__cause__
     body = getattr(cause, "body", None)
     said = body.get("message") if isinstance(body, dict) else None

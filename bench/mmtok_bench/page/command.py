@@ -39,11 +39,11 @@ _HELD_OPEN_S = 1
 
 
 def serve_page(arguments: argparse.Namespace) -> int:
-    """Returns 0 after the page was served, until Ctrl-C or SIGTERM.
+    """Serves the page until Ctrl-C or SIGTERM; returns 0.
 
     Raises:
         ServerError: The page's port is taken, or the server of --url does not answer or does not prune.
-        ValueError: A checkpoint folder that this page cannot show.
+        ValueError: The page cannot show patches of the checkpoint folder.
     """
     quiet_transformers()
     console = Console(highlight=False)
@@ -72,13 +72,13 @@ def serve_page(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Gives a socket that listens; before any server is started, so that a port that is taken costs no wait."""
+    """Yields a listening socket; opened before any server starts, so that a port that is taken is reported at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-            # A browser that is faster than the server behind it waits, in place of being refused.
+            # A browser that connects before the page is ready waits and is not refused.
             listener.listen()
         except OSError as error:
             raise ServerError(
@@ -106,11 +106,11 @@ def _pocket_content(family: PocketFamily) -> PageContent:
 
 
 def content_of(url: str, info: Mapping[str, Any], model_path: Path | None) -> PageContent:
-    """Returns what the page shows of a running server; with patches where this machine has its model.
+    """Returns the page's content for a running server; with patches if this machine has its model.
 
     Args:
-        url: The server's address, without a path.
-        info: What it says of itself.
+        url: Address of the server, without a path.
+        info: Result of `server_info`.
         model_path: A folder with the checkpoint that it serves.
 
     Raises:
@@ -164,7 +164,7 @@ def _family_of(checkpoint: Path) -> OneGridFamily:
 
 
 def _preset_of(family: OneGridFamily, info: Mapping[str, Any]) -> Preset:
-    """Returns the constants that the server selects with."""
+    """Returns the constants of the server's selection."""
     preset = PRESETS[family]
     names = ("tv_temp", "vv_temp", "alpha")
     given = {name: info[f"mmtok_{name}"] for name in names if info.get(f"mmtok_{name}") is not None}
@@ -173,7 +173,7 @@ def _preset_of(family: OneGridFamily, info: Mapping[str, Any]) -> Preset:
 
 
 def _unlike_here(info: Mapping[str, Any]) -> str:
-    """Returns the flags that have the server keep other tokens than are computed here."""
+    """Returns the server's flags that make it keep other tokens than this process computes."""
     usual = {
         **{"mmtok_min_tokens": 1, "mmtok_min_tokens_in": 0, "mmtok_encoder_scale": 1.0, "mmtok_agent_url": None},
         "mm_process_config": None,

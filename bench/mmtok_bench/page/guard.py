@@ -1,4 +1,4 @@
-"""Which requests the page answers: those of its own scripts, and of programs that are no browser."""
+"""Refuses requests of other sites' pages; answers the page's own scripts, and programs that are not browsers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 __all__ = ["Guard"]
 
 _HEADERS = {
-    # The browser refuses whatever a script here would fetch from elsewhere, or send there.
+    # The browser then blocks scripts of the page from fetching from other sites, or sending to them.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -24,15 +24,15 @@ _HEADERS = {
 
 
 class Guard:
-    """An ASGI application in front of another: it refuses what another site's page sends, with HTTP 403.
+    """An ASGI application that wraps another and refuses requests of other sites' pages with HTTP 403.
 
-    A browser lets every site send requests to this machine. Three things are checked: `Host`, since a site may have its
-    own name resolve to this machine (DNS rebinding), which no address and not "localhost" can; `Sec-Fetch-Site`, which
-    says that another site asks; and `Origin`, which comes with whatever is sent.
+    A browser lets every site send requests to this machine. Three headers are checked: `Host`, since a site's own name
+    may resolve to this machine (DNS rebinding), so that only addresses, "localhost" and `host` are accepted;
+    `Sec-Fetch-Site`, which says whether another site makes the request; and `Origin`, which names that site.
 
     Args:
-        app: The application.
-        host: The name or address that the page was asked to be served at, which `Host` may name.
+        app: The wrapped application.
+        host: The name or address at which the page is served.
     """
 
     def __init__(self, app: Any, host: str) -> None:

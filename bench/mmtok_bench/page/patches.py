@@ -1,4 +1,4 @@
-"""What each method keeps of a picture, computed in this process: the server answers with numbers, not with indices."""
+"""Computes what each method keeps of a picture; the server sends only how many tokens it keeps, not which."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from mmtok_deploy.methods.downsample import grid_within
 
 __all__ = ["Patches"]
 
-# The coverage of more takes gigabytes.
+# The coverage matrix of more tokens takes gigabytes.
 _MAX_TOKENS = 4096
 
 
 class Patches:
-    """Selections of one checkpoint, one at a time in a thread of their own, in which it is loaded, too.
+    """Selections of one checkpoint; it is loaded, and selects one at a time, in a thread of its own.
 
     Args:
-        load: Makes the selector.
+        load: Loads the checkpoint and returns the selector.
     """
 
     def __init__(self, load: Callable[[], PatchSelector]) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="patches")
         self._selector = self._thread.submit(load)
-        # By identity: a picture never changes.
+        # The key is the picture's identity: a picture never changes.
         self._encode = lru_cache(maxsize=16)(self._encode_now)
 
     def seen(self, picture: Picture) -> Image.Image:
         """Returns the picture as the encoder sees it."""
-        # A scene is square, and is shown in more pixels than it is sent in.
+        # A scene is square, and is shown larger than it is sent.
         if picture.shown is not picture.sent:
             return picture.shown
         return self._thread.submit(lambda: self._encode(picture).image).result()
 
     def select(self, picture: Picture, question: str, method: MethodName, budget: int | None) -> dict[str, Any]:
-        """Returns what a method keeps, as the page draws it.
+        """Returns what a method keeps, in the form that the page draws.
 
         Args:
-            picture: The picture that is selected from.
-            question: What guides the selection.
-            method: Which method.
-            budget: Tokens to keep. None is every budget at once, which only nested methods have.
+            picture: The picture to select from.
+            question: The question, which guides the selection.
+            method: Name of the method.
+            budget: Tokens to keep. None gives all budgets at once, for nested methods only.
 
         Returns:
-            `grid`, rows and columns; `tokens` and `pickable`, how many there are and how many may be picked; `order`,
-            indices as picked; `coverage`, the share of MMTok's objective that is reached after each pick; `smaller`,
-            the grid of the whole image for `downsample`, which picks nothing, with `token_px` pixels a token's side.
+            `grid`, rows and columns; `tokens`, the number of tokens, and `pickable`, how many of them may be picked;
+            `order`, indices as picked; `coverage`, the share of MMTok's objective after each pick. For `downsample`,
+            which picks nothing: `smaller`, the grid of the smaller image, and `token_px`, the side of a token's square.
 
         Raises:
-            ValueError: A method that cannot run on the picture, or needs a budget; or a picture of too many tokens.
+            ValueError: The method cannot run on the picture or needs a budget, or the picture has too many tokens.
         """
         return self._thread.submit(self._select, picture, question, method, budget).result()
 
@@ -77,7 +77,7 @@ class Patches:
             smaller = grid_within(*encoded.grid, budget)
             return {**answer, "order": [], "coverage": [], "smaller": smaller, "token_px": encoded.token_px}
         text = selector.embed(question)
-        # To the last that may be picked: at a budget of all tokens, the others follow.
+        # Only tokens that may be picked: at a budget of all tokens, excluded ones would follow.
         order = selector.select(encoded, text, min(budget or num_tokens, encoded.num_pickable), method).order
         with torch.inference_mode():
             matrix = coverage_matrix(encoded.vision, encoded.keys, text, selector.preset.config)

@@ -1,4 +1,4 @@
-"""The pictures that the page shows: scenes and photographs that are there, and what is dropped on it."""
+"""The pictures of the page: built-in scenes and photographs, and pictures that the user drops on it."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
 __all__ = ["MAX_UPLOAD_BYTES", "Picture", "PictureError", "Pictures"]
 
 MAX_UPLOAD_BYTES = 64 << 20
-"""As many as SGLang takes of a file (--media-url-max-file-size-mb)."""
-# A server's defaults (--mmtok-max-image-pixels, --mmtok-max-aspect-ratio); its own code would bring SGLang along.
+"""SGLang's limit of a file's size (--media-url-max-file-size-mb)."""
+# A server's defaults (--mmtok-max-image-pixels, --mmtok-max-aspect-ratio); importing them would import SGLang.
 _MAX_PIXELS = 64_000_000
 _MAX_ASPECT_RATIO = 200
 
-# The scenes that the page offers; the model was not trained on these.
+# The scenes of the page; the model was not trained on them.
 _SCENE_SEED, _NUM_SCENES = 107, 4
 _NUM_QUESTIONS = 8
 _SCENE_SCALE = 6
-# Pillow has formats that run other programs.
+# Only these: some of Pillow's formats run other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MAX_UPLOADS = 16
 _MAX_SIDE_PX = 2048
 
 
 class PictureError(ValueError):
-    """A picture that is not there (any more), or that cannot be read."""
+    """A picture does not exist (any more), or cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """A picture, and what is known of it.
+    """A picture of the page.
 
     Args:
-        name: What it is called on the page.
-        sent: What the model is sent.
-        shown: The same, as it is shown: a scene is drawn larger.
-        questions: Questions and their right answers, where they are known.
-        note: What was done with it before it is sent; empty where nothing was.
+        name: Its name on the page.
+        sent: The image that is sent to the model.
+        shown: The image that is shown; a scene is drawn larger.
+        questions: Questions and their right answers, if known.
+        note: How it was changed before it is sent; empty if it was not.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Picture:
 
 
 class Pictures:
-    """Pictures by their id: those that are there, and the newest that were dropped.
+    """Pictures by id: the built-in ones, and the newest dropped ones.
 
     Args:
         scene_px: Side of the scenes as they are sent.
@@ -76,14 +76,14 @@ class Pictures:
         self._lock = threading.Lock()
 
     def built_in(self) -> Iterator[tuple[str, Picture]]:
-        """Gives the pictures that are there from the start, with their ids."""
+        """Yields the built-in pictures with their ids."""
         yield from self._built_in.items()
 
     def get(self, picture_id: str) -> Picture:
         """Returns a picture.
 
         Raises:
-            PictureError: There is none of that id, or it was dropped and is gone.
+            PictureError: There is no picture of that id, or it is no longer held.
         """
         with self._lock:
             picture = self._built_in.get(picture_id) or self._uploads.get(picture_id)
@@ -95,13 +95,13 @@ class Pictures:
         return picture
 
     def add(self, data: bytes) -> tuple[str, Picture]:
-        """Returns a dropped picture with the id that it is now held by; the oldest of too many are forgotten.
+        """Stores a dropped picture and returns its id and the picture; the oldest one is removed if there are too many.
 
         Raises:
-            PictureError: It cannot be read, or is larger than a server takes.
+            PictureError: The picture cannot be read, or is larger than a server accepts.
         """
         picture = _read(data)
-        # Not to be guessed: another site's page might ask for it.
+        # Random, so that another site's page cannot guess it.
         picture_id = f"dropped-{secrets.token_urlsafe(12)}"
         with self._lock:
             self._uploads[picture_id] = picture

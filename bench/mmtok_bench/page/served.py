@@ -1,4 +1,4 @@
-"""The server behind the page: one that the page started, or one that runs anyway."""
+"""The server behind the page: one that the page starts, or one that is running already."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mmtok_bench.server import ServerError, SglangServer, fetch
 __all__ = ["RunningServer", "Served", "StartedServer", "State", "server_info"]
 
 _ANSWER_TIMEOUT_S = 5.0
-# Several tabs ask for the state; the server is asked once in that time.
+# Several tabs request the state; the server is asked at most once in this time.
 _STATE_HELD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """How a server is.
+    """State of a server.
 
     Args:
-        name: "starting", "ready", or "stopped", which is one that died or does not answer.
-        message: The same in a sentence.
-        waited_s: Seconds that it has been starting.
-        log: The end of its log, where it is one that the page started and it died.
-        can_restart: Whether the page can start it anew.
+        name: "starting", "ready", or "stopped" for a server that died or does not answer.
+        message: The state in a sentence.
+        waited_s: Seconds since its start.
+        log: The end of its log, if the page started it and it died.
+        can_restart: Whether the page can restart it.
     """
 
     name: Literal["starting", "ready", "stopped"]
@@ -38,17 +38,17 @@ class State:
 
 
 class Served(Protocol):
-    """A server, wherever it comes from."""
+    """A server, started by the page or not."""
 
     @property
     def url(self) -> str:
         """Its address, without a path."""
 
     def state(self) -> State:
-        """Returns how it is now."""
+        """Returns its current state."""
 
     def restart(self) -> None:
-        """Starts it anew if it died.
+        """Restarts it if it died.
 
         Raises:
             ServerError: The page did not start it.
@@ -56,10 +56,10 @@ class Served(Protocol):
 
 
 class StartedServer:
-    """A server of the page's own, started in the background and anew when asked; it ends with the `with` block.
+    """A server that the page starts in the background and can restart; it ends with the `with` block.
 
     Args:
-        make: Makes the server, not started.
+        make: Returns the server, not started yet.
     """
 
     def __init__(self, make: Callable[[], SglangServer]) -> None:
@@ -85,7 +85,7 @@ class StartedServer:
         return self._server.url
 
     def state(self) -> State:
-        """Returns how the server is now."""
+        """Returns the server's current state."""
         with self._lock:
             server = self._server
             assert server is not None
@@ -100,7 +100,7 @@ class StartedServer:
             return State("ready", "The server is ready.")
 
     def restart(self) -> None:
-        """Starts the server anew if it died; of several who ask at once, the first does it."""
+        """Restarts the server if it died; of several calls at once, only the first does."""
         if self.state().name == "stopped":
             self._start()
 
@@ -108,7 +108,7 @@ class StartedServer:
         with self._lock:
             if self._server is not None:
                 if self._failure is None:
-                    return  # started anew by someone else in the meantime
+                    return  # another call has restarted it
                 self._server.stop()
             self._failure, self._started_s = None, time.monotonic()
             self._server = self._make()
@@ -125,13 +125,13 @@ class StartedServer:
 
 
 class RunningServer:
-    """A server that runs anyway; the page neither starts nor ends it.
+    """A server that is running already; the page neither starts nor ends it.
 
     Args:
         url: Its address, without a path.
 
     Raises:
-        ServerError: It does not answer, or is no SGLang server that prunes.
+        ServerError: It does not answer, or is not an SGLang server that prunes.
     """
 
     def __init__(self, url: str) -> None:
@@ -144,7 +144,7 @@ class RunningServer:
         self._lock = threading.Lock()
 
     def state(self) -> State:
-        """Returns how the server is now, or was a second ago."""
+        """Returns the server's state, at most a second old."""
         with self._lock:
             if time.monotonic() - self._asked_s > _STATE_HELD_S:
                 self._state = self._ask()
@@ -167,10 +167,10 @@ class RunningServer:
 
 
 def server_info(url: str) -> dict[str, Any]:
-    """Returns what a server says of itself.
+    """Returns a server's /server_info.
 
     Raises:
-        ServerError: It does not answer, or is no SGLang server.
+        ServerError: It does not answer, or is not an SGLang server.
     """
     try:
         info = json.loads(fetch(f"{url}/server_info"))

@@ -15,14 +15,14 @@ from mmtok_bench.pocket.scenes import SCENE_PX
 __all__ = ["PICTURE_PX", "pocket_checkpoint"]
 
 PICTURE_PX: Mapping[FamilyName, int] = {"llava-1.5": SCENE_PX, "qwen2.5-vl": 392}
-"""Side of the square pictures that a served model is sent, so that it reads 196 tokens of them."""
+"""Side of the square pictures that are sent to a served model, which then have 196 tokens."""
 
 
 def pocket_checkpoint(family: FamilyName) -> Path:
-    """Returns the folder of the trained model that this package brings along.
+    """Returns the folder of the trained model in this package.
 
     Raises:
-        ValueError: There is none of the family.
+        ValueError: There is no model of the family.
     """
     if family not in get_args(PocketFamily):
         raise ValueError(f"there is no pocket model of {family}, only of {', '.join(get_args(PocketFamily))}")

@@ -1,4 +1,4 @@
-"""The pocket tasks: questions about held-out scenes and their answers, made anew from a seed."""
+"""The pocket tasks: questions about held-out scenes and their answers, generated from a seed."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ Negative = Literal["random", "popular", "adversarial"]
 NEGATIVES: tuple[Negative, ...] = get_args(Negative)
 
 _PAIRS = tuple(product(COLOR_RGB, SHAPES))
-# The most frequent pairs of the scenes: the first three colours and shapes by their weights.
+# The most frequent pairs of the scenes: the first three colours and shapes have the largest weights.
 _POPULAR = tuple(product(list(COLOR_RGB)[:3], SHAPES[:3]))
 _MAX_COUNT = 4
 _T = TypeVar("_T")
 
 HELD_OUT = 1000
-"""The second part of a scene's seed, where training has the number of its stage: no scene here was trained on."""
+"""The second part of a scene's seed. Training uses the number of its stage here, so no scene below was trained on."""
 
 _A_KIND_AND_SCENE = 2
 _TRIES = 6
@@ -54,7 +54,7 @@ _TRIES = 6
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, the answer that is right, and its kind; for existence, how a "no" was chosen."""
+    """A question, its right answer and its kind; for existence, how a thing that is absent was chosen."""
 
     kind: str
     text: str
@@ -63,7 +63,7 @@ class Question:
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: Kind) -> Question | None:
-    """Returns a question of `kind` about the scene, or None where the scene has nothing of the kind to ask for."""
+    """Returns a question of `kind` about the scene; None if the scene allows no such question."""
     if kind == "existence":
         negative = NEGATIVES[rng.integers(len(NEGATIVES))]
         return ask_existence(rng, scene, None if rng.random() < 0.5 else negative)
@@ -71,15 +71,15 @@ def ask(rng: np.random.Generator, scene: Scene, kind: Kind) -> Question | None:
 
 
 def ask_existence(rng: np.random.Generator, scene: Scene, negative: Negative | None) -> Question | None:
-    """Returns a question for a thing that is there, or (`negative`) for one that is not, chosen as POPE does.
+    """Returns a question about a thing that is present, or (`negative`) about an absent one, chosen as in POPE.
 
     Args:
         rng: Draws the thing.
-        scene: Asked about.
-        negative: None for a thing that is there. "random": any that is not; "popular": a frequent one that is not;
-            "adversarial": one whose colour and whose shape are there, but not together.
+        scene: The scene.
+        negative: None for a thing that is present. "random": any absent thing; "popular": a frequent thing that is
+            absent; "adversarial": an absent thing whose colour and whose shape are present in other things.
 
-    Source: POPE (arXiv 2305.10355, section 5), with co-occurring taken as sharing colour and shape.
+    Source: POPE (arXiv 2305.10355, section 5); things co-occur here if they share a colour or a shape.
     """
     present = {(thing.color, thing.shape) for thing in scene.things}
     colors, shapes = {color for color, _ in present}, {shape for _, shape in present}
@@ -98,7 +98,7 @@ def ask_existence(rng: np.random.Generator, scene: Scene, negative: Negative | N
 
 
 def _ask_count(rng: np.random.Generator, scene: Scene) -> Question | None:
-    # By the answer first: else most answers were 0 or 1.
+    # Draws the answer first: otherwise most answers would be 0 or 1.
     by_color, by_shape = Counter(thing.color for thing in scene.things), Counter(thing.shape for thing in scene.things)
     counts = {f"{color} things": by_color[color] for color in COLOR_RGB} | {
         plural(shape): by_shape[shape] for shape in SHAPES
@@ -135,31 +135,31 @@ _ASKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
 
 
 def things_alone(scene: Scene) -> list[Thing]:
-    """Returns the things whose colour and shape no other thing of the scene has together."""
+    """Returns the things whose combination of colour and shape is unique in the scene."""
     pairs = Counter((thing.color, thing.shape) for thing in scene.things)
     return [thing for thing in scene.things if pairs[thing.color, thing.shape] == 1]
 
 
 def plural(shape: str) -> str:
-    """Returns a shape's plural."""
+    """Returns the plural of a shape's name."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
 def choose(rng: np.random.Generator, items: Sequence[_T]) -> _T:
-    """Returns one of the items, each as likely as the others."""
+    """Returns one of the items at random."""
     return items[int(rng.integers(len(items)))]
 
 
 @dataclass(frozen=True, slots=True)
 class AskedScene:
-    """A scene and what is asked about it.
+    """A scene and the questions about it.
 
     Args:
-        seed: Seed of the set that the scene is in.
-        index: The scene's number in it.
-        scene: What is to be seen.
-        questions: All kinds together, no text twice.
-        settings: For each question about existence, which of POPE's three settings it counts for; else "".
+        seed: Seed of the set of scenes.
+        index: Number of the scene in the set.
+        scene: The scene.
+        questions: Questions of all kinds, no text twice.
+        settings: For each question, the POPE setting that it counts for; "" if it is not about existence.
     """
 
     seed: int
@@ -170,13 +170,13 @@ class AskedScene:
 
 
 def make_scenes(seed: int, num_questions: int, kinds: Sequence[Kind] = KINDS) -> list[AskedScene]:
-    """Returns scenes in order, with `num_questions` questions of each kind in all of them together.
+    """Returns scenes in order that together have `num_questions` questions of each kind.
 
-    A scene has two questions of a kind, or fewer where it has less to ask for. Those about existence are a pair: a
-    thing that is there, and one that is not, chosen in turns as in POPE's settings random, popular and adversarial.
+    A scene has at most two questions of a kind. Those about existence are a pair: a thing that is present, and an
+    absent one, chosen in turn by POPE's settings random, popular and adversarial.
 
     Raises:
-        ValueError: No kinds, a kind that is not scored, or fewer than one question.
+        ValueError: There are no kinds, a kind is unknown, or `num_questions` is below 1.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
@@ -190,7 +190,7 @@ def make_scenes(seed: int, num_questions: int, kinds: Sequence[Kind] = KINDS) ->
         scene = scene_at(seed, index)
         asked: list[tuple[Question, str]] = []
         for kind in kinds:
-            # A generator for each kind, so that leaving out a kind changes no question of another.
+            # Each kind has its own generator, so that leaving out a kind does not change the others' questions.
             rng = np.random.default_rng([seed, HELD_OUT, index, KINDS.index(kind) + 1])
             chosen = _existence_pair(rng, scene, index) if kind == "existence" else _distinct(rng, scene, kind)
             asked += chosen[: missing[kind]]
@@ -208,20 +208,20 @@ def scene_at(seed: int, index: int) -> Scene:
 
 
 def picture_of(scene: Scene, side_px: int = SCENE_PX) -> Image.Image:
-    """Returns the scene as the pocket models learn to see it: 112 x 112 px, drawn at twice that and made smaller.
+    """Returns the scene as in the pocket models' training: drawn at 224 x 224 px and resized to 112 x 112.
 
     Args:
-        scene: What is to be seen.
-        side_px: What those 112 px are enlarged to, for a model that is served so.
+        scene: The scene.
+        side_px: Side to which the 112 px are then enlarged, for a served model.
     """
     picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
     return picture.resize((side_px, side_px), Image.Resampling.BICUBIC)
 
 
 def fingerprint(scenes: Sequence[AskedScene]) -> str:
-    """Returns 12 hexadecimal digits of all questions and of the first pictures: where they differ, so may the scores.
+    """Returns 12 hexadecimal digits that identify all questions and the first pictures; scores of others may differ.
 
-    NumPy does not promise the same draws, nor Pillow the same pixels, in every version.
+    Versions of NumPy may draw other numbers, and versions of Pillow other pixels.
     """
     digest = hashlib.sha256()
     for asked in scenes:
@@ -235,7 +235,7 @@ def fingerprint(scenes: Sequence[AskedScene]) -> str:
 def _existence_pair(rng: np.random.Generator, scene: Scene, index: int) -> list[tuple[Question, str]]:
     setting = NEGATIVES[index % len(NEGATIVES)]
     pair = [ask_existence(rng, scene, None), ask_existence(rng, scene, setting)]
-    # Both or neither: each setting stays half yes and half no.
+    # Both or neither, so that half of each setting's answers are yes.
     return [] if None in pair else [(question, setting) for question in pair if question is not None]
 
 

@@ -44,15 +44,14 @@ DIGITS = tuple("0123456789")
 LETTERS = tuple("BCEFHKLPTX")
 CHARACTERS = DIGITS + LETTERS
 
-# Some colours and shapes are common and some are rare, so that there are popular things to ask for in vain (POPE's
-# "popular" negatives). In the order of COLOR_RGB and SHAPES.
+# In the order of COLOR_RGB and SHAPES. Some colours and shapes are more frequent, as POPE's "popular" negatives need.
 _COLOR_WEIGHTS = np.array([0.26, 0.20, 0.18, 0.14, 0.12, 0.10])
 _SHAPE_WEIGHTS = np.array([0.30, 0.24, 0.18, 0.15, 0.13])
 _NUM_THINGS = (2, 6)
 _GLYPH_SHARE = 0.6
 _GLYPH_PX = 15.0
 _GAP_PX = 3.0
-# A thing's middle keeps this far from the scene's middle lines: "top left" is never a matter of taste.
+# Least distance of a thing's middle from the scene's middle lines, so that "top left" is never ambiguous.
 _FROM_MIDDLE_PX = 5.0
 _MAX_TRIES = 60
 
@@ -84,7 +83,7 @@ class Glyph:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is in a scene, and the seed that its background is drawn from."""
+    """The contents of a scene, and the seed of its background."""
 
     things: tuple[Thing, ...]
     glyphs: tuple[Glyph, ...]
@@ -92,12 +91,12 @@ class Scene:
 
 
 def make_scene(rng: np.random.Generator, *, num_each: int = 1, share: float = _GLYPH_SHARE) -> Scene:
-    """Returns a scene of 2 to 6 things, a few digits and letters, none of which overlap.
+    """Returns a scene of 2 to 6 things and a few digits and letters, which do not overlap.
 
     Args:
-        rng: Draws it.
-        num_each: At most so many digits, and so many letters.
-        share: How likely each of them is.
+        rng: Draws the scene.
+        num_each: The most digits, and the most letters.
+        share: Probability of each digit and letter.
     """
     boxes: list[tuple[float, float, float]] = []
     things: list[Thing] = []
@@ -115,7 +114,7 @@ def make_scene(rng: np.random.Generator, *, num_each: int = 1, share: float = _G
 
 
 def draw(scene: Scene, scale: int = 2) -> Image.Image:
-    """Returns the scene as an RGB image of `scale` times 112 px a side."""
+    """Returns the scene as an RGB image with sides of `scale` times 112 px."""
     rng = np.random.default_rng(scene.background_seed)
     picture = _background(rng, SCENE_PX * scale)
     pen = ImageDraw.Draw(picture)
@@ -203,7 +202,7 @@ OUTLINES: dict[str, _Outline] = {
     ),
 }
 
-"""By shape: what draws it."""
+"""Shape -> function that draws it."""
 
 
 def write_glyph(pen: ImageDraw.ImageDraw, glyph: Glyph, scale: int, fill: _Fill) -> None:
@@ -213,5 +212,5 @@ def write_glyph(pen: ImageDraw.ImageDraw, glyph: Glyph, scale: int, fill: _Fill)
 
 @cache
 def _font(scale: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    # The font that Pillow brings along.
+    # The font that comes with Pillow.
     return ImageFont.load_default(_GLYPH_PX * scale)

@@ -14,7 +14,7 @@ __all__ = ["run_report"]
 
 
 def run_report(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of `mmtok bench report`: 0, or 2 where there is nothing to report or a file in the way."""
+    """Returns the exit code of `mmtok bench report`: 0, or 2 if there are no rows or an output file exists."""
     markdown: Path | None = arguments.markdown
     page: Path | None = arguments.output
     if page is None and markdown is None:
@@ -40,7 +40,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 def _write(path: Path, text: str, force: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside it first, so that a reader of the old file never sees half of the new one.
+    # Written to a file beside it first, so that a reader never sees half of the new file.
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     if force:

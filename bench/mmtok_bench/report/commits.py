@@ -1,4 +1,4 @@
-"""Two commits side by side: the cases that both have, on the same machine, and those that one has alone."""
+"""Compares two commits: the cases that both have on the same machine, and those that only one has."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _COMPARED = (
 
 
 def compare_commits(rows: pd.DataFrame, old: str, new: str) -> Part:
-    """Returns the section that holds the newest rows of commit `new` against those of `old`.
+    """Returns the section that compares the newest rows of commit `new` with those of `old`.
 
     Raises:
-        ValueError: A commit of which there is no row, or that begins more than one.
+        ValueError: There is no row of a commit, or its name is a prefix of several commits.
     """
     commits = [_resolve(rows, commit) for commit in (old, new)]
     if commits[0] == commits[1]:
@@ -56,14 +56,14 @@ def compare_commits(rows: pd.DataFrame, old: str, new: str) -> Part:
 
 
 def _case(line: dict[str, Any], among: list[dict[str, Any]]) -> str:
-    """Returns the backend, and of the case what is not the same in all of its bench's rows."""
+    """Returns the backend, and the parts of the case that differ between the rows of its bench."""
     cases = [other["case"] for other in among if other["bench"] == line["bench"]]
     told = {key: value for key, value in line["case"].items() if any(case.get(key) != value for case in cases)}
     return ", ".join([line["backend"], *(f"{key.replace('_', ' ')} {value}" for key, value in told.items())])
 
 
 def _resolve(rows: pd.DataFrame, commit: str) -> str:
-    """Returns the rows' name of a commit, which may be given in fewer or more digits."""
+    """Returns a commit's name as the rows have it; it may be given in fewer or more digits."""
     known = [name for name in dict.fromkeys(rows["commit"]) if name]
     # "+" marks a checkout whose files differ from the commit, and counts.
     digits = commit.rstrip("+")

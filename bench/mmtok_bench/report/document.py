@@ -1,4 +1,4 @@
-"""A report before it is written: the sections of each machine's rows, and what leads them."""
+"""A report before it is rendered: headlines, and the sections of each machine's rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECTIONS: dict[str, tuple[Callable[[pd.DataFrame], Part], tuple[str, ...]]] = {
     "quality": (quality_part, ("task", "model", "kind", "method", "budget", "seed")),
     "selector": (selector_part, ("num_tokens", "num_picks", "batch")),
 }
-"""What makes the section of a benchmark, and which keys its cases have; in the order of the page."""
+"""Benchmark -> function that makes its section, and keys that its cases must have; in the order of the page."""
 
 _TABLE_WIDTH = 140
 _ABSENT = {
@@ -45,13 +45,13 @@ class Chapter:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a page says.
+    """The content of a report.
 
     Args:
-        title: The page's title.
-        headlines: The tables that lead it, over all machines.
+        title: Title of the page.
+        headlines: The first tables, over all machines.
         notes: What was not measured, and what was left out.
-        chapters: One a machine, GPUs first, then the comparison of commits if there is one.
+        chapters: One for each machine, GPUs first; then the comparison of commits, if there is one.
     """
 
     title: str
@@ -61,15 +61,15 @@ class Report:
 
 
 def make_report(rows: pd.DataFrame, notes: Sequence[str] = (), compared: tuple[str, str] | None = None) -> Report:
-    """Returns the report of rows; of a case measured more than once, the newest is shown.
+    """Returns the report of rows; a case that was measured more than once is shown by its newest row.
 
     Args:
-        rows: As `frame_of` makes them.
-        notes: Sentences on what was left out in reading.
-        compared: Two commits, the older first, to hold against each other.
+        rows: Result of `frame_of`.
+        notes: Sentences on what was left out when reading.
+        compared: Two commits to compare, the older first.
 
     Raises:
-        ValueError: Rows that lack what their bench's rows have, or commits that are not there.
+        ValueError: A row lacks a key that its bench needs, or a commit has no rows.
     """
     machines = sorted(dict.fromkeys(rows["machine"]), key=is_cpu)
     chapters = []
@@ -96,10 +96,10 @@ def to_markdown(report: Report) -> str:
 
 
 def print_rows(rows: Sequence[ResultRow], console: Console) -> None:
-    """Prints the tables of rows that were just measured, but for those of details, and what they say in words."""
+    """Prints the tables and sentences of rows that were just measured, without the detailed tables."""
     if not rows:
         return
-    # A narrower terminal wraps the lines: figures are never cut.
+    # A narrower terminal wraps the lines, so that no figure is cut.
     wide = Console(file=console.file, highlight=False, width=max(console.width, _TABLE_WIDTH))
     for part in _parts(frame_of(rows)):
         for table in part.tables:
@@ -110,7 +110,7 @@ def print_rows(rows: Sequence[ResultRow], console: Console) -> None:
 
 
 def _parts(rows: pd.DataFrame) -> Iterator[Part]:
-    """Gives the sections of one machine's rows."""
+    """Yields the sections of one machine's rows."""
     benches = [*(bench for bench in SECTIONS if bench in set(rows["bench"])), *dict.fromkeys(rows["bench"])]
     for bench in dict.fromkeys(benches):
         chosen = rows[rows["bench"] == bench]
@@ -156,7 +156,7 @@ def _facts(rows: pd.DataFrame) -> tuple[tuple[str, str], ...]:
 
 
 def _headlines(chapters: Sequence[Chapter]) -> tuple[Table, ...]:
-    """Returns the chapters' headlines, those of one bench as one table whose first column is the machine."""
+    """Returns the chapters' headlines; those of one bench are one table, whose first column is the machine."""
     tables: dict[str, list[tuple[str, Table]]] = {}
     for chapter in chapters:
         for part in chapter.parts:
@@ -166,7 +166,7 @@ def _headlines(chapters: Sequence[Chapter]) -> tuple[Table, ...]:
 
 
 def _merged(tables: Sequence[tuple[str, Table]]) -> Table:
-    """Returns one table; a column that a machine's table lacks is empty in its rows."""
+    """Returns the merged table; a column that a machine's table lacks is empty in its rows."""
     widest = max((table for _, table in tables), key=lambda table: len(table.columns))
     columns = list(dict.fromkeys(column for table in (widest, *dict(tables).values()) for column in table.columns))
     rows = []

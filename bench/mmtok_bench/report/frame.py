@@ -1,4 +1,4 @@
-"""Result rows as a DataFrame, with where they come from: their file, run and machine."""
+"""Result rows as a DataFrame, with their file, run and machine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["frame_of", "is_cpu", "names_in", "newest", "read_results", "records"
 
 
 def frame_of(rows: Iterable[ResultRow], file: str = "") -> pd.DataFrame:
-    """Returns a line a row, in which each key of a case and each metric is a column, NaN where a row has none.
+    """Returns one line for each row; each key of a case and each metric is a column, NaN if a row has none.
 
-    Further columns: `bench`, `backend`, `device`, `num_threads`, `versions`, `commit`, `time` and `num_runs` of the
-    row; `case` and `metrics`, its own dictionaries; `file`; `machine`, the device and for a CPU its threads, since a
-    GPU's rows are its own however many threads fed it; `run`, since rows of one file, machine and commit may be held
-    against one another; `case_id`: benchmark, case and backend.
+    Further columns: `bench`, `backend`, `device`, `num_threads`, `versions`, `commit`, `time`, `num_runs`, `case` and
+    `metrics`, the fields of the row; `file`; `machine`, the device, and for a CPU its threads; `run`, which identifies
+    file, machine and commit, since only rows that share these are compared; `case_id`, which identifies benchmark,
+    case and backend.
     """
     lines = []
     for row in rows:
@@ -42,7 +42,7 @@ def frame_of(rows: Iterable[ResultRow], file: str = "") -> pd.DataFrame:
 
 
 def is_cpu(machine: str) -> bool:
-    """Returns whether this is a CPU: the name of one ends in its cores, and maybe threads."""
+    """Returns whether this is a CPU, whose name ends in its cores, and possibly threads."""
     return re.search(r", \d+ cores(, \d+ threads?)?$", machine) is not None
 
 
@@ -53,24 +53,24 @@ def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def names_in(rows: pd.DataFrame, column: str) -> list[str]:
-    """Returns the keys of a column's dictionaries, "case" or "metrics", in the order in which they come."""
+    """Returns the keys of the dictionaries in a column, "case" or "metrics", in order of appearance."""
     return list(dict.fromkeys(name for values in rows[column] for name in values))
 
 
 def newest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns the last measurement of each case on each machine, in the order in which the cases came first."""
+    """Returns the newest row of each case on each machine, in the order in which the cases first appear."""
     keys = ["machine", "case_id"]
     last = rows.sort_values("time", kind="stable").drop_duplicates(keys, keep="last")
     return rows.drop_duplicates(keys)[keys].merge(last, on=keys, how="left")
 
 
 def read_results(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
-    """Returns the rows of files, and of the .jsonl files below folders; and a sentence on each line that was cut off.
+    """Returns the rows of files, and of the .jsonl files below folders; and a note on each incomplete line.
 
-    What a run left in a folder of its own, `x/` beside `x.jsonl`, is another program's output: only its rows are read.
+    A run's folder `x/` beside `x.jsonl` holds output of other programs and is not read.
 
     Raises:
-        ValueError: A file that is missing or holds something else, or not one row in all of them.
+        ValueError: A file is missing or does not hold rows, or there is no row at all.
     """
     frames = []
     with warnings.catch_warnings(record=True) as caught:

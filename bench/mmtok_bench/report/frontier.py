@@ -20,9 +20,9 @@ class Mix:
     """One budget at one encoder scale.
 
     Args:
-        budget: As in the rows: `25%@0.5`.
+        budget: As in the rows, such as `25%@0.5`.
         encoder_scale: Its scale.
-        cost: Image tokens that are encoded and those of them that are kept, added up.
+        cost: Image tokens encoded plus image tokens kept.
         accuracy: The mean over the kinds of questions.
     """
 
@@ -33,7 +33,7 @@ class Mix:
 
 
 def on_the_frontier(mixes: Sequence[Mix]) -> list[Mix]:
-    """Returns the mixes than which no other is as cheap and more accurate, or as accurate and cheaper; by cost."""
+    """Returns the Pareto frontier of cost and accuracy, by cost."""
     found: list[Mix] = []
     for mix in sorted(mixes, key=lambda each: (each.cost, -each.accuracy)):
         if not found or mix.accuracy > found[-1].accuracy:
@@ -42,11 +42,11 @@ def on_the_frontier(mixes: Sequence[Mix]) -> list[Mix]:
 
 
 def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
-    """Returns the plot of a model's rows, None where no image was scaled.
+    """Returns the plot of a model's rows; None if no image was scaled.
 
     Args:
-        model: Its name.
-        lines: Its pocket rows, of every kind.
+        model: Name of the model.
+        lines: Its pocket rows of every kind.
     """
     mixes = list(_mixes(lines))
     scales = sorted({mix.encoder_scale for mix in mixes}, reverse=True)
@@ -83,7 +83,7 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
 
 
 def _mixes(lines: Sequence[dict[str, Any]]) -> Iterator[Mix]:
-    """Gives the budgets that were asked all kinds of questions, at scales of which all tokens were kept once."""
+    """Yields the budgets that have rows of all kinds of questions, at scales that have a row of budget `all`."""
     kinds = {line["kind"] for line in lines}
     metrics: dict[str, list[dict[str, float]]] = {}
     for line in lines:

@@ -1,4 +1,4 @@
-"""What a metric is called, how its values are written, and which of two is the better one."""
+"""Names of metrics, formats of their values, and comparison of two values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Kind = Literal["time", "rate", "bytes", "count", "capacity", "share", "ratio"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric's label, with the unit of `format_value`'s numbers, and what kind of quantity it is."""
+    """A metric's label, with the unit in which `format_value` writes it, and its kind of quantity."""
 
     label: str
     kind: Kind | None
@@ -65,14 +65,14 @@ _WORDS = {
     "capacity": ("higher", "lower"),
     "ratio": ("higher", "lower"),
 }
-"""A kind -> the word for the better of two, and for the worse; no word is both."""
+"""Kind -> the words for the better and for the worse of two values; no word is both."""
 _MORE_IS_BETTER = ("rate", "capacity", "ratio")
 _NEWS = 1.05
 _GIB = 2**30
 
 
 def metric(name: str) -> Metric:
-    """Returns what is known of a metric; of one that is not known, its name."""
+    """Returns a metric's label and kind; an unknown metric's label is its name."""
     if name in _METRICS:
         return _METRICS[name]
     phase, _, rest = name.partition("_")
@@ -82,7 +82,7 @@ def metric(name: str) -> Metric:
 
 
 def format_value(name: str, value: float | None) -> str:
-    """Returns the value in the unit of the metric's label, to three digits or so; empty for None."""
+    """Returns the value in the unit of the metric's label, with about three digits; empty for None."""
     if value is None:
         return ""
     kind = metric(name).kind
@@ -98,9 +98,9 @@ def format_value(name: str, value: float | None) -> str:
 
 
 def compare(name: str, value: float | None, reference: float | None) -> str:
-    """Returns how a value stands against a reference, such as "2.60x faster"; empty where it cannot be said.
+    """Returns a comparison of a value with a reference, such as "2.60x faster"; empty if they cannot be compared.
 
-    The ratio is never below 1: the word tells the direction. Shares are compared in percentage points.
+    The ratio is never below 1; the word gives the direction. Shares are compared in percentage points.
     """
     kind = metric(name).kind
     if value is None or reference is None or kind is None:
@@ -116,7 +116,7 @@ def compare(name: str, value: float | None, reference: float | None) -> str:
 
 
 def tone(comparison: str) -> Literal["gain", "loss", ""]:
-    """Returns whether what `compare` said is news, good or bad; a ratio below 1.05 is left to the machine's noise."""
+    """Returns whether a result of `compare` is a gain or a loss; a ratio below 1.05 is neither: it may be noise."""
     first, _, last = comparison.rpartition(" ")
     if first.endswith("x") and float(first.removesuffix("x").replace(",", "")) < _NEWS:
         return ""
@@ -128,7 +128,7 @@ def tone(comparison: str) -> Literal["gain", "loss", ""]:
 
 
 def sort_key(cell: str) -> float | None:
-    """Returns the number that a cell is sorted by, None for one without: of "864 → 86" the last, of ratios the gain."""
+    """Returns the number to sort a cell by: the last of "864 → 86", the gain of a ratio, None without a number."""
     last = cell.rpartition("→")[2].strip()
     if last == "the same":
         return 1.0

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: stylesheet, plotting library and data are in it."""
+"""The report as one self-contained HTML page, with stylesheet, plotting library and data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 def to_html(report: Report) -> str:
-    """Returns the page's text, about 5 MB of which are the plotting library."""
+    """Returns the HTML of the page, of which about 5 MB are the plotting library."""
     folder, package = files("mmtok_bench.report"), files("mmtok_bench")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(folder.joinpath("page.html.jinja").read_text(encoding="utf-8"))

@@ -27,8 +27,8 @@ Line = dict[str, Any]
 def quality_part(rows: pd.DataFrame) -> Part:
     """Returns the section of one machine's rows, the newest of each case.
 
-    The pocket tasks' rows are over one set of questions for each model and kind: all seeds together go before a
-    single one, then the most questions, then the newest.
+    For each model and kind, rows of one set of questions are shown: preferably that of all seeds together, then the
+    one with the most questions, then the newest.
     """
     lines = records(newest(rows))
     pocket = [line for line in lines if line["task"] == _POCKET]
@@ -66,7 +66,7 @@ def _rank(line: Line) -> tuple[bool, float, str]:
 
 
 def _left_out(pocket: Sequence[Line], shown: Sequence[Line]) -> list[str]:
-    """Returns how many rows over other questions there are, but for single seeds of what is shown for all of them."""
+    """Returns how many rows of other sets of questions are left out; single seeds of shown rows do not count."""
     settings = {(_place(line), line["method"], line["budget"]) for line in shown}
     kept = {id(line) for line in shown}
     groups = Counter(
@@ -82,7 +82,7 @@ def _left_out(pocket: Sequence[Line], shown: Sequence[Line]) -> list[str]:
 
 
 def _score_tables(shown: Sequence[Line]) -> Iterator[Table]:
-    """Gives for each model a table of accuracies for each kind, and one of POPE's F1 scores by setting."""
+    """Yields, for each model, a table of accuracies for each kind, and one of POPE's F1 scores by setting."""
     for model in dict.fromkeys(line["model"] for line in shown):
         of_model = [line for line in shown if line["model"] == model]
         for kind in dict.fromkeys(line["kind"] for line in of_model):
@@ -116,7 +116,7 @@ def _coverage_table(model: str, lines: Sequence[Line]) -> Table:
 
 
 def _grid(title: str, lines: Sequence[Line], cell_of: Callable[[Line], str]) -> Table:
-    """Returns methods down, budgets across."""
+    """Returns a table with a row for each method and a column for each budget."""
     scores = {(line["method"], line["budget"]): line for line in lines}
     methods, budgets = (list(dict.fromkeys(each[idx] for each in scores)) for idx in (0, 1))
     headings = []
@@ -159,11 +159,11 @@ def _pope_cell(line: Line) -> str:
 
 
 def _public_table(lines: Sequence[Line]) -> Table:
-    """Returns a line for each benchmark, method and budget; lines of the paper stand below those they belong to."""
+    """Returns a table with a line for each benchmark, method and budget; the paper's lines follow the measured ones."""
     rows = []
     for task in dict.fromkeys(line["task"] for line in lines):
         chosen = [line for line in lines if line["task"] == task]
-        # lmms-eval's score in the unit that the paper has it in.
+        # Converts lmms-eval's score to the unit of the paper.
         factor = BENCHMARKS[task].factor if task in BENCHMARKS else 1
         for line in chosen:
             metrics = line["metrics"]
@@ -187,7 +187,7 @@ def _plots(shown: Sequence[Line]) -> Iterator[Plot]:
         frontier = frontier_plot(model, of_model)
         if frontier is not None:
             yield frontier
-        # Of whole images: the plot before has the others.
+        # Only budgets of whole images: the plot above has the others.
         of_model = [line for line in of_model if "tokens_kept" in line["metrics"] and "@" not in line["budget"]]
         for kind in dict.fromkeys(line["kind"] for line in of_model):
             chosen = [line for line in of_model if line["kind"] == kind]

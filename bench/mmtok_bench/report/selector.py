@@ -28,7 +28,7 @@ FLOORS = {
     "bandwidth_floor_ms": "bandwidth floor: features once, C twice",
     "chain_floor_ms": "chain floor: argmax and maximum, K times",
 }
-"""Metric -> what no exact greedy selection is faster than."""
+"""Metric -> name of a lower bound of an exact greedy selection's time."""
 
 _BASELINE = "dense"
 _P20, _P50, _P80 = LATENCIES
@@ -99,7 +99,7 @@ def _latencies(lines: Sequence[Line]) -> Table:
 
 
 def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
-    """Gives time against tokens, at the most picks of each, and against picks, at the tokens of most sizes."""
+    """Yields plots of time against tokens, at the most picks of each, and against picks, at one number of tokens."""
     picks: dict[int, set[int]] = {}
     for num_tokens, num_picks in map(_shape, lines):
         picks.setdefault(num_tokens, set()).add(num_picks)

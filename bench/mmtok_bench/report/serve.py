@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 Line = dict[str, Any]
-"""A row with what `serve_lines` adds."""
+"""A row, with the keys that `serve_lines` adds."""
 
 SHOWN_KEYS = ("model", "image_kind", "image_px", "prefix_cache", "budget", "method", "concurrency")
-"""What of a case has a column of its own; of the other keys, those that differ between rows get one."""
+"""Keys of a case that have a column of their own; another key gets a column if its value differs between rows."""
 
 _VARIED = ("budget", "method", "text_tokens")
 _VARIANTS = ("unpruned", "mmtok", "downsample")
-# Image processors round a side to whole patches, and the tokens of texts are counted on the requests sent.
+# Image processors round a side to whole patches, and texts differ slightly between requests.
 _EQUAL_TOKENS = 0.1
 _LATENCIES = tuple(f"{phase}_{quantile}_ms" for phase in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99"))
 PHASES = (
@@ -81,14 +81,14 @@ def serve_part(rows: pd.DataFrame) -> Part:
 
 
 def serve_lines(rows: pd.DataFrame) -> list[Line]:
-    """Returns the rows of served models with what they are called and the metrics of what they are held against.
+    """Returns the rows of served models with labels and with the rows that they are compared with.
 
-    Added are `variant`: "unpruned" is a server without the plugin, "downsample" a smaller image, "mmtok" all else;
-    `scale`, what stands behind the @ of the budget; `label`, budget and method in words; `tokens` of an image that the
-    language model reads, None where not measured; `load`, requests at once; `pixels`; and as `vs_unpruned` and
-    `vs_downsampled` the newest row of the same run whose case differs in budget and method alone: without the plugin,
-    and with the image made smaller to as many tokens.
-    Texts and images are alike within a tenth of their tokens. None where there is no such row.
+    Added keys: `variant`, "unpruned" for a server without the plugin, "downsample" for a smaller image, "mmtok"
+    otherwise; `scale`, the part of the budget after @; `label`, budget and method in words; `tokens` of an image that
+    the language model reads, None if not measured; `load`, requests at once; `pixels`; `vs_unpruned` and
+    `vs_downsampled`, the newest rows of the same run whose case differs only in budget and method: without the plugin,
+    and with the image made smaller to as many tokens. Texts and images count as equal if their tokens differ by at most
+    a tenth. None if there is no such row.
     """
     lines = [_named(line) for line in records(rows)]
     workloads: dict[str, list[Line]] = {}
@@ -138,19 +138,19 @@ def _named(line: Line) -> Line:
 
 
 def have_like_texts(line: Line, other: Line) -> bool:
-    """Returns whether the requests' texts are of equal tokens, within a tenth."""
+    """Returns whether the requests' texts have equally many tokens, within a tenth."""
     tokens, others = (int(each["case"].get("text_tokens", 0)) for each in (line, other))
     return abs(tokens - others) <= _EQUAL_TOKENS * max(tokens, others)
 
 
 def exceeds_its_whole(line: Line) -> bool:
-    """Returns whether the parts of the time to first token, which are means, exceed its median."""
+    """Returns whether the sum of the parts of the time to first token, which are means, exceeds its median."""
     metrics = line["metrics"]
     return "ttft_p50_ms" in metrics and sum(metrics.get(name, 0) for name in PHASES) > metrics["ttft_p50_ms"]
 
 
 def phases_ms(line: Line) -> dict[str, float]:
-    """Returns what the time to first token is made of; empty where the parts were not measured or exceed it."""
+    """Returns the parts of the time to first token; empty if they were not measured or exceed it."""
     metrics = line["metrics"]
     parts = {metric(name).label.removesuffix(", ms"): metrics[name] for name in PHASES if name in metrics}
     if not parts or "ttft_p50_ms" not in metrics or exceeds_its_whole(line):
@@ -159,7 +159,7 @@ def phases_ms(line: Line) -> dict[str, float]:
 
 
 def bound_by(line: Line) -> str:
-    """Returns the stage that most of the time to first token goes to, and its share; empty where it is not known."""
+    """Returns the stage that takes most of the time to first token, and its share; empty if it is not known."""
     parts = phases_ms(line)
     if not parts:
         return ""
@@ -168,7 +168,7 @@ def bound_by(line: Line) -> str:
 
 
 def _in_order(lines: Sequence[Line]) -> list[Line]:
-    """Returns the rows model by model, then by image, load and tokens read: servers are measured in turns."""
+    """Returns the rows sorted by model, image, load and tokens read."""
     models = list(dict.fromkeys(line["model"] for line in lines))
     return sorted(
         lines,
@@ -180,7 +180,7 @@ def _in_order(lines: Sequence[Line]) -> list[Line]:
 
 
 def _headline(shown: Sequence[Line]) -> Table | None:
-    """Returns each model's largest image at the least and the most load; as in the plots, photographs, cache off."""
+    """Returns a table of each model's largest image at the least and the most load: photographs, no prefix cache."""
     pruned = [line for line in shown if line["variant"] == "mmtok" and line["budget"] != "all"]
     for key, value in (("image_kind", "photograph"), ("prefix_cache", "off")):
         pruned = [line for line in pruned if line["case"].get(key) == value] or pruned
@@ -193,7 +193,7 @@ def _headline(shown: Sequence[Line]) -> Table | None:
         largest[line["model"]] = max(largest[line["model"]], line["pixels"])
     pruned = [line for line in pruned if line["pixels"] == largest[line["model"]]]
     pruned.sort(key=lambda line: (list(largest).index(line["model"]), line["load"]))
-    # The ratios first: they are what a narrow screen shows without scrolling.
+    # The ratios come first: a narrow screen shows them without scrolling.
     columns = (
         *("model", "budget", "at once", *(heading for name in _GAINS for heading in _gain_headings(name)[1:])),
         *(*(metric(name).label for name in _GAINS), "image tokens", "image, px"),
@@ -216,7 +216,7 @@ def _gain_headings(name: str) -> tuple[str, str, str]:
 
 
 def _gain_cells(line: Line, name: str) -> tuple[str, str, str]:
-    """Returns a metric as reference -> value, and how it stands against the unpruned and the downsampled server."""
+    """Returns a metric as reference → value, and its comparisons with the unpruned and the downsampled server."""
     value = line["metrics"].get(name)
     unpruned, downsampled = (
         None if reference is None else reference["metrics"].get(name)
@@ -229,7 +229,7 @@ def _gain_cells(line: Line, name: str) -> tuple[str, str, str]:
 
 
 def _interval(line: Line, name: str) -> str:
-    """Returns the 95% interval of the rounds' ratios to the unpruned server; empty where there was one round."""
+    """Returns the 95% interval of the rounds' ratios to the unpruned server; empty if there was one round."""
     ends = [line["metrics"].get(f"{_INTERVALS[name]}_{end}") for end in ("low", "high")]
     return "" if None in ends else f"{ends[0]:.2f} to {ends[1]:.2f}x"
 
@@ -287,7 +287,7 @@ def _case_cells(line: Line, extra: Sequence[str]) -> tuple[str, ...]:
 
 
 def _extra_keys(lines: Sequence[Line]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the case's other keys: those that differ between rows, and the others with their value."""
+    """Returns the keys of cases without a column: those that differ between rows, and the others with their value."""
     cases = [line["case"] for line in lines]
     keys = dict.fromkeys(key for case in cases for key in case if key not in SHOWN_KEYS)
     varied = [key for key in keys if len({case.get(key) for case in cases}) > 1]
@@ -334,12 +334,12 @@ def _sentences(shown: Sequence[Line]) -> list[str]:
 
 
 def break_even(lines: Iterable[Line]) -> list[str]:
-    """Returns a sentence for each model, prefix cache and budget: where it pays, and the flag to set where not.
+    """Returns a sentence for each model, prefix cache and budget: where pruning pays, and which flag to set where not.
 
-    It pays where the median time to first token is not longer, fewer requests are not answered a second, and one of
-    both is better. The flag's number is the smallest measured image from which on pruning pays at every load, so it is
-    on the safe side by up to the distance to the next smaller image that was measured. A row that lacks one of the
-    figures that are compared, or its counterpart, says nothing of it.
+    Pruning pays where neither the median time to first token nor the requests per second are worse, and one of them is
+    better. The flag's number is the smallest measured image from which on pruning pays at every load; the true limit
+    lies between it and the next smaller measured image. A row without these metrics, or without an unpruned row, is
+    left out.
     """
     needed = {*_GAINS, "image_tokens_in"}
     groups: dict[str, list[tuple[int, int, float, float]]] = {}
@@ -359,7 +359,7 @@ def break_even(lines: Iterable[Line]) -> list[str]:
 
 
 def _break_even_sentence(gains: Sequence[tuple[int, int, float, float]]) -> str:
-    """Returns where a budget pays, from image tokens, requests at once and the two ratios of each row."""
+    """Returns where a budget pays; `gains` are image tokens, requests at once and the two ratios of each row."""
     losses = [gain for gain in gains if min(gain[2:]) < 1 or max(gain[2:]) <= 1]
     tokens, loads = {gain[0] for gain in gains}, {gain[1] for gain in gains}
     measured = f"{_range(tokens)} image tokens, concurrency {_range(loads)}"

@@ -32,9 +32,9 @@ _ORDER = ("unpruned", "mmtok", "downsample")
 
 
 def plots_of_model(model: str, lines: Sequence[Line]) -> Iterator[Plot]:
-    """Gives the plots of one model's rows on one machine; those alone whose metrics were measured.
+    """Yields the plots of one model's rows on one machine whose metrics were measured.
 
-    Plots show one kind of picture and one state of the prefix cache, and but for the first the largest image: the
+    Plots show one kind of image and one state of the prefix cache; all but the first show only the largest image. The
     tables have the rest.
     """
     shown = _typical(lines)
@@ -54,7 +54,7 @@ def plots_of_model(model: str, lines: Sequence[Line]) -> Iterator[Plot]:
 
 
 def _typical(lines: Sequence[Line]) -> list[Line]:
-    """Returns photographs without the prefix cache, if there are any; of what else differs, the first row's."""
+    """Returns rows of photographs without prefix cache, if there are any, whose other keys equal the first row's."""
     for key, value in (("image_kind", "photograph"), ("prefix_cache", "off")):
         lines = [line for line in lines if line["case"].get(key) == value] or lines
     for key, value in lines[0]["case"].items():

@@ -18,7 +18,7 @@ __all__ = ["DOWNSAMPLED", "PALETTE", "UNPRUNED", "Part", "Plot", "Table", "in_wo
 UNPRUNED = "#8a9099"
 DOWNSAMPLED = "#c2703d"
 PALETTE = ("#0f8f89", "#7a5bd0", "#3d7fd6", "#c14b7c", "#6d9b2f", "#b58a1c")
-"""Colours of budgets, methods and image sizes; of middling lightness, so that they stand out on white and on black."""
+"""Colours of budgets, methods and image sizes, of medium lightness, which are visible on white and on black."""
 
 _GRID = "rgba(128,134,145,0.25)"
 
@@ -30,10 +30,10 @@ class Table:
     Args:
         title: What the table shows.
         columns: Headings, with the unit.
-        rows: One text a column; empty where there is nothing to say.
-        num_texts: The columns that hold words; those after them hold numbers.
-        is_detail: Folded away on the page until it is asked for, and left out in the terminal.
-        is_grouped: The first column is the heading of the rows that have it in common.
+        rows: One text for each column, possibly empty.
+        num_texts: Number of columns that hold words; the columns after them hold numbers.
+        is_detail: Whether it is folded on the page and left out in the terminal.
+        is_grouped: Whether the first column is a heading of the rows that share it.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Table:
                 raise ValueError(f"{self.title}: expected {len(self.columns)} cells, got {len(row)}: {row}")
 
     def without_empty_columns(self) -> Table:
-        """Returns the table without the columns in which no row says anything."""
+        """Returns the table without the columns that are empty in all rows."""
         kept = [idx for idx in range(len(self.columns)) if any(row[idx] for row in self.rows)]
         return replace(
             self,
@@ -76,7 +76,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A figure, a note on its conditions, and its values as a table."""
+    """A figure, a note on its conditions, and its values in a table."""
 
     title: str
     note: str
@@ -86,13 +86,13 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What the rows of one benchmark on one machine say.
+    """The section of one benchmark's rows on one machine.
 
     Args:
-        title: The section's title.
-        headline: The table that leads the page, if there is something to compare.
-        sentences: What to know before reading the figures, and what was not measured.
-        tables: The figures themselves.
+        title: Title of the section.
+        headline: A table for the top of the page, if there is something to compare.
+        sentences: Notes on the figures, and on what was not measured.
+        tables: The figures.
         draw: Makes the plots, in reading order; only this needs plotly.
     """
 
@@ -135,13 +135,13 @@ def new_figure(x_title: str, y_title: str) -> go.Figure:
 
 
 def plot_of(title: str, note: str, figure: go.Figure, formats: Mapping[str, str]) -> Plot:
-    """Returns the plot with its values as a table: series, x, y.
+    """Returns the plot with its values in a table: series, x, y.
 
     Args:
-        title: What is seen.
-        note: Under which conditions.
-        figure: Its traces are scatters and bars.
-        formats: The metric of "x" and of "y", as whose values they are written; text without one.
+        title: Title of the plot.
+        note: The conditions.
+        figure: A figure of scatters and bars.
+        formats: For "x" and "y", the metric whose format their values get; values of an axis without one are texts.
     """
 
     def cell(value: Any, axis: str) -> str:

@@ -1,4 +1,4 @@
-"""What is timed: the published loop, the backends, and the exported graphs."""
+"""The selections that are timed: the published loop, the backends, and exported graphs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mmtok_deploy.problem import SelectionProblem
 __all__ = ["BASELINES", "Contestant", "contestants", "first_wrong_pick"]
 
 Contestant = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Tensor]]
-"""Selects for a batch; returns the picks of each problem alone."""
+"""Selects for a batch; returns the picks of each problem."""
 
 _EXPORTED_FORMS = {"onnx-lazy": "lazy", "onnx-loop": "loop", "onnx-unrolled": "unrolled"}
 _NOT_FOR_SPEED = ("reference", "blocked")
 
 
 def contestants(names: Sequence[str], device: torch.device) -> dict[str, Contestant]:
-    """Returns what is timed, by name; for no names, the published loop and the fast backends there.
+    """Returns the selections to time by name; by default, the published loop and the fast backends of the device.
 
     Raises:
-        ValueError: A name that is unknown, or does not run on the device.
+        ValueError: A name is unknown, or cannot run on the device.
     """
     backends = [name for name in get_args(BackendName) if name != "auto"]
     known = (*BASELINES, *backends, *_EXPORTED_FORMS)
@@ -45,7 +45,7 @@ def contestants(names: Sequence[str], device: torch.device) -> dict[str, Contest
 
 
 def first_wrong_pick(select: Contestant, problems: Sequence[SelectionProblem], config: SelectionConfig) -> str | None:
-    """Returns what is wrong with the picks, None if they are greedy up to what float32 rounds."""
+    """Returns what is wrong with the picks; None if they are greedy up to float32 rounding."""
     for problem, order in zip(problems, select(problems, config), strict=True):
         if torch.equal(order, reference.select([problem], config)[0].order):
             continue  # a replay in double precision takes seconds for thousands of tokens
@@ -74,7 +74,7 @@ def _runs_on(name: str, device: torch.device) -> bool:
 
 
 def _dense_loop(matrix: Tensor, num_picks: int) -> Tensor:
-    """Returns the picks [K] from C [M + N, N]: every pick computes the gain of every token.
+    """Returns the picks [K] from C [M + N, N]; computes the gain of every token at every pick.
 
     Source: MMTok, arXiv 2508.18264, Algorithm 2, in the operations that its authors use.
     """
@@ -103,7 +103,7 @@ def _baseline(loop: Callable[[Tensor, int], Tensor]) -> Contestant:
 
 def _scripted() -> Callable[[Tensor, int], Tensor]:
     with warnings.catch_warnings():
-        # TorchScript is what the authors compile with; PyTorch advises against it by now.
+        # The authors compile with TorchScript, which PyTorch has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted: Callable[[Tensor, int], Tensor] = torch.jit.script(_dense_loop)
@@ -115,7 +115,7 @@ BASELINES: dict[str, Contestant] = {"dense": _baseline(_dense_loop), "torchscrip
 
 
 def _exported_graph(form: str, device: torch.device) -> Contestant:
-    """Returns a selection by graphs of this form, each exported in its first call on problems of its sizes."""
+    """Returns a selection by graphs of this form; a graph is exported at the first call with problems of its sizes."""
     executors: dict[tuple[int, ...], Executor] = {}
 
     def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Synthetic features in the shapes of LLaVA-7B, times of calls that take turns, and lower bounds of a selection."""
+"""Synthetic features in the shapes of LLaVA-7B, timing of calls in turns, and lower bounds of a selection's time."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ def time_in_turns(
     device: torch.device,
     on_run: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Returns the milliseconds of `num_runs` runs of each call, after one that is not timed.
+    """Returns the milliseconds of `num_runs` runs of each call, after one run that is not timed.
 
-    In each round every call has its turn, and every other round goes backwards: a machine that is busy for a while is
-    so for all of them.
+    The calls take turns, in reverse order every other round, so that other load on the machine affects all alike.
 
     Args:
         calls: What to time, by name.
-        num_runs: Rounds.
+        num_runs: Number of rounds.
         device: Where the calls compute; a run ends when the device has finished.
         on_run: Called after each timed run.
     """
@@ -56,7 +55,7 @@ def time_in_turns(
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Returns the bytes a second of the device's memory: read and written by the best of 10 copies of 256 MiB."""
+    """Returns the device's memory bandwidth in bytes per second, by the fastest of 10 copies of 256 MiB."""
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.zeros_like(source)
     best_ms = min(_time_ms(lambda: target.copy_(source), device) for _ in range(10))
@@ -66,7 +65,7 @@ def measure_bandwidth(device: torch.device) -> float:
 def measure_floors_ms(
     num_tokens: int, num_picks: int, batch: int, bandwidth: float, device: torch.device
 ) -> dict[str, float]:
-    """Returns what no exact greedy selection is faster than, in milliseconds.
+    """Returns lower bounds of the time of an exact greedy selection, in milliseconds.
 
     `bandwidth_floor_ms`: the features read once and C written and read once, at `bandwidth` bytes a second.
     `chain_floor_ms`: K times an argmax over the gains and a maximum with a column of C, one after another.

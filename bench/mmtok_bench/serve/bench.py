@@ -33,7 +33,7 @@ _START_TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One model with the prefix cache on or off, and what is to be done with it."""
+    """One model with the prefix cache on or off: its servers, and the turns to measure."""
 
     model: ServedModel
     model_path: Path
@@ -44,13 +44,13 @@ class _Part:
 def run_serve_bench(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok bench serve`: 1 if a check, a server or a request failed.
 
-    Rows are written as they come, also after Ctrl-C where a case has a finished round; no server outlives the call.
+    Rows are written at once; after Ctrl-C, also those of cases with a finished round. All servers are stopped.
     """
     return run_command("mmtok bench serve", lambda: _run(arguments))
 
 
 def side_server(plan: ServePlan, model: ServedModel, model_path: Path, folder: Path, side: Side) -> SglangServer:
-    """Returns a server that is not started yet; two sides of a model differ by `side.arguments` alone."""
+    """Returns a server, not started yet; two sides of a model differ only in `side.arguments`."""
     stem = f"{model.name}-{side.budget.replace('%', 'pct')}-prefix-cache-{side.prefix_cache}"
     return make_server(
         model_path,
@@ -92,7 +92,7 @@ def _parts(plan: ServePlan, results_dir: Path) -> Iterator[_Part]:
         else:
             path = Path(model.model_path)
             processor = _read_processor(path, model)
-        # The same for every load: a processor takes its time over images.
+        # Cached, since it is the same for every load and a processor is slow.
         smaller_px = cache(partial(_smaller_px, processor, model))
         for prefix_cache in plan.prefix_caches:
             cases = plan_cases(model, plan, prefix_cache, smaller_px)
@@ -106,7 +106,7 @@ def _parts(plan: ServePlan, results_dir: Path) -> Iterator[_Part]:
 
 
 def _read_processor(path: Path, model: ServedModel) -> Any:
-    if model.family == "internvl3":  # which is published with a tokenizer alone
+    if model.family == "internvl3":  # published with a tokenizer and no processor
         return InternVLProcessor(transformers.AutoTokenizer.from_pretrained(path))
     return transformers.AutoProcessor.from_pretrained(path)
 
@@ -124,7 +124,7 @@ def _smaller_px(processor: Any, model: ServedModel, size_px: Size, budget: str) 
 def _left(plan: ServePlan, part: _Part, run: Run) -> list[Turn]:
     """Returns the turns without the cases that an earlier run measured.
 
-    The unpruned server is measured again for what is left: ratios are of servers that were measured in turns.
+    The unpruned server is measured again for the remaining cases: ratios need servers measured in turns.
     """
     cases = dict.fromkeys(case for turn in part.turns for case in turn.cases)
     missing = {case for case in cases if not run.has(**known_case(plan, part.model, case))}
@@ -150,7 +150,7 @@ def _run_part(plan: ServePlan, part: _Part, generator: LoadGenerator, run: Run) 
         with ServerPool(make, side_by_side=are_side_by_side(plan, part.model)) as pool:
             ModelRun(plan, part.model, part.model_path, pool, generator, run).measure(part.sides, part.turns)
     finally:
-        # Chats hold their images, a gigabyte in a long sweep, and are made again.
+        # Chats contain their images, a gigabyte in a long sweep, and can be made again.
         shutil.rmtree(run.folder / "chats", ignore_errors=True)
 
 

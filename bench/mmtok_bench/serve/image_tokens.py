@@ -1,4 +1,4 @@
-"""How many tokens an image becomes, and which smaller image becomes as many as a budget keeps."""
+"""How many tokens an image has, and which smaller image has as many as a budget keeps."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ _SHRINK_STEPS = 12
 
 
 def count_image_tokens(processor: Any, size_px: Size) -> int:
-    """Returns the tokens of one image, by the model's own Hugging Face processor."""
+    """Returns the number of tokens of one image, counted by the model's Hugging Face processor."""
     blank = Image.new("RGB", size_px)
     ids = processor(text=[processor.image_token], images=[blank], return_tensors="pt")["input_ids"]
     return int((ids == processor.image_token_id).sum())
 
 
 def downsampled_px(processor: Any, family: FamilyName, size_px: Size, num_tokens: int) -> Size | None:
-    """Returns the size at which an image becomes about `num_tokens` tokens; None where no smaller size has fewer.
+    """Returns the size at which an image has about `num_tokens` tokens; None if no smaller size has fewer.
 
-    Qwens: the count nearest to `num_tokens` at about the same shape. LLaVA-NeXT: the nearest count of the image
-    shrunk as it is, which is far from small budgets: two tiles are the fewest. LLaVA-1.5 reads every image as the same
-    square: it is sent at its own size, and the plugin's method `downsample` makes that square smaller.
+    Qwens: the size with the nearest count at about the same aspect ratio. LLaVA-NeXT: the nearest count at the same
+    aspect ratio, which is far from small budgets, since an image has at least two tiles. LLaVA-1.5 encodes every image
+    as the same square: it is sent at its own size, and the plugin's method `downsample` makes the square smaller.
 
     Args:
-        processor: The model's processor.
-        family: The model's family.
-        size_px: The image's size.
-        num_tokens: Tokens wanted.
+        processor: Processor of the model.
+        family: Family of the model.
+        size_px: Size of the image.
+        num_tokens: The wanted number of tokens.
     """
     if family == "llava-1.5":
         return size_px
     token_px = FAMILY_TRAITS[family].token_px
     if token_px is not None:
         smaller_px = _qwen_px(size_px, num_tokens, token_px)
-        # A processor enlarges what is below its smallest image: Qwen3-VL's makes no fewer than 64 tokens.
+        # A processor enlarges images below its smallest size: Qwen3-VL's makes at least 64 tokens.
         too_small = (
             smaller_px is not None and smaller_px[0] * smaller_px[1] < processor.image_processor.size["shortest_edge"]
         )

@@ -27,27 +27,27 @@ _MODULE = "sglang.benchmark.serving"
 _TIMEOUT_S = 3600.0
 _POLL_INTERVAL_S = 0.2
 _LOG_END_LINES = 15
-# About as long as QUESTIONS are; of the load generator's random words.
+# Random words of the load generator, about as long as QUESTIONS.
 _RANDOM_TEXT_TOKENS = 20
 
 
 class LoadError(MeasurementError):
-    """A load generator that failed, or that brought no answer back."""
+    """The load generator failed, or no request was answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What the load generator saw, request by request.
+    """Results of the load generator, for each request.
 
     Args:
         ttfts_s: Time to first token of each answered request.
-        itls_s: Times between the tokens of each of them.
-        prompt_tokens: Tokens of each one's prompt, as the server counted: after pruning.
-        output_tokens: Tokens of the answers, together.
-        duration_s: From the first request to the last answer.
-        answered: The answered requests' numbers, in the order in which they were sent.
-        num_failed: Requests without an answer.
-        first_error: What the first of those came to; empty if there are none.
+        itls_s: Times between the tokens of each answered request.
+        prompt_tokens: Prompt tokens of each answered request, as the server counts them: after pruning.
+        output_tokens: Sum of the answers' tokens.
+        duration_s: Seconds from the first request to the last answer.
+        answered: Numbers of the answered requests, in the order in which they were sent.
+        num_failed: Number of requests without an answer.
+        first_error: Error of the first failed request; empty if there is none.
     """
 
     ttfts_s: tuple[float, ...]
@@ -68,14 +68,14 @@ def write_chats(
     *,
     lossless: bool = False,
 ) -> None:
-    """Writes one chat a line, as the load generator's `openai` data set has them: a photograph and a question.
+    """Writes one chat per line in the format of the load generator's `openai` data set: a photograph and a question.
 
     Args:
         path: The file.
         image_px: Size of the photographs.
         sent_px: Size at which they are sent.
         asked: The photograph's seed and the question of each chat.
-        lossless: Photographs are PNGs, not JPEGs.
+        lossless: Whether photographs are PNGs; otherwise JPEGs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     urls = {seed: photograph_url(image_px, sent_px, seed, lossless=lossless) for seed in dict(asked)}
@@ -85,7 +85,7 @@ def write_chats(
 
 
 def load_command(arguments: Sequence[str]) -> list[str]:
-    """Returns the command line by which a user runs a load with these arguments."""
+    """Returns the command line that runs a load with these arguments."""
     return [sys.executable, "-m", _MODULE, *arguments]
 
 
@@ -108,9 +108,9 @@ def load_arguments(
         model_path: The model's folder, for its tokenizer and processor.
         num_requests: Requests in all.
         output_tokens: Tokens of each answer, which no end token cuts short.
-        seed: The seed that random images are drawn from.
-        chats: The file with photographs, for cases that send them.
-        output: Where the load generator appends its result.
+        seed: Seed of random images.
+        chats: The file of chats, for cases with photographs.
+        output: File to which the load generator appends its result.
     """
     if case.image_kind == "photograph":
         data = [
@@ -130,9 +130,9 @@ def load_arguments(
         *(f"--base-url={url}", f"--model={model_path}", f"--tokenizer={model_path}"),
         *data,
         *(f"--num-prompts={num_requests}", f"--max-concurrency={case.concurrency}", f"--seed={seed}"),
-        # Servers are warmed up by others, with images that are not asked about here.
+        # Servers are warmed up before, with other images.
         "--warmup-requests=0",
-        # So that the prompt's length is the server's count.
+        # With usage, the prompt's length is the server's count.
         f"--extra-request-body={json.dumps({'stream_options': {'include_usage': True}, **case.request_fields})}",
         *("--disable-tqdm", "--output-details", f"--output-file={output}"),
     ]
@@ -142,10 +142,10 @@ class LoadGenerator:
     """SGLang's load generator, in a process that imports it once and forks for each load.
 
     The import takes 9 s of CPU. The process runs from `start`, or the first load, until the `with` block ends or a load
-    is stopped; in a session of its own, so that Ctrl-C reaches this process alone, which then ends it.
+    is stopped. It has a session of its own, so that Ctrl-C reaches only this process, which then ends it.
 
     Args:
-        module: What is imported; its `cli_main` runs a load.
+        module: Name of the module to import; its `cli_main` runs a load.
     """
 
     def __init__(self, module: str = _MODULE) -> None:
@@ -163,10 +163,10 @@ class LoadGenerator:
         self._errors.close()
 
     def start(self) -> None:
-        """Starts the process, if it does not run, and returns at once: servers can start meanwhile."""
+        """Starts the process, if it is not running, and returns at once, so that servers can start meanwhile."""
         if self._process is not None:
             return
-        # Requests go to this machine: a proxy named in the environment is not asked.
+        # Requests go to this machine: a proxy named in the environment is not used.
         environment = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
         with signals_wait():
             self._process = subprocess.Popen(
@@ -180,7 +180,7 @@ class LoadGenerator:
             )
 
     def stop(self) -> None:
-        """Ends the process and a load that it runs."""
+        """Ends the process and its load."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -200,16 +200,17 @@ class LoadGenerator:
         is_server_alive: Callable[[], bool] = lambda: True,
         timeout_s: float = _TIMEOUT_S,
     ) -> None:
-        """Runs a load to its end, or to that of the server.
+        """Runs a load until it ends, or until the server dies.
 
         Args:
-            arguments: The load generator's.
-            log: Where its output goes.
-            is_server_alive: Asked while it runs.
-            timeout_s: After so many seconds it is stopped.
+            arguments: Arguments of the load generator.
+            log: File for its output.
+            is_server_alive: Called while the load runs; False stops it.
+            timeout_s: Seconds after which the load is stopped.
 
         Raises:
-            LoadError: It failed, took longer than `timeout_s`, or lost its server; the message ends with its log's end.
+            LoadError: The load failed, took longer than `timeout_s`, or its server died; the message ends with the last
+                lines of its log.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
@@ -228,7 +229,7 @@ class LoadGenerator:
     def _status_of(
         self, arguments: Sequence[str], log: Path, is_server_alive: Callable[[], bool], deadline_s: float
     ) -> int | None:
-        """Returns the exit status of a load; None for one that has not ended.
+        """Returns the exit status of a load; None if it has not ended.
 
         Raises:
             LoadError: The process died.
@@ -253,7 +254,7 @@ def read_load(output: Path) -> LoadResult:
     """Returns the last result in the load generator's output file.
 
     Raises:
-        LoadError: There is none, it is not of the form that is known, or no request was answered.
+        LoadError: There is no result, its format is not known, or no request was answered.
     """
     try:
         result = json.loads(output.read_text(encoding="utf-8").splitlines()[-1])
@@ -267,7 +268,7 @@ def read_load(output: Path) -> LoadResult:
         raise LoadError(f"{output} is no result of SGLang 0.5.23's load generator: {error!r}") from error
     if not answered:
         raise LoadError(f"no request was answered; the first error: {errors[0] if errors else 'none'}")
-    # SGLang's load generator leaves the time at 0 where no text came: that would pass for the best of all.
+    # SGLang's load generator leaves the time at 0 if no text came, which would count as the best of all.
     if not all(ttfts_s):
         raise LoadError(f"{ttfts_s.count(0.0)} of {len(answered)} answers had no text, so no time to first token")
     first_error = errors[0] if errors else ""

@@ -1,9 +1,9 @@
-"""Imports SGLang's load generator once, and forks a process of it for each load that it is told.
+"""Imports SGLang's load generator once, and forks a process for each load.
 
     python -m mmtok_bench.serve.load_process
 
-A line of standard input is a JSON object: the load generator's `arguments`, and the `log` of its output. A line of
-standard output is the exit status of a load that has ended. The process ends with its input.
+Each line of standard input is a JSON object: the load generator's `arguments`, and `log`, the file for its output. Each
+line of standard output is the exit status of a load. The process ends when its input ends.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 def main() -> None:
     """Runs loads until the input ends."""
-    # What is imported may print: the statuses have a file of their own.
+    # The imported module may print, so statuses get a file descriptor of their own.
     statuses = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     generator = importlib.import_module(sys.argv[1] if len(sys.argv) > 1 else "sglang.benchmark.serving")
-    # What was imported stays as it is: a collection in a forked process would copy all of its pages.
+    # Without this, a garbage collection in a forked process would copy all pages of the imported modules.
     gc.freeze()
     for line in sys.stdin:
         load = json.loads(line)
@@ -45,7 +45,7 @@ def _redirect(log: str) -> None:
 
 
 def _run_and_exit(run: Callable[[], Any]) -> None:
-    """Ends this process with the exit status that Python would, without the seconds that taking modules down takes."""
+    """Runs the load and ends this process with Python's exit status, without the seconds of tearing down modules."""
     status = 0
     try:
         run()

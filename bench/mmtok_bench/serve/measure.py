@@ -1,4 +1,4 @@
-"""Measures one model: servers up, answers checked, cases in turns, a row as soon as a case is done."""
+"""Measures one model: starts servers, checks answers, measures cases in turns, writes a row when a case is done."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["ModelRun", "chats_of", "first_difference", "load_of"]
 
 _FAILURES = (ServerError, RequestError, LoadError, OSError)
 _CHECKED_TOKENS = 8
-# In half precision one token's logprob may differ in its last bits where a batch is cut differently.
+# In half precision, logprobs may differ in their last bits if requests are batched differently.
 _LOGPROB_TOLERANCE = 1e-2
 
 
 class ModelRun:
-    """One model with the prefix cache on or off.
+    """Measures one model with the prefix cache on or off.
 
     Args:
         plan: What is measured.
@@ -32,7 +32,7 @@ class ModelRun:
         model_path: Its folder.
         pool: Its servers.
         generator: Sends the requests.
-        run: Takes the rows and what went wrong; measuring goes on with what is left.
+        run: Takes rows and failures; after a failure, measuring continues with the next case.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class ModelRun:
         """Measures the cases, if answers at budget `all` equal those of the server without the plugin.
 
         Args:
-            sides: The servers; the first is the one without the plugin, the second the one at budget `all`.
-            turns: In which order cases are measured.
+            sides: The servers; the first is without the plugin, the second at budget `all`.
+            turns: The order in which cases are measured.
         """
         self._pool.start_all(sides)
         try:
@@ -77,14 +77,14 @@ class ModelRun:
                     self._measure(turn, case)
                     self._run.advance()
         finally:
-            # After Ctrl-C, or with a server that died between rounds: what was measured is written.
+            # After Ctrl-C, or if a server died between rounds, finished rounds are written.
             for case in self._samples:
                 self._write(case)
 
     def _check(self, off: Side, at_all: Side, turns: Sequence[Turn]) -> str | None:
         sizes_px = list(dict.fromkeys(case.image_px for turn in turns for case in turn.cases))
         answers: dict[str, list[Answer]] = {}
-        # The server without the plugin second: where one runs at a time, it is the first that is measured.
+        # The server without the plugin is second: if one server runs at a time, it is also measured first.
         for side in (at_all, off):
             self._run.step(f"{self._model.name}: starting and checking the server at budget {side.budget}")
             client = self._pool.get(side).client()
@@ -112,7 +112,7 @@ class ModelRun:
             sample = self._sample(server, turn, case, self._warm_up(server, case))
         except _FAILURES as error:
             try:
-                # A server that died is reported with its log's end, whatever its clients saw of it.
+                # A server that died is reported with the end of its log, not with the client's error.
                 self._pool.get(turn.side)
             except ServerError as death:
                 self._run.fail(f"{self._model.name}: no more cases of budget {turn.side.budget}: {death}")
@@ -124,7 +124,7 @@ class ModelRun:
             self._run.fail(
                 f"{what}: {sample.load.num_failed} requests failed, the first with: {sample.load.first_error}"
             )
-        # A row has its ratio to the unpruned server, so that comes first.
+        # A row contains its ratio to the unpruned server, so that server's row comes first.
         measured = [each for each in self._samples if each.workload == case.workload and self._is_whole(each)]
         if any(each.is_unpruned for each in measured):
             for each in sorted(measured, key=lambda each: not each.is_unpruned):
@@ -138,15 +138,15 @@ class ModelRun:
             return
         self._written.add(case)
         of_workload = {each: found for each, found in self._samples.items() if each.workload == case.workload}
-        # None if that server died: there is no ratio then.
+        # Empty if that server died: there is no ratio then.
         unpruned = next((found for each, found in of_workload.items() if each.is_unpruned), {})
         self._run.add(serve_row(self._plan, self._model, case, of_workload[case], unpruned))
 
     def _warm_up(self, server: SglangServer, case: LoadCase) -> int:
-        """Returns the tokens that the model reads of an image of this size; the first time, the server is warmed up."""
+        """Warms the server up for this image size, once; returns how many tokens the model reads of such an image."""
         key = server, case.sent_px, case.method
         if key not in self._warm:
-            # On a CPU a request takes seconds, and there is nothing to compile or tune for more of them.
+            # On a CPU one request is enough: it takes seconds, and nothing is compiled or tuned for larger batches.
             num_requests = 1 if self._plan.device == "cpu" else max(self._plan.concurrencies)
             seeds = [f"warm-up {case.sent_px} {number}" for number in range(num_requests)]
             self._warm[key] = self._ask_all(server, seeds, case, case.sent_px, num_requests)
@@ -179,7 +179,7 @@ class ModelRun:
             load=load,
             stages=stage_metrics(before, read_counts(server), len(asked)),
             is_later=[firsts[asked[number][0]] < number for number in load.answered] if case.questions > 1 else [],
-            # A GPU's memory is that of all servers on it.
+            # The memory of a GPU is shared by all servers on it.
             peak_memory_bytes=memory.peak_bytes if on_cpu or not are_side_by_side(self._plan, self._model) else None,
             max_total_tokens=int(server.server_info()["max_total_num_tokens"]),
             image_tokens_in=self._tokens[case.image_px],
@@ -190,9 +190,9 @@ class ModelRun:
 def load_of(
     plan: ServePlan, turn: Turn, case: LoadCase, server: SglangServer, model_path: Path, folder: Path
 ) -> tuple[list[str], Path, Path]:
-    """Returns the load generator's arguments of a case, the file of its chats, and that of its result.
+    """Returns a case's arguments for the load generator, its file of chats, and its file of results.
 
-    One file of chats serves all sides that are sent the same images.
+    All sides that get the same images share one file of chats.
     """
     size, sent = ("x".join(map(str, each)) for each in (case.image_px, case.sent_px))
     images = (
@@ -214,7 +214,7 @@ def load_of(
 
 
 def first_difference(without: Sequence[Answer], with_all: Sequence[Answer]) -> str | None:
-    """Returns what tells two servers' answers apart, in words; None if nothing does."""
+    """Returns the first difference between two servers' answers, in words; None if there is none."""
     for number, (left, right) in enumerate(zip(without, with_all, strict=True)):
         if left.text != right.text:
             return f"answer {number}: {left.text!r} without the plugin, {right.text!r} at budget all"
@@ -231,13 +231,13 @@ def first_difference(without: Sequence[Answer], with_all: Sequence[Answer]) -> s
 
 
 def chats_of(plan: ServePlan, case: LoadCase, seeds: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns the seed of a photograph and the question of each request of a case, in their order.
+    """Returns the photograph's seed and the question of each request of a case, in order.
 
-    Several questions about an image follow one another, and lie as far apart as images are asked about in turns: a
-    question is sent when the one before is answered, for nearly all of them.
+    Questions about one image are separated by questions about the other images in turn, so that nearly always the
+    previous question is answered before the next one is sent.
     """
     if case.questions == 1:
-        # With the prefix cache on, servers are asked the first question about every image beforehand.
+        # With the prefix cache on, the first question about every image is asked before the measurement.
         questions = QUESTIONS if case.side.prefix_cache == "off" else QUESTIONS[1:]
         return [(seed, questions[number % len(questions)]) for number, seed in enumerate(seeds)]
     in_turn = plan.images_in_turn or case.concurrency
@@ -250,7 +250,7 @@ def chats_of(plan: ServePlan, case: LoadCase, seeds: Sequence[str]) -> list[tupl
 
 
 def _seeds_of(plan: ServePlan, turn: Turn, case: LoadCase) -> list[str]:
-    """Returns the seeds of a case's photographs: others in every round and workload, the same for all sides."""
+    """Returns the seeds of a case's photographs, which differ by round and workload and are the same for all sides."""
     size = "x".join(map(str, case.image_px))
     part = f"{size} round {turn.round_idx} at {case.concurrency}, {case.questions} each"
     return [f"{part} {number}" for number in range(plan.images_of(case.concurrency, case.questions))]

@@ -20,31 +20,31 @@ Method = Literal["none", "mmtok", "downsample"]
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One server of a model: without the plugin's flags (`OFF`), or with a budget."""
+    """One server of a model, without the plugin's flags (`OFF`) or with a budget."""
 
     budget: str
     prefix_cache: PrefixCache
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """What sets this server apart from the others of its model."""
+        """Arguments in which this server differs from the others of its model."""
         cache = () if self.prefix_cache == "on" else ("--disable-radix-cache",)
         return cache if self.budget == OFF else (*cache, *MixedBudget.parse(self.budget).flags)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadCase:
-    """One row's worth of requests.
+    """The requests of one row.
 
     Args:
         side: The server that answers.
         method: How image tokens are saved: not at all, by the plugin, or by a smaller image.
-        budget: What `--mmtok-budget` is (10%@0.5: with `--mmtok-encoder-scale`), or for a smaller image the budget that
-            it is to be compared with.
+        budget: Value of `--mmtok-budget` (10%@0.5: with `--mmtok-encoder-scale`); for a smaller image, the budget that
+            it is compared with.
         image_kind: What the images show.
-        image_px: The image's size.
-        sent_px: The size at which it is sent; `image_px` but for an image that the client makes smaller.
-        concurrency: Requests under way at a time.
+        image_px: Size of the image.
+        sent_px: Size at which it is sent; `image_px` unless the client makes the image smaller.
+        concurrency: Requests at a time.
         questions: Questions about each image.
     """
 
@@ -59,17 +59,17 @@ class LoadCase:
 
     @property
     def workload(self) -> tuple[str, Size, int, int]:
-        """What all sides are given alike."""
+        """What all sides have in common."""
         return self.image_kind, self.image_px, self.concurrency, self.questions
 
     @property
     def is_unpruned(self) -> bool:
-        """Whether the others of its workload are held against it."""
+        """Whether the other cases of its workload are compared with this one."""
         return self.side.budget == OFF and self.method == "none"
 
     @property
     def request_fields(self) -> dict[str, Any]:
-        """What its requests carry beside the chat: the plugin's method, where the server makes images smaller."""
+        """Further fields of its requests: the plugin's method, if the server makes images smaller."""
         if self.method == "downsample" and self.side.budget != OFF:
             return {"mm_processor_kwargs": {"mmtok_method": "downsample"}}
         return {}
@@ -77,7 +77,7 @@ class LoadCase:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Cases that one server measures before another has its turn."""
+    """Cases that are measured on one server before it is another server's turn."""
 
     round_idx: int
     side: Side
@@ -96,17 +96,17 @@ def plan_cases(
     prefix_cache: PrefixCache,
     downsample: Callable[[Size, str], Size | None],
 ) -> list[LoadCase]:
-    """Returns what is measured of a model, workload by workload, in each the sides in order.
+    """Returns the cases of a model, by workload and then by side.
 
-    With the prefix cache on, or several questions an image, there are photographs only: the load generator's random
-    images never come twice.
+    With the prefix cache on, or several questions per image, there are photographs only: the load generator never sends
+    a random image twice.
 
     Args:
         model: The model.
         plan: Loads and kinds of images.
         prefix_cache: Off or on.
-        downsample: The size at which an image of this size has about the tokens that this budget keeps; its own where
-            the client cannot send it so, but the plugin can make it; or None.
+        downsample: Returns the size at which an image has about as many tokens as the budget keeps; the image's own
+            size, if only the plugin can make it smaller; or None.
     """
     cases = []
     for kind, size_px, concurrency, questions in itertools.product(
@@ -132,13 +132,13 @@ def are_side_by_side(plan: ServePlan, model: ServedModel) -> bool:
 
 
 def plan_turns(cases: Sequence[LoadCase], *, rounds: int, side_by_side: bool) -> list[Turn]:
-    """Returns the order in which servers are asked: every other time backwards, so that drift hits all alike.
+    """Returns the order in which servers are measured; every other time in reverse, so that drift affects all alike.
 
     Args:
-        cases: What `plan_cases` returns.
+        cases: Result of `plan_cases`.
         rounds: How often each case is measured.
-        side_by_side: Take turns after every workload; otherwise after everything that a server is to measure, since
-            another one has to be started for it.
+        side_by_side: Whether servers change after every workload; otherwise only after all workloads, since the next
+            server has to be started first.
     """
     turns: list[Turn] = []
     backwards = False

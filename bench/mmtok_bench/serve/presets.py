@@ -1,4 +1,4 @@
-"""What is measured on which machine: models, image sizes, budgets and loads, as data; and what flags change of it."""
+"""What is measured on which machine: models, image sizes, budgets and loads; and how flags change it."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class ServedModel:
     """A model of a preset.
 
     Args:
-        name: In rows and on the command line; one of `DUMMY_MODELS`, or what a checkpoint's folder is called.
+        name: Name in rows and on the command line: one of `DUMMY_MODELS`, or the name of a checkpoint's folder.
         family: Decides how an image can be sent smaller.
         sizes_px: Image sizes that are sent.
-        budgets: Values of `--mmtok-budget` beside `all`; 10%@0.5 is with `--mmtok-encoder-scale`.
+        budgets: Values of `--mmtok-budget` beside `all`; 10%@0.5 adds `--mmtok-encoder-scale`.
         model_path: A checkpoint; None for the model without weights of this name.
-        sends_png: Photographs are sent as PNGs, to every server: without the plugin SGLang 0.5.23 answers no JPEG for a
-            LLaVA on CUDA.
-        most_at_once: How many of its servers a GPU of the preset has been seen to hold; 1 where that was not tried.
+        sends_png: Whether photographs are sent as PNGs to every server: without the plugin, SGLang 0.5.23 fails on
+            JPEGs for a LLaVA on CUDA.
+        most_at_once: How many of its servers fit a GPU of the preset at once; 1 if that was not tried.
         beside_others: Arguments that keep a server's memory small enough for that.
-        is_only_by_name: Measured where `--models` names it, not with the whole preset.
+        is_only_by_name: Whether it is measured only if `--models` names it.
     """
 
     name: str
@@ -58,27 +58,27 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class ServePlan:
-    """Everything that `mmtok bench serve` measures in one go.
+    """Everything that one run of `mmtok bench serve` measures.
 
     Args:
         preset: Its name.
         device: Where the servers compute.
-        models: One after the other.
-        concurrencies: Requests under way at a time.
+        models: The models, measured one after another.
+        concurrencies: Requests at a time.
         image_kinds: Photographs, random pixels, or both.
-        prefix_caches: "off": servers without one, every image new. "on": images that the server has seen before,
-            each with another question; or new ones, each with several.
+        prefix_caches: "off": servers without prefix cache, every image new. "on": images that the server has seen
+            before, each with another question; or new images, each with several questions.
         questions_per_image: Questions about an image, one after another.
-        images_in_turn: Images that are asked about in turns, so that as many questions lie between two about one image;
-            None is as many as requests are under way.
-        num_requests: Requests of each case and round, at least.
-        requests_per_client: And at least so many times the concurrency.
+        images_in_turn: How many images are asked about in turn, which is the distance between two questions about one
+            image; None is the concurrency.
+        num_requests: The least number of requests of each case and round.
+        requests_per_client: The least number of requests, as a multiple of the concurrency.
         output_tokens: Length of every answer.
         rounds: How often each case is measured; the servers take turns.
-        side_by_side: All servers of a model run at once, and idle ones sleep. Otherwise so do those of models of which
-            enough fit the GPU, and of the others one runs at a time.
+        side_by_side: Whether all servers of a model run at once, and idle ones sleep. Otherwise they do so only for
+            models of which enough fit the GPU; of other models one server runs at a time.
         arguments: Arguments of every server.
-        user_arguments: Further ones, which the command line gives; rows name them.
+        user_arguments: Further arguments from the command line; rows name them.
     """
 
     preset: str
@@ -98,7 +98,7 @@ class ServePlan:
     user_arguments: tuple[str, ...] = ()
 
     def images_of(self, concurrency: int, questions: int) -> int:
-        """Returns the number of images of one case in one round, each with so many questions."""
+        """Returns the number of images of one case in one round."""
         num_requests = max(self.num_requests, self.requests_per_client * concurrency)
         if questions == 1:
             return num_requests
@@ -106,7 +106,7 @@ class ServePlan:
 
 
 # The paper's Tables 12 and 13: 867.6 tokens on average to 86.8 (1008 x 672 pixels are 864), up to 2880 to 160, and 576
-# to 64. The smaller images say where pruning stops to pay.
+# to 64. The smaller images show where pruning no longer pays.
 _NEXT_SIZES: tuple[Size, ...] = ((672, 672), (672, 336))
 _GPU_MODELS = (
     ServedModel("qwen2.5-vl-7b", "qwen2.5-vl", ((1008, 672), (448, 448), (224, 224)), ("20%", "10%", "5%")),
@@ -131,7 +131,7 @@ _H200_MODELS = (
     ServedModel("qwen3.5-35b-a3b", "qwen3.5-moe", ((1024, 768),), ("10%",), is_only_by_name=True),
 )
 
-# How many servers an H200 was seen to hold side by side, and with which arguments.
+# How many servers fitted an H200 side by side, and with which arguments.
 _BESIDE_OTHERS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "qwen2.5-vl-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=60000")),
     "llava-next-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=16000", "--context-length=4096")),
@@ -163,7 +163,7 @@ SERVE_PRESETS: Mapping[str, ServePlan] = {
             ServedModel("qwen3-vl-0.5b", "qwen3-vl", ((1024, 768),), ("10%",), is_only_by_name=True),
         ),
         concurrencies=(1, 4),
-        # A request takes seconds: few requests, but as many rounds as elsewhere.
+        # A request takes seconds: few requests, but as many rounds as on a GPU.
         num_requests=2,
         requests_per_client=1,
         output_tokens=8,
@@ -175,9 +175,9 @@ SERVE_PRESETS: Mapping[str, ServePlan] = {
 
 
 def preset_for_device(name: str | None) -> str:
-    """Returns the preset that fits an accelerator of this name; "cpu" for None.
+    """Returns the preset for an accelerator of this name; "cpu" for None.
 
-    An accelerator that no preset is for gets the one for the smallest memory, a6000.
+    An accelerator without a preset gets the one for the smallest memory, a6000.
     """
     if name is None:
         return "cpu"
@@ -185,14 +185,14 @@ def preset_for_device(name: str | None) -> str:
 
 
 def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan:
-    """Returns what the flags ask for, on top of a preset.
+    """Returns a preset's plan, changed by the flags.
 
     Args:
         arguments: The arguments of `mmtok bench serve`.
-        device_name: The accelerator's; None for none.
+        device_name: Name of the accelerator; None without one.
 
     Raises:
-        ValueError: Flags that do not go together, a model that the preset has not, or a folder without a checkpoint.
+        ValueError: Flags contradict each other, the preset does not have a model, or a folder holds no checkpoint.
     """
     plan = SERVE_PRESETS[arguments.preset or preset_for_device(device_name)]
     if plan.device == "cuda" and device_name is None and not arguments.dry_run:

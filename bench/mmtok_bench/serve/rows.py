@@ -1,4 +1,4 @@
-"""Result rows of served models: one a case, from everything that was seen while it was measured."""
+"""Result rows of served models, one for each case."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _NUM_RESAMPLES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One case in one round.
+    """Measurements of one case in one round.
 
     Args:
-        load: What the load generator saw.
-        stages: What `stage_metrics` returns.
-        is_later: Whether each answered request is a later question about its image; empty where each image has one
+        load: Result of the load generator.
+        stages: Result of `stage_metrics`.
+        is_later: Whether each answered request is a later question about its image; empty if each image has one
             question.
-        peak_memory_bytes: What `PeakMemory` saw; None where the server's is not told from that of others.
-        max_total_tokens: Tokens of KV cache that the server has.
+        peak_memory_bytes: Result of `PeakMemory`; None if it includes other servers' memory.
+        max_total_tokens: Size of the server's KV cache in tokens.
         image_tokens_in: Tokens of the image at its own size, unpruned.
         image_tokens_kept: Tokens of the image that the language model read.
     """
@@ -46,7 +46,7 @@ class Sample:
 
 
 def known_case(plan: ServePlan, model: ServedModel, measured: LoadCase) -> dict[str, CaseValue]:
-    """Returns the row's case as far as it is known before it is measured."""
+    """Returns the part of a row's case that is known before the measurement."""
     case: dict[str, CaseValue] = {
         "model": model.name,
         "family": model.family,
@@ -75,14 +75,14 @@ def serve_row(
     by_round: Mapping[int, Sample],
     unpruned: Mapping[int, Sample],
 ) -> ResultRow:
-    """Returns the row of a case: latencies of the requests of all rounds together, medians of the rounds' rates.
+    """Returns the row of a case: latencies over the requests of all rounds, and medians of the rounds' rates.
 
     Args:
         plan: What is measured.
-        model: Which model was served.
-        measured: What was measured of it.
-        by_round: Its samples, at least one.
-        unpruned: Those of the server without the plugin; empty where it was not measured.
+        model: The model that was served.
+        measured: The case.
+        by_round: Its samples by round, at least one.
+        unpruned: Samples of the server without the plugin by round; empty if it was not measured.
     """
     samples = list(by_round.values())
     loads = [sample.load for sample in samples]
@@ -118,7 +118,7 @@ def _latencies(loads: Sequence[LoadResult]) -> dict[str, float]:
 
 
 def _by_question(samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns the medians of the first and of the later questions about an image; empty where there is but one."""
+    """Returns the medians of first and of later questions about an image; empty if there is only one."""
     metrics = {}
     for name, later in (("ttft_first_p50_ms", False), ("ttft_later_p50_ms", True)):
         times_s = [
@@ -148,9 +148,9 @@ def _requests_per_s(load: LoadResult) -> float:
 
 
 def _gains(by_round: Mapping[int, Sample], unpruned: Mapping[int, Sample]) -> dict[str, float]:
-    """Returns how many times as good as the unpruned server a case is, each with the ends of its 95% interval.
+    """Returns how many times as good a case is as the unpruned server, each with the ends of a 95% interval.
 
-    A round's ratio is that of its two servers, which were measured one after the other; the gain is the median of the
+    Each round gives a ratio of two servers that were measured one after the other; the gain is the median of the
     rounds' ratios. Empty for fewer than two rounds.
     """
     pairs = [(by_round[number].load, unpruned[number].load) for number in by_round if number in unpruned]
@@ -168,14 +168,14 @@ def _gains(by_round: Mapping[int, Sample], unpruned: Mapping[int, Sample]) -> di
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the 95% percentile bootstrap interval of the median; that of five values is nearly their range."""
+    """Returns the 95% percentile bootstrap interval of the median; for five values it is nearly their range."""
     drawn = np.random.default_rng(0).choice(np.asarray(values), size=(_NUM_RESAMPLES, len(values)))
     low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
     return float(low), float(high)
 
 
 def _stages(samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns each stage's milliseconds a request, means over the rounds; fallbacks are added up."""
+    """Returns each stage's milliseconds per request, averaged over the rounds, and the sum of fallbacks."""
     names = set.intersection(*(set(sample.stages) for sample in samples))
     metrics = {name: float(np.mean([sample.stages[name] for sample in samples])) for name in sorted(names)}
     if "num_fallbacks" in metrics:
@@ -185,7 +185,7 @@ def _stages(samples: Sequence[Sample]) -> dict[str, float]:
 
 def _tokens_and_memory(samples: Sequence[Sample], plan: ServePlan) -> dict[str, float]:
     prompt_tokens = [count for sample in samples for count in sample.load.prompt_tokens]
-    # The last token of an answer is never read.
+    # The last token of an answer is not written to the KV cache.
     kv_tokens = float(np.mean(prompt_tokens)) + plan.output_tokens - 1
     first = samples[0]
     peaks = [sample.peak_memory_bytes for sample in samples if sample.peak_memory_bytes is not None]

@@ -114,6 +114,7 @@ def test_a_load_generator_that_cannot_be_imported_says_why(tmp_path: Path) -> No
         broken.run([], tmp_path / "it.log")
 
 
+@pytest.mark.slow
 def test_the_load_generator_takes_its_arguments(tmp_path: Path) -> None:
     with LoadGenerator() as generator, pytest.raises(LoadError, match=r"failed \(exit status 2\)(.|\n)*--no-such-flag"):
         generator.run(["--no-such-flag"], tmp_path / "it.log")

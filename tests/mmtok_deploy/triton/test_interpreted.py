@@ -43,6 +43,7 @@ from mmtok_deploy.backends.triton_plan import Team
 DEFAULT = SelectionConfig()
 COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
 LARGE = {name for name in GOLDEN_NAMES if len(golden(name).problem) > 300}
+QUICK = {"llava_n576_k4", "padding_n576_k64"}
 # The lead, relative to f of all tokens, below which float32 may order two tokens either way.
 SMALLEST_LEAD = 1e-4
 
@@ -69,7 +70,9 @@ class TestGolden:
         self._check(name)
 
     @pytest.mark.usefixtures("large_tiles")
-    @pytest.mark.parametrize("name", sorted(LARGE))
+    @pytest.mark.parametrize(
+        "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(LARGE)]
+    )
     def test_large(self, name: str) -> None:
         self._check(name)
 
@@ -100,7 +103,9 @@ class TestAnswer:
         assert selection.order.tolist() == expected.order
         assert selection.kept.tolist() == sorted(expected.order)
 
-    @pytest.mark.parametrize("coverage", COVERAGES)
+    @pytest.mark.parametrize(
+        "coverage", ["multimodal", *(pytest.param(each, marks=pytest.mark.slow) for each in ("text", "vision"))]
+    )
     def test_every_token(self, coverage: Coverage) -> None:
         # 70 words: two tiles of them; 131 tokens: three tiles, the last one all but empty.
         problem = random_problem(131, 70).picking(131)
@@ -157,7 +162,9 @@ class TestTies:
 
 
 class TestNotFinite:
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize(
+        "value", [math.nan, *(pytest.param(each, marks=pytest.mark.slow) for each in (math.inf, -math.inf))]
+    )
     @pytest.mark.parametrize("name", ["vision", "keys", "text"])
     def test_ends_with_valid_indices_and_says_so(self, name: str, value: float) -> None:
         problem = random_problem(70, excluded=[4]).picking(30)
@@ -229,7 +236,9 @@ class TestTeam:
                 assert_greedy(selection, problem, config)
 
     @pytest.mark.parametrize(
-        ("absent", "first_turn"), [(0, 0), (1, 0), (2, 0), (1, 3), (0, 9)], ids=lambda value: str(value)
+        ("absent", "first_turn"),
+        [(1, 0), (1, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0, 0), (2, 0), (0, 9)))],
+        ids=lambda value: str(value),
     )
     def test_a_program_that_stops_is_given_up(
         self, monkeypatch: pytest.MonkeyPatch, absent: int, first_turn: int
