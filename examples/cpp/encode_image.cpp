@@ -97,9 +97,11 @@ std::vector<Ort::Value> run(Ort::Session& session, Inputs& inputs, std::vector<c
     Input const pixels = inputOf(session, "pixels");
     Input const text = inputOf(session, "text");
     Input const excluded = inputOf(session, "excluded");
-    if (text.shape[0] != 1)
+    if (text.shape[0] != 1 || pixels.shape[0] < 0)
     {
-        throw std::runtime_error("the graph takes several images: export it with --batch-size 1");
+        throw std::runtime_error(
+            "the graph takes several images, or images of any size: export it for one of one size, "
+            "with --batch-size 1 of a LLaVA, --image-size of a Qwen, or for the --tokens of one tile of InternVL3");
     }
     int64_t const width = text.shape[2];
     int64_t const numWords = static_cast<int64_t>(inputs.text.size()) / width;

@@ -92,9 +92,12 @@ def add_export_parser(commands: Any) -> None:
     encoder = kinds.add_parser("encoder", help="a vision encoder with the selection: pixels in, kept tokens out")
     encoder.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
     size = encoder.add_mutually_exclusive_group()
-    size.add_argument("--image-size", type=_image_size, metavar="WxH", help="pixels; the LLaVAs have one size")
+    size.add_argument("--image-size", type=_image_size, metavar="WxH", help="pixels; all but Qwens have one size")
     size.add_argument(
-        "--tokens", type=_range, metavar="N", help=f"images of any size of Qwen2.5-VL, tokens of one: {_SIZES}"
+        "--tokens",
+        type=_range,
+        metavar="N",
+        help=f"tokens of an image, of a Qwen of any size, of InternVL3 of any number of tiles: {_SIZES}",
     )
     encoder.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the encoder (default float16)")
     encoder.add_argument(
@@ -234,7 +237,7 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
 
 def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_export.artifact import export_model
-    from mmtok_export.encoder import build_joined_encoder, num_kept_of
+    from mmtok_export.encoder import build_joined_encoder, num_kept_of, takes_grid
     from mmtok_export.encoders import family_of
 
     image_size = arguments.image_size or arguments.tokens
@@ -244,7 +247,7 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
     name = f"encoder-{arguments.model.resolve().name}-k{budget}.onnx"
     path = _output(arguments, name)
     is_told = arguments.budget_input or share is not None
-    if arguments.tensorrt and arguments.tokens:
+    if arguments.tensorrt and takes_grid(arguments.model, image_size):
         raise ValueError("an engine with an encoder takes images of one size: name --image-size in place of --tokens")
     engine = _planned_engine(path, budget, arguments, is_told=is_told)
     on_step(f"exporting the encoder of {arguments.model}")

@@ -23,7 +23,7 @@ from mmtok_export.join import builder_on, join_selection
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 from mmtok_export.whole_graph import Encoder
 
-__all__ = ["JoinedEncoder", "build_joined_encoder", "num_kept_of"]
+__all__ = ["JoinedEncoder", "build_joined_encoder", "num_kept_of", "takes_grid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,16 @@ def num_kept_of(
     if encoder.tiles is not None:
         kept = tokens_per_tile(budget, encoder.num_tokens.maximum, encoder.batch.minimum, encoder.tiles.maximum)
     return kept, share
+
+
+def takes_grid(checkpoint: Path, image_size: ImageSize | None) -> bool:
+    """Returns whether the graph takes images of any size by their grid; no weights are read.
+
+    Args:
+        checkpoint: Hugging Face checkpoint directory.
+        image_size: As `build_joined_encoder`.
+    """
+    return describe_encoder(checkpoint, _size(checkpoint, image_size)).takes_grid
 
 
 def _grid_width(builder: GraphBuilder, encoder: Module) -> int | ir.Value | None:

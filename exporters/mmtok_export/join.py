@@ -107,7 +107,9 @@ def join_selection(
         for name, (rows, num_rows) in planes.items():
             outputs[name] = _planes(builder.op, rows, spec.vision_width)
             assert levels.shape is not None
-            num_levels = int(levels.shape.numpy()[2]) // spec.vision_width
+            levels_width = levels.shape[2]
+            assert isinstance(levels_width, int)
+            num_levels = levels_width // spec.vision_width
             outputs[name].shape = ir.Shape([batch, num_levels, num_rows, spec.vision_width])
     for name, value in outputs.items():
         builder.add_output(value, name)

@@ -148,7 +148,7 @@ def _pictures(tensor: TensorInfo, manifest: Manifest) -> Tensor:
     batch, *lengths = sizes
     is_first = lengths[0] == 3
     height, width = lengths[1:] if is_first else lengths[:2]
-    images = images_of((width, height), batch).to(getattr(torch, tensor.dtype))
+    images = images_of((width, height), batch, **layout).to(getattr(torch, tensor.dtype))
     return images if is_first else images.permute(0, 2, 3, 1).contiguous()
 
 

@@ -25,7 +25,7 @@ PHOTOGRAPHS = ("coffee", "chelsea")
 
 _OUTPUTS = ("vision", "keys", "levels")
 
-# Outputs reach 14 on the tiny checkpoints.
+# Outputs reach 14 on most tiny checkpoints; in proportion where they reach more.
 TOLERANCE = {
     torch.float32: 1e-4,
     torch.float16: 3e-2,  # 11 bits of mantissa; sums are made in another order
@@ -97,7 +97,7 @@ def assert_equal(outputs: list[Any], expected: list[Tensor], dtype: torch.dtype)
     for name, output, answer in zip(_OUTPUTS[: len(outputs)], outputs, expected, strict=True):
         found = torch.as_tensor(output).float()
         assert found.shape == answer.shape, name
-        assert (found - answer).abs().max() < TOLERANCE[dtype], name
+        assert (found - answer).abs().max() < TOLERANCE[dtype] * max(1.0, float(answer.abs().max()) / 14), name
 
 
 def signature(exported: ExportedEncoder) -> dict[str, tuple[list[int], str]]:

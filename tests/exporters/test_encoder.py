@@ -109,17 +109,19 @@ def test_qwen(tmp_path: Path, size: tuple[int, int]) -> None:
     assert_hugging_faces("qwen2.5-vl", run(path, {"pixels": pixels, **asked}), asked, size)
 
 
-def test_qwen_of_any_size(tmp_path: Path) -> None:
-    path = tmp_path / "encoder.onnx"
-    manifest = export(path, "qwen2.5-vl", "--tokens=12:60:200", "--dtype=float32")
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
+def test_qwen_of_any_size(tmp_path: Path, family: FamilyName) -> None:
+    path, side = tmp_path / "encoder.onnx", {"qwen2.5-vl": 28, "qwen3-vl": 32}[family]
+    manifest = export(path, family, "--tokens=12:60:200", "--dtype=float32")
     assert manifest.check.status == "passed", manifest.check.detail
     assert manifest.dimensions["patches"] == DimRange(48, 240, 800)
-    judge = judge_of("qwen2.5-vl")
-    for size in ((224, 112), (252, 112), (140, 224), (336, 252)):
+    judge = judge_of(family)
+    for columns, rows in ((8, 4), (9, 4), (5, 8), (12, 9)):
+        size = columns * side, rows * side
         inputs = judge.processor.image_processor(images=[small("astronaut", *size)], return_tensors="pt")
-        asked = question(num_tokens=size[0] * size[1] // 28**2)
+        asked = question(num_tokens=rows * columns)
         pixels = {"pixels": inputs["pixel_values"], "grid_thw": inputs["image_grid_thw"]}
-        assert_hugging_faces("qwen2.5-vl", run(path, pixels | asked), asked, size)
+        assert_hugging_faces(family, run(path, pixels | asked), asked, size)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,30 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from mmtok_bench.families import FamilyName
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
-from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, signature
+from tests.exporters.encoder_cases import (
+    assert_equal,
+    checkpoint,
+    hugging_face,
+    pixels_of,
+    run,
+    session_of,
+    signature,
+)
 
 FAMILY: FamilyName = "qwen3-vl"
 WIDE = (224, 128)
+ANY_SIZE = DimRange(1, 60, 400)
+
+
+def grid_of(image_size: tuple[int, int]) -> Any:
+    return torch.tensor([[1, image_size[1] // 16, image_size[0] // 16]]).numpy()
 
 
 @pytest.mark.parametrize("image_size", [WIDE, (64, 64), (64, 320), (704, 544)])
@@ -51,6 +66,34 @@ def test_the_graph_is_hugging_faces(family: FamilyName, batch_size: int) -> None
     }
     pixels = pixels_of(family, WIDE, batch_size)
     assert_equal(run(exported, pixels), hugging_face(family, pixels, WIDE, torch.float32), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def any_size() -> Any:
+    return session_of(export_encoder(checkpoint(FAMILY), ANY_SIZE))
+
+
+@pytest.mark.parametrize("image_size", [WIDE, (64, 64), (64, 320), (320, 64), (32, 128), (704, 544)])
+def test_one_graph_of_images_of_any_size(any_size: Any, image_size: tuple[int, int]) -> None:
+    """Wide, tall, a column, and grids smaller and larger than the 16 x 16 that have embeddings of their own."""
+    pixels = pixels_of(FAMILY, image_size)
+    outputs = any_size.run(["vision", "keys", "levels"], {"pixels": pixels.numpy(), "grid_thw": grid_of(image_size)})
+    assert_equal(outputs, hugging_face(FAMILY, pixels, image_size, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("grid", [[1, 4, 6], [1, 8, 15], [1, 7, 16], [2, 8, 14], [1, 0, 14]])
+def test_a_grid_that_is_not_the_pixels_is_refused(any_size: Any, grid: list[int]) -> None:
+    pixels = pixels_of(FAMILY, WIDE)
+    with pytest.raises(Exception, match="Add"):
+        any_size.run(None, {"pixels": pixels.numpy(), "grid_thw": torch.tensor([grid]).numpy()})
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3-vl", torch.float16), ("qwen3.5-moe", torch.float32)])
+def test_any_size_of_another_dtype_and_family(family: FamilyName, dtype: torch.dtype) -> None:
+    session = session_of(export_encoder(checkpoint(family), ANY_SIZE, dtype=dtype))
+    pixels = pixels_of(family, WIDE)
+    outputs = session.run(None, {"pixels": pixels.numpy(), "grid_thw": grid_of(WIDE)})
+    assert_equal(outputs, hugging_face(family, pixels, WIDE, dtype), dtype)
 
 
 def test_float16() -> None:

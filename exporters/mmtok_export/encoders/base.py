@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx_ir
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from mmtok_deploy.dim_range import DimRange
 
@@ -86,10 +88,26 @@ class Encoder(nn.Module):
         """
         return DimRange.fixed(1)
 
+    @classmethod
+    def read_config(cls, checkpoint: Path) -> Any:
+        """Returns the checkpoint's configuration, as Transformers' class has it."""
+        return AutoConfig.from_pretrained(checkpoint)
+
+    def parameters_in(self, stored: str) -> Sequence[str]:
+        """Returns the names of the parameters that a tensor of the checkpoint holds, one after another in its rows.
+
+        Older checkpoints keep the towers at the top ("visual.", "vision_tower.vision_model."), newer ones below
+        "model.".
+
+        Args:
+            stored: The tensor's name.
+        """
+        return [stored.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)]
+
     def example(self) -> dict[str, Tensor]:
         """Returns inputs to trace the module with."""
         # More than one image where their number is open: PyTorch takes a size of 1 for fixed.
-        sizes = {"B": max(2, self.batch.minimum)}
+        sizes = {name: max(2, size.minimum) for name, size in {"B": self.batch, **self.open_sizes}.items()}
         return {"pixels": torch.zeros([sizes[size] if isinstance(size, str) else size for size in self.pixels_shape])}
 
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mmtok_export.encoders.base import EncoderError
+from mmtok_export.encoders.base import Encoder, EncoderError
 
 __all__ = ["fill_with_noise", "load_weights", "read_json"]
 
@@ -38,11 +38,11 @@ def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def load_weights(module: nn.Module, checkpoint: Path, dtype: torch.dtype) -> None:
+def load_weights(module: Encoder, checkpoint: Path, dtype: torch.dtype) -> None:
     """Gives every parameter of a module on the meta device the checkpoint's tensor of that name, and reads no other.
 
     Args:
-        module: Its parameters are named as `_parameter_name` puts the checkpoint's names.
+        module: It says which of its parameters a stored tensor holds.
         checkpoint: Directory with one safetensors file, or several and their index.
         dtype: What the tensors are converted to.
 
@@ -51,14 +51,16 @@ def load_weights(module: nn.Module, checkpoint: Path, dtype: torch.dtype) -> Non
     """
     shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
     found: dict[str, torch.Tensor] = {}
-    for path in _files(checkpoint):
+    for path in _files(checkpoint, module):
         try:
             with safe_open(path, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                    name = _parameter_name(stored)
-                    if name in shapes:
-                        _check(path, stored, file.get_slice(stored), shapes[name])
-                        found[name] = file.get_tensor(stored).to(dtype)
+                    names = module.parameters_in(stored)
+                    if names[0] in shapes:
+                        rows, *others = shapes[names[0]]
+                        _check(path, stored, file.get_slice(stored), [len(names) * rows, *others])
+                        parts = file.get_tensor(stored).to(dtype).chunk(len(names))
+                        found |= zip(names, parts, strict=True)
         except (OSError, SafetensorError) as error:
             raise EncoderError(f"{path} cannot be read as safetensors: {error}; download it again") from error
     missing = sorted(shapes.keys() - found.keys())
@@ -85,13 +87,13 @@ def fill_with_noise(module: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> 
     module.load_state_dict(values, strict=False, assign=True)
 
 
-def _files(checkpoint: Path) -> list[Path]:
+def _files(checkpoint: Path, module: Encoder) -> list[Path]:
     if (checkpoint / _INDEX).is_file():
         shards = read_json(checkpoint, _INDEX).get("weight_map")
         if not isinstance(shards, dict):
             raise EncoderError(f"{checkpoint / _INDEX} has no weight_map: download it again")
         # Shards that hold the language model alone need not be there.
-        names = {shard for stored, shard in shards.items() if not _is_language(_parameter_name(stored))}
+        names = {shard for stored, shard in shards.items() if not _is_language(module.parameters_in(stored)[0])}
         return [checkpoint / name for name in sorted(names)]
     if (checkpoint / _SINGLE).is_file():
         return [checkpoint / _SINGLE]
@@ -99,14 +101,6 @@ def _files(checkpoint: Path) -> list[Path]:
         f"{checkpoint} has no weights: expected {_SINGLE}, or shards and {_INDEX} "
         "(random weights need config.json alone)"
     )
-
-
-def _parameter_name(stored: str) -> str:
-    """Returns the name a tensor has in today's layout.
-
-    Older checkpoints keep the towers at the top ("visual.", "vision_tower.vision_model."), newer ones below "model.".
-    """
-    return stored.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
 
 
 def _is_language(name: str) -> bool:

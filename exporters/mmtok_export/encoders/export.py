@@ -7,11 +7,11 @@ from pathlib import Path
 import onnx_ir
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders.base import Encoder, EncoderError, ExportedEncoder, ImageSize
 from mmtok_export.encoders.checkpoint import fill_with_noise, load_weights, read_json
+from mmtok_export.encoders.internvl3 import InternVL3Encoder
 from mmtok_export.encoders.llava_1_5 import Llava15Encoder
 from mmtok_export.encoders.llava_next import LlavaNextEncoder
 from mmtok_export.encoders.qwen2_5_vl import Qwen25VLEncoder
@@ -29,11 +29,19 @@ FAMILIES: dict[str, type[Encoder]] = {
     "qwen3_vl_moe": Qwen3VLMoeEncoder,
     "qwen3_5": Qwen35Encoder,
     "qwen3_5_moe": Qwen35MoeEncoder,
+    "internvl_chat": InternVL3Encoder,
+    "internvl": InternVL3Encoder,
 }
 """By the model_type of config.json; add a file and its line here to support another."""
 
-# Those that take images of any size in one graph.
-_ANY_SIZE: dict[type[Encoder], type[Encoder]] = {Qwen25VLEncoder: Qwen25VLGridEncoder}
+# Those that take images of any size in one graph, and the class that does.
+_ANY_SIZE: dict[type[Encoder], type[Encoder]] = {
+    Qwen25VLEncoder: Qwen25VLGridEncoder,
+    **{
+        family: family
+        for family in (Qwen3VLEncoder, Qwen3VLMoeEncoder, Qwen35Encoder, Qwen35MoeEncoder, InternVL3Encoder)
+    },
+}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -117,7 +125,7 @@ def describe_encoder(checkpoint: Path, image_size: ImageSize, batch: DimRange | 
             )
         family = _ANY_SIZE[family]
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = family.read_config(checkpoint)
         with torch.device("meta"):
             return family(config, image_size, batch or family.native_batch(config))
     except EncoderError:

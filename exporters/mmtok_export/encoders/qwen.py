@@ -26,9 +26,13 @@ class QwenEncoder(Encoder):
         super().__init__(config, image_size, batch)
         if not batch.is_fixed:
             raise EncoderError(f"a graph of {self.family} takes a fixed number of images, got {batch}: name one")
+        self.takes_grid = isinstance(image_size, DimRange)
+        if self.takes_grid and batch.maximum > 1:
+            raise EncoderError(
+                f"a graph for images of any size takes one at a time, got {batch}: leave --batch-size out"
+            )
         vision = config.vision_config
         token_side = vision.patch_size * vision.spatial_merge_size
-        self.takes_grid = isinstance(image_size, DimRange)
         if isinstance(image_size, DimRange):
             self.num_tokens = image_size
             rows, columns = _grid_within(image_size)
@@ -72,6 +76,27 @@ class QwenEncoder(Encoder):
     def constant(self, name: str, value: Tensor) -> None:
         """Makes a tensor that depends on the grid alone a constant of the graph."""
         self.register_buffer(name, value, persistent=False)
+
+    def read_grid(self, pixels: Tensor, grid_thw: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns `pixels`, and rows and columns of the image's tokens, in a graph for images of any size.
+
+        The pixels returned are those given: adding zeros of as many patches as the grid has makes a runtime refuse a
+        grid of another number of patches, of half tokens or of several frames.
+
+        Args:
+            pixels: [patches, channels * frames * patch * patch].
+            grid_thw: [1, 3] int64, (1, rows, columns) of patches.
+        """
+        assert grid_thw is not None
+        merge = self.config.spatial_merge_size
+        rows, columns = grid_thw[0, 1] // merge, grid_thw[0, 2] // merge
+        num_rows, num_columns = rows.item(), columns.item()
+        for length in (num_rows, num_columns):
+            torch._check(length >= 1)
+        num_left = (grid_thw[0, 1:] % merge).sum().item()
+        num_patches = grid_thw[0, 0].item() ** 2 * num_rows * num_columns * merge**2 + num_left
+        torch._check(num_patches == len(pixels))
+        return pixels + torch.zeros(num_patches, 1), rows, columns
 
     def keys_of(self, hidden: Tensor) -> Tensor:
         """Returns the keys [B, N, d] float32 of the last block's output: means over what becomes one token."""

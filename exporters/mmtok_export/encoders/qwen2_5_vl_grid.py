@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_export.encoders.base import EncoderError, ImageSize
+from mmtok_export.encoders.base import ImageSize
 from mmtok_export.encoders.qwen import patch_positions, rotary_angles
 from mmtok_export.encoders.qwen2_5_vl import Qwen25VLEncoder, feed_forward
 
@@ -26,10 +26,6 @@ class Qwen25VLGridEncoder(Qwen25VLEncoder):
 
     def __init__(self, config: Any, image_size: ImageSize, batch: DimRange) -> None:
         super().__init__(config, image_size, batch)
-        if batch.maximum > 1:
-            raise EncoderError(
-                f"a graph for images of any size takes one at a time, got {batch}: leave --batch-size out"
-            )
         vision = config.vision_config
         self.window_side = vision.window_size // vision.spatial_merge_size // vision.patch_size
 
@@ -39,13 +35,10 @@ class Qwen25VLGridEncoder(Qwen25VLEncoder):
 
     def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns vision [1, N, D] and keys [1, N, d]; see `Encoder.forward`."""
-        assert grid_thw is not None
         merge, side = self.config.spatial_merge_size, self.window_side
         group = merge**2
-        rows, columns = grid_thw[0, 1] // merge, grid_thw[0, 2] // merge
+        pixels, rows, columns = self.read_grid(pixels, grid_thw)
         num_rows, num_columns = rows.item(), columns.item()
-        for length in (num_rows, num_columns):
-            torch._check(length >= 1)
         # ONNX divides towards zero: no ceiling by negative numbers.
         num_windows = ((num_rows + side - 1) // side) * ((num_columns + side - 1) // side)
         slots = torch.arange(num_windows * side**2)
@@ -56,10 +49,6 @@ class Qwen25VLGridEncoder(Qwen25VLEncoder):
         is_patch = is_token[:, None].expand(-1, group).reshape(-1)
         mask = torch.zeros(is_patch.shape, dtype=self.dtype).masked_fill(~is_patch, torch.finfo(self.dtype).min)
 
-        # Nothing is added, but a runtime refuses a grid of another number of patches, or of several frames.
-        num_patches = grid_thw[0, 0].item() ** 2 * num_rows * num_columns * group
-        torch._check(num_patches == len(pixels))
-        pixels = pixels + torch.zeros(num_patches, 1)
         hidden = F.linear(pixels.to(self.dtype), self.patch_weight).view(-1, group * self.keys_width)
         hidden = hidden.index_select(0, torch.where(is_token, row * columns + column, 0)).view(-1, self.keys_width)
         for idx, block in enumerate(self.visual.blocks):

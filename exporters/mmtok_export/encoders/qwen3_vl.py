@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel, apply_rotary_pos_emb_vision
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders.base import ImageSize, as_matrix
-from mmtok_export.encoders.qwen import QwenEncoder, rotary_angles
+from mmtok_export.encoders.qwen import QwenEncoder, patch_positions, rotary_angles
 
 __all__ = ["Qwen3VLEncoder", "Qwen3VLMoeEncoder"]
 
@@ -36,53 +37,68 @@ class Qwen3VLEncoder(QwenEncoder):
         self.num_levels = len(self.level_blocks)
 
     def prepare(self) -> None:
-        """Makes rotary angles and interpolates the position embeddings to the grid."""
-        visual, grid, merge = self.visual, torch.tensor([self.patches]), self.config.spatial_merge_size
+        """Makes the patches' weights a matrix, and of images of one size what depends on the grid."""
+        visual = self.visual
         kernel = visual.patch_embed.proj
         self.dtype = kernel.weight.dtype
         self.patch_weight, self.patch_bias = as_matrix(kernel.weight), kernel.bias
-        corners, weights = get_vision_interpolation_indices_and_weights(
-            grid,
-            num_grid_per_side=visual.num_grid_per_side,
-            mode=visual.interpolation_mode,
-            align_corners=visual.interpolation_align_corners,
-            spatial_merge_size=merge,
-        )
-        embedded = (visual.pos_embed.weight[corners] * weights[:, :, None]).sum(dim=1)
-        self.constant("position_embeddings", embedded.to(self.dtype).detach())
-        angles = rotary_angles(get_vision_position_ids(grid, merge), self.config)
-        self.constant("cos", angles.cos())
-        self.constant("sin", angles.sin())
+        self.position_table = visual.pos_embed.weight
+        if not self.takes_grid:
+            rows, columns = map(torch.tensor, self.grid[1:])
+            named = zip(("position_embeddings", "cos", "sin"), self._of_grid(rows, columns), strict=True)
+            for name, value in named:
+                self.constant(name, value.detach())
+            del self.position_table
         del visual.patch_embed, visual.rotary_pos_emb, visual.pos_embed
 
     def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, ...]:
         """Returns vision [B, N, D], keys [B, N, d] and, with DeepStack, levels [B, N, L * D]."""
+        if self.takes_grid:
+            pixels, rows, columns = self.read_grid(pixels, grid_thw)
+            embedded, *angles = self._of_grid(rows, columns)
+        else:
+            embedded, *angles = (self.get_buffer(name) for name in ("position_embeddings", "cos", "sin"))
         hidden = F.linear(pixels.to(self.dtype), self.patch_weight, self.patch_bias)
-        hidden = hidden.view(self.batch_size, -1, self.keys_width) + self.get_buffer("position_embeddings")
+        hidden = hidden.view(self.batch_size, -1, self.keys_width) + embedded
         levels: list[Tensor] = []
         for idx, block in enumerate(self.visual.blocks):
-            hidden = hidden + self._attend(block.attn, block.norm1(hidden))
+            hidden = hidden + self._attend(block.attn, block.norm1(hidden), angles)
             hidden = hidden + block.mlp(block.norm2(hidden))
             if idx in self.level_blocks:
                 levels.append(self._merged(self.visual.deepstack_merger_list[len(levels)], hidden))
         features = self._merged(self.visual.merger, hidden), self.keys_of(hidden)
         return (*features, torch.cat(levels, dim=2)) if levels else features
 
+    def _of_grid(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the patches' position embeddings [S, C], and cos and sin of their rotary angles [S, head_dim].
+
+        Args:
+            rows: [] int, of the image's tokens.
+            columns: [] int, of the image's tokens.
+        """
+        merge = self.config.spatial_merge_size
+        tokens = torch.arange(rows.item() * columns.item())
+        positions = patch_positions(tokens // columns, tokens % columns, merge)
+        embedded = _interpolate(self.position_table, positions, torch.stack([rows, columns]) * merge)
+        angles = rotary_angles(positions, self.config)
+        return embedded.to(self.dtype), angles.cos(), angles.sin()
+
     def _merged(self, merger: Any, hidden: Tensor) -> Tensor:
         """Returns [B, N, D]."""
         tokens: Tensor = merger(hidden).view(self.batch_size, -1, self.vision_width)
         return tokens
 
-    def _attend(self, attention: Any, hidden: Tensor) -> Tensor:
+    def _attend(self, attention: Any, hidden: Tensor, angles: Sequence[Tensor]) -> Tensor:
         """Returns [B, S, C]: attention over the image.
 
         Args:
             attention: Hugging Face's module, for its weights.
             hidden: [B, S, C], patches, those of a token after one another.
+            angles: cos and sin, [S, head_dim].
         """
         mixed = attention.qkv(hidden).view(self.batch_size, -1, 3 * attention.num_heads, attention.head_dim)
         query, key, value = mixed.split(attention.num_heads, dim=2)
-        query, key = apply_rotary_pos_emb_vision(query, key, self.get_buffer("cos"), self.get_buffer("sin"))
+        query, key = apply_rotary_pos_emb_vision(query, key, *angles)
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value)
         output: Tensor = attention.proj(attended.transpose(1, 2).reshape(self.batch_size, -1, attention.dim))
@@ -93,3 +109,25 @@ class Qwen3VLMoeEncoder(Qwen3VLEncoder):
     """The same encoder, before a mixture of experts."""
 
     family = "qwen3-vl-moe"
+
+
+def _interpolate(table: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    """Returns [S, C] float32: the table scaled to the grid's size, bilinear, its corners at the grid's.
+
+    Args:
+        table: [side * side, C], position embeddings of a square grid.
+        positions: [S, 2] int, row and column of each patch.
+        lengths: [2] int, rows and columns of the grid.
+
+    Source: transformers 5.19 vision_utils.py, `get_vision_interpolation_indices_and_weights` with "bilinear" and
+        `align_corners`.
+    """
+    side = math.isqrt(len(table))
+    places = positions.float() * (side - 1) / (lengths - 1).clamp(min=1)
+    before = places.floor()
+    below, right = (places - before).split(1, dim=1)
+    row, column = before.long().unbind(1)
+    next_row, next_column = (each.clamp(max=side - 1) for each in (row + 1, column + 1))
+    upper = table[row * side + column] * (1 - right) + table[row * side + next_column] * right
+    lower = table[next_row * side + column] * (1 - right) + table[next_row * side + next_column] * right
+    return upper * (1 - below) + lower * below
