@@ -25,6 +25,7 @@ from mmtok_export.foreign_graph import (
     Candidate,
     candidates,
     find_value,
+    hold_to_one_image,
     index_of,
     is_a_step,
     load_foreign,
@@ -124,6 +125,8 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
     vision = find_value(model.graph, attachment.vision)
     keys = _keys_of(attachment, model.graph, vision, onnx_file)
     layouts = _layouts(attachment, model.graph, vision, keys)
+    assert vision.shape is not None
+    one_image = hold_to_one_image(model) if len(vision.shape) == 2 else []
     vision, keys = (_rows(builder, value, layout) for value, layout in zip((vision, keys), layouts, strict=True))
     keys = _merged_keys(builder, model.graph, keys, attachment)
     spec = _spec(attachment, vision, keys)
@@ -137,7 +140,7 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
         is_unpruned_given=attachment.is_unpruned_given,
     )
     source = {"onnx": onnx_file.name, "vision": attachment.vision, "keys": attachment.keys}
-    details = {"edges": edges, "attached_to": source}
+    details = {"edges": edges, "attached_to": source, "one_image": one_image}
     encoder = partial(_run_alone, onnx_file, attachment, layouts, spec.keys_dtype)
     return Attached(model, spec, details, dimensions, encoder)
 

@@ -319,6 +319,11 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         **_how(arguments, on_step),
     )
     _report(path, manifest, has_next=True)
+    if held := attached.details["one_image"]:
+        _note(
+            f"{', '.join(held)} tells one image: a run of several is refused, for their tokens follow one another and "
+            "would share one budget; run the file once an image"
+        )
     _build_engine(path, engine, arguments, on_step)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "Candidate",
     "candidates",
     "find_value",
+    "hold_to_one_image",
     "index_of",
     "is_a_step",
     "load_foreign",
@@ -45,6 +46,8 @@ _MIN_WIDTH = 2
 _MAX_EXTRA_TOKENS = 16
 # Features that a projector merges into one token: squares of 2, 3 and 4.
 GROUPS = (4, 9, 16)
+# Rows of one image in inputs that say where each image ends, or how large it is.
+_SIZES_OF_ONE_IMAGE = {"cu_seqlens": 2, "grid_thw": 1, "image_grid_thw": 1}
 _SUMS = ("Add", "LayerNormalization", "Sum", "Conv", "SimplifiedLayerNormalization")
 # Steps inside a norm, an attention or an activation.
 _STEPS = ("Pow", "Sqrt", "Softmax", "Exp", "Erf", "ReduceMean", "Reciprocal", "Sigmoid", "Tanh", "Div", "Sub", "Neg")
@@ -197,6 +200,28 @@ def _rows_a_token(value: ir.Value, num_tokens: int | str) -> int:
             return 1
         return next((group for group in GROUPS if rows == group * num_tokens), 0)
     return next((group for group in (1, *GROUPS) if str(rows) == times(group, num_tokens)), 0)
+
+
+def hold_to_one_image(model: ir.Model) -> list[str]:
+    """Returns the names of the inputs that tell images apart which follow one another, now of the size of one image.
+
+    So a runtime refuses several images, which would be one to a selection that has no batch.
+
+    Args:
+        model: An encoder's whose tokens have no batch.
+    """
+    held = {}
+    for value in model.graph.inputs:
+        size = value.shape[0] if value.shape is not None and len(value.shape) > 0 else None
+        if value.name in _SIZES_OF_ONE_IMAGE and size is not None and not isinstance(size, int):
+            held[str(value.name)] = (str(size.value), _SIZES_OF_ONE_IMAGE[str(value.name)])
+    fixed = dict(held.values())
+    for value in _every_value(model):
+        if fixed and value.shape is not None and not value.is_initializer():
+            value.shape = ir.Shape(
+                [size if isinstance(size, int) else fixed.get(str(size.value), size) for size in value.shape]
+            )
+    return list(held)
 
 
 def times(factor: int, size: int | str) -> str:

@@ -140,9 +140,11 @@ def check_inputs(manifest: Manifest, inputs: dict[str, Tensor], device: torch.de
             allowed_sizes = manifest.dimensions.get(str(wanted))
             if size != known or (allowed_sizes is not None and size not in allowed_sizes):
                 ranges = ", ".join(f"{name} {allowed}" for name, allowed in manifest.dimensions.items())
+                is_of_one = expected.name in manifest.details.get("one_image", ())
+                advice = "several images would share one budget, run it once an image"
                 raise EngineError(
                     f"{expected.name} has shape {_shape(expected)} ({ranges}), got {tuple(found.shape)}: "
-                    "export a file for these sizes"
+                    f"{advice if is_of_one else 'export a file for these sizes'}"
                 )
     if manifest.takes_budget:
         budgets = inputs["budget"].tolist()

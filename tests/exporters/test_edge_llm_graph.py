@@ -18,10 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from mmtok_deploy import select_tokens
 from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.engines import EngineError, check_inputs
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.presets import PRESETS
 
 GROUP, WIDTH, OUT = 4, 8, 16
+CPU = torch.device("cpu")
 PATCHES, TOKENS = "4*num_groups", "num_groups"
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 
@@ -149,6 +151,9 @@ def test_the_suggested_keys_are_those_before_the_merger(
     # The encoder's sizes that the number of tokens tells.
     assert manifest.dimensions[PATCHES] == DimRange(32, 96, 256)
     assert manifest.dimensions[TOKENS] == DimRange(8, 24, 64)
+    # Several images in a run would share one budget.
+    assert manifest.input("cu_seqlens").shape == (2,)
+    assert "cu_seqlens tells one image: a run of several is refused" in capsys.readouterr().err
 
     session = onnxruntime.InferenceSession(without_plugins(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(1)
@@ -165,6 +170,11 @@ def test_the_suggested_keys_are_those_before_the_merger(
         "text_mask": np.ones((1, 3), bool),
         "excluded": np.zeros((1, 20), bool),
     }
+    two_images = inputs | {"cu_seqlens": np.array([0, 40, 80], np.int32)}
+    with pytest.raises(Exception, match="invalid dimensions for input: cu_seqlens"):
+        session.run(["kept"], two_images)
+    with pytest.raises(EngineError, match=r"cu_seqlens has shape .*got \(3,\): several images would share one budget"):
+        check_inputs(manifest, {name: torch.from_numpy(array) for name, array in two_images.items()}, CPU)
     kept, output, rows = session.run(["kept", "output", "add_1_1"], inputs)
     keys = torch.from_numpy(rows).unflatten(0, (-1, GROUP)).mean(dim=1)[order.argsort()]
     config = PRESETS["qwen2.5-vl"].config

@@ -105,8 +105,8 @@ def test_layouts_of_a_checkpoint(tmp_path: Path, layout: str) -> None:
         ({"model_type": "qwen2"}, "no vision tower .*'qwen2'.*expected model_type llava or llava_next or qwen2_5_vl"),
         ({"model_type": "llava"}, "no vision tower"),
         (
-            {"model_type": "internvl", "vision_config": {}},
-            "not supported .*'internvl'.* expected model_type llava or llava_next or .* or qwen3_5_moe and",
+            {"model_type": "gemma3", "vision_config": {}},
+            "not supported .*'gemma3'.* expected model_type llava or llava_next or .* or internvl and",
         ),
         ({"model_type": ["llava"], "vision_config": {}}, "not supported"),
         ({"model_type": "qwen2_5_vl", "vision_config": {"depth": "deep"}}, "describes no qwen2.5-vl model: "),
