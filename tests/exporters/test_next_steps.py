@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +22,8 @@ from mmtok_export.next_steps import next_steps, triton_config
 from mmtok_export.selection_graph import SelectionSpec, build_selection
 from tests.exporters.graphs import batch_of
 from tests.mmtok_deploy.problems import random_problem
+
+NODE_MODULES = Path(__file__).parents[2] / "artifacts" / "node" / "node_modules"
 
 
 def test_trtexec_is_given_every_open_shape(exported: Path) -> None:
@@ -90,6 +96,34 @@ def test_a_call_runs_as_printed(exported: Path) -> None:
     call = next_steps(exported, Manifest.load(exported))["ONNX Runtime, Python"]
     session = eval(call, {"ort": onnxruntime})
     assert [each.name for each in session.get_inputs()] == ["vision", "keys", "text", "text_mask", "excluded"]
+
+
+@pytest.mark.parametrize("package", ["onnxruntime-web", "onnxruntime-node"])
+def test_javascript_picks_the_tokens_as_printed(exported: Path, package: str) -> None:
+    node = shutil.which("node")
+    if node is None or not (NODE_MODULES / package).is_dir():
+        pytest.skip(f"Node.js or {package} is not installed: npm install --no-save --prefix artifacts/node {package}")
+    manifest, problem = Manifest.load(exported), random_problem(30)
+    tensors = {
+        each.name: (each.dtype, list(tensor.shape), tensor.flatten().tolist())
+        for each, tensor in ((manifest.input(name), tensor) for name, tensor in batch_of([problem]).items())
+    }
+    call = next_steps(exported, manifest)["ONNX Runtime, JavaScript"]
+    script = f"""
+        const ort = require("{package}");
+        const inputs = {{}};
+        for (const [name, [type, shape, values]] of Object.entries({json.dumps(tensors)}))
+            inputs[name] = new ort.Tensor(type, new (type === "bool" ? Uint8Array : Float32Array)(values), shape);
+        (async () => {{
+            const session = {call};
+            const outputs = await session.run(inputs);
+            console.log(JSON.stringify(Array.from(outputs.order.data, Number)));
+        }})();
+    """
+    environment = {**os.environ, "NODE_PATH": str(NODE_MODULES)}
+    ran = subprocess.run([node, "-e", script], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    replay_greedy(problem.picking(5), manifest.constants, json.loads(ran.stdout))
 
 
 def test_openvino_picks_the_tokens_as_printed(exported: Path) -> None:
