@@ -12,7 +12,17 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 
-__all__ = ["ArtifactError", "Check", "Format", "Kind", "Manifest", "TensorInfo", "FileInfo", "describe_file"]
+__all__ = [
+    "ArtifactError",
+    "Check",
+    "FileInfo",
+    "Format",
+    "Kind",
+    "Manifest",
+    "TensorInfo",
+    "describe_file",
+    "why_no_file",
+]
 
 SCHEMA = 2
 
@@ -262,11 +272,8 @@ class Manifest:
             ArtifactError: The file or its manifest is missing, or a file has changed.
         """
         path = cls.path_of(file)
-        if file.is_dir():
-            raise ArtifactError(f"{file} is a folder: name the exported file in it")
-        if not file.is_file():
-            links_to = f" (it is a link to {file.readlink()})" if file.is_symlink() else ""
-            raise ArtifactError(f"{file} {'is no file' if file.exists() else 'does not exist'}{links_to}")
+        if obstacle := why_no_file(file):
+            raise ArtifactError(obstacle)
         if not path.is_file():
             raise ArtifactError(f"{path} is not there, which is written beside {file.name}: keep the files together")
         try:
@@ -299,6 +306,16 @@ class Manifest:
         if found != self.files[0].sha256:
             raise ArtifactError(f"{file} is not what was exported (its checksum differs): export it again")
         return content
+
+
+def why_no_file(path: Path) -> str | None:
+    """Returns why a path is not a file that can be read, None if it is one."""
+    if path.is_dir():
+        return f"{path} is a folder: name the file in it"
+    if path.is_file():
+        return None
+    links_to = f" (it is a link to {path.readlink()})" if path.is_symlink() else ""
+    return f"{path} {'is no file' if path.exists() else 'does not exist'}{links_to}"
 
 
 def describe_file(path: Path) -> FileInfo:

@@ -381,11 +381,13 @@ def _load_features(path: Path) -> dict[str, Tensor]:
     import numpy as np
     import torch
 
+    from mmtok_deploy.manifest import why_no_file
+
+    if obstacle := why_no_file(path):
+        raise FileNotFoundError(obstacle)
     try:
         with np.load(path) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # zipfile's, numpy's and pickle's have no common class
         raise ValueError(f"{path} is no .npz of arrays, one an input: {error}") from error
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmtok_deploy.engines import EngineError
 from mmtok_deploy.engines.onnxruntime import run_on_cpu
+from mmtok_deploy.manifest import why_no_file
 from mmtok_export.pixels import images_of
 from mmtok_export.selection_graph import FEATURE_DTYPES
 
@@ -60,8 +61,8 @@ def read_foreign(path: Path) -> ir.Model:
         FileNotFoundError: The file is not there.
         ValueError: Not an ONNX file, or an opset that ONNX does not convert.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
+    if obstacle := why_no_file(path):
+        raise FileNotFoundError(obstacle)
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf's and onnx_ir's errors have no common class

@@ -119,6 +119,8 @@ def write_triton_repository(file: Path, repository: Path, *, force: bool) -> Pat
     if manifest.format != "onnx":
         raise ValueError(f"{file.name} is an engine: a model repository is made of its ONNX file")
     load_graph(file, manifest)
+    if repository.exists() and not repository.is_dir():
+        raise FileExistsError(f"{repository} is no folder: choose another --repository")
     model = repository / file.stem
     if model.exists() and not force:
         raise FileExistsError(f"{model} is there already: choose another --repository, or --force to replace it")

@@ -251,8 +251,10 @@ def test_not_an_onnx_file(tmp_path: Path) -> None:
     path.write_bytes(b"not a graph at all")
     with pytest.raises(ValueError, match="is not an ONNX file"):
         attach_selection(path, attachment())
-    with pytest.raises(FileNotFoundError, match="is not there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         attach_selection(tmp_path / "none.onnx", attachment())
+    with pytest.raises(FileNotFoundError, match="is a folder: name the file in it"):
+        attach_selection(tmp_path, attachment())
 
 
 def command(onnx_file: Path, *arguments: str) -> list[str]:

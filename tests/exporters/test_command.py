@@ -253,7 +253,7 @@ def test_a_link_to_nowhere(exported: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_a_folder_is_not_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export("check", str(tmp_path)) == 2
-    assert "is a folder: name the exported file in it" in capsys.readouterr().err
+    assert "is a folder: name the file in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

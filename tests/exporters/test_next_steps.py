@@ -152,6 +152,8 @@ def test_a_triton_model(exported: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert 'output { name: "kept" data_type: TYPE_INT64 dims: [ -1, 5 ] }' in said
     assert main(arguments) == 2
     assert "is there already: choose another --repository" in capsys.readouterr().err
+    assert main([*arguments[:-1], str(exported)]) == 2
+    assert "selection.onnx is no folder: choose another --repository" in capsys.readouterr().err
     assert main([*arguments, "--force"]) == 0
 
 
