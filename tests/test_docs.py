@@ -56,7 +56,7 @@ def test_attaching(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in commands:
         # As far as it can go here: everything is said but for the file itself.
         assert main(shlex.split(command)[1:]) == 2
-        assert capsys.readouterr().err == "mmtok export: visual.onnx is not there\n"
+        assert capsys.readouterr().err == "mmtok export: visual.onnx does not exist\n"
 
 
 def test_reporting(folder: Path) -> None:
