@@ -73,6 +73,7 @@ def any_size() -> Any:
     return session_of(export_encoder(checkpoint(FAMILY), ANY_SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size", [WIDE, (64, 64), (64, 320), (320, 64), (32, 128), (704, 544)])
 def test_one_graph_of_images_of_any_size(any_size: Any, image_size: tuple[int, int]) -> None:
     """Wide, tall, a column, and grids smaller and larger than the 16 x 16 that have embeddings of their own."""
@@ -81,6 +82,7 @@ def test_one_graph_of_images_of_any_size(any_size: Any, image_size: tuple[int, i
     assert_equal(outputs, hugging_face(FAMILY, pixels, image_size, torch.float32), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [[1, 4, 6], [1, 8, 15], [1, 7, 16], [2, 8, 14], [1, 0, 14]])
 def test_a_grid_that_is_not_the_pixels_is_refused(any_size: Any, grid: list[int]) -> None:
     pixels = pixels_of(FAMILY, WIDE)
@@ -88,6 +90,7 @@ def test_a_grid_that_is_not_the_pixels_is_refused(any_size: Any, grid: list[int]
         any_size.run(None, {"pixels": pixels.numpy(), "grid_thw": torch.tensor([grid]).numpy()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), [("qwen3-vl", torch.float16), ("qwen3.5-moe", torch.float32)])
 def test_any_size_of_another_dtype_and_family(family: FamilyName, dtype: torch.dtype) -> None:
     session = session_of(export_encoder(checkpoint(family), ANY_SIZE, dtype=dtype))
