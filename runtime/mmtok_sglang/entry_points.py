@@ -26,7 +26,7 @@ _OF_THE_CALLER = {
     *("response_format", "format", "json_schema", "metadata", "custom_params"),
 }
 
-_UNEXPECTED = re.compile(rf"unexpected keyword argument '(mmtok_\w+|{FIELD}|extra_body)'")
+_UNEXPECTED = re.compile(rf"[Uu]nexpected keyword argument '(mmtok_\w+|{FIELD}|extra_body)'")
 
 
 def generate_request(original: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:

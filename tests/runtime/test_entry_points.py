@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.http_middleware_patch import _PureASGIDispatch
 
 from mmtok_sglang.entry_points import (
@@ -144,11 +145,11 @@ def test_fields_that_reach_the_request_must_be_an_object() -> None:
 
 
 def test_a_field_that_is_no_argument_of_a_request_is_answered_with_400() -> None:
-    def ask(name: str, *, begun: bool = False) -> tuple[int, str]:
+    def ask(name: str, called: Any = GenerateReqInput, *, begun: bool = False) -> tuple[int, str]:
         async def original(middleware: Any, scope: Any, receive: Any, send: Any) -> None:
             if begun:
                 await send({"type": "http.response.start", "status": 200, "headers": []})
-            GenerateReqInput(text="x", **{name: 5})
+            called(**{name: 5})
 
         sent: list[Any] = []
 
@@ -158,8 +159,12 @@ def test_a_field_that_is_no_argument_of_a_request_is_answered_with_400() -> None
         asyncio.run(answer_http(original, None, {"type": "http"}, None, send))
         return sent[0]["status"], sent[1]["body"].decode()
 
-    for name in ("mmtok_budget", "extra_body"):
-        status, message = ask(name)
+    for name, called in (
+        ("mmtok_budget", GenerateReqInput),
+        ("extra_body", GenerateReqInput),
+        ("mmtok_k", SamplingParams),
+    ):
+        status, message = ask(name, called)
         assert status == 400
         assert message.startswith(f'{{"error":{{"message":"{name} stands where it is not read: send mm_processor_kwarg')
     with pytest.raises(TypeError, match="'temperature'"):

@@ -243,7 +243,8 @@ def _messages_thread(served: Served, image: dict[str, Any]) -> dict[str, Any]:
     call = {"type": "tool_use", "id": "call_1", "name": "open", "input": {"page": "cup"}}
     result = {"type": "tool_result", "tool_use_id": "call_1", "content": [image, {"type": "text", "text": "loaded"}]}
     more = {"type": "text", "text": "How many cats are there? " + "Look again. " * 40}
-    turns = [("user", "Open the page of the cup."), ("assistant", [call]), ("user", [result, more])]
+    said = {"type": "text", "text": "Opening."}
+    turns = [("user", "Open the page of the cup."), ("assistant", [said, call]), ("user", [result, more])]
     return {**_messages(served), "messages": [{"role": role, "content": content} for role, content in turns]}
 
 
