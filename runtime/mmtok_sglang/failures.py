@@ -7,6 +7,9 @@ and values are kept, and the other requests of the batch go on.
 With tensor parallelism an error of one rank alone cannot be survived: the others are, or will be, in a collective that
 this rank does not enter. So the ranks tell one another after each guarded part. A rank that failed and hears nothing
 ends, which ends the server.
+
+With pipeline parallelism the first stage alone encodes and selects. The stages behind learn what failed there with the
+request that it refused, or with the batch's hidden states, and end the same requests.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -37,6 +41,14 @@ logger = logging.getLogger(__name__)
 # A rank that failed alone waits for so long; the main process then waits 5 s before it ends itself.
 _ANSWER_TIMEOUT_S = 2.0
 _POLL_INTERVAL_S = 0.005
+_PROXY_KEY = "mmtok_failed_image_"
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """What the first pipeline stage leaves in the place of a refused request's text, for the stages behind."""
+
+    error: str
 
 
 class RankError(RuntimeError):
@@ -74,7 +86,7 @@ class Failures:
             RankError: Some ranks failed and others did not, or the batch cannot be run once more.
         """
         hashes = _images_of(forward_batch)
-        if not hashes or get_parallel().pp_size > 1:
+        if not hashes or get_parallel().pp_rank > 0:
             return run(input_ids)
         output, error = None, None
         try:
@@ -130,14 +142,26 @@ class Failures:
         """True for an image whose requests will end with this batch."""
         return item_hash in self._why
 
+    def send(self, pp_proxy_tensors: Any) -> None:
+        """Hands the images that failed in the batch that runs to the pipeline stage behind, with its hidden states."""
+        # In the names, which arrive on the host: nothing waits for a device. A replayed graph's dictionary may be an
+        # earlier batch's.
+        tensors = {name: value for name, value in pp_proxy_tensors.tensors.items() if not name.startswith(_PROXY_KEY)}
+        failed = {f"{_PROXY_KEY}{item_hash:x}": torch.empty(0) for item_hash in self._why}
+        pp_proxy_tensors.tensors = tensors | failed
+
+    def receive(self, pp_proxy_tensors: Any) -> None:
+        """Marks the images that failed on the pipeline stage before."""
+        received = pp_proxy_tensors.tensors if pp_proxy_tensors is not None else {}
+        for name in [name for name in received if name.startswith(_PROXY_KEY)]:
+            del received[name]
+            self.mark(int(name.removeprefix(_PROXY_KEY), 16), "an image failed on the first pipeline stage")
+
     def run_batch(self, original: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs a batch, and ends those of its requests whose images failed in it.
 
         SGLang drops a request's output and keeps nothing of it in the prefix cache where its `discard_output_reason`
         and `skip_radix_cache_insert` say so, as for keys and values that could not be loaded.
-
-        Raises:
-            RankError: With pipeline parallelism: the other stages do not know.
         """
         self._why.clear()
         try:
@@ -147,8 +171,6 @@ class Failures:
             raise
         if not self._why:
             return result
-        if get_parallel().pp_size > 1:
-            raise RankError(f"MMTok: a pipeline stage cannot end a request by itself: {next(iter(self._why.values()))}")
         for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             why = self._failure_of(req, prefix_len, prefix_len + extend_len)
             if why is None:
@@ -165,8 +187,11 @@ class Failures:
         """Takes in a request; it is answered with HTTP 500 if that fails on all ranks.
 
         Raises:
-            RankError: It failed on some ranks alone; or, with pipeline parallelism, on all of a stage.
+            RankError: It failed on some ranks alone, or on a pipeline stage behind the first one.
         """
+        if isinstance(recv_req.input_text, _Refused):
+            refuse(scheduler, recv_req, _not_taken_in(recv_req.input_text.error))
+            return
         has_images, error = recv_req.mm_inputs is not None, None
         try:
             original(scheduler, recv_req, **kwargs)
@@ -180,15 +205,16 @@ class Failures:
             return
         try:
             failed = failed_on_all_ranks(error)
-            if failed and get_parallel().pp_size > 1:
-                # A stage that took it in would wait for this one.
-                raise RankError(f"MMTok: a pipeline stage cannot refuse a request by itself: {error}")
+            if failed and get_parallel().pp_rank > 0:
+                raise RankError(f"MMTok: a pipeline stage failed where the stage before did not: {error}")
         except RankError as rank_error:
             end_server(rank_error)
             raise
         if failed:
-            reason = FINISH_ABORT(f"MMTok: the request could not be taken in ({error})", 500, "InternalServerError")
-            refuse(scheduler, recv_req, reason)
+            assert error is not None
+            # The same object goes on to the next stage.
+            recv_req.input_text, recv_req.mm_inputs = _Refused(error), None
+            refuse(scheduler, recv_req, _not_taken_in(error))
 
     def _alone(self, features_of: Callable[[list[Any]], Any], item: Any, empty: Callable[[Any, int], Tensor]) -> Tensor:
         features = self.guard_features(features_of, [item], empty)
@@ -206,6 +232,10 @@ class Failures:
             if item.hash in self._why and any(start < stop and end >= first for start, end in item.offsets):
                 return self._why[item.hash]
         return None
+
+
+def _not_taken_in(error: str) -> FINISH_ABORT:
+    return FINISH_ABORT(f"MMTok: the request could not be taken in ({error})", 500, "InternalServerError")
 
 
 def refuse(scheduler: Any, recv_req: Any, reason: FINISH_ABORT) -> None:

@@ -127,7 +127,8 @@ class PrunedModel(_Base):
     ) -> Any:
         """Runs the model as SGLang's class does; a prefill with images that fails is run once more without them.
 
-        Each pipeline stage hands the positions of kept tokens to the next: only the first encodes and selects.
+        Each pipeline stage hands the positions of kept tokens, and which images failed, to the next: only the first
+        encodes and selects.
         """
         rest = {"input_embeds": input_embeds, "get_embedding": get_embedding, "pp_proxy_tensors": pp_proxy_tensors}
         # Not all of SGLang's classes take all of them.
@@ -136,6 +137,7 @@ class PrunedModel(_Base):
         if not forward_batch.forward_mode.is_extend():
             return run(input_ids)
         server, device = current(), next(self.parameters()).device
+        server.failures.receive(pp_proxy_tensors)
         receive_positions(forward_batch, pp_proxy_tensors)
         output = server.failures.guard_forward(
             lambda ids: server.stages.forward(partial(self._prefill, run, ids, forward_batch), forward_batch, device),
@@ -144,8 +146,10 @@ class PrunedModel(_Base):
             self.config.get_text_config().vocab_size,
             lambda: not (self._is_recurrent and self._has_begun),
         )
-        if forward_batch.mrope_positions is not None and not self.pp_group.is_last_rank:
-            send_positions(forward_batch, output)
+        if not self.pp_group.is_last_rank:
+            server.failures.send(output)
+            if forward_batch.mrope_positions is not None:
+                send_positions(forward_batch, output)
         return output
 
     def _prefill(self, run: Any, input_ids: Tensor, forward_batch: Any) -> Any:

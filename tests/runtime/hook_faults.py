@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmtok_bench.second_plugin import plugin_environment
 
 __all__ = ["POINTS", "Faults", "fault_environment", "register"]
@@ -52,7 +54,9 @@ class Faults:
         self._number = 0
 
     def set(self, point: str, calls: list[int], rank: int | None = None, *, is_nan: bool = False) -> None:
-        """Makes calls of a point fail, counted from 1 from now on, on one rank or on all; in place of those before.
+        """Makes calls of a point fail, counted from 1 from now on, in place of those before.
+
+        They fail on one rank (of the world: a pipeline stage is one, too) or on all.
 
         With `is_nan` they return, in place of raising, a tensor whose first value is NaN.
         """
@@ -108,7 +112,4 @@ def _faulty(point: str, function: Callable[..., Any], folder: Path) -> Callable[
 
 
 def _rank() -> int:
-    from sglang.srt.distributed import parallel_state
-    from sglang.srt.runtime_context import get_parallel
-
-    return int(get_parallel().tp_group.rank_in_group) if parallel_state.model_parallel_is_initialized() else 0
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from datetime import timedelta
@@ -50,7 +51,7 @@ class Encoder:
 
 @pytest.fixture(autouse=True)
 def one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_size=1))
+    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_rank=0))
 
 
 def test_what_works_is_left_alone() -> None:
@@ -130,10 +131,18 @@ def test_a_marked_images_requests_end_and_keep_nothing(monkeypatch: pytest.Monke
     assert other.discard_output_reason is None
 
 
-def test_a_pipeline_stage_cannot_end_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_size=2))
-    with pytest.raises(RankError, match="a pipeline stage cannot end a request by itself: no memory"):
-        run(Failures(), SimpleNamespace(chunked_req=None), [request(*images(1))], [(0, 30)], 1)
+def test_what_failed_on_the_first_stage_ends_on_the_stages_behind() -> None:
+    first, second = Failures(), Failures()
+    proxy = SimpleNamespace(tensors={"hidden_states": torch.zeros(2)})
+    for each in (7, 2**64 - 1):
+        first.mark(each, "no memory")
+    proxy.tensors["mmtok_failed_image_8"] = torch.empty(0)  # of an earlier batch
+    first.send(proxy)
+    assert sum(tensor.numel() for tensor in proxy.tensors.values()) == 2
+    second.receive(proxy)
+    assert list(proxy.tensors) == ["hidden_states"]
+    assert [second.is_marked(each) for each in (7, 2**64 - 1, 8)] == [True, True, False]
+    second.receive(None)
 
 
 def forward_batch(items: list[Any], first: int, length: int, mode: ForwardMode = ForwardMode.EXTEND) -> Any:
@@ -207,12 +216,17 @@ class Scheduler:
 
 
 @pytest.mark.parametrize("mm_inputs", ["images", None])
-def test_a_request_that_cannot_be_taken_in_is_answered(mm_inputs: Any) -> None:
+def test_a_request_that_cannot_be_taken_in_is_answered(mm_inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, sent = Scheduler(), recv_req(mm_inputs=mm_inputs)
     Failures().take_in(not_taken_in, scheduler, sent)
     (abort,) = scheduler.aborts
     assert (abort.rid, abort.http_worker_ipc, abort.finished_reason["status_code"]) == ("7", "worker", 500)
     assert abort.finished_reason["message"] == "MMTok: the request could not be taken in (TypeError: no such field)"
+    # The next pipeline stage is sent the same object, and does not try.
+    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_rank=1))
+    behind = Scheduler()
+    Failures().take_in(lambda *_, **__: pytest.fail("tried"), behind, pickle.loads(pickle.dumps(sent)))
+    assert behind.aborts == scheduler.aborts
 
 
 def test_ranks_tell_one_another_of_a_text_that_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,14 +244,14 @@ def test_ranks_tell_one_another_of_a_text_that_fails_alone(monkeypatch: pytest.M
     assert told == [None, "TypeError: no such field"]
 
 
-def test_a_pipeline_stage_does_not_leave_out_a_request_that_others_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_size=2))
+def test_a_stage_does_not_leave_out_a_request_that_the_stage_before_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_parallel", lambda: SimpleNamespace(pp_rank=1))
     ended: list[str] = []
     monkeypatch.setattr(module, "end_server", lambda error: ended.append(str(error)))
     for mm_inputs in ("images", None):
         with pytest.raises(RankError):
             Failures().take_in(not_taken_in, None, recv_req(mm_inputs=mm_inputs))
-    assert ended == ["MMTok: a pipeline stage cannot refuse a request by itself: TypeError: no such field"] * 2
+    assert ended == ["MMTok: a pipeline stage failed where the stage before did not: TypeError: no such field"] * 2
 
 
 # Why each of two ranks failed, whether it comes to say so, and what it finds.

@@ -26,26 +26,27 @@ TEXT = Chat.ask("Tell me about cats.")
 
 @pytest.fixture(
     scope="module",
-    params=[("qwen2.5-vl", 1), ("qwen3-vl", 1), ("llava-1.5", 2)],
-    ids=lambda param: f"{param[0]}-{param[1]}",
+    params=[("qwen2.5-vl", 1, 1), ("qwen3-vl", 1, 1), ("llava-1.5", 2, 1), ("qwen2.5-vl", 1, 2)],
+    ids=lambda param: "{}-tp{}-pp{}".format(*param),
 )
 def faulty(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Served, Faults, int]]:
-    family, num_ranks = request.param
-    if num_ranks > (os.cpu_count() or 1):
+    """A server, its faults, and how many ranks meet one: of a pipeline those of its first stage."""
+    family, tp_size, pp_size = request.param
+    if tp_size * pp_size > (os.cpu_count() or 1):
         pytest.skip("two ranks need two cores")
     folder = tmp_path_factory.mktemp("faults")
-    yield from _served(family, num_ranks, folder)
+    yield from _served(family, tp_size, pp_size, folder)
 
 
-def _served(family: FamilyName, num_ranks: int, folder: Path) -> Iterator[tuple[Served, Faults, int]]:
-    flags = ["--mmtok-budget=10%", "--enable-metrics", f"--tp-size={num_ranks}"]
+def _served(family: FamilyName, tp_size: int, pp_size: int, folder: Path) -> Iterator[tuple[Served, Faults, int]]:
+    flags = ["--mmtok-budget=10%", "--enable-metrics", f"--tp-size={tp_size}", f"--pp-size={pp_size}"]
     if family == "llava-1.5":
         # What it needs without a budget may stay.
         flags.append("--model-impl=transformers")
-    with make_server(family, *flags, num_ranks=num_ranks, **fault_environment(folder)) as server:
-        yield Served(family, server, judge_of(family)), Faults(folder), num_ranks
+    with make_server(family, *flags, num_ranks=tp_size * pp_size, **fault_environment(folder)) as server:
+        yield Served(family, server, judge_of(family)), Faults(folder), tp_size
 
 
 def _asked(served: Served, chat: Chat) -> tuple[dict[str, Any] | None, int, str]:
@@ -78,7 +79,7 @@ def test_an_error_at_any_call_leaves_the_server_exact(faulty: tuple[Served, Faul
             assert status == 200
         served.ask(TEXT)
         served.check(chat, served.ask(chat))
-    # Of some points a request makes one call; the first rank alone answers.
+    # Of some points a request makes one call; the first rank alone answers. A pipeline's first stage tells the second.
     assert num_met >= (1 if point == "account" else num_ranks) * (len(CALLS) - 1)
 
 
@@ -111,17 +112,22 @@ def test_features_that_are_not_finite_reach_no_other_request(faulty: tuple[Serve
 
 def test_an_error_of_one_rank_alone_ends_the_server(faulty: tuple[Served, Faults, int]) -> None:
     """Last in this file: the server is gone after it."""
-    served, faults, num_ranks = faulty
-    if num_ranks == 1:
+    served, faults, _ = faulty
+    if "--tp-size=2" in served.server.args:
+        # Within the encoder, whose collectives the other rank waits in.
+        point, chat, why = "encode", Chat.ask(small("rocket"), "What is it?"), "MMTok: rank 1"
+    elif "--pp-size=2" in served.server.args:
+        point, chat, why = "namespace", TEXT, "MMTok: a pipeline stage failed where the stage before did not"
+    else:
         pytest.skip("there is one rank")
     served.flush_cache()
-    faults.set("encode", [1], rank=1)
+    faults.set(point, [1], rank=1)
     with pytest.raises(openai.APIError):
-        served.ask(Chat.ask(small("rocket"), "What is it?"))
+        served.ask(chat)
     failed_s = faults.last_met_s()
     while served.server.is_alive() and time.time() < failed_s + 60:
         time.sleep(0.1)
     assert time.time() - failed_s < 10
     log = served.server.log_text()
-    assert "MMTok: rank 1" in log
-    assert "injected at encode" in log
+    assert why in log
+    assert f"injected at {point}" in log
