@@ -61,7 +61,8 @@ class Budget:
             minimum: Floor on the tokens kept of an image.
 
         Raises:
-            ValueError: Anything else (0, negative numbers, 150%, 1.5, "ten"); the message lists what is accepted.
+            ValueError: Anything else (0, negative numbers, 150%, 1.5, "ten", and "auto", which `AutoBudget` is); the
+                message lists what is accepted.
         """
         if isinstance(value, Budget):
             return value
@@ -73,6 +74,10 @@ class Budget:
         text = str(value).strip().lower()
         if text == "all":
             return cls(minimum=minimum)
+        if text == "auto":
+            raise ValueError(
+                f"budget 'auto' is a server's, which chooses a budget for each question; expected {_ACCEPTED}"
+            )
         if re.fullmatch(r"[0-9]+", text) and int(text) > 0:
             return cls(tokens=int(text), minimum=minimum)
         if re.fullmatch(f"{_NUMBER}%", text) and 0 < Fraction(text[:-1]) <= 100:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmtok_bench.mixed_budget import MixedBudget
+from mmtok_deploy.auto_budget import AutoBudget
 from mmtok_deploy.budget import Budget
 
 __all__ = [
@@ -123,9 +124,12 @@ def budget(text: str) -> str:
 
 
 def mixed_budget(text: str) -> str:
-    """Returns a budget, or one of a smaller image: 10%@0.5."""
+    """Returns a budget, or one of a smaller image: 10%@0.5; not `auto`, which goes by what a question asks."""
     try:
-        return str(MixedBudget.parse(text))
+        mixed = MixedBudget.parse(text)
+        if isinstance(mixed.budget, AutoBudget):
+            raise ValueError("the budget auto goes by what a question asks, and the load asks nothing: name a share")
+        return str(mixed)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

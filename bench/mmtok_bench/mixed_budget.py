@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mmtok_deploy.auto_budget import AutoBudget, parse_budget
 from mmtok_deploy.budget import Budget
 
 __all__ = ["MixedBudget"]
@@ -19,12 +20,12 @@ class MixedBudget:
         encoder_scale: Value of `--mmtok-encoder-scale`.
     """
 
-    budget: Budget
+    budget: Budget | AutoBudget
     encoder_scale: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> MixedBudget:
-        """Returns what a command line or a row names: `10%`, `64`, `all`, or one of these with `@0.5` behind.
+        """Returns what a command line or a row names: `10%`, `64`, `all`, `auto`, or one of these with `@0.5` behind.
 
         Raises:
             ValueError: The text holds no budget, or a scale that is not above 0 and at most 1.
@@ -36,7 +37,7 @@ class MixedBudget:
             number = math.nan
         if not 0 < number <= 1:
             raise ValueError(f"the scale of {text!r} is not understood: expected one above 0 and at most 1, as 10%@0.5")
-        return cls(Budget.parse(budget), number)
+        return cls(parse_budget(budget, AutoBudget()), number)
 
     def __str__(self) -> str:
         return str(self.budget) + (f"@{self.encoder_scale:g}" if self.is_scaled else "")

@@ -81,6 +81,7 @@ def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, 
             "coverage": None,
             "coverage_bound": None,
             "is_fallback": False,
+            "auto": None,
         }
     outcome = outcome_of(item)
     return {
@@ -90,4 +91,5 @@ def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, 
         "coverage": None if outcome is None else outcome.coverage,
         "coverage_bound": None if outcome is None else outcome.coverage_bound,
         "is_fallback": None if outcome is None else outcome.fallback is not None,
+        "auto": plan.auto,
     }

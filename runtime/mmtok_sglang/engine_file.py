@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mmtok_deploy.auto_budget import AutoBudget
 from mmtok_deploy.manifest import ArtifactError, Manifest
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.settings import Settings
@@ -73,6 +74,13 @@ def _size_problems(manifest: Manifest, settings: Settings, family: Family, confi
 
 def _budget_problems(manifest: Manifest, settings: Settings, family: Family, config: Any) -> list[str]:
     budget = settings.budget
+    if isinstance(budget, AutoBudget):
+        if not manifest.takes_budget:
+            return [
+                f"makes {manifest.budget} picks always, --mmtok-budget auto asks for different numbers: mmtok export "
+                "selection --budget-input"
+            ]
+        budget = budget.largest
     num_tokens = family.num_selected_from(config) or manifest.dimensions["N"].maximum
     needed = family.max_num_kept(num_tokens, budget, config)
     # A share of images of any size: the largest needs all of the file's picks, the others the first of them.

@@ -46,5 +46,6 @@ def flags_of(owner: type) -> Iterator[Flag]:
 
 def _parsed(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (each for each in get_args(hint) if each is not type(None))
+        kinds = [each for each in get_args(hint) if each is not type(None)]
+        hint = kinds[0] if len(kinds) == 1 else str
     return hint if get_origin(hint) is Literal or hint in (bool, int, float, str) else str

@@ -15,6 +15,8 @@ from sglang.srt.managers.io_struct import EmbeddingReqInput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from torch import Tensor
 
+from mmtok_deploy.auto_budget import AutoBudget, what_is_asked
+from mmtok_deploy.budget import Budget
 from mmtok_deploy.executors import check_selection
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.manifest import Manifest
@@ -46,6 +48,8 @@ class ImagePlan:
         positions: [3, N] int64, the M-RoPE positions of the N placeholders; None for models with 1-D positions.
         method: What chooses the tokens.
         seed: What a method that draws is seeded with; 0 for the others.
+        auto: For the answer's account, what the question asks and the share of the tokens that it has; None where the
+            budget is not "auto".
     """
 
     num_tokens: int
@@ -55,6 +59,7 @@ class ImagePlan:
     positions: Tensor | None = None
     method: MethodName = "mmtok"
     seed: int = 0
+    auto: dict[str, str] | None = None
 
     @property
     def encoding(self) -> tuple[object, ...]:
@@ -121,6 +126,7 @@ class PlaceholderCutter:
             self._refuse_scale(asked.encoder_scale)
         if not asked.budget.is_all:
             self._refuse_method(asked.method, processor.hf_config)
+            self._refuse_auto(asked.budget)
         # SGLang hands an empty prompt on as None.
         prompt, max_prompt_tokens = kwargs["input_text"] or "", kwargs.get("max_req_input_len")
         texts = await self._check_prompt(image_data or [], processor, asked, prompt, request, max_prompt_tokens)
@@ -191,19 +197,20 @@ class PlaceholderCutter:
         found = partial(guidance_texts, given, prompt, len(images), self._family.placeholder)
         # Some milliseconds for each MB, or seconds where it has a role's mark at every few letters.
         texts = await asyncio.to_thread(found) if len(prompt) > _LONG_PROMPT else found()
-        if not reads_question(asked.method):
-            return [""] * len(texts)
-        limits.check_texts(texts)
+        if reads_question(asked.method) or isinstance(asked.budget, AutoBudget):
+            limits.check_texts(texts)
         return texts
 
     async def _plan_images(
         self, items: Sequence[Any], texts: list[str], asked: Requested, processor: Any, image_data: Any
     ) -> None:
-        """Leaves a plan on the item of each image that is to be pruned."""
+        """Leaves a plan on the item of each image that is to be pruned; `texts` are the questions about them."""
         limits, config = self._settings.limits, processor.hf_config
         if len(items) != len(texts):
             raise refusal("placeholders", f"the prompt has placeholders of {len(items)} images, {len(texts)} came")
-        plans = [self._plan(item, asked, config) for item in items]
+        plans = [self._plan(item, text, asked, config) for item, text in zip(items, texts, strict=True)]
+        if not reads_question(asked.method):
+            texts = [""] * len(texts)
         words = await self._words.of(texts, _tokenizer_of(processor))
         limits.check_guidance([len(ids) for ids in words.values()])
         covers_text = coverage_of(asked.method) in ("multimodal", "text")
@@ -228,11 +235,12 @@ class PlaceholderCutter:
         cost: int = num_selections * keeps * from_tokens * (len(plan.guidance) + from_tokens)
         return cost
 
-    def _plan(self, item: Any, asked: Requested, config: Any) -> ImagePlan | None:
+    def _plan(self, item: Any, text: str, asked: Requested, config: Any) -> ImagePlan | None:
         """Returns an image's plan, its guidance aside; None for one that is not to be pruned."""
         ((start, end),) = item.offsets
         num_tokens = end - start + 1
-        num_kept = self._family.num_kept(item, num_tokens, asked.budget, config)
+        budget, auto = _chosen(asked.budget, text)
+        num_kept = self._family.num_kept(item, num_tokens, budget, config)
         if num_tokens < self._settings.min_tokens_in:
             return None
         excluded = None
@@ -246,7 +254,7 @@ class PlaceholderCutter:
             # Fewer tokens than the budget may be pickable; where none is, the budget stands and the scheduler
             # falls back to evenly spaced tokens.
             num_kept = min(num_kept, num_tokens - int(excluded.sum())) or num_kept
-        return ImagePlan(num_tokens, num_kept, [], excluded, method=asked.method, seed=asked.seed)
+        return ImagePlan(num_tokens, num_kept, [], excluded, method=asked.method, seed=asked.seed, auto=auto)
 
     def _check_engine(self, item: Any, plan: ImagePlan, config: Any) -> None:
         if self._engine is not None:
@@ -261,12 +269,29 @@ class PlaceholderCutter:
         if obstacle is not None:
             raise refusal("method", f"mm_processor_kwargs.mmtok_method {method} does not run on this model: {obstacle}")
 
+    def _refuse_auto(self, budget: Budget | AutoBudget) -> None:
+        if isinstance(budget, AutoBudget) and self._engine is not None and not self._engine.takes_budget:
+            raise refusal(
+                "engine",
+                f"mm_processor_kwargs.mmtok_budget auto needs a selection of any number of tokens, this server's "
+                f"exported file makes {self._engine.budget} picks always: ask for a share or a count",
+            )
+
     def _refuse_scale(self, scale: float) -> None:
         obstacle = self._family.obstacle_to_scale
         if scale < 1 and obstacle is not None:
             raise refusal(
                 "field", f"mm_processor_kwargs.mmtok_encoder_scale {scale:g} does not run on this model: {obstacle}"
             )
+
+
+def _chosen(budget: Budget | AutoBudget, text: str) -> tuple[Budget, dict[str, str] | None]:
+    """Returns the budget of an image, and why it is that if it was chosen for this text."""
+    if isinstance(budget, Budget):
+        return budget, None
+    asked = what_is_asked(text)
+    chosen = budget.of(asked)
+    return chosen, {"asks": asked, "share": str(chosen)}
 
 
 def cut_placeholders(output: Any) -> None:

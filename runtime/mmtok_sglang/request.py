@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from mmtok_deploy.auto_budget import AutoBudget, parse_budget
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, reads_question
 from mmtok_deploy.shown import shown
 from mmtok_sglang.refusals import refusal
-from mmtok_sglang.settings import MAX_SEED, Settings, check_encoder_scale
+from mmtok_sglang.settings import MAX_SEED, Settings, check_budget, check_encoder_scale
 
 __all__ = [
     "FIELD",
@@ -41,7 +42,7 @@ class Requested:
         encoder_scale: What each of its sides is scaled by before the vision encoder.
     """
 
-    budget: Budget
+    budget: Budget | AutoBudget
     method: MethodName
     seed: int
     encoder_scale: float = 1.0
@@ -84,12 +85,16 @@ def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested
     Raises:
         ValueError: A field that does not exist, or a value that is not understood or cannot be served (HTTP 400).
     """
-    budget, method = _budget(kwargs, settings.budget), _method(kwargs, settings)
+    budget, method = _budget(kwargs, settings), _method(kwargs, settings)
+    try:
+        check_budget(budget, method)
+    except ValueError as error:
+        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
     seed = _seed(kwargs, settings.seed)
     return Requested(budget, method, seed if method == "random" else 0, _encoder_scale(kwargs, settings, method))
 
 
-def _budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
+def _budget(kwargs: Mapping[str, Any] | None, settings: Settings) -> Budget | AutoBudget:
     fields = kwargs or {}
     unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in _FIELDS)
     if unknown:
@@ -97,9 +102,9 @@ def _budget(kwargs: Mapping[str, Any] | None, default: Budget) -> Budget:
             "field", f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {', '.join(_FIELDS)}"
         )
     if fields.get(_BUDGET) is None:
-        return default
+        return settings.budget
     try:
-        return Budget.parse(fields[_BUDGET], minimum=default.minimum)
+        return parse_budget(fields[_BUDGET], settings.auto, minimum=settings.budget.minimum)
     except ValueError as error:
         raise refusal("field", f"mm_processor_kwargs.{_BUDGET}: {error}") from None
 

@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import os
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Optional
 
 import msgspec
@@ -14,7 +15,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.environ import envs
 
-from mmtok_deploy.budget import Budget
+from mmtok_deploy.auto_budget import AutoBudget, parse_budget, parse_share
 from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.flush_count import make_flush_count
@@ -188,13 +189,22 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         return resolved | settings.flags() if settings else resolved
 
     def _given(self) -> dict[str, Any]:
-        """Returns the flags that are given, by name; the budget parsed, and the agent's address whole."""
+        """Returns the flags that are given, by name; the budgets parsed, and the agent's address whole."""
         values = {each.name: getattr(self, f"mmtok_{each.name}") for each in FLAGS}
         given = {name: value for name, value in values.items() if value is not None}
-        given["budget"] = Budget.parse(self.mmtok_budget, minimum=given.get("min_tokens", 1))
+        auto_min, auto_max = (_share(name, given.get(name)) for name in ("auto_min", "auto_max"))
+        given["auto"] = AutoBudget(auto_min=auto_min, auto_max=auto_max)
+        given["budget"] = parse_budget(self.mmtok_budget, given["auto"], minimum=given.get("min_tokens", 1))
         if "agent_url" in given:
             given["agent_url"] = self._mmtok_agent_url
         return given
+
+
+def _share(name: str, value: str | None) -> Fraction | None:
+    try:
+        return None if value is None else parse_share(value)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def _check_model_path(path: str) -> None:

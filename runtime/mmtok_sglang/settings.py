@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+from mmtok_deploy.auto_budget import AutoBudget
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.executors import ExecutorName
@@ -20,7 +22,7 @@ from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.flags import Flag, Help, flags_of
 from mmtok_sglang.limits import Limits
 
-__all__ = ["FLAGS", "MAX_SEED", "Settings", "check_encoder_scale"]
+__all__ = ["FLAGS", "MAX_SEED", "Settings", "check_budget", "check_encoder_scale"]
 
 MAX_SEED = 2**63 - 1
 """The largest seed; a larger number could not be sent to the scheduler process."""
@@ -37,6 +39,7 @@ class Settings:
         family: Key of `mmtok_deploy.presets.PRESETS`, and of `families.FAMILIES`.
         budget: Tokens an image keeps where the request names no budget of its own.
         config: Temperatures and weight; what is covered is the method's.
+        auto: The bounds of the budget "auto", the server's or a request's; the minimum is the budget's.
         limits: What a request is refused for.
         flush_count: The path of the number of flushes that the server's tokenizer processes share.
 
@@ -47,9 +50,10 @@ class Settings:
 
     family: str
     budget: Annotated[
-        Budget,
-        Help("""vision tokens that an image keeps: a count (64), a share (10%% or 0.1), or all. A request overrides it
-        with mm_processor_kwargs={"mmtok_budget": ...}. Unset: the plugin is off."""),
+        Budget | AutoBudget,
+        Help("""vision tokens that an image keeps: a count (64), a share (10%% or 0.1), all, or auto, a share by what
+        its question asks. A request overrides it with mm_processor_kwargs={"mmtok_budget": ...}. Unset: the plugin is
+        off."""),
     ]
     config: SelectionConfig
     guidance: Annotated[
@@ -115,6 +119,7 @@ class Settings:
         int,
         Help("milliseconds that a request waits for the agent; then the question alone guides. Default: 1000."),
     ] = 1000
+    auto: AutoBudget = field(default_factory=AutoBudget)
     limits: Limits = field(default_factory=Limits)
     trust_image_hashes: Annotated[
         bool,
@@ -131,7 +136,7 @@ class Settings:
 
         Args:
             family: The model's.
-            given: The value of each flag that is given, by its name; the budget parsed.
+            given: The value of each flag that is given, by its name; the budget parsed, and `auto` for its bounds.
             limits: Those of a server that sets none.
         """
         preset = PRESETS[family]
@@ -141,7 +146,8 @@ class Settings:
             values["engine"] = Path(values["engine"]).absolute()
         if "engine_sha256" in values:
             values["engine_sha256"] = values["engine_sha256"].lower()
-        values.pop("min_tokens", None)  # the budget's
+        for name in _OF_THE_BUDGET:
+            values.pop(name, None)
         config = {each.name: values.pop(each.name) for each in fields(SelectionConfig) if each.name in values}
         limited = {each.name: values.pop(each.name) for each in fields(Limits) if each.name in values}
         return cls(family=family, config=replace(preset.config, **config), limits=replace(limits, **limited), **values)
@@ -169,6 +175,7 @@ class Settings:
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is from 0 to {MAX_SEED}, got {self.seed}")
         check_encoder_scale(self.encoder_scale, self.check_method(self.method))
+        check_budget(self.budget, self.method)
         self._check_agent()
 
     def check_method(self, method: object) -> MethodName:
@@ -228,15 +235,31 @@ def check_encoder_scale(value: object, method: MethodName) -> float:
     return float(value)
 
 
+def check_budget(budget: Budget | AutoBudget, method: MethodName) -> None:
+    """Raises ValueError for a method that scales images to a budget that is not known before their question is."""
+    if isinstance(budget, AutoBudget) and method == "downsample":
+        raise ValueError(
+            "budget auto does not go with the method downsample, which scales images to a budget: take a share or a "
+            "count, or another method"
+        )
+
+
 _CONFIG_HELP = {
     "tv_temp": "temperature of the text-to-vision softmax. Default: the model family's preset.",
     "vv_temp": "temperature of the vision-to-vision softmax. Default: the model family's preset.",
     "alpha": "weight of covering the image against covering the text. Default: the family's preset.",
 }
 
+_AUTO_HELP = {
+    "auto_min": "the smallest share (10%% or 0.1) that the budget auto keeps of an image. Default: 5%%.",
+    "auto_max": "the largest share that the budget auto keeps of an image. Default: 25%%.",
+}
+_OF_THE_BUDGET = ("min_tokens", *_AUTO_HELP)
+
 FLAGS: tuple[Flag, ...] = (
     *flags_of(Settings),
     Flag("min_tokens", int, "MMTok: never keep fewer tokens of an image than this. Default: 1."),
+    *(Flag(name, str, f"MMTok: {text}") for name, text in _AUTO_HELP.items()),
     *(Flag(name, get_type_hints(SelectionConfig)[name], f"MMTok: {text}") for name, text in _CONFIG_HELP.items()),
     *flags_of(Limits),
 )
@@ -245,6 +268,7 @@ FLAGS: tuple[Flag, ...] = (
 _PATHS = {
     **{each.name: each.name for each in flags_of(Settings)},
     "min_tokens": "budget.minimum",
+    **{name: f"auto.{name}" for name in _AUTO_HELP},
     **{name: f"config.{name}" for name in _CONFIG_HELP},
     **{each.name: f"limits.{each.name}" for each in flags_of(Limits)},
 }
@@ -254,4 +278,6 @@ _PATHS = {
 def _shown(name: str, value: Any) -> Any:
     if name == "agent_url" and value is not None:
         return AgentAddress(value).shown
-    return str(value) if isinstance(value, Budget | Path) else value
+    if isinstance(value, Fraction):
+        value = Budget(ratio=value)
+    return str(value) if isinstance(value, Budget | AutoBudget | Path) else value

@@ -9,6 +9,7 @@ from mmtok_bench.mixed_budget import MixedBudget
     ("text", "shown", "flags", "fields"),
     [
         ("0.1", "10%", ("--mmtok-budget=10%",), {"mmtok_budget": "10%"}),
+        ("auto", "auto", ("--mmtok-budget=auto",), {"mmtok_budget": "auto"}),
         ("64@1", "64", ("--mmtok-budget=64",), {"mmtok_budget": "64"}),
         (
             *("25%@.50", "25%@0.5", ("--mmtok-budget=25%", "--mmtok-encoder-scale=0.5")),

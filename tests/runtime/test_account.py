@@ -48,6 +48,7 @@ def test_the_account_of_images() -> None:
                 "coverage": 0.75,
                 "coverage_bound": 0.8,
                 "is_fallback": False,
+                "auto": None,
             },
             {
                 "tokens_in": 8,
@@ -56,6 +57,7 @@ def test_the_account_of_images() -> None:
                 "coverage": None,
                 "coverage_bound": None,
                 "is_fallback": False,
+                "auto": None,
             },
         ],
     }
@@ -77,7 +79,14 @@ def test_what_is_not_known_is_null() -> None:
         "coverage": None,
         "coverage_bound": None,
         "is_fallback": None,
+        "auto": None,
     }
+
+
+def test_why_a_budget_was_chosen_is_told() -> None:
+    auto = {"asks": "count", "share": "25%"}
+    item = image_item((3, 12), ImagePlan(num_tokens=40, num_kept=10, guidance=[5], auto=auto))
+    assert image_account([item], outcome_of)["images"][0]["auto"] == auto
 
 
 def test_the_account_goes_with_the_first_token() -> None:

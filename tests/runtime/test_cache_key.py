@@ -270,6 +270,12 @@ def test_a_later_place_in_the_prompt_is_no_difference() -> None:
     assert first.identity == later.identity
 
 
+def test_why_a_number_was_chosen_is_no_difference() -> None:
+    chosen = replace(PLAN, auto={"asks": "where", "share": "40%"})
+    items = [identified(image_item((0, 1), plan)) for plan in (PLAN, chosen, replace(chosen, num_kept=3))]
+    assert items[0].identity == items[1].identity != items[2].identity
+
+
 def test_every_image_has_an_identity_of_its_own() -> None:
     plans = (None, PLAN, replace(PLAN, guidance=[]))
     (unpruned, pruned, other) = inputs_of(*(image_item((0, 5), plan) for plan in plans)).mm_items

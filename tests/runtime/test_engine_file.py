@@ -123,6 +123,19 @@ def test_a_share_that_needs_more_than_the_file_keeps(tmp_path_factory: pytest.Te
         resolve(tmp_path_factory, "qwen2.5-vl", qwen_file, "20%")
 
 
+def test_auto_needs_a_file_of_any_number_of_picks(
+    installed: list[Settings | None], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, qwen_file: Path
+) -> None:
+    with pytest.raises(EngineMismatchError, match=r"makes 64 picks always, --mmtok-budget auto .* --budget-input"):
+        resolve(tmp_path_factory, "qwen2.5-vl", qwen_file, "auto")
+    file = export_for("qwen2.5-vl", tmp_path / "a.onnx", 64, takes_budget=True)
+    with pytest.raises(EngineMismatchError, match="keeps 64 tokens, --mmtok-budget 25% keeps 128 of 512"):
+        resolve(tmp_path_factory, "qwen2.5-vl", file, "auto")
+    assert installed == []
+    resolve(tmp_path_factory, "qwen2.5-vl", file, "auto", mmtok_auto_max="12.5%")
+    assert len(installed) == 1
+
+
 def test_a_file_that_is_not_there(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"^--mmtok-engine: /.*none\.onnx does not exist$"):
         resolve(tmp_path_factory, "llava-1.5", tmp_path / "none.onnx", "64")

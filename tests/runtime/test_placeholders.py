@@ -241,6 +241,23 @@ def test_a_requests_budget_is_cut_to(fields: Any, kept: tuple[int, int]) -> None
     assert tuple(end - start + 1 for start, end in offsets(output)) == kept
 
 
+def test_auto_keeps_what_each_images_question_needs() -> None:
+    texts = ["Where is the cat?", "How many cats are there?"]
+    fields = {"mmtok_budget": "auto", "mmtok_guidance": texts}
+    output = processed(prompt_output([1, *[IMAGE_ID] * 100, 2, *[IMAGE_ID] * 80]), 3, fields=fields)
+    plans = [plan_of(item) for item in output.mm_items]
+    assert [(plan.num_tokens, plan.num_kept, plan.auto) for plan in plans if plan is not None] == [
+        (100, 5, {"asks": "where", "share": "5%"}),
+        (80, 20, {"asks": "count", "share": "25%"}),
+    ]
+    # A method that does not read the question keeps as many tokens.
+    output = processed(
+        prompt_output([1, *[IMAGE_ID] * 100, 2, *[IMAGE_ID] * 80]), 3, fields={**fields, "mmtok_method": "even"}
+    )
+    others = [plan_of(item) for item in output.mm_items]
+    assert [(plan.num_kept, plan.guidance) for plan in others if plan is not None] == [(5, []), (20, [])]
+
+
 @pytest.mark.parametrize(
     ("min_tokens_in", "kept"), [(0, (2, 2)), (3, (2, 2)), (4, (2, 3)), (5, (4, 3))], ids=["off", "both", "one", "none"]
 )

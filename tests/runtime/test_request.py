@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from mmtok_deploy import Budget
+from mmtok_deploy.auto_budget import AutoBudget, parse_budget
 from mmtok_sglang.request import (
     Requested,
     add_chat_guidance,
@@ -48,7 +50,30 @@ def test_a_requests_budget_goes_before_the_servers(value: str | int | float) -> 
 
 
 def test_the_servers_minimum_holds_for_requests() -> None:
-    assert requested({"mmtok_budget": 1}, SERVER).budget.num_kept(576) == 4
+    assert requested({"mmtok_budget": 1}, SERVER).budget == Budget(tokens=1, minimum=4)
+
+
+def test_auto_goes_before_the_servers_budget_and_keeps_its_bounds() -> None:
+    settings = replace(SERVER, auto=AutoBudget(auto_max=Fraction(1, 5)))
+    budget = requested({"mmtok_budget": "auto"}, settings).budget
+    assert budget == AutoBudget(minimum=4, auto_max=Fraction(1, 5))
+    of_server = replace(settings, budget=budget)
+    assert requested(None, of_server).budget == budget
+    assert requested({"mmtok_budget": 8}, of_server).budget == Budget(tokens=8, minimum=4)
+
+
+@pytest.mark.parametrize(
+    ("budget", "fields"),
+    [
+        ("10%", {"mmtok_method": "downsample", "mmtok_budget": "auto"}),
+        ("auto", {"mmtok_method": "downsample"}),
+    ],
+)
+def test_downsample_takes_no_auto(budget: str, fields: dict[str, Any]) -> None:
+    settings = replace(make_settings(), budget=parse_budget(budget, AutoBudget()))
+    with pytest.raises(ValueError, match=r"^mm_processor_kwargs.mmtok_budget auto does not go with the method downsam"):
+        requested(fields, settings)
+    assert requested(fields | {"mmtok_budget": "10%"}, settings).budget == Budget.parse("10%")
 
 
 @pytest.mark.parametrize(

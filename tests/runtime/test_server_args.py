@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.server_args import ServerArgs
 
 from mmtok_deploy import Budget, SelectionConfig
+from mmtok_deploy.auto_budget import AutoBudget
 from mmtok_deploy.methods import MethodName, coverage_of
 from mmtok_sglang import install, server_args
 from mmtok_sglang.compatibility import UnsupportedServerError
@@ -33,6 +35,8 @@ FLAGS = [
     "--mmtok-budget",
     "--mmtok-min-tokens",
     "--mmtok-min-tokens-in",
+    "--mmtok-auto-min",
+    "--mmtok-auto-max",
     "--mmtok-tv-temp",
     "--mmtok-vv-temp",
     "--mmtok-alpha",
@@ -159,6 +163,18 @@ def test_a_variable_that_looks_like_a_flag_is_warned_of(
             {"mmtok_method": "downsample", "mmtok_encoder_scale": 0.5},
             "--mmtok-encoder-scale 0.5 does not go with the method downsample",
         ),
+        (
+            {"mmtok_budget": "auto", "mmtok_method": "downsample"},
+            "--mmtok-budget auto does not go with the method downsample",
+        ),
+        *(
+            ({f"mmtok_auto_{name}": "64"}, f"--mmtok-auto-{name} is a share of an image's tokens .*, got '64'")
+            for name in ("min", "max")
+        ),
+        (
+            {"mmtok_auto_min": "30%", "mmtok_auto_max": "20%"},
+            "--mmtok-auto-min is at most auto_max, got 30% and 20%",
+        ),
         ({"mmtok_seed": -1}, "--mmtok-seed is from 0 to 9223372036854775807, got -1"),
         (
             {"mmtok_method": "even", "mmtok_backend": "triton"},
@@ -224,6 +240,7 @@ def test_a_server_that_would_be_its_own_agent_does_not_start(installed: list[lis
         ("--mmtok-alpha", "1"),
         ("--mmtok-min-tokens", "4"),
         ("--mmtok-min-tokens-in", "0"),
+        ("--mmtok-auto-max", "20%"),
         ("--mmtok-method", "text-coverage"),
         ("--mmtok-agent-url", "http://agent/v1"),
         ("--mmtok-feature-cache-mb", "0"),
@@ -282,6 +299,14 @@ def test_without_flags_the_arguments_are_sglangs() -> None:
             ),
         ),
         (
+            {"mmtok_budget": "auto", "mmtok_auto_max": "0.2", "mmtok_min_tokens": 8},
+            "qwen2.5-vl",
+            Settings(
+                *("qwen2.5-vl", AutoBudget(8, None, Fraction(1, 5)), SelectionConfig(0.01, 0.2, 0.5), "question"),
+                auto=AutoBudget(auto_max=Fraction(1, 5)),
+            ),
+        ),
+        (
             {"mmtok_budget": "10%", "mmtok_encoder_scale": 0.5},
             "qwen2.5-vl",
             Settings(
@@ -336,6 +361,8 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_budget": "10%",
         "mmtok_min_tokens": 1,
         "mmtok_min_tokens_in": 0,
+        "mmtok_auto_min": None,
+        "mmtok_auto_max": None,
         "mmtok_tv_temp": 0.01,
         "mmtok_vv_temp": 0.2,
         "mmtok_alpha": 1.0,

@@ -48,7 +48,7 @@ class QualityPlan:
     Args:
         methods: Methods of choosing the tokens; `WITH_AGENT` is one.
         budgets: As `MixedBudget.parse` reads them; "all", and "all@0.5" of a smaller image, are asked once, whatever
-            the methods, and first.
+            the methods, and first. "auto" is the server's choice for each question.
         seeds: Seeds of the held-out scenes, and of the method `random`.
         kinds: Kinds of questions.
         num_questions: Questions of each kind and seed.
@@ -81,7 +81,10 @@ class QualityPlan:
             raise ValueError(f"expected kinds of {', '.join(KINDS)} and at least 1 question, got {got}")
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Returns methods and budgets in the order in which they are asked; `downsample` takes no smaller image."""
+        """Returns methods and budgets in the order in which they are asked.
+
+        `downsample` takes no smaller image, and no budget that is chosen by the question.
+        """
         whole = sorted(
             (each for each in self.budgets if each.partition("@")[0] == "all"), key=lambda each: each != "all"
         )
@@ -90,7 +93,7 @@ class QualityPlan:
             for budget in self.budgets
             if budget not in whole
             for method in self.methods
-            if method != "downsample" or "@" not in budget
+            if method != "downsample" or not ("@" in budget or budget == "auto")
         ]
         return [*((UNPRUNED, budget) for budget in whole), *pruned]
 

@@ -97,6 +97,6 @@ def _mixes(lines: Sequence[dict[str, Any]]) -> Iterator[Mix]:
         yield Mix(
             budget,
             scale,
-            encoded[0]["tokens_kept"] + of_kinds[0]["tokens_kept"],
+            encoded[0]["tokens_kept"] + statistics.fmean(each["tokens_kept"] for each in of_kinds),
             statistics.fmean(each["accuracy"] for each in of_kinds),
         )

@@ -25,6 +25,7 @@ from mmtok_bench.serve.plan import Side, Turn, are_side_by_side, plan_cases, pla
 from mmtok_bench.serve.presets import ServedModel, ServePlan, Size, plan_of
 from mmtok_bench.serve.rows import BENCH, known_case
 from mmtok_bench.server import ServerPool, SglangServer, make_server
+from mmtok_deploy.budget import Budget
 
 __all__ = ["run_serve_bench", "side_server"]
 
@@ -112,12 +113,11 @@ def _read_processor(path: Path, model: ServedModel) -> Any:
 
 
 def _smaller_px(processor: Any, model: ServedModel, size_px: Size, budget: str) -> Size | None:
-    mixed = MixedBudget.parse(budget)
-    if mixed.is_scaled:
+    if MixedBudget.parse(budget).is_scaled:
         # The counterpart of such a budget is one of the whole image.
         return None
     num_tokens = count_image_tokens(processor, size_px)
-    num_kept = mixed.budget.num_kept(num_tokens)
+    num_kept = Budget.parse(budget).num_kept(num_tokens)
     return None if num_kept == num_tokens else downsampled_px(processor, model.family, size_px, num_kept)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -140,9 +140,12 @@ class Qwen(Family):
                     f"{by} changes the images, which {sent} names: send no {sent}",
                 )
         sizes = ProcessorSizes.of(processor)
-        shrink = (
-            partial(sizes.scale, scale=asked.encoder_scale) if is_scaled else partial(sizes.shrink, budget=asked.budget)
-        )
+        shrink: Callable[..., Any]
+        if is_scaled:
+            shrink = partial(sizes.scale, scale=asked.encoder_scale)
+        else:
+            assert isinstance(asked.budget, Budget)  # `check_budget`
+            shrink = partial(sizes.shrink, budget=asked.budget)
         return [await asyncio.to_thread(shrink, image, min_tokens_in=settings.min_tokens_in) for image in images or ()]
 
 

@@ -64,8 +64,9 @@ def test_every_setting_and_seed_has_its_rows(tmp_path: Path) -> None:
 
 
 def test_a_smaller_image_is_asked_whole_once_and_pruned_by_every_method() -> None:
-    plan = replace(PLAN, methods=("mmtok", "downsample"), budgets=("4", "4@0.5", "all@0.5", "all"))
+    plan = replace(PLAN, methods=("mmtok", "downsample"), budgets=("4", "4@0.5", "auto", "all@0.5", "all"))
     pairs = [("unpruned", "all"), ("unpruned", "all@0.5"), ("mmtok", "4"), ("downsample", "4"), ("mmtok", "4@0.5")]
+    pairs.append(("mmtok", "auto"))
     assert plan.pairs() == pairs
     scaled = {"mmtok_encoder_scale": 0.5}
     assert [_fields(Setting(*pair, 3)) for pair in pairs] == [
@@ -74,6 +75,7 @@ def test_a_smaller_image_is_asked_whole_once_and_pruned_by_every_method() -> Non
         {"mmtok_budget": "4", "mmtok_method": "mmtok", "mmtok_seed": 3},
         {"mmtok_budget": "4", "mmtok_method": "downsample", "mmtok_seed": 3},
         {"mmtok_budget": "4", "mmtok_method": "mmtok", "mmtok_seed": 3} | scaled,
+        {"mmtok_budget": "auto", "mmtok_method": "mmtok", "mmtok_seed": 3},
     ]
 
 
