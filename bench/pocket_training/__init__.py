@@ -1,5 +1,6 @@
 """Trains the pocket models; `mmtok pocket` runs it in a checkout, and it is in no wheel.
 
 `model` is what the families `llava` and `qwen` have in common, and `words` their vocabulary; `training_data` and
-`training` train one, `sheet` draws scenes with their questions. `mmtok_bench/pocket` has what was trained.
+`training` train one, `sheet` draws scenes with their questions. `auto_budget` calibrates the budget auto on rows of
+theirs. `mmtok_bench/pocket` has what was trained.
 """

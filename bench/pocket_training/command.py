@@ -33,22 +33,40 @@ def add_pocket_parser(commands: Any) -> None:
         "--output", type=Path, default=Path("artifacts/pocket/scenes.png"), help="default artifacts/pocket/scenes.png"
     )
 
+    shares = kinds.add_parser("shares", help="what the budget auto keeps, from rows of mmtok quality")
+    shares.add_argument("rows", type=Path, nargs="+", metavar="FILE.jsonl", help="of all models together")
+    auto = kinds.add_parser("auto", help="the budget auto beside the others of a run of mmtok quality")
+    auto.add_argument("rows", type=Path, metavar="FILE.jsonl", help="of one model; the answers are beside it")
+
 
 def run_pocket(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of `mmtok pocket`: 0, 1 if the folder's state is another training's, 130 after Ctrl-C."""
+    """Returns the exit code of `mmtok pocket`: 0, 1 where files are not what is expected, 130 after Ctrl-C."""
     if arguments.pocket == "scenes":
         from pocket_training.sheet import draw_sheet
 
         print(draw_sheet(arguments.output, seed=arguments.seed))
         return 0
     try:
-        return _train(arguments)
-    except ValueError as error:
-        print(f"mmtok pocket train: {error}", file=sys.stderr)
+        return _train(arguments) if arguments.pocket == "train" else _print_auto(arguments)
+    except (OSError, ValueError) as error:
+        print(f"mmtok pocket {arguments.pocket}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"Stopped; the same command goes on from the last state in {_folder(arguments)}.", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _print_auto(arguments: argparse.Namespace) -> int:
+    from mmtok_bench.results import read_rows
+    from mmtok_deploy.budget import Budget
+    from pocket_training.auto_budget import lines_of_comparison, shares_of
+
+    if arguments.pocket == "auto":
+        print("\n".join(lines_of_comparison(arguments.rows)))
+        return 0
+    for asked, share in shares_of([row for path in arguments.rows for row in read_rows(path)]).items():
+        print(f"{asked:8}{Budget(ratio=share)}")
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

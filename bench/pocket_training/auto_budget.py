@@ -1,0 +1,132 @@
+"""What the budget auto keeps by what a question asks, from rows of `mmtok quality`, and what it is worth."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmtok_bench.pocket.questions import KINDS, Kind, picture_of, scene_at
+from mmtok_bench.quality.plan import ScoredAnswer, answers_beside, read_answers
+from mmtok_bench.quality.rows import ALL_SEEDS
+from mmtok_bench.results import ResultRow
+from mmtok_deploy.auto_budget import Asked
+from mmtok_deploy.budget import Budget
+
+__all__ = ["ASKED", "image_features", "lines_of_comparison", "shares_of"]
+
+ASKED: Mapping[Kind, Asked] = {"position": "where", "existence": "whether", "count": "count", "reading": "read"}
+"""What a kind of the pocket questions asks."""
+
+# Of the right answers that a model gives unpruned.
+_KEEPS = 0.9
+_NUM_RESAMPLES = 2000
+_LEVEL = 0.95
+_PATCH_PX = 8
+
+
+def shares_of(rows: Sequence[ResultRow]) -> dict[Asked, Fraction]:
+    """Returns for each kind the smallest share of tokens at which MMTok keeps 90% of every model's right answers.
+
+    Args:
+        rows: Of `mmtok quality`, over all seeds; budgets that are counts are passed over.
+
+    Raises:
+        ValueError: A kind of which some model keeps less at every share.
+    """
+    shares: dict[Asked, Fraction] = {}
+    for kind, asked in ASKED.items():
+        kept: dict[Fraction, list[float]] = {}
+        for row in rows:
+            if (row.case["kind"], row.case["method"], row.case["seed"]) == (kind, "mmtok", ALL_SEEDS):
+                ratio = Budget.parse(str(row.case["budget"])).ratio
+                if ratio is not None:
+                    kept.setdefault(ratio, []).append(row.metrics["share"])
+        enough = [share for share, of_models in kept.items() if min(of_models) >= _KEEPS]
+        if not enough:
+            raise ValueError(f"no share keeps {_KEEPS:.0%} of the right answers about {kind}: add rows of larger ones")
+        shares[asked] = min(enough)
+    return shares
+
+
+def lines_of_comparison(rows: Path) -> list[str]:
+    """Returns a table of budgets, and one of image features against right answers, in Markdown.
+
+    Args:
+        rows: A file of rows of MMTok with the budget auto among others; the answers are beside it.
+
+    Raises:
+        ValueError: No answers of auto.
+    """
+    answers: dict[str, list[ScoredAnswer]] = {}
+    for setting, of_setting in read_answers(answers_beside(rows)).items():
+        answers.setdefault(setting.budget, []).extend(of_setting)
+    if "auto" not in answers:
+        raise ValueError(
+            f"{answers_beside(rows)} has no answers of the budget auto: mmtok quality --budgets all,auto,32"
+        )
+    lines = [
+        f"| budget | tokens | {' | '.join(KINDS)} | mean | auto ahead by, 95% interval |",
+        "|---|---:|" + "---:|" * (len(KINDS) + 2),
+    ]
+    for budget, given in answers.items():
+        by_kind = [statistics.fmean(each.is_right for each in given if each.kind == kind) for kind in KINDS]
+        tokens = statistics.fmean(each.num_image_tokens or 0 for each in given)
+        cells = " | ".join(f"{100 * value:.1f}" for value in (*by_kind, statistics.fmean(by_kind)))
+        ahead = "" if budget == "auto" else "{:.1f} ({:.1f} to {:.1f})".format(*_ahead(answers["auto"], given))
+        lines.append(f"| {budget} | {tokens:.0f} | {cells} | {ahead} |")
+    places = {(each.seed, each.scene) for each in answers["auto"]}
+    features = {place: image_features(picture_of(scene_at(*place))) for place in places}
+    names = list(next(iter(features.values())))
+    lines += ["", f"| budget | kind | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    for budget, given in answers.items():
+        for kind in KINDS if budget not in ("all", "auto") else ():
+            found = _correlations([each for each in given if each.kind == kind], features)
+            lines.append(f"| {budget} | {kind} | {' | '.join(f'{value:+.2f}' for value in found)} |")
+    return lines
+
+
+def image_features(picture: Image.Image) -> dict[str, float]:
+    """Returns what is cheap to know of a picture of 112 x 112 px: of its grey levels, whole numbers."""
+    grey = np.asarray(picture.convert("L")).astype(np.int64)
+    steps = np.concatenate([np.abs(np.diff(grey, axis=axis)).ravel() for axis in (0, 1)])
+    num_patches = len(grey) // _PATCH_PX
+    patches = grey.reshape(num_patches, _PATCH_PX, num_patches, _PATCH_PX).swapaxes(1, 2).reshape(num_patches**2, -1)
+    levels = np.bincount(grey.ravel() // 8, minlength=32) / grey.size
+    return {
+        "edges": float((steps > 32).mean()),
+        "busy patches": float((np.ptp(patches, axis=1) > 48).mean()),
+        "distinct patches": float(len(np.unique(patches.mean(axis=1) // 8))),
+        "entropy": float(-(levels[levels > 0] * np.log2(levels[levels > 0])).sum()),
+        "contrast": float(grey.std()),
+    }
+
+
+def _correlations(
+    answers: Sequence[ScoredAnswer], features: Mapping[tuple[int, int], Mapping[str, float]]
+) -> NDArray[np.float64]:
+    right = np.array([each.is_right for each in answers], dtype=float)
+    values = np.array([list(features[each.seed, each.scene].values()) for each in answers])
+    if right.std() == 0:
+        return np.zeros(values.shape[1])
+    return np.array([np.corrcoef(column, right)[0, 1] for column in values.T])
+
+
+def _ahead(auto: Sequence[ScoredAnswer], other: Sequence[ScoredAnswer]) -> tuple[float, float, float]:
+    """Returns by how many points the mean over the kinds is higher, and its interval over draws of whole scenes."""
+    scenes = {place: number for number, place in enumerate(dict.fromkeys((each.seed, each.scene) for each in auto))}
+    gained, asked = np.zeros((len(scenes), len(KINDS))), np.zeros((len(scenes), len(KINDS)))
+    for each, of_other in zip(auto, other, strict=True):
+        assert (each.question, each.scene, each.seed) == (of_other.question, of_other.scene, of_other.seed)
+        place = scenes[each.seed, each.scene], KINDS.index(each.kind)
+        gained[place] += 100 * (each.is_right - of_other.is_right)
+        asked[place] += 1
+    draws = np.random.default_rng(0).integers(len(scenes), size=(_NUM_RESAMPLES, len(scenes)))
+    means = [(gained[draw].sum(0) / asked[draw].sum(0)).mean() for draw in draws]
+    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float((gained.sum(0) / asked.sum(0)).mean()), float(low), float(high)
