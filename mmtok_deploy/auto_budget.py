@@ -46,8 +46,8 @@ class AutoBudget:
 
     Args:
         minimum: Never keep fewer tokens than this (or than there are), at least 1.
-        auto_min: The smallest share, above 0 and at most 1; None for the smallest of `SHARES`.
-        auto_max: The largest share, at least `auto_min` and at most 1; None for the largest of `SHARES`.
+        auto_min: The smallest share, above 0 and at most 1; None for no bound.
+        auto_max: The largest share, at least `auto_min` and at most 1; None for no bound.
 
     Raises:
         ValueError: A bound that is no such share, or a minimum that is no such number.
@@ -122,7 +122,7 @@ def parse_share(value: str | int | float) -> Fraction:
 
 
 def what_is_asked(question: str) -> Asked:
-    """Returns what the text about an image asks for, in English.
+    """Returns what the text about an image asks for, by its English words.
 
     "count" and "read" by words anywhere in it. "where" and "whether" only where nothing else is asked: the text is one
     question that begins so, without another word that asks (what, which, how). Everything else is "other": another

@@ -2,5 +2,5 @@
 
 `model` is what the families `llava` and `qwen` have in common, and `words` their vocabulary; `training_data` and
 `training` train one, `sheet` draws scenes with their questions. `auto_budget` calibrates the budget auto on rows of
-theirs. `mmtok_bench/pocket` has what was trained.
+theirs, and `pruned_answers` asks them without a server. `mmtok_bench/pocket` has what was trained.
 """

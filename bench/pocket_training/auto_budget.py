@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmtok_bench.pocket.questions import KINDS, Kind, picture_of, scene_at
-from mmtok_bench.quality.plan import ScoredAnswer, answers_beside, read_answers
+from mmtok_bench.quality.plan import ScoredAnswer, read_answers
 from mmtok_bench.quality.rows import ALL_SEEDS
 from mmtok_bench.results import ResultRow
 from mmtok_deploy.auto_budget import Asked
@@ -54,22 +54,20 @@ def shares_of(rows: Sequence[ResultRow]) -> dict[Asked, Fraction]:
     return shares
 
 
-def lines_of_comparison(rows: Path) -> list[str]:
+def lines_of_comparison(path: Path) -> list[str]:
     """Returns a table of budgets, and one of image features against right answers, in Markdown.
 
     Args:
-        rows: A file of rows of MMTok with the budget auto among others; the answers are beside it.
+        path: Answers of `mmtok quality` or `mmtok pocket answers`, the budget auto among others.
 
     Raises:
         ValueError: No answers of auto.
     """
     answers: dict[str, list[ScoredAnswer]] = {}
-    for setting, of_setting in read_answers(answers_beside(rows)).items():
+    for setting, of_setting in read_answers(path).items():
         answers.setdefault(setting.budget, []).extend(of_setting)
     if "auto" not in answers:
-        raise ValueError(
-            f"{answers_beside(rows)} has no answers of the budget auto: mmtok quality --budgets all,auto,32"
-        )
+        raise ValueError(f"{path} has no answers of the budget auto: mmtok pocket answers --budgets auto,32 {path}")
     lines = [
         f"| budget | tokens | {' | '.join(KINDS)} | mean | auto ahead by, 95% interval |",
         "|---|---:|" + "---:|" * (len(KINDS) + 2),
@@ -127,6 +125,6 @@ def _ahead(auto: Sequence[ScoredAnswer], other: Sequence[ScoredAnswer]) -> tuple
         gained[place] += 100 * (each.is_right - of_other.is_right)
         asked[place] += 1
     draws = np.random.default_rng(0).integers(len(scenes), size=(_NUM_RESAMPLES, len(scenes)))
-    means = [(gained[draw].sum(0) / asked[draw].sum(0)).mean() for draw in draws]
+    means = (gained[draws].sum(1) / asked[draws].sum(1)).mean(1)
     low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float((gained.sum(0) / asked.sum(0)).mean()), float(low), float(high)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from mmtok_bench.arguments import count, each, seed
 from mmtok_bench.families import PocketFamily
 
 __all__ = ["add_pocket_parser", "run_pocket"]
@@ -35,8 +36,14 @@ def add_pocket_parser(commands: Any) -> None:
 
     shares = kinds.add_parser("shares", help="what the budget auto keeps, from rows of mmtok quality")
     shares.add_argument("rows", type=Path, nargs="+", metavar="FILE.jsonl", help="of all models together")
-    auto = kinds.add_parser("auto", help="the budget auto beside the others of a run of mmtok quality")
-    auto.add_argument("rows", type=Path, metavar="FILE.jsonl", help="of one model; the answers are beside it")
+    answers = kinds.add_parser("answers", help="asks a pocket model in this process, without a server")
+    answers.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
+    answers.add_argument("--budgets", type=each(str), required=True, help="of MMTok: auto,32,25%%")
+    answers.add_argument("--seeds", type=each(seed), default=[3, 4, 5], help="of the scenes (default 3,4,5)")
+    answers.add_argument("--num-questions", type=count, default=170, help="of each kind and seed (default 170)")
+    answers.add_argument("output", type=Path, metavar="FILE.answers", help="answers are added to it")
+    auto = kinds.add_parser("auto", help="the budget auto beside other ones, and features of images beside answers")
+    auto.add_argument("answers", type=Path, metavar="FILE.answers", help="of one model, auto among its budgets")
 
 
 def run_pocket(arguments: argparse.Namespace) -> int:
@@ -47,7 +54,7 @@ def run_pocket(arguments: argparse.Namespace) -> int:
         print(draw_sheet(arguments.output, seed=arguments.seed))
         return 0
     try:
-        return _train(arguments) if arguments.pocket == "train" else _print_auto(arguments)
+        return _train(arguments) if arguments.pocket == "train" else _calibrate(arguments)
     except (OSError, ValueError) as error:
         print(f"mmtok pocket {arguments.pocket}: {error}", file=sys.stderr)
         return 1
@@ -56,13 +63,18 @@ def run_pocket(arguments: argparse.Namespace) -> int:
         return _INTERRUPTED
 
 
-def _print_auto(arguments: argparse.Namespace) -> int:
+def _calibrate(arguments: argparse.Namespace) -> int:
     from mmtok_bench.results import read_rows
     from mmtok_deploy.budget import Budget
     from pocket_training.auto_budget import lines_of_comparison, shares_of
 
+    if arguments.pocket == "answers":
+        from pocket_training.pruned_answers import answer_all
+
+        answer_all(arguments.family, arguments.budgets, arguments.seeds, arguments.num_questions, arguments.output)
+        return 0
     if arguments.pocket == "auto":
-        print("\n".join(lines_of_comparison(arguments.rows)))
+        print("\n".join(lines_of_comparison(arguments.answers)))
         return 0
     for asked, share in shares_of([row for path in arguments.rows for row in read_rows(path)]).items():
         print(f"{asked:8}{Budget(ratio=share)}")

@@ -236,7 +236,7 @@ def check_encoder_scale(value: object, method: MethodName) -> float:
 
 
 def check_budget(budget: Budget | AutoBudget, method: MethodName) -> None:
-    """Raises ValueError for a method that scales images to a budget that is not known before their question is."""
+    """Raises ValueError if the method cannot run at the budget: `downsample` has one for all images of a request."""
     if isinstance(budget, AutoBudget) and method == "downsample":
         raise ValueError(
             "budget auto does not go with the method downsample, which scales images to a budget: take a share or a "
@@ -251,8 +251,8 @@ _CONFIG_HELP = {
 }
 
 _AUTO_HELP = {
-    "auto_min": "the smallest share (10%% or 0.1) that the budget auto keeps of an image. Default: 5%%.",
-    "auto_max": "the largest share that the budget auto keeps of an image. Default: 25%%.",
+    "auto_min": "the smallest share (10%% or 0.1) that the budget auto keeps of an image. Default: none.",
+    "auto_max": "the largest share that the budget auto keeps of an image. Default: none.",
 }
 _OF_THE_BUDGET = ("min_tokens", *_AUTO_HELP)
 

@@ -142,14 +142,14 @@ def test_the_plan_survives_the_way_to_the_scheduler(send: Callable[[Any], Any]) 
     excluded = torch.tensor([True, False, False, True])
     output = prompt_output(TWO_IMAGES, mrope=True)
     ImagePlan(4, 2, guidance=[7, 8], excluded=excluded).attach(output.mm_items[0])
-    ImagePlan(3, 1, guidance=[]).attach(output.mm_items[1])
+    ImagePlan(3, 1, guidance=[], auto={"asks": "read", "share": "25%"}).attach(output.mm_items[1])
     cut_placeholders(output)
     sent = [plan_of(item) for item in output.mm_items]
     for before, after in zip(sent, [plan_of(item) for item in send(output).mm_items], strict=True):
         assert before is not None
         assert after is not None
         assert (after.num_tokens, after.num_kept) == (before.num_tokens, before.num_kept)
-        assert after.guidance == before.guidance
+        assert (after.guidance, after.auto) == (before.guidance, before.auto)
         assert same(after.excluded, before.excluded)
         assert same(after.positions, before.positions)
 

@@ -180,7 +180,9 @@ def _fuzz_our_fields(draw: random.Random, body: dict[str, Any]) -> None:
     if draw.random() < 0.5:
         fields["mmtok_method"] = draw.choice(_METHODS)
     if draw.random() < 0.5:
-        fields["mmtok_budget"] = draw.choice(("10%", 0.5, 1, 3, "all", 10**9, "0.01%", "100%", 1e-9, "1e400", "-0"))
+        fields["mmtok_budget"] = draw.choice(
+            ("10%", 0.5, 1, 3, "all", 10**9, "0.01%", "100%", 1e-9, "1e400", "-0", "auto")
+        )
     body[_KWARGS] = fields if draw.random() < 0.9 else _value(draw)
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mmtok_bench.pocket.questions import KINDS, fingerprint, make_scenes
-from mmtok_bench.quality.plan import ScoredAnswer, answers_beside, append_answers
+from mmtok_bench.quality.plan import ScoredAnswer, append_answers
 from mmtok_bench.results import read_rows
 from mmtok_deploy.auto_budget import SHARES, what_is_asked
 from mmtok_deploy.cli import main
@@ -53,11 +53,11 @@ def answers(budget: str, num_image_tokens: int, wrong: str) -> list[ScoredAnswer
 
 
 def test_auto_beside_another_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = tmp_path / "quality.jsonl"
-    assert main(["pocket", "auto", str(rows)]) == 1
-    assert "has no answers of the budget auto: mmtok quality --budgets" in capsys.readouterr().err
-    append_answers(answers_beside(rows), [*answers("auto", 30, ""), *answers("32", 32, "count")])
-    lines = lines_of_comparison(rows)
+    path = tmp_path / "pocket.answers"
+    assert main(["pocket", "auto", str(path)]) == 1
+    assert "has no answers of the budget auto: mmtok pocket answers" in capsys.readouterr().err
+    append_answers(path, [*answers("auto", 30, ""), *answers("32", 32, "count")])
+    lines = lines_of_comparison(path)
     assert lines[2:4] == [
         "| auto | 30 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |  |",
         "| 32 | 32 | 100.0 | 0.0 | 100.0 | 100.0 | 75.0 | 25.0 (25.0 to 25.0) |",
