@@ -4,7 +4,8 @@
    SGLang and installs the `hooks`, all of it or nothing (`install`). `server` holds what a process needs, one of each.
 2. `request` reads what a request asks for: its budget, and the text that guides the selection of each image, which an
    `agent` may add to.
-   `limits` and `typed_placeholders` refuse what costs too much or would go wrong; `images` loads the images in threads.
+   `limits` and `typed_placeholders` refuse what costs too much or would go wrong; `images` loads the images in threads,
+   and `videos` opens the videos.
 3. `processor`, over SGLang's class, has `placeholders` cut an image's N placeholder tokens to K in the tokenizer
    process and leave a plan on the image; `pixels` sends 8-bit values, which the encoder's device normalises.
 4. `cache_key` makes the keys of all caches from everything that their values depend on; `invalidation` moves them on

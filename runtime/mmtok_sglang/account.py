@@ -54,19 +54,23 @@ def accounting(outcome_of: Callable[[Any], Outcome | None]) -> Callable[..., Non
 
 
 def image_account(items: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, Any]:
-    """Returns the account of a request's images, in the order of the prompt.
+    """Returns the account of a request's images and of its videos, each in the order of the prompt.
 
     Args:
         items: SGLang's items of the request.
         outcome_of: See `accounting`.
     """
     images = [_image(item, outcome_of) for item in items if item.is_image()]
-    fallbacks = [image["is_fallback"] for image in images]
+    videos = [_image(item, outcome_of) for item in items if item.is_video()]
+    fallbacks = [each["is_fallback"] for each in (*images, *videos)]
     return {
         "image_tokens_in": sum(image["tokens_in"] for image in images),
         "image_tokens_kept": sum(image["tokens_kept"] for image in images),
         "num_fallbacks": None if None in fallbacks else sum(fallbacks),
         "images": images,
+        "video_tokens_in": sum(video["tokens_in"] for video in videos),
+        "video_tokens_kept": sum(video["tokens_kept"] for video in videos),
+        "videos": videos,
     }
 
 

@@ -4,8 +4,8 @@ A key is a SHA-256 digest of everything that the cached value depends on:
 
 - of features: the image's pixels and how they lie (every value that the processor gives the model), what the encoder
   is asked for, and the scope.
-- of a selection, and of the prefix cache: the features' key, N, K, the guidance, the mask of tokens that may not be
-  picked, the tokens' positions relative to the first, the method, its seed, and the constants.
+- of a selection, and of the prefix cache: the features' key, N, K, the parts, the guidance, the mask of tokens that
+  may not be picked, the tokens' positions relative to the first, the method, its seed, and the constants.
 
 The scope keeps requests apart that must not share: the version of the weights and of the request's adapter, the
 adapter, and the caller's `extra_key` and `cache_salt`. Moving a key on (`CacheKeys.move_on`) makes new requests miss
@@ -358,7 +358,7 @@ class CacheKeys:
         positions = plan.positions
         return (
             self._constants,
-            *(plan.num_tokens, plan.num_kept, plan.method, plan.seed),
+            *(plan.num_tokens, plan.num_kept, plan.method, plan.seed, plan.num_parts),
             torch.tensor(plan.guidance, dtype=torch.int64),
             plan.excluded,
             None if positions is None else positions - positions[:, :1],

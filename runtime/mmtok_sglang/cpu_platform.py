@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -19,6 +20,11 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_name = "cpu"
     device_type = "cpu"
     capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        super().__init__()
+        # SGLang pins the frames of a video, which takes an accelerator's driver.
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
 
     def get_default_attention_backend(self) -> str:
         """Returns the attention backend that needs nothing but PyTorch."""

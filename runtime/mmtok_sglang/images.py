@@ -101,19 +101,38 @@ class ImageLoader:
         """Returns an image, the bytes that it is held in, and its number of pixels."""
         if not is_raw(image):
             return image, 0, 0
-        source = image.url if isinstance(image, ImageData) else image
+        source = await self._download(image.url if isinstance(image, ImageData) else image, max_mb)
         loop = asyncio.get_running_loop()
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            try:
-                async with asyncio.timeout(_DOWNLOAD_TIMEOUT_S):
-                    source = await loop.run_in_executor(self._downloads, _read, source, max_mb)
-            except TimeoutError:
-                raise refusal(
-                    "image", f"an image was not downloaded within {_DOWNLOAD_TIMEOUT_S:g} s: {image!s:.100}"
-                ) from None
         loaded, num_pixels = await loop.run_in_executor(self._readers, self._check, source, max_mb)
         num_bytes = len(loaded) if isinstance(loaded, bytes) else 0
         return replace(image, url=loaded) if isinstance(image, ImageData) else loaded, num_bytes, num_pixels
+
+    async def read(self, source: str | bytes, server_args: Any, what: str) -> bytes:
+        """Returns the bytes of a file of another kind, as it came, under the same bounds.
+
+        Args:
+            source: An address, a path, base64 text or the bytes.
+            server_args: As for `load`.
+            what: How errors call it: "a video".
+
+        Raises:
+            ValueError: It cannot be read, or is too large (HTTP 400).
+        """
+        max_mb = getattr(server_args, "media_url_max_file_size_mb", _DEFAULT_MAX_FILE_MB)
+        source = await self._download(source, max_mb, what)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, _read, source, max_mb, what)
+
+    async def _download(self, source: Any, max_mb: int, what: str = "an image") -> Any:
+        """Returns the bytes at an address; what is none is returned as it is."""
+        if not (isinstance(source, str) and source.startswith(("http://", "https://"))):
+            return source
+        try:
+            async with asyncio.timeout(_DOWNLOAD_TIMEOUT_S):
+                return await asyncio.get_running_loop().run_in_executor(self._downloads, _read, source, max_mb, what)
+        except TimeoutError:
+            raise refusal(
+                "image", f"{what} was not downloaded within {_DOWNLOAD_TIMEOUT_S:g} s: {source!s:.100}"
+            ) from None
 
     def _check(self, source: Any, max_mb: int) -> tuple[Any, int]:
         if isinstance(source, Image.Image):
@@ -126,21 +145,21 @@ class ImageLoader:
         return source, width * height
 
 
-def _read(source: str | bytes, max_mb: int) -> bytes:
+def _read(source: str | bytes, max_mb: int, what: str = "an image") -> bytes:
     """Returns an encoded image's bytes, as SGLang's `load_image` finds them."""
     most = _max_bytes(max_mb)
     is_address = isinstance(source, str) and source.startswith(("http://", "https://"))
     # Base64 has 4 letters for 3 bytes.
     if isinstance(source, str) and not is_address and len(source) // 4 * 3 > most + 3:
-        raise _too_many_bytes(most, "an image has")
+        raise _too_many_bytes(most, f"{what} has")
     try:
         data = source if isinstance(source, bytes) else _bytes_of(source, most)
     except (*CLIENT_MEDIA_EXCEPTIONS, OSError) as error:
         if is_address and "download limit" in str(error):
-            raise _too_many_bytes(most, "an image has") from None
-        raise refusal("image", f"an image cannot be read: {source[:100]!r}: {error!s:.300}") from error
+            raise _too_many_bytes(most, f"{what} has") from None
+        raise refusal("image", f"{what} cannot be read: {source[:100]!r}: {error!s:.300}") from error
     if len(data) > most:
-        raise _too_many_bytes(most, "an image has")
+        raise _too_many_bytes(most, f"{what} has")
     return data
 
 

@@ -28,6 +28,8 @@ class Limits:
             into it, each of which is encoded whole.
         max_image_pixels: The most pixels of an image as it was sent, which decoding takes memory for; all images of a
             request may have eight times as many.
+        max_video_frames: The most frames that the processor takes of the videos of a request. Together they may have
+            eight times `max_image_pixels` as they were sent, and each, as the encoder reads it, that many.
         max_aspect_ratio: The most shorter sides that an image's longer side may have; CLIP's processor scales the
             shorter one up.
         max_guidance_tokens: The most tokens of the text that guides the selection of one image; all images of a request
@@ -47,6 +49,11 @@ class Limits:
         eight times as many. Default: 64,000,000; 4,194,304 for a Qwen on a CPU, where the encoder's attention takes
         memory by the square of the pixels."""),
     ] = 64_000_000
+    max_video_frames: Annotated[
+        int,
+        Help("""a request of whose videos more frames would be read is refused (HTTP 400) before they are decoded.
+        Default: 768; 64 on a CPU."""),
+    ] = 768
     max_aspect_ratio: Annotated[
         float, Help("an image is refused whose longer side is more than this many shorter ones. Default: 200.")
     ] = 200.0
@@ -119,6 +126,37 @@ class Limits:
                 f"the request's {num_images:,} images are cut into up to {num_tiles} tiles each, this server takes "
                 f"{most:,} tiles in a request, the pixels of eight times --mmtok-max-image-pixels: send fewer images, "
                 "or a smaller max_dynamic_patch",
+            )
+
+    def check_frames(self, sizes: Sequence[tuple[int, int, int]]) -> None:
+        """Raises ValueError (HTTP 400) for videos of too many frames, or too large ones.
+
+        Args:
+            sizes: The frames that are read of each video of a request, their width and height as they were sent.
+        """
+        num_frames = sum(frames for frames, _, _ in sizes)
+        if num_frames > self.max_video_frames:
+            raise refusal(
+                "video",
+                f"{num_frames:,} frames would be read of this request's videos, this server takes "
+                f"{self.max_video_frames:,} (--mmtok-max-video-frames): send a shorter video",
+            )
+        num_pixels = sum(frames * width * height for frames, width, height in sizes)
+        if num_pixels > _MAX_LARGE * self.max_image_pixels:
+            raise refusal(
+                "pixels",
+                f"the {num_frames:,} frames that would be read of this request's videos have {num_pixels:,} pixels, "
+                f"this server takes {_MAX_LARGE * self.max_image_pixels:,}, eight times --mmtok-max-image-pixels: send "
+                "a shorter or smaller video",
+            )
+
+    def check_encoded(self, num_pixels: int) -> None:
+        """Raises ValueError (HTTP 400) for a video of which the encoder would read too many pixels."""
+        if num_pixels > self.max_image_pixels:
+            raise refusal(
+                "pixels",
+                f"the encoder would read {num_pixels:,} pixels of a video, this server takes {self.max_image_pixels:,} "
+                "(--mmtok-max-image-pixels): send a shorter or smaller one",
             )
 
     def check_prompt(self, length: int, unit: str, max_prompt_tokens: int | None) -> None:
@@ -207,4 +245,4 @@ def default_limits(device: str | None, max_pixels_on_cpu: int | None) -> Limits:
     # SGLang ends a server whose batch takes 300 s. A selection of 2,048 tokens from 8,192, which costs 1.4e11, took 7 s
     # (lazy, random features of width 3,584, 2 cores of an AMD EPYC with other work beside it, 2026-11-26).
     max_pixels = max_pixels_on_cpu or Limits().max_image_pixels
-    return Limits(max_images=64, max_image_pixels=max_pixels, max_selection_cost=2e11)
+    return Limits(max_images=64, max_image_pixels=max_pixels, max_video_frames=64, max_selection_cost=2e11)

@@ -16,7 +16,7 @@ from typing_extensions import override
 from mmtok_sglang.cache_key import ImageKeys, check_embeddings, has_images, keys_of
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.pixels import for_encoder
-from mmtok_sglang.placeholders import ImagePlan, plan_of
+from mmtok_sglang.placeholders import ImagePlan, joined_parts, plan_of
 from mmtok_sglang.positions import receive_positions, send_positions
 from mmtok_sglang.selection import ImageTokens, without_non_finite
 from mmtok_sglang.server import current
@@ -52,6 +52,8 @@ class EncodedImage:
             width: The language model's. A wider token has what its deeper layers get behind it (DeepStack).
         """
         vision, keys, attention = self.features.vision, self.features.keys, self.features.attention
+        if self.plan.num_parts > 1:
+            vision, keys = (rows[0].unflatten(0, (self.plan.num_parts, -1)) for rows in (vision, keys))
         num_kept = self.plan.num_kept // len(vision)
         paid = [None] * len(vision) if attention is None else attention
         return [
@@ -90,10 +92,15 @@ class PrunedModel(_Base):
         raise NotImplementedError
 
     def encode(self, items: Sequence[Any]) -> Tensor:
-        """Returns SGLang's features of images, unpruned, one after another: [tokens, D]. Times the vision encoder."""
+        """Returns SGLang's features of images, or of videos, unpruned, one after another: [tokens, D].
+
+        Times the vision encoder.
+        """
         device = next(self.parameters()).device
+        kind = "get_video_feature" if items[0].is_video() else "get_image_feature"
+        of_sglang = getattr(super(), kind)
         features: Tensor = current().stages.encode(
-            lambda _, items: super(PrunedModel, self).get_image_feature(for_encoder(items, device)), self, list(items)
+            lambda _, items: of_sglang(for_encoder(items, device)), self, list(items)
         )
         return features
 
@@ -102,9 +109,9 @@ class PrunedModel(_Base):
 
         Args:
             image: The image.
-            kept: [k] int64 kept tokens of each of its tiles.
+            kept: [k] int64 kept tokens of each of its tiles or parts.
         """
-        return image.features.vision[0][kept[0]]
+        return image.features.vision[0][joined_parts(kept, image.plan)]
 
     @override
     def get_image_feature(self, items: list[Any]) -> Any:
@@ -183,11 +190,11 @@ class PrunedModel(_Base):
             EncodedImage(items[place], plan, each) for (place, plan), each in zip(plans.items(), features, strict=True)
         ]
         embed = self.get_input_embeddings()
-        tiles = [tile for image in images for tile in image.tiles(embed.embedding_dim)]
-        kept = iter(server.selector.select(tiles, embed))
+        tiles = [image.tiles(embed.embedding_dim) for image in images]
+        kept = iter(server.selector.select([tile for each in tiles for tile in each], embed))
         tokens = {
-            place: without_non_finite(self.join(image, [next(kept) for _ in image.features.vision]))
-            for place, image in zip(plans, images, strict=True)
+            place: without_non_finite(self.join(image, [next(kept) for _ in each]))
+            for place, image, each in zip(plans, images, tiles, strict=True)
         }
         whole = [item for place, item in enumerate(items) if place not in plans]
         if whole:

@@ -16,7 +16,7 @@ from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProces
 from torch import Tensor
 
 from mmtok_deploy.auto_budget import AutoBudget, what_is_asked
-from mmtok_deploy.budget import Budget
+from mmtok_deploy.budget import Budget, tokens_per_tile
 from mmtok_deploy.executors import check_selection
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.manifest import Manifest
@@ -28,7 +28,7 @@ from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import Requested, guidance_texts, requested
 from mmtok_sglang.settings import Settings
 
-__all__ = ["ImagePlan", "PlaceholderCutter", "plan_of", "share_guidance"]
+__all__ = ["ImagePlan", "PlaceholderCutter", "joined_parts", "plan_of", "share_guidance"]
 
 _KEY = "mmtok"
 # Letters or token ids from which on a prompt is looked at before SGLang tokenises it: a shorter one takes it some
@@ -50,6 +50,8 @@ class ImagePlan:
         seed: What a method that draws is seeded with; 0 for the others.
         auto: For the answer's account, what the question asks and the share of the tokens that it has; None where the
             budget is not "auto".
+        num_parts: Parts of equal size, each selected by itself with an equal budget: the frames of a video whose budget
+            is shared by them evenly; 1 for one selection of all tokens.
     """
 
     num_tokens: int
@@ -60,6 +62,7 @@ class ImagePlan:
     method: MethodName = "mmtok"
     seed: int = 0
     auto: dict[str, str] | None = None
+    num_parts: int = 1
 
     @property
     def encoding(self) -> tuple[object, ...]:
@@ -80,6 +83,17 @@ def plan_of(item: Any) -> ImagePlan | None:
     return None if values is None else ImagePlan(**values)
 
 
+def joined_parts(kept: Sequence[Tensor], plan: ImagePlan) -> Tensor:
+    """Returns the kept tokens of all parts of an image, [K] int64 of its N tokens.
+
+    Args:
+        kept: Those of each part, [k] int64 of its tokens.
+        plan: The image's.
+    """
+    size = plan.num_tokens // plan.num_parts
+    return kept[0] if len(kept) == 1 else torch.cat([each + part * size for part, each in enumerate(kept)])
+
+
 def share_guidance(items: Sequence[Any]) -> None:
     """Has the images of a request hold equal guidance once: on the way to the scheduler each had its own."""
     known: dict[tuple[int, ...], list[int]] = {}
@@ -97,6 +111,7 @@ class PlaceholderCutter:
         self._family = family
         self._engine = None if settings.engine is None else Manifest.load(settings.engine)
         self._loader = ImageLoader(settings.limits)
+        self._videos = family.video_loader(settings.limits, self._loader)
         self._words = _GuidanceTokenizer(settings)
         self._agent = None
         if settings.agent_url is not None:
@@ -118,10 +133,13 @@ class PlaceholderCutter:
             ValueError: A bad budget, or an input that cannot be pruned (HTTP 400).
         """
         request = kwargs["request_obj"]
-        _refuse_our_names(image_data, *(getattr(request, name, None) for name in ("video_data", "audio_data")))
+        videos = _videos_of(request)
+        _refuse_our_names(image_data, videos, getattr(request, "audio_data", None))
         _refuse_no_images(image_data)
         asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
         if not asked.changes_nothing:
+            if videos:
+                self._refuse_videos(request, videos, asked)
             _refuse_what_cannot_be_pruned(request, image_data, asked)
             self._refuse_scale(asked.encoder_scale)
         if not asked.budget.is_all:
@@ -133,6 +151,11 @@ class PlaceholderCutter:
         images = image_data
         if image_data:
             images = await self._loader.load(image_data, getattr(processor, "server_args", None))
+        if self._videos is not None and videos and all(map(self._videos.opens, videos)):
+            kwargs["request_obj"] = copy.copy(request)
+            kwargs["request_obj"].video_data = await self._videos.load(
+                videos, processor, are_pruned=not asked.budget.is_all
+            )
         if asked.encoder_scale < 1 or (asked.method == "downsample" and not asked.budget.is_all):
             images = await self._family.shrink_images(images, asked, self._settings, processor, request)
         output = await self._family.process(original, processor, images, *args, **kwargs)
@@ -140,10 +163,13 @@ class PlaceholderCutter:
             return output
         for item in output.mm_items:
             _drop_our_names(item)
+        if self._videos is not None:
+            self._videos.check(output.mm_items, processor.hf_config)
         self._family.separate_images(output, processor)
         if processor.pixel_scale is not None:
             compact_items(output.mm_items, processor.pixel_scale)
         if not asked.budget.is_all:
+            self._family.separate_videos(output)
             _refuse_scattered_placeholders(output.mm_items)
             output.mm_items.sort(key=lambda item: item.offsets[0])
             await self._plan_images(output.mm_items, texts, asked, processor, image_data)
@@ -175,26 +201,26 @@ class PlaceholderCutter:
         request: Any,
         max_prompt_tokens: int | None,
     ) -> list[str]:
-        """Returns the guidance text of each image; checks what can be checked before an image is loaded.
+        """Returns the guidance text of each image and video; checks what can be checked before an image is loaded.
 
         Raises:
-            ValueError: Placeholders that are not the images', or too long a text (HTTP 400).
+            ValueError: Placeholders that are not those of images and videos, or too long a text (HTTP 400).
         """
-        limits = self._settings.limits
+        limits, videos = self._settings.limits, _videos_of(request)
         limits.check_num_images(len(images))
-        if not all(map(is_raw, images)):
+        if not all(map(is_raw, images)) or not (self._videos is None or all(map(self._videos.opens, videos))):
             return []
         unit = "characters" if isinstance(prompt, str) else "token ids"
         limits.check_prompt(len(prompt), unit, max_prompt_tokens)
         if not isinstance(prompt, str):
             prompt = await self._words.decode(prompt, _tokenizer_of(processor))
-        if images:
-            has_videos = bool(getattr(request, "video_data", None))
-            self._family.placeholder_rule.check(prompt, len(images), has_videos=has_videos)
+        if images or (videos and self._videos is not None):
+            self._family.placeholder_rule.check(prompt, len(images), len(videos))
         if asked.budget.is_all:
             return []
         given = getattr(request, "mm_processor_kwargs", None)
-        found = partial(guidance_texts, given, prompt, len(images), self._family.placeholder)
+        placeholders = [each for each in (self._family.placeholder, self._family.video_placeholder) if each is not None]
+        found = partial(guidance_texts, given, prompt, len(images) + len(videos), *placeholders)
         # Some milliseconds for each MB, or seconds where it has a role's mark at every few letters.
         texts = await asyncio.to_thread(found) if len(prompt) > _LONG_PROMPT else found()
         if reads_question(asked.method) or isinstance(asked.budget, AutoBudget):
@@ -230,7 +256,7 @@ class PlaceholderCutter:
         """Returns how many gains the selection of an image computes, of all its tiles."""
         if plan.method in ("random", "even", "downsample"):
             return 0
-        from_tokens, keeps = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
+        from_tokens, keeps = self._selection_size(item, plan, config)
         num_selections: int = max(1, plan.num_kept // max(1, keeps))
         cost: int = num_selections * keeps * from_tokens * (len(plan.guidance) + from_tokens)
         return cost
@@ -241,6 +267,9 @@ class PlaceholderCutter:
         num_tokens = end - start + 1
         budget, auto = _chosen(asked.budget, text)
         num_kept = self._family.num_kept(item, num_tokens, budget, config)
+        num_parts = self._family.num_frames(item) if asked.video_budget == "frame" else 1
+        if num_parts > 1:
+            num_kept = _shared_evenly(budget, num_tokens, num_parts)
         if num_tokens < self._settings.min_tokens_in:
             return None
         excluded = None
@@ -254,15 +283,47 @@ class PlaceholderCutter:
             # Fewer tokens than the budget may be pickable; where none is, the budget stands and the scheduler
             # falls back to evenly spaced tokens.
             num_kept = min(num_kept, num_tokens - int(excluded.sum())) or num_kept
-        return ImagePlan(num_tokens, num_kept, [], excluded, method=asked.method, seed=asked.seed, auto=auto)
+        return ImagePlan(
+            *(num_tokens, num_kept, [], excluded),
+            method=asked.method,
+            seed=asked.seed,
+            auto=auto,
+            num_parts=num_parts,
+        )
+
+    def _selection_size(self, item: Any, plan: ImagePlan, config: Any) -> tuple[int, int]:
+        """Returns N and K of each selection that an image or video is made of."""
+        if plan.num_parts > 1:
+            return plan.num_tokens // plan.num_parts, plan.num_kept // plan.num_parts
+        size: tuple[int, int] = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
+        return size
 
     def _check_engine(self, item: Any, plan: ImagePlan, config: Any) -> None:
         if self._engine is not None:
-            from_tokens, keeps = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
+            from_tokens, keeps = self._selection_size(item, plan, config)
             try:
                 check_selection(self._engine, from_tokens, keeps, len(plan.guidance))
             except ValueError as error:
                 raise refusal("engine", error) from None
+
+    def _refuse_videos(self, request: Any, videos: Sequence[Any], asked: Requested) -> None:
+        """Raises ValueError (HTTP 400) for videos that cannot be pruned, or not as asked for."""
+        why = None
+        if self._videos is None:
+            why = "it prunes images alone of this model"
+        elif isinstance(request, EmbeddingReqInput):
+            why = "it prunes images alone of embedding requests"
+        elif not all(map(self._videos.opens, videos)):
+            why = "it prunes videos that come as files, not as frames or features"
+        elif asked.encoder_scale < 1 or asked.method == "downsample":
+            why = "mmtok_encoder_scale and the method downsample are for images"
+        elif self._agent is not None:
+            why = "the agent of --mmtok-agent-url is shown images alone"
+        if why is not None:
+            raise refusal(
+                "video",
+                f"this request brings a video, which MMTok does not prune ({why}): {_advice(request, asked)}",
+            )
 
     def _refuse_method(self, method: MethodName, config: Any) -> None:
         obstacle = self._family.obstacle_to(method, config)
@@ -326,16 +387,39 @@ def cut_placeholders(output: Any) -> None:
         output.mrope_position_delta = output.mrope_position_delta + int((~stays).sum())
 
 
-def _refuse_what_cannot_be_pruned(request: Any, image_data: Any, asked: Requested) -> None:
-    unscaled = "" if asked.encoder_scale == 1 else ', "mmtok_encoder_scale": 1'
-    advice = f'send mm_processor_kwargs={{"mmtok_budget": "all"{unscaled}}} to have it read unpruned'
+def _shared_evenly(budget: Budget, num_tokens: int, num_frames: int) -> int:
+    """Returns how many of a video's tokens stay if each frame keeps as many.
+
+    Raises:
+        ValueError: A budget of less than a token a frame (HTTP 400).
+    """
+    if budget.tokens is not None and budget.tokens < num_frames:
+        raise refusal(
+            "video",
+            f"a budget of {budget} tokens is less than one for each of the {num_frames} steps in time that a video has "
+            "here, by which mmtok_video_budget frame shares it: ask for more, or for mmtok_video_budget video",
+        )
+    return num_frames * tokens_per_tile(budget, num_tokens // num_frames, num_frames, num_frames)
+
+
+def _videos_of(request: Any) -> list[Any]:
+    videos = getattr(request, "video_data", None) or []
+    return videos if isinstance(videos, list) else [videos]
+
+
+def _advice(request: Any, asked: Requested) -> str:
     if isinstance(request, EmbeddingReqInput):  # which has no such field
-        advice = "embed it on a server without --mmtok-budget"
-    if getattr(request, "video_data", None):
-        raise refusal("video", f"MMTok prunes images, this request brings a video: {advice}")
+        return "embed it on a server without --mmtok-budget"
+    unscaled = "" if asked.encoder_scale == 1 else ', "mmtok_encoder_scale": 1'
+    return f'send mm_processor_kwargs={{"mmtok_budget": "all"{unscaled}}} to have it read unpruned'
+
+
+def _refuse_what_cannot_be_pruned(request: Any, image_data: Any, asked: Requested) -> None:
     if any(isinstance(image, dict) for image in image_data or []):
         raise refusal(
-            "features", f"MMTok prunes raw images, this request brings precomputed embeddings or features: {advice}"
+            "features",
+            "MMTok prunes raw images, this request brings precomputed embeddings or features: "
+            f"{_advice(request, asked)}",
         )
 
 

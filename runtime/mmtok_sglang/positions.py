@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmtok_sglang.cache_key import has_images, keys_of
 from mmtok_sglang.failures import Failures, drop_cached_embedding, refuse
-from mmtok_sglang.placeholders import ImagePlan, plan_of
+from mmtok_sglang.placeholders import ImagePlan, joined_parts, plan_of
 from mmtok_sglang.refusals import count_refusal
 from mmtok_sglang.selection import TokenSelector
 
@@ -29,7 +29,7 @@ class _Span:
     """The part of one pruned image's K placeholders that a prefill chunk holds.
 
     Args:
-        key: What the image's selection is remembered by.
+        key: What the image's selection is remembered by, that of each part with its number.
         name: The image's name in SGLang's cache of embeddings.
         plan: Its plan, with the original positions.
         first: [3, 1] int64, where the image's first token stands in the request. A later turn of a session counts on
@@ -38,7 +38,7 @@ class _Span:
         batch: Where they stand in the batch's tokens.
     """
 
-    key: tuple[bytes | None, int]
+    key: bytes | None
     name: int
     plan: ImagePlan
     first: Tensor
@@ -66,7 +66,7 @@ class PositionWriter:
         # The embedding ends by dropping the batch's multimodal inputs.
         spans = list(_spans(forward_batch))
         for span in spans:
-            if self._selector.remembered(span.key) is None:
+            if self._kept(span) is None:
                 drop_cached_embedding(span.name)
         return spans
 
@@ -78,7 +78,7 @@ class PositionWriter:
             positions: [3, tokens] int64, the batch's, changed in place.
         """
         for span in spans:
-            kept = self._selector.remembered(span.key)
+            kept = self._kept(span)
             if kept is None or span.plan.positions is None:
                 self._fail(span.name, "is in this batch, but was not selected")
                 continue
@@ -87,6 +87,12 @@ class PositionWriter:
                 positions.device, non_blocking=True
             )
             positions[:, span.batch] = original[:, kept[span.kept]]
+
+    def _kept(self, span: _Span) -> Tensor | None:
+        """Returns the kept tokens of all parts of an image, None if one is not remembered."""
+        parts = [self._selector.remembered((span.key, part)) for part in range(span.plan.num_parts)]
+        known = [part for part in parts if part is not None]
+        return joined_parts(known, span.plan) if len(known) == len(parts) else None
 
     def _fail(self, key: int, why: str) -> None:
         if self._failures is None:
@@ -167,7 +173,7 @@ def _spans(forward_batch: Any) -> Iterator[_Span]:
             if first < stop:
                 shift = batch_start - chunk_start
                 yield _Span(
-                    *((keys.selection, 0), item.hash, plan, inputs.mrope_positions[:, start : start + 1]),
+                    *(keys.selection, item.hash, plan, inputs.mrope_positions[:, start : start + 1]),
                     kept=slice(first - start, stop - start),
                     batch=slice(first + shift, stop + shift),
                 )

@@ -13,7 +13,14 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName, reads_question
 from mmtok_deploy.shown import shown
 from mmtok_sglang.refusals import refusal
-from mmtok_sglang.settings import MAX_SEED, Settings, check_budget, check_encoder_scale
+from mmtok_sglang.settings import (
+    MAX_SEED,
+    Settings,
+    VideoBudget,
+    check_budget,
+    check_encoder_scale,
+    check_video_budget,
+)
 
 __all__ = [
     "FIELD",
@@ -27,8 +34,11 @@ __all__ = [
     "requested",
 ]
 
-_FIELDS = ("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_method", "mmtok_seed")
-_BUDGET, _ENCODER_SCALE, _GUIDANCE, _METHOD, _SEED = _FIELDS
+_FIELDS = (
+    *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_method", "mmtok_seed"),
+    "mmtok_video_budget",
+)
+_BUDGET, _ENCODER_SCALE, _GUIDANCE, _METHOD, _SEED, _VIDEO_BUDGET = _FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +50,14 @@ class Requested:
         method: What chooses them.
         seed: What a method that draws is seeded with; 0 for the others.
         encoder_scale: What each of its sides is scaled by before the vision encoder.
+        video_budget: What shares a video's budget.
     """
 
     budget: Budget | AutoBudget
     method: MethodName
     seed: int
     encoder_scale: float = 1.0
+    video_budget: VideoBudget = "video"
 
     @property
     def changes_nothing(self) -> bool:
@@ -56,7 +68,7 @@ class Requested:
 FIELD = "mm_processor_kwargs"
 """The field of a request that holds all of ours."""
 
-_IMAGE_PARTS = ("image_url", "input_image")
+_MEDIA_PARTS = ("image_url", "input_image", "video_url")
 
 # What SGLang puts the model's own placeholder in place of, after the plugin has read the prompt.
 _ANY_IMAGE = "<image>"
@@ -91,7 +103,10 @@ def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested
     except ValueError as error:
         raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
     seed = _seed(kwargs, settings.seed)
-    return Requested(budget, method, seed if method == "random" else 0, _encoder_scale(kwargs, settings, method))
+    return Requested(
+        *(budget, method, seed if method == "random" else 0, _encoder_scale(kwargs, settings, method)),
+        _video_budget(kwargs, settings.video_budget),
+    )
 
 
 def _budget(kwargs: Mapping[str, Any] | None, settings: Settings) -> Budget | AutoBudget:
@@ -136,20 +151,28 @@ def _encoder_scale(kwargs: Mapping[str, Any] | None, settings: Settings, method:
         raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
 
 
+def _video_budget(kwargs: Mapping[str, Any] | None, default: VideoBudget) -> VideoBudget:
+    given = (kwargs or {}).get(_VIDEO_BUDGET)
+    try:
+        return default if given is None else check_video_budget(given)
+    except ValueError as error:
+        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
+
+
 def guidance_texts(
     kwargs: Mapping[str, Any] | None,
     prompt: str,
     num_images: int,
-    placeholder: str,
+    *placeholders: str,
 ) -> list[str]:
-    """Returns the guidance text of each image, in the order of the images in the prompt.
+    """Returns the guidance text of each image and video, in their order in the prompt.
 
     Args:
         kwargs: The request's `mm_processor_kwargs`; its `mmtok_guidance`, one text for all images or a list of one
             an image, goes before the prompt. Chat requests carry the texts of their messages there.
         prompt: The prompt as text, before placeholders are expanded.
-        num_images: Images in the prompt.
-        placeholder: What stands for one image in the prompt's text.
+        num_images: Images and videos in the prompt.
+        placeholders: What stands for one image, or one video, in the prompt's text.
 
     Raises:
         ValueError: `mmtok_guidance` is neither a text nor a list of one text an image (HTTP 400).
@@ -163,15 +186,17 @@ def guidance_texts(
         raise refusal(
             "field",
             f"mm_processor_kwargs.{_GUIDANCE} is one text, or a list of one text for each of the request's "
-            f"{num_images} images, got {shown(given)}",
+            f"{num_images} images and videos, got {shown(given)}",
         )
-    texts = prompt_guidance(prompt, placeholder) or prompt_guidance(prompt, _ANY_IMAGE)
+    texts = prompt_guidance(prompt, *placeholders)
+    if len(texts) != num_images:
+        texts = prompt_guidance(prompt, _ANY_IMAGE, *placeholders) or texts
     # A prompt of ids may come with its placeholders expanded: then every image is in the same text or none is told
     # apart, and the whole conversation's user text is the nearest to the rule.
     return texts if len(texts) == num_images else [" ".join(dict.fromkeys(texts))] * num_images
 
 
-def prompt_guidance(prompt: str, placeholder: str) -> list[str]:
+def prompt_guidance(prompt: str, *placeholders: str) -> list[str]:
     """Returns, for each placeholder in a rendered prompt, the text of the user turn that it stands in.
 
     Elsewhere (in a system text or a tool's result) it has the text of the nearest user turn before it, else of the
@@ -181,12 +206,12 @@ def prompt_guidance(prompt: str, placeholder: str) -> list[str]:
     end = 0
     formats = ([(match.start(), match.end(), match[1]) for match in turn.finditer(prompt)] for turn in _USER_TURNS)
     for turn, (start, stop, text) in enumerate(next(filter(None, formats), [(0, len(prompt), prompt)])):
-        pieces.append(_piece(None, prompt[end:start], placeholder))
+        pieces.append(_piece(None, prompt[end:start], placeholders))
         # Templates without a role of tools render their results as parts of a user's turn.
         for index, part in enumerate(_split_at_tool_results(text)):
-            pieces.append(_piece(None if index % 2 else turn, part, placeholder))
+            pieces.append(_piece(None if index % 2 else turn, part, placeholders))
         end = stop
-    return _texts_of_images([*pieces, _piece(None, prompt[end:], placeholder)])
+    return _texts_of_images([*pieces, _piece(None, prompt[end:], placeholders)])
 
 
 def _split_at_tool_results(text: str) -> list[str]:
@@ -201,7 +226,7 @@ def _split_at_tool_results(text: str) -> list[str]:
 
 
 def message_guidance(messages: Sequence[Any]) -> list[str]:
-    """Returns, for each image of a chat, the text of the user turn that brought it.
+    """Returns, for each image and video of a chat, the text of the user turn that brought it.
 
     A turn is a run of user messages, so that an image and its question may come as two. An image of another role (a
     system message, a tool's result) has the text of the nearest user turn before it, else of the first after it: a
@@ -214,23 +239,26 @@ def message_guidance(messages: Sequence[Any]) -> list[str]:
     for turn, (role, group) in enumerate(groupby(messages, key=lambda message: message.role)):
         parts = [part for message in group for part in _parts(message.content)]
         words = " ".join(text for kind, text in parts if kind == "text").strip()
-        num_images = sum(kind in _IMAGE_PARTS for kind, _ in parts)
+        num_images = sum(kind in _MEDIA_PARTS for kind, _ in parts)
         pieces.append(_Piece(turn if role == "user" else None, words, num_images))
     return _texts_of_images(pieces)
 
 
 class _Piece(NamedTuple):
-    """A piece of a conversation: the user turn that it is a part of (None for another role), its words and images."""
+    """A piece of a conversation: the user turn that it is in (None for another role), its words, images and videos."""
 
     turn: int | None
     words: str
     num_images: int
 
 
-def _piece(turn: int | None, text: str, placeholder: str) -> _Piece:
+def _piece(turn: int | None, text: str, placeholders: Sequence[str]) -> _Piece:
+    words = text
+    for placeholder in placeholders:
+        words = words.replace(placeholder, " ")
     # Markers around a placeholder (<|vision_start|>) and names of roles are no words of the user's.
-    words = re.sub(r"<\|im_start\|>\w+|<\|[a-z_]+\|>", " ", text.replace(placeholder, " "))
-    return _Piece(turn, " ".join(words.split()), text.count(placeholder))
+    words = re.sub(r"<\|im_start\|>\w+|<\|[a-z_]+\|>", " ", words)
+    return _Piece(turn, " ".join(words.split()), sum(map(text.count, placeholders)))
 
 
 def _texts_of_images(pieces: Sequence[_Piece]) -> list[str]:
@@ -258,7 +286,7 @@ def check_messages(
     Raises:
         ValueError: A text that is longer than any prompt of the server (HTTP 400).
     """
-    if _num_images(request.messages):
+    if _num_media(request.messages):
         num_letters = sum(len(text) for message in request.messages for _, text in _parts(message.content))
         settings.limits.check_prompt(num_letters, "characters", serving.tokenizer_manager.max_req_input_len)
     return original(serving, request, *args, **kwargs)
@@ -272,12 +300,12 @@ def add_chat_guidance(
     Raises:
         ValueError: A text that is too long to guide, before SGLang tokenises it (HTTP 400).
     """
-    if _num_images(request.messages):
+    if _num_media(request.messages):
         _check_guidance(settings, request, raw_request)
     adapted, request = original(serving, request, raw_request)
-    images = adapted.image_data
-    texts = message_guidance(request.messages) if images else []
-    if texts and len(texts) == len(images):
+    num_media = len(adapted.image_data or ()) + len(adapted.video_data or ())
+    texts = message_guidance(request.messages) if num_media else []
+    if texts and len(texts) == num_media:
         given = adapted.mm_processor_kwargs or {}
         if given.get(_GUIDANCE) is None:
             adapted.mm_processor_kwargs = {**given, _GUIDANCE: texts}
@@ -303,8 +331,8 @@ def body_of(raw_request: Any) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
-def _num_images(messages: Sequence[Any]) -> int:
-    return sum(kind in _IMAGE_PARTS for message in messages for kind, _ in _parts(message.content))
+def _num_media(messages: Sequence[Any]) -> int:
+    return sum(kind in _MEDIA_PARTS for message in messages for kind, _ in _parts(message.content))
 
 
 def _parts(content: Any) -> list[tuple[str, str]]:

@@ -22,7 +22,17 @@ from mmtok_sglang.agent_address import AgentAddress
 from mmtok_sglang.flags import Flag, Help, flags_of
 from mmtok_sglang.limits import Limits
 
-__all__ = ["FLAGS", "MAX_SEED", "Settings", "check_budget", "check_encoder_scale"]
+__all__ = [
+    "FLAGS",
+    "MAX_SEED",
+    "Settings",
+    "VideoBudget",
+    "check_budget",
+    "check_encoder_scale",
+    "check_video_budget",
+]
+
+VideoBudget = Literal["video", "frame"]
 
 MAX_SEED = 2**63 - 1
 """The largest seed; a larger number could not be sent to the scheduler process."""
@@ -107,6 +117,12 @@ class Settings:
         mm_processor_kwargs={"mmtok_method": ...}. One that the model cannot run is an error at start.
         Default: mmtok."""),
     ] = "mmtok"
+    video_budget: Annotated[
+        VideoBudget,
+        Help("""what a budget is shared by within a video: coverage over all of its frames at once (video), or its
+        frames evenly, each selected by itself (frame). A request overrides it with
+        mm_processor_kwargs={"mmtok_video_budget": ...}. Default: video."""),
+    ] = "video"
     seed: Annotated[int, Help("seed of --mmtok-method random; a request overrides it with mmtok_seed. Default: 0.")] = 0
     # Not shown: it may hold credentials.
     agent_url: Annotated[
@@ -153,6 +169,7 @@ class Settings:
         return cls(family=family, config=replace(preset.config, **config), limits=replace(limits, **limited), **values)
 
     def __post_init__(self) -> None:
+        check_video_budget(self.video_budget)
         if self.guidance not in get_args(GuidanceRule):
             raise ValueError(f"guidance is one of {', '.join(get_args(GuidanceRule))}, got {self.guidance!r}")
         if self.backend in ("onnxruntime", "tensorrt") and self.engine is None:
@@ -242,6 +259,18 @@ def check_budget(budget: Budget | AutoBudget, method: MethodName) -> None:
             "budget auto does not go with the method downsample, which scales images to a budget: take a share or a "
             "count, or another method"
         )
+
+
+def check_video_budget(value: object) -> VideoBudget:
+    """Returns what shares a video's budget.
+
+    Raises:
+        ValueError: It is none of `VideoBudget`.
+    """
+    for known in get_args(VideoBudget):
+        if value == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"video_budget is one of {', '.join(get_args(VideoBudget))}, got {value!r:.100}")
 
 
 _CONFIG_HELP = {

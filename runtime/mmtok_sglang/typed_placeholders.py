@@ -22,35 +22,46 @@ class PlaceholderRule:
     Args:
         image: Matches what stands for one image.
         reserved: Tokens that stand nowhere else.
+        video: Matches what stands for one video; None where placeholders of videos are not looked at.
     """
 
     image: re.Pattern[str]
     reserved: Sequence[str] = ()
+    video: re.Pattern[str] | None = None
 
-    def check(self, prompt: str, num_images: int, *, has_videos: bool = False) -> None:
-        """Raises ValueError (HTTP 400) unless each image has its placeholder and there is no other.
+    def check(self, prompt: str, num_images: int, num_videos: int = 0) -> None:
+        """Raises ValueError (HTTP 400) unless each image and video has its placeholder and there is no other.
 
         Args:
             prompt: Before placeholders are expanded.
             num_images: Images that came with it.
-            has_videos: Whether videos did, whose placeholders have the reserved tokens, too.
+            num_videos: Videos that did.
         """
-        found = self.image.findall(prompt)
-        if len(found) != num_images:
-            example = f" (such as {found[0]:.100})" if found else ""
-            raise refusal(
-                "placeholders",
-                f"the prompt has {_count(len(found), 'image placeholder')}{example} for {_count(num_images, 'image')}: "
-                "write one for each image, and none in the text",
-            )
-        rest = self.image.sub(" ", prompt)
-        typed = [] if has_videos else [token for token in self.reserved if token in rest]
+        rest = _without(self.image, "image", num_images, prompt)
+        if self.video is None and num_videos:
+            return  # whose placeholders have the reserved tokens, too
+        if self.video is not None:
+            rest = _without(self.video, "video", num_videos, rest)
+        typed = [token for token in self.reserved if token in rest]
         if typed:
             raise refusal(
                 "placeholders",
                 f"the text beside the images has {' and '.join(typed)}, which the model reads as a part of an image: "
                 "leave it out, or send the text without images",
             )
+
+
+def _without(placeholder: re.Pattern[str], noun: str, number: int, prompt: str) -> str:
+    """Returns the prompt without the placeholders, of which it must have `number`."""
+    found = placeholder.findall(prompt)
+    if len(found) != number:
+        example = f" (such as {found[0]:.100})" if found else ""
+        raise refusal(
+            "placeholders",
+            f"the prompt has {_count(len(found), noun + ' placeholder')}{example} for {_count(number, noun)}: write "
+            f"one for each {noun}, and none in the text",
+        )
+    return placeholder.sub(" ", prompt)
 
 
 def _count(number: int, noun: str) -> str:

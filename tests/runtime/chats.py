@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from mmtok_deploy.photographs import photograph
+from tests.runtime.films import Film
 
 __all__ = ["Chat", "Part", "data_url", "small"]
 
-Part = str | Image.Image
+Part = str | Image.Image | Film
 
 
 @cache
@@ -31,7 +32,7 @@ def data_url(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages of text and images: (role, parts)."""
+    """Messages of text, images and films: (role, parts)."""
 
     turns: tuple[tuple[str, tuple[Part, ...]], ...]
 
@@ -44,11 +45,15 @@ class Chat:
 
     @property
     def images(self) -> list[Image.Image]:
-        return [part for _, parts in self.turns for part in parts if not isinstance(part, str)]
+        return [part for _, parts in self.turns for part in parts if isinstance(part, Image.Image)]
+
+    @property
+    def films(self) -> list[Film]:
+        return [part for _, parts in self.turns for part in parts if isinstance(part, Film)]
 
     @property
     def guidance(self) -> list[str]:
-        """The text of the turn that brought each image."""
+        """The text of the turn that brought each image or film."""
         return [
             " ".join(text for text in parts if isinstance(text, str))
             for _, parts in self.turns
@@ -57,17 +62,23 @@ class Chat:
         ]
 
     def for_server(self) -> list[dict[str, Any]]:
-        return self._messages(lambda image: {"type": "image_url", "image_url": {"url": data_url(image)}})
+        return self._messages(
+            lambda part: (
+                {"type": "video_url", "video_url": {"url": part.url}}
+                if isinstance(part, Film)
+                else {"type": "image_url", "image_url": {"url": data_url(part)}}
+            )
+        )
 
     def for_template(self) -> list[dict[str, Any]]:
-        return self._messages(lambda _: {"type": "image"})
+        return self._messages(lambda part: {"type": "video" if isinstance(part, Film) else "image"})
 
-    def _messages(self, image_part: Any) -> list[dict[str, Any]]:
+    def _messages(self, media_part: Any) -> list[dict[str, Any]]:
         return [
             {
                 "role": role,
                 "content": [
-                    {"type": "text", "text": part} if isinstance(part, str) else image_part(part) for part in parts
+                    {"type": "text", "text": part} if isinstance(part, str) else media_part(part) for part in parts
                 ],
             }
             for role, parts in self.turns

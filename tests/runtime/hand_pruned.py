@@ -24,6 +24,7 @@ from mmtok_deploy import select_tokens
 from mmtok_deploy.config import Coverage
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.presets import PRESETS
+from tests.runtime.films import Film
 
 __all__ = ["HandPruned", "Pruned"]
 
@@ -57,6 +58,7 @@ class HandPruned:
             self.processor = AutoProcessor.from_pretrained(path)
         self.preset = PRESETS[family]
         self._config = self.preset.config
+        self._by_frame = False
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -75,13 +77,15 @@ class HandPruned:
         original_positions: bool = True,
         own_levels: bool = True,
         raster_order: bool = True,
+        films: Sequence[Film] = (),
+        by_frame: bool = False,
     ) -> Pruned:
-        """Prunes each image to `budget` (tokens, or a ratio; None for all), guided by its text.
+        """Prunes each image and film to `budget` (tokens, or a ratio; None for all), guided by its text.
 
         Args:
             prompt: With one placeholder an image.
             images: In the order of the prompt.
-            guidance: One text an image.
+            guidance: One text an image or film, in the order of the prompt.
             budget: int for tokens (of each tile, for tiles), float for a ratio, None for the unpruned prompt; or a list
                 of one an image.
             kept: Indices to keep of each image, or tokens to read, in place of a selection.
@@ -89,8 +93,17 @@ class HandPruned:
             original_positions: False gives kept tokens the first K positions of their image: the mistake to catch.
             own_levels: False gives kept tokens what DeepStack has of the image's first K tokens: another one.
             raster_order: False has kept tokens, with their own positions, read from the last to the first: another one.
+            films: In the order of the prompt.
+            by_frame: Whether each pair of frames of a film keeps as many, selected by itself.
         """
-        inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt").to(self.device)
+        self._by_frame = by_frame
+        videos: dict[str, Any] = {}
+        if films:
+            frames, metadata = zip(*(film.frames() for film in films), strict=True)
+            videos = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
+        inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt", **videos).to(
+            self.device
+        )
         with self.device:
             return self._pruned(
                 *(inputs, images, guidance, budget, kept, coverage), original_positions, own_levels, raster_order
@@ -111,15 +124,15 @@ class HandPruned:
         ids = inputs["input_ids"][0]
         embed = self.model.get_input_embeddings()
         embeddings = embed(ids).clone()
-        is_image = ids == self.model.config.image_token_id
+        is_image = self._is_image(ids)
         positions, next_position = self._positions(inputs)
-        if images:
+        if is_image.any():
             features, take = self._features(inputs, images)
             rows = torch.cat([vision for vision, _ in features])
             embeddings = torch.nn.functional.pad(embeddings, (0, rows.shape[1] - embeddings.shape[1]))
             embeddings[is_image] = rows
             if budget is not None:
-                budgets = [budget] * len(images) if isinstance(budget, float | int) else budget
+                budgets = [budget] * len(features) if isinstance(budget, float | int) else budget
                 self._config = replace(self.preset.config, coverage=coverage)
                 taken = take(guidance, budgets) if kept is None else kept
                 taken = taken if raster_order else [each.flip(0) for each in taken]
@@ -198,7 +211,8 @@ class HandPruned:
         if not self.family.startswith("qwen"):
             length = inputs["input_ids"].shape[1]
             return torch.arange(length)[None], length
-        arguments = {name: inputs[name] for name in ("image_grid_thw", "mm_token_type_ids") if name in inputs}
+        names = ("image_grid_thw", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")
+        arguments = {name: inputs[name] for name in names if name in inputs}
         positions, _ = self.model.model.get_rope_index(inputs["input_ids"], **arguments)
         return positions[:, 0], int(positions.max()) + 1
 
@@ -211,20 +225,52 @@ class HandPruned:
         """
         return getattr(self, "_features_" + self.family.replace("-", "_").replace(".", "_"))(inputs, images)  # type: ignore[no-any-return]
 
-    def _features_qwen2_5_vl(self, inputs: Any, _images: Any) -> Any:
-        visual = self.model.model.visual
-        grids = inputs["image_grid_thw"]
-        outputs, before = self._encode(visual.merger, pixel_values=inputs["pixel_values"], image_grid_thw=grids)
-        order, _ = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
-        groups = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
-        keys = torch.empty_like(groups)
-        keys[order] = groups
-        sizes = (grids.prod(-1) // visual.spatial_merge_size**2).tolist()
-        features = list(zip(outputs, keys.split(sizes), strict=True))
-        return features, lambda texts, budgets: [
-            self._select(vision, key, text, budget, None)
-            for (vision, key), text, budget in zip(features, texts, budgets, strict=True)
+    def _is_image(self, ids: Tensor) -> Tensor:
+        config = self.model.config
+        kinds = [
+            token for token in (config.image_token_id, getattr(config, "video_token_id", None)) if token is not None
         ]
+        return torch.isin(ids, torch.tensor(kinds, device=ids.device))
+
+    def _features_qwen2_5_vl(self, inputs: Any, _images: Any) -> Any:
+        visual, model, config = self.model.model.visual, self.model.model, self.model.config
+        of_kind: dict[int, Any] = {}
+        for kind, pixels, get_features in (
+            ("image", "pixel_values", model.get_image_features),
+            ("video", "pixel_values_videos", model.get_video_features),
+        ):
+            grids = inputs.get(f"{kind}_grid_thw")
+            if grids is None:
+                continue
+            outputs, before = self._encode(
+                visual.merger, get_features, **{pixels: inputs[pixels], f"{kind}_grid_thw": grids}
+            )
+            order, _ = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
+            groups = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
+            keys = torch.empty_like(groups)
+            keys[order] = groups
+            sizes = (grids.prod(-1) // visual.spatial_merge_size**2).tolist()
+            of_kind[getattr(config, f"{kind}_token_id")] = iter(zip(outputs, keys.split(sizes), strict=True))
+        # In the order of the prompt.
+        ids = inputs["input_ids"][0]
+        before_first = ids.roll(1) == config.vision_start_token_id
+        first = ids[before_first].tolist()
+        features = [next(of_kind[token]) for token in first]
+        nums_pairs = iter(inputs["video_grid_thw"][:, 0].tolist() if self._by_frame else ())
+        parts = [next(nums_pairs) if self._by_frame and token == config.video_token_id else 1 for token in first]
+        return features, lambda texts, budgets: [
+            self._select_parts(vision, key, text, budget, num)
+            for (vision, key), text, budget, num in zip(features, texts, budgets, parts, strict=True)
+        ]
+
+    def _select_parts(self, vision: Tensor, keys: Tensor, text: str, budget: float | int, num_parts: int) -> Tensor:
+        size = len(vision) // num_parts
+        each = budget // num_parts if isinstance(budget, int) else budget
+        kept = [
+            self._select(rows, key, text, each, None)
+            for rows, key in zip(vision.split(size), keys.split(size), strict=True)
+        ]
+        return torch.cat([chosen + part * size for part, chosen in enumerate(kept)])
 
     def _features_qwen3_vl(self, inputs: Any, _images: Any) -> Any:
         visual = self.model.model.visual
@@ -306,11 +352,11 @@ class HandPruned:
             mask[there] = torch.isin(torch.arange(side * side), kept[crop + 1]).reshape(side, side)
         return torch.cat([vision[0][kept[0]], joined[mask]])
 
-    def _encode(self, module: Any, **pixels: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    def _encode(self, module: Any, get_features: Any = None, **pixels: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         seen: list[Tensor] = []
         hook = module.register_forward_hook(lambda _, arguments, output: seen.extend((arguments[0], output)))
         try:
-            output = self.model.model.get_image_features(**pixels)
+            output = (get_features or self.model.model.get_image_features)(**pixels)
         finally:
             hook.remove()
         tokens = output.pooler_output if hasattr(output, "pooler_output") else output
@@ -325,7 +371,7 @@ class HandPruned:
         taken: Sequence[Tensor],
         original_positions: bool,
     ) -> Pruned:
-        is_image = (ids == self.model.config.image_token_id).tolist()
+        is_image = self._is_image(ids).tolist()
         starts = [i for i, image in enumerate(is_image) if image and (i == 0 or not is_image[i - 1])]
         pieces, places, end = [], [], 0
         for start, chosen in zip(starts, taken, strict=True):

@@ -80,8 +80,6 @@ def _main(checkpoint: str) -> None:
     arguments.resolve_once()
     runtime_context.publish(arguments, role="tokenizer")
     import_processors("sglang.srt.multimodal.processors")
-    # SGLang's platform for CPUs copies videos to pinned memory, which needs a driver.
-    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
     base_processor.load_video = lambda video, *_, **__: video
     config, processor = model_config_of(arguments), AutoProcessor.from_pretrained(checkpoint)
     ours = get_mm_processor(config.hf_config, arguments, processor, "default", config)

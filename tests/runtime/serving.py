@@ -121,10 +121,14 @@ class Served:
         account: dict[str, Any],
         budget: float | int | list[float | int] | None = 0.1,
         guidance: list[str] | None = None,
+        *,
+        by_frame: bool = False,
     ) -> None:
         """Holds an answer against the hand-pruned model: tokens read, and every logprob reported."""
         prompt = self.judge.prompt(chat.for_template())
-        pruned = self.judge.prune(prompt, chat.images, guidance or chat.guidance, budget)
+        pruned = self.judge.prune(
+            prompt, chat.images, guidance or chat.guidance, budget, films=chat.films, by_frame=by_frame
+        )
         assert account["prompt_tokens"] == len(pruned.embeddings)
-        assert account.get("image_tokens", 0) == pruned.num_image_tokens
+        assert account.get("image_tokens", 0) + account.get("video_tokens", 0) == pruned.num_image_tokens
         assert self.judge.max_error(pruned, account) < LOGPROB_TOLERANCE

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.schedule_batch import Modality
 
 from mmtok_sglang.account import accounting, image_account
 from mmtok_sglang.placeholders import ImagePlan
@@ -60,7 +61,19 @@ def test_the_account_of_images() -> None:
                 "auto": None,
             },
         ],
+        "video_tokens_in": 0,
+        "video_tokens_kept": 0,
+        "videos": [],
     }
+
+
+def test_videos_are_told_apart_from_images() -> None:
+    film = image_item((20, 29), ImagePlan(100, 10, guidance=[]))
+    film.modality = Modality.VIDEO
+    account = image_account([WHOLE, film], lambda _: None)
+    assert (account["image_tokens_in"], len(account["images"])) == (8, 1)
+    assert (account["video_tokens_in"], account["video_tokens_kept"], len(account["videos"])) == (100, 10, 1)
+    assert account["num_fallbacks"] is None
 
 
 def test_a_fallback_is_told() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sglang.srt.configs import qwen3_5 as sglang_configs
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.utils import ImageData
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -202,7 +203,7 @@ def test_what_a_qwen_image_keeps(budget: str | int, kept: int) -> None:
 @pytest.mark.parametrize("grids", [[[1, 28, 42], [1, 4, 4]], [[1, 4, 4]]])
 def test_placeholders_of_another_number_than_a_qwen_image_has_are_refused(grids: list[list[int]]) -> None:
     # Two images and one placeholder in the prompt: the selection would point outside of the positions.
-    with pytest.raises(ValueError, match=r"the prompt has 294 placeholders for an image of \d+ tokens"):
+    with pytest.raises(ValueError, match=r"the prompt has 294 placeholders for \d+ tokens of an image"):
         Qwen25VL().num_kept(qwen_item(grids), 294, Budget(tokens=64), QWEN)
 
 
@@ -508,6 +509,24 @@ def test_a_hash_that_came_with_the_image_is_named_as_it_was_sent() -> None:
 
 def test_the_encoder_takes_as_many_patches_at_a_time_as_a_cpu_has_memory_for() -> None:
     sides = [100, 100, 40, 146, 200, 10]
-    items = [SimpleNamespace(image_grid_thw=torch.tensor([[1, side, side]])) for side in sides]
+    items = [SimpleNamespace(is_video=lambda: False, image_grid_thw=torch.tensor([[1, side, side]])) for side in sides]
     parts = [[int(item.image_grid_thw[0, 1]) for item in part] for part in _parts(items)]
     assert parts == [[100, 100], [40], [146], [200], [10]]
+
+
+def test_videos_that_sglang_left_as_one_item_are_separated() -> None:
+    grids, pixels = torch.tensor([[2, 4, 4], [1, 4, 8]]), torch.arange(64.0)[:, None]
+    item = MultimodalDataItem(
+        modality=Modality.VIDEO,
+        offsets=[(3, 10), (14, 21)],
+        feature=pixels,
+        model_specific_data={"video_grid_thw": grids, "second_per_grid_ts": torch.tensor([1.0, 0.5])},
+    )
+    output = SimpleNamespace(mm_items=[item])
+    Qwen25VL().separate_videos(output)
+    one, other = output.mm_items
+    assert (one.offsets, other.offsets) == ([(3, 10)], [(14, 21)])
+    assert torch.equal(torch.cat([one.feature, other.feature]), pixels)
+    assert (one.video_grid_thw.tolist(), other.video_grid_thw.tolist()) == ([[2, 4, 4]], [[1, 4, 8]])
+    assert (one.second_per_grid_ts.tolist(), other.second_per_grid_ts.tolist()) == ([1.0], [0.5])
+    assert [Qwen25VL().num_frames(each) for each in (one, other, qwen_item([[1, 4, 4]]))] == [2, 1, 1]

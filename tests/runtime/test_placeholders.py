@@ -24,10 +24,11 @@ from mmtok_sglang.placeholders import (
     ImagePlan,
     PlaceholderCutter,
     cut_placeholders,
+    joined_parts,
     plan_of,
     share_guidance,
 )
-from mmtok_sglang.request import guidance_texts
+from mmtok_sglang.request import guidance_texts, requested
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 from tests.runtime.stand_ins import (
     IMAGE_ID,
@@ -418,6 +419,32 @@ def test_what_cannot_be_pruned_is_refused_before_it_is_processed(inputs: dict[st
         processed(None, 2, **inputs)
     with pytest.raises(ValueError, match=f'{message}.*"mmtok_budget": "all", "mmtok_encoder_scale": 1'):
         processed(None, fields={"mmtok_encoder_scale": 0.5}, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_kept", "num_parts"), [("50%", 6, 3), (7, 6, 3), (3, 3, 3), (100, None, None), ("all", None, None)]
+)
+def test_frames_share_a_budget_evenly(budget: str | int, num_kept: int | None, num_parts: int | None) -> None:
+    class OfThree(StandInFamily):
+        def num_frames(self, item: Any) -> int:
+            return 3
+
+    output = prompt_output([1, *[IMAGE_ID] * 12, 2])
+    cutter = PlaceholderCutter(replace(make_settings(budget), video_budget="frame"), OfThree())
+    asked = requested(None, cutter._settings)
+    plan = cutter._plan(output.mm_items[0], "", asked, None)
+    assert (plan and plan.num_kept, plan and plan.num_parts) == (num_kept, num_parts)
+    if budget == 3:
+        asked = requested({"mmtok_budget": 2}, cutter._settings)
+        with pytest.raises(ValueError, match="a budget of 2 tokens is less than one for each of the 3 steps in time"):
+            cutter._plan(output.mm_items[0], "", asked, None)
+
+
+def test_kept_tokens_of_parts_are_numbered_in_the_whole() -> None:
+    plan = ImagePlan(12, 6, [], num_parts=3)
+    kept = [torch.tensor([0, 3]), torch.tensor([1, 2]), torch.tensor([0, 1])]
+    assert joined_parts(kept, plan).tolist() == [0, 3, 5, 6, 8, 9]
+    assert joined_parts(kept[:1], replace(plan, num_parts=1)).tolist() == [0, 3]
 
 
 def test_a_scale_is_refused_for_a_model_whose_encoder_reads_one_size() -> None:

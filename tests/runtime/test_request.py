@@ -292,7 +292,7 @@ def test_given_guidance_goes_before_the_prompt() -> None:
 
 @pytest.mark.parametrize("given", [[], ["a"], ["a", 1], ["a", None], 5, True, {"0": "a", "1": "b"}, [["a"], ["b"]]])
 def test_given_guidance_of_another_shape_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"mmtok_guidance is one text, or a list .* 2 images, got "):
+    with pytest.raises(ValueError, match=r"mmtok_guidance is one text, or a list .* 2 images and videos, got "):
         guidance_texts({"mmtok_guidance": given}, "USER: <image><image>", 2, "<image>")
 
 

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,15 @@ def test_any_other_placeholder_is_refused(prompt: str, num_images: int, message:
 
 
 def test_videos_have_placeholders_of_their_own() -> None:
-    Qwen25VL.placeholder_rule.check(f"{IMAGE}<|vision_start|><|video_pad|><|vision_end|>", 1, has_videos=True)
+    check = Qwen25VL.placeholder_rule.check
+    check(f"{IMAGE}{VIDEO}", 1, 1)
+    for prompt, num_videos in ((f"{IMAGE}{VIDEO}", 0), (IMAGE, 1), (f"{IMAGE}{VIDEO}{VIDEO}", 1)):
+        with pytest.raises(ValueError, match="write one for each video, and none in the text"):
+            check(prompt, 1, num_videos)
+    with pytest.raises(ValueError, match=r"has <\|video_pad\|>, which"):
+        check(f"{IMAGE}{VIDEO}<|video_pad|>", 1, 1)
+    # Where videos are not pruned, what stands for one is SGLang's affair.
+    InternVL3.placeholder_rule.check("<image> <video>", 1, 1)
 
 
 def test_llava_reserves_nothing_but_its_placeholder() -> None:

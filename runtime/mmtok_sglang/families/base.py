@@ -12,6 +12,8 @@ from torch import Tensor
 from mmtok_deploy.backends.triton_plan import MAX_TOKENS, FeatureTypes
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_sglang.images import ImageLoader
+from mmtok_sglang.limits import Limits
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.request import Requested
@@ -34,6 +36,8 @@ class Family(ABC):
     """What SGLang makes the multimodal processor of."""
     placeholder: ClassVar[str]
     """What stands for one image in a prompt's text."""
+    video_placeholder: ClassVar[str | None] = None
+    """What stands for one video in a prompt's text; None where videos are not pruned."""
     placeholder_rule: ClassVar[PlaceholderRule]
     """What the processor takes for an image in a prompt's text."""
     keys_dtype: ClassVar[torch.dtype | None] = None
@@ -62,6 +66,15 @@ class Family(ABC):
         """Returns what SGLang's processor makes of a request, without keeping the event loop waiting."""
         return await original(processor, images, *args, **kwargs)
 
+    def video_loader(self, limits: Limits, images: ImageLoader) -> Any:
+        """Returns what opens a request's videos (`videos.VideoLoader`), None where they are not pruned.
+
+        Args:
+            limits: What a request is refused for.
+            images: Downloads files.
+        """
+        return None
+
     def separate_images(self, output: Any, processor: Any) -> None:  # noqa: B027 - most processors have done it
         """Makes `output.mm_items` one item an image with one span of placeholders, where it is not so already.
 
@@ -69,6 +82,9 @@ class Family(ABC):
             output: SGLang's processor output, before the cut.
             processor: SGLang's processor, with the Hugging Face one in `_processor` and the model's `hf_config`.
         """
+
+    def separate_videos(self, output: Any) -> None:  # noqa: B027 - most processors have done it
+        """Makes `output.mm_items` one item a video, of a request whose videos are pruned."""
 
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns how many of an image's placeholders stay.
@@ -80,6 +96,10 @@ class Family(ABC):
             config: The model's Hugging Face configuration.
         """
         return budget.num_kept(num_tokens)
+
+    def num_frames(self, item: Any) -> int:
+        """Returns the steps in time that a video's tokens are of, as many of each; 1 for an image."""
+        return 1
 
     def excluded(self, item: Any) -> Tensor | None:
         """Returns the [N] bool mask of an image's tokens that are never to be picked, None if there are none."""

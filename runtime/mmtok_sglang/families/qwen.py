@@ -24,8 +24,9 @@ from mmtok_sglang.settings import Settings
 from mmtok_sglang.smaller_images import ProcessorSizes
 from mmtok_sglang.stages import image_stage
 from mmtok_sglang.typed_placeholders import PlaceholderRule
+from mmtok_sglang.videos import Video
 
-__all__ = ["Qwen", "QwenModel", "QwenProcessor"]
+__all__ = ["Qwen", "QwenModel", "QwenProcessor", "grid_of"]
 
 _MAX_PIXELS_ON_CPU = 2048 * 2048
 _MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
@@ -54,8 +55,8 @@ class QwenModel(PrunedModel):
         patches = torch.cat(before_merger)
         merged = self.visual.spatial_merge_size**2
         groups = patches.reshape(-1, merged, patches.shape[-1]).float().mean(dim=1)
-        keys = self.in_raster_order(groups, torch.cat([item.image_grid_thw for item in items]))
-        counts = [int(item.image_grid_thw.prod(-1).sum()) // merged for item in items]
+        keys = self.in_raster_order(groups, torch.cat([grid_of(item) for item in items]))
+        counts = [int(grid_of(item).prod(-1).sum()) // merged for item in items]
         return [
             Features(*each) for each in zip(vision[None].split(counts, 1), keys[None].split(counts, 1), strict=True)
         ]
@@ -63,6 +64,11 @@ class QwenModel(PrunedModel):
     def in_raster_order(self, groups: Tensor, grids: Tensor) -> Tensor:
         """Returns [N, d] rows in the order of the tokens, from the order in which they go into the merger."""
         return groups
+
+    @override
+    def get_video_feature(self, items: list[Any]) -> Any:
+        """Returns the tokens of each video, as `get_image_feature` does of images."""
+        return self.get_image_feature(items)
 
 
 class QwenProcessor(PrunedProcessor):
@@ -80,6 +86,12 @@ class QwenProcessor(PrunedProcessor):
         with image_stage("preprocess"):
             return super().prepare_artifact_batch(*args, **kwargs)
 
+    @classmethod
+    @override
+    def _load_single_item(cls, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns a decoded image, or an opened video."""
+        return data if isinstance(data, Video) else super()._load_single_item(data, *args, **kwargs)
+
 
 class Qwen(Family):
     """Any number of tokens an image; kept tokens keep their original (t, h, w) positions."""
@@ -89,6 +101,7 @@ class Qwen(Family):
     placeholder_rule = PlaceholderRule(
         re.compile(r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<image>"),
         ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+        re.compile(r"<\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>"),
     )
     keys_dtype = torch.float32  # means over 2x2 merge groups
     obstacle_to_scale = None
@@ -101,10 +114,16 @@ class Qwen(Family):
         Raises:
             ValueError: The prompt's placeholders are not those of the image (HTTP 400).
         """
-        expected = int(item.image_grid_thw.prod(-1).sum()) // config.vision_config.spatial_merge_size**2
+        expected = int(grid_of(item).prod(-1).sum()) // config.vision_config.spatial_merge_size**2
         if num_tokens != expected:
-            raise refusal("placeholders", f"the prompt has {num_tokens} placeholders for an image of {expected} tokens")
+            raise refusal(
+                "placeholders", f"the prompt has {num_tokens} placeholders for {expected} tokens of an image or video"
+            )
         return budget.num_kept(num_tokens)
+
+    def num_frames(self, item: Any) -> int:
+        """Returns the pairs of frames of a video, 1 for an image."""
+        return int(grid_of(item)[0, 0])
 
     def vision_width(self, config: Any) -> int:
         """Returns D: the merger's output."""
@@ -149,12 +168,18 @@ class Qwen(Family):
         return [await asyncio.to_thread(shrink, image, min_tokens_in=settings.min_tokens_in) for image in images or ()]
 
 
+def grid_of(item: Any) -> Tensor:
+    """Returns the [1, 3] patches of an image or video: in time, of two frames each, and by rows and columns."""
+    grid: Tensor = item.video_grid_thw if item.is_video() else item.image_grid_thw
+    return grid
+
+
 def _parts(items: Sequence[Any]) -> Iterator[list[Any]]:
     """Gives the images that the encoder takes at a time on a CPU, where its attention is of all patches by all."""
     part: list[Any] = []
     num_patches = 0
     for item in items:
-        more = int(item.image_grid_thw.prod(-1).sum())
+        more = int(grid_of(item).prod(-1).sum())
         if part and num_patches + more > _MAX_PATCHES:
             yield part
             part, num_patches = [], 0

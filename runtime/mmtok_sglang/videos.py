@@ -1,0 +1,137 @@
+"""Opening a request's videos off the event loop, within limits that are checked before a frame is decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from sglang.srt.multimodal.processors.qwen_vl import smart_nframes
+from sglang.srt.utils import VideoData
+from sglang.srt.utils.video_decoder import VideoDecoderWrapper
+from torch import Tensor
+from typing_extensions import override
+
+from mmtok_sglang.images import ImageLoader
+from mmtok_sglang.limits import Limits
+from mmtok_sglang.refusals import refusal
+
+__all__ = ["Video", "VideoLoader", "is_raw_video"]
+
+_NUM_READERS = 2
+_MIN_FRAMES = 2
+"""A Qwen's token is of two frames."""
+_NO_FFMPEG = "Could not load libtorchcodec"
+
+
+def is_raw_video(video: Any) -> bool:
+    """True for what is decoded as a video; False for frames and features that come ready-made."""
+    return isinstance(video, str | bytes | VideoData)
+
+
+class Video(VideoDecoderWrapper):
+    """An opened video, of which SGLang's processor takes frames; one that cannot be decoded is refused (HTTP 400)."""
+
+    is_pruned = False
+    """Whether its tokens are."""
+    taken: Sequence[int] = ()
+    """The frames that were taken of it."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Which frames were taken, and when they are, as Hugging Face's processors read it."""
+        return {"fps": self.avg_fps, "total_num_frames": len(self), "frames_indices": list(self.taken)}
+
+    @override
+    def get_frames_as_tensor(self, indices: list[int]) -> Tensor:
+        """Returns [frames, H, W, 3] uint8 frames.
+
+        Raises:
+            ValueError: They cannot be decoded (HTTP 400).
+        """
+        self.taken = indices
+        try:
+            frames: Tensor = super().get_frames_as_tensor(indices)
+            return frames
+        except Exception as error:  # each decoder has errors of its own
+            raise _unreadable(error) from error
+
+
+class VideoLoader:
+    """Opens videos and checks how many frames would be read of them; one a tokenizer process.
+
+    Args:
+        limits: What a request is refused for.
+        images: Downloads files.
+    """
+
+    def __init__(self, limits: Limits, images: ImageLoader) -> None:
+        self._limits = limits
+        self._images = images
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="mmtok-video")
+
+    async def load(self, videos: Sequence[Any], processor: Any, *, are_pruned: bool) -> list[Video]:
+        """Returns the videos for SGLang's processor, in their order, opened and not decoded.
+
+        Args:
+            videos: Addresses, paths, base64 text, bytes.
+            processor: SGLang's, whose `video_config` says which frames it takes.
+            are_pruned: Whether their tokens are.
+
+        Raises:
+            ValueError: A video that cannot be read, or is beyond a limit (HTTP 400).
+        """
+        opened: list[Video] = []
+        sizes: list[tuple[int, int, int]] = []
+        # One after another: what is beyond the limits is not loaded any more.
+        for video in videos:
+            source = video.url if isinstance(video, VideoData) else video
+            data = await self._images.read(source, processor.server_args, "a video")
+            loop = asyncio.get_running_loop()
+            found, size = await loop.run_in_executor(self._readers, _open, data, processor.video_config)
+            found.is_pruned = are_pruned
+            opened.append(found)
+            sizes.append(size)
+            self._limits.check_frames(sizes)
+        return opened
+
+    opens = staticmethod(is_raw_video)
+
+    def check(self, items: Sequence[Any], config: Any) -> None:
+        """Raises ValueError (HTTP 400) for a video of which the encoder would read too many pixels.
+
+        Args:
+            items: SGLang's, after the processor.
+            config: The model's Hugging Face configuration.
+        """
+        patch_px = config.vision_config.patch_size
+        for item in items:
+            if item.is_video():
+                self._limits.check_encoded(int(item.video_grid_thw.prod(-1).max()) * patch_px**2)
+
+
+def _open(data: bytes, video_config: dict[str, Any]) -> tuple[Video, tuple[int, int, int]]:
+    """Returns a video, how many frames are taken of it, their width and height."""
+    try:
+        video = Video(data, device="cuda" if torch.cuda.is_available() else "cpu")
+        num_frames, frames_per_s = len(video), video.avg_fps
+        height, width = video.frame_shape
+    except Exception as error:  # each decoder has errors of its own
+        raise _unreadable(error) from error
+    if num_frames < _MIN_FRAMES or not frames_per_s or not 0 < frames_per_s < math.inf:
+        raise refusal(
+            "video",
+            f"a video has at least {_MIN_FRAMES} frames and a number of them a second, got {num_frames} frames, "
+            f"{frames_per_s} a second",
+        )
+    return video, (smart_nframes(video_config, num_frames, frames_per_s), width, height)
+
+
+def _unreadable(error: Exception) -> ValueError:
+    text = str(error)
+    if _NO_FFMPEG in text:
+        text = "the libraries of FFmpeg, by which SGLang decodes videos, are not installed on this server"
+    return refusal("video", f"a video cannot be decoded: {text:.300}")

@@ -1,0 +1,127 @@
+"""Videos on a real server, held against the Hugging Face model whose videos are pruned by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from mmtok_bench.families import FamilyName
+from mmtok_bench.server import running
+from tests.runtime.chats import Chat, small
+from tests.runtime.conftest import judge_of, make_server
+from tests.runtime.films import Film, film, has_ffmpeg
+from tests.runtime.serving import LOGPROB_TOLERANCE, Served
+
+pytestmark = pytest.mark.skipif(not has_ffmpeg(), reason="videos are decoded by FFmpeg, which is not installed")
+
+QUESTION = "Where does the square go?"
+
+
+@pytest.fixture(scope="module", params=["qwen2.5-vl"])
+def family(request: pytest.FixtureRequest) -> FamilyName:
+    chosen: FamilyName = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def server(family: FamilyName) -> Iterator[Served]:
+    # Chunks end within films; SGLang reads 140 tokens of each pair of frames at least.
+    started = make_server(family, "--mmtok-budget=10%", "--chunked-prefill-size=64", "--mmtok-max-video-frames=24")
+    with running(started):
+        yield Served(family, started, judge_of(family))
+
+
+@pytest.fixture
+def served(server: Served) -> Iterator[Served]:
+    yield server
+    assert server.server.is_alive()
+
+
+CHATS = {
+    "a film": lambda: Chat.ask(film(), QUESTION),
+    # 4 frames of 2.4 s: 1.2 s, and so 2.4 places, between two pairs.
+    "frames at other times": lambda: Chat.ask(film(12, 5.0, seed=1), QUESTION),
+    "a film and an image": lambda: Chat.ask(film(), small("chelsea"), QUESTION),
+    "an image and two films": lambda: Chat.ask(small("chelsea"), film(), "And", film(12, 5.0, seed=1), QUESTION),
+    "a film, later an image": lambda: (
+        Chat.ask(film(), QUESTION).then("assistant", "Right.").then("user", small("rocket"), "And this?")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_equals_the_hand_pruned_model(served: Served, name: str) -> None:
+    chat = CHATS[name]()
+    account = served.ask(chat)
+    served.check(chat, account)
+    videos = account["mmtok"][0]["videos"]
+    assert [video["tokens_kept"] for video in videos] == [video["tokens_in"] // 10 for video in videos]
+    assert len(videos) == len(chat.films)
+
+
+def test_a_film_and_then_an_image(served: Served) -> None:
+    for chat in (Chat.ask(film(seed=2), QUESTION), Chat.ask(small("coffee"), "What is it?"), Chat.ask("Hello.")):
+        served.check(chat, served.ask(chat))
+
+
+def test_wrong_places_in_time_would_be_seen(served: Served) -> None:
+    """The control of the tests above."""
+    chat = Chat.ask(film(), QUESTION)
+    prompt = served.judge.prompt(chat.for_template())
+    pruned = served.judge.prune(prompt, [], chat.guidance, 0.1, films=chat.films, original_positions=False)
+    assert served.judge.max_error(pruned, served.ask(chat)) > 10 * LOGPROB_TOLERANCE
+
+
+def test_caches_know_film_and_question(served: Served) -> None:
+    served.flush_cache()
+    chat, other = (Chat.ask(film(seed=3), question) for question in (QUESTION, "What colour is it?"))
+    first, again, of_other = served.ask(chat), served.ask(chat), served.ask(other)
+    assert again["cached_tokens"] == first["prompt_tokens"] - 1
+    assert of_other["cached_tokens"] < 20
+    for asked, account in ((chat, first), (chat, again), (other, of_other)):
+        served.check(asked, account)
+
+
+def test_a_requests_own_budget(served: Served) -> None:
+    chat = Chat.ask(film(), QUESTION)
+    served.check(chat, served.ask(chat, mmtok_budget=7), 7)
+    whole = served.ask(chat, mmtok_budget="all")
+    assert whole["video_tokens"] == 560
+
+
+def test_each_frame_its_share(served: Served) -> None:
+    chat = Chat.ask(film(), small("chelsea"), QUESTION)
+    served.check(chat, served.ask(chat, mmtok_video_budget="frame"), by_frame=True)
+    first = served.ask(chat, mmtok_video_budget="frame", mmtok_budget=30)
+    assert first["mmtok"][0]["videos"][0]["tokens_kept"] == 28  # 7 of each of 4 pairs of frames
+    served.check(chat, first, 30, by_frame=True)
+    # Neither takes the other's tokens from a cache.
+    served.check(chat, served.ask(chat, mmtok_budget=30), 30)
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "message"),
+    [
+        (b"hello", {}, "a video cannot be decoded"),
+        (b"", {}, "a video cannot be"),
+        (None, {"mmtok_encoder_scale": 0.5}, "brings a video.*mmtok_encoder_scale"),
+        (None, {"mmtok_method": "downsample"}, "brings a video.*downsample"),
+        (None, {"mmtok_video_budget": "second"}, "mmtok_video_budget is one of video, frame"),
+        (None, {"mmtok_video_budget": "frame", "mmtok_budget": 3}, "less than one for each of the 4 steps in time"),
+    ],
+)
+def test_bad_videos_are_refused(served: Served, data: bytes | None, fields: dict[str, Any], message: str) -> None:
+    chat = Chat.ask(film() if data is None else Film(data), QUESTION)
+    with pytest.raises(openai.BadRequestError, match=message):
+        served.ask(chat, **fields)
+
+
+def test_a_broken_and_a_long_video_are_refused(served: Served) -> None:
+    whole = film().data
+    for cut, message in ((Film(whole[: len(whole) // 3]), "a video cannot be"), (film(60, 4.0), "30 frames")):
+        with pytest.raises(openai.BadRequestError, match=message):
+            served.ask(Chat.ask(cut, QUESTION))
+    served.check(Chat.ask(film(), QUESTION), served.ask(Chat.ask(film(), QUESTION)))

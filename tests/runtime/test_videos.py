@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.utils import VideoData
+
+from mmtok_sglang.images import ImageLoader
+from mmtok_sglang.limits import Limits
+from mmtok_sglang.videos import Video, VideoLoader, is_raw_video
+from tests.runtime.films import film, has_ffmpeg
+
+needs_ffmpeg = pytest.mark.skipif(not has_ffmpeg(), reason="videos are decoded by FFmpeg, which is not installed")
+PROCESSOR = SimpleNamespace(server_args=None, video_config={})
+
+
+def load(*videos: Any, limits: Limits | None = None, processor: Any = PROCESSOR) -> list[Video]:
+    limits = limits or Limits()
+    loader = VideoLoader(limits, ImageLoader(limits))
+    return asyncio.run(loader.load(videos, processor, are_pruned=True))
+
+
+@needs_ffmpeg
+def test_files_are_opened_wherever_they_are(tmp_path: Any) -> None:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(film().data)
+    sources = (film().url, film().data, str(path), path.as_uri(), VideoData(film().url))
+    assert all(map(is_raw_video, sources))
+    for video in load(*sources):
+        assert video.is_pruned
+        assert (len(video), video.avg_fps, video.frame_shape) == (16, 4.0, (64, 96))
+
+
+@needs_ffmpeg
+def test_the_frames_that_were_taken_are_told() -> None:
+    (video,) = load(film().data)
+    frames = video.get_frames_as_tensor([0, 5, 15])
+    assert (frames.shape, frames.dtype) == ((3, 64, 96, 3), torch.uint8)
+    assert video.metadata == {"fps": 4.0, "total_num_frames": 16, "frames_indices": [0, 5, 15]}
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("limits", "config", "message"),
+    [
+        # Two a second of 4 seconds.
+        ({"max_video_frames": 15}, {}, r"16 frames would be read .* takes 15 \(--mmtok-max-video-frames\)"),
+        ({"max_video_frames": 31}, {"fps": 4}, "32 frames would be read"),
+        # 16 x 96 x 64 are 98,304, of which eight times the limit are allowed.
+        ({"max_image_pixels": 12_287}, {}, "the 16 frames .* have 98,304 pixels, this server takes 98,296"),
+    ],
+)
+def test_too_many_frames_are_refused_before_they_are_decoded(
+    limits: dict[str, Any], config: dict[str, Any], message: str
+) -> None:
+    processor = SimpleNamespace(server_args=None, video_config=config)
+    with pytest.raises(ValueError, match=message):
+        load(film().data, film(seed=1).data, limits=Limits(**limits), processor=processor)
+    allowed = {name: value + 1 for name, value in limits.items()}
+    assert len(load(film().data, film(seed=1).data, limits=Limits(**allowed), processor=processor)) == 2
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"hello", "a video cannot be decoded"),
+        (b"", "a video cannot be"),
+        ("data:video/mp4;base64,???", "a video cannot be read"),
+        ("/nowhere/film.mp4", "a video cannot be read"),
+    ],
+)
+def test_what_is_no_video_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(data)
+
+
+@needs_ffmpeg
+def test_one_frame_is_no_video() -> None:
+    with pytest.raises(ValueError, match="a video has at least 2 frames"):
+        load(film(1).data)
+
+
+@pytest.mark.skipif(has_ffmpeg(), reason="FFmpeg is installed")
+def test_a_server_without_ffmpeg_says_so() -> None:
+    with pytest.raises(ValueError, match="the libraries of FFmpeg, by which SGLang decodes videos, are not installed"):
+        load(b"hello")
+
+
+def test_a_video_that_the_encoder_would_read_too_much_of_is_refused() -> None:
+    items = [SimpleNamespace(is_video=lambda: True, video_grid_thw=torch.tensor([[4, 20, 28]]))]
+    config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14))
+    for most in (4 * 20 * 28 * 14**2, 4 * 20 * 28 * 14**2 - 1):
+        limits = Limits(max_image_pixels=most)
+        loader = VideoLoader(limits, ImageLoader(limits))
+        if most % 2:
+            with pytest.raises(ValueError, match="would read 439,040 pixels of a video, this server takes 439,039"):
+                loader.check(items, config)
+        else:
+            loader.check(items, config)
