@@ -312,6 +312,8 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
     assert {name: value for name, value in pruned.items() if name.startswith("mmtok")} == {
         "mmtok_budget": "10%",
         "mmtok_min_tokens": 1,
+        "mmtok_auto_min": None,
+        "mmtok_auto_max": None,
         "mmtok_min_tokens_in": MIN_TOKENS_IN,
         "mmtok_encoder_scale": 1.0,
         "mmtok_share_tiles": False,

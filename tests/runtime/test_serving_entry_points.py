@@ -202,6 +202,7 @@ def test_an_unpruned_images_account(served: Served) -> None:
         "coverage": None,
         "coverage_bound": None,
         "is_fallback": False,
+        "auto": None,
     }
     assert account["num_fallbacks"] == 0
 

@@ -254,7 +254,7 @@ def test_a_link_opens_what_was_chosen_in_two_panes(browser: webdriver.Chrome, pr
 
 def test_dropped_files(browser: webdriver.Chrome, program: Program) -> None:
     drop(browser, b"no picture at all", "broken.png")
-    wait_for(browser, "document.getElementById('picture-message').textContent.startsWith('broken.png: ')")
+    wait_for(browser, "document.getElementById('picture-message')?.textContent.startsWith('broken.png: ')")
     assert "expected one of PNG" in browser.find_element(By.ID, "picture-message").text
     assert browser.find_element(By.CSS_SELECTOR, "[name=picture]:checked").get_attribute("value") == "scene-1"
     file = io.BytesIO()
@@ -268,7 +268,7 @@ def test_dropped_files(browser: webdriver.Chrome, program: Program) -> None:
     open_page(browser, link)
     browser.get("about:blank")
     browser.get(re.sub("dropped-[^&]+", "dropped-0", link))
-    wait_for(browser, "document.getElementById('picture-message').textContent.startsWith('This picture is gone')")
+    wait_for(browser, "document.getElementById('picture-message')?.textContent.startsWith('This picture is gone')")
 
 
 def test_answers_arrive_and_the_server_kept_what_is_drawn(browser: webdriver.Chrome) -> None:
