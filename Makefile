@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 JOBS ?= 2
-# Of the pocket model: llava-1.5 or qwen2.5-vl.
+# The pocket model: llava-1.5 or qwen2.5-vl.
 FAMILY ?= llava-1.5
-# Of make page.
+# The port of make page.
 PORT ?= 8600
-# Of make soak: 30 runs every row in full; ROWS=fuzz,storm runs those alone.
+# For make soak: 30 runs every row in full; ROWS=fuzz,storm runs those alone.
 MINUTES ?= 5
 ROWS ?=
 BIN := $(VENV)/bin

@@ -18,9 +18,9 @@ from mmtok_deploy import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import Manifest, describe_file
 from mmtok_export.selection_graph import FeatureDtype, Form, SelectionSpec, build_selection
-from tests.mmtok_deploy.problems import Problem
+from tests.mmtok_deploy.problems import Problem, random_problem
 
-__all__ = ["all_nodes", "batch_of", "relabel", "run", "session_of", "spec_for"]
+__all__ = ["SMALL_SPEC", "all_nodes", "batch_of", "relabel", "run", "session_of", "spec_for"]
 
 
 def spec_for(
@@ -47,6 +47,16 @@ def spec_for(
         config=config,
         form=form,
     )
+
+
+SMALL_SPEC = spec_for(
+    random_problem(20),
+    5,
+    num_tokens=DimRange(5, 20, 40),
+    num_words=DimRange(2, 3, 9),
+    batch=DimRange(1, 1, 2),
+)
+"""A graph of few tokens, whose sizes are open."""
 
 
 def session_of(spec: SelectionSpec) -> onnxruntime.InferenceSession:

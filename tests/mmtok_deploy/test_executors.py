@@ -13,16 +13,10 @@ from mmtok_deploy.engines import EngineError
 from mmtok_deploy.executors import EngineExecutor, TorchExecutor, make_executor
 from mmtok_export.artifact import export_model
 from mmtok_export.selection_graph import SelectionSpec, build_selection
-from tests.exporters.graphs import spec_for
+from tests.exporters.graphs import SMALL_SPEC as SPEC
 from tests.mmtok_deploy.problems import assert_greedy, random_problem
 
 CPU = torch.device("cpu")
-SPEC = replace(
-    spec_for(random_problem(20), 5),
-    num_tokens=DimRange(5, 20, 40),
-    num_words=DimRange(2, 3, 9),
-    batch=DimRange(1, 1, 2),
-)
 
 
 def export(path: Path, spec: SelectionSpec) -> Path:

@@ -27,16 +27,11 @@ from mmtok_export.selection_graph import build_selection
 from mmtok_sglang.engine_file import EngineMismatchError, check_engine_file
 from mmtok_sglang.families import FAMILIES
 from mmtok_sglang.settings import Settings
-from tests.exporters.graphs import relabel, spec_for
+from tests.exporters.graphs import SMALL_SPEC as SPEC
+from tests.exporters.graphs import relabel
 from tests.mmtok_deploy.problems import random_problem
 
 CPU = torch.device("cpu")
-SPEC = replace(
-    spec_for(random_problem(20), 5),
-    num_tokens=DimRange(5, 20, 40),
-    num_words=DimRange(2, 3, 9),
-    batch=DimRange(1, 1, 2),
-)
 FAMILY = FAMILIES["qwen2.5-vl"]
 MODEL = SimpleNamespace(vision_config=SimpleNamespace(out_hidden_size=SPEC.vision_width, hidden_size=SPEC.keys_width))
 CASE = random_problem(20, 3, [2])

@@ -24,7 +24,7 @@ def unpinned_environment(folder: Path) -> dict[str, str]:
 
 
 def register() -> None:
-    """Makes PyTorch take `pin_memory` for a no-op."""
+    """Makes PyTorch's constructors ignore `pin_memory`; `Tensor.pin_memory` is a no-op on the plugin's CPU platform."""
 
     def unpinned(make: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(make)
@@ -36,4 +36,3 @@ def register() -> None:
 
     for name in ("empty", "zeros", "ones", "tensor", "full", "arange"):
         setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]

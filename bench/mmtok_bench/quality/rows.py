@@ -90,8 +90,8 @@ def _metrics(kind: str, answers: Sequence[ScoredAnswer], unpruned: Sequence[Scor
 def _covered(answers: Sequence[ScoredAnswer], unpruned: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Returns the mean coverage and its bound, and how well the coverage tells answers that pruning made wrong.
 
-    Of the questions that the unpruned model answers rightly, `num_lost` are answered wrongly; `lost_auroc` is the share
-    of pairs, a lost one and another, of which the lost one has the smaller coverage.
+    `num_lost` counts the wrong answers to questions that the unpruned model answers rightly. `lost_auroc` is the share
+    of pairs, a lost answer and one that is not lost, in which the lost one has the smaller coverage.
     """
     told = [answer for answer in answers if answer.coverage is not None]
     if not told:
