@@ -14,6 +14,7 @@ from PIL import Image
 from mmtok_bench.pocket.questions import KINDS, Kind, picture_of, scene_at
 from mmtok_bench.quality.plan import ScoredAnswer, read_answers
 from mmtok_bench.quality.rows import ALL_SEEDS
+from mmtok_bench.quality.scoring import Interval
 from mmtok_bench.results import ResultRow
 from mmtok_deploy.auto_budget import Asked
 from mmtok_deploy.budget import Budget
@@ -26,7 +27,6 @@ ASKED: Mapping[Kind, Asked] = {"position": "where", "existence": "whether", "cou
 # Of the right answers that a model gives unpruned.
 _KEEPS = 0.9
 _NUM_RESAMPLES = 2000
-_LEVEL = 0.95
 _PATCH_PX = 8
 
 
@@ -76,7 +76,11 @@ def lines_of_comparison(path: Path) -> list[str]:
         by_kind = [statistics.fmean(each.is_right for each in given if each.kind == kind) for kind in KINDS]
         tokens = statistics.fmean(each.num_image_tokens or 0 for each in given)
         cells = " | ".join(f"{100 * value:.1f}" for value in (*by_kind, statistics.fmean(by_kind)))
-        ahead = "" if budget == "auto" else "{:.1f} ({:.1f} to {:.1f})".format(*_ahead(answers["auto"], given))
+        ahead = (
+            ""
+            if budget == "auto"
+            else "{0.value:.1f} ({0.low:.1f} to {0.high:.1f})".format(_ahead(answers["auto"], given))
+        )
         lines.append(f"| {budget} | {tokens:.0f} | {cells} | {ahead} |")
     places = {(each.seed, each.scene) for each in answers["auto"]}
     features = {place: image_features(picture_of(scene_at(*place))) for place in places}
@@ -115,7 +119,7 @@ def _correlations(
     return np.array([np.corrcoef(column, right)[0, 1] for column in values.T])
 
 
-def _ahead(auto: Sequence[ScoredAnswer], other: Sequence[ScoredAnswer]) -> tuple[float, float, float]:
+def _ahead(auto: Sequence[ScoredAnswer], other: Sequence[ScoredAnswer]) -> Interval:
     """Returns by how many points the mean over the kinds is higher, and its interval over draws of whole scenes."""
     scenes = {place: number for number, place in enumerate(dict.fromkeys((each.seed, each.scene) for each in auto))}
     gained, asked = np.zeros((len(scenes), len(KINDS))), np.zeros((len(scenes), len(KINDS)))
@@ -126,5 +130,4 @@ def _ahead(auto: Sequence[ScoredAnswer], other: Sequence[ScoredAnswer]) -> tuple
         asked[place] += 1
     draws = np.random.default_rng(0).integers(len(scenes), size=(_NUM_RESAMPLES, len(scenes)))
     means = (gained[draws].sum(1) / asked[draws].sum(1)).mean(1)
-    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return float((gained.sum(0) / asked.sum(0)).mean()), float(low), float(high)
+    return Interval.of_draws((gained.sum(0) / asked.sum(0)).mean(), means)

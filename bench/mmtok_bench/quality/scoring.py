@@ -111,6 +111,12 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of_draws(cls, value: float, draws: _Counts) -> Interval:
+        """Returns the score with the percentile interval of [n] scores of resampled scenes."""
+        low, high = np.quantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+        return cls(float(value), float(low), float(high))
+
 
 def accuracy_interval(num_right: _Counts, num_asked: _Counts) -> Interval:
     """Returns the accuracy with its interval; scenes are drawn, as the questions about one are not independent.
@@ -171,8 +177,7 @@ def auroc_interval(scores: _Counts, is_positive: NDArray[np.bool_], scenes: NDAr
     counts = drawn[:, positive], drawn[:, negative]
     pairs = counts[0].sum(axis=1) * counts[1].sum(axis=1)
     draws = ((counts[0] @ wins) * counts[1]).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
-    low, high = np.quantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Interval(float(wins.mean()), float(low), float(high))
+    return Interval.of_draws(wins.mean(), draws)
 
 
 def _ratio_interval(numerators: _Counts, denominators: _Counts) -> Interval:
