@@ -61,7 +61,9 @@ def assert_hugging_faces(
     judge = judge_of(family)
     image = small("astronaut", *size)
     inputs = judge.processor(
-        text=["<image>" if family == "llava-1.5" else "<|image_pad|>"], images=[image], return_tensors="pt"
+        text=["<image>" if family == "llava-1.5" else "<|vision_start|><|image_pad|><|vision_end|>"],
+        images=[image],
+        return_tensors="pt",
     )
     with torch.no_grad():
         ((rows, keys),), _ = judge._features(inputs, [image])
