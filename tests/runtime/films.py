@@ -57,8 +57,8 @@ class Film:
 
 
 @cache
-def film(num_frames: int = 16, frames_per_s: float = 4.0, seed: int = 0) -> Film:
-    """Returns a film of a square that moves over noise, of 96 x 64 pixels."""
+def film(num_frames: int = 16, frames_per_s: float = 4.0, seed: int = 0, *, scale: int = 1) -> Film:
+    """Returns a film of a square that moves over noise, of 96 x 64 pixels times the scale."""
     from torchcodec.encoders import VideoEncoder
 
     generator = torch.Generator().manual_seed(seed)
@@ -69,5 +69,6 @@ def film(num_frames: int = 16, frames_per_s: float = 4.0, seed: int = 0) -> Film
         frames[place, :, 20:44, left : left + 24] = torch.tensor([255, 40 * seed % 255, 0]).to(torch.uint8)[
             :, None, None
         ]
+    frames = frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     encoded = VideoEncoder(frames, frame_rate=frames_per_s).to_tensor("mp4")
     return Film(encoded.numpy().tobytes())

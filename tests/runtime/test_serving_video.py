@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -10,6 +11,7 @@ import pytest
 
 from mmtok_bench.families import FamilyName
 from mmtok_bench.server import running
+from mmtok_bench.soak.event_loop import polled_health
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.films import Film, film, has_ffmpeg
@@ -126,3 +128,17 @@ def test_a_broken_and_a_long_video_are_refused(served: Served) -> None:
         with pytest.raises(openai.BadRequestError, match=message):
             served.ask(Chat.ask(cut, QUESTION))
     served.check(Chat.ask(film(), QUESTION), served.ask(Chat.ask(film(), QUESTION)))
+
+
+def test_the_server_answers_while_frames_are_decoded(served: Served) -> None:
+    def ask(seed: int) -> None:
+        # The encoder would read more pixels than it may, which shows once the frames are there.
+        with pytest.raises(openai.BadRequestError, match="the encoder would read"):
+            served.ask(Chat.ask(film(48, 4.0, seed, scale=12), QUESTION))
+
+    films = range(10, 14)
+    for seed in films:
+        film(48, 4.0, seed, scale=12)
+    with polled_health(served.server) as latencies_s, ThreadPoolExecutor(len(films)) as pool:
+        list(pool.map(ask, films))
+    assert 0 < max(latencies_s) < 1.0

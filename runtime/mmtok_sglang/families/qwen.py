@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from mmtok_sglang.families.base import Family
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
+from mmtok_sglang.processor_thread import ProcessorThread
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import Requested
 from mmtok_sglang.settings import Settings
@@ -107,6 +108,24 @@ class Qwen(Family):
     obstacle_to_scale = None
     # SGLang's attention on a CPU holds a matrix of all patches by all patches: 22 GB for 3584 x 3584 pixels.
     max_pixels_on_cpu = _MAX_PIXELS_ON_CPU
+
+    def __init__(self) -> None:
+        self._thread = ProcessorThread()
+
+    async def process(
+        self, original: Callable[..., Awaitable[Any]], processor: Any, images: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what SGLang's processor makes of a request, of one with videos in a thread of its own.
+
+        SGLang's processor decodes and resizes a video's frames on the event loop.
+        """
+        if not any(isinstance(video, Video) for video in kwargs["request_obj"].video_data or ()):
+            return await original(processor, images, *args, **kwargs)
+
+        async def run(copied: Any) -> Any:
+            return await original(copied, images, *args, **kwargs)
+
+        return await self._thread.run(run, processor)
 
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns what the budget keeps of the image.

@@ -84,10 +84,15 @@ class Qwen25VL(Qwen):
         Videos that are not pruned have the places in time that they have on a server without a budget.
         """
         videos = kwargs["request_obj"].video_data or ()
-        if videos and all(isinstance(video, Video) and video.is_pruned for video in videos):
+        if not videos or not all(isinstance(video, Video) and video.is_pruned for video in videos):
+            return await super().process(original, processor, images, *args, **kwargs)
+
+        async def with_times(processor: Any, *args: Any, **kwargs: Any) -> Any:
             processor = copy.copy(processor)
             processor.videos = videos
-        return await original(processor, images, *args, **kwargs)
+            return await original(processor, *args, **kwargs)
+
+        return await super().process(with_times, processor, images, *args, **kwargs)
 
     def separate_videos(self, output: Any) -> None:
         """Splits what SGLang 0.5.23 leaves as one item of several videos.
