@@ -79,6 +79,12 @@ def _add_selector(benches: Any) -> None:
     selector.add_argument("--shapes", type=each(shape), help="tokens x picks: 2880x160,576x16 (default: the paper's)")
     selector.add_argument("--batch", type=each(count), help="images in one call: 1,8,32 (default 1; all three on CUDA)")
     selector.add_argument("--backends", type=each(str), help="dense,torchscript,lazy,... (default: all)")
+    selector.add_argument(
+        "--authors",
+        type=Path,
+        metavar="FILE",
+        help="also time the authors' own selector: mmtok/core/semantic_selector.py of their repository, which is run",
+    )
     selector.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     selector.add_argument("--threads", type=count, help="PyTorch's threads on the CPU (default: its own number)")
     selector.add_argument("--runs", type=runs, default=15, help="timed runs of each backend, at least 2 (default 15)")

@@ -35,6 +35,7 @@ _P20, _P50, _P80 = LATENCIES
 _COLOURS = {
     "dense": "#8a9099",
     "torchscript": "#b9853b",
+    "authors": "#8c5a9e",
     "reference": "#5d6470",
     "lazy": "#0b7a75",
     "triton": "#76b900",

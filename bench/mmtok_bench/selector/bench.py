@@ -10,6 +10,7 @@ import torch
 
 from mmtok_bench.results import make_latency_row
 from mmtok_bench.run import Run, run_command
+from mmtok_bench.selector.authors import AUTHORS
 from mmtok_bench.selector.contestants import contestants, first_wrong_pick
 from mmtok_bench.selector.timing import NUM_WORDS, make_problem, measure_bandwidth, measure_floors_ms, time_in_turns
 from mmtok_deploy.config import SelectionConfig
@@ -32,7 +33,7 @@ def _run(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("PyTorch sees no CUDA device here")
-    timed = contestants(arguments.backends or (), device)
+    timed = contestants(arguments.backends or (), device, arguments.authors)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     batches = arguments.batch or ((1, 8, 32) if device.type == "cuda" else (1,))
@@ -50,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
             run.step(f"{shown}, batch {case['batch']}")
             problems = [make_problem(*sizes, seed, device) for seed in range(case["batch"])]
             for name, select in timed.items():
-                wrong = first_wrong_pick(select, problems, _CONFIG)
+                wrong = first_wrong_pick(select, problems, _CONFIG, in_order=name != AUTHORS)
                 if wrong is not None:
                     run.fail(f"{name} is wrong at {shown}: {wrong}")
                     return 1

@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from mmtok_bench.selector.authors import AUTHORS, authors_selector
 from mmtok_deploy.backends import BackendName, get_backend, reference
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import coverage_matrix
@@ -21,17 +22,22 @@ from mmtok_deploy.problem import SelectionProblem
 __all__ = ["BASELINES", "Contestant", "contestants", "first_wrong_pick"]
 
 Contestant = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Tensor]]
-"""Selects for a batch; returns the picks of each problem."""
+"""Selects for a batch; returns the picks of each problem, of the authors' selector in raster order."""
 
 _EXPORTED_FORMS = {"onnx-lazy": "lazy", "onnx-loop": "loop", "onnx-unrolled": "unrolled"}
 _NOT_FOR_SPEED = ("reference", "blocked")
 
 
-def contestants(names: Sequence[str], device: torch.device) -> dict[str, Contestant]:
-    """Returns the selections to time by name; by default, the published loop and the fast backends of the device.
+def contestants(names: Sequence[str], device: torch.device, authors: Path | None = None) -> dict[str, Contestant]:
+    """Returns the selections to time by name.
+
+    Args:
+        names: By default the published loop and the fast backends of the device.
+        device: Where they run.
+        authors: The file of the authors' own selector, which is timed, too.
 
     Raises:
-        ValueError: A name is unknown, or cannot run on the device.
+        ValueError: A name is unknown, or cannot run on the device; a file that is not the authors'.
     """
     backends = [name for name in get_args(BackendName) if name != "auto"]
     known = (*BASELINES, *backends, *_EXPORTED_FORMS)
@@ -41,11 +47,23 @@ def contestants(names: Sequence[str], device: torch.device) -> dict[str, Contest
     if not names:
         fast = [name for name in backends if name not in _NOT_FOR_SPEED and _runs_on(name, device)]
         names = [*BASELINES, *fast]
-    return {name: _contestant(name, device) for name in names}
+    first: dict[str, Contestant] = {} if authors is None else {AUTHORS: authors_selector(authors)}
+    return first | {name: _contestant(name, device) for name in names}
 
 
-def first_wrong_pick(select: Contestant, problems: Sequence[SelectionProblem], config: SelectionConfig) -> str | None:
-    """Returns what is wrong with the picks; None if they are greedy up to float32 rounding."""
+def first_wrong_pick(
+    select: Contestant, problems: Sequence[SelectionProblem], config: SelectionConfig, *, in_order: bool = True
+) -> str | None:
+    """Returns what is wrong with the picks; None if they are greedy up to float32 rounding.
+
+    Args:
+        select: Makes them.
+        problems: What they are picked from.
+        config: The selection's constants.
+        in_order: Whether they are given in the order of picking. Without it, they must be the reference's tokens.
+    """
+    if not in_order:
+        return _first_other_token(select, problems, config)
     for problem, order in zip(problems, select(problems, config), strict=True):
         if torch.equal(order, reference.select([problem], config)[0].order):
             continue  # a replay in double precision takes seconds for thousands of tokens
@@ -53,6 +71,14 @@ def first_wrong_pick(select: Contestant, problems: Sequence[SelectionProblem], c
             replay_greedy(problem, config, order.tolist())
         except WrongPickError as error:
             return str(error)
+    return None
+
+
+def _first_other_token(select: Contestant, problems: Sequence[SelectionProblem], config: SelectionConfig) -> str | None:
+    for kept, expected in zip(select(problems, config), reference.select(problems, config), strict=True):
+        others = sorted(set(kept.tolist()) ^ set(expected.kept.tolist()))
+        if others:
+            return f"it or the reference keeps token {others[0]}, not both"
     return None
 
 

@@ -108,6 +108,55 @@ class TestBench:
         assert list(contestants([], CPU)) == ["dense", "torchscript", "lazy"]
 
 
+# With the names and arguments of the authors' class; the selection in it is this repository's reference.
+SELECTOR = """
+import torch
+from mmtok_deploy import SelectionConfig, select_tokens
+
+class SemanticTokenSelector:
+    def __init__(self, target_vision_tokens, alpha):
+        self.budget, self.alpha = target_vision_tokens, alpha
+
+    def mm_coverage_selection(self, text, vision, keys, tv_temp, vv_temp, padding_patch_indices=None):
+        config = SelectionConfig(tv_temp=tv_temp, vv_temp=vv_temp, alpha=self.alpha)
+        kept = select_tokens(vision, keys, text, self.budget, config=config, backend="reference").kept
+        return {kept}.tolist(), vision[kept]
+"""
+
+
+class TestAuthors:
+    def test_is_timed_beside_the_others(self, tmp_path: Path) -> None:
+        file = tmp_path / "semantic_selector.py"
+        file.write_text(SELECTOR.replace("{kept}", "kept"))
+        assert run("--backends=lazy", f"--authors={file}", folder=tmp_path) == 0
+        (path,) = tmp_path.glob("*.jsonl")
+        assert [row.backend for row in read_rows(path)] == ["authors", "lazy"] * 2
+
+    def test_other_tokens_are_not_timed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "semantic_selector.py"
+        file.write_text(SELECTOR.replace("{kept}", "((kept + 1) % len(vision))"))
+        assert run(f"--authors={file}", folder=tmp_path) == 1
+        assert "authors is wrong at 24 -> 3: it or the reference keeps token" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (None, "cannot be imported: FileNotFoundError"),
+            ("import no_such_package", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+            ("x = 1", "has no SemanticTokenSelector.mm_coverage_selection"),
+        ],
+    )
+    def test_another_file(
+        self, text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = tmp_path / "selector.py"
+        if text is not None:
+            file.write_text(text)
+        assert run(f"--authors={file}", folder=tmp_path / "new") == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+
 class TestPublishedLoop:
     @pytest.mark.parametrize("name", BASELINES)
     @pytest.mark.parametrize(("num_tokens", "num_picks"), [(1, 1), (30, 30), (200, 20)])
