@@ -24,6 +24,8 @@ class SelectionProblem:
         attention: [N] attention of the vision tower's class token to each token, for methods that read it
             (`methods/visionzip.py`, `methods/scope.py`); None if the tower has no class token or no method reads it.
         seed: Seed for methods that draw (`methods/random_tokens.py`).
+        num_frames: F, the frames that the tokens are of, N / F each, one after another; 1 for an image. For methods
+            that go by frames (`methods/evs.py`, `methods/whole_frames.py`).
     """
 
     vision: Tensor
@@ -33,6 +35,7 @@ class SelectionProblem:
     excluded: Tensor | None = None
     attention: Tensor | None = None
     seed: int = 0
+    num_frames: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

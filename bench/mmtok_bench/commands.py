@@ -23,11 +23,11 @@ from mmtok_bench.arguments import (
     shape,
 )
 from mmtok_bench.families import FamilyName, PocketFamily
-from mmtok_deploy.methods import MethodName
+from mmtok_deploy.methods import IMAGE_METHODS
 
 __all__ = ["add_bench_commands", "run_bench_command"]
 
-_FAMILIES, _POCKET_FAMILIES, _METHODS = get_args(FamilyName), get_args(PocketFamily), get_args(MethodName)
+_FAMILIES, _POCKET_FAMILIES, _METHODS = get_args(FamilyName), get_args(PocketFamily), IMAGE_METHODS
 _SOAKED = ("qwen2.5-vl", "llava-1.5")
 
 

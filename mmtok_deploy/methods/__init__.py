@@ -18,21 +18,25 @@ from mmtok_deploy.methods import (
     divprune,
     downsample,
     evenly_spaced,
+    evs,
     otprune,
     random_tokens,
     scope,
     visionzip,
+    whole_frames,
 )
 from mmtok_deploy.problem import Selection, SelectionProblem
 from mmtok_deploy.shown import shown
 
 __all__ = [
+    "IMAGE_METHODS",
     "Comparator",
     "MethodName",
     "check_method",
     "comparator",
     "coverage_of",
     "is_nested",
+    "needs_frames",
     "reads_attention",
     "reads_question",
 ]
@@ -51,6 +55,8 @@ MethodName = Literal[
     "random",
     "even",
     "downsample",
+    "evs",
+    "frames",
 ]
 
 Comparator = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Selection]]
@@ -91,6 +97,8 @@ _COMPARATORS: dict[MethodName, Comparator] = {
     "random": random_tokens.select,
     "even": evenly_spaced.select,
     "downsample": downsample.select,
+    "evs": evs.select,
+    "frames": whole_frames.select,
 }
 
 
@@ -101,6 +109,15 @@ def comparator(name: MethodName) -> Comparator:
         ValueError: An unknown name.
     """
     return _COMPARATORS[check_method(name)]
+
+
+def needs_frames(name: MethodName) -> bool:
+    """True if the method goes by the frames of a video, and has nothing to choose by in an image."""
+    return name in ("evs", "frames")
+
+
+IMAGE_METHODS: tuple[MethodName, ...] = tuple(name for name in get_args(MethodName) if not needs_frames(name))
+"""The methods that choose tokens of an image; all of them but `downsample` choose tokens of a video, too."""
 
 
 def check_method(name: object) -> MethodName:
@@ -122,7 +139,7 @@ def coverage_of(name: MethodName) -> Coverage | None:
 
 def is_nested(name: MethodName) -> bool:
     """True if a budget keeps the first picks of every larger budget, for the same seed."""
-    return name not in ("dart", "even", "downsample")
+    return name not in ("dart", "even", "downsample", "frames")
 
 
 def reads_question(name: MethodName) -> bool:

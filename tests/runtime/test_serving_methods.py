@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import openai
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmtok_bench.families import FAMILY_TRAITS
 from mmtok_deploy.config import Coverage
-from mmtok_deploy.methods import MethodName
+from mmtok_deploy.methods import IMAGE_METHODS, MethodName
 from tests.runtime.chats import Chat, small
 from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
@@ -35,7 +35,7 @@ NUM_KEPT = {
 SMALLER_GRID = {"qwen2-vl": (4, 3), "qwen2.5-vl": (4, 3), **dict.fromkeys(_QWEN3, (3, 3)), "llava-1.5": (8, 7)}
 
 
-@pytest.mark.parametrize("method", get_args(MethodName))
+@pytest.mark.parametrize("method", IMAGE_METHODS)
 def test_each_method_keeps_the_budget(served: Served, method: MethodName) -> None:
     if method in FAMILY_TRAITS[served.family].impossible_methods:
         with pytest.raises(openai.BadRequestError, match=f"mmtok_method {method} does not run on this model"):

@@ -28,7 +28,7 @@ from mmtok_bench.quality.bench import quality_server
 from mmtok_bench.run import quiet_transformers
 from mmtok_bench.selected_patches import OneGridFamily, PatchSelector
 from mmtok_bench.server import ServerError
-from mmtok_deploy.methods import MethodName
+from mmtok_deploy.methods import IMAGE_METHODS, MethodName
 from mmtok_deploy.presets import PRESETS, Preset
 
 __all__ = ["content_of", "serve_page"]
@@ -139,7 +139,7 @@ def content_of(url: str, info: Mapping[str, Any], model_path: Path | None) -> Pa
         model=f"{name}, served at {url}.",
         privacy=f"Pictures and questions are sent to the server at {place}"
         + (", which is this machine." if is_here else ": they leave the machine on which this page's program runs."),
-        methods=_methods(family) if family is not None else get_args(MethodName),
+        methods=_methods(family) if family is not None else IMAGE_METHODS,
         pictures=Pictures(PICTURE_PX[pocket]) if pocket is not None else Pictures(PICTURE_PX["qwen2.5-vl"]),
         patches=patches,
         no_patches=why,
@@ -147,7 +147,7 @@ def content_of(url: str, info: Mapping[str, Any], model_path: Path | None) -> Pa
 
 
 def _methods(family: OneGridFamily) -> tuple[MethodName, ...]:
-    return tuple(name for name in get_args(MethodName) if (family, name) != ("qwen2.5-vl", "visionzip"))
+    return tuple(name for name in IMAGE_METHODS if (family, name) != ("qwen2.5-vl", "visionzip"))
 
 
 def _family_of(checkpoint: Path) -> OneGridFamily:

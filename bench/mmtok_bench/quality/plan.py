@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
 from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.pocket.questions import KINDS, Kind
-from mmtok_deploy.methods import MethodName, check_method
+from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method
 
 __all__ = [
     "METHODS",
@@ -25,7 +24,7 @@ __all__ = [
     "replace_answers",
 ]
 
-METHODS: tuple[MethodName, ...] = get_args(MethodName)
+METHODS: tuple[MethodName, ...] = IMAGE_METHODS
 UNPRUNED = "unpruned"
 """The method of budget "all", and of "all@0.5": nothing is chosen."""
 WITH_AGENT = "mmtok+agent"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -15,7 +14,7 @@ from mmtok_bench.quality.plan import read_answers
 from mmtok_bench.results import read_rows
 from mmtok_bench.server import SglangServer
 from mmtok_deploy.cli import main
-from mmtok_deploy.methods import MethodName
+from mmtok_deploy.methods import IMAGE_METHODS
 
 LMMS_VENV = Path(os.environ.get("MMTOK_LMMS_VENV", Path(__file__).parents[3] / "artifacts" / "lmms-eval"))
 TASK = """
@@ -52,7 +51,7 @@ def test_pocket_tasks(served_pocket_model: SglangServer, tmp_path: Path, capsys:
     assert main([*command, f"--results-dir={tmp_path}", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     kept = {(row["case"]["method"], row["case"]["budget"]): row["metrics"]["tokens_kept"] for row in rows}
-    methods = get_args(MethodName)
+    methods = IMAGE_METHODS
     assert kept == {("unpruned", "all"): 196} | {
         (method, budget): tokens for method in methods for budget, tokens in (("25%", 49), ("4", 4))
     }

@@ -92,3 +92,22 @@ def apet(keys: Rows, num_picks: int, may: list[int]) -> list[int]:
 def best_determinant(kernel: Rows, size: int) -> float:
     """The largest determinant of any `size` rows and columns, by trying all."""
     return max(float(np.linalg.det(kernel[np.ix_(some, some)])) for some in combinations(range(len(kernel)), size))
+
+
+def evs(vision: Rows, num_frames: int, num_picks: int) -> list[int]:
+    """The first frame, then the tokens least like those of the same place one frame before."""
+    size = len(vision) // num_frames
+    changes = {token: 1 - cosines(vision[[token]], vision[[token - size]])[0, 0] for token in range(size, len(vision))}
+    return [*range(size), *sorted(changes, key=lambda token: (-changes[token], token))][:num_picks]
+
+
+def whole_frames(num_tokens: int, num_frames: int, num_picks: int) -> list[int]:
+    """Frames as far apart as they can be, all tokens of each but the last."""
+    size = num_tokens // num_frames
+    num_taken = -(-num_picks // size)
+    picked: list[int] = []
+    for place in range(num_taken):
+        frame = place * (num_frames - 1) // max(num_taken - 1, 1)
+        room = min(size, num_picks - len(picked))
+        picked += [frame * size + number * (size - 1) // max(room - 1, 1) for number in range(room)]
+    return picked

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmtok_deploy import SelectionConfig
 from mmtok_deploy.methods import (
+    IMAGE_METHODS,
     MethodName,
     check_method,
     comparator,
@@ -26,7 +27,7 @@ from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_deploy.problem import Selection, SelectionProblem
 
 CONFIG = SelectionConfig(tv_temp=0.1, vv_temp=0.1)
-METHODS: tuple[MethodName, ...] = get_args(MethodName)
+METHODS = IMAGE_METHODS
 # They choose by no feature.
 FEATURELESS: tuple[MethodName, ...] = ("random", "even", "downsample")
 
