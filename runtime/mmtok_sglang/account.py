@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mmtok_sglang.cache_key import keys_of
-from mmtok_sglang.placeholders import plan_of
+from mmtok_sglang.plan import plan_of
 from mmtok_sglang.selection import Outcome, TokenSelector
 
-__all__ = ["accounting", "image_account", "remembered_by"]
+__all__ = ["accounting", "image_account", "remembered_by", "token_counts"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,17 @@ def image_account(items: Any, outcome_of: Callable[[Any], Outcome | None]) -> di
         "video_tokens_kept": sum(video["tokens_kept"] for video in videos),
         "videos": videos,
     }
+
+
+def token_counts(original: Callable[..., tuple[int, int, int]], inputs: Any) -> tuple[int, int, int]:
+    """Returns the tokens of a request's images, audio and videos; the text within a video's span is none of them.
+
+    Args:
+        original: SGLang's method, which counts spans.
+        inputs: SGLang's inputs of the request.
+    """
+    images, audio, videos = original(inputs)
+    return images, audio, videos - sum(plan.num_between for plan in map(plan_of, inputs.mm_items) if plan is not None)
 
 
 def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, Any]:

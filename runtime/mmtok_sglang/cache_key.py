@@ -4,8 +4,9 @@ A key is a SHA-256 digest of everything that the cached value depends on:
 
 - of features: the image's pixels and how they lie (every value that the processor gives the model), what the encoder
   is asked for, and the scope.
-- of a selection, and of the prefix cache: the features' key, N, K, the parts, the guidance, the mask of tokens that
-  may not be picked, the tokens' positions relative to the first, the method, its seed, and the constants.
+- of a selection, and of the prefix cache: the features' key, N, K, the parts, the text between runs of placeholders,
+  the guidance, the mask of tokens that may not be picked, the tokens' positions relative to the first, the method, its
+  seed, and the constants.
 
 The scope keeps requests apart that must not share: the version of the weights and of the request's adapter, the
 adapter, and the caller's `extra_key` and `cache_salt`. Moving a key on (`CacheKeys.move_on`) makes new requests miss
@@ -28,7 +29,7 @@ import torch
 from sglang.srt.managers import mm_schedule
 from torch import Tensor
 
-from mmtok_sglang.placeholders import ImagePlan, plan_of, share_guidance
+from mmtok_sglang.plan import ImagePlan, plan_of, share_guidance
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import requested
 from mmtok_sglang.settings import Settings
@@ -358,7 +359,7 @@ class CacheKeys:
         positions = plan.positions
         return (
             self._constants,
-            *(plan.num_tokens, plan.num_kept, plan.method, plan.seed, plan.num_parts),
+            *(plan.num_tokens, plan.num_kept, plan.method, plan.seed, plan.num_parts, plan.between),
             torch.tensor(plan.guidance, dtype=torch.int64),
             plan.excluded,
             None if positions is None else positions - positions[:, :1],

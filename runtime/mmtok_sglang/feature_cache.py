@@ -13,7 +13,7 @@ from torch import Tensor
 from mmtok_sglang.cache_key import keys_of
 from mmtok_sglang.memory import allocated_bytes
 from mmtok_sglang.metrics import SelectionMetrics
-from mmtok_sglang.placeholders import plan_of
+from mmtok_sglang.plan import plan_of
 
 __all__ = ["FeatureCache", "Features"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from mmtok_sglang.account import accounting, remembered_by
+from mmtok_sglang.account import accounting, remembered_by, token_counts
 from mmtok_sglang.agent import refuse_chains
 from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine_generate, generate_request
 from mmtok_sglang.flush import flushing
@@ -175,6 +175,13 @@ def hooks_of(server: Server) -> list[Hook]:
             bound_by_positions,
             reason="every request goes through it once its images and, in a session, the turns before are known",
             until="SGLang bounds M-RoPE positions",
+        ),
+        Hook(
+            "managers.schedule_batch.MultimodalInputs.compute_mm_token_counts",
+            "self",
+            token_counts,
+            reason="usage counts a video's tokens without the text between its runs of placeholders",
+            until="a span of placeholders may hold other tokens",
         ),
         Hook(
             "managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 from mmtok_sglang.flags import Help
@@ -29,7 +29,9 @@ class Limits:
         max_image_pixels: The most pixels of an image as it was sent, which decoding takes memory for; all images of a
             request may have eight times as many.
         max_video_frames: The most frames that the processor takes of the videos of a request. Together they may have
-            eight times `max_image_pixels` as they were sent, and each, as the encoder reads it, that many.
+            eight times `max_image_pixels` as they were sent.
+        max_video_pixels: The most pixels that the encoder reads of a video, of every second frame. The default lets
+            through all that SGLang takes of one: 90 million.
         max_aspect_ratio: The most shorter sides that an image's longer side may have; CLIP's processor scales the
             shorter one up.
         max_guidance_tokens: The most tokens of the text that guides the selection of one image; all images of a request
@@ -54,6 +56,11 @@ class Limits:
         Help("""a request of whose videos more frames would be read is refused (HTTP 400) before they are decoded.
         Default: 768; 64 on a CPU."""),
     ] = 768
+    max_video_pixels: Annotated[
+        int,
+        Help("""a video is refused (HTTP 400) of which the encoder would read more pixels, those of every second frame
+        counted. Default: 96,000,000; 4,194,304 for a Qwen on a CPU."""),
+    ] = 96_000_000
     max_aspect_ratio: Annotated[
         float, Help("an image is refused whose longer side is more than this many shorter ones. Default: 200.")
     ] = 200.0
@@ -152,11 +159,11 @@ class Limits:
 
     def check_encoded(self, num_pixels: int) -> None:
         """Raises ValueError (HTTP 400) for a video of which the encoder would read too many pixels."""
-        if num_pixels > self.max_image_pixels:
+        if num_pixels > self.max_video_pixels:
             raise refusal(
                 "pixels",
-                f"the encoder would read {num_pixels:,} pixels of a video, this server takes {self.max_image_pixels:,} "
-                "(--mmtok-max-image-pixels): send a shorter or smaller one",
+                f"the encoder would read {num_pixels:,} pixels of a video, this server takes {self.max_video_pixels:,} "
+                "(--mmtok-max-video-pixels): send a shorter or smaller one",
             )
 
     def check_prompt(self, length: int, unit: str, max_prompt_tokens: int | None) -> None:
@@ -229,7 +236,8 @@ class Limits:
                 "selection_cost",
                 f"selecting the tokens of this request's images costs {cost:.2g}, this server allows "
                 f"{self.max_selection_cost:.2g} (--mmtok-max-selection-cost; kept tokens x tokens x (guidance tokens + "
-                'tokens) of each image): ask for a smaller mmtok_budget, for "all", or send smaller images',
+                'tokens) of each image): ask for a smaller mmtok_budget, for "all", send smaller images, or for a '
+                'video ask for mmtok_video_budget "frame"',
             )
 
 
@@ -244,5 +252,7 @@ def default_limits(device: str | None, max_pixels_on_cpu: int | None) -> Limits:
         return Limits()
     # SGLang ends a server whose batch takes 300 s. A selection of 2,048 tokens from 8,192, which costs 1.4e11, took 7 s
     # (lazy, random features of width 3,584, 2 cores of an AMD EPYC with other work beside it, 2026-11-26).
-    max_pixels = max_pixels_on_cpu or Limits().max_image_pixels
-    return Limits(max_images=64, max_image_pixels=max_pixels, max_video_frames=64, max_selection_cost=2e11)
+    limits = Limits(max_images=64, max_video_frames=64, max_selection_cost=2e11)
+    if max_pixels_on_cpu is None:
+        return limits
+    return replace(limits, max_image_pixels=max_pixels_on_cpu, max_video_pixels=max_pixels_on_cpu)

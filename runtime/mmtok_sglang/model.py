@@ -16,7 +16,7 @@ from typing_extensions import override
 from mmtok_sglang.cache_key import ImageKeys, check_embeddings, has_images, keys_of
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.pixels import for_encoder
-from mmtok_sglang.placeholders import ImagePlan, joined_parts, plan_of
+from mmtok_sglang.plan import ImagePlan, joined_parts, places_in_prompt, plan_of
 from mmtok_sglang.positions import receive_positions, send_positions
 from mmtok_sglang.selection import ImageTokens, without_non_finite
 from mmtok_sglang.server import current
@@ -105,13 +105,18 @@ class PrunedModel(_Base):
         return features
 
     def join(self, image: EncodedImage, kept: Sequence[Tensor]) -> Tensor:
-        """Returns the kept tokens [K, D] of an image as the language model reads them.
+        """Returns the kept tokens [K, D] of an image as the language model reads them, text between them included.
 
         Args:
             image: The image.
             kept: [k] int64 kept tokens of each of its tiles or parts.
         """
-        return image.features.vision[0][joined_parts(kept, image.plan)]
+        chosen = joined_parts(kept, image.plan)
+        rows = image.features.vision[0][chosen]
+        if not image.plan.between:
+            return rows
+        text = self._text_between(image.plan, rows)
+        return torch.cat([rows, text])[places_in_prompt(chosen, image.plan).argsort()]
 
     @override
     def get_image_feature(self, items: list[Any]) -> Any:
@@ -200,6 +205,12 @@ class PrunedModel(_Base):
         if whole:
             rows = iter(self.encode(whole).split([_num_placeholders(item) for item in whole]))
         return [tokens[place] if place in tokens else next(rows) for place in range(len(items))]
+
+    def _text_between(self, plan: ImagePlan, rows: Tensor) -> Tensor:
+        """Returns the text between a video's runs of placeholders, [T, D] as wide as its tokens: without DeepStack."""
+        ids = torch.tensor([token for ids in plan.between for token in ids], dtype=torch.int64)
+        text = self.get_input_embeddings()(ids.to(rows.device, non_blocking=True)).to(rows.dtype)
+        return nn.functional.pad(text, (0, rows.shape[1] - text.shape[1]))
 
     def _zeros(self, item: Any, num_rows: int) -> Tensor:
         weight: Tensor = self.get_input_embeddings().weight

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.multimodal_cache import MultiModalStaticCache
 from torch import Tensor
 
 from mmtok_sglang.cache_key import has_images, keys_of
 from mmtok_sglang.failures import Failures, drop_cached_embedding, refuse
-from mmtok_sglang.placeholders import ImagePlan, joined_parts, plan_of
+from mmtok_sglang.plan import ImagePlan, joined_parts, places_in_prompt, plan_of
 from mmtok_sglang.refusals import count_refusal
 from mmtok_sglang.selection import TokenSelector
 
@@ -26,20 +27,21 @@ _PROXY_KEY = "mmtok_mrope_positions"
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """The part of one pruned image's K placeholders that a prefill chunk holds.
+    """The part of one pruned image's span that a prefill chunk holds.
 
     Args:
         key: What the image's selection is remembered by, that of each part with its number.
-        name: The image's name in SGLang's cache of embeddings.
+        names: The image's name in SGLang's cache of embeddings, and that of all items of its kind in the request,
+            which SGLang encodes together where one of them, unpruned, has several runs of placeholders.
         plan: Its plan, with the original positions.
         first: [3, 1] int64, where the image's first token stands in the request. A later turn of a session counts on
             from the turns before it, which the plan does not know.
-        kept: Which of the K kept tokens are in the chunk.
+        kept: Which of the K kept tokens, text between runs counted, are in the chunk.
         batch: Where they stand in the batch's tokens.
     """
 
     key: bytes | None
-    name: int
+    names: tuple[int, int]
     plan: ImagePlan
     first: Tensor
     kept: slice
@@ -67,7 +69,8 @@ class PositionWriter:
         spans = list(_spans(forward_batch))
         for span in spans:
             if self._kept(span) is None:
-                drop_cached_embedding(span.name)
+                for name in span.names:
+                    drop_cached_embedding(name)
         return spans
 
     def write(self, spans: Sequence[_Span], positions: Tensor) -> None:
@@ -80,7 +83,7 @@ class PositionWriter:
         for span in spans:
             kept = self._kept(span)
             if kept is None or span.plan.positions is None:
-                self._fail(span.name, "is in this batch, but was not selected")
+                self._fail(span.names[0], "is in this batch, but was not selected")
                 continue
             # Neither copy waits: the kept indices are on the device, the N positions on the host.
             original = (span.plan.positions - span.plan.positions[:, :1] + span.first).to(
@@ -89,10 +92,13 @@ class PositionWriter:
             positions[:, span.batch] = original[:, kept[span.kept]]
 
     def _kept(self, span: _Span) -> Tensor | None:
-        """Returns the kept tokens of all parts of an image, None if one is not remembered."""
+        """Returns which tokens of the unpruned prompt are in an image's span; None where a part is not remembered."""
         parts = [self._selector.remembered((span.key, part)) for part in range(span.plan.num_parts)]
         known = [part for part in parts if part is not None]
-        return joined_parts(known, span.plan) if len(known) == len(parts) else None
+        if len(known) < len(parts):
+            return None
+        kept = joined_parts(known, span.plan)
+        return places_in_prompt(kept, span.plan).sort().values if span.plan.between else kept
 
     def _fail(self, key: int, why: str) -> None:
         if self._failures is None:
@@ -172,8 +178,10 @@ def _spans(forward_batch: Any) -> Iterator[_Span]:
             first, stop = max(start, chunk_start), min(end + 1, chunk_start + chunk_len)
             if first < stop:
                 shift = batch_start - chunk_start
+                of_kind = [each.hash for each in inputs.mm_items if each.modality == item.modality]
+                names = item.hash, MultiModalStaticCache.combine_hashes(of_kind)
                 yield _Span(
-                    *(keys.selection, item.hash, plan, inputs.mrope_positions[:, start : start + 1]),
+                    *(keys.selection, names, plan, inputs.mrope_positions[:, start : start + 1]),
                     kept=slice(first - start, stop - start),
                     batch=slice(first + shift, stop + shift),
                 )

@@ -19,6 +19,7 @@ from mmtok_sglang.settings import (
     VideoBudget,
     check_budget,
     check_encoder_scale,
+    check_frame_method,
     check_video_budget,
 )
 
@@ -102,10 +103,14 @@ def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested
         check_budget(budget, method)
     except ValueError as error:
         raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
-    seed = _seed(kwargs, settings.seed)
+    seed, video_budget = _seed(kwargs, settings.seed), _video_budget(kwargs, settings.video_budget)
+    try:
+        check_frame_method(method, video_budget)
+    except ValueError as error:
+        raise refusal("method", f"mm_processor_kwargs.mmtok_{error}") from None
     return Requested(
         *(budget, method, seed if method == "random" else 0, _encoder_scale(kwargs, settings, method)),
-        _video_budget(kwargs, settings.video_budget),
+        video_budget,
     )
 
 

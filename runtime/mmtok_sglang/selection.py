@@ -20,7 +20,7 @@ from mmtok_deploy.problem import Selection, SelectionProblem
 from mmtok_sglang.cache_key import ImageKeys, digest
 from mmtok_sglang.memory import MAX_SELECTION_BYTES, allocated_bytes
 from mmtok_sglang.metrics import NOT_FINITE, SelectionMetrics, count_triton_compiles, start_clock
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.ranks import is_first_rank, num_ranks, of_first_rank
 from mmtok_sglang.settings import Settings
 
@@ -319,7 +319,8 @@ class TokenSelector:
                 if excluded is not None:
                     excluded = excluded.to(image.vision.device, non_blocking=True)
                 problems[place] = SelectionProblem(
-                    *(image.vision, image.keys, text, image.num_kept, excluded), image.attention, image.seed
+                    *(image.vision, image.keys, text, image.num_kept, excluded),
+                    *(image.attention, image.seed, image.plan.num_frames // image.plan.num_parts),
                 )
             else:
                 self._fall_back(outcomes[place], len(image.vision), image.num_kept, obstacle)

@@ -15,7 +15,7 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.executors import ExecutorName
 from mmtok_deploy.guidance import GuidanceRule
-from mmtok_deploy.methods import MethodName, check_method, coverage_of
+from mmtok_deploy.methods import MethodName, check_method, coverage_of, needs_frames
 from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.shown import shown
 from mmtok_sglang.agent_address import AgentAddress
@@ -29,6 +29,7 @@ __all__ = [
     "VideoBudget",
     "check_budget",
     "check_encoder_scale",
+    "check_frame_method",
     "check_video_budget",
 ]
 
@@ -193,6 +194,7 @@ class Settings:
             raise ValueError(f"seed is from 0 to {MAX_SEED}, got {self.seed}")
         check_encoder_scale(self.encoder_scale, self.check_method(self.method))
         check_budget(self.budget, self.method)
+        check_frame_method(self.method, self.video_budget)
         self._check_agent()
 
     def check_method(self, method: object) -> MethodName:
@@ -258,6 +260,15 @@ def check_budget(budget: Budget | AutoBudget, method: MethodName) -> None:
         raise ValueError(
             "budget auto does not go with the method downsample, which scales images to a budget: take a share or a "
             "count, or another method"
+        )
+
+
+def check_frame_method(method: MethodName, video_budget: VideoBudget) -> None:
+    """Raises ValueError if each frame by itself is chosen from by a method that goes by frames."""
+    if needs_frames(method) and video_budget == "frame":
+        raise ValueError(
+            f"method {method} shares a video's budget among its frames itself, which video_budget frame does, too: "
+            "take video_budget video, or another method"
         )
 
 

@@ -25,7 +25,7 @@ from mmtok_deploy.methods import reads_attention
 from mmtok_deploy.methods.visionzip import class_token_attention
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.model import PrunedModel
-from mmtok_sglang.placeholders import plan_of
+from mmtok_sglang.plan import plan_of
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.stages import image_stage

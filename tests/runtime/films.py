@@ -38,17 +38,18 @@ class Film:
     def url(self) -> str:
         return "data:video/mp4;base64," + base64.b64encode(self.data).decode()
 
-    def frames(self) -> tuple[Tensor, dict[str, Any]]:
-        """Returns [frames, 3, H, W] uint8, those that SGLang takes at the size it gives them, and when they are."""
-        from torchcodec.decoders import VideoDecoder
+    def frames(self, device: str = "cpu") -> tuple[Tensor, dict[str, Any]]:
+        """Returns [frames, 3, H, W] uint8, those that SGLang takes at the size it gives them, and when they are.
 
-        # The colours of a pixel lie together, as in SGLang: otherwise PyTorch resizes with other roundings.
-        decoder = VideoDecoder(self.data, dimension_order="NHWC")
-        num_frames, frames_per_s = len(decoder), decoder.metadata.average_fps
-        assert frames_per_s is not None
+        Args:
+            device: What decodes them, "cuda" where SGLang runs on one: the two round differently.
+        """
+        decoder = qwen_vl.VideoDecoderWrapper(self.data, device=device)
+        num_frames, frames_per_s = len(decoder), decoder.avg_fps
         num_taken = qwen_vl.smart_nframes({}, num_frames, frames_per_s)
         taken = np.unique(np.linspace(0, num_frames - 1, num_taken, dtype=np.int64)).tolist()
-        frames = decoder.get_frames_at(taken).data.permute(0, 3, 1, 2)
+        # The colours of a pixel lie together: otherwise PyTorch resizes with other roundings.
+        frames = decoder.get_frames_as_tensor(taken).permute(0, 3, 1, 2)
         sizes = qwen_vl.VIDEO_MIN_PIXELS, qwen_vl.VIDEO_MAX_PIXELS
         height, width = qwen_vl.smart_resize(*frames.shape[-2:], min_pixels=sizes[0], max_pixels=sizes[1])
         # What SGLang does: other sizes than Hugging Face's.

@@ -99,7 +99,7 @@ class HandPruned:
         self._by_frame = by_frame
         videos: dict[str, Any] = {}
         if films:
-            frames, metadata = zip(*(film.frames() for film in films), strict=True)
+            frames, metadata = zip(*(film.frames(self.device.type) for film in films), strict=True)
             videos = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
         inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt", **videos).to(
             self.device
@@ -136,10 +136,12 @@ class HandPruned:
                 self._config = replace(self.preset.config, coverage=coverage)
                 taken = take(guidance, budgets) if kept is None else kept
                 taken = taken if raster_order else [each.flip(0) for each in taken]
-                pruned = self._cut(ids, embeddings, positions, next_position, taken, original_positions)
+                sizes = [len(vision) for vision, _ in features]
+                of_runs = self._by_run(inputs, taken, sizes)
+                pruned = self._cut(ids, embeddings, positions, next_position, of_runs, original_positions)
                 if own_levels:
                     return pruned
-                firsts = [torch.arange(len(each)) for each in taken]
+                firsts = self._by_run(inputs, [torch.arange(len(each)) for each in taken], sizes)
                 others = self._cut(ids, embeddings, positions, next_position, firsts, original_positions)
                 width = embed.embedding_dim
                 rows = torch.cat([pruned.embeddings[:, :width], others.embeddings[:, width:]], dim=1)
@@ -152,6 +154,16 @@ class HandPruned:
         inputs = self.processor(text=[prompt], images=list(images), return_tensors="pt").to(self.device)
         with self.device:
             features, _ = self._features(inputs, images)
+        return [vision[:, : self.model.get_input_embeddings().embedding_dim] for vision, _ in features]
+
+    @torch.no_grad()
+    def film_tokens(self, prompt: str, films: Sequence[Film]) -> list[Tensor]:
+        """Returns the [N, D] tokens of each film, unpruned, as the language model reads them."""
+        frames, metadata = zip(*(film.frames(self.device.type) for film in films), strict=True)
+        videos = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
+        inputs = self.processor(text=[prompt], return_tensors="pt", **videos).to(self.device)
+        with self.device:
+            features, _ = self._features(inputs, [])
         return [vision[:, : self.model.get_input_embeddings().embedding_dim] for vision, _ in features]
 
     @torch.no_grad()
@@ -251,16 +263,45 @@ class HandPruned:
             keys[order] = groups
             sizes = (grids.prod(-1) // visual.spatial_merge_size**2).tolist()
             of_kind[getattr(config, f"{kind}_token_id")] = iter(zip(outputs, keys.split(sizes), strict=True))
-        # In the order of the prompt.
-        ids = inputs["input_ids"][0]
-        before_first = ids.roll(1) == config.vision_start_token_id
-        first = ids[before_first].tolist()
-        features = [next(of_kind[token]) for token in first]
-        nums_pairs = iter(inputs["video_grid_thw"][:, 0].tolist() if self._by_frame else ())
-        parts = [next(nums_pairs) if self._by_frame and token == config.video_token_id else 1 for token in first]
-        return features, lambda texts, budgets: [
+        features = [next(of_kind[token]) for token, _ in self._items(inputs)]
+        return features, lambda texts, budgets: self._select_items(inputs, features, texts, budgets)
+
+    def _items(self, inputs: Any) -> list[tuple[int, int]]:
+        """Returns each image and film in the order of the prompt: its placeholder, and its steps in time."""
+        ids, config = inputs["input_ids"][0], self.model.config
+        first = ids[self._is_image(ids) & ~self._is_image(ids).roll(1)].tolist()
+        nums_steps = iter(inputs["video_grid_thw"][:, 0].tolist() if "video_grid_thw" in inputs else ())
+        items: list[tuple[int, int]] = []
+        while first:
+            token = first.pop(0)
+            num_steps = next(nums_steps) if token == getattr(config, "video_token_id", None) else 1
+            if self._has_timestamps:
+                # A run for each step.
+                del first[: num_steps - 1]
+            items.append((token, num_steps))
+        return items
+
+    def _by_run(self, inputs: Any, taken: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Returns what is taken of each run of placeholders: a film has one for each step, others have one."""
+        if not self._has_timestamps or "video_grid_thw" not in inputs:
+            return list(taken)
+        runs: list[Tensor] = []
+        for chosen, size, (_, num_steps) in zip(taken, sizes, self._items(inputs), strict=True):
+            step = size // num_steps
+            runs += [chosen[chosen // step == place] - place * step for place in range(num_steps)]
+        return runs
+
+    @property
+    def _has_timestamps(self) -> bool:
+        return self.family.startswith("qwen3")
+
+    def _select_items(
+        self, inputs: Any, features: Any, texts: Sequence[str], budgets: Sequence[float | int]
+    ) -> list[Tensor]:
+        nums_parts = [num_steps if self._by_frame else 1 for _, num_steps in self._items(inputs)]
+        return [
             self._select_parts(vision, key, text, budget, num)
-            for (vision, key), text, budget, num in zip(features, texts, budgets, parts, strict=True)
+            for (vision, key), text, budget, num in zip(features, texts, budgets, nums_parts, strict=True)
         ]
 
     def _select_parts(self, vision: Tensor, keys: Tensor, text: str, budget: float | int, num_parts: int) -> Tensor:
@@ -273,12 +314,27 @@ class HandPruned:
         return torch.cat([chosen + part * size for part, chosen in enumerate(kept)])
 
     def _features_qwen3_vl(self, inputs: Any, _images: Any) -> Any:
+        model, config = self.model.model, self.model.config
+        of_kind: dict[int, Any] = {}
+        num_levels = 0
+        for kind, pixels, get_features in (
+            ("image", "pixel_values", model.get_image_features),
+            ("video", "pixel_values_videos", model.get_video_features),
+        ):
+            if f"{kind}_grid_thw" in inputs:
+                found, num_levels = self._encode_levels(get_features, inputs[pixels], inputs[f"{kind}_grid_thw"])
+                of_kind[getattr(config, f"{kind}_token_id")] = iter(found)
+        features = [next(of_kind[token]) for token, _ in self._items(inputs)]
+        tokens = [(rows[:, : rows.shape[1] // (1 + num_levels)], key) for rows, key in features]
+        return features, lambda texts, budgets: self._select_items(inputs, tokens, texts, budgets)
+
+    def _encode_levels(self, get_features: Any, pixels: Tensor, grids: Tensor) -> tuple[list[Any], int]:
+        """Returns each image's (rows, levels of DeepStack behind each token; keys), and the number of levels."""
         visual = self.model.model.visual
-        grids = inputs["image_grid_thw"]
         before: list[Tensor] = []
         hook = visual.merger.register_forward_hook(lambda _, arguments, __: before.append(arguments[0]))
         try:
-            output = self.model.model.get_image_features(inputs["pixel_values"], grids)
+            output = get_features(pixels, grids)
         finally:
             hook.remove()
         of_layers = getattr(output, "deepstack_features", ())  # Qwen2-VL and Qwen3.5 have none
@@ -289,11 +345,7 @@ class HandPruned:
         ]
         rows = torch.cat(levels, dim=1).split([len(each) for each in output.pooler_output])
         keys = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
-        features = list(zip(rows, keys.split([len(each) for each in rows]), strict=True))
-        return features, lambda texts, budgets: [
-            self._select(tokens[:, : tokens.shape[1] // (1 + len(of_layers))], key, text, budget, None)
-            for (tokens, key), text, budget in zip(features, texts, budgets, strict=True)
-        ]
+        return list(zip(rows, keys.split([len(each) for each in rows]), strict=True)), len(of_layers)
 
     _features_qwen2_vl = _features_qwen3_vl_moe = _features_qwen3_5 = _features_qwen3_5_moe = _features_qwen3_vl
 

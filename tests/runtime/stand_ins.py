@@ -22,7 +22,7 @@ from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from mmtok_deploy import Budget
 from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.cache_key import CacheKeys, ImageKeys, digest, name_images
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.selection import ImageTokens
 from mmtok_sglang.settings import Settings
 

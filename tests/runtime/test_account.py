@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers.schedule_batch import Modality
+from sglang.srt.managers.schedule_batch import Modality, MultimodalInputs
 
-from mmtok_sglang.account import accounting, image_account
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.account import accounting, image_account, token_counts
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.selection import Outcome
 from tests.runtime.stand_ins import image_item
 
@@ -74,6 +74,15 @@ def test_videos_are_told_apart_from_images() -> None:
     assert (account["image_tokens_in"], len(account["images"])) == (8, 1)
     assert (account["video_tokens_in"], account["video_tokens_kept"], len(account["videos"])) == (100, 10, 1)
     assert account["num_fallbacks"] is None
+
+
+def test_text_between_the_runs_of_a_video_is_counted_as_text() -> None:
+    plan = ImagePlan(12, 5, [], num_frames=3, between=[[1, 2], [3, 4]])
+    video = image_item((3, 11), plan)
+    video.modality = Modality.VIDEO
+    inputs = MultimodalInputs(mm_items=[image_item((0, 1)), video])
+    assert MultimodalInputs.compute_mm_token_counts(inputs) == (2, 0, 9)
+    assert token_counts(MultimodalInputs.compute_mm_token_counts, inputs) == (2, 0, 5)
 
 
 def test_a_fallback_is_told() -> None:

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from mmtok_deploy.methods import MethodName
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.transformers_backend import TransformersModel
 
 _TOWER = {

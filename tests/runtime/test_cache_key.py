@@ -26,7 +26,7 @@ from mmtok_sglang.cache_key import (
     name_images,
     naming,
 )
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from tests.runtime.stand_ins import identified, image_item, make_settings
 
 PLAN = ImagePlan(num_tokens=6, num_kept=2, guidance=[3, 1, 2])

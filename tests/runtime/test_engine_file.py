@@ -17,7 +17,7 @@ from mmtok_deploy.synthetic import synthetic_features
 from mmtok_sglang import server_args
 from mmtok_sglang.engine_file import EngineMismatchError
 from mmtok_sglang.metrics import SelectionMetrics
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.selection import ImageTokens, TokenSelector
 from mmtok_sglang.server_args import MMTokServerArgs
 from mmtok_sglang.settings import Settings

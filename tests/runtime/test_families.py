@@ -31,7 +31,7 @@ from mmtok_sglang.families.qwen3_vl import Qwen3VL
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.model import EncodedImage, PrunedModel
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.request import Requested
 from mmtok_sglang.transformers_backend import separate_images
 from tests.runtime.stand_ins import identified, image_item, make_settings

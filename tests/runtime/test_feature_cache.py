@@ -13,7 +13,7 @@ from mmtok_sglang import feature_cache
 from mmtok_sglang.cache_key import CacheKeys, digest, keys_of
 from mmtok_sglang.feature_cache import FeatureCache, Features
 from mmtok_sglang.metrics import SelectionMetrics
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from tests.runtime.stand_ins import identified, image_item, make_settings
 
 PLAN = ImagePlan(num_tokens=4, num_kept=2, guidance=[3, 1, 2])

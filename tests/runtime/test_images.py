@@ -228,5 +228,6 @@ def test_a_cpu_has_lower_limits() -> None:
     assert default_limits("cuda", 2048 * 2048) == default_limits("cuda", None) == Limits()
     assert default_limits("cpu", 2048 * 2048).max_image_pixels == 2048 * 2048
     assert default_limits("cpu", None).max_image_pixels == 64_000_000
+    assert default_limits("cpu", 2048 * 2048).max_video_pixels == 2048 * 2048
     assert default_limits("cpu", None).max_images == 64
     assert default_limits("cpu", None).max_selection_cost == 2e11

@@ -17,7 +17,7 @@ from mmtok_sglang.cache_key import CacheKeys, keys_of
 from mmtok_sglang.feature_cache import FeatureCache, Features
 from mmtok_sglang.invalidation import Invalidation
 from mmtok_sglang.metrics import SelectionMetrics
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.selection import TokenSelector
 from tests.runtime.stand_ins import identified, image_item, image_tokens, make_settings
 

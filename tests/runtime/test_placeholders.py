@@ -18,17 +18,14 @@ from torch import Tensor
 
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang import placeholders
+from mmtok_sglang.cut import cut_placeholders
 from mmtok_sglang.families import Family
+from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.limits import Limits
-from mmtok_sglang.placeholders import (
-    ImagePlan,
-    PlaceholderCutter,
-    cut_placeholders,
-    joined_parts,
-    plan_of,
-    share_guidance,
-)
+from mmtok_sglang.placeholders import PlaceholderCutter
+from mmtok_sglang.plan import ImagePlan, joined_parts, places_in_prompt, plan_of, share_guidance
 from mmtok_sglang.request import guidance_texts, requested
+from mmtok_sglang.request_checks import refuse_scattered_placeholders
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 from tests.runtime.stand_ins import (
     IMAGE_ID,
@@ -104,6 +101,52 @@ def test_images_without_text_between_them_are_told_apart() -> None:
     output.mm_items = [image_item((0, 2)), image_item((3, 4))]
     cut_placeholders(planned(output, 2, 1))
     assert (output.input_ids, offsets(output)) == ([IMAGE_ID] * 3, [(0, 1), (2, 2)])
+
+
+# Text 1, a video of three frames of two tokens with text 3 4 and 5 6 between them, text 2.
+FRAMES = [1, *[IMAGE_ID] * 2, 3, 4, *[IMAGE_ID] * 2, 5, 6, *[IMAGE_ID] * 2, 2]
+BETWEEN = [[3, 4], [5, 6]]
+
+
+def a_video(num_kept: int) -> Any:
+    output = prompt_output(FRAMES, mrope=True)
+    output.mm_items = [image_item((1, 2))]
+    output.mm_items[0].offsets = [(1, 2), (5, 6), (9, 10)]
+    ImagePlan(6, num_kept, guidance=[5], num_frames=3, between=BETWEEN).attach(output.mm_items[0])
+    return output
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 3, 5])
+def test_the_runs_of_a_video_become_one_span_with_all_of_the_text_between(num_kept: int) -> None:
+    output = a_video(num_kept)
+    cut_placeholders(output)
+    assert offsets(output) == [(1, 1 + num_kept + 4 - 1)]
+    assert [token for token in output.input_ids if token != IMAGE_ID] == [1, 3, 4, 5, 6, 2]
+    assert output.input_ids.count(IMAGE_ID) == num_kept
+    plan = plan_of(output.mm_items[0])
+    assert plan is not None
+    assert plan.positions is not None
+    assert plan.positions.tolist() == mrope_positions(len(FRAMES))[:, 1:11].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kept", "ids"),
+    [
+        ([0, 1, 2, 3, 4, 5], FRAMES[1:11]),
+        ([0, 5], [IMAGE_ID, 3, 4, 5, 6, IMAGE_ID]),
+        # Frames without a kept token.
+        ([2], [3, 4, IMAGE_ID, 5, 6]),
+        ([4, 5], [3, 4, 5, 6, IMAGE_ID, IMAGE_ID]),
+        ([1, 2, 3], [IMAGE_ID, 3, 4, IMAGE_ID, IMAGE_ID, 5, 6]),
+    ],
+)
+def test_kept_tokens_and_text_stand_as_in_the_unpruned_prompt(kept: list[int], ids: list[int]) -> None:
+    plan = ImagePlan(6, len(kept), [], num_frames=3, between=BETWEEN)
+    places = places_in_prompt(torch.tensor(kept), plan)
+    region = torch.tensor(FRAMES[1:11])
+    assert region[places[: len(kept)]].tolist() == [IMAGE_ID] * len(kept)
+    assert region[places[len(kept) :]].tolist() == [3, 4, 5, 6]
+    assert region[places.sort().values].tolist() == ids
 
 
 def test_where_nothing_is_planned_nothing_is_touched() -> None:
@@ -288,6 +331,82 @@ def test_a_requests_method_is_in_the_plan(fields: Any, method: MethodName, seed:
     assert [plan_of(item) for item in output.mm_items] == expected
 
 
+@pytest.mark.parametrize("method", ["evs", "frames"])
+def test_a_method_that_goes_by_frames_is_refused_for_an_image(method: str) -> None:
+    fields = {"mmtok_method": method}
+    with pytest.raises(ValueError, match=f"^mm_processor_kwargs.mmtok_method {method} goes by the frames of a video"):
+        processed(None, 2, fields=fields)
+    with pytest.raises(ValueError, match=f"mmtok_method {method} shares a video's budget among its frames itself"):
+        processed(None, 2, fields=fields | {"mmtok_video_budget": "frame"})
+    processed(prompt_output(TWO_IMAGES), 2, fields=fields | {"mmtok_budget": "all"})
+
+
+def test_a_server_by_frames_of_a_method_that_shares_them_itself_does_not_start() -> None:
+    with pytest.raises(ValueError, match=r"^method evs shares a video's budget among its frames itself"):
+        replace(make_settings(2), method="evs", video_budget="frame")
+
+
+class VideoFamily(StandInFamily):
+    """Images are videos of two frames, each with a run of its own."""
+
+    def num_frames(self, item: Any) -> int:
+        return 2
+
+    def num_runs(self, item: Any) -> int:
+        return 2
+
+
+def planned_video(runs: Sequence[tuple[int, int]], **fields: Any) -> Any:
+    """Returns the plan of a video whose runs of placeholders have ids from 0 on between them."""
+    cutter = PlaceholderCutter(make_settings(4), VideoFamily())
+    output = prompt_output([1, IMAGE_ID])
+    (item,) = output.mm_items
+    item.offsets, output.input_ids = list(runs), list(range(runs[-1][1] + 1))
+    asked = requested(fields, cutter._settings)
+    asyncio.run(cutter._planner.plan_images(output, ["a"], asked, stand_in_processor(), None))
+    return plan_of(item)
+
+
+def test_the_plan_of_a_video_holds_the_text_between_its_runs() -> None:
+    plan = planned_video([(3, 7), (11, 15)])
+    assert (plan.num_tokens, plan.num_kept, plan.num_frames, plan.between) == (10, 4, 2, [[8, 9, 10]])
+    by_frame = planned_video([(3, 7), (11, 15)], mmtok_video_budget="frame", mmtok_budget=7)
+    assert (by_frame.num_kept, by_frame.num_parts, by_frame.between) == (6, 2, [[8, 9, 10]])
+
+
+def test_a_video_whose_runs_differ_is_refused() -> None:
+    with pytest.raises(ValueError, match="each step in time of a video has as many placeholders, one here has fewer"):
+        planned_video([(3, 7), (11, 14)])
+
+
+def test_evs_of_less_than_a_frame_is_refused() -> None:
+    assert planned_video([(3, 7), (11, 15)], mmtok_method="evs", mmtok_budget=5).num_kept == 5
+    with pytest.raises(ValueError, match=r"evs keeps the first step in time of a video whole, 5 tokens here, and .* 4"):
+        planned_video([(3, 7), (11, 15)], mmtok_method="evs")
+    assert planned_video([(3, 7), (11, 15)], mmtok_method="frames", mmtok_budget=1).num_kept == 1
+
+
+def test_runs_that_the_family_does_not_write_are_refused() -> None:
+    item = image_item((0, 1))
+    item.offsets = [(0, 1), (3, 4)]
+    with pytest.raises(ValueError, match=r"each image has one run of placeholders .*, one here has 2"):
+        refuse_scattered_placeholders([item], lambda _: 1)
+    with pytest.raises(ValueError, match=r"each video of 3 steps in time has as many runs .*, one here has 2"):
+        refuse_scattered_placeholders([item], lambda _: 3)
+    refuse_scattered_placeholders([item], lambda _: 2)
+
+
+def test_a_video_of_internvl_is_refused_with_the_reason() -> None:
+    cutter = PlaceholderCutter(make_settings(2, "internvl3"), InternVL3())
+    call = cutter.process_mm_data(
+        *(None, stand_in_processor(), []),  # type: ignore[arg-type]
+        input_text="<video>What?",
+        request_obj=Request(mm_processor_kwargs=None, video_data=["film.mp4"]),
+    )
+    with pytest.raises(ValueError, match=r"brings a video.*of an InternVL3's video SGLang writes each frame"):
+        asyncio.run(call)
+
+
 @pytest.mark.parametrize("method", ["visionzip", "downsample"])
 def test_a_method_that_the_model_cannot_run_is_refused(method: str) -> None:
     fields = {"mmtok_method": method}
@@ -432,12 +551,12 @@ def test_frames_share_a_budget_evenly(budget: str | int, num_kept: int | None, n
     output = prompt_output([1, *[IMAGE_ID] * 12, 2])
     cutter = PlaceholderCutter(replace(make_settings(budget), video_budget="frame"), OfThree())
     asked = requested(None, cutter._settings)
-    plan = cutter._plan(output.mm_items[0], "", asked, None)
+    plan = cutter._planner.plan(output.mm_items[0], "", asked, None)
     assert (plan and plan.num_kept, plan and plan.num_parts) == (num_kept, num_parts)
     if budget == 3:
         asked = requested({"mmtok_budget": 2}, cutter._settings)
         with pytest.raises(ValueError, match="a budget of 2 tokens is less than one for each of the 3 steps in time"):
-            cutter._plan(output.mm_items[0], "", asked, None)
+            cutter._planner.plan(output.mm_items[0], "", asked, None)
 
 
 def test_kept_tokens_of_parts_are_numbered_in_the_whole() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmtok_sglang.cache_key import keys_of
 from mmtok_sglang.metrics import SelectionMetrics
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.positions import PositionWriter, receive_positions, send_positions
 from mmtok_sglang.selection import TokenSelector
 from tests.runtime.stand_ins import identified, image_item, image_tokens, make_settings, mrope_positions

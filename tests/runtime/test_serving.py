@@ -335,6 +335,7 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_max_images": 64,
         "mmtok_max_image_pixels": 4_194_304 if servers[0].token_px is not None else 64_000_000,
         "mmtok_max_video_frames": 64,
+        "mmtok_max_video_pixels": 4_194_304 if servers[0].token_px is not None else 96_000_000,
         "mmtok_max_aspect_ratio": MAX_ASPECT_RATIO,
         "mmtok_max_guidance_tokens": 16_384,
         "mmtok_max_selection_cost": 2e11,

@@ -8,10 +8,14 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from mmtok_bench.families import FamilyName
 from mmtok_bench.server import running
 from mmtok_bench.soak.event_loop import polled_health
+from mmtok_deploy.methods import MethodName, comparator
+from mmtok_deploy.presets import PRESETS
+from mmtok_deploy.problem import SelectionProblem
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.films import Film, film, has_ffmpeg
@@ -20,9 +24,21 @@ from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 pytestmark = pytest.mark.skipif(not has_ffmpeg(), reason="videos are decoded by FFmpeg, which is not installed")
 
 QUESTION = "Where does the square go?"
+NUM_TOKENS = {"qwen2.5-vl": 560, "qwen3-vl": 352}
+"""Those of a film, of 4 steps in time."""
 
 
-@pytest.fixture(scope="module", params=["qwen2.5-vl"])
+def tokens_of(method: MethodName, served: Served, budget: int) -> list[int]:
+    """Returns what a method keeps of a film."""
+    prompt = served.judge.prompt(Chat.ask(film(), QUESTION).for_template())
+    (vision,) = served.judge.film_tokens(prompt, [film()])
+    asked = SelectionProblem(vision, vision, vision[:0], budget, num_frames=4)
+    (selection,) = comparator(method)([asked], PRESETS[served.family].config)
+    kept: list[int] = selection.kept.tolist()
+    return kept
+
+
+@pytest.fixture(scope="module", params=["qwen2.5-vl", "qwen3-vl"])
 def family(request: pytest.FixtureRequest) -> FamilyName:
     chosen: FamilyName = request.param
     return chosen
@@ -92,7 +108,30 @@ def test_a_requests_own_budget(served: Served) -> None:
     chat = Chat.ask(film(), QUESTION)
     served.check(chat, served.ask(chat, mmtok_budget=7), 7)
     whole = served.ask(chat, mmtok_budget="all")
-    assert whole["video_tokens"] == 560
+    assert whole["video_tokens"] == NUM_TOKENS[served.family]
+
+
+def test_fewer_tokens_than_frames(served: Served) -> None:
+    """Frames of which no token is kept: their timestamps and marks stay."""
+    chat = Chat.ask(film(), QUESTION)
+    for budget in (1, 2):
+        served.check(chat, served.ask(chat, mmtok_budget=budget), budget)
+
+
+@pytest.mark.parametrize("method", ["evs", "frames"])
+def test_methods_that_go_by_frames(served: Served, method: MethodName) -> None:
+    chat, budget = Chat.ask(film(), QUESTION), NUM_TOKENS[served.family] // 2 + 5
+    prompt = served.judge.prompt(chat.for_template())
+    kept = torch.tensor(tokens_of(method, served, budget))
+    pruned = served.judge.prune(prompt, [], chat.guidance, budget, films=chat.films, kept=[kept])
+    account = served.ask(chat, mmtok_method=method, mmtok_budget=budget)
+    assert account["video_tokens"] == budget
+    assert served.judge.max_error(pruned, account) < LOGPROB_TOLERANCE
+    assert account["mmtok"][0]["videos"][0]["is_fallback"] is False
+    with pytest.raises(openai.BadRequestError, match=f"mmtok_method {method} goes by the frames of a video"):
+        served.ask(Chat.ask(film(), small("coffee"), QUESTION), mmtok_method=method)
+    with pytest.raises(openai.BadRequestError, match=f"mmtok_method {method} goes by the frames of a video"):
+        served.ask(Chat.ask(small("coffee"), QUESTION), mmtok_method=method)
 
 
 def test_each_frame_its_share(served: Served) -> None:
@@ -112,6 +151,8 @@ def test_each_frame_its_share(served: Served) -> None:
         (b"", {}, "a video cannot be"),
         (None, {"mmtok_encoder_scale": 0.5}, "brings a video.*mmtok_encoder_scale"),
         (None, {"mmtok_method": "downsample"}, "brings a video.*downsample"),
+        (None, {"mmtok_method": "evs", "mmtok_budget": 20}, "evs keeps the first step in time of a video whole"),
+        (None, {"mmtok_method": "frames", "mmtok_video_budget": "frame"}, "method frames shares a video's budget"),
         (None, {"mmtok_video_budget": "second"}, "mmtok_video_budget is one of video, frame"),
         (None, {"mmtok_video_budget": "frame", "mmtok_budget": 3}, "less than one for each of the 4 steps in time"),
     ],

@@ -6,26 +6,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from prometheus_client import REGISTRY
 from sglang.srt.distributed import parallel_state
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmtok_deploy import select_tokens
+from mmtok_deploy.backends.blocked import MAX_BYTES
 from mmtok_deploy.backends.triton_plan import FeatureTypes
 from mmtok_deploy.coverage import coverage_bound
 from mmtok_deploy.executors import TorchExecutor, make_executor
-from mmtok_deploy.methods import MethodName, comparator
+from mmtok_deploy.methods import MethodName, comparator, needs_frames
 from mmtok_deploy.problem import Selection, SelectionProblem
 from mmtok_sglang import ranks, selection
 from mmtok_sglang.cache_key import digest
 from mmtok_sglang.families import FAMILIES
 from mmtok_sglang.memory import MAX_SELECTION_BYTES
 from mmtok_sglang.metrics import SelectionMetrics, collectors
-from mmtok_sglang.placeholders import ImagePlan
+from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.selection import ImageTokens, Outcome, TokenSelector
 from tests.runtime.stand_ins import features, image_names, image_tokens, make_settings
 
@@ -89,7 +91,8 @@ def test_selects_what_the_reference_selects(guidance: list[int], excluded: list[
 @pytest.mark.parametrize("of_server", ["mmtok", "text-coverage", "even"])
 @pytest.mark.parametrize("method", get_args(MethodName))
 def test_each_method_is_asked_by_its_name(method: MethodName, of_server: MethodName) -> None:
-    plan = replace(PLAN, method=method, num_kept=12 if method == "downsample" else 5)
+    num_frames = 3 if needs_frames(method) else 1
+    plan = replace(PLAN, method=method, num_kept=12 if method == "downsample" else 5, num_frames=num_frames)
     image, embed = image_tokens(1, plan)
     image = replace(image, attention=torch.arange(12).flip(0).float())
     text = embed(torch.tensor(plan.guidance))
@@ -99,10 +102,43 @@ def test_each_method_is_asked_by_its_name(method: MethodName, of_server: MethodN
     if method == "mmtok":
         expected = select_tokens(image.vision, image.keys, text, 5, config=SETTINGS.config)
     else:
-        asked = SelectionProblem(image.vision, image.keys, text, plan.num_kept, None, image.attention, image.seed)
+        asked = SelectionProblem(
+            image.vision, image.keys, text, plan.num_kept, None, image.attention, image.seed, num_frames
+        )
         (expected,) = comparator(method)([asked], SETTINGS.config)
     assert kept.tolist() == expected.kept.tolist()
     assert num_fallbacks(selector) == 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for each in output if isinstance(output, list | tuple) else [output]:
+            if isinstance(each, torch.Tensor):
+                self.size_bytes = max(self.size_bytes, each.untyped_storage().nbytes())
+        return output
+
+
+def test_a_long_video_is_selected_from_without_its_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_tokens = 65 * 256
+    # The bound of a GPU; that of a host is one of 18,000 tokens.
+    monkeypatch.setattr("mmtok_deploy.backends.blocked.max_matrix_bytes", lambda _: MAX_BYTES)
+    monkeypatch.setattr("mmtok_deploy.executors.max_matrix_bytes", lambda _: MAX_BYTES)
+    plan = ImagePlan(num_tokens, 6, guidance=[3, 1], num_frames=65)
+    image, embed = image_tokens(1, plan)
+    selector = make_selector()
+    with LargestTensor() as largest:
+        (kept,) = selector.select([image], embed)
+    assert num_fallbacks(selector) == 0
+    assert kept.unique().tolist() == kept.tolist()
+    assert len(kept) == 6
+    assert largest.size_bytes <= MAX_BYTES < 4 * num_tokens**2
 
 
 def test_methods_of_one_batch_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.multimodal.processors import qwen_vl
 from sglang.srt.utils import VideoData
 
 from mmtok_sglang.images import ImageLoader
@@ -94,10 +95,38 @@ def test_a_video_that_the_encoder_would_read_too_much_of_is_refused() -> None:
     items = [SimpleNamespace(is_video=lambda: True, video_grid_thw=torch.tensor([[4, 20, 28]]))]
     config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14))
     for most in (4 * 20 * 28 * 14**2, 4 * 20 * 28 * 14**2 - 1):
-        limits = Limits(max_image_pixels=most)
+        limits = Limits(max_video_pixels=most)
         loader = VideoLoader(limits, ImageLoader(limits))
         if most % 2:
             with pytest.raises(ValueError, match="would read 439,040 pixels of a video, this server takes 439,039"):
                 loader.check(items, config)
         else:
             loader.check(items, config)
+
+
+def pixels_read(width: int, height: int, num_frames: int) -> int:
+    """Returns what the encoder reads of a video, of every second frame, at the sizes that SGLang gives it."""
+    most = min(qwen_vl.VIDEO_MAX_PIXELS, qwen_vl.VIDEO_TOTAL_PIXELS / num_frames * 2)
+    rows, columns = qwen_vl.smart_resize(height, width, 28, qwen_vl.VIDEO_MIN_PIXELS, int(most))
+    return int(num_frames // 2 * rows * columns)
+
+
+@pytest.mark.parametrize(("seconds", "width", "height"), [(60, 1280, 720), (60, 1920, 1080), (120, 1280, 720)])
+def test_a_usual_video_is_within_the_default_limits(seconds: int, width: int, height: int) -> None:
+    num_frames = 2 * seconds
+    Limits().check_frames([(num_frames, width, height)])
+    read = pixels_read(width, height, num_frames)
+    Limits().check_encoded(read)
+    # The share of 10% of a minute, guided by 50 tokens; of more, by frames.
+    num_tokens, size = read // 28**2, read // 28**2 // seconds
+    if seconds <= 60:
+        Limits().check_cost(num_tokens // 10 * num_tokens * (50 + num_tokens))
+    else:
+        with pytest.raises(ValueError, match='for a video ask for mmtok_video_budget "frame"'):
+            Limits().check_cost(num_tokens // 10 * num_tokens * (50 + num_tokens))
+    Limits().check_cost(seconds * (size // 10) * size * (50 + size))
+
+
+def test_all_that_sglang_takes_of_a_video_is_encoded() -> None:
+    for num_frames in range(4, 769, 2):
+        Limits().check_encoded(pixels_read(1920, 1080, num_frames))

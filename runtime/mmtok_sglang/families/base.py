@@ -38,6 +38,8 @@ class Family(ABC):
     """What stands for one image in a prompt's text."""
     video_placeholder: ClassVar[str | None] = None
     """What stands for one video in a prompt's text; None where videos are not pruned."""
+    obstacle_to_videos: ClassVar[str] = "it prunes images alone of this model"
+    """Why videos are not pruned, where they are not."""
     placeholder_rule: ClassVar[PlaceholderRule]
     """What the processor takes for an image in a prompt's text."""
     keys_dtype: ClassVar[torch.dtype | None] = None
@@ -99,6 +101,10 @@ class Family(ABC):
 
     def num_frames(self, item: Any) -> int:
         """Returns the steps in time that a video's tokens are of, as many of each; 1 for an image."""
+        return 1
+
+    def num_runs(self, item: Any) -> int:
+        """Returns the runs of placeholders that an image or video has in the prompt, equal in length."""
         return 1
 
     def excluded(self, item: Any) -> Tensor | None:

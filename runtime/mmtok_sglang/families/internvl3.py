@@ -108,6 +108,10 @@ class InternVL3(Family):
         re.compile("<image>|<IMG_CONTEXT>"),
         ("<img>", "</img>", "<video>", "<|video_pad|>", "<<<__IMG_PLACEHOLDER__>>>", "<<<__VID_PLACEHOLDER__>>>"),
     )
+    obstacle_to_videos = (
+        "of an InternVL3's video SGLang writes each frame as an image of its own, with its number before it, and MMTok "
+        "prunes its images alone: send frames as images to have each of them pruned"
+    )
     embeds = False
     obstacle_to_sharing = "its tiles share the budget of their image already"
 

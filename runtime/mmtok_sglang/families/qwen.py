@@ -16,6 +16,8 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.feature_cache import Features
+from mmtok_sglang.images import ImageLoader
+from mmtok_sglang.limits import Limits
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.processor_thread import ProcessorThread
@@ -25,9 +27,9 @@ from mmtok_sglang.settings import Settings
 from mmtok_sglang.smaller_images import ProcessorSizes
 from mmtok_sglang.stages import image_stage
 from mmtok_sglang.typed_placeholders import PlaceholderRule
-from mmtok_sglang.videos import Video
+from mmtok_sglang.videos import Video, VideoLoader
 
-__all__ = ["Qwen", "QwenModel", "QwenProcessor", "grid_of"]
+__all__ = ["Qwen", "QwenModel", "QwenProcessor", "QwenWithTimestamps", "grid_of"]
 
 _MAX_PIXELS_ON_CPU = 2048 * 2048
 _MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
@@ -185,6 +187,24 @@ class Qwen(Family):
             assert isinstance(asked.budget, Budget)  # `check_budget`
             shrink = partial(sizes.shrink, budget=asked.budget)
         return [await asyncio.to_thread(shrink, image, min_tokens_in=settings.min_tokens_in) for image in images or ()]
+
+
+class QwenWithTimestamps(Qwen):
+    """A video has a run of placeholders for each step in time, and the step's timestamp before it.
+
+    The timestamps stay, and `<|vision_start|>` and `<|vision_end|>` around each run, also where none of a run's tokens
+    does; all of them keep their positions.
+    """
+
+    video_placeholder = "<|video_pad|>"
+
+    def num_runs(self, item: Any) -> int:
+        """Returns the steps in time of a video, 1 for an image."""
+        return self.num_frames(item)
+
+    def video_loader(self, limits: Limits, images: ImageLoader) -> VideoLoader:
+        """Returns what opens a request's videos."""
+        return VideoLoader(limits, images)
 
 
 def grid_of(item: Any) -> Tensor:

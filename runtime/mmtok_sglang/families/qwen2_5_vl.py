@@ -16,7 +16,7 @@ from typing_extensions import override
 from mmtok_sglang.families.qwen import Qwen, QwenModel, QwenProcessor
 from mmtok_sglang.images import ImageLoader
 from mmtok_sglang.limits import Limits
-from mmtok_sglang.placeholders import plan_of
+from mmtok_sglang.plan import plan_of
 from mmtok_sglang.videos import Video, VideoLoader
 
 __all__ = ["Qwen25VL"]

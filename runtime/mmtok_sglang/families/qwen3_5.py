@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from sglang.srt.models import qwen3_5
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 
-from mmtok_sglang.families.qwen import Qwen, QwenModel, QwenProcessor
+from mmtok_sglang.families.qwen import QwenModel, QwenProcessor, QwenWithTimestamps
 
 __all__ = ["Qwen35", "Qwen35Moe"]
 
@@ -30,7 +30,7 @@ class Qwen35Processor(QwenProcessor, QwenVLImageProcessor):
     models: ClassVar[list[type]] = [Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration]
 
 
-class Qwen35(Qwen):
+class Qwen35(QwenWithTimestamps):
     """Tokens of 32 x 32 pixels."""
 
     model_class = Qwen3_5ForConditionalGeneration

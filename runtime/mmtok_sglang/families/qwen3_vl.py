@@ -17,7 +17,7 @@ from sglang.srt.models import qwen3_vl, qwen3_vl_moe
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 from torch import Tensor, nn
 
-from mmtok_sglang.families.qwen import Qwen, QwenModel, QwenProcessor
+from mmtok_sglang.families.qwen import QwenModel, QwenProcessor, QwenWithTimestamps
 
 __all__ = ["Qwen3VL", "Qwen3VLMoe"]
 
@@ -94,7 +94,7 @@ class Qwen3VLProcessor(QwenProcessor, QwenVLImageProcessor):
     models: ClassVar[list[type]] = [Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration]
 
 
-class Qwen3VL(Qwen):
+class Qwen3VL(QwenWithTimestamps):
     """Tokens of 32 x 32 pixels."""
 
     model_class = Qwen3VLForConditionalGeneration

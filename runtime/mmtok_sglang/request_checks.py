@@ -1,0 +1,107 @@
+"""What a request is refused for that brings something else than images and videos that can be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang.srt.managers.io_struct import EmbeddingReqInput
+from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+
+from mmtok_sglang.plan import KEY
+from mmtok_sglang.refusals import refusal
+from mmtok_sglang.request import Requested
+
+__all__ = [
+    "advice",
+    "drop_our_names",
+    "refuse_features",
+    "refuse_no_images",
+    "refuse_our_names",
+    "refuse_scattered_placeholders",
+    "videos_of",
+]
+
+
+def videos_of(request: Any) -> list[Any]:
+    """Returns the videos that a request brings."""
+    videos = getattr(request, "video_data", None) or []
+    return videos if isinstance(videos, list) else [videos]
+
+
+def advice(request: Any, asked: Requested) -> str:
+    """Returns what to send to have a request read unpruned."""
+    if isinstance(request, EmbeddingReqInput):  # which has no such field
+        return "embed it on a server without --mmtok-budget"
+    unscaled = "" if asked.encoder_scale == 1 else ', "mmtok_encoder_scale": 1'
+    return f'send mm_processor_kwargs={{"mmtok_budget": "all"{unscaled}}} to have it read unpruned'
+
+
+def refuse_features(request: Any, image_data: Any, asked: Requested) -> None:
+    """Raises ValueError (HTTP 400) for images that come ready-made."""
+    if any(isinstance(image, dict) for image in image_data or []):
+        raise refusal(
+            "features",
+            "MMTok prunes raw images, this request brings precomputed embeddings or features: "
+            f"{advice(request, asked)}",
+        )
+
+
+def refuse_no_images(image_data: Any) -> None:
+    """Raises ValueError (HTTP 400) for what JSON may have in an image's place.
+
+    SGLang may load an address from within it, which no limit would have seen.
+    """
+    for each in image_data or []:
+        if isinstance(each, dict) and not BaseMultimodalProcessor._is_preprocessed_input(each):
+            raise refusal(
+                "image",
+                f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, each))}: send "
+                'the text itself, "image_data": "https://..." and not {"url": "https://..."}',
+            )
+        if each is None or isinstance(each, list | tuple | bool | int | float):
+            raise refusal(
+                "image",
+                f"an image is an address, a path or base64 text, got a {type(each).__name__}: send one list of images "
+                "for a prompt, and a list of such lists for a list of prompts",
+            )
+
+
+def refuse_our_names(*sources: Any) -> None:
+    """Raises ValueError (HTTP 400) for input that brings what only the plugin writes: a plan could be another's."""
+    for source in sources:
+        for each in source if isinstance(source, list | tuple) else [source]:
+            if not isinstance(each, dict):
+                continue
+            nested = each.get("model_specific_data")
+            names = [*each, *(nested if isinstance(nested, dict) else ())]
+            ours = sorted({name for name in names if isinstance(name, str) and name.startswith(KEY)})
+            if ours:
+                raise refusal(
+                    "features",
+                    f"features that come ready-made have {', '.join(ours)}, which MMTok alone sets: leave it out",
+                )
+
+
+def drop_our_names(item: Any) -> None:
+    """Takes off SGLang's item what only the plugin writes."""
+    for name in [name for name in item.model_specific_data if str(name).startswith(KEY)]:
+        del item.model_specific_data[name]
+
+
+def refuse_scattered_placeholders(items: Sequence[Any], num_runs: Callable[[Any], int]) -> None:
+    """Raises ValueError (HTTP 400) for an image whose placeholders are not as many runs as its family writes.
+
+    Args:
+        items: SGLang's.
+        num_runs: Returns the runs of an item.
+    """
+    for item in items:
+        found, expected = len(item.offsets or ()), num_runs(item)
+        if found != expected:
+            what = "image has one run" if expected == 1 else f"video of {expected} steps in time has as many runs"
+            raise refusal(
+                "placeholders",
+                f"each {what} of placeholders in the prompt, one here has {found}: write one placeholder for each "
+                "image or video",
+            )
