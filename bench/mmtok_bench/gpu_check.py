@@ -345,6 +345,7 @@ def _replays_ms(call: Callable[[], object], num_runs: int = 30) -> list[float]:
 
 
 _WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith(("qwen2.5", "qwen3")))
+_WITH_VIDEOS: tuple[FamilyName, ...] = ("qwen2.5-vl", "qwen3-vl")
 _QUANTISED = ("fp8", "awq", "gptq")
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -405,6 +406,12 @@ PARTS: tuple[Part, ...] = (
         "the same, with prefills by CUDA graphs",
         tuple(_device_logprobs(family, "graphs") for family in _WITH_GRAPHS),
         tuple(bar for family in _WITH_GRAPHS for bar in _logprobs(family, "graphs")),
+    ),
+    Part(
+        "video",
+        "the same of videos, and of images beside them; needs FFmpeg",
+        tuple((*_device_logprobs(family, "eager"), "--videos") for family in _WITH_VIDEOS),
+        tuple(bar for family in _WITH_VIDEOS for bar in _logprobs(family, "eager")),
     ),
     Part(
         "quantised",

@@ -103,6 +103,15 @@ def test_what_is_measured_by_commands_of_its_own() -> None:
     lines = judge(part_of("logprobs-graphs"), [row("device-logprobs", case, replayed)], [0, 0, 0])
     found = {text: rest for text, _, *rest in lines}
     assert found["qwen2.5-vl, prefill graphs, the mistake's against that"] == ["6.67 x", True]
+    lines = judge(
+        part_of("video"), [row("device-logprobs", {"family": "qwen3-vl", "prefill": "eager"}, errors)], [0, 0]
+    )
+    found = {text: rest for text, _, *rest in lines}
+    assert found["qwen3-vl, logprobs against the hand-pruned model"] == ["0.0001", True]
+    assert found["qwen2.5-vl, logprobs against the hand-pruned model"] == ["not measured", None]
+    assert all("--videos" in command for command in part_of("video").commands)
+    lines = judge(part_of("logprobs-graphs"), [row("device-logprobs", case, replayed)], [0, 0, 0])
+    found = {text: rest for text, _, *rest in lines}
     # Two replays are not those of the images.
     assert found["qwen2.5-vl, prefill graphs, prefills replayed"] == ["2", False]
     assert found["qwen3-vl, prefill graphs, prefills replayed"] == ["not measured", None]

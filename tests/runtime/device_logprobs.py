@@ -14,6 +14,7 @@ import argparse
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -26,6 +27,7 @@ from mmtok_bench.run import quiet_transformers, run_command
 from mmtok_bench.server import make_server
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from tests.runtime.chats import Chat, small
+from tests.runtime.films import film
 from tests.runtime.hand_pruned import HandPruned
 from tests.runtime.serving import Served, template_arguments
 
@@ -48,7 +50,18 @@ _FULL = ("--dtype=float32", "--attention-backend=torch_native")
 _PREFILL = {"eager": ("--disable-prefill-cuda-graph",), "graphs": ("--chunked-prefill-size=64",)}
 
 
-def measure(served: Served) -> dict[str, float]:
+def film_chats() -> tuple[Chat, ...]:
+    """Returns the chats about videos; their files are encoded by FFmpeg."""
+    return (
+        Chat.ask(film(), "Where does the square go?"),
+        Chat.ask(film(12, 5.0, seed=1), small("coffee"), "What colour is the square, and what the cup?"),
+        Chat.ask(film(seed=2), "What moves?")
+        .then("assistant", "A square.")
+        .then("user", small("chelsea"), "And here?"),
+    )
+
+
+def measure(served: Served, chats: Sequence[Chat] = _CHATS) -> dict[str, float]:
     """Returns the largest difference of the chats, and the smallest that the mistake makes.
 
     They are asked one after another, and once more all at once: in one batch, and behind cached prefixes.
@@ -57,18 +70,21 @@ def measure(served: Served) -> dict[str, float]:
         MeasurementError: An answer does not say what its images' tokens cover.
     """
     errors, mistakes = [], []
-    alone = [served.ask(chat) for chat in _CHATS]
-    together = in_parallel(len(_CHATS), served.ask, _CHATS)
-    for image in (image for account in (*alone, *together) for image in account["mmtok"][0]["images"]):
+    alone = [served.ask(chat) for chat in chats]
+    together = in_parallel(len(chats), served.ask, chats)
+    accounts_of_all = [account["mmtok"][0] for account in (*alone, *together)]
+    for image in (image for account in accounts_of_all for image in (*account["images"], *account["videos"])):
         # Both come from the device, without waiting for it.
         if not 0 < (image["coverage"] or 0) <= image["coverage_bound"] <= 1:
             raise MeasurementError(f"expected 0 < coverage <= coverage_bound <= 1, an answer says {image}")
-    for chat, *accounts in zip(_CHATS, alone, together, strict=True):
-        prompt = served.judge.prompt(chat.for_template())
-        pruned = served.judge.prune(prompt, chat.images, chat.guidance, _BUDGET)
+    for chat, *accounts in zip(chats, alone, together, strict=True):
+        prompt, films = served.judge.prompt(chat.for_template()), chat.films
+        pruned = served.judge.prune(prompt, chat.images, chat.guidance, _BUDGET, films=films)
         errors += [served.judge.max_error(pruned, account) for account in accounts]
         if served.family.startswith("qwen"):
-            wrong = served.judge.prune(prompt, chat.images, chat.guidance, _BUDGET, original_positions=False)
+            wrong = served.judge.prune(
+                prompt, chat.images, chat.guidance, _BUDGET, original_positions=False, films=films
+            )
         else:
             wrong = served.judge.prune(prompt, chat.images, [_OTHER_QUESTION] * len(chat.images), _BUDGET)
         mistakes.append(served.judge.max_error(wrong, accounts[0]))
@@ -81,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="for the row, the checkpoint and the server's log")
     parser.add_argument("--family", choices=get_args(FamilyName), required=True)
     parser.add_argument("--prefill", choices=tuple(_PREFILL), default="eager", help="default %(default)s")
+    parser.add_argument("--videos", action="store_true", help="chats about videos, for a Qwen2.5-VL or Qwen3-VL")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="further arguments of the server")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
     arguments = parser.parse_args(argv)
@@ -107,12 +124,11 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     judge = HandPruned(family, checkpoint, device)
     with server:
-        metrics = measure(Served(family, server, judge))
+        metrics = measure(Served(family, server, judge), film_chats() if arguments.videos else _CHATS)
         prefills = re.findall(r"Prefill batch.*cuda graph: (True|False)", server.log_text())
     metrics |= {"num_prefills": len(prefills), "num_replayed": prefills.count("True")}
-    row = make_row(
-        BENCH, {"family": family, "prefill": arguments.prefill}, "sglang", metrics, num_runs=len(_CHATS), device=device
-    )
+    case = {"family": family, "prefill": arguments.prefill, **({"media": "videos"} if arguments.videos else {})}
+    row = make_row(BENCH, case, "sglang", metrics, num_runs=len(_CHATS), device=device)
     append_row(arguments.folder / "device-logprobs.jsonl", row)
     print(metrics)
     return 0 if metrics["control_error"] >= (5 if is_half else 10) * metrics["max_error"] else 1
