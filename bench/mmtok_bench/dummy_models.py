@@ -5,30 +5,14 @@ SGLang draws the weights (`--load-format dummy`): small uniform numbers, the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtok_bench.internvl_parts import InternVLProcessor, chat_model_config
-from mmtok_bench.model_parts import (
-    CLIP_VIT_L,
-    Vocabulary,
-    internvl_config,
-    internvl_tokenizer,
-    llava_config,
-    llava_next_config,
-    llava_next_processor,
-    llava_processor,
-    qwen2_vl_config,
-    qwen2_vl_processor,
-    qwen3_5_config,
-    qwen3_5_processor,
-    qwen3_vl_config,
-    qwen3_vl_processor,
-    qwen_config,
-    qwen_processor,
-)
+from mmtok_bench.families import FamilyName
+from mmtok_bench.internvl_parts import chat_model_config
+from mmtok_bench.model_parts import CLIP_VIT_L, FAMILY_PARTS, Vocabulary
 from mmtok_bench.serve.presets import QUESTIONS
 
 __all__ = ["DUMMY_ARGUMENTS", "DUMMY_MODELS", "make_processor", "write_dummy_model"]
@@ -161,6 +145,7 @@ _VICUNA_13B = {
 # For a CPU: the language model of Qwen2.5-0.5B, and encoders so small that it dominates. (In the 7B models the encoder
 # takes about a third of a prefill's arithmetic with Qwen2.5-VL and a twentieth with LLaVA-1.5.)
 _TEXT_05B = {
+    "vocab_size": 151936,
     "hidden_size": 896,
     "intermediate_size": 4864,
     "num_hidden_layers": 24,
@@ -196,91 +181,62 @@ _CLIP_SMALL = {
 
 @dataclass(frozen=True, slots=True)
 class _DummyModel:
-    """One model: its processor, and its configuration for the processor's tokenizer."""
+    """One model.
 
-    processor: Callable[[], Any]
-    config: Callable[[Any], Any]
+    Args:
+        family: Its family.
+        text: Fields of the language model's configuration.
+        vision: Fields of the vision encoder's.
+        image_px: Side of the square that the encoder of a LLaVA-1.5 reads.
+    """
 
+    family: FamilyName
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    image_px: int = 336
 
-def _words(size: int) -> Vocabulary:
-    """Returns a vocabulary in which each word of a prompt is one token, as it is in a real one."""
-    roles = ("system", "You are a helpful assistant.", "user", "assistant", "USER: ", " ASSISTANT:")
-    return Vocabulary("\n".join((*QUESTIONS, *roles)), size)
+    def processor(self) -> Any:
+        """Returns the processor; each word of a prompt is one token, as it is with a real one."""
+        roles = ("system", "You are a helpful assistant.", "user", "assistant", "USER: ", " ASSISTANT:")
+        words = "\n".join((*QUESTIONS, *roles))
+        vocabulary = Vocabulary(words, self.text["vocab_size"], has_merges=self.family.startswith("qwen3.5"))
+        return FAMILY_PARTS[self.family].processor(vocabulary, **self._image_tokens(), **self._image_side())
 
+    def config(self, tokenizer: Any) -> Any:
+        """Returns the configuration for the processor's tokenizer."""
+        return FAMILY_PARTS[self.family].config(tokenizer, self.text, self.vision, **self._image_side())
 
-def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
-    return _DummyModel(
-        lambda: qwen_processor(_words(text["vocab_size"]), max_image_tokens=16384),
-        lambda tokenizer: qwen_config(tokenizer, text, vision),
-    )
+    def _image_tokens(self) -> dict[str, int]:
+        if not self.family.startswith("qwen"):
+            return {}
+        # The published processors from Qwen3-VL on enlarge an image of fewer than 64 tokens.
+        least = {} if self.family.startswith("qwen2") else {"min_image_tokens": 64}
+        return {"max_image_tokens": 16384, **least}
 
-
-def _qwen2_vl(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
-    return _DummyModel(
-        lambda: qwen2_vl_processor(_words(text["vocab_size"]), max_image_tokens=16384),
-        lambda tokenizer: qwen2_vl_config(tokenizer, text, vision),
-    )
-
-
-def _qwen3_vl(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
-    return _DummyModel(
-        # Like the published processor, this enlarges an image of fewer than 64 tokens.
-        lambda: qwen3_vl_processor(_words(text["vocab_size"]), min_image_tokens=64, max_image_tokens=16384),
-        lambda tokenizer: qwen3_vl_config(tokenizer, text, vision),
-    )
-
-
-def _qwen3_5(text: dict[str, Any], vision: dict[str, Any]) -> _DummyModel:
-    return _DummyModel(
-        lambda: qwen3_5_processor(
-            replace(_words(text["vocab_size"]), has_merges=True), min_image_tokens=64, max_image_tokens=16384
-        ),
-        lambda tokenizer: qwen3_5_config(tokenizer, text, vision),
-    )
-
-
-def _llava(text: dict[str, Any], clip: dict[str, Any], image_px: int = 336) -> _DummyModel:
-    return _DummyModel(
-        # Like the published processor, this crops the middle of an image; it does not pad to a square.
-        lambda: llava_processor(False, _words(text["vocab_size"]), image_px=image_px),
-        lambda tokenizer: llava_config(tokenizer, text, clip, image_px=image_px),
-    )
-
-
-def _llava_next(text: dict[str, Any]) -> _DummyModel:
-    return _DummyModel(
-        lambda: llava_next_processor(_words(text["vocab_size"])),
-        lambda tokenizer: llava_next_config(tokenizer, text, CLIP_VIT_L),
-    )
-
-
-def _internvl(text: dict[str, Any]) -> _DummyModel:
-    return _DummyModel(
-        lambda: InternVLProcessor(internvl_tokenizer(_words(text["vocab_size"]))),
-        lambda tokenizer: internvl_config(tokenizer, {"dtype": _DTYPE, **text}, _INTERN_VIT_300M),
-    )
+    def _image_side(self) -> dict[str, int]:
+        return {"image_px": self.image_px} if self.family == "llava-1.5" else {}
 
 
 DUMMY_MODELS: dict[str, _DummyModel] = {
-    "qwen2-vl-7b": _qwen2_vl(_QWEN2_VL_7B, _QWEN2_VL_VISION),
-    "qwen2.5-vl-7b": _qwen(_QWEN_7B, _QWEN_7B_VISION),
-    "qwen2.5-vl-32b": _qwen(_QWEN_32B, {**_QWEN_7B_VISION, "intermediate_size": 3456}),
-    "qwen3-vl-8b": _qwen3_vl(_QWEN3_VL_8B, _QWEN3_VL_VISION),
-    "qwen3-vl-30b-a3b": _qwen3_vl(_QWEN3_VL_30B, _QWEN3_VL_VISION),
-    "qwen3.5-9b": _qwen3_5(_QWEN3_5_9B, _QWEN3_5_VISION),
-    "qwen3.5-35b-a3b": _qwen3_5(_QWEN3_5_35B, _QWEN3_5_VISION),
-    "llava-1.5-7b": _llava(_VICUNA_7B, CLIP_VIT_L),
-    "llava-1.5-13b": _llava(_VICUNA_13B, CLIP_VIT_L),
-    "llava-next-7b": _llava_next(_VICUNA_7B),
-    "llava-next-13b": _llava_next(_VICUNA_13B),
-    "internvl3-8b": _internvl(_QWEN2_5_7B),
-    "internvl3.5-8b": _internvl(_QWEN3_8B),
-    "qwen2.5-vl-0.5b": _qwen({**_TEXT_05B, "vocab_size": 151936, "tie_word_embeddings": True}, _QWEN_SMALL_VISION),
-    "qwen3-vl-0.5b": _qwen3_vl(
-        {**_TEXT_05B, "head_dim": 64, "vocab_size": 151936, "tie_word_embeddings": True}, _QWEN3_VL_SMALL_VISION
+    "qwen2-vl-7b": _DummyModel("qwen2-vl", _QWEN2_VL_7B, _QWEN2_VL_VISION),
+    "qwen2.5-vl-7b": _DummyModel("qwen2.5-vl", _QWEN_7B, _QWEN_7B_VISION),
+    "qwen2.5-vl-32b": _DummyModel("qwen2.5-vl", _QWEN_32B, {**_QWEN_7B_VISION, "intermediate_size": 3456}),
+    "qwen3-vl-8b": _DummyModel("qwen3-vl", _QWEN3_VL_8B, _QWEN3_VL_VISION),
+    "qwen3-vl-30b-a3b": _DummyModel("qwen3-vl-moe", _QWEN3_VL_30B, _QWEN3_VL_VISION),
+    "qwen3.5-9b": _DummyModel("qwen3.5", _QWEN3_5_9B, _QWEN3_5_VISION),
+    "qwen3.5-35b-a3b": _DummyModel("qwen3.5-moe", _QWEN3_5_35B, _QWEN3_5_VISION),
+    "llava-1.5-7b": _DummyModel("llava-1.5", _VICUNA_7B, CLIP_VIT_L),
+    "llava-1.5-13b": _DummyModel("llava-1.5", _VICUNA_13B, CLIP_VIT_L),
+    "llava-next-7b": _DummyModel("llava-next", _VICUNA_7B, CLIP_VIT_L),
+    "llava-next-13b": _DummyModel("llava-next", _VICUNA_13B, CLIP_VIT_L),
+    "internvl3-8b": _DummyModel("internvl3", {"dtype": _DTYPE, **_QWEN2_5_7B}, _INTERN_VIT_300M),
+    "internvl3.5-8b": _DummyModel("internvl3", {"dtype": _DTYPE, **_QWEN3_8B}, _INTERN_VIT_300M),
+    "qwen2.5-vl-0.5b": _DummyModel("qwen2.5-vl", {**_TEXT_05B, "tie_word_embeddings": True}, _QWEN_SMALL_VISION),
+    "qwen3-vl-0.5b": _DummyModel(
+        "qwen3-vl", {**_TEXT_05B, "head_dim": 64, "tie_word_embeddings": True}, _QWEN3_VL_SMALL_VISION
     ),
     # 448 pixels, where the published model has 336: 1024 tokens, where it has 576.
-    "llava-1.5-0.5b": _llava({**_TEXT_05B, "vocab_size": 151936}, _CLIP_SMALL, 448),
+    "llava-1.5-0.5b": _DummyModel("llava-1.5", _TEXT_05B, _CLIP_SMALL, image_px=448),
 }
 """Models by name; those of 7B and above have the sizes of the published checkpoints."""
 
@@ -308,24 +264,12 @@ def write_dummy_model(name: str, folder: Path) -> Path:
     model = DUMMY_MODELS[name]
     processor = model.processor()
     config = model.config(processor.tokenizer)
-    if config.model_type == "internvl":
+    if model.family == "internvl3":
         config = chat_model_config(config)
     else:
-        config.architectures = [_ARCHITECTURES[config.model_type]]
+        config.architectures = [FAMILY_PARTS[model.family].architecture]
     config.dtype = _DTYPE
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-_ARCHITECTURES = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-    "qwen3_5": "Qwen3_5ForConditionalGeneration",
-    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
-    "llava": "LlavaForConditionalGeneration",
-    "llava_next": "LlavaNextForConditionalGeneration",
-}

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-__all__ = [
-    "BYTES",
-    "CLIP_VIT_L",
-    "Vocabulary",
-    "internvl_config",
-    "internvl_tokenizer",
-    "llava_config",
-    "llava_next_config",
-    "llava_next_processor",
-    "llava_processor",
-    "qwen2_vl_config",
-    "qwen2_vl_processor",
-    "qwen3_5_config",
-    "qwen3_5_processor",
-    "qwen3_vl_config",
-    "qwen3_vl_processor",
-    "qwen_config",
-    "qwen_processor",
-]
+from mmtok_bench.families import FamilyName
+from mmtok_bench.internvl_parts import InternVLProcessor
+
+__all__ = ["CLIP_VIT_L", "FAMILY_PARTS", "FamilyParts", "Vocabulary", "qwen_config"]
 
 Sizes = Mapping[str, Any]
 
@@ -177,10 +163,15 @@ def _made_up_word(number: int) -> str:
     return f"Ġzq{letters}"
 
 
-def qwen_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 1280) -> Any:
-    """Returns the processor of Qwen2.5-VL; a larger image is shrunk to `max_image_tokens`."""
+def _qwen_processor(
+    vocabulary: Vocabulary = BYTES,
+    *,
+    processor_class: Any = transformers.Qwen2_5_VLProcessor,
+    max_image_tokens: int = 1280,
+) -> Any:
+    """Returns the processor of Qwen2-VL or Qwen2.5-VL; a larger image is shrunk to `max_image_tokens`."""
     sizes = {"shortest_edge": 4 * 28 * 28, "longest_edge": max_image_tokens * 28 * 28}
-    return transformers.Qwen2_5_VLProcessor(
+    return processor_class(
         image_processor=transformers.Qwen2VLImageProcessor(size=sizes),
         tokenizer=_qwen_tokenizer(vocabulary),
         video_processor=transformers.Qwen2VLVideoProcessor(size=sizes),
@@ -188,36 +179,25 @@ def qwen_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 12
     )
 
 
-def qwen2_vl_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 1280) -> Any:
-    """Returns the processor of Qwen2-VL: that of Qwen2.5-VL under another name."""
-    parts = qwen_processor(vocabulary, max_image_tokens=max_image_tokens)
-    return transformers.Qwen2VLProcessor(
-        image_processor=parts.image_processor,
-        tokenizer=parts.tokenizer,
-        video_processor=parts.video_processor,
-        chat_template=parts.chat_template,
-    )
-
-
-def qwen3_vl_processor(
-    vocabulary: Vocabulary = BYTES, *, min_image_tokens: int = 4, max_image_tokens: int = 1280
+def _qwen3_processor(
+    vocabulary: Vocabulary = BYTES,
+    *,
+    chat_template: str = _QWEN3_VL_TEMPLATE,
+    min_image_tokens: int = 4,
+    max_image_tokens: int = 1280,
 ) -> Any:
-    """Returns the processor of Qwen3-VL; images are enlarged or shrunk to that many tokens of 32 x 32 pixels."""
+    """Returns the processor of Qwen3-VL or Qwen3.5.
+
+    Images are enlarged or shrunk to that many tokens of 32 x 32 pixels.
+    """
     sizes = {"shortest_edge": min_image_tokens * 32 * 32, "longest_edge": max_image_tokens * 32 * 32}
     half = [0.5, 0.5, 0.5]
     return transformers.Qwen3VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=sizes, patch_size=16, image_mean=half, image_std=half),
         tokenizer=_qwen_tokenizer(vocabulary),
         video_processor=transformers.Qwen3VLVideoProcessor(),
-        chat_template=_QWEN3_VL_TEMPLATE,
+        chat_template=chat_template,
     )
-
-
-def qwen3_5_processor(vocabulary: Vocabulary = BYTES, **image_tokens: int) -> Any:
-    """Returns the processor of Qwen3.5: Qwen3-VL's, with the same arguments and another template."""
-    processor = qwen3_vl_processor(vocabulary, **image_tokens)
-    processor.chat_template = _QWEN3_5_TEMPLATE
-    return processor
 
 
 def _qwen_tokenizer(vocabulary: Vocabulary) -> Any:
@@ -231,8 +211,8 @@ def _qwen_tokenizer(vocabulary: Vocabulary) -> Any:
     )
 
 
-def internvl_tokenizer(vocabulary: Vocabulary = BYTES) -> Any:
-    """Returns the tokenizer of InternVL3, with a chat template that has `<image>` where an image stands."""
+def _internvl_processor(vocabulary: Vocabulary = BYTES, *, tile_tokens: int = 256) -> InternVLProcessor:
+    """Returns InternVL3's processor; its chat template has `<image>` in the place of an image."""
     tokenizer = _byte_tokenizer(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|video_pad|>", "<img>", "</img>", "<IMG_CONTEXT>"],
         bos_token=None,
@@ -241,7 +221,7 @@ def internvl_tokenizer(vocabulary: Vocabulary = BYTES) -> Any:
         vocabulary=vocabulary,
     )
     tokenizer.chat_template = _INTERNVL_TEMPLATE
-    return tokenizer
+    return InternVLProcessor(tokenizer, tile_tokens=tile_tokens)
 
 
 def _llava_image_sizes(image_px: int) -> dict[str, Any]:
@@ -258,15 +238,17 @@ def _llava_tokenizer(vocabulary: Vocabulary) -> Any:
     )
 
 
-def llava_processor(pad_to_square: bool, vocabulary: Vocabulary = BYTES, *, image_px: int = _LLAVA_IMAGE_PX) -> Any:
-    """Returns the processor of LLaVA-1.5, which pads an image to a square or crops its middle."""
+def _llava_processor(
+    vocabulary: Vocabulary = BYTES, *, pad_to_square: bool = False, image_px: int = _LLAVA_IMAGE_PX
+) -> Any:
+    """Returns the processor of LLaVA-1.5; it pads an image to a square, or crops its middle as the published one."""
     image_processor = transformers.LlavaImageProcessor(**_llava_image_sizes(image_px), do_pad=pad_to_square)
     return transformers.LlavaProcessor(
         image_processor=image_processor, tokenizer=_llava_tokenizer(vocabulary), **_LLAVA_PROCESSOR
     )
 
 
-def llava_next_processor(vocabulary: Vocabulary = BYTES) -> Any:
+def _llava_next_processor(vocabulary: Vocabulary = BYTES) -> Any:
     """Returns the processor of LLaVA-NeXT, which cuts an image into a base tile and up to 4 crops."""
     image_processor = transformers.LlavaNextImageProcessor(
         **_llava_image_sizes(_LLAVA_IMAGE_PX), image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
@@ -280,7 +262,7 @@ def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     """Returns a Qwen2.5-VL configuration.
 
     Args:
-        tokenizer: As `qwen_processor` takes it.
+        tokenizer: The tokenizer of the family's processor.
         text: Fields of the language model; a head's width is a multiple of 16.
         vision: Fields of the vision encoder, which attends within windows of 112 pixels where
             `fullatt_block_indexes` names no block.
@@ -298,11 +280,11 @@ def qwen_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     )
 
 
-def qwen2_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+def _qwen2_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     """Returns a Qwen2-VL configuration.
 
     Args:
-        tokenizer: As `qwen2_vl_processor` takes it.
+        tokenizer: The tokenizer of the family's processor.
         text: Fields of the language model; a head's width is a multiple of 16.
         vision: Fields of the vision encoder; its width is `embed_dim`.
     """
@@ -332,11 +314,11 @@ def _qwen2_text(tokenizer: Any, text: Sizes) -> dict[str, Any]:
     }
 
 
-def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+def _qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     """Returns a Qwen3-VL configuration; a mixture of experts if `text` has `num_experts`.
 
     Args:
-        tokenizer: As `qwen3_vl_processor` takes it.
+        tokenizer: The tokenizer of the family's processor.
         text: Fields of the language model, including `head_dim`, a multiple of 32.
         vision: Fields of the vision encoder; DeepStack takes the output of its blocks `deepstack_visual_indexes`.
     """
@@ -361,11 +343,11 @@ def qwen3_vl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     )
 
 
-def qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes, *, rope_theta: float = 1e7) -> Any:
+def _qwen3_5_config(tokenizer: Any, text: Sizes, vision: Sizes, *, rope_theta: float = 1e7) -> Any:
     """Returns a Qwen3.5 configuration; a mixture of experts if `text` has `num_experts`.
 
     Args:
-        tokenizer: As `qwen3_5_processor` takes it.
+        tokenizer: The tokenizer of the family's processor.
         text: Fields of the language model. Every `full_attention_interval`-th layer has full attention, the others
             linear attention. A quarter of its `head_dim` is rotated, a multiple of 2.
         vision: Fields of the vision encoder.
@@ -409,11 +391,11 @@ def _qwen_token_ids(tokenizer: Any) -> dict[str, int]:
     return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
 
 
-def internvl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+def _internvl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     """Returns an InternVL3 configuration of Transformers' class.
 
     Args:
-        tokenizer: Result of `internvl_tokenizer`.
+        tokenizer: The tokenizer of the family's processor.
         text: Fields of the language model, a Qwen3 if `model_type` says so, else a Qwen2.
         vision: Fields of the vision encoder.
     """
@@ -425,11 +407,11 @@ def internvl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     )
 
 
-def llava_config(tokenizer: Any, text: Sizes, clip: Sizes, *, image_px: int = _LLAVA_IMAGE_PX) -> Any:
+def _llava_config(tokenizer: Any, text: Sizes, clip: Sizes, *, image_px: int = _LLAVA_IMAGE_PX) -> Any:
     """Returns a LLaVA-1.5 configuration.
 
     Args:
-        tokenizer: As `llava_processor` takes it.
+        tokenizer: The tokenizer of the family's processor.
         text: Fields of the Llama.
         clip: Fields of the vision encoder.
         image_px: Side of the square that the encoder reads.
@@ -439,8 +421,8 @@ def llava_config(tokenizer: Any, text: Sizes, clip: Sizes, *, image_px: int = _L
     )
 
 
-def llava_next_config(tokenizer: Any, text: Sizes, clip: Sizes) -> Any:
-    """Returns a LLaVA-NeXT configuration; arguments as in `llava_config`."""
+def _llava_next_config(tokenizer: Any, text: Sizes, clip: Sizes) -> Any:
+    """Returns a LLaVA-NeXT configuration; arguments as in `_llava_config`."""
     return transformers.LlavaNextConfig(
         **_llava_fields(tokenizer, text, clip, _LLAVA_IMAGE_PX), image_grid_pinpoints=_LLAVA_NEXT_PINPOINTS
     )
@@ -460,3 +442,38 @@ def _llava_fields(tokenizer: Any, text: Sizes, clip: Sizes, image_px: int) -> di
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyParts:
+    """How a family's model is made.
+
+    Args:
+        processor: Returns the processor, with the tokens of a `Vocabulary` (default: the bytes alone).
+        config: Returns the configuration from the processor's tokenizer, and fields of the language model and of the
+            vision encoder.
+        architecture: Transformers' class of the model.
+    """
+
+    processor: Callable[..., Any]
+    config: Callable[..., Any]
+    architecture: str
+
+
+_qwen3_5_processor = partial(_qwen3_processor, chat_template=_QWEN3_5_TEMPLATE)
+
+FAMILY_PARTS: Mapping[FamilyName, FamilyParts] = {
+    "qwen2-vl": FamilyParts(
+        partial(_qwen_processor, processor_class=transformers.Qwen2VLProcessor),
+        _qwen2_vl_config,
+        "Qwen2VLForConditionalGeneration",
+    ),
+    "qwen2.5-vl": FamilyParts(_qwen_processor, qwen_config, "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3-vl": FamilyParts(_qwen3_processor, _qwen3_vl_config, "Qwen3VLForConditionalGeneration"),
+    "qwen3-vl-moe": FamilyParts(_qwen3_processor, _qwen3_vl_config, "Qwen3VLMoeForConditionalGeneration"),
+    "qwen3.5": FamilyParts(_qwen3_5_processor, _qwen3_5_config, "Qwen3_5ForConditionalGeneration"),
+    "qwen3.5-moe": FamilyParts(_qwen3_5_processor, _qwen3_5_config, "Qwen3_5MoeForConditionalGeneration"),
+    "llava-1.5": FamilyParts(_llava_processor, _llava_config, "LlavaForConditionalGeneration"),
+    "llava-next": FamilyParts(_llava_next_processor, _llava_next_config, "LlavaNextForConditionalGeneration"),
+    "internvl3": FamilyParts(_internvl_processor, _internvl_config, "InternVLForConditionalGeneration"),
+}

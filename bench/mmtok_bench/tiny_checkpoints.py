@@ -15,23 +15,8 @@ import transformers
 from safetensors.torch import save_file
 
 from mmtok_bench.families import FamilyName
-from mmtok_bench.internvl_parts import InternVLProcessor, chat_model_config, chat_model_weights
-from mmtok_bench.model_parts import (
-    internvl_config,
-    internvl_tokenizer,
-    llava_config,
-    llava_next_config,
-    llava_next_processor,
-    llava_processor,
-    qwen2_vl_config,
-    qwen2_vl_processor,
-    qwen3_5_config,
-    qwen3_5_processor,
-    qwen3_vl_config,
-    qwen3_vl_processor,
-    qwen_config,
-    qwen_processor,
-)
+from mmtok_bench.internvl_parts import chat_model_config, chat_model_weights
+from mmtok_bench.model_parts import FAMILY_PARTS
 
 __all__ = ["make_tiny_checkpoint"]
 
@@ -45,6 +30,7 @@ _TEXT_SIZES: dict[str, Any] = {
     "intermediate_size": 512,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
     # 1 / sqrt(hidden_size), above the usual 0.02: it gives attention that is not uniform and logits of unit spread, so
     # that a token at a wrong position changes the logprobs by far more than rounding does.
@@ -62,7 +48,7 @@ _TINY_QWEN_VISION = {
     "initializer_range": 0.125,
 }
 # One layer more than DeepStack has levels.
-_QWEN3_VL_TEXT = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64}
+_QWEN3_VL_TEXT = {"num_hidden_layers": 4, "head_dim": 64}
 _TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 _TINY_QWEN3_VL_VISION = {
     "depth": 4,
@@ -82,7 +68,6 @@ _QWEN3_5_TEXT = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
 }
-_TINY_QWEN3_5_EXPERTS = {**_TINY_EXPERTS, "shared_expert_intermediate_size": 96}
 _TINY_QWEN3_5_VISION = {
     name: value for name, value in _TINY_QWEN3_VL_VISION.items() if name != "deepstack_visual_indexes"
 }
@@ -103,6 +88,18 @@ _TINY_CLIP = {
     "num_attention_heads": 4,
     "projection_dim": 64,
 }
+_TINY_SIZES: dict[FamilyName, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2-vl": ({}, _TINY_QWEN2_VL_VISION),
+    "qwen2.5-vl": ({}, _TINY_QWEN_VISION),
+    "qwen3-vl": (_QWEN3_VL_TEXT, _TINY_QWEN3_VL_VISION),
+    "qwen3-vl-moe": ({**_QWEN3_VL_TEXT, **_TINY_EXPERTS}, _TINY_QWEN3_VL_VISION),
+    "qwen3.5": (_QWEN3_5_TEXT, _TINY_QWEN3_5_VISION),
+    "qwen3.5-moe": ({**_QWEN3_5_TEXT, **_TINY_EXPERTS, "shared_expert_intermediate_size": 96}, _TINY_QWEN3_5_VISION),
+    "internvl3": ({}, _TINY_INTERN_VIT),
+    "llava-1.5": ({"num_key_value_heads": 4}, _TINY_CLIP),
+    "llava-next": ({"num_key_value_heads": 4}, _TINY_CLIP),
+}
+"""Fields of the language model beside `_TEXT_SIZES`, and of the vision encoder."""
 
 
 def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
@@ -171,51 +168,17 @@ def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
 
 
 def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
-    if family == "qwen2.5-vl":
-        processor = qwen_processor()
-        config = qwen_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_QWEN_VISION)
-        model_class = transformers.Qwen2_5_VLForConditionalGeneration
-    elif family == "qwen2-vl":
-        processor = qwen2_vl_processor()
-        text = {**_TEXT_SIZES, "num_key_value_heads": 2}
-        config = qwen2_vl_config(processor.tokenizer, text, _TINY_QWEN2_VL_VISION)
-        model_class = transformers.Qwen2VLForConditionalGeneration
-    elif family in ("qwen3-vl", "qwen3-vl-moe"):
-        is_mixture = family == "qwen3-vl-moe"
-        processor = qwen3_vl_processor()
-        text = {**_TEXT_SIZES, **_QWEN3_VL_TEXT, **(_TINY_EXPERTS if is_mixture else {})}
-        config = qwen3_vl_config(processor.tokenizer, text, _TINY_QWEN3_VL_VISION)
-        model_class = (
-            transformers.Qwen3VLMoeForConditionalGeneration
-            if is_mixture
-            else transformers.Qwen3VLForConditionalGeneration
-        )
-    elif family in ("qwen3.5", "qwen3.5-moe"):
-        is_mixture = family == "qwen3.5-moe"
-        processor = qwen3_5_processor()
-        text = {**_TEXT_SIZES, **_QWEN3_5_TEXT, **(_TINY_QWEN3_5_EXPERTS if is_mixture else {})}
-        # Only a quarter of a head is rotated: with the usual base, a wrong position would change too little.
-        config = qwen3_5_config(processor.tokenizer, text, _TINY_QWEN3_5_VISION, rope_theta=1e4)
-        model_class = (
-            transformers.Qwen3_5MoeForConditionalGeneration
-            if is_mixture
-            else transformers.Qwen3_5ForConditionalGeneration
-        )
-    elif family == "internvl3":
-        processor = InternVLProcessor(internvl_tokenizer(), tile_tokens=64)
-        config = internvl_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 2}, _TINY_INTERN_VIT)
-        model_class = transformers.InternVLForConditionalGeneration
-    elif family == "llava-1.5":
-        processor = llava_processor(pad_to_square)
-        config = llava_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, _TINY_CLIP)
-        model_class = transformers.LlavaForConditionalGeneration
-    else:
-        processor = llava_next_processor()
-        config = llava_next_config(processor.tokenizer, {**_TEXT_SIZES, "num_key_value_heads": 4}, _TINY_CLIP)
-        model_class = transformers.LlavaNextForConditionalGeneration
+    parts, (text, vision) = FAMILY_PARTS[family], _TINY_SIZES[family]
+    processor = parts.processor(
+        **({"tile_tokens": 64} if family == "internvl3" else {}),
+        **({"pad_to_square": pad_to_square} if family == "llava-1.5" else {}),
+    )
+    # Qwen3.5 rotates a quarter of a head: with the usual base, a wrong position would change too little.
+    base = {"rope_theta": 1e4} if family.startswith("qwen3.5") else {}
+    config = parts.config(processor.tokenizer, {**_TEXT_SIZES, **text}, vision, **base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = getattr(transformers, parts.architecture)(config)
         if family == "internvl3":
             # Transformers begins with zeros.
             embeddings = model.model.vision_tower.embeddings
