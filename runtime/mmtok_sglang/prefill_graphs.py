@@ -20,17 +20,6 @@ __all__ = ["CAPTURED_TOKENS", "log_prefill_graphs", "prefer_prefill_graphs"]
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = (
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
-)
-"""Those whose replayed prefills were held against the hand-pruned model, and the Qwen3.5 with a mixture of experts,
-which SGLang captures by itself. A LLaVA, on SGLang's Transformers backend, has no layers where SGLang looks for what to
-capture."""
-
 CAPTURED_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024)
 """Tokens of the prefill batches that are captured. A batch is padded to the next of them, at most to twice its tokens;
 from about a thousand on, the kernels of a 7B model take longer than their launches."""
@@ -47,7 +36,10 @@ _CHOICES = (
 
 
 def prefer_prefill_graphs(server_args: Any) -> bool:
-    """Has SGLang capture prefills of the architectures that allow it, unless the user has chosen.
+    """Has SGLang capture prefills of the families that allow it, unless the user has chosen.
+
+    A LLaVA, on SGLang's Transformers backend, has no layers where SGLang looks for what to capture. SGLang captures a
+    Qwen3.5 with a mixture of experts by itself.
 
     What else SGLang takes for a reason against them (pipeline parallelism, LoRA adapters) still is one.
 
@@ -57,8 +49,12 @@ def prefer_prefill_graphs(server_args: Any) -> bool:
     Returns:
         Whether sizes were chosen here.
     """
+    # Only now: the families import SGLang's models.
+    from mmtok_sglang.families import FAMILIES
+
     allowed = model_config.multimodal_breakable_cuda_graph_supported_model_archs
-    allowed += [name for name in ARCHITECTURES if name not in allowed]
+    replayed = [family.architecture for family in FAMILIES.values() if family.replays_prefills]
+    allowed += [name for name in replayed if name not in allowed]
     if not is_cuda() or any(getattr(server_args, name) for name in _CHOICES):
         return False
     bounds = [bound for bound in (server_args.chunked_prefill_size, server_args.max_total_tokens) if bound]

@@ -50,6 +50,8 @@ class Family(ABC):
     """Why images cannot be scaled by `--mmtok-encoder-scale`, None if they can."""
     obstacle_to_sharing: ClassVar[str | None] = "its images are read in one piece, which has all of the budget already"
     """Why the tiles of an image cannot share its budget by `--mmtok-share-tiles`, None if they can."""
+    replays_prefills: ClassVar[bool] = False
+    """Whether its prefills may be replayed as CUDA graphs: answers were then compared with the hand-pruned model's."""
     embeds: ClassVar[bool] = True
     """Whether SGLang's class of the model answers embedding requests."""
 

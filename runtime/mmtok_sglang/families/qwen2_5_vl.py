@@ -74,6 +74,7 @@ class Qwen25VL(Qwen):
 
     model_class = Qwen2_5_VLForConditionalGeneration
     processor_class = Qwen2_5_VLProcessor
+    replays_prefills = True
     video_placeholder = "<|video_pad|>"
 
     async def process(

@@ -99,6 +99,7 @@ class Qwen3VL(QwenWithTimestamps):
 
     model_class = Qwen3VLForConditionalGeneration
     processor_class = Qwen3VLProcessor
+    replays_prefills = True
 
     def obstacle_to_stages(self, num_stages: int, config: Any) -> str | None:
         """Returns why a pipeline would lose levels: the first stage alone is given them.
