@@ -20,7 +20,6 @@ __all__ = [
     "Answer",
     "MeasurementError",
     "RequestError",
-    "account",
     "ask",
     "image_url",
     "in_parallel",
@@ -160,25 +159,6 @@ def stream(
                 yield piece
     latency_s = time.perf_counter() - started_s
     yield _answer(question, text, usage, latency_s if ttft_s is None else ttft_s, latency_s)
-
-
-def account(client: openai.OpenAI, image: str, question: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the server's account of the image, `meta_info["mmtok"]`; None if it sends none.
-
-    This sends another request, of one token: SGLang sends no `meta_info` with a stream.
-
-    Args:
-        client: The client of a server with a budget.
-        image: As in `ask`.
-        question: As in `ask`.
-        fields: As in `ask`.
-
-    Raises:
-        RequestError: The server refused the request, or cannot be reached.
-    """
-    with _told_failure(question, fields):
-        answered = _create(client, image, question, 1, {**fields, "return_meta_info": True})()
-    return _account(answered.choices[0])
 
 
 def _account(choice: Any) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ __all__ = [
     "fetch",
     "make_server",
     "running",
+    "server_info",
     "started",
 ]
 
@@ -121,6 +122,27 @@ def fetch(url: str, *, timeout_s: float = 30.0) -> str:
             return text
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerError(f"{url} does not answer: {error}") from error
+
+
+def server_info(url: str, *, prunes: bool = False) -> dict[str, Any]:
+    """Returns what a server says of itself at /server_info: its arguments, its version, its state.
+
+    Args:
+        url: Its address, without a path.
+        prunes: Whether a server without a budget is an error.
+
+    Raises:
+        ServerError: It does not answer, is not an SGLang server, or has no budget.
+    """
+    try:
+        info = json.loads(fetch(f"{url.rstrip('/')}/server_info"))
+    except ValueError as error:
+        raise ServerError(f"{url} does not say what it is ({error}): expected an SGLang server there") from error
+    if not isinstance(info, dict):
+        raise ServerError(f"{url} does not say what it is: expected an SGLang server there")
+    if prunes and info.get("mmtok_budget") is None:
+        raise ServerError(f"the server at {url} does not prune: start it with --mmtok-budget all")
+    return info
 
 
 class SglangServer:
@@ -213,10 +235,9 @@ class SglangServer:
             ServerError: The server does not answer.
         """
         try:
-            info: dict[str, Any] = json.loads(fetch(f"{self.url}/server_info"))
+            return server_info(self.url)
         except ServerError as error:
             raise ServerError(f"{error}.\n{self.log_end()}") from error
-        return info
 
     def log_text(self) -> str:
         """Returns everything the server has printed so far, also after it ended."""

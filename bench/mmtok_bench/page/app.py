@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, Field
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
-from mmtok_bench.client import Answer, MeasurementError, account, image_url, openai_client, stream
+from mmtok_bench.client import Answer, MeasurementError, ask, image_url, openai_client, stream
 from mmtok_bench.page.guard import Guard
 from mmtok_bench.page.patches import Patches
 from mmtok_bench.page.pictures import MAX_UPLOAD_BYTES, Picture, PictureError, Pictures
@@ -229,8 +229,8 @@ def _one_answer(client: Any, image: str, question: str, kwargs: dict[str, str]) 
             yield {"answer": asdict(piece)}
         else:
             yield {"piece": piece}
-    # The same salt gives the account of the same selection.
-    yield {"account": account(client, image, question, timed)}
+    # Another request of one token, since SGLang sends no account with a stream; the same salt gives the same selection.
+    yield {"account": ask(client, image, question, max_tokens=1, with_account=True, fields=timed).account}
 
 
 def _reason(error: Exception) -> str:

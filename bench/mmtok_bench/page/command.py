@@ -18,7 +18,7 @@ import torch
 import uvicorn
 from rich.console import Console
 
-from mmtok_bench.families import PocketFamily
+from mmtok_bench.families import FAMILY_TRAITS, PocketFamily
 from mmtok_bench.page.app import PageContent, make_app
 from mmtok_bench.page.patches import Patches
 from mmtok_bench.page.pictures import Pictures
@@ -147,7 +147,7 @@ def content_of(url: str, info: Mapping[str, Any], model_path: Path | None) -> Pa
 
 
 def _methods(family: OneGridFamily) -> tuple[MethodName, ...]:
-    return tuple(name for name in IMAGE_METHODS if (family, name) != ("qwen2.5-vl", "visionzip"))
+    return tuple(name for name in IMAGE_METHODS if name not in FAMILY_TRAITS[family].impossible_methods)
 
 
 def _family_of(checkpoint: Path) -> OneGridFamily:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from mmtok_bench.server import ServerError, SglangServer, fetch
+from mmtok_bench.server import ServerError, SglangServer, fetch, server_info
 
-__all__ = ["RunningServer", "Served", "StartedServer", "State", "server_info"]
+__all__ = ["RunningServer", "Served", "StartedServer", "State"]
 
 _ANSWER_TIMEOUT_S = 5.0
 # Several tabs request the state; the server is asked at most once in this time.
@@ -136,9 +135,7 @@ class RunningServer:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self.info = server_info(self.url)
-        if self.info.get("mmtok_budget") is None:
-            raise ServerError(f"the server at {self.url} does not prune: start it with --mmtok-budget all")
+        self.info = server_info(self.url, prunes=True)
         self._state = State("ready", "The server is ready.")
         self._asked_s = time.monotonic()
         self._lock = threading.Lock()
@@ -164,21 +161,6 @@ class RunningServer:
     def restart(self) -> None:
         """Raises ServerError."""
         raise ServerError(f"the server at {self.url} was not started by this page: start it where it runs")
-
-
-def server_info(url: str) -> dict[str, Any]:
-    """Returns a server's /server_info.
-
-    Raises:
-        ServerError: It does not answer, or is not an SGLang server.
-    """
-    try:
-        info = json.loads(fetch(f"{url}/server_info"))
-    except ValueError as error:
-        raise ServerError(f"{url} does not say what it is ({error}): expected an SGLang server there") from error
-    if not isinstance(info, dict):
-        raise ServerError(f"{url} does not say what it is: expected an SGLang server there")
-    return info
 
 
 def _identity(info: dict[str, Any]) -> dict[str, Any]:

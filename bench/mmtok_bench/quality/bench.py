@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from mmtok_bench.quality.recorded import RECORDED, RECORDED_BUDGET, RECORDED_MET
 from mmtok_bench.quality.rows import BENCH
 from mmtok_bench.quality.sweep import Sweep
 from mmtok_bench.run import Run, run_command
-from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, fetch, make_server, started
+from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, make_server, server_info, started
 from mmtok_bench.server_metrics import read_counts
 
 __all__ = ["quality_server", "run_quality"]
@@ -75,7 +74,7 @@ def run_pocket_tasks(arguments: argparse.Namespace) -> int:
         print(f"mmtok quality: {note}", file=sys.stderr)
     try:
         with _served(arguments, plan, device, run) as (url, guided):
-            _check_server(url)
+            server_info(url, prunes=True)
             with run.steps(plan.num_requests, sweep.num_done):
                 sweep.ask_all(
                     openai_client(url),
@@ -144,21 +143,8 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
 def _model_name(arguments: argparse.Namespace) -> str:
     """Returns what rows call the model."""
     if arguments.url:
-        return str(_server_info(arguments.url).get("model_path", arguments.url))
+        return str(server_info(arguments.url).get("model_path", arguments.url))
     return arguments.model_path or f"pocket {arguments.family or _DEFAULT_FAMILY}"
-
-
-def _check_server(url: str) -> None:
-    if _server_info(url).get("mmtok_budget") is None:
-        raise ServerError(f"the server at {url} does not prune: start it with --mmtok-budget all")
-
-
-def _server_info(url: str) -> dict[str, object]:
-    try:
-        info: dict[str, object] = json.loads(fetch(f"{url.rstrip('/')}/server_info"))
-    except ValueError as error:
-        raise ServerError(f"{url} does not say what it is ({error}): expected an SGLang server there") from error
-    return info
 
 
 def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, FamilyName | None]:
