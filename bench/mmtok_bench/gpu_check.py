@@ -33,9 +33,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mmtok_bench.arguments import each
 from mmtok_bench.families import FamilyName
 from mmtok_bench.process_tree import running_process
-from mmtok_bench.results import ResultRow, append_row, make_latency_row, read_rows, row_files
+from mmtok_bench.results import CaseValue, ResultRow, append_row, make_latency_row, read_rows, row_files
+from mmtok_bench.run import run_command
 from mmtok_bench.selector.timing import make_problem
 from mmtok_deploy.backends import get_backend
 from mmtok_deploy.config import SelectionConfig
@@ -48,6 +50,8 @@ DONE = "done.json"
 """File in a part's folder after it has run: the exit codes of its commands, and the seconds."""
 
 Rows = Sequence[ResultRow]
+Measure = Callable[[Rows], float | None]
+"""Returns a value from a part's rows; None if a row is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class Bar:
         bound: The bound of the value.
         is_upper: Whether the value must not be above the bound; otherwise not below it.
         unit: The unit of bound and value.
-        measure: Returns the value from the part's rows; None if a row is missing.
+        measure: Measures the value.
         is_choice: Whether the bar only says which of two settings is better; it then never fails.
     """
 
@@ -67,7 +71,7 @@ class Bar:
     bound: float
     is_upper: bool
     unit: str
-    measure: Callable[[Rows], float | None]
+    measure: Measure
     is_choice: bool = False
 
     def is_reached(self, value: float) -> bool:
@@ -118,87 +122,70 @@ def _served(rows: Rows, budget: str, concurrency: int, *, questions: int = 1, ar
     return max(found, key=lambda row: (row.metrics["image_tokens_in"], row.time), default=None)
 
 
-def _ratio(metric: str, ours: ResultRow | None, theirs: ResultRow | None) -> float | None:
-    """Returns how many times as good our metric is as theirs; None if a row is missing."""
-    if ours is None or theirs is None:
-        return None
-    ratio = ours.metrics[metric] / theirs.metrics[metric]
-    return 1 / ratio if metric.endswith("_ms") else ratio
+def _measured(value: Callable[..., float | None], *finds: Callable[[Rows], ResultRow | None]) -> Measure:
+    """Measures a value of the metrics of the rows that `finds` return; None if one of them is missing."""
+
+    def measure(rows: Rows) -> float | None:
+        found = [find(rows) for find in finds]
+        return value(*(row.metrics for row in found if row is not None)) if None not in found else None
+
+    return measure
 
 
-def _gain(
-    metric: str, budget: str, concurrency: int, *, questions: int = 1, arguments: str = ""
-) -> Callable[[Rows], float | None]:
+def _load(budget: str, concurrency: int, **load: Any) -> Callable[[Rows], ResultRow | None]:
+    return partial(_served, budget=budget, concurrency=concurrency, **load)
+
+
+def _ratio(metric: str, *finds: Callable[[Rows], ResultRow | None]) -> Measure:
+    """Measures how many times as good a metric of the first row is as that of the second."""
+    is_time = metric.endswith("_ms")
+    return _measured(lambda ours, theirs: (ours[metric] / theirs[metric]) ** (-1 if is_time else 1), *finds)
+
+
+def _gain(metric: str, budget: str, concurrency: int, **load: Any) -> Measure:
     """Measures how many times as good a budget is as the unpruned server; with several rounds, their median."""
+    find, of_rounds = _load(budget, concurrency, **load), f"{metric.removesuffix('_ms')}_gain"
+    ratio = _ratio(metric, find, _load("off", concurrency, **load))
 
     def measure(rows: Rows) -> float | None:
-        unpruned, pruned = (
-            _served(rows, each, concurrency, questions=questions, arguments=arguments) for each in ("off", budget)
-        )
-        if pruned is not None and (of_rounds := f"{metric.removesuffix('_ms')}_gain") in pruned.metrics:
-            return pruned.metrics[of_rounds]
-        return _ratio(metric, pruned, unpruned)
+        row = find(rows)
+        return ratio(rows) if row is None or of_rounds not in row.metrics else row.metrics[of_rounds]
 
     return measure
 
 
-def _setting_gain(budget: str, concurrency: int, arguments: str) -> Callable[[Rows], float | None]:
-    """Measures how many times the requests per second a server answers with further arguments, at the same budget."""
-
-    def measure(rows: Rows) -> float | None:
-        ours, theirs = (_served(rows, budget, concurrency, arguments=each) for each in (arguments, ""))
-        return _ratio("requests_per_s", ours, theirs)
-
-    return measure
-
-
-def _of_row(bench: str, value: Callable[[Mapping[str, float]], float | None], **case: str) -> Callable[..., Any]:
+def _of_row(bench: str, value: Callable[[Mapping[str, float]], float | None], **case: CaseValue) -> Measure:
     """Measures a value of the newest row of a bench whose case has these values."""
-
-    def measure(rows: Rows) -> float | None:
-        found = [row for row in rows if row.bench == bench and case.items() <= row.case.items()]
-        return value(found[-1].metrics) if found else None
-
-    return measure
+    return _measured(value, partial(_row, bench=bench, case=case))
 
 
-def _selection_share(budget: str, concurrency: int) -> Callable[[Rows], float | None]:
-    def measure(rows: Rows) -> float | None:
-        row = _served(rows, budget, concurrency)
-        return None if row is None else 100 * row.metrics["selection_ms"] / row.metrics["ttft_p50_ms"]
-
-    return measure
+def _row(rows: Rows, bench: str, case: Mapping[str, CaseValue]) -> ResultRow | None:
+    return next((row for row in reversed(rows) if row.bench == bench and case.items() <= row.case.items()), None)
 
 
-def _gpu_time_gain(budget: str) -> Callable[[Rows], float | None]:
+def _selection_share(budget: str, concurrency: int) -> Measure:
+    def percent(metrics: Mapping[str, float]) -> float:
+        return 100 * metrics["selection_ms"] / metrics["ttft_p50_ms"]
+
+    return _measured(percent, _load(budget, concurrency))
+
+
+def _gpu_time_gain(budget: str) -> Measure:
     """Measures how many times as long a request takes on the GPU at budget `all`."""
 
-    def gpu_ms(row: ResultRow) -> float:
-        return sum(row.metrics[name] for name in ("vision_encoder_ms", "selection_ms", "language_prefill_ms"))
+    def gpu_ms(metrics: Mapping[str, float]) -> float:
+        return sum(metrics[name] for name in ("vision_encoder_ms", "selection_ms", "language_prefill_ms"))
 
-    def measure(rows: Rows) -> float | None:
-        unpruned, pruned = _served(rows, "all", 1), _served(rows, budget, 1)
-        return None if unpruned is None or pruned is None else gpu_ms(unpruned) / gpu_ms(pruned)
-
-    return measure
+    return _measured(lambda unpruned, pruned: gpu_ms(unpruned) / gpu_ms(pruned), _load("all", 1), _load(budget, 1))
 
 
-def _graph_ms(num_tokens: int, num_picks: int, dtype: str) -> Callable[[Rows], float | None]:
-    def measure(rows: Rows) -> float | None:
-        row = _graph_row(rows, num_tokens, num_picks, dtype, 1)
-        return None if row is None else row.metrics["latency_p50_ms"]
-
-    return measure
-
-
-def _graph_row(rows: Rows, num_tokens: int, num_picks: int, dtype: str, batch: int) -> ResultRow | None:
+def _graph(num_tokens: int, num_picks: int, dtype: str, batch: int = 1) -> Callable[[Rows], ResultRow | None]:
     case = {"num_tokens": num_tokens, "num_picks": num_picks, "batch": batch, "dtype": dtype}
-    return next((row for row in reversed(rows) if row.bench == "selector-graph" and row.case == case), None)
+    return partial(_row, bench="selector-graph", case=case)
 
 
-def _batch_cost(rows: Rows) -> float | None:
-    one, many = (_graph_row(rows, 576, 64, "bfloat16", batch) for batch in (1, 32))
-    return None if one is None or many is None else many.metrics["latency_p50_ms"] / one.metrics["latency_p50_ms"]
+def _graph_ms(num_tokens: int, num_picks: int, dtype: str) -> Measure:
+    return _measured(itemgetter("latency_p50_ms"), _graph(num_tokens, num_picks, dtype))
 
 
 def _serve(model: str, budget: str, size: str, concurrency: str, *more: str, rounds: str = "ROUNDS") -> tuple[str, ...]:
@@ -231,15 +218,6 @@ def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
     )
 
 
-def _against(metric: str, budget: str, other: str, concurrency: int) -> Callable[[Rows], float | None]:
-    """Measures how many times as good a budget is as another one, on the same machine."""
-
-    def measure(rows: Rows) -> float | None:
-        return _ratio(metric, *(_served(rows, each, concurrency) for each in (budget, other)))
-
-    return measure
-
-
 def _setting(name: str, about: str, arguments: str) -> Part:
     """Returns a part that measures whether the presets should give these further arguments to all servers."""
     return Part(
@@ -247,7 +225,11 @@ def _setting(name: str, about: str, arguments: str) -> Part:
         f"{about}: {arguments}; beside qwen-7b-16",
         (_serve("qwen2.5-vl-7b", "10%", "1008x672", "16", f"--server-args={arguments}"),),
         tuple(
-            Bar(f"`{budget}` with it, requests/s at 16", 1, False, "x", _setting_gain(budget, 16, arguments), True)
+            Bar(
+                *(f"`{budget}` with it, requests/s at 16", 1, False, "x"),
+                _ratio("requests_per_s", _load(budget, 16, arguments=arguments), _load(budget, 16)),
+                is_choice=True,
+            )
             for budget in ("off", "all", "10%")
         ),
         beside="qwen-7b-16",
@@ -307,21 +289,12 @@ def _time_graphs() -> list[ResultRow]:
     for num_tokens, num_picks, batch in ((2880, 160, 1), (576, 32, 1), (576, 64, 1), (576, 64, 32)):
         for dtype in (torch.bfloat16, torch.float32):
             problems = [
-                replace(
-                    problem,
-                    vision=problem.vision.to(dtype),
-                    keys=problem.keys.to(dtype),
-                    text=problem.text.to(dtype),
-                )
+                replace(problem, **{name: getattr(problem, name).to(dtype) for name in ("vision", "keys", "text")})
                 for problem in (make_problem(num_tokens, num_picks, seed, device) for seed in range(batch))
             ]
             times_ms = _replays_ms(lambda problems=problems: select(problems, SelectionConfig()))  # type: ignore[misc]
-            case: dict[str, int | float | str] = {
-                "num_tokens": num_tokens,
-                "num_picks": num_picks,
-                "batch": batch,
-                "dtype": str(dtype).removeprefix("torch."),
-            }
+            case: dict[str, CaseValue] = {"num_tokens": num_tokens, "num_picks": num_picks, "batch": batch}
+            case["dtype"] = str(dtype).removeprefix("torch.")
             rows.append(make_latency_row("selector-graph", case, "triton", times_ms, device))
     return rows
 
@@ -349,6 +322,11 @@ _WITH_VIDEOS: tuple[FamilyName, ...] = ("qwen2.5-vl", "qwen3-vl")
 _QUANTISED = ("fp8", "awq", "gptq")
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
+_BATCH_COST = _measured(
+    lambda many, one: many["latency_p50_ms"] / one["latency_p50_ms"],
+    *(_graph(576, 64, "bfloat16", 32), _graph(576, 64, "bfloat16")),
+)
+
 # Bars of a model that was not measured before.
 _NO_SLOWER = (
     Bar("`all`, requests/s at 16", 0.98, False, "x", _gain("requests_per_s", "all", 16)),
@@ -370,7 +348,7 @@ PARTS: tuple[Part, ...] = (
             Bar("2880 -> 160, bfloat16, graph", 0.5, True, "ms", _graph_ms(2880, 160, "bfloat16")),
             Bar("576 -> 32, bfloat16, graph", 0.15, True, "ms", _graph_ms(576, 32, "bfloat16")),
             Bar("2880 -> 160, float32, graph", 1.0, True, "ms", _graph_ms(2880, 160, "float32")),
-            Bar("576 -> 64, 32 images against one", 2, True, "x", _batch_cost),
+            Bar("576 -> 64, 32 images against one", 2, True, "x", _BATCH_COST),
         ),
         _time_graphs,
     ),
@@ -437,8 +415,14 @@ PARTS: tuple[Part, ...] = (
         "Qwen2.5-VL-7B, 86 tokens of 216 at an encoder scale of 0.5, and of all 864",
         (_serve("qwen2.5-vl-7b", "10%,40%@0.5", "1008x672", "1,16"),),
         (
-            Bar("TTFT at 1 against 10%", 1.0, False, "x", _against("ttft_p50_ms", "40%@0.5", "10%", 1)),
-            Bar("requests/s at 16 against 10%", 1.0, False, "x", _against("requests_per_s", "40%@0.5", "10%", 16)),
+            Bar(
+                *("TTFT at 1 against 10%", 1.0, False, "x"),
+                _ratio("ttft_p50_ms", _load("40%@0.5", 1), _load("10%", 1)),
+            ),
+            Bar(
+                *("requests/s at 16 against 10%", 1.0, False, "x"),
+                _ratio("requests_per_s", _load("40%@0.5", 16), _load("10%", 16)),
+            ),
         ),
     ),
     Part(
@@ -513,11 +497,11 @@ def _bound(bar: Bar) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a bar is not reached or a command failed, 2 for usage, 130 after Ctrl-C."""
-    known = {part.name: part for part in PARTS}
+    known = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(
         prog="mmtok_bench.gpu_check", description="Runs what needs an NVIDIA GPU and holds it against the bars."
     )
-    parser.add_argument("--parts", default=",".join(known), help=f"some of {', '.join(known)} (default all)")
+    parser.add_argument("--parts", type=each(str), default=known, help=f"some of {', '.join(known)} (default all)")
     parser.add_argument("--output", type=Path, default=Path("artifacts/gpu-check"), help="folder (default %(default)s)")
     parser.add_argument("--again", action="store_true", help="run parts anew that are done")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
@@ -527,29 +511,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in PARTS:
             print(f"{part.name:16}{part.about}")
         return 0
-    names = arguments.parts.split(",")
-    unknown = [name for name in names if name not in known]
+    return run_command("gpu-check", lambda: _run(arguments), stopped="finished parts are kept, and not run again.")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    known = {part.name: part for part in PARTS}
+    unknown = [name for name in arguments.parts if name not in known]
     if unknown:
-        print(f"gpu-check has the parts {', '.join(known)}; got {unknown[0]!r}", file=sys.stderr)
-        return 2
-    chosen = [known[name] for name in names]
+        raise ValueError(f"there are the parts {', '.join(known)}; got {unknown[0]!r}")
+    chosen = [known[name] for name in arguments.parts]
     if arguments.dry_run:
         _print(chosen, arguments.output)
         return 0
     if not torch.cuda.is_available():
-        print("gpu-check needs an NVIDIA GPU that PyTorch sees: nothing would be checked here", file=sys.stderr)
-        return 2
-    try:
-        for part in chosen:
-            if part.needs_gib > _memory_gib():
-                print(f"== {part.name} is not run: it needs {part.needs_gib} GiB of GPU memory", flush=True)
-                continue
-            folder = arguments.output / part.name
-            if arguments.again or not (folder / DONE).is_file():
-                run_part(part, folder)
-    except KeyboardInterrupt:
-        print("Stopped; finished parts are kept, and not run again.", file=sys.stderr)
-        return 130
+        raise ValueError("needs an NVIDIA GPU that PyTorch sees: nothing would be checked here")
+    for part in chosen:
+        if part.needs_gib > _memory_gib():
+            print(f"== {part.name} is not run: it needs {part.needs_gib} GiB of GPU memory", flush=True)
+            continue
+        folder = arguments.output / part.name
+        if arguments.again or not (folder / DONE).is_file():
+            run_part(part, folder)
     return _report(chosen, arguments.output)
 
 

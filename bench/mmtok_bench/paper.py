@@ -29,6 +29,7 @@ from mmtok_bench.quality.published import BENCHMARKS, PAPER_BUDGETS, PUBLISHED
 from mmtok_bench.report.selector import PUBLISHED_MS
 from mmtok_bench.report.tables import Table
 from mmtok_bench.results import ResultRow, device_name, read_rows, row_files
+from mmtok_bench.run import run_command
 
 __all__ = ["CHECKPOINTS", "main", "steps_of", "tables"]
 
@@ -65,6 +66,7 @@ CHECKPOINTS = (
     Checkpoint("llava-1.5-7b-hf", "llava-1.5", "LLaVA-1.5-7B", "336x336", "64"),
     Checkpoint("llava-1.5-13b-hf", "llava-1.5", "LLaVA-1.5-13B", "336x336", "64"),
 )
+_NAMES = ", ".join(each.folder for each in CHECKPOINTS)
 _MME_TITLE = "Table 12: Qwen2.5-VL-7B on MME"
 # Image tokens, method, seconds for all of MME, GB beside the weights.
 _MME = (
@@ -223,17 +225,19 @@ def _kv_gb(row: ResultRow, folder: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a step failed, 2 for usage, 130 after Ctrl-C."""
-    names = ", ".join(each.folder for each in CHECKPOINTS)
     parser = argparse.ArgumentParser(prog="mmtok_bench.paper", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoints", type=Path, required=True, help=f"folder with some of {names}")
+    parser.add_argument("--checkpoints", type=Path, required=True, help=f"folder with some of {_NAMES}")
     parser.add_argument("--output", type=Path, default=Path("artifacts/paper"), help="folder (default %(default)s)")
     parser.add_argument("--lmms-venv", type=Path, default=Path("artifacts/lmms-eval"), help="default %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="print every command instead of running it")
     arguments = parser.parse_args(argv)
+    return run_command("paper", lambda: _run(arguments), stopped="finished steps are kept, and not run again.")
+
+
+def _run(arguments: argparse.Namespace) -> int:
     checkpoints = [each for each in CHECKPOINTS if (arguments.checkpoints / each.folder / "config.json").is_file()]
     if not checkpoints:
-        print(f"--checkpoints {arguments.checkpoints} holds none of {names}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--checkpoints {arguments.checkpoints} holds none of {_NAMES}")
     steps = steps_of(checkpoints, arguments.checkpoints, arguments.lmms_venv)
     if arguments.dry_run:
         for step in steps:
@@ -243,17 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(shlex.join(["python", *words]))
         return 0
     if not torch.cuda.is_available():
-        print(
-            "the paper's figures are of a GPU, and PyTorch sees none here: --dry-run prints the steps", file=sys.stderr
-        )
-        return 2
-    try:
-        for step in steps:
-            if _exit_codes(arguments.output / step.name) != [0] * len(step.commands):
-                run_part(step, arguments.output / step.name)
-    except KeyboardInterrupt:
-        print("Stopped; finished steps are kept, and not run again.", file=sys.stderr)
-        return 130
+        raise ValueError("the paper's figures are of a GPU, and PyTorch sees none here: --dry-run prints the steps")
+    for step in steps:
+        if _exit_codes(arguments.output / step.name) != [0] * len(step.commands):
+            run_part(step, arguments.output / step.name)
     rows = [row for path in row_files(arguments.output) for row in read_rows(path)]
     page = arguments.output / "paper.md"
     found = tables(rows, arguments.checkpoints)

@@ -185,7 +185,7 @@ def test_an_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
 def test_without_a_gpu_nothing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--output", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("gpu-check needs an NVIDIA GPU")
+    assert capsys.readouterr().err.startswith("gpu-check: needs an NVIDIA GPU")
     assert not (tmp_path / "out").exists()
 
 
