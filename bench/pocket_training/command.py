@@ -49,7 +49,7 @@ def add_pocket_parser(commands: Any) -> None:
 def run_pocket(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok pocket`: 0, 1 where files are not what is expected, 130 after Ctrl-C."""
     if arguments.pocket == "scenes":
-        from pocket_training.sheet import draw_sheet
+        from pocket_training.questions import draw_sheet
 
         print(draw_sheet(arguments.output, seed=arguments.seed))
         return 0

@@ -1,20 +1,27 @@
-"""What the pocket models are trained on beside the pocket tasks: simpler questions, attributes, and what is named."""
+"""Questions that the pocket models are trained on beside the pocket tasks, and a sheet of scenes that shows them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from mmtok_bench.pocket import questions
 from mmtok_bench.pocket.questions import Question, choose, plural, things_alone
-from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SHAPES, Scene
+from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, draw, make_scene
 
-__all__ = ["KINDS", "NAMING_WORDS", "Kind", "ask", "named_items"]
+__all__ = ["KINDS", "NAMING_WORDS", "Kind", "ask", "draw_sheet", "named_items"]
 
 Kind = Literal["existence", "simple", "count", "position", "reading", "attribute"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_COLUMNS, _ROWS = 4, 2
+_SCALE = 3
+_MARGIN_PX = 12
+_TEXT_PX = 26
 
 _CHARACTER_KINDS = ("digit", "letter")
 _SINGULAR = {plural(shape): shape for shape in SHAPES}
@@ -68,3 +75,23 @@ def _ask_attribute(rng: np.random.Generator, scene: Scene) -> Question | None:
         return None
     text, answer = choose(rng, questions)
     return Question("attribute", text, answer)
+
+
+def draw_sheet(path: Path, *, seed: int) -> Path:
+    """Returns `path`, where eight scenes drawn from `seed` then stand as a PNG."""
+    cell_width, cell_height = SCENE_PX * _SCALE + _MARGIN_PX, SCENE_PX * _SCALE + _MARGIN_PX + _TEXT_PX
+    sheet = Image.new("RGB", (_COLUMNS * cell_width + _MARGIN_PX, _ROWS * cell_height + _MARGIN_PX), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for number in range(_COLUMNS * _ROWS):
+        rng = np.random.default_rng([seed, number])
+        scene = make_scene(rng)
+        left = _MARGIN_PX + number % _COLUMNS * cell_width
+        top = _MARGIN_PX + number // _COLUMNS * cell_height
+        sheet.paste(draw(scene, _SCALE), (left, top))
+        if question := ask(rng, scene, KINDS[number % len(KINDS)]):
+            pen.text(
+                (left, top + SCENE_PX * _SCALE + 4), f"{question.text}  {question.answer}", fill="black", font=font
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path

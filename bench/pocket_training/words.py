@@ -8,30 +8,16 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from mmtok_bench.pocket.questions import plural
 from mmtok_bench.pocket.scenes import CHARACTERS, COLOR_RGB, SHAPES, SIZE_PX
 
 __all__ = ["WORDS", "word_tokenizer"]
 
 WORDS = (
-    *(*COLOR_RGB, *SHAPES, *(f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES), *SIZE_PX),
+    *(*COLOR_RGB, *SHAPES, *map(plural, SHAPES), *SIZE_PX),
     *(*(character.lower() for character in CHARACTERS), "top", "bottom", "left", "right", "yes", "no"),
-    *(
-        "nothing",
-        "middle",
-        "is",
-        "there",
-        "a",
-        "the",
-        "in",
-        "image",
-        "how",
-        "many",
-        "thing",
-        "things",
-        "are",
-        "where",
-        "what",
-    ),
+    *("nothing", "middle", "is", "there", "a", "the", "in", "image", "how", "many", "thing"),
+    *("things", "are", "where", "what"),
     *("digit", "letter", "color", "shape", "size", "user", "assistant", "?", ":", ".", ",", "an", "of", "and", "it"),
     *("on", "do", "you", "see", "picture", "object", "answer", "question", "using", "single", "word", "or", "phrase"),
 )
