@@ -125,8 +125,9 @@ def running_process(command: Sequence[str], *, grace_s: float, **options: Any) -
             if process.poll() is None:
                 end_process_tree(process.pid, grace_s=grace_s)
                 process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
 
 def sum_resident_bytes(processes: Iterable[psutil.Process]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -17,7 +18,7 @@ from typing import IO
 
 from mmtok_bench.client import MeasurementError, user_message
 from mmtok_bench.photographs import photograph_url
-from mmtok_bench.process_tree import end_process_tree, signals_wait
+from mmtok_bench.process_tree import running_process
 from mmtok_bench.serve.plan import LoadCase
 from mmtok_bench.serve.presets import Size
 
@@ -151,6 +152,7 @@ class LoadGenerator:
     def __init__(self, module: str = _MODULE) -> None:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
+        self._block = contextlib.ExitStack()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
 
     def __enter__(self) -> LoadGenerator:
@@ -168,29 +170,22 @@ class LoadGenerator:
             return
         # Requests go to this machine: a proxy named in the environment is not used.
         environment = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
-        with signals_wait():
-            self._process = subprocess.Popen(
+        self._process = self._block.enter_context(
+            running_process(
                 [sys.executable, "-m", "mmtok_bench.serve.load_process", self._module],
+                grace_s=1.0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 bufsize=0,
                 env={**os.environ, **environment},
-                start_new_session=True,
             )
+        )
 
     def stop(self) -> None:
         """Ends the process and its load."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            end_process_tree(process.pid, grace_s=1.0)
-        finally:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
+        self._process = None
+        self._block.close()
 
     def run(
         self,
