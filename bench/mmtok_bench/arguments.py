@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmtok_bench.mixed_budget import MixedBudget
-from mmtok_deploy.auto_budget import AutoBudget
 from mmtok_deploy.budget import Budget
 
 __all__ = [
@@ -127,7 +126,7 @@ def mixed_budget(text: str) -> str:
     """Returns a budget, or one of a smaller image: 10%@0.5; not `auto`, which goes by what a question asks."""
     try:
         mixed = MixedBudget.parse(text)
-        if isinstance(mixed.budget, AutoBudget):
+        if mixed.is_auto:
             raise ValueError("the budget auto goes by what a question asks, and the load asks nothing: name a share")
         return str(mixed)
     except ValueError as error:

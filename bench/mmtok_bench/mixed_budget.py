@@ -48,6 +48,16 @@ class MixedBudget:
         return self.encoder_scale < 1
 
     @property
+    def is_all(self) -> bool:
+        """True if nothing is pruned."""
+        return isinstance(self.budget, Budget) and self.budget.is_all
+
+    @property
+    def is_auto(self) -> bool:
+        """True if what a question asks decides how many tokens are kept."""
+        return isinstance(self.budget, AutoBudget)
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """Server arguments that apply this to every image."""
         scale = (f"--mmtok-encoder-scale={self.encoder_scale:g}",) if self.is_scaled else ()

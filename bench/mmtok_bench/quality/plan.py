@@ -84,15 +84,14 @@ class QualityPlan:
 
         `downsample` takes no smaller image, and no budget that is chosen by the question.
         """
-        whole = sorted(
-            (each for each in self.budgets if each.partition("@")[0] == "all"), key=lambda each: each != "all"
-        )
+        parsed = {budget: MixedBudget.parse(budget) for budget in self.budgets}
+        whole = sorted((each for each in parsed if parsed[each].is_all), key=lambda each: parsed[each].is_scaled)
         pruned = [
             (method, budget)
             for budget in self.budgets
             if budget not in whole
             for method in self.methods
-            if method != "downsample" or not ("@" in budget or budget == "auto")
+            if method != "downsample" or not (parsed[budget].is_scaled or parsed[budget].is_auto)
         ]
         return [*((UNPRUNED, budget) for budget in whole), *pruned]
 

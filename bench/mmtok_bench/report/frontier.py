@@ -20,14 +20,12 @@ class Mix:
     """One budget at one encoder scale.
 
     Args:
-        budget: As in the rows, such as `25%@0.5`.
-        encoder_scale: Its scale.
+        mixed: The budget and the scale.
         cost: Image tokens encoded plus image tokens kept.
         accuracy: The mean over the kinds of questions.
     """
 
-    budget: str
-    encoder_scale: float
+    mixed: MixedBudget
     cost: float
     accuracy: float
 
@@ -49,7 +47,7 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
         lines: Its pocket rows of every kind.
     """
     mixes = list(_mixes(lines))
-    scales = sorted({mix.encoder_scale for mix in mixes}, reverse=True)
+    scales = sorted({mix.mixed.encoder_scale for mix in mixes}, reverse=True)
     if len(scales) < 2:
         return None
     figure = new_figure("image tokens, encoded + kept", "accuracy, mean of all kinds")
@@ -63,12 +61,12 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
         marker={"color": UNPRUNED, "symbol": "circle-open", "size": 16},
     )
     for number, scale in enumerate(scales):
-        chosen = sorted((mix for mix in mixes if mix.encoder_scale == scale), key=lambda mix: mix.cost)
+        chosen = sorted((mix for mix in mixes if mix.mixed.encoder_scale == scale), key=lambda mix: mix.cost)
         figure.add_scatter(
             name=f"encoder scale {scale:g}",
             x=[mix.cost for mix in chosen],
             y=[mix.accuracy for mix in chosen],
-            text=[mix.budget.partition("@")[0] for mix in chosen],
+            text=[str(mix.mixed.budget) for mix in chosen],
             textposition="bottom right",
             mode="lines+markers+text",
             line={"color": PALETTE[number % len(PALETTE)]},
@@ -90,13 +88,12 @@ def _mixes(lines: Sequence[dict[str, Any]]) -> Iterator[Mix]:
         if line["method"] in _METHODS and "tokens_kept" in line["metrics"]:
             metrics.setdefault(line["budget"], []).append(line["metrics"])
     for budget, of_kinds in metrics.items():
-        scale = MixedBudget.parse(budget).encoder_scale
-        encoded = metrics.get("all" if scale == 1 else f"all@{scale:g}")
+        mixed = MixedBudget.parse(budget)
+        encoded = metrics.get(str(MixedBudget.parse(f"all@{mixed.encoder_scale}")))
         if encoded is None or len(of_kinds) < len(kinds):
             continue
         yield Mix(
-            budget,
-            scale,
+            mixed,
             encoded[0]["tokens_kept"] + statistics.fmean(each["tokens_kept"] for each in of_kinds),
             statistics.fmean(each["accuracy"] for each in of_kinds),
         )

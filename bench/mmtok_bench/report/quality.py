@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.quality.published import BENCHMARKS, PUBLISHED
 from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.frontier import frontier_plot
@@ -188,7 +189,8 @@ def _plots(shown: Sequence[Line]) -> Iterator[Plot]:
         if frontier is not None:
             yield frontier
         # Only budgets of whole images: the plot above has the others.
-        of_model = [line for line in of_model if "tokens_kept" in line["metrics"] and "@" not in line["budget"]]
+        of_model = [line for line in of_model if not MixedBudget.parse(line["budget"]).is_scaled]
+        of_model = [line for line in of_model if "tokens_kept" in line["metrics"]]
         for kind in dict.fromkeys(line["kind"] for line in of_model):
             chosen = [line for line in of_model if line["kind"] == kind]
             if len({line["budget"] for line in chosen}) > 1:

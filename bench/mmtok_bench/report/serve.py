@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.metrics import compare, format_value, metric
 from mmtok_bench.report.tables import Part, Table, in_words
@@ -84,11 +85,11 @@ def serve_lines(rows: pd.DataFrame) -> list[Line]:
     """Returns the rows of served models with labels and with the rows that they are compared with.
 
     Added keys: `variant`, "unpruned" for a server without the plugin, "downsample" for a smaller image, "mmtok"
-    otherwise; `scale`, the part of the budget after @; `label`, budget and method in words; `tokens` of an image that
-    the language model reads, None if not measured; `load`, requests at once; `pixels`; `vs_unpruned` and
-    `vs_downsampled`, the newest rows of the same run whose case differs only in budget and method: without the plugin,
-    and with the image made smaller to as many tokens. Texts and images count as equal if their tokens differ by at most
-    a tenth. None if there is no such row.
+    otherwise; `scale`, the encoder scale of the budget, empty without one; `label`, budget and method in words;
+    `tokens` of an image that the language model reads, None if not measured; `load`, requests at once; `pixels`;
+    `vs_unpruned` and `vs_downsampled`, the newest rows of the same run whose case differs only in budget and method:
+    without the plugin, and with the image made smaller to as many tokens. Texts and images count as equal if their
+    tokens differ by at most a tenth. None if there is no such row.
     """
     lines = [_named(line) for line in records(rows)]
     workloads: dict[str, list[Line]] = {}
@@ -113,6 +114,7 @@ def _named(line: Line) -> Line:
     case, metrics = line["case"], line["metrics"]
     tokens = metrics.get("image_tokens_kept", metrics.get("image_tokens_in"))
     budget = str(case.get("budget", ""))
+    mixed = None if budget in ("", "off") else MixedBudget.parse(budget)
     if case.get("method") == "downsample":
         variant, label = "downsample", "downsampled" if tokens is None else f"downsampled to {tokens:.0f}"
     else:
@@ -124,7 +126,7 @@ def _named(line: Line) -> Line:
     return {
         **line,
         **{
-            "scale": budget.partition("@")[2],
+            "scale": "" if mixed is None or not mixed.is_scaled else f"{mixed.encoder_scale:g}",
             "variant": variant,
             "label": label,
             "tokens": tokens,
