@@ -17,6 +17,7 @@ import psutil  # type: ignore[import-untyped]
 
 __all__ = [
     "end_process_tree",
+    "is_alive",
     "process_tree",
     "running_process",
     "signals_wait",
@@ -41,7 +42,15 @@ def process_tree(session_id: int) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             if session_id in (process.pid, os.getsid(process.pid)):
                 found.update([process, *process.children(recursive=True)])
-    return [process for process in found if _runs(process)]
+    return [process for process in found if is_alive(process)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Returns whether a process is there and no zombie."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end_process_tree(session_id: int, *, grace_s: float) -> None:
@@ -137,13 +146,6 @@ def sum_resident_bytes(processes: Iterable[psutil.Process]) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             total += int(process.memory_info().rss)
     return total
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _send(number: signal.Signals, session_id: int, *, but: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ __all__ = ["run_soak"]
 
 _BENCH = "soak"
 _MIN_ROW_S = 20.0
-_MAX_WORDS = 600
+_MAX_LETTERS = 600
 
 
 def run_soak(arguments: argparse.Namespace) -> int:
@@ -74,7 +75,7 @@ def _run_row(
         minutes=arguments.minutes,
         num_families=_num_families(arguments, row),
         seed=arguments.seed,
-        on_step=step,
+        step=step,
         pool=pool,
     )
     trial.limit(limit_s)
@@ -121,11 +122,8 @@ def _metrics(trial: Trial, duration_s: float) -> dict[str, float]:
 
 def _lost(trial: Trial) -> str:
     """Returns what did not hold, each kind once with how often, the most frequent first."""
-    kinds: dict[str, int] = {}
-    for failure in trial.failures:
-        kinds[failure.what] = kinds.get(failure.what, 0) + 1
-    ordered = sorted(kinds.items(), key=lambda kind: -kind[1])
-    return "; ".join(f"{what} ({number})" for what, number in ordered)[:_MAX_WORDS]
+    kinds = Counter(failure.what for failure in trial.failures)
+    return "; ".join(f"{what} ({number})" for what, number in kinds.most_common())[:_MAX_LETTERS]
 
 
 def _write_failures(trial: Trial, path: Path, row: Row) -> None:

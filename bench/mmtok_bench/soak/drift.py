@@ -6,11 +6,13 @@ mmtok_bench.soak.drift FAMILY` prints one JSON object.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import pkgutil
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -84,18 +86,14 @@ async def _coroutine() -> None:
     """Stands in for a changed coroutine function of SGLang."""
 
 
-class _missing:  # noqa: N801 - used as a context manager
-    """Takes an attribute away for as long as a `with` block runs."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self._owner, self._name = owner, name
-        self._value = vars(owner)[name]
-
-    def __enter__(self) -> None:
-        delattr(self._owner, self._name)
-
-    def __exit__(self, *error: object) -> None:
-        setattr(self._owner, self._name, self._value)
+@contextlib.contextmanager
+def _missing(owner: Any, name: str) -> Iterator[None]:
+    value = vars(owner)[name]
+    delattr(owner, name)
+    try:
+        yield
+    finally:
+        setattr(owner, name, value)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mmtok_bench.families import FamilyName
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import chat_body, small_image
 from mmtok_bench.soak.fuzz import ENDPOINTS
-from mmtok_bench.soak.trial import Trial, send
+from mmtok_bench.soak.trial import Trial
 
 __all__ = ["block_the_event_loop", "polled_health"]
 
@@ -58,9 +58,8 @@ def block_the_event_loop(trial: Trial, server: SglangServer, num_rounds: int, *,
 
 def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_urls: int, *, with_guidance: bool) -> None:
     def ask(path: str, body: bytes) -> None:
-        reply = send(server, path, body, timeout_s=_TIMEOUT_S)
         trial.count("requests")
-        trial.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
+        reply = trial.send(server, path, body, timeout_s=_TIMEOUT_S)
         if reply.status == 0:
             trial.fail(f"a request is not answered: {kind}", f"{what}: {path} {reply.text[:200]}")
 
@@ -80,8 +79,7 @@ def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_url
     if any(math.isnan(time_s) for time_s in times_s):
         trial.fail("/health does not answer 200", what)
     slowest_s = max((time_s for time_s in times_s if not math.isnan(time_s)), default=0.0)
-    name = "slowest_health_ms_" + kind.replace(" ", "_")
-    trial.numbers[name] = round(max(1000 * slowest_s, trial.numbers.get(name, 0.0)))
+    trial.highest("slowest_health_ms_" + kind.replace(" ", "_"), round(1000 * slowest_s))
     if slowest_s > _MAX_HEALTH_S:
         trial.fail(f"/health takes longer than 250 ms: {kind}", f"{what}: {1000 * slowest_s:.0f} ms")
 

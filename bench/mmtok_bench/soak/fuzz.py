@@ -12,7 +12,7 @@ from mmtok_bench.client import in_parallel
 from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import small_image
-from mmtok_bench.soak.trial import Reply, Trial, send
+from mmtok_bench.soak.trial import Trial, send
 from mmtok_deploy.methods import MethodName
 
 __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
@@ -29,9 +29,17 @@ _OUR_FIELDS = (
 _METHODS = (*get_args(MethodName), "")
 
 
+def _coffee() -> str:
+    return small_image("coffee", 112, 84)
+
+
+def _prompt(family: FamilyName) -> str:
+    return f"USER: {FAMILY_TRAITS[family].placeholder} What is it? ASSISTANT:"
+
+
 def _chat(family: FamilyName) -> dict[str, Any]:
     content = [
-        {"type": "image_url", "image_url": {"url": small_image("coffee", 112, 84)}},
+        {"type": "image_url", "image_url": {"url": _coffee()}},
         {"type": "text", "text": "What is in this cup?"},
     ]
     return {
@@ -45,8 +53,8 @@ def _chat(family: FamilyName) -> dict[str, Any]:
 
 def _generate(family: FamilyName) -> dict[str, Any]:
     return {
-        "text": f"USER: {FAMILY_TRAITS[family].placeholder} What is it? ASSISTANT:",
-        "image_data": [small_image("coffee", 112, 84)],
+        "text": _prompt(family),
+        "image_data": [_coffee()],
         "sampling_params": {"max_new_tokens": 2, "temperature": 0},
         _KWARGS: {"mmtok_budget": "25%"},
     }
@@ -55,7 +63,7 @@ def _generate(family: FamilyName) -> dict[str, Any]:
 def _completion(family: FamilyName) -> dict[str, Any]:
     return {
         "model": "default",
-        "prompt": f"USER: {FAMILY_TRAITS[family].placeholder} What is it? ASSISTANT:",
+        "prompt": _prompt(family),
         "max_tokens": 2,
         "temperature": 0,
         _KWARGS: {"mmtok_budget": "25%"},
@@ -63,7 +71,7 @@ def _completion(family: FamilyName) -> dict[str, Any]:
 
 
 def _message(family: FamilyName) -> dict[str, Any]:
-    data = small_image("coffee", 112, 84).partition(",")[2]
+    data = _coffee().partition(",")[2]
     source = {"type": "base64", "media_type": "image/png", "data": data}
     return {
         "model": "default",
@@ -83,15 +91,13 @@ ENDPOINTS: dict[str, Callable[[FamilyName], dict[str, Any]]] = {
 }
 
 
-def fuzz(trial: Trial, server: SglangServer, num_bodies: int, *, plain: SglangServer | None = None) -> list[int]:
+def fuzz(trial: Trial, server: SglangServer, num_bodies: int) -> list[int]:
     """Sends fuzzed bodies, eight at a time, and returns the numbers of those answered by 5xx.
 
     Args:
         trial: Counts and reports.
-        server: What they are sent to.
-        num_bodies: How many, in turns to the four endpoints.
-        plain: A server without the plugin: a body that it answers by 5xx as well is SGLang's own failure, and counted
-            as that. Without it, 5xx answers are returned and not judged.
+        server: The server that they are sent to.
+        num_bodies: How many, to the four endpoints in turn.
     """
     failed: list[int] = []
 
@@ -101,17 +107,13 @@ def fuzz(trial: Trial, server: SglangServer, num_bodies: int, *, plain: SglangSe
         if number % 500 == 499:
             trial.step(f"{number + 1} of {num_bodies} bodies")
         path, body = fuzzed_body(trial, number)
-        reply = send(server, path, body, timeout_s=_TIMEOUT_S)
         trial.count("bodies")
-        trial.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
-        what = _reproduction(trial, number, path, body, reply)
+        reply = trial.send(server, path, body, timeout_s=_TIMEOUT_S)
         if reply.status == 0:
-            trial.fail(f"{path}: a body was not answered", what)
+            said = f"{reply.status} {reply.text[:200]}"
+            trial.fail(f"{path}: a body was not answered", f"{_reproduction(trial, number, path, body)} -> {said}")
         elif reply.status >= 500:
-            if plain is None:
-                failed.append(number)
-            else:
-                _judge(trial, number, plain, what)
+            failed.append(number)
 
     in_parallel(_PARALLEL, one, range(num_bodies))
     return sorted(failed)
@@ -121,16 +123,12 @@ def judge_failed(trial: Trial, plain: SglangServer, numbers: list[int]) -> None:
     """Reports the bodies that a server with a budget answers by 5xx and one without the plugin does not."""
     for number in numbers:
         path, body = fuzzed_body(trial, number)
-        _judge(trial, number, plain, f"seed {trial.seed} family {trial.family} number {number} {path} {_short(body)}")
-
-
-def _judge(trial: Trial, number: int, plain: SglangServer, what: str) -> None:
-    path, body = fuzzed_body(trial, number)
-    own = send(plain, path, _without_our_fields(body), timeout_s=_TIMEOUT_S)
-    if own.status >= 500 or own.status == 0:
-        trial.count("answers_5xx_of_sglang_alone")
-    else:
-        trial.fail(f"{path}: 5xx where SGLang alone answers {own.status // 100}xx", what)
+        own = send(plain, path, _without_our_fields(body), timeout_s=_TIMEOUT_S)
+        if own.status >= 500 or own.status == 0:
+            trial.count("answers_5xx_of_sglang_alone")
+        else:
+            kind = f"{path}: 5xx where SGLang alone answers {own.status // 100}xx"
+            trial.fail(kind, _reproduction(trial, number, path, body))
 
 
 def _without_our_fields(body: bytes) -> bytes:
@@ -144,23 +142,18 @@ def _without_our_fields(body: bytes) -> bytes:
     return json.dumps(values).encode(errors="surrogatepass")
 
 
-def _reproduction(trial: Trial, number: int, path: str, body: bytes, reply: Reply) -> str:
-    said = f"{reply.status} {reply.text[:200]}"
-    return f"seed {trial.seed} family {trial.family} number {number} {path} {_short(body)} -> {said}"
-
-
-def _short(body: bytes) -> str:
+def _reproduction(trial: Trial, number: int, path: str, body: bytes) -> str:
     text = body.decode(errors="replace")
-    for image in (small_image("coffee", 112, 84), small_image("coffee", 112, 84).partition(",")[2]):
+    for image in (_coffee(), _coffee().partition(",")[2]):
         text = text.replace(image, "IMAGE")
-    return text[:600]
+    return f"seed {trial.seed} family {trial.family} number {number} {path} {text[:600]}"
 
 
 def fuzzed_body(trial: Trial, number: int) -> tuple[str, bytes]:
     """Returns the endpoint and the body of that number: the same for a seed and family."""
     draw = trial.random("fuzz", number)
     path = list(ENDPOINTS)[number % len(ENDPOINTS)]
-    body = copy.deepcopy(ENDPOINTS[path](trial.family))
+    body = ENDPOINTS[path](trial.family)
     kind = draw.random()
     if kind < 0.45:
         _fuzz_our_fields(draw, body)
@@ -187,17 +180,8 @@ def _fuzz_our_fields(draw: random.Random, body: dict[str, Any]) -> None:
 
 
 def _fuzz_texts(draw: random.Random, body: dict[str, Any], placeholder: str) -> None:
-    pieces = (
-        placeholder,
-        "<image>",
-        "<|vision_start|>",
-        "<|im_start|>user\n",
-        "USER:",
-        "[INST]",
-        "\0",
-        "\ud800",
-        "ß" * 99,
-    )
+    marks = ("<image>", "<|vision_start|>", "<|im_start|>user\n", "USER:", "[INST]", "\0", "\ud800", "ß" * 99)
+    pieces = (placeholder, *marks)
     text = "".join(draw.choice((*pieces, "what ", "is ", "it ")) for _ in range(draw.randint(1, 8)))
     for holder, key in _nodes(body):
         is_text = key in ("text", "prompt", "mmtok_guidance")
@@ -246,20 +230,12 @@ def _value(draw: random.Random, depth: int = 0) -> Any:
         case 4:
             return draw.choice(
                 (
-                    "",
-                    "10%",
-                    "all",
-                    "a" * 3000,
-                    "\0",
-                    "ß",
-                    "½%",
-                    "\uff11\uff10%",
-                    "data:image/png;base64,AAAA",
-                    "/etc/hostname",
+                    *("", "10%", "all", "a" * 3000, "\0", "ß", "½%", "\uff11\uff10%"),
+                    *("data:image/png;base64,AAAA", "/etc/hostname"),
                 )
             )
         case 5:
-            return small_image("coffee", 112, 84)
+            return _coffee()
         case 6:
             return "".join(chr(draw.randrange(1, 0xD000)) for _ in range(draw.randint(1, 20)))
         case 7:

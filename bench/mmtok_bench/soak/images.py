@@ -14,7 +14,7 @@ from PIL import Image
 from mmtok_bench.client import in_parallel
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import chat_body
-from mmtok_bench.soak.trial import Trial, resident_bytes, send
+from mmtok_bench.soak.trial import Trial, resident_bytes
 from mmtok_deploy.photographs import photograph
 
 __all__ = ["icon_of", "jpeg_of_scans", "odd_images", "send_odd_images", "tiff_of_one_tile"]
@@ -50,11 +50,9 @@ def send_odd_images(
         if trial.is_over() or not server.is_alive():
             return
         url = "data:image/png;base64," + base64.b64encode(data).decode()
-        reply = send(
-            server, "/v1/chat/completions", chat_body([url], "What is it?", dict(fields)), timeout_s=_TIMEOUT_S
-        )
         trial.count("images")
-        trial.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
+        body = chat_body([url], "What is it?", dict(fields))
+        reply = trial.send(server, "/v1/chat/completions", body, timeout_s=_TIMEOUT_S)
         # Only where our part is what fails: SGLang answers what it cannot decode by 400.
         what = f"seed {trial.seed} image {name} {fields} -> {reply.status} {reply.text[:300]}"
         if reply.status == 0:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 
 import psutil  # type: ignore[import-untyped]
 
-from mmtok_bench.process_tree import process_tree
+from mmtok_bench.process_tree import is_alive, process_tree
 from mmtok_bench.server import ServerError, SglangServer
 from mmtok_bench.soak.fixed_chats import chat_body, small_image
 from mmtok_bench.soak.trial import Served, Trial, make_soak_server, send
@@ -54,7 +53,6 @@ def _kill_one(trial: Trial, number: int, server: SglangServer) -> None:
     processes = sorted(process_tree(server.process_id), key=lambda each: each.pid)
     chosen = draw.choice(processes)
     name = _name(chosen)
-    marks = {each.pid: each.create_time() for each in processes if each.is_running()}
     chosen.kill()
     start_s = time.monotonic()
     trial.count("kills")
@@ -65,7 +63,7 @@ def _kill_one(trial: Trial, number: int, server: SglangServer) -> None:
     gone_s = time.monotonic() - start_s
     left = [_name(each) for each in process_tree(server.process_id)]
     if not left:
-        trial.numbers["gone_after_s"] = round(max(gone_s, trial.numbers.get("gone_after_s", 0.0)), 1)
+        trial.highest("gone_after_s", round(gone_s, 1))
     elif name == "resource_tracker" and server.is_alive():
         trial.count("servers_that_go_on")
         short = chat_body([small_image("coffee")], "What is in this cup?", {})
@@ -78,13 +76,13 @@ def _kill_one(trial: Trial, number: int, server: SglangServer) -> None:
         client.join(30)
     if any(client.is_alive() for client in clients):
         trial.fail("a client still waits after its server has gone", what)
-    orphans = [pid for pid, created in marks.items() if _runs(pid, created)]
+    orphans = [each for each in processes if each.is_running() and is_alive(each)]
     if orphans:
-        trial.fail("orphans run on after the server has ended", f"{what}: {orphans}")
-    for pid in orphans:
+        trial.fail("orphans run on after the server has ended", f"{what}: {[each.pid for each in orphans]}")
+    for each in orphans:
         # Nothing of the soak outlives it.
         with contextlib.suppress(psutil.Error):
-            psutil.Process(pid).kill()
+            each.kill()
 
 
 def _name(process: psutil.Process) -> str:
@@ -102,10 +100,3 @@ def _name(process: psutil.Process) -> str:
         if mark in title:
             return name
     return title.split(" ")[0].rpartition("/")[2] or "process"
-
-
-def _runs(pid: int, created: float) -> bool:
-    with contextlib.suppress(psutil.Error, OSError):
-        process = psutil.Process(pid)
-        return pid != os.getpid() and process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
-    return False

@@ -65,7 +65,7 @@ def storm(trial: Trial, server: SglangServer, num_requests: int, *, num_clients:
     """
     bodies = [_body(trial, number) for number in range(_NUM_KNOWN)]
     known = [ask_for_logprobs(server, body) for body in bodies]
-    trial.numbers["retractions_before"] = _metric(server, "sglang:num_retracted_requests")
+    retractions_before = _metric(server, "sglang:num_retracted_requests")
     memory: list[tuple[int, int]] = []
     done = 0
     lock = threading.Lock()
@@ -100,9 +100,7 @@ def storm(trial: Trial, server: SglangServer, num_requests: int, *, num_clients:
     in_parallel(num_clients, one, range(num_requests))
     trial.count("requests", done)
     trial.numbers["requests_per_s"] = round(done / (time.monotonic() - start_s), 1)
-    trial.numbers["retractions"] = _metric(server, "sglang:num_retracted_requests") - trial.numbers.pop(
-        "retractions_before"
-    )
+    trial.numbers["retractions"] = _metric(server, "sglang:num_retracted_requests") - retractions_before
     _judge_growth(trial, memory, done)
 
 
@@ -167,9 +165,7 @@ def _hang_up(server: SglangServer, body: dict[str, Any], draw: random.Random) ->
 
 def _hold(trial: Trial, known: Account, account: Account, what: str) -> None:
     difference = largest_difference([known], [account])
-    trial.numbers["largest_difference_under_way"] = max(
-        trial.numbers.get("largest_difference_under_way", 0.0), min(difference, 1e9)
-    )
+    trial.highest("largest_difference_under_way", min(difference, 1e9))
     if not difference <= _TOLERANCE:
         trial.fail("an answer under load is not the one from before", f"{what}: logprobs differ by {difference:.3g}")
 

@@ -8,8 +8,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil  # type: ignore[import-untyped]
@@ -51,7 +52,7 @@ class Reply:
 
 
 def send(
-    server: SglangServer, path: str, body: bytes | dict[str, object], *, timeout_s: float = 60.0, method: str = "POST"
+    server: SglangServer, path: str, body: bytes | dict[str, Any], *, timeout_s: float = 60.0, method: str = "POST"
 ) -> Reply:
     """Returns the server's answer to a body that need not be valid; never raises for what the server does."""
     start_s = time.monotonic()
@@ -101,6 +102,7 @@ def make_soak_server(key: Served) -> SglangServer:
     )
 
 
+@dataclass(slots=True)
 class Trial:
     """One row at work for one model family.
 
@@ -109,38 +111,30 @@ class Trial:
         folder: For logs and checkpoints.
         minutes: How long the whole run takes; 30 runs every row's full count.
         num_families: How many families share that count.
-        seed: What everything that is drawn is drawn from.
-        on_step: Called with a line of progress.
+        seed: Seed of all random choices.
+        step: Called with a line of progress.
         pool: Gives the servers.
     """
 
-    def __init__(
-        self,
-        family: FamilyName,
-        folder: Path,
-        *,
-        minutes: float = _FULL_MINUTES,
-        num_families: int = 1,
-        seed: int = 0,
-        on_step: Callable[[str], None] = lambda text: None,
-        pool: ServerPool[Served] | None = None,
-    ) -> None:
-        self.family = family
-        self.folder = folder
-        self.minutes = minutes
-        self._part = minutes / _FULL_MINUTES / num_families
-        self.seed = seed
-        self.step = on_step
-        self.counts: Counter[str] = Counter()
-        self.numbers: dict[str, float] = {}
-        self.failures: list[Failure] = []
-        self._pool = pool
-        self._deadline_s = time.monotonic() + 60 * minutes
-        self._lock = threading.Lock()
+    family: FamilyName
+    folder: Path
+    minutes: float = _FULL_MINUTES
+    num_families: int = 1
+    seed: int = 0
+    step: Callable[[str], None] = lambda text: None
+    pool: ServerPool[Served] | None = None
+    counts: Counter[str] = field(default_factory=Counter, init=False)
+    numbers: dict[str, float] = field(default_factory=dict, init=False)
+    failures: list[Failure] = field(default_factory=list, init=False)
+    _deadline_s: float = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        self.limit(60 * self.minutes)
 
     def scaled(self, full: int, *, at_least: int = 1) -> int:
         """Returns the part of a full count that is this trial's, by the run's minutes and families."""
-        return max(min(full, at_least), min(full, round(full * self._part)))
+        return max(min(full, at_least), min(full, round(full * self.minutes / _FULL_MINUTES / self.num_families)))
 
     def limit(self, duration_s: float) -> None:
         """Ends the row's loops after this long; each row says with its counts how far it came."""
@@ -163,6 +157,20 @@ class Trial:
         with self._lock:
             self.counts[name] += amount
 
+    def highest(self, name: str, value: float) -> None:
+        """Keeps the largest of the values that a number had."""
+        self.numbers[name] = max(value, self.numbers.get(name, 0.0))
+
+    def send(self, server: SglangServer, path: str, body: bytes | dict[str, Any], *, timeout_s: float) -> Reply:
+        """Returns what `send` does, and counts the answer by its status; from any thread."""
+        reply = send(server, path, body, timeout_s=timeout_s)
+        self.count_answer(reply)
+        return reply
+
+    def count_answer(self, reply: Reply) -> None:
+        """Counts an answer by its status; from any thread."""
+        self.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
+
     def fail(self, what: str, reproduction: str) -> None:
         """Reports something that did not hold; from any thread."""
         with self._lock:
@@ -174,16 +182,16 @@ class Trial:
     @contextlib.contextmanager
     def served(self, *flags: str, **environment: str) -> Iterator[SglangServer]:
         """Gives a server with these flags; after the block it is held against what it was before."""
-        if self._pool is None:
+        if self.pool is None:
             raise RuntimeError("a trial without a pool has no servers of its own: use checked()")
         start_s = time.monotonic()
         self.step("waiting for a server")
-        server = self._pool.get(Served(self.family, self.folder, flags, tuple(sorted(environment.items()))))
+        server = self.pool.get(Served(self.family, self.folder, flags, tuple(sorted(environment.items()))))
         self.not_counted(time.monotonic() - start_s)
         with self.checked(server):
             yield server
         if not server.is_alive():
-            self._pool.stop_all()
+            self.pool.stop_all()
 
     @contextlib.contextmanager
     def checked(self, server: SglangServer) -> Iterator[None]:
@@ -206,7 +214,7 @@ class Trial:
             self.fail("the fixed chats are not answered afterwards", f"{type(error).__name__}: {error}"[:500])
             return
         self.count("fixed_chats", len(before))
-        self.numbers["largest_difference"] = max(difference, self.numbers.get("largest_difference", 0.0))
+        self.highest("largest_difference", difference)
         if not difference <= TOLERANCE:
             self.fail(f"the fixed chats differ by more than {TOLERANCE:g}", f"by {difference:.3g}, seed {self.seed}")
         # SGLang flushes only while it holds no request.
@@ -238,9 +246,8 @@ class Trial:
         finally:
             done.set()
             watcher.join()
-            peak_mb = max(peak_bytes / 2**20, self.numbers.get("peak_memory_mb", 0.0))
-            if peak_mb:
-                self.numbers["peak_memory_mb"] = round(peak_mb, 1)
+            if peak_bytes:
+                self.highest("peak_memory_mb", round(peak_bytes / 2**20, 1))
 
 
 def resident_bytes(server: SglangServer) -> int:
