@@ -24,6 +24,7 @@ from mmtok_deploy import __version__
 __all__ = [
     "LATENCIES",
     "SCHEMA",
+    "STAGES",
     "CaseValue",
     "ResultRow",
     "UnfinishedRowWarning",
@@ -44,6 +45,11 @@ CaseValue = int | float | str
 
 LATENCIES = ("latency_p20_ms", "latency_p50_ms", "latency_p80_ms")
 """The metrics of `make_latency_row`."""
+STAGES = (
+    *("image_decode_ms", "image_preprocess_ms", "image_hash_ms", "image_transport_ms"),
+    *("vision_encoder_ms", "selection_ms", "language_prefill_ms"),
+)
+"""The metrics of a server's stages, which are the measured parts of the time to first token."""
 _LIBRARIES = ("sglang", "triton", "transformers", "onnxruntime")
 
 

@@ -10,20 +10,13 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from mmtok_bench.process_tree import process_tree, sum_resident_bytes
+from mmtok_bench.results import STAGES
 from mmtok_bench.server import SglangServer, fetch
 
 __all__ = ["PeakMemory", "parse_counts", "read_counts", "stage_metrics"]
 
 _SAMPLE_INTERVAL_S = 1.0
-_STAGES = {
-    "image_decode_ms": "mmtok:image_decode_milliseconds_sum",
-    "image_preprocess_ms": "mmtok:image_preprocess_milliseconds_sum",
-    "image_hash_ms": "mmtok:image_hash_milliseconds_sum",
-    "image_transport_ms": "mmtok:image_transport_milliseconds_sum",
-    "vision_encoder_ms": "mmtok:vision_encoder_milliseconds_sum",
-    "selection_ms": "mmtok:selection_milliseconds_sum",
-    "language_prefill_ms": "mmtok:language_prefill_milliseconds_sum",
-}
+_STAGES = {name: f"mmtok:{name.removesuffix('_ms')}_milliseconds_sum" for name in STAGES}
 _ENCODED = "mmtok:vision_encoder_images_total"
 _FALLBACKS = "mmtok:selection_fallbacks_total"
 

@@ -12,6 +12,7 @@ from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.metrics import compare, format_value, metric
 from mmtok_bench.report.tables import Part, Table, in_words
+from mmtok_bench.results import STAGES
 
 __all__ = [
     "SHOWN_KEYS",
@@ -36,14 +37,9 @@ _VARIANTS = ("unpruned", "mmtok", "downsample")
 # Image processors round a side to whole patches, and texts differ slightly between requests.
 _EQUAL_TOKENS = 0.1
 _LATENCIES = tuple(f"{phase}_{quantile}_ms" for phase in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99"))
-PHASES = (
-    *("image_decode_ms", "image_preprocess_ms", "image_hash_ms", "image_transport_ms"),
-    *("vision_encoder_ms", "selection_ms", "language_prefill_ms"),
-)
-"""The measured parts of the time to first token."""
 _GAINS = ("ttft_p50_ms", "requests_per_s")
 _INTERVALS = {name: f"{name.removesuffix('_ms')}_gain" for name in _GAINS}
-_STAGES = "Where the time goes, and memory"
+_WHERE = "Where the time goes, and memory"
 _DETAILS = {
     "Latency": (*_LATENCIES, "ttft_first_p50_ms", "ttft_later_p50_ms"),
     "Throughput": (
@@ -52,12 +48,12 @@ _DETAILS = {
     "Gains over the unpruned server: medians of the rounds' ratios, and their 95% intervals": tuple(
         name + end for name in _INTERVALS.values() for end in ("", "_low", "_high")
     ),
-    _STAGES: (
-        *(*PHASES, "images_encoded_per_request", "image_tokens_in", "image_tokens_kept"),
+    _WHERE: (
+        *(*STAGES, "images_encoded_per_request", "image_tokens_in", "image_tokens_kept"),
         *("kv_tokens_per_request", "peak_memory_bytes", "max_requests_at_once"),
     ),
 }
-_EXPECTED = (*_LATENCIES, *_DETAILS["Throughput"][:3], *_DETAILS[_STAGES])
+_EXPECTED = (*_LATENCIES, *_DETAILS["Throughput"][:3], *_DETAILS[_WHERE])
 _TEXTS = ("model", "images", "prefix cache", "budget")
 
 
@@ -148,13 +144,13 @@ def have_like_texts(line: Line, other: Line) -> bool:
 def exceeds_its_whole(line: Line) -> bool:
     """Returns whether the sum of the parts of the time to first token, which are means, exceeds its median."""
     metrics = line["metrics"]
-    return "ttft_p50_ms" in metrics and sum(metrics.get(name, 0) for name in PHASES) > metrics["ttft_p50_ms"]
+    return "ttft_p50_ms" in metrics and sum(metrics.get(name, 0) for name in STAGES) > metrics["ttft_p50_ms"]
 
 
 def phases_ms(line: Line) -> dict[str, float]:
     """Returns the parts of the time to first token; empty if they were not measured or exceed it."""
     metrics = line["metrics"]
-    parts = {metric(name).label.removesuffix(", ms"): metrics[name] for name in PHASES if name in metrics}
+    parts = {metric(name).label.removesuffix(", ms"): metrics[name] for name in STAGES if name in metrics}
     if not parts or "ttft_p50_ms" not in metrics or exceeds_its_whole(line):
         return {}
     return {**parts, "rest of TTFT": metrics["ttft_p50_ms"] - sum(parts.values())}
@@ -267,7 +263,7 @@ def _details(shown: Sequence[Line]) -> list[Table]:
     tables = []
     for title, names in {**_DETAILS, "Other figures": [name for name in found if name not in known]}.items():
         if set(names) & set(found):
-            bound = ("bound by",) if title == _STAGES else ()
+            bound = ("bound by",) if title == _WHERE else ()
             columns = (*texts, *bound, "at once", *(metric(name).label for name in names))
             lines = tuple(
                 (
