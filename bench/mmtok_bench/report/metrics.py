@@ -37,20 +37,12 @@ _METRICS = {
     "max_requests_at_once": Metric("requests that fit at once", "capacity"),
     "images_encoded_per_request": Metric("images encoded a request", "count"),
     "ttft_p50_gain": Metric("TTFT p50 gain, x", "ratio"),
-    "ttft_p50_gain_low": Metric("TTFT p50 gain, low end, x", "ratio"),
-    "ttft_p50_gain_high": Metric("TTFT p50 gain, high end, x", "ratio"),
     "requests_per_s_gain": Metric("requests/s gain, x", "ratio"),
-    "requests_per_s_gain_low": Metric("requests/s gain, low end, x", "ratio"),
-    "requests_per_s_gain_high": Metric("requests/s gain, high end, x", "ratio"),
     "num_rounds": Metric("rounds", None),
     "num_failed": Metric("failed requests", "count"),
     "duration_s": Metric("duration, s", None),
     "accuracy": Metric("accuracy, %", "share"),
-    "accuracy_low": Metric("accuracy, low end, %", "share"),
-    "accuracy_high": Metric("accuracy, high end, %", "share"),
     "share": Metric("of the unpruned score, %", "share"),
-    "share_low": Metric("of the unpruned score, low end, %", "share"),
-    "share_high": Metric("of the unpruned score, high end, %", "share"),
     "chance": Metric("chance, %", "share"),
     "majority": Metric("commonest answer, %", "share"),
     "tokens_kept": Metric("tokens kept", None),
@@ -72,9 +64,13 @@ _GIB = 2**30
 
 
 def metric(name: str) -> Metric:
-    """Returns a metric's label and kind; an unknown metric's label is its name."""
+    """Returns a metric's label and kind, also of the ends of its interval; an unknown metric's label is its name."""
     if name in _METRICS:
         return _METRICS[name]
+    base, _, end = name.rpartition("_")
+    if base in _METRICS and end in ("low", "high"):
+        label, _, unit = _METRICS[base].label.rpartition(", ")
+        return Metric(f"{label}, {end} end, {unit}", _METRICS[base].kind)
     phase, _, rest = name.partition("_")
     if phase in _PHASES and rest.endswith("_ms"):
         return Metric(f"{_PHASES[phase]} {rest.removesuffix('_ms')}, ms", "time")
