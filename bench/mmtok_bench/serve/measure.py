@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmtok_bench.client import Answer, RequestError, ask, in_parallel
@@ -23,6 +24,7 @@ _CHECKED_TOKENS = 8
 _LOGPROB_TOLERANCE = 1e-2
 
 
+@dataclass
 class ModelRun:
     """Measures one model with the prefix cache on or off.
 
@@ -35,25 +37,16 @@ class ModelRun:
         run: Takes rows and failures; after a failure, measuring continues with the next case.
     """
 
-    def __init__(
-        self,
-        plan: ServePlan,
-        model: ServedModel,
-        model_path: Path,
-        pool: ServerPool[Side],
-        generator: LoadGenerator,
-        run: Run,
-    ) -> None:
-        self._plan = plan
-        self._model = model
-        self._model_path = model_path
-        self._pool = pool
-        self._generator = generator
-        self._run = run
-        self._samples: dict[LoadCase, dict[int, Sample]] = {}
-        self._written: set[LoadCase] = set()
-        self._tokens: dict[Size, int] = {}
-        self._warm: dict[tuple[SglangServer, Size, Method], int] = {}
+    plan: ServePlan
+    model: ServedModel
+    model_path: Path
+    pool: ServerPool[Side]
+    generator: LoadGenerator
+    run: Run
+    _samples: dict[LoadCase, dict[int, Sample]] = field(default_factory=dict, init=False)
+    _written: set[LoadCase] = field(default_factory=set, init=False)
+    _tokens: dict[Size, int] = field(default_factory=dict, init=False)
+    _warm: dict[tuple[SglangServer, Size, Method], int] = field(default_factory=dict, init=False)
 
     def measure(self, sides: Sequence[Side], turns: Sequence[Turn]) -> None:
         """Measures the cases, if answers at budget `all` equal those of the server without the plugin.
@@ -62,20 +55,20 @@ class ModelRun:
             sides: The servers; the first is without the plugin, the second at budget `all`.
             turns: The order in which cases are measured.
         """
-        self._pool.start_all(sides)
+        self.pool.start_all(sides)
         try:
             difference = self._check(sides[0], sides[1], turns)
         except _FAILURES as error:
-            self._run.fail(f"{self._model.name}: no comparison of answers, nothing is measured: {error}")
+            self.run.fail(f"{self.model.name}: no comparison of answers, nothing is measured: {error}")
             return
         if difference is not None:
-            self._run.fail(f"{self._model.name}: answers differ, nothing is measured: {difference}")
+            self.run.fail(f"{self.model.name}: answers differ, nothing is measured: {difference}")
             return
         try:
             for turn in turns:
                 for case in turn.cases:
                     self._measure(turn, case)
-                    self._run.advance()
+                    self.run.advance()
         finally:
             # After Ctrl-C, or if a server died between rounds, finished rounds are written.
             for case in self._samples:
@@ -86,12 +79,12 @@ class ModelRun:
         answers: dict[str, list[Answer]] = {}
         # The server without the plugin is second: if one server runs at a time, it is also measured first.
         for side in (at_all, off):
-            self._run.step(f"{self._model.name}: starting and checking the server at budget {side.budget}")
-            client = self._pool.get(side).client()
+            self.run.step(f"{self.model.name}: starting and checking the server at budget {side.budget}")
+            client = self.pool.get(side).client()
             answers[side.budget] = [
                 ask(
                     client,
-                    photograph_url(size_px, size_px, f"check {number}", lossless=self._model.sends_png),
+                    photograph_url(size_px, size_px, f"check {number}", lossless=self.model.sends_png),
                     QUESTIONS[number % len(QUESTIONS)],
                     max_tokens=_CHECKED_TOKENS,
                     with_logprobs=True,
@@ -103,25 +96,25 @@ class ModelRun:
         return first_difference(answers[OFF], answers[at_all.budget])
 
     def _measure(self, turn: Turn, case: LoadCase) -> None:
-        what = _describe(self._model, case)
-        self._run.step(what)
-        if turn.side in self._pool.dead:
+        what = _describe(self.model, case)
+        self.run.step(what)
+        if turn.side in self.pool.dead:
             return
         try:
-            server = self._pool.get(turn.side)
+            server = self.pool.get(turn.side)
             sample = self._sample(server, turn, case, self._warm_up(server, case))
         except _FAILURES as error:
             try:
                 # A server that died is reported with the end of its log, not with the client's error.
-                self._pool.get(turn.side)
+                self.pool.get(turn.side)
             except ServerError as death:
-                self._run.fail(f"{self._model.name}: no more cases of budget {turn.side.budget}: {death}")
+                self.run.fail(f"{self.model.name}: no more cases of budget {turn.side.budget}: {death}")
             else:
-                self._run.fail(f"{what}: {type(error).__name__}: {error}")
+                self.run.fail(f"{what}: {type(error).__name__}: {error}")
             return
         self._samples.setdefault(case, {})[turn.round_idx] = sample
         if sample.load.num_failed:
-            self._run.fail(
+            self.run.fail(
                 f"{what}: {sample.load.num_failed} requests failed, the first with: {sample.load.first_error}"
             )
         # A row contains its ratio to the unpruned server, so that server's row comes first.
@@ -131,7 +124,7 @@ class ModelRun:
                 self._write(each)
 
     def _is_whole(self, case: LoadCase) -> bool:
-        return len(self._samples[case]) == self._plan.rounds
+        return len(self._samples[case]) == self.plan.rounds
 
     def _write(self, case: LoadCase) -> None:
         if case in self._written:
@@ -140,14 +133,14 @@ class ModelRun:
         of_workload = {each: found for each, found in self._samples.items() if each.workload == case.workload}
         # Empty if that server died: there is no ratio then.
         unpruned = next((found for each, found in of_workload.items() if each.is_unpruned), {})
-        self._run.add(serve_row(self._plan, self._model, case, of_workload[case], unpruned))
+        self.run.add(serve_row(self.plan, self.model, case, of_workload[case], unpruned))
 
     def _warm_up(self, server: SglangServer, case: LoadCase) -> int:
         """Warms the server up for this image size, once; returns how many tokens the model reads of such an image."""
         key = server, case.sent_px, case.method
         if key not in self._warm:
             # On a CPU one request is enough: it takes seconds, and nothing is compiled or tuned for larger batches.
-            num_requests = 1 if self._plan.device == "cpu" else max(self._plan.concurrencies)
+            num_requests = 1 if self.plan.device == "cpu" else max(self.plan.concurrencies)
             seeds = [f"warm-up {case.sent_px} {number}" for number in range(num_requests)]
             self._warm[key] = self._ask_all(server, seeds, case, case.sent_px, num_requests)
         return self._warm[key]
@@ -156,23 +149,23 @@ class ModelRun:
         client = server.client()
 
         def ask_about(seed: str) -> int:
-            url = photograph_url(image_px, case.sent_px, seed, lossless=self._model.sends_png)
+            url = photograph_url(image_px, case.sent_px, seed, lossless=self.model.sends_png)
             return ask(client, url, QUESTIONS[0], max_tokens=2, fields=case.request_fields).num_image_tokens or 0
 
         return max(in_parallel(at_once, ask_about, seeds))
 
     def _sample(self, server: SglangServer, turn: Turn, case: LoadCase, kept: int) -> Sample:
-        arguments, chats, output = load_of(self._plan, turn, case, server, self._model_path, self._run.folder)
-        seeds = _seeds_of(self._plan, turn, case)
-        asked = chats_of(self._plan, case, seeds)
+        arguments, chats, output = load_of(self.plan, turn, case, server, self.model_path, self.run.folder)
+        seeds = _seeds_of(self.plan, turn, case)
+        asked = chats_of(self.plan, case, seeds)
         if case.image_kind == "photograph" and not chats.exists():
-            write_chats(chats, case.image_px, case.sent_px, asked, lossless=self._model.sends_png)
+            write_chats(chats, case.image_px, case.sent_px, asked, lossless=self.model.sends_png)
         if case.side.prefix_cache == "on" and case.questions == 1:
             self._ask_all(server, seeds, case, case.image_px, case.concurrency)
         before = read_counts(server)
-        on_cpu = self._plan.device == "cpu"
+        on_cpu = self.plan.device == "cpu"
         with PeakMemory(server.process_id, on_cpu=on_cpu) as memory:
-            self._generator.run(arguments, output.with_suffix(".log"), is_server_alive=server.is_alive)
+            self.generator.run(arguments, output.with_suffix(".log"), is_server_alive=server.is_alive)
         load = read_load(output)
         firsts = {seed: number for number, (seed, _) in reversed(list(enumerate(asked)))}
         return Sample(
@@ -180,7 +173,7 @@ class ModelRun:
             stages=stage_metrics(before, read_counts(server), len(asked)),
             is_later=[firsts[asked[number][0]] < number for number in load.answered] if case.questions > 1 else [],
             # The memory of a GPU is shared by all servers on it.
-            peak_memory_bytes=memory.peak_bytes if on_cpu or not are_side_by_side(self._plan, self._model) else None,
+            peak_memory_bytes=memory.peak_bytes if on_cpu or not are_side_by_side(self.plan, self.model) else None,
             max_total_tokens=int(server.server_info()["max_total_num_tokens"]),
             image_tokens_in=self._tokens[case.image_px],
             image_tokens_kept=kept,
