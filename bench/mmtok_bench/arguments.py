@@ -74,10 +74,10 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
-def count(text: str) -> int:
-    """Returns a whole number of at least 1."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+def count(text: str, *, least: int = 1) -> int:
+    """Returns a whole number of at least `least`."""
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return int(text)
 
 
@@ -90,17 +90,12 @@ def port(text: str) -> int:
 
 def runs(text: str) -> int:
     """Returns a number of timed runs, at least 2, which quantiles need."""
-    if count(text) < 2:
-        raise argparse.ArgumentTypeError(f"expected at least 2 runs, got {text!r}")
-    return int(text)
+    return count(text, least=2)
 
 
 def seed(text: str) -> int:
     """Returns a whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    return count(text, least=0)
 
 
 def minutes(text: str) -> float:

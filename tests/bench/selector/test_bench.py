@@ -89,7 +89,7 @@ class TestBench:
             (["--shapes=24x25"], "no more picks: got '24x25'"),
             (["--shapes=24xthree"], "got 'three'"),
             (["--batch=0"], "expected a whole number of at least 1, got '0'"),
-            (["--runs=1"], "expected at least 2 runs, got '1'"),
+            (["--runs=1"], "expected a whole number of at least 2, got '1'"),
             (["--threads=-2"], "got '-2'"),
         ],
     )
