@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from mmtok_bench.server import ServerError, SglangServer, fetch, server_info
 
@@ -34,24 +34,6 @@ class State:
     waited_s: float = 0.0
     log: str = ""
     can_restart: bool = False
-
-
-class Served(Protocol):
-    """A server, started by the page or not."""
-
-    @property
-    def url(self) -> str:
-        """Its address, without a path."""
-
-    def state(self) -> State:
-        """Returns its current state."""
-
-    def restart(self) -> None:
-        """Restarts it if it died.
-
-        Raises:
-            ServerError: The page did not start it.
-        """
 
 
 class StartedServer:
@@ -159,8 +141,12 @@ class RunningServer:
         return State("ready", "The server is ready.")
 
     def restart(self) -> None:
-        """Raises ServerError."""
+        """Raises ServerError: the page did not start it."""
         raise ServerError(f"the server at {self.url} was not started by this page: start it where it runs")
+
+
+Served = StartedServer | RunningServer
+"""A server, started by the page or not."""
 
 
 def _identity(info: dict[str, Any]) -> dict[str, Any]:
