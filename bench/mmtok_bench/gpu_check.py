@@ -180,7 +180,7 @@ def _gpu_time_gain(budget: str) -> Measure:
 
 
 def _graph(num_tokens: int, num_picks: int, dtype: str, batch: int = 1) -> Callable[[Rows], ResultRow | None]:
-    case = {"num_tokens": num_tokens, "num_picks": num_picks, "batch": batch, "dtype": dtype}
+    case: dict[str, CaseValue] = {"num_tokens": num_tokens, "num_picks": num_picks, "batch": batch, "dtype": dtype}
     return partial(_row, bench="selector-graph", case=case)
 
 
