@@ -29,10 +29,10 @@ from mmtok_bench.server_metrics import read_counts
 __all__ = ["quality_server", "run_quality"]
 
 _DEFAULT_FAMILY: FamilyName = "llava-1.5"
-# As long as a server with many requests under way may take: a question that is not answered ends the run.
+# A server with many requests under way may take this long. A question that the agent does not answer ends the run.
 _AGENT_TIMEOUT_MS = 60_000
 _SIZES = {"max_total_tokens": 65536, "max_running_requests": 64}
-# Each request chooses method and budget; without a line in the log for each of tens of thousands of requests.
+# Each request chooses method and budget. The log has no line for each of tens of thousands of requests.
 _SERVED = ("--mmtok-budget=all", "--enable-cache-report", "--log-level-http=warning")
 
 
@@ -59,7 +59,7 @@ def run_pocket_tasks(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok quality` on the pocket tasks.
 
     Raises:
-        ValueError: A plan that cannot be asked, or an earlier run's file that does not fit it.
+        ValueError: The arguments make no plan, or the file of --resume belongs to another plan.
         MeasurementError: The server or a request failed; finished settings are kept.
     """
     plan = _plan(arguments)
@@ -81,7 +81,7 @@ def run_pocket_tasks(arguments: argparse.Namespace) -> int:
                     num_at_once=arguments.concurrency,
                     max_tokens=arguments.max_tokens,
                     agent_client=None if guided is None else openai_client(guided.url),
-                    # Setting by setting: a server that is started for --resume has not counted what was missed before.
+                    # After each setting: the counts of an earlier run's server are not known after --resume.
                     check_agent=lambda: _check_agent(guided),
                 )
             if guided is not None:
@@ -129,7 +129,7 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
         num_questions=arguments.num_questions or default.num_questions,
     )
     if arguments.record and (arguments.url or arguments.model_path):
-        raise ValueError("--record is for the pocket models that this package brings along: drop it")
+        raise ValueError("--record is for the pocket models of this package: drop it, or --url and --model-path")
     if arguments.record and ((RECORDED_METHOD, RECORDED_BUDGET) not in plan.pairs() or len(plan.seeds) < 2):
         raise ValueError(
             f"--record writes {RECORDED_METHOD} at {RECORDED_BUDGET} over several seeds: have them among --methods, "
@@ -141,7 +141,7 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
 
 
 def _model_name(arguments: argparse.Namespace) -> str:
-    """Returns what rows call the model."""
+    """Returns the model's name in rows."""
     if arguments.url:
         return str(server_info(arguments.url).get("model_path", arguments.url))
     return arguments.model_path or f"pocket {arguments.family or _DEFAULT_FAMILY}"
@@ -175,9 +175,9 @@ def _print_plan(plan: QualityPlan, arguments: argparse.Namespace, device: torch.
 def _served(
     arguments: argparse.Namespace, plan: QualityPlan, device: torch.device, run: Run
 ) -> Iterator[tuple[str, SglangServer | None]]:
-    """Gives the address of the running server, or of one that is started for the block; and the one with an agent.
+    """Yields the server's address, and the second server if the plan has the method `WITH_AGENT`.
 
-    The agent is the first server, which prunes nothing unless it is asked to: the model is its own agent.
+    The second server asks the first one, which prunes nothing unless a request says so: the model is its own agent.
     """
     if arguments.url:
         yield arguments.url, None
@@ -199,10 +199,10 @@ def _agent_arguments(url: str) -> list[str]:
 
 
 def _check_agent(server: SglangServer | None) -> None:
-    """Returns if the agent answered every question so far.
+    """Checks that the agent answered every question so far.
 
     Raises:
-        ServerError: It did not, so that the scores would not be those of an agent.
+        ServerError: It did not: the scores would be those of unguided requests, too.
     """
     counts = read_counts(server) if server is not None else {}
     num_missed = sum(counts.get(f"mmtok:agent_{name}_total", 0) for name in ("timeouts", "errors", "skips"))

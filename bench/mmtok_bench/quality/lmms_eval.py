@@ -1,6 +1,6 @@
-"""lmms-eval as a program of its own: its virtual environment, its command line, the scores in its results.
+"""Runs lmms-eval in a virtual environment of its own, and reads the scores from its results.
 
-Its pins conflict with SGLang's, so it is never imported; it asks a server over HTTP by its `openai` model.
+Its pinned versions conflict with SGLang's, so it is never imported. Its model `openai` sends requests to a server.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mmtok_bench.client import MeasurementError
 __all__ = ["VERSION", "LmmsEvalError", "LmmsScore", "command_line", "install", "program_of", "run_lmms_eval"]
 
 VERSION = "0.7.3"
-"""That was tried: task names, model arguments and the form of the results are this version's."""
+"""The version that was tested: task names, model arguments and the format of the results are those of this version."""
 
-# What its `openai` model returns as an answer where a request failed (models/chat/openai.py, 0.7.3).
+# The answer that its model `openai` returns if a request failed (models/chat/openai.py, 0.7.3).
 _FAILED = "[LMMS_EVAL_REQUEST_FAILED"
 _LOG_END_LINES = 25
 
@@ -32,7 +32,7 @@ class LmmsEvalError(MeasurementError):
 
 @dataclass(frozen=True, slots=True)
 class LmmsScore:
-    """A task's metrics by name, as lmms-eval computed them, and how many questions they are of."""
+    """A task's metrics by name, as lmms-eval computed them, and the number of its questions."""
 
     metrics: Mapping[str, float]
     num_questions: int
@@ -40,17 +40,17 @@ class LmmsScore:
 
 def install(folder: Path) -> int:
     """Returns pip's exit code after installing lmms-eval into a virtual environment in `folder`."""
-    print(f"Installing lmms-eval {VERSION} into {folder} (it brings a PyTorch of its own: about 7 GB)")
+    print(f"Installing lmms-eval {VERSION} into {folder} (with a PyTorch of its own: about 7 GB)")
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     return subprocess.run([*pip, f"lmms-eval=={VERSION}"], check=False).returncode
 
 
 def program_of(folder: Path) -> Path:
-    """Returns the `lmms-eval` of a virtual environment.
+    """Returns the path of `lmms-eval` in a virtual environment.
 
     Raises:
-        LmmsEvalError: It is not there.
+        LmmsEvalError: It is not installed.
     """
     program = folder / "bin" / "lmms-eval"
     if not program.is_file():
@@ -71,12 +71,12 @@ def command_line(
     """Returns the command that asks the server at `url` the tasks, and writes results and answers below `output`.
 
     Args:
-        program: `program_of` a virtual environment.
+        program: Result of `program_of`.
         tasks: lmms-eval's names.
         url: The server's address, without a path.
         output: A folder.
-        num_at_once: Requests under way at a time.
-        limit: The first questions of each task only.
+        num_at_once: Number of concurrent requests.
+        limit: Number of questions of each task, the first ones; None for all.
         include_path: A folder of further task files.
     """
     model = {
@@ -106,10 +106,10 @@ def run_lmms_eval(command: Sequence[str], tasks: Sequence[str], output: Path) ->
     output.mkdir(parents=True, exist_ok=True)
     log_path = output / "lmms-eval.log"
     with log_path.open("wb") as log:
-        # Its own environment: what this one's PYTHONPATH names does not fit its libraries.
+        # PYTHONPATH would add libraries of this environment, which do not fit those of lmms-eval.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    # It ends with 0 after an exception too: only the results say that it worked.
+    # Its exit code is 0 after an exception, too: only the results show that it worked.
     found = sorted(output.rglob("*_results.json"))
     if not found:
         raise LmmsEvalError(_why(code, log_path.read_text(encoding="utf-8", errors="replace"), tasks))
@@ -127,7 +127,7 @@ def _why(code: int, log: str, tasks: Sequence[str]) -> str:
     ):
         return (
             f"the data of {named} cannot be had: lmms-eval takes it from the Hugging Face hub. Run it where the hub "
-            "can be reached, or fetch the data sets there first (`HF_HOME` names the folder; take it along), or name "
+            "can be reached, or download the data sets there and copy the folder that `HF_HOME` names, or name "
             f"local task files by --include-path. The end of lmms-eval's output:\n{end}"
         )
     return f"lmms-eval wrote no results for {named} (exit status {code}). The end of its output:\n{end}"

@@ -1,4 +1,4 @@
-"""What `mmtok quality` asks on the pocket tasks, and every single answer, kept beside the rows."""
+"""The settings of `mmtok quality` on the pocket tasks, and the file of all answers beside the rows."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
 
 METHODS: tuple[MethodName, ...] = IMAGE_METHODS
 UNPRUNED = "unpruned"
-"""The method of budget "all", and of "all@0.5": nothing is chosen."""
+"""The method of budget "all", and of "all@0.5": no tokens are selected."""
 WITH_AGENT = "mmtok+agent"
-"""MMTok on another server, whose guidance an agent's answer joins."""
+"""MMTok on a second server, which adds an agent's answer to the guidance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is asked in one go: all questions of one seed, with one method and one budget."""
+    """A method, a budget and a seed; all questions of the seed are asked with this method and budget."""
 
     method: str
     budget: str
@@ -42,10 +42,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class QualityPlan:
-    """What is asked.
+    """The settings and questions of one run.
 
     Args:
-        methods: Methods of choosing the tokens; `WITH_AGENT` is one.
+        methods: Methods of selecting tokens; `WITH_AGENT` is one.
         budgets: As `MixedBudget.parse` reads them; "all", and "all@0.5" of a smaller image, are asked once, whatever
             the methods, and first. "auto" is the server's choice for each question.
         seeds: Seeds of the held-out scenes, and of the method `random`.
@@ -53,7 +53,7 @@ class QualityPlan:
         num_questions: Questions of each kind and seed.
 
     Raises:
-        ValueError: Nothing to ask, something twice, or a method, a budget or a kind that is not there.
+        ValueError: A field is empty or has a value twice, or a method, a budget or a kind is unknown.
     """
 
     methods: tuple[str, ...] = METHODS
@@ -82,7 +82,7 @@ class QualityPlan:
     def pairs(self) -> list[tuple[str, str]]:
         """Returns methods and budgets in the order in which they are asked.
 
-        `downsample` takes no smaller image, and no budget that is chosen by the question.
+        `downsample` runs at no encoder scale below 1, and not at the budget auto.
         """
         parsed = {budget: MixedBudget.parse(budget) for budget in self.budgets}
         whole = sorted((each for each in parsed if parsed[each].is_all), key=lambda each: parsed[each].is_scaled)
@@ -96,7 +96,7 @@ class QualityPlan:
         return [*((UNPRUNED, budget) for budget in whole), *pruned]
 
     def settings(self) -> Iterator[Setting]:
-        """Gives what is asked in one go, in order."""
+        """Yields the settings in the order in which they are asked."""
         for method, budget in self.pairs():
             yield from (Setting(method, budget, seed) for seed in self.seeds)
 
@@ -108,7 +108,7 @@ class QualityPlan:
 
 @dataclass(frozen=True, slots=True)
 class ScoredAnswer:
-    """One answer.
+    """One answer, and whether it is right.
 
     Args:
         method: With its budget and seed, the setting that it belongs to.
@@ -117,18 +117,18 @@ class ScoredAnswer:
         scene: Number of the scene in the seed's set.
         kind: The question's kind.
         setting: POPE's, for existence; else "".
-        question: Asked.
-        expected: What is right.
-        said: What came.
-        is_right: After normalisation.
+        question: Text of the question.
+        expected: The right answer.
+        said: The model's answer.
+        is_right: Whether both answers are equal after normalisation.
         num_prompt_tokens: Tokens of the request's prompt.
-        num_image_tokens: Kept of the image; None where the server does not count them.
-        latency_ms: Latency of the request, others running beside it.
-        cell_s: How long all questions of the setting took.
+        num_image_tokens: Image tokens that were kept; None if the server does not count them.
+        latency_ms: Latency of the request, with others running at the same time.
+        cell_s: Seconds that all questions of the setting took.
         question_set: `fingerprint` of the setting's questions.
-        coverage: Share of the coverage that the kept tokens reach, as the server tells it; None for a method that does
-            not go by coverage, and in files from before it was asked for.
-        coverage_bound: No set of as many tokens reaches a larger one.
+        coverage: Share of the coverage that the kept tokens reach, as the server reports it; None for a method that
+            does not maximise coverage, and in older files.
+        coverage_bound: Upper bound of the coverage of any set of as many tokens.
     """
 
     method: str
@@ -156,7 +156,7 @@ class ScoredAnswer:
 
 
 def answers_beside(rows: Path) -> Path:
-    """Returns where the answers of a file of rows are: not a .jsonl, which `mmtok bench report` would read as rows."""
+    """Returns the file of answers beside a file of rows; `mmtok bench report` reads files named .jsonl as rows."""
     return rows.with_suffix(".answers")
 
 
@@ -167,14 +167,14 @@ def append_answers(path: Path, answers: Iterable[ScoredAnswer]) -> None:
 
 
 def replace_answers(path: Path, answers: Iterable[ScoredAnswer]) -> None:
-    """Writes the answers in place of those that are there, which stay as they are until all are written."""
+    """Replaces all answers of a file; the old ones stay until the new ones are written completely."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(_lines(answers), encoding="utf-8")
     partial.replace(path)
 
 
 def read_answers(path: Path) -> dict[Setting, list[ScoredAnswer]]:
-    """Returns the answers by setting, in the order of the file; none for a file that is not there.
+    """Returns the answers by setting, in the order of the file; empty if there is no file.
 
     Raises:
         ValueError: A line that is no answer; the message has its number.

@@ -58,7 +58,7 @@ def run_public_tasks(arguments: argparse.Namespace) -> int:
 
 
 def _benchmarks(arguments: argparse.Namespace) -> dict[str, Benchmark]:
-    """Returns what is asked by name; a name that is not the paper's is one of `--include-path`'s tasks."""
+    """Returns the benchmarks by name; a name that is not the paper's is a task of `--include-path`."""
     unknown = [task for task in arguments.tasks if task not in BENCHMARKS]
     if unknown and arguments.include_path is None:
         raise ValueError(
@@ -68,7 +68,7 @@ def _benchmarks(arguments: argparse.Namespace) -> dict[str, Benchmark]:
 
 
 def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    """Returns methods and budgets, of which each has a server."""
+    """Returns pairs of a method and a budget; each pair has a server of its own."""
     methods = [check_method(method) for method in arguments.methods or ["mmtok"]]
     if arguments.url is not None and (len(arguments.budgets or ()) != 1 or len(methods) != 1):
         raise ValueError(
@@ -111,10 +111,10 @@ def _measure(
 
 
 def _score(benchmark: Benchmark, score: LmmsScore) -> float:
-    """Returns the sum of the benchmark's metrics; of a task that is not the paper's, its first.
+    """Returns the sum of the benchmark's metrics; for a task that is not the paper's, its first metric.
 
     Raises:
-        LmmsEvalError: lmms-eval computed none of that name.
+        LmmsEvalError: lmms-eval did not compute one of the metrics.
     """
     missing = [name for name in benchmark.metrics if name not in score.metrics]
     if missing or not score.metrics:

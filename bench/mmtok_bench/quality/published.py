@@ -1,4 +1,4 @@
-"""The paper's public benchmarks, its budgets, and MMTok's scores on them, to stand beside what is measured here.
+"""The paper's public benchmarks, its budgets, and MMTok's scores on them, which reports show beside measured ones.
 
 Source: MMTok, arXiv 2508.18264, Figure 1, Tables 16 to 21, and the abstract for POPE with 4 tokens.
 """
@@ -19,8 +19,8 @@ class Benchmark:
 
     Args:
         task: lmms-eval's name.
-        metrics: Whose sum is the score; none for a task that is not the paper's.
-        factor: By which the score is multiplied to be in the paper's unit.
+        metrics: Metrics whose sum is the score; empty for a task that is not the paper's.
+        factor: Converts the score to the paper's unit.
     """
 
     task: str
@@ -28,12 +28,12 @@ class Benchmark:
     factor: float = 1.0
 
 
-# What lmms-eval gives as a fraction, and the paper in percent.
+# For metrics that lmms-eval gives as a fraction and the paper in percent.
 _PERCENT = 100.0
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "gqa": Benchmark("gqa", ("exact_match",), _PERCENT),
-    # The one of its kind that no other model has to judge; lmms-eval gives it in percent.
+    # The variant of MMBench whose answers no other model judges; lmms-eval gives its score in percent.
     "mmbench": Benchmark("mmbench_en_dev_static", ("gpt_eval_score",)),
     # In points.
     "mme": Benchmark("mme", ("mme_perception_score", "mme_cognition_score")),
@@ -65,7 +65,7 @@ class Published:
         benchmark: A key of `BENCHMARKS`.
         budget: As `--mmtok-budget` has it.
         share: The score as a share of the unpruned one.
-        score: Accuracy in %, POPE's F1 in %, MME's perception and cognition together; None where it is not told.
+        score: Accuracy in %, POPE's F1 in %, MME's perception and cognition together; None if the paper gives none.
     """
 
     family: FamilyName

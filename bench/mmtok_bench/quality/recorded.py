@@ -1,4 +1,4 @@
-"""What the pocket models reached at one budget, committed: `make test` asks a part of it again."""
+"""Recorded scores of the pocket models at one budget; `make test` asks a part of the questions again and compares."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def record(rows: Sequence[ResultRow], family: FamilyName, path: Path) -> None:
     """Writes a family's scores of MMTok at 25%, over all seeds; other families' stay.
 
     Raises:
-        ValueError: The rows have none.
+        ValueError: No row has this method and budget over all seeds.
     """
     wanted = {"method": RECORDED_METHOD, "budget": RECORDED_BUDGET, "seed": ALL_SEEDS}
     chosen = [row for row in rows if wanted.items() <= row.case.items()]
@@ -39,7 +39,7 @@ def record(rows: Sequence[ResultRow], family: FamilyName, path: Path) -> None:
 
 
 def read_recorded(path: Path = RECORDED) -> dict[FamilyName, dict[str, Any]]:
-    """Returns what was recorded of each family; nothing before anything was.
+    """Returns the recorded scores by family; empty if there is no file.
 
     Each has `accuracy` and `num_questions` by kind, the `question_set` of all seeds, `commit` and `time`.
     """

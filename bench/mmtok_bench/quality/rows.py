@@ -37,12 +37,12 @@ def rows_of(
 
     Args:
         answers: Answers with one method and budget, to the questions of one seed or of all.
-        unpruned: Those to the same questions at budget "all"; empty leaves the share out.
-        model: What rows call it.
+        unpruned: Answers to the same questions at budget "all"; if empty, rows have no share.
+        model: The model's name in rows.
         seed: A seed's number, or `ALL_SEEDS`.
         question_set: `fingerprint` of the questions.
         device: Where the server runs.
-        backend: What served.
+        backend: Name of the program that served the model.
     """
     rows = []
     for kind in KINDS:
@@ -88,7 +88,7 @@ def _metrics(kind: str, answers: Sequence[ScoredAnswer], unpruned: Sequence[Scor
 
 
 def _covered(answers: Sequence[ScoredAnswer], unpruned: Sequence[ScoredAnswer]) -> dict[str, float]:
-    """Returns the mean coverage and its bound, and how well the coverage tells answers that pruning made wrong.
+    """Returns the mean coverage and its bound, and how well a low one predicts answers that pruning made wrong.
 
     `num_lost` counts the wrong answers to questions that the unpruned model answers rightly. `lost_auroc` is the share
     of pairs, a lost answer and one that is not lost, in which the lost one has the smaller coverage.

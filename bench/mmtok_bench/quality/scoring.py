@@ -39,7 +39,7 @@ _Counts = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class YesNo:
-    """POPE's figures; "yes" is what is looked for. A share is None where it would divide by nothing."""
+    """POPE's figures; "yes" is the positive class. A share whose denominator is 0 is None."""
 
     accuracy: float
     precision: float | None
@@ -57,7 +57,7 @@ def normalise(text: str) -> str:
 
 
 def is_right(question: Question, said: str) -> bool:
-    """True where the normalised answers are equal; for yes and no, where the first word is."""
+    """Returns whether the normalised answers are equal; for questions about existence, whether the first words are."""
     words = normalise(said)
     if question.kind == "existence":
         words = words.partition(" ")[0]
@@ -65,7 +65,7 @@ def is_right(question: Question, said: str) -> bool:
 
 
 def yes_no(questions: Sequence[Question], said: Sequence[str]) -> YesNo:
-    """Returns POPE's figures of answers to questions about existence; what begins with neither word is no "yes".
+    """Returns POPE's figures of answers to questions about existence; another first word is no "yes" and not right.
 
     Raises:
         ValueError: No questions.
@@ -119,9 +119,9 @@ class Interval:
 
 
 def accuracy_interval(num_right: _Counts, num_asked: _Counts) -> Interval:
-    """Returns the accuracy with its interval; scenes are drawn, as the questions about one are not independent.
+    """Returns the accuracy with its interval, from resampled scenes: questions about one scene are not independent.
 
-    Where all answers are right or all are wrong, every draw is alike and says nothing: the interval is the exact one
+    If all answers are right or all are wrong, all resamples are equal: the interval is then the exact one
     (Clopper-Pearson) of as many trials as there are scenes.
 
     Args:

@@ -1,4 +1,4 @@
-"""Every method at every budget, seed by seed: what `mmtok quality` runs on the pocket tasks."""
+"""Runs the settings of `mmtok quality` on the pocket tasks: asks a server, and writes rows and answers."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ __all__ = ["NotPrunedError", "Sweep"]
 
 
 class NotPrunedError(MeasurementError):
-    """A server that read as many image tokens at a budget as without one."""
+    """The server read as many prompt tokens at a budget as without one."""
 
 
 class Sweep:
-    """One run of a plan, whose rows and answers are written as they come.
+    """One run of a plan; a setting's rows and answers are written when it is finished.
 
     Args:
-        plan: What is asked.
-        run: Takes the rows; settings whose answers are beside its file already are not asked again.
-        model: What rows call it.
+        plan: The settings and questions.
+        run: Takes the rows; settings whose answers are in the file beside it are not asked again.
+        model: The model's name in rows.
         device: Where the server runs.
         picture_px: Side of the pictures that are sent.
     """
@@ -67,13 +67,13 @@ class Sweep:
         self._answers: dict[Setting, list[ScoredAnswer]] = {}
 
     def prepare(self) -> list[str]:
-        """Makes the questions, draws the scenes, and takes up the answers that are there.
+        """Makes the questions and pictures, and reads the answers of an earlier run.
 
         Returns:
-            A sentence on each answer that an earlier run was killed over, and that is dropped.
+            A sentence on each incomplete line or setting of the earlier run, which is dropped.
 
         Raises:
-            ValueError: The rows that are there are of another model or other seeds, or the answers to other questions.
+            ValueError: The earlier run's rows are of another model or other seeds, or its answers to other questions.
         """
         for seed in self.plan.seeds:
             self._scenes[seed] = make_scenes(seed, self.plan.num_questions, self.plan.kinds)
@@ -112,11 +112,11 @@ class Sweep:
 
         Args:
             client: The server's client.
-            num_at_once: Requests under way at a time.
+            num_at_once: Number of concurrent requests.
             max_tokens: Length of an answer; None allows the words of the question's right answer.
             agent_client: Client of the server with an agent, for the method `WITH_AGENT`.
-            check_agent: Called before the answers of a setting of `WITH_AGENT` are kept; raises where they are not an
-                agent's.
+            check_agent: Called before the answers of a setting of `WITH_AGENT` are written; raises an error if the
+                agent missed a question.
 
         Raises:
             ValueError: The plan has `WITH_AGENT`, and there is no such server.
@@ -140,7 +140,7 @@ class Sweep:
                 self._write([replace(setting, seed=seed) for seed in self.plan.seeds], ALL_SEEDS)
 
     def rows(self) -> list[ResultRow]:
-        """Returns the rows of every method and budget that is finished: all seeds together, or the one there is."""
+        """Returns the rows of each finished method and budget, over all seeds of the plan."""
         pooled = ALL_SEEDS if len(self.plan.seeds) > 1 else str(self.plan.seeds[0])
         pairs = self.plan.pairs()
         return [
@@ -219,7 +219,7 @@ class Sweep:
                 )
 
     def _write(self, settings: Sequence[Setting], seed: int | str) -> None:
-        """Writes the settings' rows, a kind each, but for those that an earlier run wrote."""
+        """Writes one row for each kind, except those that an earlier run wrote."""
         written = {"method": settings[0].method, "budget": settings[0].budget, "seed": str(seed)}
         if all(self._run.has(**written, kind=kind) for kind in self.plan.kinds):
             return
