@@ -1,6 +1,6 @@
 """`mmtok soak`: faults injected into real servers, and what holds afterwards.
 
 `command` runs the rows of `faults`, each a fault and what must hold; a row's code is in the file of its kind: `fuzz`,
-`storm`, `images`, `event_loop`, `agent`, `weights`, `killing`, `injected`, `artifacts`, `drift`. `trial` is what
-a row counts and reports with, `fixed_chats` what is asked before and after each, `table` writes docs/reliability.md.
+`storm`, `images`, `event_loop`, `agent`, `weights`, `killing`, `injected`, `artifacts`, `drift`. A row counts
+and reports by its `trial`; `fixed_chats` are asked before and after each row; `table` writes docs/reliability.md.
 """

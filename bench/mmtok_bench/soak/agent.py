@@ -1,4 +1,4 @@
-"""An agent that redirects, never ends, answers nonsense, is slow, hangs up, or is the server itself."""
+"""Faults of the agent: redirects, endless or invalid answers, delays, resets, and a server that is its own agent."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _ENDLESS = b" " * (64 << 10)
 
 
 class Agent:
-    """A local endpoint whose next answers are of one mode; started on entering a `with` block."""
+    """A local endpoint that answers as `mode` says; it runs during a `with` block."""
 
     def __init__(self) -> None:
         self.mode = "good"
@@ -56,7 +56,7 @@ class Agent:
 
     @property
     def url(self) -> str:
-        """Its address, up to and with /v1."""
+        """Its address, with /v1 at the end."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> Agent:
@@ -139,13 +139,13 @@ class Agent:
 
 
 def abuse_the_agent(trial: Trial, server: SglangServer, agent: Agent, num_each: int) -> None:
-    """Asks a server whose agent misbehaves in each mode; the question alone must guide, in time.
+    """Asks a server whose agent misbehaves in each mode; the question alone must guide, within the time limit.
 
     Args:
         trial: Counts and reports.
-        server: Started with the agent's address and a time limit of `TIMEOUT_MS`.
-        agent: Its agent.
-        num_each: Requests in each mode, each of a text that was not asked about before.
+        server: A server with the agent's address and a time limit of `TIMEOUT_MS`.
+        agent: The agent.
+        num_each: Requests in each mode, each with a new text.
     """
     for mode in MODES:
         if trial.is_over() or not server.is_alive():
@@ -172,7 +172,7 @@ def abuse_the_agent(trial: Trial, server: SglangServer, agent: Agent, num_each: 
 
 
 def _ask_once(trial: Trial, server: SglangServer, text: str, mode: str) -> None:
-    """Asks about a text by the agent's mode; its answer must be that to the same words given as guidance."""
+    """Asks a question twice: the misbehaving agent must not change or delay the answer."""
     question = f"Is this {text} seed {trial.seed}?"
     body = chat_body([small_image("chelsea")], question, {})
     start_s = time.monotonic()
@@ -180,7 +180,7 @@ def _ask_once(trial: Trial, server: SglangServer, text: str, mode: str) -> None:
     try:
         answer = ask_for_logprobs(server, body, timeout_s=60)
         took_s = time.monotonic() - start_s
-        # The same words once more, without the agent: a mode that did not answer must not have guided.
+        # The same question again: an agent that gave no answer must not have changed the guidance.
         alone = ask_for_logprobs(server, body, timeout_s=60)
     except Exception as error:  # whatever the client raises
         trial.fail(f"a request fails when the agent misbehaves: {mode}", f"{question!r}: {error}"[:500])
@@ -192,7 +192,7 @@ def _ask_once(trial: Trial, server: SglangServer, text: str, mode: str) -> None:
 
 
 def _awake(trial: Trial, server: SglangServer, agent: Agent) -> bool:
-    """Asks until the well-behaved agent is asked again: after many failures a server may leave it alone for a while."""
+    """Returns whether the server asks the recovered agent again: after many failures it may stop to for a while."""
     agent.mode = "good"
     until_s = time.monotonic() + _AWAKE_WITHIN_S
     number = agent.asked["good"]
@@ -206,7 +206,7 @@ def _awake(trial: Trial, server: SglangServer, agent: Agent) -> bool:
 
 
 def agent_itself(trial: Trial, *flags: str) -> None:
-    """Starts a server that is its own agent: it does not start, or its requests are answered in time."""
+    """Starts a server that is its own agent: it must refuse to start and name the flag."""
     server = make_soak_server(Served(trial.family, trial.folder, (*flags, f"--mmtok-agent-timeout-ms={TIMEOUT_MS}")))
     server.args = (*server.args, f"--mmtok-agent-url={server.url}/v1")
     trial.count("starts_as_its_own_agent")

@@ -1,6 +1,6 @@
-"""Exported files that were changed: each field of the manifest, and bytes of either file.
+"""Reads exported files with changes: each field of the manifest, and single bits of the manifest and of the graph.
 
-Run as a program of its own, since a damaged graph may end the process that reads it: `python -m
+Runs as a program of its own, since a damaged graph may end the process that reads it: `python -m
 mmtok_bench.soak.artifacts FAMILY CHECKPOINT FOLDER NUM_FLIPS SEED` prints one JSON object a line.
 """
 
@@ -26,10 +26,10 @@ __all__ = ["changed_manifests", "run_artifacts"]
 def run_artifacts(
     family: FamilyName, checkpoint: Path, folder: Path, num_flips: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Gives the result of each changed file: how it was changed, what became of it, and whether that is in order.
+    """Yields the result of each changed file: the change, the outcome, and whether the outcome is in order.
 
-    A change is in order if the file is refused as no whole artifact or as one for another server, or if the selection
-    that it makes is that of the unchanged file. What else is raised, or another selection, is not.
+    It is in order if the file is refused as incomplete or as one for another server, or if its selection is that of
+    the unchanged file. Any other error or selection is not.
     """
     good = _export(family, folder / "good")
     select = partial(_selection, family, checkpoint)
@@ -48,7 +48,7 @@ def run_artifacts(
 
 
 def changed_manifests(text: str) -> Iterator[tuple[str, str]]:
-    """Gives a manifest's text with each of its values changed in turn: another value, another type, and missing."""
+    """Yields a manifest with each of its values changed in turn: another value, another type, null, and missing."""
     whole = json.loads(text)
     for path in _paths(whole):
         for change in ("another value", "another type", "null", "missing"):
@@ -134,7 +134,7 @@ def _copy(good: Path, folder: Path, *, manifest: bytes | None = None, graph: byt
 
 
 def _selection(family: FamilyName, checkpoint: Path, file: Path) -> dict[str, Any]:
-    """Returns what a server would select with the file, after all that it checks at its start."""
+    """Returns a server's selection with the file, after the checks of the server's start."""
     import torch
 
     from mmtok_deploy import Budget
@@ -147,7 +147,7 @@ def _selection(family: FamilyName, checkpoint: Path, file: Path) -> dict[str, An
 
     preset = PRESETS[family]
     settings = Settings(family, Budget.parse(16), preset.config, preset.guidance, engine=file)
-    # Only now: SGLang, which the families import, makes InternVL's format known.
+    # After importing the families, which import SGLang: it registers InternVL's format.
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     check_engine_file(settings, FAMILIES[family], config, torch.float32)
     executor = make_executor("auto", torch.device("cpu"), preset.config, file)
@@ -178,7 +178,7 @@ def _try(what: str, select: Callable[[Path], dict[str, Any]], file: Path, expect
         outcome = "the same selection" if select(file) == expected else "another selection"
     except (ArtifactError, EngineError, EngineMismatchError):
         outcome = "refused"
-    except Exception as error:  # whatever a damaged file raises is what is looked for
+    except Exception as error:  # any other error is a result
         outcome = f"raises {type(error).__name__}: {error}"[:300]
     return {"what": what, "outcome": outcome, "in_order": outcome in ("refused", "the same selection")}
 

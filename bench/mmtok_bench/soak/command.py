@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
                         limit_s = max(_MIN_ROW_S, 60 * arguments.minutes * row.minutes / total_weight)
                         _run_row(arguments, row, family, limit_s, pool, run)
     finally:
-        # What did not hold was said row by row: a table of counts says less.
+        # Each row has printed its failures, which say more than a table of counts.
         run.show(rows=run.rows if arguments.json else [])
     return 1 if run.failures else 0
 
@@ -85,7 +85,7 @@ def _run_row(
             row.run(trial)
         except ServerError as error:
             trial.fail("a server does not start or answer", str(error)[-1500:])
-        except Exception as error:  # a row that breaks is a row that does not hold; the others are run
+        except Exception as error:  # counts as a failure of this row; the other rows still run
             trial.fail("the row broke off", f"{type(error).__name__}: {error}"[:1000])
     if not trial.failures and not set(trial.counts) - {"fixed_chats"}:
         trial.fail("nothing was run", f"within {trial.minutes:g} minutes: give the run more")
@@ -115,13 +115,13 @@ def _num_families(arguments: argparse.Namespace, row: Row) -> int:
 
 def _metrics(trial: Trial, duration_s: float) -> dict[str, float]:
     counts = {f"num_{name}": value for name, value in trial.counts.items()}
-    # An infinite difference, of another token, is written as a number that says so by its size.
+    # A difference is infinite if another token was chosen; rows hold finite numbers only.
     numbers = {name: value if math.isfinite(value) else 1e9 for name, value in trial.numbers.items()}
     return counts | numbers | {"num_failures": len(trial.failures), "duration_s": round(duration_s, 1)}
 
 
 def _lost(trial: Trial) -> str:
-    """Returns what did not hold, each kind once with how often, the most frequent first."""
+    """Returns each kind of failure with its number, the most frequent first."""
     kinds = Counter(failure.what for failure in trial.failures)
     return "; ".join(f"{what} ({number})" for what, number in kinds.most_common())[:_MAX_LETTERS]
 

@@ -1,6 +1,6 @@
-"""A changed signature of each function that is hooked: found before anything is hooked.
+"""Changes the signature of each hooked function: the plugin must notice before it installs a hook.
 
-Run as a program of its own, since hooks stay in the process that installs them: `python -m
+Runs as a program of its own, since hooks stay in the process that installs them: `python -m
 mmtok_bench.soak.drift FAMILY` prints one JSON object.
 """
 
@@ -22,7 +22,7 @@ _CHANGES = ("a new parameter", "a parameter less", "another name", "missing")
 
 
 def drift_of(family: str) -> dict[str, Any]:
-    """Returns how many changed targets were tried, and what was wrong: `num_tried` and `failures`."""
+    """Returns `num_tried`, the number of changed functions, `num_hooks` and `failures`."""
     from mmtok_deploy import Budget
     from mmtok_deploy.presets import PRESETS
     from mmtok_sglang.families import FAMILIES
@@ -57,7 +57,7 @@ def drift_of(family: str) -> dict[str, Any]:
 
 
 def _changed(owner: Any, name: str, change: str) -> Any:
-    """Returns what changes a function of SGLang for as long as a `with` block runs."""
+    """Returns a context manager that changes a function of SGLang."""
     if change == "missing":
         return _missing(owner, name)
     target = inspect.unwrap(getattr(owner, name))
@@ -72,7 +72,7 @@ def _changed(owner: Any, name: str, change: str) -> Any:
     else:
         parameters[-1] = parameters[-1].replace(name="renamed_since")
     stand_in = _coroutine if inspect.iscoroutinefunction(target) else _function
-    # A function of its own each time: the stand-ins stay as they are.
+    # A new function each time, so that the stand-ins keep their signature.
     changed: Any = types.FunctionType(stand_in.__code__, stand_in.__globals__, name)
     changed.__signature__ = signature.replace(parameters=parameters)
     return mock.patch.object(owner, name, changed)

@@ -1,4 +1,4 @@
-"""The HTTP process stays responsive while addresses of images hang and long guidance arrives."""
+"""Checks that the HTTP process stays responsive while image addresses hang and long guidance arrives."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ while not select.select([sys.stdin], [], [], float(sys.argv[2]))[0]:
 
 
 def block_the_event_loop(trial: Trial, server: SglangServer, num_rounds: int, *, num_urls: int = 32) -> None:
-    """Asks /health all the time while images' addresses hang, and then while texts of 10 MB arrive to guide.
+    """Polls /health while image addresses hang, then while 10 MB of guidance arrive, then while both happen.
 
-    The two come one after another, so that a failure says which; then together. Each request must be answered, and
-    every answer of /health come within 250 ms.
+    Each request must be answered, and each answer of /health must come within 250 ms.
     """
     for number in range(num_rounds):
         if trial.is_over() or not server.is_alive():
@@ -85,9 +84,9 @@ def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_url
 
 
 def _long_requests(family: FamilyName, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Gives the path and the body of requests with 10 MB of guidance, wherever it may stand.
+    """Yields path and body of requests with 10 MB of guidance, in each place that a request may have it.
 
-    Each text is a new one: SGLang remembers the tokens of messages that it has seen.
+    Each text is new, since SGLang caches the tokens of messages.
     """
     image, words = small_image("coffee"), f"{what} " + "word " * (_GUIDANCE_BYTES // 5)
     short = chat_body([image], "What is it?", {})
@@ -104,9 +103,9 @@ def _long_requests(family: FamilyName, what: str) -> Iterator[tuple[str, dict[st
 
 @contextlib.contextmanager
 def polled_health(server: SglangServer) -> Iterator[list[float]]:
-    """Gives the seconds of each answer of /health during the block, once it ends; NaN is another answer than 200.
+    """Yields a list that has the seconds of each answer of /health after the block; NaN for a status other than 200.
 
-    A process of its own asks: this one is busy with the requests, and would wait for itself.
+    Another process polls, since this one is busy with the requests.
     """
     times_s: list[float] = []
     command = [sys.executable, "-c", _POLL, str(server.port), str(_POLL_S)]
@@ -115,7 +114,7 @@ def polled_health(server: SglangServer) -> Iterator[list[float]]:
         assert poller.stdout is not None
         poller.stdout.readline()
         yield times_s
-        # It ends when it is told so.
+        # It ends at the first line of its input.
         said, _ = poller.communicate("end\n", timeout=_TIMEOUT_S)
         times_s += map(float, said.split())
     finally:
@@ -125,7 +124,7 @@ def polled_health(server: SglangServer) -> Iterator[list[float]]:
 
 @contextlib.contextmanager
 def _hanging_server() -> Iterator[str]:
-    """Gives the address of a server that takes connections and says nothing for 5 s, then hangs up."""
+    """Yields the address of a server that accepts connections, sends nothing, and closes them after 5 s."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
     open_until: list[tuple[float, socket.socket]] = []
     done = threading.Event()

@@ -1,8 +1,7 @@
-"""A second SGLang plugin, installed only by the soak's servers: makes the hooks of the first one meet faults.
+"""A second SGLang plugin, which only servers of the soak load: it injects faults into the hooks of MMTok's plugin.
 
 SGLang loads it by the entry point that `injected.fault_environment` writes into a folder on PYTHONPATH. It wraps
-hooks that the plugin under test registers, and methods of its classes; nothing in the product knows of it. A file says
-which fault comes next.
+hooks that the plugin under test registers, and methods of its classes. A file names the next fault.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["CONTROL", "register"]
 
 CONTROL = "MMTOK_SOAK_FAULTS"
-"""Environment variable: the folder with `fault.json`, which is written by the soak, and `met.json`, its answer."""
+"""Environment variable: the folder with `fault.json`, written by the soak, and `met.json`, written by this plugin."""
 
 _VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
 def register() -> None:
-    """Puts faults around what the plugin under test runs: hooks, as they are registered, and methods of its classes."""
+    """Wraps the hooks of the plugin under test as they are registered, and methods of its classes."""
     folder = os.environ.get(CONTROL)
     if folder is None:
         return
@@ -46,7 +45,7 @@ def register() -> None:
 
 
 def _wrap_get_image_feature(folder: Path) -> None:
-    """Wraps the method of a pruned model; what is inside of it, and SGLang's, is the call of the encoder."""
+    """Wraps a pruned model's method; SGLang's own call in it is that of the encoder."""
     model = pkgutil.resolve_name("mmtok_sglang.model.PrunedModel")
     stages = pkgutil.resolve_name("mmtok_sglang.stages.StageMetrics")
     get_image_feature, encode = model.get_image_feature, stages.encode
@@ -82,7 +81,7 @@ def _with_faults(name: str, around: Callable[..., Any], folder: Path) -> Callabl
         fault = _read(folder / "fault.json")
         if fault is None or fault["hook"] != name:
             return around(original, *args, **kwargs)
-        # Once only: the next call is one without a fault.
+        # Only once: the next call has no fault.
         (folder / "fault.json").unlink(missing_ok=True)
         if fault["kind"] == "memory":
             return _without_memory(fault, folder, around, original, *args, **kwargs)
@@ -105,7 +104,7 @@ def _without_memory(
     mode = _Allocations(fault["at"])
 
     def outside(*inner_args: Any, **inner_kwargs: Any) -> Any:
-        # What SGLang does inside is not the hook's own.
+        # Allocations of SGLang's function are not the hook's.
         mode.is_paused = True
         try:
             return original(*inner_args, **inner_kwargs)
@@ -136,7 +135,7 @@ def _with_values(
             num_poisoned += 1
             values = features.view(-1)
             step = {"one": max(1, values.numel()), "some": 97, "all": 1}[fault["where"]]
-            # In place: the hook reads the features before and after the projector where they were computed.
+            # In place, since the hook reads features before and after the projector in the same memory.
             values[::step] = _VALUES[fault["value"]]
         return result
 
@@ -147,7 +146,7 @@ def _with_values(
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts operations whose result is new memory, and raises in place of the result of one of them."""
+    """Counts operations that allocate their result, and raises an error at one of them."""
 
     def __init__(self, at: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

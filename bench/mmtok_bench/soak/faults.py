@@ -1,4 +1,4 @@
-"""The rows of the fault table: each a fault, how it is injected, what holds, and what runs it."""
+"""The rows of the fault table: each fault, how it is injected, what must hold, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 __all__ = ["ROWS", "Row"]
 
 _SERVED = ("--mmtok-budget=10%", "--enable-metrics")
-# The property test of the keys, which draws 10,000 pairs: its files, and what its name has in it.
+# The property test of the keys, which draws 10,000 pairs: its files, and a part of its name.
 _KEY_TESTS, _KEY_PAIRS = "tests/runtime/test_*key*.py", "never_share_a_key"
 
 
@@ -35,13 +35,13 @@ class Row:
     """One kind of fault.
 
     Args:
-        name: On the command line.
+        name: Name on the command line.
         fault: What is done to the server, for the table.
-        injected: By what means.
-        holds: What holds afterwards, besides what holds after every row.
-        minutes: Its weight in the time of a run, for one family.
-        run: Does it.
-        is_of_one_family: Whether one family is enough: what is done does not depend on the model.
+        injected: How it is done.
+        holds: What must hold afterwards, besides the checks after every row.
+        minutes: Weight of the row in the time of a run, for one family.
+        run: Runs the row.
+        is_of_one_family: Whether one family is enough, since the fault does not depend on the model.
     """
 
     name: str
@@ -57,7 +57,7 @@ def _fuzz(trial: Trial) -> None:
     with trial.served(*_SERVED) as server:
         failed = fuzz(trial, server, trial.scaled(6000, at_least=200))
     if failed:
-        # The 5xx answers are held against a server without the plugin, which takes the other one's place.
+        # The 5xx answers are compared with those of a server without the plugin, which replaces the other one.
         with trial.served("--enable-metrics") as plain:
             judge_failed(trial, plain, failed)
 
@@ -65,7 +65,7 @@ def _fuzz(trial: Trial) -> None:
 def _on_a_server(
     fault: Callable[[Trial, SglangServer, int], None], full: int, at_least: int = 1
 ) -> Callable[[Trial], None]:
-    """Returns what runs a fault on a server with a budget, so many times in a run of 30 minutes."""
+    """Returns a function that runs a fault on a server with a budget, `full` times in a run of 30 minutes."""
 
     def run(trial: Trial) -> None:
         with trial.served(*_SERVED) as server:
@@ -144,13 +144,13 @@ def _keys(trial: Trial) -> None:
 
 
 def _lines(trial: Trial, command: list[str], name: str, *, stops: bool = False) -> Iterator[str]:
-    """Gives what a program prints, line by line; counts its exit status as `returncode`.
+    """Yields the lines that a program prints; its exit status is then the count `returncode`.
 
     Args:
-        trial: Holds the row's folder and time.
+        trial: Has the row's folder and time.
         command: The program.
-        name: Names its log.
-        stops: End the program, without an exit status, once the row's time is over; else it ends by itself.
+        name: Name of its log.
+        stops: End the program, without an exit status, when the row's time is over; otherwise it ends by itself.
     """
     log = trial.folder / "logs" / f"{name}-{trial.family}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ ROWS: dict[str, Row] = {
             "a second plugin raises in place of an operation's result",
             "the request is answered, the next identical one is exact",
             2,
-            # Every point at 30 minutes: no hook makes as many as its part of this.
+            # All points in 30 minutes: no hook has as many allocations as its third of this.
             lambda trial: out_of_memory(trial, trial.scaled(4000, at_least=30), *_SERVED),
         ),
         Row(
@@ -290,4 +290,4 @@ ROWS: dict[str, Row] = {
         ),
     )
 }
-"""In the order in which they are run: those that share a server follow one another."""
+"""In the order in which they run; rows that use the same server follow one another."""

@@ -25,7 +25,7 @@ TOLERANCE = 5e-6
 """The largest difference of logprobs in float32 from the hand-pruned model that the tests have seen."""
 
 Account = list[dict[str, float]]
-"""For each generated token, the logprobs of the likeliest tokens; the chosen one is first."""
+"""For each generated token, the logprobs of the most probable tokens; the chosen one is first."""
 
 _NUM_CHATS = 20
 _QUESTIONS = ("What is in this cup?", "How many cats are on the red table?", "Which colours are there?", "Is it dark?")
@@ -65,7 +65,7 @@ def ask_for_logprobs(server: SglangServer, body: dict[str, Any], *, timeout_s: f
     """Returns the logprobs of a server's answer to `chat_body`.
 
     Raises:
-        openai.OpenAIError: It refused the request or cannot be reached.
+        openai.OpenAIError: The server refused the request or cannot be reached.
     """
     known = {
         name: body[name] for name in ("model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs")
@@ -100,9 +100,9 @@ def _bodies(family: FamilyName) -> list[dict[str, Any]]:
 
 
 def largest_difference(before: list[Account], after: list[Account]) -> float:
-    """Returns the largest difference of a logprob; infinite where another token was chosen by more than rounding.
+    """Returns the largest difference of a logprob; infinite if another token was chosen and not by rounding.
 
-    Tokens that only one side lists among the likeliest are those at the edge of the list, and are not compared.
+    Tokens that only one side lists are at the end of its list of the most probable ones, and are not compared.
     """
     largest = 0.0
     for one, other in zip(before, after, strict=True):
@@ -113,6 +113,6 @@ def largest_difference(before: list[Account], after: list[Account]) -> float:
                 return math.inf
             largest = max(largest, *(abs(these[token] - those[token]) for token in these.keys() & those.keys()))
             if next(iter(these)) != next(iter(those)):
-                # A tie within rounding: what follows are answers to different texts.
+                # A tie within rounding: from here on, the texts differ.
                 break
     return largest

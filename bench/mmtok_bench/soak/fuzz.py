@@ -1,4 +1,4 @@
-"""Fuzzed bodies: every one is answered, by 2xx or 4xx, and the server lives on."""
+"""Fuzzed request bodies: each must be answered by 2xx or 4xx, and the server must stay alive."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
 
 _PARALLEL = 8
 _TIMEOUT_S = 60.0
-# What makes SGLang itself work for minutes, or sample at random, is left as it is.
+# These fields are not changed: SGLang itself would work for minutes, or sample at random.
 _FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
 _KWARGS = "mm_processor_kwargs"
 _OUR_FIELDS = (
@@ -132,7 +132,7 @@ def judge_failed(trial: Trial, plain: SglangServer, numbers: list[int]) -> None:
 
 
 def _without_our_fields(body: bytes) -> bytes:
-    """Returns the body without what only the plugin reads; one that is no JSON object as it is."""
+    """Returns the body without the plugin's fields; a body that is no JSON object is returned unchanged."""
     try:
         values = json.loads(body)
         kwargs = values[_KWARGS]
@@ -150,7 +150,7 @@ def _reproduction(trial: Trial, number: int, path: str, body: bytes) -> str:
 
 
 def fuzzed_body(trial: Trial, number: int) -> tuple[str, bytes]:
-    """Returns the endpoint and the body of that number: the same for a seed and family."""
+    """Returns the endpoint and the body of a number, which depend only on seed and family."""
     draw = trial.random("fuzz", number)
     path = list(ENDPOINTS)[number % len(ENDPOINTS)]
     body = ENDPOINTS[path](trial.family)
@@ -216,7 +216,7 @@ def _nodes(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _value(draw: random.Random, depth: int = 0) -> Any:
-    """Returns any JSON value."""
+    """Returns a random JSON value."""
     kind = draw.randrange(11 if depth < 3 else 9)
     match kind:
         case 0:

@@ -1,4 +1,4 @@
-"""Images that are cut off, lie about their size, expand without end or have odd modes."""
+"""Images that are truncated, have a wrong size in the header, expand to gigabytes, or have unusual modes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def send_odd_images(
     settings: Sequence[Mapping[str, object]] = _SETTINGS,
     with_large: bool = True,
 ) -> None:
-    """Sends each odd image with each setting; holds that it is answered by 2xx or 4xx within 2 GB more of memory.
+    """Sends each image with each setting; it must be answered by 2xx or 4xx, with at most 2 GB more memory.
 
     Args:
         trial: Counts and reports.
-        server: What they are sent to.
-        num_cut: How many of the files are cut off or changed at a drawn place.
-        settings: Our fields of the requests.
-        with_large: Whether those come too that would expand to gigabytes.
+        server: The server that they are sent to.
+        num_cut: Number of files that are truncated or changed at a random place.
+        settings: MMTok's fields of the requests.
+        with_large: Whether images that would expand to gigabytes are sent, too.
     """
     images = [*_odd_modes(), *_cut(trial, num_cut), *(_large() if with_large else ())]
     cases = [(name, data, fields) for name, data in images for fields in settings]
@@ -53,7 +53,7 @@ def send_odd_images(
         trial.count("images")
         body = chat_body([url], "What is it?", dict(fields))
         reply = trial.send(server, "/v1/chat/completions", body, timeout_s=_TIMEOUT_S)
-        # Only where our part is what fails: SGLang answers what it cannot decode by 400.
+        # SGLang answers an image that it cannot decode by 400.
         what = f"seed {trial.seed} image {name} {fields} -> {reply.status} {reply.text[:300]}"
         if reply.status == 0:
             trial.fail(f"an image was not answered: {name.partition(' at ')[0]}", what)
@@ -67,7 +67,7 @@ def send_odd_images(
             continue
         trial.step(case[0])
         before_bytes = resident_bytes(server)
-        # By itself: what it takes is then its own.
+        # Alone, so that the growth of memory is its own.
         one(case)
         grown_bytes = resident_bytes(server) - before_bytes
         if grown_bytes > _MAX_GROWTH_BYTES:
@@ -75,7 +75,7 @@ def send_odd_images(
 
 
 def odd_images() -> dict[str, bytes]:
-    """Returns the files of odd modes and sizes, by name."""
+    """Returns the files of unusual modes and sizes, by name."""
     return dict(_odd_modes())
 
 
@@ -116,20 +116,20 @@ def _large() -> Iterator[tuple[str, bytes]]:
 
 
 def icon_of(inner: bytes) -> bytes:
-    """Returns an icon whose directory says 16 x 16, whatever the PNG in it is."""
+    """Returns an icon file that contains the PNG `inner`, with a size of 16 x 16 in its directory."""
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
     return struct.pack("<HHH", 0, 1, 1) + entry + inner
 
 
 def jpeg_of_scans(count: int, side: int = 90) -> bytes:
-    """Returns a grey progressive JPEG of so many scans: it has its last one, of a few bytes, again and again."""
+    """Returns a grey progressive JPEG of `count` scans: its last one, of a few bytes, is repeated."""
     data = _file(Image.new("L", (side, side), 128), "JPEG", progressive=True)
     last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
     return data[:end] + data[last:end] * (count - data.count(b"\xff\xda")) + data[end:]
 
 
 def tiff_of_one_tile(side: int) -> bytes:
-    """Returns a TIFF of 16 x 16 pixels, which are the corner of one tile of that side."""
+    """Returns a TIFF of 16 x 16 pixels, which are the corner of one tile of `side` x `side`."""
     compressor = zlib.compressobj(9)
     pixels = b"".join(compressor.compress(bytes(side)) for _ in range(side)) + compressor.flush()
     values = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(pixels)}
@@ -172,7 +172,7 @@ def _file(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 
 def _png(width: int, height: int, rows: bytes, *, depth: int = 8) -> bytes:
-    """Returns a PNG of grey values whose header is what it says, whatever its pixels are."""
+    """Returns a grey PNG with this size in its header and these bytes as its rows, which need not fit."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -43,7 +43,7 @@ class _Fault:
 
 
 class _Faults:
-    """Tells the plugin in the server what is to fail next, and reads what came of it."""
+    """Tells the plugin in the server the next fault, and reads whether it happened."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -57,7 +57,7 @@ class _Faults:
         written.replace(self._folder / "fault.json")
 
     def met(self) -> dict[str, Any] | None:
-        """Returns `num_seen` and `met`, whether the fault came about; None if the hook was not called."""
+        """Returns `num_seen` and `met`, whether the fault happened; None if the hook was not called."""
         (self._folder / "fault.json").unlink(missing_ok=True)
         try:
             values: dict[str, Any] = json.loads((self._folder / "met.json").read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ class _Faults:
 
 
 def fault_environment(folder: Path) -> dict[str, str]:
-    """Returns the environment of a server that loads the plugin of faults, and writes its entry point."""
+    """Writes the fault plugin's entry point; returns the environment of a server that loads it."""
     control = folder.absolute() / "faults"
     control.mkdir(parents=True, exist_ok=True)
     return {CONTROL: str(control)} | plugin_environment(
@@ -144,12 +144,12 @@ def _num_ended(trial: Trial) -> int:
 
 
 def _points_of(trial: Trial, server: SglangServer, faults: _Faults, hook: str, most: int) -> list[int]:
-    """Returns at which allocations to fail: as many as the hook makes, or as are wanted of them."""
+    """Returns the numbers of the allocations that fail: all of the hook's, or `most` of them, evenly spread."""
     faults.next(hook=hook, kind="memory", at=10**9)
     _ask(server, _body(trial, f"count {hook}"))
     met = faults.met()
     if met is None:
-        # Another family's hook, or one that ran in another process.
+        # A hook of another family, or of another process.
         trial.count(f"hooks_not_called_{hook}")
         return []
     num_seen = met["num_seen"]
@@ -159,10 +159,10 @@ def _points_of(trial: Trial, server: SglangServer, faults: _Faults, hook: str, m
 
 
 def _one(trial: Trial, server: SglangServer, faults: _Faults, fault: _Fault) -> None:
-    """Asks with one fault, then without: it is answered, the server lives, and what comes after is exact."""
+    """Asks with one fault, then without: both are answered, the server lives, and the second answer is exact."""
     what, kind = fault.what, fault.kind
     body = _body(trial, what)
-    # Without it the image's features are those that are held, and its encoder is not called.
+    # Otherwise the image's features come from the cache, and the encoder is not called.
     send(server, "/flush_cache?timeout=30", b"")
     faults.next(**fault.fields)
     reply = _ask(server, body)

@@ -1,4 +1,4 @@
-"""SIGKILL of one of a server's processes: the whole server is gone within 10 s, or goes on as before."""
+"""SIGKILL of one of a server's processes: the whole server must end within 10 s."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _GONE_WITHIN_S = 10.0
 
 
 def kill_processes(trial: Trial, num_trials: int, *flags: str) -> None:
-    """Starts a server, kills one of its processes while requests run, and looks at what is left; so many times.
+    """Starts a server, kills one of its processes while requests run, and checks what is left; `num_trials` times.
 
-    A helper of Python's multiprocessing (the resource tracker) may die without the server: then the server must
-    answer. Shared memory is left to the operating system and not judged.
+    The resource tracker of Python's multiprocessing may end without the server, which must then answer. Shared memory
+    that is left is not checked.
     """
     for number in range(num_trials):
         if trial.is_over():
@@ -80,13 +80,13 @@ def _kill_one(trial: Trial, number: int, server: SglangServer) -> None:
     if orphans:
         trial.fail("orphans run on after the server has ended", f"{what}: {[each.pid for each in orphans]}")
     for each in orphans:
-        # Nothing of the soak outlives it.
+        # The soak leaves no process.
         with contextlib.suppress(psutil.Error):
             each.kill()
 
 
 def _name(process: psutil.Process) -> str:
-    """Returns a short name of what the process does."""
+    """Returns a short name of the process's task."""
     title = ""
     with contextlib.suppress(psutil.Error):
         title = " ".join(process.cmdline())

@@ -1,4 +1,4 @@
-"""Many clients at once on a server with little room, and what memory does over thousands of requests."""
+"""Many clients at once on a server with little memory, and the growth of memory over thousands of requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STORM_FLAGS = (
     "--mmtok-budget=10%",
     "--enable-metrics",
     "--mmtok-feature-cache-mb=1",
-    # Overrides that of the usual arguments: the last one counts. Room for a handful of the requests at a time.
+    # Overrides that of `cpu_arguments`, since the last one counts. A few requests fit at a time.
     "--max-total-tokens=2560",
     "--chunked-prefill-size=64",
 )
@@ -37,11 +37,11 @@ STORM_ENVIRONMENT = {
 _TIMEOUT_S = 300.0
 _ABORTED_SHARE = 0.2
 _NUM_KNOWN = 40
-# For an answer whose images were encoded in another batch than the known one.
+# For answers whose images were encoded in another batch than before.
 _TOLERANCE = 1e-4
 _MAX_GROWTH_MB_PER_1000 = 1.0
 MIN_JUDGED = 1000
-"""Requests from which on the growth of memory is judged."""
+"""The growth of memory is judged from this many requests on."""
 _HELD = ("mmtok:selections_remembered_bytes", "mmtok:feature_cache_bytes")
 _BUDGETS: tuple[dict[str, Any], ...] = (
     {},
@@ -58,10 +58,10 @@ _SIZES = ((168, 168), (224, 168), (112, 252), (224, 224))
 
 
 def storm(trial: Trial, server: SglangServer, num_requests: int, *, num_clients: int = 64) -> None:
-    """Sends requests from many clients, a fifth of which hang up in the middle of the answer.
+    """Sends requests from many clients, a fifth of which disconnect during the answer.
 
-    Forty of them are asked one after another before: every later answer to one of those is held against it. Resident
-    memory is measured over the second half, in which nothing is new to the server.
+    Forty requests are asked one after another before; later answers to the same requests are compared with these.
+    Growth of resident memory is measured over the second half, in which no request is new to the server.
     """
     bodies = [_body(trial, number) for number in range(_NUM_KNOWN)]
     known = [ask_for_logprobs(server, body) for body in bodies]
@@ -105,10 +105,10 @@ def storm(trial: Trial, server: SglangServer, num_requests: int, *, num_clients:
 
 
 def leak(trial: Trial, server: SglangServer, num_requests: int) -> None:
-    """Sends requests that are all different, with a budget of one token, and measures what is left of them.
+    """Sends requests that are all different, with a budget of one token, and measures growth.
 
-    Every selection is new, so that what is remembered is remembered anew each time; threads, open files and shared
-    memory are counted besides resident memory. What the server says that it holds, up to a bound, is not a leak.
+    Each selection is new, so that each adds to the caches. Threads and open files are counted besides resident memory.
+    Memory that the server reports for its caches, which are bounded, is no leak.
     """
     num_threads, num_files = _threads_and_files(server)
     memory: list[tuple[int, int]] = []
@@ -147,7 +147,7 @@ def _body(trial: Trial, number: int) -> dict[str, Any]:
 
 
 def _hang_up(server: SglangServer, body: dict[str, Any], draw: random.Random) -> None:
-    """Reads none to three pieces of a long answer and closes the connection."""
+    """Reads up to three pieces of a long answer and closes the connection."""
     with server.client() as client:
         stream = client.chat.completions.create(
             model="default",
@@ -178,7 +178,7 @@ def _judge_growth(trial: Trial, memory: list[tuple[int, int]], num_requests: int
     fit = statistics.linear_regression([number for number, _ in half], [size for _, size in half])
     growth_mb = 1000 * fit.slope / 2**20
     trial.numbers["growth_mb_per_1000"] = round(growth_mb, 2)
-    # Over fewer requests, the memory that the allocators take and give back is more than what is looked for.
+    # Over fewer requests, the allocators' own changes exceed this growth.
     if num_requests >= MIN_JUDGED and growth_mb >= _MAX_GROWTH_MB_PER_1000:
         sizes_mb = [round(size / 2**20) for _, size in memory]
         trial.fail("resident memory grows", f"{growth_mb:.2f} MB per 1,000 requests; MB on the way: {sizes_mb}")

@@ -16,7 +16,7 @@ _NOT_COUNTED = ("num_failures", "num_fixed_chats")
 
 
 def write_table(files: Sequence[Path], page: Path) -> None:
-    """Puts the table of these files' rows between the page's two marks; of one row and family, the last counts.
+    """Puts the table of these files' rows between the page's two marks; the last row of a name and family counts.
 
     Raises:
         ValueError: A file that holds no rows of `mmtok soak`, or a page without the marks.
@@ -34,9 +34,9 @@ def write_table(files: Sequence[Path], page: Path) -> None:
 
 
 def fault_table(rows: Sequence[ResultRow]) -> str:
-    """Returns the table as Markdown: a line a fault, with what was run of each family and what did not hold.
+    """Returns the table as Markdown: a line for each fault, with counts and failures of each family.
 
-    A fault of which no row is given stands in it as not run.
+    A fault without a row is listed as not run.
     """
     newest = {(str(row.case["row"]), str(row.case["family"])): row for row in rows}
     lines = [

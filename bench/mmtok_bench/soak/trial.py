@@ -1,4 +1,4 @@
-"""What one row of the fault table is given, and what it leaves: counts, failures, and checks of its server."""
+"""One run of a row of the fault table: its servers, counts and failures, and the checks of its servers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Failure:
 
     Args:
         what: One sentence, the same for failures of one kind.
-        reproduction: What brings it about again: seed, number, body.
+        reproduction: How to reproduce it: seed, number, body.
     """
 
     what: str
@@ -44,7 +44,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a server answered to one HTTP request; status 0 is no answer, and `text` then says why."""
+    """A server's answer to one HTTP request; status 0 means no answer, and `text` says why."""
 
     status: int
     text: str
@@ -54,7 +54,7 @@ class Reply:
 def send(
     server: SglangServer, path: str, body: bytes | dict[str, Any], *, timeout_s: float = 60.0, method: str = "POST"
 ) -> Reply:
-    """Returns the server's answer to a body that need not be valid; never raises for what the server does."""
+    """Returns the server's answer to a body that need not be valid; raises no error of HTTP or of the connection."""
     start_s = time.monotonic()
     try:
         with httpx.Client(trust_env=False, timeout=timeout_s) as client:
@@ -73,7 +73,7 @@ def send(
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What sets a server of the soak apart: its family, and flags and environment besides the usual ones."""
+    """The key of a server of the soak: its family, and flags and environment besides the usual ones."""
 
     family: FamilyName
     folder: Path
@@ -85,9 +85,9 @@ def make_soak_server(key: Served) -> SglangServer:
     """Returns a server, not started, of the family's tiny checkpoint."""
     checkpoint = make_tiny_checkpoint(key.family, key.folder / "checkpoints" / f"{key.family}-0")
     usual = {
-        # /health then answers from the event loop at once, in place of a generation that takes a second.
+        # /health then answers at once from the event loop; otherwise it generates a token, which takes a second.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
-        # Else SGLang 0.5.23 waits 60 s for core dumps of CUDA where another process than a scheduler dies.
+        # Otherwise SGLang 0.5.23 waits 60 s for CUDA core dumps if a process other than a scheduler dies.
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
         **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1"),
     }
@@ -104,7 +104,7 @@ def make_soak_server(key: Served) -> SglangServer:
 
 @dataclass(slots=True)
 class Trial:
-    """One row at work for one model family.
+    """One run of a row with one model family.
 
     Args:
         family: The served model's family.
@@ -133,19 +133,19 @@ class Trial:
         self.limit(60 * self.minutes)
 
     def scaled(self, full: int, *, at_least: int = 1) -> int:
-        """Returns the part of a full count that is this trial's, by the run's minutes and families."""
+        """Returns this trial's part of a full count, by the run's minutes and families."""
         return max(min(full, at_least), min(full, round(full * self.minutes / _FULL_MINUTES / self.num_families)))
 
     def limit(self, duration_s: float) -> None:
-        """Ends the row's loops after this long; each row says with its counts how far it came."""
+        """Ends the row's loops after this time; the row's counts say how much was run."""
         self._deadline_s = time.monotonic() + duration_s
 
     def not_counted(self, duration_s: float) -> None:
-        """Gives the row this much longer: the time went into the start of a server, or into the fixed chats."""
+        """Extends the row's time by that of a server's start or of the fixed chats."""
         self._deadline_s += duration_s
 
     def is_over(self) -> bool:
-        """True once the row's time is used up."""
+        """Returns whether the row's time is over."""
         return time.monotonic() > self._deadline_s
 
     def random(self, *parts: object) -> random.Random:
@@ -153,7 +153,7 @@ class Trial:
         return random.Random(repr((self.seed, self.family, *parts)))
 
     def count(self, name: str, amount: int = 1) -> None:
-        """Counts something that was run; from any thread."""
+        """Adds to a count; from any thread."""
         with self._lock:
             self.counts[name] += amount
 
@@ -172,7 +172,7 @@ class Trial:
         self.count(f"answers_{reply.status // 100}xx" if reply.status else "answers_none")
 
     def fail(self, what: str, reproduction: str) -> None:
-        """Reports something that did not hold; from any thread."""
+        """Reports a failure; from any thread."""
         with self._lock:
             self.failures.append(Failure(what, reproduction))
             is_first = sum(failure.what == what for failure in self.failures) == 1
@@ -181,7 +181,7 @@ class Trial:
 
     @contextlib.contextmanager
     def served(self, *flags: str, **environment: str) -> Iterator[SglangServer]:
-        """Gives a server with these flags; after the block it is held against what it was before."""
+        """Yields a server with these flags, which is checked after the block."""
         if self.pool is None:
             raise RuntimeError("a trial without a pool has no servers of its own: use checked()")
         start_s = time.monotonic()
@@ -195,10 +195,10 @@ class Trial:
 
     @contextlib.contextmanager
     def checked(self, server: SglangServer) -> Iterator[None]:
-        """Holds a server after the block against the same server before it.
+        """Compares a server after the block with the same server before it.
 
-        It must be alive, its logprobs of the fixed chats within 5e-6 of before, and no request be left in it. Its
-        memory is watched meanwhile: a server that takes more than 8 GB is ended, and that is a failure.
+        It must be alive, the logprobs of the fixed chats must be within 5e-6 of those before, and no request may be
+        left in it. During the block, a server that takes more than 8 GB is ended, which is a failure.
         """
         start_s = time.monotonic()
         before = ask_fixed_chats(server, self.family)

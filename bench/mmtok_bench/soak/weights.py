@@ -1,4 +1,4 @@
-"""Updates of the weights between requests: answers are those of the weights that are loaded."""
+"""Updates the weights between requests: answers must be those of the loaded weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TIMEOUT_S = 180.0
 
 
 def update_weights(trial: Trial, server: SglangServer, num_updates: int) -> None:
-    """Changes the weights to those of another checkpoint and back, with a flush of the caches and without in turns.
+    """Changes the weights to those of another checkpoint and back, alternately with and without a flush of the caches.
 
-    An update that is refused leaves the weights that were there. After each, three chats about images of before must
-    be answered as the checkpoint answers them on empty caches.
+    A refused update must leave the old weights. After each update, the answers to three chats about earlier images must
+    equal those of the loaded checkpoint with empty caches.
     """
     paths = [
         server.model_path,
