@@ -1,4 +1,4 @@
-"""What the budget auto keeps by what a question asks, from rows of `mmtok quality`, and what it is worth."""
+"""Calibrates the budget auto with rows of `mmtok quality`, and compares it with other budgets."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mmtok_deploy.budget import Budget
 __all__ = ["ASKED", "image_features", "lines_of_comparison", "shares_of"]
 
 ASKED: Mapping[Kind, Asked] = {"position": "where", "existence": "whether", "count": "count", "reading": "read"}
-"""What a kind of the pocket questions asks."""
+"""Kind of the pocket questions -> what such a question asks for."""
 
-# Of the right answers that a model gives unpruned.
+# Share of the right answers without pruning.
 _KEEPS = 0.9
 _NUM_RESAMPLES = 2000
 _PATCH_PX = 8
@@ -34,10 +34,10 @@ def shares_of(rows: Sequence[ResultRow]) -> dict[Asked, Fraction]:
     """Returns for each kind the smallest share of tokens at which MMTok keeps 90% of every model's right answers.
 
     Args:
-        rows: Of `mmtok quality`, over all seeds; budgets that are counts are passed over.
+        rows: Rows of `mmtok quality`; only those over all seeds with a share as the budget count.
 
     Raises:
-        ValueError: A kind of which some model keeps less at every share.
+        ValueError: For some kind, no share keeps as much with every model.
     """
     shares: dict[Asked, Fraction] = {}
     for kind, asked in ASKED.items():
@@ -94,7 +94,7 @@ def lines_of_comparison(path: Path) -> list[str]:
 
 
 def image_features(picture: Image.Image) -> dict[str, float]:
-    """Returns what is cheap to know of a picture of 112 x 112 px: of its grey levels, whole numbers."""
+    """Returns features of a picture of 112 x 112 px that are cheap to compute, from its grey levels (whole numbers)."""
     grey = np.asarray(picture.convert("L")).astype(np.int64)
     steps = np.concatenate([np.abs(np.diff(grey, axis=axis)).ravel() for axis in (0, 1)])
     num_patches = len(grey) // _PATCH_PX

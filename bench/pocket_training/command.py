@@ -1,4 +1,4 @@
-"""mmtok pocket: train the pocket model."""
+"""The command line of `mmtok pocket`: trains pocket models and calibrates the budget auto."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ _INTERRUPTED = 130
 
 def add_pocket_parser(commands: Any) -> None:
     """Adds `mmtok pocket` and its subcommands to the command line's parser."""
-    pocket = commands.add_parser("pocket", help="the small models that really see: train one, look at their scenes")
+    pocket = commands.add_parser("pocket", help="train a pocket model, draw its scenes, calibrate the budget auto")
     kinds = pocket.add_subparsers(dest="pocket", required=True, metavar="WHAT")
-    train = kinds.add_parser("train", help="from scratch to a checkpoint; goes on where an earlier run stopped")
+    train = kinds.add_parser("train", help="train a model from scratch; continues an earlier run")
     train.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
     train.add_argument(
-        "--folder", type=Path, help="for the training's state and the checkpoint (default artifacts/pocket/FAMILY)"
+        "--folder",
+        type=Path,
+        help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)",
     )
-    train.add_argument("--seed", type=int, default=0, help="of the weights and of all scenes (default 0)")
+    train.add_argument("--seed", type=int, default=0, help="seed of the weights and of all scenes (default 0)")
     train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    train.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own)")
-    scenes = kinds.add_parser("scenes", help="a sheet of scenes with a question each, as one picture")
-    scenes.add_argument("--seed", type=int, default=0, help="of the scenes (default 0)")
+    train.add_argument("--threads", type=int, help="PyTorch's threads on the CPU (default: its own number)")
+    scenes = kinds.add_parser("scenes", help="draw eight scenes with a question each, as one picture")
+    scenes.add_argument("--seed", type=int, default=0, help="seed of the scenes (default 0)")
     scenes.add_argument(
         "--output", type=Path, default=Path("artifacts/pocket/scenes.png"), help="default artifacts/pocket/scenes.png"
     )
 
-    shares = kinds.add_parser("shares", help="what the budget auto keeps, from rows of mmtok quality")
-    shares.add_argument("rows", type=Path, nargs="+", metavar="FILE.jsonl", help="of all models together")
+    shares = kinds.add_parser("shares", help="compute the shares of the budget auto from rows of mmtok quality")
+    shares.add_argument("rows", type=Path, nargs="+", metavar="FILE.jsonl", help="rows of all models")
     answers = kinds.add_parser("answers", help="asks a pocket model in this process, without a server")
     answers.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
     answers.add_argument("--budgets", type=each(str), required=True, help="of MMTok: auto,32,25%%")
@@ -47,7 +49,7 @@ def add_pocket_parser(commands: Any) -> None:
 
 
 def run_pocket(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of `mmtok pocket`: 0, 1 where files are not what is expected, 130 after Ctrl-C."""
+    """Returns the exit code of `mmtok pocket`: 0, 1 for a file with wrong contents, 130 after Ctrl-C."""
     if arguments.pocket == "scenes":
         from pocket_training.questions import draw_sheet
 
@@ -59,7 +61,7 @@ def run_pocket(arguments: argparse.Namespace) -> int:
         print(f"mmtok pocket {arguments.pocket}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Stopped; the same command goes on from the last state in {_folder(arguments)}.", file=sys.stderr)
+        print(f"Stopped; the same command continues from the last state in {_folder(arguments)}.", file=sys.stderr)
         return _INTERRUPTED
 
 

@@ -1,4 +1,4 @@
-"""The pocket LLaVA-1.5: 2.8 million parameters, its tower a CLIP of its own."""
+"""The pocket LLaVA-1.5: 2.8 million parameters, with a CLIP vision tower of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pocket_training.words import word_tokenizer
 
 __all__ = ["PocketLlava"]
 
-# One template for chats and for training: a user's turn with the image first, then the assistant's.
+# For chats and for training: the user's turn, which begins with the image, then the assistant's.
 _TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] + ' : ' }}"
@@ -37,7 +37,8 @@ _TEMPLATE = (
 class PocketLlava(PocketModel):
     """`LlavaForConditionalGeneration` with a CLIP of five layers and a Llama of four.
 
-    The tower's position embeddings start as two-dimensional sines and cosines: neighbours are alike from the start.
+    The tower's position embeddings are initialised with two-dimensional sines and cosines, which are similar for
+    neighbours.
     """
 
     before = "<s> user :"
@@ -66,7 +67,7 @@ class PocketLlava(PocketModel):
         return list(self._vision_tower.parameters())
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Returns [B, 196, 128], as LLaVA reads them: before the tower's last layer, which is not run."""
+        """Returns [B, 196, 128], the features that LLaVA reads, before the tower's last layer, which is not run."""
         hidden: Tensor = self._vision_tower.embeddings(self.normalised(pixels))
         hidden = self._vision_tower.pre_layrnorm(hidden)
         for layer in self._vision_tower.encoder.layers[:-1]:
@@ -88,7 +89,7 @@ def _make_processor() -> Any:
         pad_token="<pad>",
         extra_special_tokens=["<image>"],
     )
-    # CLIP's: shortest edge to 112 px, the middle cut out.
+    # As CLIP: the shortest edge is resized to 112 px, and the middle is cropped.
     image_processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": SCENE_PX}, crop_size={"height": SCENE_PX, "width": SCENE_PX}
     )
@@ -113,7 +114,7 @@ def _config(tokenizer: Any) -> Any:
             num_key_value_heads=4,
             head_dim=64,
             max_position_embeddings=2048,
-            # Slow rotations: what a token is can be compared over the length of an image.
+            # Slow rotations, so that tokens can be compared by content over the length of an image.
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -126,7 +127,7 @@ def _config(tokenizer: Any) -> Any:
             patch_size=PATCH_PX,
             hidden_size=128,
             intermediate_size=512,
-            # LLaVA reads the last layer but one: the fifth is never run.
+            # LLaVA reads the output of the last layer but one: the fifth never runs.
             num_hidden_layers=5,
             num_attention_heads=4,
             projection_dim=128,

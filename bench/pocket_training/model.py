@@ -1,4 +1,4 @@
-"""What training and measuring need of a pocket model, whatever its family."""
+"""The interface of a pocket model, which is the same for all families."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = [
 ]
 
 PATCH_PX = 8
-"""Side of what an image token shows, in a scene of 112 px."""
+"""Side in pixels of the square that an image token covers, in a scene of 112 px."""
 GRID = SCENE_PX // PATCH_PX
-"""Image tokens a side."""
+"""Image tokens in a row and in a column."""
 NUM_IMAGE_TOKENS = GRID**2
 
 
@@ -36,11 +36,11 @@ class PocketModel(ABC):
     """
 
     before: ClassVar[str]
-    """A prompt up to the image."""
+    """The part of a prompt before the image."""
     after: ClassVar[str]
-    """What stands between the image and the question."""
+    """The part of a prompt between the image and the question."""
     asked: ClassVar[str]
-    """A question up to its answer."""
+    """The part of a prompt from the question to the answer; `{}` is the question."""
 
     processor: Any
     model: Any
@@ -48,7 +48,7 @@ class PocketModel(ABC):
     @property
     @abstractmethod
     def projector(self) -> nn.Module:
-        """What makes image tokens of the tower's features."""
+        """The module that makes image tokens from the tower's features."""
 
     @property
     @abstractmethod
@@ -72,7 +72,7 @@ class PocketModel(ABC):
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
-        """Returns what the projector is given of images [B, 3, 112, 112], 0 to 255."""
+        """Returns the projector's input for images [B, 3, 112, 112], 0 to 255."""
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Returns images [B, 3, 112, 112], 0 to 255, as the family's image processor normalises them."""
@@ -84,16 +84,16 @@ class PocketModel(ABC):
         return (pixels / 255 - mean) / std
 
     def image_tokens(self, features: Tensor) -> Tensor:
-        """Returns [B, 196, width]: what the language model reads of the images."""
+        """Returns [B, 196, width], the image tokens that the language model reads."""
         tokens: Tensor = self.projector(features)
         return tokens.reshape(-1, NUM_IMAGE_TOKENS, tokens.shape[-1])
 
     def positions(self, index: Tensor, image_at: int) -> Tensor:
-        """Returns the positions of tokens [B, L] that are numbered through, the image's included, for RoPE.
+        """Returns the positions of tokens [B, L] for RoPE.
 
         Args:
-            index: The numbers.
-            image_at: How many stand before the image.
+            index: Each token's place in its prompt, image tokens included.
+            image_at: Number of tokens before the image.
         """
         return index
 
@@ -110,10 +110,10 @@ def make_pocket_model(family: PocketFamily, seed: int = 0) -> PocketModel:
 
 
 def attend_to_the_like(attention: Any) -> None:
-    """Adds to an attention's weights what makes a token look at tokens like itself and add what it sees to itself.
+    """Changes an attention's weights so that a token attends to similar tokens and adds their values to itself.
 
-    Each head sees a random subspace, its queries as its keys. Without it the first thousand steps answer questions
-    without looking.
+    Queries and keys of a head are the same random projection. Without it, the answers of the first thousand steps do
+    not depend on the image.
 
     Source: mimetic initialization (arXiv 2305.09828, section 4).
     """

@@ -31,7 +31,7 @@ NAMING_WORDS = (*COLOR_RGB, *SHAPES, *_SINGULAR, *_CHARACTER_KINDS)
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: Kind) -> Question | None:
-    """Returns a question of `kind` about the scene, or None where the scene has nothing of the kind to ask for."""
+    """Returns a question of `kind` about the scene, or None if the scene allows no such question."""
     if kind == "simple":
         return _ask_simple(rng, scene)
     if kind == "attribute":
@@ -40,7 +40,7 @@ def ask(rng: np.random.Generator, scene: Scene, kind: Kind) -> Question | None:
 
 
 def named_items(scene: Scene, text: str) -> list[int]:
-    """Returns the indices, into things followed by glyphs, of what a question's words are true of, all together."""
+    """Returns the indices, into things followed by glyphs, of the items that a question's naming words describe."""
     words = set(text.lower().replace("?", " ").split())
     named = {_SINGULAR.get(word, word) for word in words} & {*COLOR_RGB, *SHAPES, *_CHARACTER_KINDS}
     items = [{thing.color, thing.shape} for thing in scene.things]
@@ -49,7 +49,7 @@ def named_items(scene: Scene, text: str) -> list[int]:
 
 
 def _ask_simple(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """Asks for a colour or a shape alone."""
+    """Asks whether there is a colour, or a shape."""
     if rng.random() < 0.5:
         words, present = tuple(COLOR_RGB), {thing.color for thing in scene.things}
     else:
@@ -78,7 +78,7 @@ def _ask_attribute(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 
 def draw_sheet(path: Path, *, seed: int) -> Path:
-    """Returns `path`, where eight scenes drawn from `seed` then stand as a PNG."""
+    """Writes eight scenes drawn from `seed`, each with a question and its answer, as a PNG; returns `path`."""
     cell_width, cell_height = SCENE_PX * _SCALE + _MARGIN_PX, SCENE_PX * _SCALE + _MARGIN_PX + _TEXT_PX
     sheet = Image.new("RGB", (_COLUMNS * cell_width + _MARGIN_PX, _ROWS * cell_height + _MARGIN_PX), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)

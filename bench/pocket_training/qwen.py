@@ -28,7 +28,7 @@ __all__ = ["PocketQwen"]
 
 _MERGE = 2
 _PATCH_PX = PATCH_PX // _MERGE
-# SGLang 0.5.23 takes patches of 14 px alone (models/qwen2_5_vl.py, line 780), and others for finished features.
+# SGLang 0.5.23 takes only patches of 14 px (models/qwen2_5_vl.py, line 780) and reads others as computed features.
 _SERVED_PATCH_PX = PICTURE_PX["qwen2.5-vl"] // (GRID * _MERGE)
 # Qwen2.5-VL's own template, without a system turn.
 _TEMPLATE = (
@@ -52,7 +52,7 @@ class PocketQwen(PocketModel):
     """`Qwen2_5_VLForConditionalGeneration` with a vision encoder of three blocks and a Qwen2.5 of four layers.
 
     In training a patch is 4 pixels wide and an image token 8. The first two blocks attend within quarters of the scene,
-    the third to all of it.
+    the third to the whole scene.
     """
 
     before = "<|im_start|>user <|vision_start|>"
@@ -67,7 +67,7 @@ class PocketQwen(PocketModel):
             attend_to_the_like(layer.self_attn)
 
     def served(self) -> Any:
-        """Returns the model with patches of 14 px: it reads a scene enlarged to 392 px as this one does at 112."""
+        """Returns the model with patches of 14 px: it reads a scene at 392 px as this one does at 112 px."""
         model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer, _SERVED_PATCH_PX))
         weights = {name: weight.detach().cpu() for name, weight in self.model.state_dict().items()}
         shrink = _undo_enlarging()
@@ -84,7 +84,7 @@ class PocketQwen(PocketModel):
 
     @property
     def tower(self) -> list[nn.Parameter]:
-        """The vision encoder's parameters but for the merger's."""
+        """The vision encoder's parameters without the merger's."""
         visual = self.model.model.visual
         return [parameter for part in (visual.patch_embed, visual.blocks) for parameter in part.parameters()]
 
@@ -110,7 +110,7 @@ class PocketQwen(PocketModel):
 
 
 def _patches(pixels: Tensor) -> Tensor:
-    """Returns [B * 784, 96], as Qwen2.5-VL's image processor cuts images [B, 3, 112, 112]: a still image twice."""
+    """Returns [B * 784, 96]: images [B, 3, 112, 112] as Qwen2.5-VL's image processor cuts them, each frame twice."""
     cut = pixels.unflatten(3, (GRID, _MERGE, _PATCH_PX)).unflatten(2, (GRID, _MERGE, _PATCH_PX))
     # [B, 3, row, row in token, y, column, column in token, x] to tokens, their patches, and the pixels of each.
     patches: Tensor = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
@@ -118,9 +118,9 @@ def _patches(pixels: Tensor) -> Tensor:
 
 
 def _undo_enlarging() -> Tensor:
-    """Returns [4, 14]: which 4 pixels of a row the 14 of a patch were made of, by Pillow's bicubic enlarging.
+    """Returns [4, 14], the inverse of Pillow's bicubic enlarging: the 4 pixels of a row from the 14 of a patch.
 
-    14 pixels come of 8, those 4 and their neighbours, so the 4 are found exactly, but for rounding to whole numbers.
+    The 14 pixels depend on 8, those 4 and their neighbours, so the 4 are found exactly, up to rounding to integers.
     """
     every_pixel = Image.fromarray(np.eye(SCENE_PX, dtype=np.float32))
     enlarging = np.asarray(every_pixel.resize((SCENE_PX, PICTURE_PX["qwen2.5-vl"]), Image.Resampling.BICUBIC))
@@ -135,10 +135,10 @@ def _make_processor() -> Any:
     tokenizer = word_tokenizer(
         ("<unk>", *special), eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special
     )
-    # SGLang reads prompts as text again, and looks there for the vision tokens without spaces between.
+    # SGLang decodes prompts and searches the text for the vision tokens without spaces between them.
     backend = tokenizer.backend_tokenizer
     backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace(Regex(r"^ <\|"), "<|")])
-    # A larger image has some 196 tokens, as the scenes that it is trained on; smaller ones have fewer, down to 4.
+    # A larger image is shrunk to about 196 tokens, as many as a training scene has; a smaller one has fewer, down to 4.
     sizes = {"shortest_edge": 4 * (_MERGE * _SERVED_PATCH_PX) ** 2, "longest_edge": PICTURE_PX["qwen2.5-vl"] ** 2}
     cut = {"patch_size": _SERVED_PATCH_PX, "merge_size": _MERGE}
     return transformers.Qwen2_5_VLProcessor(

@@ -1,4 +1,4 @@
-"""Training the pocket model: first its eyes, then its answers."""
+"""Trains a pocket model: stages for the vision encoder, and stages for the answers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pocket_training.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task,
 
 __all__ = ["STAGES", "Stage", "Training", "where_heads_look"]
 
-# Stretches the products of image tokens and word embeddings: tokens need not be long to be told apart.
+# Factor of the products of image tokens and word embeddings, so that they separate tokens of small norm.
 _LOGIT_SCALE = 4.0
-# Most patches show nothing, and most of a thing's are not its middle: they count for less.
+# Most patches show nothing, and most patches of a thing are not its middle: these have a smaller weight.
 _NOTHING_WEIGHTS = (0.15, 0.15, 0.15, 1.0, 1.0, 0.5)
-# The second layer: the first has brought a thing's colour to its shape.
+# The second layer: after the first, tokens of a thing have both its colour and its shape.
 _LOOKING_LAYER = 1
 _LOOKING_WEIGHT = 1.0
 _NAMING_WEIGHT = 0.3
@@ -44,13 +44,13 @@ class Stage:
     """One stage of the training.
 
     Args:
-        task: "patches": the tower and the projector learn to say, in the language model's word embeddings, what each
-            patch shows, as CLIP's features come aligned with text. "answers": the projector and the language model
-            learn to answer; the tower stays as it is, as in LLaVA. "characters": as "patches", on scenes that have more
-            of them, and the words stay as they are.
-        num_steps: How long.
-        batch_size: Scenes a step.
-        learning_rate: At its highest.
+        task: "patches": the tower and the projector learn to classify patches by the language model's word embeddings,
+            which aligns features with text, as in CLIP. "answers": the projector and the language model learn to
+            answer; the tower is frozen, as in LLaVA. "characters": as "patches", on scenes with more characters, and
+            the word embeddings are frozen.
+        num_steps: Number of steps.
+        batch_size: Scenes in a step.
+        learning_rate: The highest learning rate of its schedule.
     """
 
     task: Task
@@ -76,14 +76,14 @@ STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
 
 
 class Training:
-    """A training that can be left and taken up again at any step.
+    """A training run that can be stopped, and continued from its last saved state.
 
     Args:
-        folder: Where the state is kept between runs.
-        family: Whose architecture.
-        seed: The seed that the weights and every scene are drawn from.
-        device: Where the model is trained.
-        stages: One after the other; those of the family unless given.
+        folder: Folder of the saved state.
+        family: Family of the model.
+        seed: Seed of the weights and of all scenes.
+        device: Device of the model.
+        stages: The stages in order; None for those of the family.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class Training:
 
     @property
     def num_steps(self) -> int:
-        """Steps of all stages."""
+        """Number of steps of all stages."""
         return sum(stage.num_steps for stage in self._stages)
 
     def run(self, on_step: Callable[[int, Stage, dict[str, float]], None], save_every: int = 200) -> None:
-        """Trains to the end, from where the state in the folder stands."""
+        """Trains to the end, from the saved state in the folder if there is one."""
         state = self._load()
         first = 0
         for stage in self._stages:
@@ -139,7 +139,7 @@ class Training:
         for step, batch in enumerate(self._batches(stage, begun), start=begun):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * _schedule(step / stage.num_steps)
-            # On a CPU without instructions for bfloat16 its products take some forty times longer than float32's.
+            # On a CPU without bfloat16 instructions, bfloat16 products take about forty times as long as float32 ones.
             with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
                 loss, figures = losses_of({name: value.to(self._device) for name, value in batch.items()})
             optimizer.zero_grad()
@@ -167,7 +167,7 @@ class Training:
         if stage.task == "patches":
             learned.append(self.pocket.embedding.weight)
         for parameter in self.pocket.model.parameters():
-            # No gradient of an earlier stage is left to count in the norm that is clipped.
+            # A gradient of an earlier stage would count in the norm that is clipped.
             parameter.requires_grad_(False).grad = None
         for parameter in learned:
             parameter.requires_grad_(True)
@@ -183,7 +183,7 @@ class Training:
         return self._naming_loss(tokens, batch["targets"])
 
     def _naming_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Returns how badly image tokens [B, 196, 192] say what their patches show, and the shares that are right."""
+        """Returns the cross-entropy of image tokens [B, 196, 192] against their patches' words, and the accuracies."""
         words = self.pocket.embedding.weight
         total = tokens.new_zeros((), dtype=torch.float32)
         figures = {}
@@ -202,7 +202,7 @@ class Training:
         labels = batch["labels"]
         with _inputs_of(attention) as attended:
             tokens, hidden = self.read(batch["pixels"], batch["ids"], batch["segments"])
-        # Each answer's token is predicted by the one before it.
+        # Each token of an answer is predicted from the one before it.
         at_answer = labels[:, 1:] != IGNORED
         logits = self.pocket.model.lm_head(hidden[:, :-1][at_answer]).float()
         target = labels[:, 1:][at_answer]
@@ -224,8 +224,8 @@ class Training:
 
         Args:
             pixels: [B, 3, 112, 112], 0 to 255; the tower has no gradient.
-            ids: [B, L], what comes after the image.
-            segments: [B, L], the number of each token's question, from 1; none reads another's.
+            ids: [B, L], the tokens after the image.
+            segments: [B, L], the number of each token's question, from 1; questions do not attend to each other.
         """
         with torch.no_grad():
             features = self.pocket.features(pixels)
@@ -251,7 +251,7 @@ class Training:
         return shares
 
     def save_checkpoint(self) -> Path:
-        """Returns the folder of the checkpoint, in bfloat16, as Hugging Face and SGLang load it."""
+        """Writes the checkpoint in bfloat16, as Hugging Face and SGLang load it; returns its folder."""
         folder = self._folder / "checkpoint"
         model = self.pocket.served().to("cpu", torch.bfloat16)
         model.save_pretrained(folder)
@@ -289,21 +289,21 @@ class Training:
 
 
 def _schedule(share: float) -> float:
-    """Returns the learning rate's factor after `share` of the steps: up over the first 4%, down by half a cosine."""
+    """Returns the learning rate's factor after `share` of the steps: warm-up over the first 4%, times half a cosine."""
     return min(1.0, share / 0.04 + 0.01) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def where_heads_look(
     attention: Any, hidden: Tensor, rotations: tuple[Tensor, Tensor], num_heads: int, num_before: int
 ) -> Tensor:
-    """Returns [B, num_heads, L, num_before]: how much (logits) an attention's first heads look at what is before.
+    """Returns [B, num_heads, L, num_before]: logits of an attention's first heads over the first tokens.
 
     Args:
-        attention: Llama's or Qwen2.5-VL's, of any layer.
+        attention: The attention of a layer of Llama or Qwen2.5-VL.
         hidden: [B, num_before + L, width], its input.
         rotations: cos and sin, [B, num_before + L, head_dim] each.
-        num_heads: How many heads.
-        num_before: Tokens before those that look.
+        num_heads: Number of heads.
+        num_before: Number of tokens before the queries.
     """
 
     def heads(layer: nn.Linear, part: slice) -> Tensor:
@@ -320,14 +320,15 @@ def where_heads_look(
 
 
 def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor:
-    """Returns how far heads look, once a question has named something, from where it is to be seen.
+    """Returns the KL divergence of attention from the patches that show what a question has named.
 
-    Where nothing is, they look at the first token: so the share that they leave it also counts what there is.
+    The first token is always a target: if nothing is there, all attention goes to it, so that its share tells the
+    number of things.
 
     Args:
         logits: [B, heads, L, num_before].
-        looks: [B, heads, L, num_before], 1 where to look.
-        has_named: [B, L].
+        looks: [B, heads, L, num_before], 1 at the target patches.
+        has_named: [B, L], whether the question has named something by this token.
     """
     wanted = looks.clone()
     wanted[..., 0] = 1.0
@@ -337,7 +338,7 @@ def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor
 
 
 def _looks_of_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Returns [B, heads, L, 196]: for each token, where its question looks."""
+    """Returns [B, heads, L, 196]: for each token, the target patches of its question."""
     of_questions = batch["looks"].transpose(1, 2)
     rows = torch.arange(len(of_questions), device=of_questions.device)[:, None]
     return of_questions[rows, batch["segments"] - 1].transpose(1, 2)
@@ -345,7 +346,7 @@ def _looks_of_tokens(batch: dict[str, Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def _inputs_of(attention: nn.Module) -> Iterator[dict[str, Any]]:
-    """Gives a dictionary that holds an attention's `hidden` input and its `rotations`, once it has run."""
+    """Yields a dictionary that has an attention's inputs `hidden` and `rotations` after it has run."""
     seen: dict[str, Any] = {}
 
     def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -359,14 +360,14 @@ def _inputs_of(attention: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _mask(segments: Tensor) -> Tensor:
-    """Returns [B, 1, L, L] bool: a token reads the image before all questions (segment 0) and its own question."""
+    """Returns [B, 1, L, L] bool: a token attends to the image (segment 0) and to its own question."""
     row, column = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
     return (((column == 0) | (row == column)) & causal)[:, None]
 
 
 def _numbers(segments: Tensor) -> Tensor:
-    """Returns [B, L]: as if each question followed the image alone."""
+    """Returns [B, L], the places of tokens in a prompt that has only their own question."""
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     is_first = functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
     num_before = (segments == 0).sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What the pocket model is trained on: scenes with a word for every patch, and scenes with packed questions."""
+"""Training data of the pocket models: scenes with words for each patch, and scenes with packed questions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 Task = Literal["patches", "answers", "characters"]
 TASKS: dict[Task, int] = {"patches": 1, "answers": 2, "characters": 3}
-"""The streams of scenes, by task; held-out scenes come from another."""
+"""Task -> second part of its scenes' seeds; held-out scenes have another one."""
 
 NOTHING = "nothing"
 PATCH_CHOICES: tuple[tuple[str, ...], ...] = (
@@ -53,12 +53,12 @@ PATCH_CHOICES: tuple[tuple[str, ...], ...] = (
     ("left", "right"),
     ("middle", NOTHING),
 )
-"""What is asked of each patch: choices between words."""
+"""The classes of a patch's targets, in words."""
 
 IGNORED = -100
-"""The label of a token that is not to be predicted."""
+"""Label of a token that is not predicted."""
 
-# A patch shows a thing where at least this many of its 64 pixels do.
+# A patch counts as showing a thing if at least this many of its 64 pixels do.
 _MIN_PIXELS = 7
 _NUM_QUESTIONS = 12
 _MANY_CHARACTERS: dict[str, Any] = {"num_each": 4, "share": 0.9}
@@ -73,16 +73,16 @@ _KIND_SHARES: dict[Kind, float] = {
 
 
 class TrainingScenes(Dataset[dict[str, Tensor]]):
-    """Scenes by number, always the same for a seed.
+    """Scenes by number, which depend only on the seed.
 
     Args:
-        task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "characters": the same, of scenes that
-            have more of them. "answers": both, and ids, labels and segments [L] of some twelve questions one after the
-            other, of which each counts as a segment from 1 on; has_named [L], whether a token's question has named by
-            then what it asks for, and looks [2, 12, 196], the patches that show it, and their middles.
-        seed: The seed that all scenes are drawn from.
-        tokenizer: The model's.
-        asked: A question up to its answer, in the model's chat template.
+        task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "characters": the same, of scenes with
+            more characters. "answers": both, and ids, labels and segments [L] of up to twelve questions in a row,
+            whose segments are numbered from 1; has_named [L], whether a question has named by this token what it asks
+            for; and looks [2, 12, 196], the patches that show it, and its middle patch.
+        seed: Seed of all scenes.
+        tokenizer: Tokenizer of the model.
+        asked: `PocketModel.asked`.
     """
 
     def __init__(self, task: Task, seed: int, tokenizer: Any, asked: str) -> None:
@@ -146,7 +146,7 @@ def patch_targets(scene: Scene) -> Tensor:
 
 
 def draw_mask(scene: Scene) -> np.ndarray:
-    """Returns [112, 112] uint8: 0 where nothing is, else 1 + the index into things followed by glyphs."""
+    """Returns [112, 112] uint8: 0 where there is nothing, otherwise 1 + the index into things followed by glyphs."""
     mask = Image.new("L", (SCENE_PX, SCENE_PX))
     pen = ImageDraw.Draw(mask)
     pen.fontmode = "1"
@@ -158,7 +158,7 @@ def draw_mask(scene: Scene) -> np.ndarray:
 
 
 def _patch_items(scene: Scene) -> np.ndarray:
-    """Returns [196]: for each patch, 0 or 1 + the index of the thing or glyph that it shows most of."""
+    """Returns [196]: for each patch, 0 or 1 + the index of the thing or glyph that most of its pixels show."""
     patches = draw_mask(scene).reshape(GRID, PATCH_PX, GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
     num_items = len(scene.things) + len(scene.glyphs)
     counts = np.stack([(patches == item).sum(1) for item in range(1 + num_items)], axis=1)

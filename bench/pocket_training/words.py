@@ -1,4 +1,4 @@
-"""The pocket models' words, a token each."""
+"""The vocabulary of the pocket models: each word is one token."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def word_tokenizer(special: Sequence[str], *, first: str = "", **roles: Any) -> 
     """Returns a fast tokenizer of lower-case words and marks.
 
     Args:
-        special: Tokens that are no words; `<unk>` is one of them.
-        first: What every text begins with.
-        **roles: `eos_token` and so on, as of `PreTrainedTokenizerFast`.
+        special: Special tokens, `<unk>` among them.
+        first: Token that is put before every text; empty for none.
+        **roles: `eos_token` and others, as `PreTrainedTokenizerFast` takes them.
     """
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys((*special, *WORDS)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
