@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["add_export_parser", "run_export"]
 
 _FOLDER = Path("artifacts/export")
-_SECONDS_WITHOUT_A_WORD = 10
+_MAX_SILENT_S = 10
 _INTERRUPTED = 130
 _LIBRARIES_WITH_ERRORS = ("google", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch")
 
@@ -53,7 +53,7 @@ _FEATURES = {
     "qwen3.5-moe": _Features(2048, 1152, has_float32_keys=True),
 }
 
-# Spelled out here as well as in the modules that use them: --help must not wait for them to be imported.
+# Also in the modules that use them, whose import would delay --help.
 _FORMS = ("lazy", "loop", "unrolled")
 _DTYPES = ("float16", "bfloat16", "float32")
 _SIZES = "a size, MIN:MAX or MIN:OPTIMUM:MAX"
@@ -83,90 +83,129 @@ def add_export_parser(commands: Any) -> None:
     selection.add_argument(
         "--keys-width", type=int, metavar="d", help="width of vision features (default: 7B of the preset)"
     )
-    selection.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the features (default float16)")
     selection.add_argument(
-        "--keys-dtype", choices=_DTYPES, help="of the features before the projector (of a Qwen: float32, else --dtype)"
+        "--dtype", choices=_DTYPES, default="float16", help="dtype of the features (default float16)"
+    )
+    selection.add_argument(
+        "--keys-dtype",
+        choices=_DTYPES,
+        help="dtype of the features before the projector (default: float32 for a Qwen, else --dtype)",
     )
     _add_common(selection, "default llava-1.5")
 
     encoder = kinds.add_parser("encoder", help="a vision encoder with the selection: pixels in, kept tokens out")
     encoder.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
     size = encoder.add_mutually_exclusive_group()
-    size.add_argument("--image-size", type=_image_size, metavar="WxH", help="pixels; all but Qwens have one size")
+    size.add_argument(
+        "--image-size",
+        type=_image_size,
+        metavar="WxH",
+        help="size of an image in pixels; only Qwens take other sizes than their own",
+    )
     size.add_argument(
         "--tokens",
         type=_range,
         metavar="N",
-        help=f"tokens of an image, of a Qwen of any size, of InternVL3 of any number of tiles: {_SIZES}",
+        help=f"tokens of an image, for a Qwen of any size or an InternVL3 of any number of tiles: {_SIZES}",
     )
-    encoder.add_argument("--dtype", choices=_DTYPES, default="float16", help="of the encoder (default float16)")
+    encoder.add_argument("--dtype", choices=_DTYPES, default="float16", help="dtype of the encoder (default float16)")
     encoder.add_argument(
         "--batch-size",
         type=_range,
         metavar="B",
-        help=f"images at a time, of LLaVA-NeXT tiles of one: {_SIZES} (default 1; all that an image may have)",
+        help=f"images at a time, for LLaVA-NeXT the tiles of one image: {_SIZES} (default 1; all possible tiles)",
     )
     encoder.add_argument(
-        "--random-weights", action="store_true", help="from config.json alone, to try sizes and engines"
+        "--random-weights", action="store_true", help="read config.json only, to try sizes and engines"
     )
     encoder.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
     _add_common(encoder, "default: the model's")
 
-    attach = kinds.add_parser("attach", help="the selection at the end of an encoder that is an ONNX file already")
+    attach = kinds.add_parser(
+        "attach", help="an encoder that is an ONNX file already, with the selection added at its end"
+    )
     attach.add_argument("--onnx", type=Path, required=True, help="the encoder")
     attach.add_argument("--vision", required=True, metavar="TENSOR", help="tokens after the projector")
-    attach.add_argument("--keys", metavar="TENSOR", help="features before it (left out: which there are)")
     attach.add_argument(
-        "--skip-tokens", type=int, metavar="S", help="class and register tokens in front (default: by the shapes)"
+        "--keys", metavar="TENSOR", help="features before the projector; without it, the candidates are printed"
     )
-    attach.add_argument("--map", choices=("nchw", "nhwc"), help="how a map lies that is as wide as it is deep")
-    attach.add_argument("--batch", type=_range, metavar="B", help=f"{_SIZES}, where the graph leaves it open (1:1:8)")
     attach.add_argument(
-        "--keys-per-token", type=int, default=1, metavar="G", help="consecutive features that make a token (default 1)"
+        "--skip-tokens",
+        type=int,
+        metavar="S",
+        help="number of class and register tokens before the patches (default: from the shapes)",
     )
-    attach.add_argument("--keys-index", metavar="TENSOR", help="for each token, which merged feature is its own")
-    attach.add_argument("--tokens", type=_range, metavar="N", help=f"{_SIZES}, where the graph leaves it open")
-    attach.add_argument("--grid-width", type=int, help="tokens in an image's row; adds M-RoPE `positions`")
+    attach.add_argument("--map", choices=("nchw", "nhwc"), help="layout of a feature map whose width equals its depth")
     attach.add_argument(
-        "--dim", type=_named_range, action="append", default=[], metavar="NAME=RANGE", help="range of another open size"
+        "--batch",
+        type=_range,
+        metavar="B",
+        help=f"images at a time, if the graph leaves it open: {_SIZES} (default 1:1:8)",
+    )
+    attach.add_argument(
+        "--keys-per-token",
+        type=int,
+        default=1,
+        metavar="G",
+        help="number of consecutive features that are merged into a token (default 1)",
+    )
+    attach.add_argument("--keys-index", metavar="TENSOR", help="index of the merged feature of each token")
+    attach.add_argument(
+        "--tokens", type=_range, metavar="N", help=f"tokens of an image, if the graph leaves it open: {_SIZES}"
+    )
+    attach.add_argument("--grid-width", type=int, help="tokens in a row of an image; adds the output `positions`")
+    attach.add_argument(
+        "--dim",
+        type=_named_range,
+        action="append",
+        default=[],
+        metavar="NAME=RANGE",
+        help="range of another dimension that the graph leaves open",
     )
     attach.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
     _add_common(attach, "needed where a temperature or alpha is not given")
 
     engine = kinds.add_parser("engine", help="a TensorRT engine of an exported ONNX file")
     engine.add_argument("file", type=Path, help="an ONNX file, with its manifest beside it")
-    engine.add_argument("--output", type=Path, metavar="FILE.engine", help="where to write (default: beside the file)")
-    engine.add_argument("--skip-check", action="store_true", help="write it without holding it against the reference")
-    engine.add_argument("--force", action="store_true", help="replace what is there")
-    engine.add_argument("--tensorrt", choices=_LIBRARIES, default="auto", help="what builds it (default auto)")
+    engine.add_argument(
+        "--output", type=Path, metavar="FILE.engine", help="the new file (default: beside the ONNX file)"
+    )
+    engine.add_argument("--skip-check", action="store_true", help="write it without comparing it with the reference")
+    engine.add_argument("--force", action="store_true", help="replace existing files")
+    engine.add_argument("--tensorrt", choices=_LIBRARIES, default="auto", help="library that builds it (default auto)")
     _add_engine(engine)
 
     triton = kinds.add_parser("triton", help="a Triton Inference Server's model repository of an exported ONNX file")
     triton.add_argument("file", type=Path, help="an ONNX file, with its manifest beside it")
-    triton.add_argument("--repository", type=Path, required=True, metavar="FOLDER", help="where the models are")
-    triton.add_argument("--force", action="store_true", help="replace what is there")
+    triton.add_argument(
+        "--repository", type=Path, required=True, metavar="FOLDER", help="folder of the model repository"
+    )
+    triton.add_argument("--force", action="store_true", help="replace existing files")
 
-    check = kinds.add_parser("check", help="hold an exported file against the reference again")
+    check = kinds.add_parser("check", help="compare an exported file with the reference again")
     check.add_argument("file", type=Path, help="an ONNX file or an engine, with its manifest beside it")
     check.add_argument(
-        "--features", type=Path, metavar="X.npz", help="your own: the selection's inputs by name, or the whole graph's"
+        "--features",
+        type=Path,
+        metavar="X.npz",
+        help="features to check it with: arrays by input name, of the selection or of the whole graph",
     )
 
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok export`: 0 ok, 1 a check or a build failed, 2 usage, 130 Ctrl-C."""
-    # So that a job scheduler's end leaves no half-written folder either.
+    # SIGTERM, too, leaves no incomplete folder.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with Console(stderr=True).status("Starting") as status:
             return _run(arguments, lambda step: status.update(step[:1].upper() + step[1:]))
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written was left behind", _INTERRUPTED)
+        return _fail("interrupted; no incomplete file is left", _INTERRUPTED)
     except OSError as error:
         hint = ": free some space, or choose another --output" if error.errno in (errno.ENOSPC, errno.EFBIG) else ""
         return _fail(f"{error}{hint}", 2)
     except ModuleNotFoundError:
-        raise  # the command line says what to install
+        raise  # the command line names the missing package
     except ValueError as error:
         return _fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:
@@ -195,12 +234,12 @@ def _run(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> int:
 
 
 def _library_error(error: BaseException) -> str:
-    """Returns a library's error in one line, with what to do."""
+    """Returns a library's error message in one line, with a remedy if one is known."""
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or "allocate" in said or "out of memory" in said.lower():
         return f"out of memory ({said:.200}): export for fewer tokens or smaller images, or on a larger machine"
     if type(error).__module__.startswith(("google", "onnx.")):
-        return f"protobuf does not take it ({said:.200}): a graph ends at 2 GiB; keep its weights in a file beside it"
+        return f"protobuf refuses it ({said:.200}): a graph has at most 2 GiB; keep its weights in a file beside it"
     return f"{type(error).__module__}.{type(error).__name__}: {said:.400}"
 
 
@@ -337,7 +376,7 @@ def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> Non
     except ArtifactError as error:
         raise ArtifactError(f"{error}{_what_it_says_of_itself(arguments.file)}") from error
     features = None if arguments.features is None else _load_features(arguments.features)
-    if features is None and (seconds := estimated_seconds(manifest)) > _SECONDS_WITHOUT_A_WORD:
+    if features is None and (seconds := estimated_seconds(manifest)) > _MAX_SILENT_S:
         _note(f"it takes about {seconds:.0f} s on this machine")
     check = check_artifact(
         arguments.file, manifest, features=features, on_case=lambda case: on_step(f"checking {case}")
@@ -348,7 +387,7 @@ def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> Non
 
 
 def _what_it_says_of_itself(file: Path) -> str:
-    """Returns what an ONNX file that has another name, or no manifest, was exported as; empty if it does not say."""
+    """Returns the name and constants that an ONNX file was exported with, for a message; empty if it has none."""
     import onnx_ir as ir
 
     try:
@@ -393,7 +432,7 @@ def _load_features(path: Path) -> dict[str, Tensor]:
 
 
 def _output(arguments: argparse.Namespace, name: str) -> Path:
-    """Returns where to write: a file, or one of that name in a folder."""
+    """Returns the path to write: --output, or a file of this name in a folder."""
     if arguments.output is None:
         return _FOLDER / name
     is_folder = arguments.output.endswith(("/", os.sep)) or Path(arguments.output).is_dir()
@@ -416,7 +455,7 @@ def _note(text: str) -> None:
 def _planned_engine(
     onnx_file: Path, budget: int, arguments: argparse.Namespace, *, is_told: bool
 ) -> tuple[Path, Library] | None:
-    """Returns where the engine will be and what builds it; what stands in the way shows before anything is made."""
+    """Returns the engine's path and the library that builds it; None without an engine. Wrong arguments raise here."""
     from mmtok_export.artifact import check_output
 
     check_output(onnx_file, force=arguments.force)
@@ -434,7 +473,7 @@ def _planned_engine(
 def _engine_of(
     onnx_file: Path, budget: int, arguments: argparse.Namespace, *, path: Path | None = None
 ) -> tuple[Path, Library]:
-    """Returns where the engine will be and what builds it."""
+    """Returns the engine's path and the library that builds it."""
     from mmtok_deploy.engines.tensorrt import tensorrt_module
     from mmtok_export.artifact import check_output
     from mmtok_export.tensorrt import check_targets, choose_library, engine_path
@@ -443,7 +482,7 @@ def _engine_of(
     check_targets(library, arguments.target, budget)
     missing = [plugin for plugin in arguments.plugin if not plugin.is_file()]
     if missing:
-        raise ValueError(f"--plugin {missing[0]} is not there")
+        raise ValueError(f"--plugin {missing[0]} does not exist")
     tensorrt_module(library)
     path = path or engine_path(onnx_file, library, arguments.target)
     check_output(path, force=arguments.force)
@@ -454,7 +493,7 @@ def _check_dimensions(open_sizes: set[str], ranges: dict[str, DimRange], *, has_
     unknown = sorted(set(ranges) - open_sizes)
     if unknown:
         known = ", ".join(sorted(open_sizes)) or "none"
-        raise ValueError(f"--dim {unknown[0]}: the encoder leaves open {known}, besides what --tokens is for")
+        raise ValueError(f"--dim {unknown[0]}: the other open dimensions of the encoder are {known}")
     missing = sorted(open_sizes - set(ranges))
     if missing and has_engine:
         raise ValueError(f"an engine needs the range of every open size: add --dim {missing[0]}=MIN:MAX")
@@ -507,9 +546,9 @@ def _fail(message: str, code: int) -> int:
 
 
 def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
-    parser.add_argument("--budget", type=_budget, required=True, help="tokens to keep: 64, or 10%% of an image's")
+    parser.add_argument("--budget", type=_budget, required=True, help="tokens to keep of an image: 64 or 10%%")
     parser.add_argument(
-        "--budget-input", action="store_true", help="each image's budget is an input, and --budget the largest"
+        "--budget-input", action="store_true", help="make each image's budget an input; --budget is then the largest"
     )
     parser.add_argument(
         "--text-tokens",
@@ -518,15 +557,15 @@ def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
         metavar="M",
         help=f"rows of text: {_SIZES} (default 1:32:256)",
     )
-    parser.add_argument("--form", choices=_FORMS, default="lazy", help="how the picks are made (default lazy)")
-    parser.add_argument("--preset", choices=PRESETS, help=f"whose constants ({default_preset})")
+    parser.add_argument("--form", choices=_FORMS, default="lazy", help="algorithm of the graph (default lazy)")
+    parser.add_argument("--preset", choices=PRESETS, help=f"family whose constants are taken ({default_preset})")
     parser.add_argument("--tv-temp", type=float, help="temperature of the text-to-vision softmax")
     parser.add_argument("--vv-temp", type=float, help="temperature of the vision-to-vision softmax")
-    parser.add_argument("--alpha", type=float, help="weight of covering the image against covering the text")
+    parser.add_argument("--alpha", type=float, help="weight of the coverage of the image beside that of the text")
     parser.add_argument("--coverage", choices=get_args(Coverage), help="what the kept tokens cover")
-    parser.add_argument("--output", metavar="FILE.onnx", help=f"where to write, a file or FOLDER/ (default {_FOLDER}/)")
-    parser.add_argument("--skip-check", action="store_true", help="write it without holding it against the reference")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--output", metavar="FILE.onnx", help=f"the new file, or FOLDER/ (default {_FOLDER}/)")
+    parser.add_argument("--skip-check", action="store_true", help="write it without comparing it with the reference")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
         "--tensorrt", nargs="?", const="auto", choices=_LIBRARIES, help="build an engine as well (default auto)"
     )
@@ -540,7 +579,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LIB.so",
-        help="library of TensorRT plugins that an engine's operators need, more than once for several",
+        help="library of TensorRT plugins that the engine's operators need; repeatable",
     )
     parser.add_argument(
         "--target",
@@ -548,12 +587,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="8.6",
-        help="compute capability to build for, more than once for several (default: the GPU at hand)",
+        help="compute capability to build for; repeatable (default: that of this machine's GPU)",
     )
 
 
 def _config(arguments: argparse.Namespace, family: str | None) -> SelectionConfig:
-    """Returns the constants of the flags, and for what they leave out those of the preset or the family."""
+    """Returns the constants of the flags; those that are not given are the preset's or the family's."""
     named = arguments.preset or family
     if named is None and None in (arguments.tv_temp, arguments.vv_temp, arguments.alpha):
         raise ValueError(

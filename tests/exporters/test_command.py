@@ -108,7 +108,7 @@ def test_where_it_goes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--tensorrt=tensorrt", "--target=8.6"], "TensorRT builds for the GPU at hand alone, not for 8.6"),
         (["--tensorrt", "--target=8.6", "--tokens=4000", "--budget=4000"], "TensorRT keeps at most 3840 tokens"),
         (["--plugin=a.so"], "--plugin is for an engine: add --tensorrt"),
-        (["--tensorrt", "--target=8.6", "--plugin=a.so"], "--plugin a.so is not there"),
+        (["--tensorrt", "--target=8.6", "--plugin=a.so"], "--plugin a.so does not exist"),
         (["--vision-width=0"], "vision_width is at least 1, got 0"),
         (["--form=scan"], "invalid choice"),
     ],
@@ -322,7 +322,7 @@ def test_interrupted_while_libraries_are_imported(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said.splitlines() == ["mmtok export: interrupted; nothing half-written was left behind"]
+    assert said.splitlines() == ["mmtok export: interrupted; no incomplete file is left"]
 
 
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
