@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["Coverage", "SelectionConfig"]
+__all__ = ["Coverage", "KeySource", "SelectionConfig"]
 
 Coverage = Literal["multimodal", "text", "vision"]
+KeySource = Literal["input", "output"]
+"""The side of the projector by whose features image tokens are compared; the published selection takes its input."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mmtok_deploy.budget import Budget
-from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.config import KeySource, SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 
 __all__ = [
@@ -120,7 +120,8 @@ class Manifest:
         form: How the picks are made; a `Form` of the exporter.
         constants: Temperatures, weight, coverage.
         details: Further facts that depend on the kind: an encoder's family, image size and grid; the tensors that a
-            selection is attached to; an engine's compute capabilities.
+            selection is attached to; an engine's compute capabilities; `keys`, "output" where the keys are tokens
+            after the projector.
         versions: Versions of the libraries that made it.
         requires: Oldest version of each library that runs it.
         created: UTC time, ISO 8601.
@@ -176,6 +177,11 @@ class Manifest:
     def takes_budget(self) -> bool:
         """Whether the number of tokens to keep is an input, one number for each image."""
         return any(tensor.name == "budget" for tensor in self.inputs)
+
+    @property
+    def key_source(self) -> KeySource:
+        """The side of the projector that the keys are taken from."""
+        return "output" if self.details.get("keys") == "output" else "input"
 
     def num_kept(self, num_tokens: int, asked: int | None = None) -> int:
         """Returns how many tokens of an image are kept if none is excluded.

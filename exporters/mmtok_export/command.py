@@ -84,6 +84,12 @@ def add_export_parser(commands: Any) -> None:
         "--keys-width", type=int, metavar="d", help="width of vision features (default: 7B of the preset)"
     )
     selection.add_argument(
+        "--keys",
+        choices=("input", "output"),
+        default="input",
+        help="for a server of the same --mmtok-keys: output compares the vision tokens themselves (default input)",
+    )
+    selection.add_argument(
         "--dtype", choices=_DTYPES, default="float16", help="dtype of the features (default float16)"
     )
     selection.add_argument(
@@ -249,12 +255,17 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
     from mmtok_export.selection_graph import SelectionSpec, build_selection
 
     features = _FEATURES[arguments.preset or "llava-1.5"]
+    vision_width = features.vision_width if arguments.vision_width is None else arguments.vision_width
+    if arguments.keys == "output":
+        features = _Features(vision_width, vision_width)
+        if arguments.keys_width not in (None, vision_width) or arguments.keys_dtype not in (None, arguments.dtype):
+            raise ValueError("--keys output compares the vision tokens themselves: drop --keys-width and --keys-dtype")
     spec = SelectionSpec(
         budget=num_kept(arguments.budget, arguments.tokens),
         num_tokens=arguments.tokens,
         num_words=arguments.text_tokens,
         batch=arguments.batch,
-        vision_width=features.vision_width if arguments.vision_width is None else arguments.vision_width,
+        vision_width=vision_width,
         keys_width=features.keys_width if arguments.keys_width is None else arguments.keys_width,
         dtype=arguments.dtype,
         keys_dtype=arguments.keys_dtype or ("float32" if features.has_float32_keys else arguments.dtype),
@@ -268,7 +279,7 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
     engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
     on_step("building the graph")
     model = build_selection(spec)
-    details = {"preset": arguments.preset or "llava-1.5"}
+    details = {"preset": arguments.preset or "llava-1.5", "keys": arguments.keys}
     manifest = export_model(model, path, "selection", spec, details=details, **_how(arguments, on_step))
     _report(path, manifest, has_next=True)
     _build_engine(path, engine, arguments, on_step)

@@ -38,6 +38,7 @@ __all__ = [
     "is_nested",
     "needs_frames",
     "reads_attention",
+    "reads_keys",
     "reads_question",
 ]
 
@@ -150,3 +151,8 @@ def reads_question(name: MethodName) -> bool:
 def reads_attention(name: MethodName) -> bool:
     """True if the method reads `SelectionProblem.attention`: `visionzip` needs it, `scope` also works without it."""
     return name in ("scope", "visionzip")
+
+
+def reads_keys(name: MethodName) -> bool:
+    """True if the method compares image tokens by `SelectionProblem.keys`; the others read the tokens, or nothing."""
+    return name in ("mmtok", "vision-coverage", "scope", "apet")

@@ -6,7 +6,8 @@ A key is a SHA-256 digest of everything that the cached value depends on:
   is asked for, and the scope.
 - of a selection, and of the prefix cache: the features' key, N, K, the parts, the text between runs of placeholders,
   the guidance, the mask of tokens that may not be picked, the tokens' positions relative to the first, the method, its
-  seed, and the constants.
+  seed, by which side of the projector tokens are compared, and the constants. The features' key depends on none of
+  these but for a method that has the encoder read other pixels, or keep its attention.
 
 The scope keeps requests apart that must not share: the version of the weights and of the request's adapter, the
 adapter, and the caller's `extra_key` and `cache_salt`. Moving a key on (`CacheKeys.move_on`) makes new requests miss
@@ -308,7 +309,8 @@ class CacheKeys:
         if plan is None:
             return ImageKeys(image, None, digest(content), ((image_base, image_moves), (b"", 0)))
         asked = digest(*self._asked(plan))
-        selection_base = digest("selection", image, asked)
+        # What draws compares no tokens: a draw stays what it is on a server of other keys.
+        selection_base = digest("selection", image, asked, plan.keys)
         selection, selection_moves = self._moved_on(selection_base)
         return ImageKeys(
             image,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mmtok_deploy.auto_budget import AutoBudget
+from mmtok_deploy.backends.triton_plan import FeatureTypes
 from mmtok_deploy.manifest import ArtifactError, Manifest
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.settings import Settings
@@ -46,16 +47,25 @@ def check_engine_file(settings: Settings, family: Family, config: Any, dtype: to
         raise EngineMismatchError(
             f"--mmtok-engine {settings.engine} holds an encoder as well, the server has its own: mmtok export selection"
         )
-    problems = [*_size_problems(manifest, settings, family, config), *_dtype_problems(manifest, family, dtype)]
+    types = family.feature_types(config, dtype, settings.executor_keys)
+    problems = [*_size_problems(manifest, settings, family, config, types), *_dtype_problems(manifest, types)]
+    if manifest.key_source != settings.executor_keys:
+        # Beside the widths, which may be equal.
+        problems.append(
+            f"was exported with --keys {manifest.key_source}, the server compares tokens by the projector's "
+            f"{settings.executor_keys} (--mmtok-keys)"
+        )
     if manifest.constants != settings.executor_config:
         problems.append(f"was exported with {manifest.constants}, the server has {settings.executor_config}")
     if problems:
         raise EngineMismatchError(f"--mmtok-engine {settings.engine} {'; it '.join(problems)}. Export one that fits")
 
 
-def _size_problems(manifest: Manifest, settings: Settings, family: Family, config: Any) -> list[str]:
+def _size_problems(
+    manifest: Manifest, settings: Settings, family: Family, config: Any, types: FeatureTypes
+) -> list[str]:
     problems = []
-    widths = {"vision": family.vision_width(config), "keys": family.keys_width(config)}
+    widths = {"vision": types.vision_width, "keys": types.keys_width}
     for name, width in widths.items():
         *_, found = (None, *manifest.input(name).shape)
         if found != width:
@@ -90,8 +100,8 @@ def _budget_problems(manifest: Manifest, settings: Settings, family: Family, con
     return [f"keeps {manifest.budget} tokens, --mmtok-budget {budget} keeps {needed} of {num_tokens}"]
 
 
-def _dtype_problems(manifest: Manifest, family: Family, dtype: torch.dtype) -> list[str]:
-    dtypes = {"vision": dtype, "text": dtype, "keys": family.keys_dtype or dtype}
+def _dtype_problems(manifest: Manifest, types: FeatureTypes) -> list[str]:
+    dtypes = {"vision": types.vision, "text": types.vision, "keys": types.keys}
     return [
         f"takes {name} in {manifest.input(name).dtype}, the server computes them in {str(computed)[6:]}"
         for name, computed in dtypes.items()

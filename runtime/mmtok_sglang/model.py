@@ -48,6 +48,8 @@ class EncodedImage:
     def tiles(self, width: int) -> list[ImageTokens]:
         """Returns what is selected from: each tile by itself, and as many tokens of each.
 
+        With the keys "output", tokens are compared by what the projector makes of them.
+
         Args:
             width: The language model's. A wider token has what its deeper layers get behind it (DeepStack).
         """
@@ -56,9 +58,11 @@ class EncodedImage:
             vision, keys = (rows[0].unflatten(0, (self.plan.num_parts, -1)) for rows in (vision, keys))
         num_kept = self.plan.num_kept // len(vision)
         paid = [None] * len(vision) if attention is None else attention
+        vision = vision[..., :width]
+        keys = vision if self.plan.keys == "output" else keys
         return [
-            ImageTokens(self.names, self.plan, tokens[:, :width], before, num_kept, weights, tile)
-            for tile, (tokens, before, weights) in enumerate(zip(vision, keys, paid, strict=True))
+            ImageTokens(self.names, self.plan, tokens, compared, num_kept, weights, tile)
+            for tile, (tokens, compared, weights) in enumerate(zip(vision, keys, paid, strict=True))
         ]
 
 

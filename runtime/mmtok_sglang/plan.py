@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import MethodName, reads_attention
 
 __all__ = ["KEY", "ImagePlan", "joined_parts", "places_in_prompt", "plan_of", "share_guidance"]
@@ -39,6 +40,7 @@ class ImagePlan:
             of its F steps in time, [F - 1] lists; empty for one run. In the prompt, all from the first placeholder to
             the last is one span of K + T tokens, T those of the text: where the text stands in it is known when the
             tokens are selected.
+        keys: The side of the projector by whose features tokens are compared; "input" for a method that compares none.
     """
 
     num_tokens: int
@@ -52,6 +54,7 @@ class ImagePlan:
     num_parts: int = 1
     num_frames: int = 1
     between: list[list[int]] = field(default_factory=list)
+    keys: KeySource = "input"
 
     @property
     def num_between(self) -> int:

@@ -122,6 +122,7 @@ class ImagePlanner:
             auto=auto,
             num_parts=num_parts,
             num_frames=num_frames,
+            keys=asked.keys,
         )
 
     def _selection_size(self, item: Any, plan: ImagePlan, config: Any) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget
 from mmtok_deploy.budget import Budget
+from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import MethodName, reads_question
 from mmtok_deploy.shown import shown
 from mmtok_sglang.refusals import refusal
@@ -36,10 +37,10 @@ __all__ = [
 ]
 
 _FIELDS = (
-    *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_method", "mmtok_seed"),
+    *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_keys", "mmtok_method", "mmtok_seed"),
     "mmtok_video_budget",
 )
-_BUDGET, _ENCODER_SCALE, _GUIDANCE, _METHOD, _SEED, _VIDEO_BUDGET = _FIELDS
+_BUDGET, _ENCODER_SCALE, _GUIDANCE, _KEYS, _METHOD, _SEED, _VIDEO_BUDGET = _FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Requested:
         seed: What a method that draws is seeded with; 0 for the others.
         encoder_scale: What each of its sides is scaled by before the vision encoder.
         video_budget: What shares a video's budget.
+        keys: The side of the projector by whose features tokens are compared; "input" for a method that compares none.
     """
 
     budget: Budget | AutoBudget
@@ -59,6 +61,7 @@ class Requested:
     seed: int
     encoder_scale: float = 1.0
     video_budget: VideoBudget = "video"
+    keys: KeySource = "input"
 
     @property
     def changes_nothing(self) -> bool:
@@ -110,7 +113,7 @@ def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested
         raise refusal("method", f"mm_processor_kwargs.mmtok_{error}") from None
     return Requested(
         *(budget, method, seed if method == "random" else 0, _encoder_scale(kwargs, settings, method)),
-        video_budget,
+        *(video_budget, _keys(kwargs, settings, method)),
     )
 
 
@@ -135,6 +138,14 @@ def _method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
         return settings.method if given is None else settings.check_method(given)
     except ValueError as error:
         raise refusal("method", f"mm_processor_kwargs.{_METHOD}: {error}") from None
+
+
+def _keys(kwargs: Mapping[str, Any] | None, settings: Settings, method: MethodName) -> KeySource:
+    given = (kwargs or {}).get(_KEYS)
+    try:
+        return settings.check_keys(settings.keys if given is None else given, method)
+    except ValueError as error:
+        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
 
 
 def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmtok_deploy.backends.triton_plan import FeatureTypes
+from mmtok_deploy.config import KeySource
 from mmtok_deploy.coverage import coverage_bound
 from mmtok_deploy.executors import EngineExecutor, Executor, make_executor
 from mmtok_deploy.methods import MethodName, comparator, coverage_of
@@ -58,7 +59,7 @@ class ImageTokens:
         names: The image's keys.
         plan: The image's plan.
         vision: [N, D] tokens after the projector.
-        keys: [N, d] features before it.
+        keys: [N, d] features by which they are compared: those before it, or `vision`.
         num_kept: K, the tokens to keep of these.
         attention: [N] what the encoder pays to each token, where the plan's method goes by it.
         tile: The tile's number; 0 for an image in one piece.
@@ -115,15 +116,15 @@ class TokenSelector:
     Args:
         settings: The server's.
         metrics: What it counts.
-        expected: Returns what is selected from, given the model's Hugging Face configuration and dtype; None prepares
-            for nothing.
+        expected: Returns what is selected from, given the model's Hugging Face configuration, its dtype and the side of
+            the projector that keys are taken from; None prepares for nothing.
     """
 
     def __init__(
         self,
         settings: Settings,
         metrics: SelectionMetrics,
-        expected: Callable[[Any, torch.dtype], ExpectedFeatures] | None = None,
+        expected: Callable[[Any, torch.dtype, KeySource], ExpectedFeatures] | None = None,
     ) -> None:
         self._settings = settings
         self._expected = expected
@@ -150,7 +151,8 @@ class TokenSelector:
         device = next(model_runner.model.parameters()).device
         expected = None
         if self._expected is not None:
-            expected = self._expected(model_runner.model_config.hf_config, model_runner.dtype)
+            config = model_runner.model_config.hf_config
+            expected = self._expected(config, model_runner.dtype, self._settings.executor_keys)
         self.start(device, expected)
         if device.type == "cuda" and is_first_rank():
             count_triton_compiles()
@@ -325,10 +327,12 @@ class TokenSelector:
             else:
                 self._fall_back(outcomes[place], len(image.vision), image.num_kept, obstacle)
         made: dict[int, Selection | None] = {}
-        for method in {images[place].plan.method: None for place in problems}:
-            places = [place for place in problems if images[place].plan.method == method]
+        # Keys of one width together.
+        kinds = {place: (images[place].plan.method, images[place].plan.keys) for place in problems}
+        for kind in dict.fromkeys(kinds.values()):
+            places = [place for place in problems if kinds[place] == kind]
             selections = self._run_method(
-                method, [problems[place] for place in places], [outcomes[place] for place in places]
+                *kind, [problems[place] for place in places], [outcomes[place] for place in places]
             )
             made.update(zip(places, selections, strict=True))
         return [made.get(place) for place in range(len(images))]
@@ -344,13 +348,17 @@ class TokenSelector:
         return None
 
     def _run_method(
-        self, method: MethodName, problems: Sequence[SelectionProblem], outcomes: Sequence[Outcome]
+        self,
+        method: MethodName,
+        keys: KeySource,
+        problems: Sequence[SelectionProblem],
+        outcomes: Sequence[Outcome],
     ) -> list[Selection | None]:
         """Returns each problem's selection from one call; if that fails, from one call each, None where that fails."""
         if self._executor is None:
             raise RuntimeError("MMTok: an image is to be pruned before the model is loaded")
         try:
-            if method == self._settings.executor_method:
+            if method == self._settings.executor_method and keys == self._settings.executor_keys:
                 selections = self._executor.select(problems)
             else:
                 selections = comparator(method)(problems, self._settings.config)
@@ -362,7 +370,7 @@ class TokenSelector:
         # After the handler, to whose end the error holds the memory of the call that failed.
         if len(problems) > 1:
             return [
-                self._run_method(method, [problem], [outcome])[0]
+                self._run_method(method, keys, [problem], [outcome])[0]
                 for problem, outcome in zip(problems, outcomes, strict=True)
             ]
         self._fall_back(outcomes[0], len(problems[0].vision), problems[0].num_picks, why)

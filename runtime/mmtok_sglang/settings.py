@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from mmtok_deploy.auto_budget import AutoBudget
 from mmtok_deploy.budget import Budget
-from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.config import KeySource, SelectionConfig
 from mmtok_deploy.executors import ExecutorName
 from mmtok_deploy.guidance import GuidanceRule
-from mmtok_deploy.methods import MethodName, check_method, coverage_of, needs_frames
+from mmtok_deploy.methods import MethodName, check_method, coverage_of, needs_frames, reads_keys
 from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.shown import shown
 from mmtok_sglang.agent_address import AgentAddress
@@ -118,6 +118,12 @@ class Settings:
         mm_processor_kwargs={"mmtok_method": ...}. One that the model cannot run is an error at start.
         Default: mmtok."""),
     ] = "mmtok"
+    keys: Annotated[
+        KeySource,
+        Help("""what image tokens are compared with each other by: the features that go into the projector, or merger
+        (input, as published), or the tokens that come out of it (output). For the methods mmtok, vision-coverage, scope
+        and apet. A request overrides it with mm_processor_kwargs={"mmtok_keys": ...}. Default: input."""),
+    ] = "input"
     video_budget: Annotated[
         VideoBudget,
         Help("""what a budget is shared by within a video: coverage over all of its frames at once (video), or its
@@ -171,6 +177,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_video_budget(self.video_budget)
+        _check_key_source(self.keys)
         if self.guidance not in get_args(GuidanceRule):
             raise ValueError(f"guidance is one of {', '.join(get_args(GuidanceRule))}, got {self.guidance!r}")
         if self.backend in ("onnxruntime", "tensorrt") and self.engine is None:
@@ -212,6 +219,27 @@ class Settings:
             )
         return name
 
+    def check_keys(self, keys: object, method: MethodName) -> KeySource:
+        """Returns what the method compares tokens by if this server's backend runs it so; "input" if it compares none.
+
+        Args:
+            keys: Of the request.
+            method: What chooses the request's tokens.
+
+        Raises:
+            ValueError: There are no such features, or the backend's file or kernels are for the others.
+        """
+        source = _check_key_source(keys)
+        if not reads_keys(method):
+            return "input"
+        if source != self.keys and (self.engine is not None or self.backend not in ("auto", "torch")):
+            runs = self.backend if self.engine is None else self.engine.name
+            raise ValueError(
+                f"keys {source} is not what {runs} runs on this server, which compares tokens by the projector's "
+                f"{self.keys}: ask for {self.keys}, or start the server with --mmtok-backend torch"
+            )
+        return source
+
     @property
     def executor_method(self) -> MethodName:
         """The method that the backend or the exported file runs; PyTorch's operations run all others."""
@@ -221,6 +249,11 @@ class Settings:
     def executor_config(self) -> SelectionConfig:
         """The constants of `executor_method`."""
         return replace(self.config, coverage=coverage_of(self.executor_method) or self.config.coverage)
+
+    @property
+    def executor_keys(self) -> KeySource:
+        """The side of the projector by whose features the backend or the exported file compares tokens."""
+        return self.keys if reads_keys(self.executor_method) else "input"
 
     def _check_agent(self) -> None:
         if self.agent_timeout_ms <= 0:
@@ -282,6 +315,13 @@ def check_video_budget(value: object) -> VideoBudget:
         if value == known:
             return known  # type: ignore[no-any-return]
     raise ValueError(f"video_budget is one of {', '.join(get_args(VideoBudget))}, got {value!r:.100}")
+
+
+def _check_key_source(value: object) -> KeySource:
+    for known in get_args(KeySource):
+        if value == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"keys is one of {', '.join(get_args(KeySource))}, got {shown(value)}")
 
 
 _CONFIG_HELP = {

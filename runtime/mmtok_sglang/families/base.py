@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmtok_deploy.backends.triton_plan import MAX_TOKENS, FeatureTypes
 from mmtok_deploy.budget import Budget
+from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.images import ImageLoader
 from mmtok_sglang.limits import Limits
@@ -172,9 +173,22 @@ class Family(ABC):
         """Returns N of every selection, None where images have different numbers of tokens."""
         return None
 
-    def expected_features(self, config: Any, dtype: torch.dtype) -> ExpectedFeatures:
-        """Returns what tokens are selected from, for a model of that dtype."""
-        types = FeatureTypes(dtype, self.keys_dtype or dtype, self.vision_width(config), self.keys_width(config))
+    def feature_types(self, config: Any, dtype: torch.dtype, keys: KeySource = "input") -> FeatureTypes:
+        """Returns the dtypes and widths of what tokens are selected from, for a model of that dtype.
+
+        Args:
+            config: The model's Hugging Face configuration.
+            dtype: What it is served in.
+            keys: The side of the projector that keys are taken from.
+        """
+        vision_width = self.vision_width(config)
+        if keys == "output":
+            return FeatureTypes(dtype, dtype, vision_width, vision_width)
+        return FeatureTypes(dtype, self.keys_dtype or dtype, vision_width, self.keys_width(config))
+
+    def expected_features(self, config: Any, dtype: torch.dtype, keys: KeySource = "input") -> ExpectedFeatures:
+        """Returns what tokens are selected from; arguments as of `feature_types`."""
+        types = self.feature_types(config, dtype, keys)
         num_tokens = self.num_selected_from(config)
         return ExpectedFeatures(types, (1, MAX_TOKENS) if num_tokens is None else (num_tokens, num_tokens))
 
