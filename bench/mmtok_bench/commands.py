@@ -180,7 +180,8 @@ def _add_quality(commands: Any) -> None:
         "--methods",
         type=each(str),
         help=f"some of {','.join(_METHODS)} (default: all that the family can run), or mmtok+agent: a second server, "
-        "to whose guidance the first one's unpruned answer is added",
+        "to whose guidance the first one's unpruned answer is added, or mmtok+output: tokens compared by the "
+        "projector's output (--mmtok-keys), as for vision-coverage, scope and apet",
     )
     what.add_argument(
         "--budgets",

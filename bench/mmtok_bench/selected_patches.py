@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.vision_utils import get_vision_window_index
 
 from mmtok_deploy import Budget, Selection, select_tokens
+from mmtok_deploy.config import KeySource
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.methods import MethodName, comparator
 from mmtok_deploy.methods.visionzip import class_token_attention
@@ -115,7 +116,14 @@ class PatchSelector:
         return embedded
 
     @torch.inference_mode()
-    def select(self, image: EncodedImage, text: Tensor, budget: BudgetLike, method: MethodName = "mmtok") -> Selection:
+    def select(
+        self,
+        image: EncodedImage,
+        text: Tensor,
+        budget: BudgetLike,
+        method: MethodName = "mmtok",
+        keys: KeySource = "input",
+    ) -> Selection:
         """Returns the tokens of an image that a method keeps.
 
         Args:
@@ -124,16 +132,18 @@ class PatchSelector:
             budget: Tokens to keep. Excluded tokens are kept only at a budget of all tokens.
             method: Name of the method. `random` draws with seed 0; a server's seed depends on image, question and
                 budget.
+            keys: The side of the projector by whose features tokens are compared.
 
         Raises:
             ValueError: A budget that is not understood, or a method that cannot run on the features.
         """
         num_kept = Budget.parse(budget).num_kept(len(image.vision))
+        compared = image.vision if keys == "output" else image.keys
         if method == "mmtok":
-            features = (image.vision, image.keys, text)
+            features = (image.vision, compared, text)
             return select_tokens(*features, num_kept, config=self.preset.config, excluded=image.excluded)
         problem = SelectionProblem(
-            *(image.vision, image.keys, text, min(num_kept, image.num_pickable), image.excluded, image.attention)
+            *(image.vision, compared, text, min(num_kept, image.num_pickable), image.excluded, image.attention)
         )
         (selection,) = comparator(method)([problem], self.preset.config)
         return selection

@@ -40,9 +40,15 @@ def add_pocket_parser(commands: Any) -> None:
     shares.add_argument("rows", type=Path, nargs="+", metavar="FILE.jsonl", help="rows of all models")
     answers = kinds.add_parser("answers", help="asks a pocket model in this process, without a server")
     answers.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
-    answers.add_argument("--budgets", type=each(str), required=True, help="of MMTok: auto,32,25%%")
+    answers.add_argument("--budgets", type=each(str), required=True, help="auto,32,25%%; all is asked once")
+    answers.add_argument(
+        "--methods", type=each(str), default=["mmtok"], help="as of mmtok quality: mmtok,mmtok+output (default mmtok)"
+    )
     answers.add_argument("--seeds", type=each(seed), default=[3, 4, 5], help="of the scenes (default 3,4,5)")
     answers.add_argument("--num-questions", type=count, default=170, help="of each kind and seed (default 170)")
+    answers.add_argument(
+        "--rows", type=Path, metavar="FILE.jsonl", help="takes the scores, as mmtok quality writes them"
+    )
     answers.add_argument("output", type=Path, metavar="FILE.answers", help="answers are added to it")
     auto = kinds.add_parser("auto", help="the budget auto beside other ones, and features of images beside answers")
     auto.add_argument("answers", type=Path, metavar="FILE.answers", help="of one model, auto among its budgets")
@@ -71,9 +77,16 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from pocket_training.auto_budget import lines_of_comparison, shares_of
 
     if arguments.pocket == "answers":
-        from pocket_training.pruned_answers import answer_all
+        from mmtok_bench.quality.plan import QualityPlan
+        from pocket_training.pruned_answers import answer_all, write_rows
 
-        answer_all(arguments.family, arguments.budgets, arguments.seeds, arguments.num_questions, arguments.output)
+        plan = QualityPlan(
+            *(tuple(arguments.methods), tuple(arguments.budgets), tuple(arguments.seeds)),
+            num_questions=arguments.num_questions,
+        )
+        answer_all(arguments.family, plan, arguments.output)
+        if arguments.rows is not None:
+            write_rows(arguments.family, plan, arguments.output, arguments.rows)
         return 0
     if arguments.pocket == "auto":
         print("\n".join(lines_of_comparison(arguments.answers)))

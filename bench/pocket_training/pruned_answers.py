@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,23 @@ from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import AskedScene, Question, fingerprint, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
-from mmtok_bench.quality.plan import ScoredAnswer, append_answers
+from mmtok_bench.quality.plan import (
+    UNPRUNED,
+    WITH_OUTPUT_KEYS,
+    QualityPlan,
+    ScoredAnswer,
+    append_answers,
+    read_answers,
+    split_method,
+)
+from mmtok_bench.quality.rows import ALL_SEEDS, rows_of
 from mmtok_bench.quality.scoring import is_right, normalise
+from mmtok_bench.results import append_row
 from mmtok_bench.selected_patches import EncodedImage, PatchSelector
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget, what_is_asked
-from mmtok_deploy.budget import Budget
+from mmtok_deploy.methods import is_nested
 
-__all__ = ["PocketModel", "answer_all"]
+__all__ = ["PocketModel", "answer_all", "write_rows"]
 
 
 class PocketModel:
@@ -33,25 +43,26 @@ class PocketModel:
         self._model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self._processor = AutoProcessor.from_pretrained(checkpoint)
 
+    def read(self, picture: Image.Image, question: str) -> Any:
+        """Returns the processor's inputs of a question about a picture, unpruned."""
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = self._processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        return self._processor(text=[prompt], images=[picture], return_tensors="pt")
+
     @torch.inference_mode()
-    def answer(self, picture: Image.Image, encoded: EncodedImage, question: str, num_kept: int, num_words: int) -> str:
-        """Returns the answer from `num_kept` tokens of the picture, each at the position that it has unpruned.
+    def answer(self, inputs: Any, encoded: EncodedImage, kept: Tensor, num_words: int) -> str:
+        """Returns the answer from the kept tokens of a picture, each at the position that it has unpruned.
 
         LLaVA-1.5 counts the positions of its prompt: there they run on.
 
         Args:
-            picture: As it is sent.
-            encoded: What `selector.encode` makes of it.
-            question: About it.
-            num_kept: Tokens that MMTok keeps, with the family's preset.
+            inputs: Result of `read`.
+            encoded: What `selector.encode` makes of the picture.
+            kept: [K] int64 tokens of it, in raster order.
             num_words: The most tokens of the answer.
         """
-        parts = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = self._processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-        inputs = self._processor(text=[prompt], images=[picture], return_tensors="pt")
         (ids,) = inputs["input_ids"]
         start = int((ids == self._model.config.image_token_id).nonzero()[0])
-        kept = self.selector.select(encoded, self.selector.embed(question), num_kept).kept
         embed = self._model.get_input_embeddings()
         behind = ids[start + len(encoded.vision) :]
         rows = torch.cat([embed(ids[:start]), encoded.vision[kept], embed(behind)])
@@ -78,47 +89,101 @@ class PocketModel:
         return positions[..., places], int(positions.max()) + 1
 
 
-def answer_all(
-    family: PocketFamily, budgets: Sequence[str], seeds: Sequence[int], num_questions: int, answers: Path
-) -> None:
-    """Writes the answers of MMTok at each budget to the questions of each seed, as `mmtok quality` does.
+def answer_all(family: PocketFamily, plan: QualityPlan, answers: Path) -> None:
+    """Writes the answers of each method at each budget to the questions of each seed, as `mmtok quality` does.
 
     Raises:
-        ValueError: A budget that is not understood.
+        ValueError: A budget of smaller images, or the method with an agent.
     """
-    parsed = {text: parse_budget(text, AutoBudget()) for text in budgets}
+    for budget in plan.budgets:
+        parse_budget(budget, AutoBudget())
+    for method in plan.methods:
+        split_method(method)
     model = PocketModel(family)
-    for seed in seeds:
-        scenes = make_scenes(seed, num_questions)
+    for seed in plan.seeds:
+        scenes = make_scenes(seed, plan.num_questions)
+        question_set = fingerprint(scenes)
         given = [
             each
             for scene in scenes
-            for each in _answers(model, scene, parsed, PICTURE_PX.get(family, SCENE_PX), fingerprint(scenes))
+            for each in _answers(model, scene, plan, PICTURE_PX.get(family, SCENE_PX), question_set)
         ]
-        for budget in budgets:
-            append_answers(answers, (each for each in given if each.budget == budget))
+        for setting in plan.pairs():
+            append_answers(answers, (each for each in given if (each.method, each.budget) == setting))
+
+
+def write_rows(family: PocketFamily, plan: QualityPlan, answers: Path, rows: Path) -> None:
+    """Writes the scores of a plan's answers over all of its seeds: a row for each kind, method and budget.
+
+    Raises:
+        ValueError: A line that is no answer.
+    """
+    found: dict[tuple[str, str], list[ScoredAnswer]] = {pair: [] for pair in plan.pairs()}
+    for setting, given in read_answers(answers).items():
+        found[setting.method, setting.budget] += given
+    question_set = fingerprint([scene for seed in plan.seeds for scene in make_scenes(seed, plan.num_questions)])
+    seed = ALL_SEEDS if len(plan.seeds) > 1 else plan.seeds[0]
+    for (method, budget), given in found.items():
+        is_by_output = method.endswith(WITH_OUTPUT_KEYS)
+        by_input = found.get((method.removesuffix(WITH_OUTPUT_KEYS), budget), []) if is_by_output else []
+        for row in rows_of(
+            *(given, found.get((UNPRUNED, "all"), []), by_input),
+            **{"model": f"pocket {family}", "seed": seed, "question_set": question_set},
+            device=torch.device("cpu"),
+            backend="transformers",
+        ):
+            append_row(rows, row)
 
 
 def _answers(
-    model: PocketModel, asked: AskedScene, budgets: dict[str, Budget | AutoBudget], side_px: int, question_set: str
+    model: PocketModel, asked: AskedScene, plan: QualityPlan, side_px: int, question_set: str
 ) -> Iterator[ScoredAnswer]:
     picture = picture_of(asked.scene, side_px)
     encoded = model.selector.encode(picture)
     for question, setting in zip(asked.questions, asked.settings, strict=True):
-        for name, budget in budgets.items():
-            chosen = budget.of(what_is_asked(question.text)) if isinstance(budget, AutoBudget) else budget
-            num_kept = chosen.num_kept(len(encoded.vision))
-            num_words = len(normalise(question.answer).split())
-            said = model.answer(picture, encoded, question.text, num_kept, num_words)
-            yield _scored(asked, question, setting, name, said, num_kept, question_set)
+        inputs = model.read(picture, question.text)
+        num_words = len(normalise(question.answer).split())
+        for pair, kept in _kept(model, encoded, question.text, plan):
+            said = model.answer(inputs, encoded, kept, num_words)
+            yield _scored(asked, question, setting, pair, said, len(kept), question_set)
+
+
+def _kept(
+    model: PocketModel, encoded: EncodedImage, question: str, plan: QualityPlan
+) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """Gives each method and budget of a plan, and the [K] tokens that it keeps, in raster order."""
+    budgets = {text: parse_budget(text, AutoBudget()) for text in plan.budgets}
+    asks, num_tokens = what_is_asked(question), len(encoded.vision)
+    nums_kept = {
+        text: (budget.of(asks) if isinstance(budget, AutoBudget) else budget).num_kept(num_tokens)
+        for text, budget in budgets.items()
+    }
+    orders: dict[str, Tensor] = {}
+    for name, budget in plan.pairs():
+        if name == UNPRUNED:
+            yield (name, budget), torch.arange(num_tokens)
+            continue
+        method, keys = split_method(name)
+        if name not in orders or not is_nested(method):
+            # Nested budgets: the first picks of the largest one are those of every other.
+            most = max(nums_kept[text] for of, text in plan.pairs() if of == name)
+            num_picks = most if is_nested(method) else nums_kept[budget]
+            orders[name] = model.selector.select(encoded, model.selector.embed(question), num_picks, method, keys).order
+        yield (name, budget), orders[name][: nums_kept[budget]].sort().values
 
 
 def _scored(
-    asked: AskedScene, question: Question, setting: str, budget: str, said: str, num_kept: int, question_set: str
+    asked: AskedScene,
+    question: Question,
+    setting: str,
+    pair: tuple[str, str],
+    said: str,
+    num_kept: int,
+    question_set: str,
 ) -> ScoredAnswer:
     return ScoredAnswer(
-        method="unpruned" if budget == "all" else "mmtok",
-        budget=budget,
+        method=pair[0],
+        budget=pair[1],
         seed=asked.seed,
         scene=asked.index,
         kind=question.kind,

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.pocket.questions import KINDS, Kind
-from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method
+from mmtok_deploy.config import KeySource
+from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method, reads_keys
 
 __all__ = [
     "METHODS",
     "UNPRUNED",
     "WITH_AGENT",
+    "WITH_OUTPUT_KEYS",
     "QualityPlan",
     "ScoredAnswer",
     "Setting",
@@ -22,6 +24,7 @@ __all__ = [
     "append_answers",
     "read_answers",
     "replace_answers",
+    "split_method",
 ]
 
 METHODS: tuple[MethodName, ...] = IMAGE_METHODS
@@ -29,6 +32,23 @@ UNPRUNED = "unpruned"
 """The method of budget "all", and of "all@0.5": no tokens are selected."""
 WITH_AGENT = "mmtok+agent"
 """MMTok on a second server, which adds an agent's answer to the guidance."""
+WITH_OUTPUT_KEYS = "+output"
+"""Ends the name of a method whose image tokens are compared by the projector's output: `mmtok+output`."""
+
+
+def split_method(name: str) -> tuple[MethodName, KeySource]:
+    """Returns the method of a name such as `mmtok` or `mmtok+output`, and what it compares image tokens by.
+
+    Raises:
+        ValueError: No such method, or one that compares no tokens by keys.
+    """
+    bare = name.removesuffix(WITH_OUTPUT_KEYS)
+    method = check_method(bare)
+    if bare == name:
+        return method, "input"
+    if not reads_keys(method):
+        raise ValueError(f"{name}: {method} reads no keys of image tokens, drop {WITH_OUTPUT_KEYS}")
+    return method, "output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +65,7 @@ class QualityPlan:
     """The settings and questions of one run.
 
     Args:
-        methods: Methods of selecting tokens; `WITH_AGENT` is one.
+        methods: Methods of selecting tokens, as `split_method` reads them; `WITH_AGENT` is one.
         budgets: As `MixedBudget.parse` reads them; "all", and "all@0.5" of a smaller image, are asked once, whatever
             the methods, and first. "auto" is the server's choice for each question.
         seeds: Seeds of the held-out scenes, and of the method `random`.
@@ -69,7 +89,7 @@ class QualityPlan:
                 raise ValueError(f"expected at least one of {name}, each once, got {values or 'none'}")
         for method in self.methods:
             if method != WITH_AGENT:
-                check_method(method)
+                split_method(method)
         for budget in self.budgets:
             MixedBudget.parse(budget)
         if any(not 0 <= seed < 2**32 for seed in self.seeds):

@@ -14,13 +14,12 @@ import torch
 from mmtok_bench.families import family_arguments
 from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.quality.lmms_eval import LmmsEvalError, LmmsScore, command_line, program_of, run_lmms_eval
-from mmtok_bench.quality.plan import UNPRUNED, QualityPlan
+from mmtok_bench.quality.plan import UNPRUNED, QualityPlan, split_method
 from mmtok_bench.quality.published import BENCHMARKS, PAPER_BUDGETS, Benchmark
 from mmtok_bench.quality.rows import BENCH
 from mmtok_bench.results import CaseValue, make_row
 from mmtok_bench.run import Run
 from mmtok_bench.server import make_server, running
-from mmtok_deploy.methods import check_method
 
 __all__ = ["run_public_tasks"]
 
@@ -69,7 +68,9 @@ def _benchmarks(arguments: argparse.Namespace) -> dict[str, Benchmark]:
 
 def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Returns pairs of a method and a budget; each pair has a server of its own."""
-    methods = [check_method(method) for method in arguments.methods or ["mmtok"]]
+    methods = arguments.methods or ["mmtok"]
+    for method in methods:
+        split_method(method)
     if arguments.url is not None and (len(arguments.budgets or ()) != 1 or len(methods) != 1):
         raise ValueError(
             "lmms-eval cannot ask for a budget with each request: say which one the server at --url runs with, by one "
@@ -127,7 +128,11 @@ def _score(benchmark: Benchmark, score: LmmsScore) -> float:
 
 
 def _arguments(method: str, budget: str) -> list[str]:
-    return [*MixedBudget.parse(budget).flags, *([] if method == UNPRUNED else [f"--mmtok-method={method}"])]
+    flags = list(MixedBudget.parse(budget).flags)
+    if method == UNPRUNED:
+        return flags
+    name, keys = split_method(method)
+    return [*flags, f"--mmtok-method={name}", *(["--mmtok-keys=output"] if keys == "output" else [])]
 
 
 def _command(arguments: argparse.Namespace, tasks: Sequence[str], url: str, output: Path) -> list[str]:

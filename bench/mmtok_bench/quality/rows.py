@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from mmtok_bench.pocket.questions import KINDS, Negative, Question
 from mmtok_bench.quality.plan import ScoredAnswer
-from mmtok_bench.quality.scoring import accuracy_interval, auroc_interval, chance, majority, share_interval, yes_no
+from mmtok_bench.quality.scoring import (
+    accuracy_interval,
+    auroc_interval,
+    chance,
+    difference_interval,
+    majority,
+    share_interval,
+    yes_no,
+)
 from mmtok_bench.results import CaseValue, ResultRow, make_row
 
 __all__ = ["ALL_SEEDS", "BENCH", "POCKET", "rows_of"]
@@ -26,6 +34,7 @@ ALL_SEEDS = "all"
 def rows_of(
     answers: Sequence[ScoredAnswer],
     unpruned: Sequence[ScoredAnswer],
+    by_input: Sequence[ScoredAnswer] = (),
     *,
     model: str,
     seed: int | str,
@@ -38,6 +47,8 @@ def rows_of(
     Args:
         answers: Answers with one method and budget, to the questions of one seed or of all.
         unpruned: Answers to the same questions at budget "all"; if empty, rows have no share.
+        by_input: Answers with the same method by the projector's input, where `answers` are by its output; if empty, rows
+            do not say by how much the output is ahead.
         model: The model's name in rows.
         seed: A seed's number, or `ALL_SEEDS`.
         question_set: `fingerprint` of the questions.
@@ -59,6 +70,7 @@ def rows_of(
             "question_set": question_set,
         }
         metrics = _metrics(kind, chosen, [answer for answer in unpruned if answer.kind == kind])
+        metrics |= _gain(chosen, [answer for answer in by_input if answer.kind == kind])
         rows.append(make_row(BENCH, case, backend, metrics, num_runs=len(chosen), device=device))
     return rows
 
@@ -110,6 +122,17 @@ def _covered(answers: Sequence[ScoredAnswer], unpruned: Sequence[ScoredAnswer]) 
     if auroc is not None:
         metrics |= {"lost_auroc": auroc.value, "lost_auroc_low": auroc.low, "lost_auroc_high": auroc.high}
     return metrics
+
+
+def _gain(answers: Sequence[ScoredAnswer], others: Sequence[ScoredAnswer]) -> dict[str, float]:
+    """Returns by how much the accuracy is above that of other answers to the same questions, with its interval."""
+    scenes = {place: number for number, place in enumerate(dict.fromkeys(map(_scene, answers)))}
+    right, asked = _counts(answers, scenes)
+    right_of_others, asked_of_others = _counts(others, scenes)
+    if len(scenes) < 2 or not np.array_equal(asked, asked_of_others):
+        return {}
+    gain = difference_interval(right, right_of_others, asked)
+    return {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
 
 
 def _scene(answer: ScoredAnswer) -> tuple[int, int]:

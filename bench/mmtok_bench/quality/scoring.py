@@ -19,6 +19,7 @@ __all__ = [
     "accuracy_interval",
     "auroc_interval",
     "chance",
+    "difference_interval",
     "is_right",
     "majority",
     "normalise",
@@ -153,6 +154,29 @@ def share_interval(num_right: _Counts, num_right_unpruned: _Counts) -> Interval 
     if np.count_nonzero(num_right_unpruned) < 10:
         return None
     return _ratio_interval(num_right, num_right_unpruned)
+
+
+def difference_interval(num_right: _Counts, num_right_others: _Counts, num_asked: _Counts) -> Interval:
+    """Returns by how much one accuracy is above another one on the same questions; both are drawn together.
+
+    Where every scene has as many right answers in both, the interval is that of scenes that differ, none of which was
+    seen: the exact one (Clopper-Pearson), to either side of 0.
+
+    Args:
+        num_right: [scenes], right answers.
+        num_right_others: [scenes], right answers of what it is compared with.
+        num_asked: [scenes], questions.
+
+    Raises:
+        ValueError: Shapes that differ, or fewer than two scenes.
+    """
+    if num_right.shape != num_right_others.shape:
+        raise ValueError(f"expected counts of the same scenes, got {num_right.shape} and {num_right_others.shape}")
+    drawn = _ratio_interval(num_right - num_right_others, num_asked)
+    if (num_right != num_right_others).any():
+        return drawn
+    ends = stats.binomtest(0, len(num_asked)).proportion_ci(_LEVEL, method="exact")
+    return Interval(0.0, -float(ends.high), float(ends.high))
 
 
 def auroc_interval(scores: _Counts, is_positive: NDArray[np.bool_], scenes: NDArray[np.int64]) -> Interval | None:

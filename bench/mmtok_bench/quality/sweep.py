@@ -17,6 +17,7 @@ from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import (
     UNPRUNED,
     WITH_AGENT,
+    WITH_OUTPUT_KEYS,
     QualityPlan,
     ScoredAnswer,
     Setting,
@@ -24,6 +25,7 @@ from mmtok_bench.quality.plan import (
     append_answers,
     read_answers,
     replace_answers,
+    split_method,
 )
 from mmtok_bench.quality.rows import ALL_SEEDS, POCKET, rows_of
 from mmtok_bench.quality.scoring import is_right, normalise
@@ -227,9 +229,16 @@ class Sweep:
         unpruned = [
             answer for setting in settings for answer in self._answers.get(Setting(UNPRUNED, "all", setting.seed), ())
         ]
+        by_input = [
+            answer
+            for setting in settings
+            if setting.method.endswith(WITH_OUTPUT_KEYS)
+            for answer in self._answers.get(replace(setting, method=setting.method.removesuffix(WITH_OUTPUT_KEYS)), ())
+        ]
         question_set = fingerprint([asked for setting in settings for asked in self._scenes[setting.seed]])
         for row in rows_of(
-            answers, unpruned, model=self._model, seed=seed, question_set=question_set, device=self._device
+            *(answers, unpruned, by_input),
+            **{"model": self._model, "seed": seed, "question_set": question_set, "device": self._device},
         ):
             if not self._run.has(**written, kind=row.case["kind"]):
                 self._run.add(row)
@@ -239,8 +248,10 @@ def _fields(setting: Setting) -> dict[str, str | int | float]:
     fields = MixedBudget.parse(setting.budget).fields
     if setting.method == UNPRUNED:
         return fields
-    method = "mmtok" if setting.method == WITH_AGENT else setting.method
-    return {**fields, "mmtok_method": method, "mmtok_seed": setting.seed}
+    method, keys = split_method("mmtok" if setting.method == WITH_AGENT else setting.method)
+    # Without the field a server compares by what it was started with.
+    of_keys = {"mmtok_keys": keys} if keys == "output" else {}
+    return {**fields, "mmtok_method": method, **of_keys, "mmtok_seed": setting.seed}
 
 
 def _scored(

@@ -141,6 +141,9 @@ def _accuracy_cell(line: Line) -> str:
     if line["budget"] != "all" and "share" in metrics:
         shown += f", {100 * metrics['share']:.0f}% of unpruned"
         shown += f" ({100 * metrics['share_low']:.0f} to {100 * metrics['share_high']:.0f})"
+    if "gain" in metrics:
+        shown += f", {100 * metrics['gain']:+.1f} against input keys"
+        shown += f" ({100 * metrics['gain_low']:+.1f} to {100 * metrics['gain_high']:+.1f})"
     return shown
 
 
