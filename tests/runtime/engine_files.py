@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mmtok_deploy.config import KeySource
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.artifact import export_model
@@ -21,8 +22,8 @@ _NUM_TOKENS = {
 }
 
 
-def export_for(family: str, path: Path, budget: int, **change: Any) -> Path:
-    """Writes the selection that a float32 server of the family's tiny checkpoint takes."""
+def export_for(family: str, path: Path, budget: int, *, keys: KeySource = "input", **change: Any) -> Path:
+    """Writes the selection that a float32 server of the family's tiny checkpoint takes, started with --mmtok-keys."""
     values: dict[str, Any] = {
         "budget": budget,
         "num_tokens": _NUM_TOKENS.get(family, DimRange(budget, 128, 512)),
@@ -36,6 +37,8 @@ def export_for(family: str, path: Path, budget: int, **change: Any) -> Path:
         "config": PRESETS[family].config,
         "form": "lazy",
     }
+    if keys == "output":
+        values["keys_width"] = _VISION_WIDTH
     spec = SelectionSpec(**values | change)
-    export_model(build_selection(spec), path, "selection", spec)
+    export_model(build_selection(spec), path, "selection", spec, details={"keys": keys})
     return path

@@ -21,7 +21,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from mmtok_bench.internvl_parts import InternVLProcessor
 from mmtok_deploy import select_tokens
-from mmtok_deploy.config import Coverage
+from mmtok_deploy.config import Coverage, KeySource
 from mmtok_deploy.guidance import guidance_words
 from mmtok_deploy.presets import PRESETS
 from tests.runtime.films import Film
@@ -59,6 +59,7 @@ class HandPruned:
         self.preset = PRESETS[family]
         self._config = self.preset.config
         self._by_frame = False
+        self._keys: KeySource = "input"
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -79,6 +80,7 @@ class HandPruned:
         raster_order: bool = True,
         films: Sequence[Film] = (),
         by_frame: bool = False,
+        keys: KeySource = "input",
     ) -> Pruned:
         """Prunes each image and film to `budget` (tokens, or a ratio; None for all), guided by its text.
 
@@ -95,8 +97,9 @@ class HandPruned:
             raster_order: False has kept tokens, with their own positions, read from the last to the first: another one.
             films: In the order of the prompt.
             by_frame: Whether each pair of frames of a film keeps as many, selected by itself.
+            keys: The side of the projector by whose features tokens are compared.
         """
-        self._by_frame = by_frame
+        self._by_frame, self._keys = by_frame, keys
         videos: dict[str, Any] = {}
         if films:
             frames, metadata = zip(*(film.frames(self.device.type) for film in films), strict=True)
@@ -211,6 +214,7 @@ class HandPruned:
     def _select(self, vision: Tensor, keys: Tensor, text: str, budget: float | int, excluded: Tensor | None) -> Tensor:
         kept = budget if isinstance(budget, int) else max(1, int(budget * len(vision)))
         guidance = self._embed_guidance(text)
+        keys = vision if self._keys == "output" else keys
         # The judge's selection is that of the host, whatever the device.
         with torch.device("cpu"):
             masked = None if excluded is None else excluded.cpu()

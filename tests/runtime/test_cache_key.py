@@ -90,6 +90,7 @@ def _random_asked(rng: random.Random) -> Asked:
         positions=rng.choice([None, _positions(rng, num_tokens)]),
         method=rng.choice(["mmtok", "random", "divprune"]),
         seed=rng.randrange(3),
+        keys=rng.choice(["input", "output"]),
     )
     grid = torch.tensor([[1, rows, columns]])
     return Asked(
@@ -145,6 +146,11 @@ def _with_other_positions(asked: Asked) -> Asked:
     return _plan_with(asked, positions=positions + torch.arange(positions.shape[1]) // 2)
 
 
+def _with_other_keys(asked: Asked) -> Asked:
+    assert asked.plan is not None
+    return _plan_with(asked, keys="input" if asked.plan.keys == "output" else "output")
+
+
 def _with_data(asked: Asked, rng: random.Random) -> Asked:
     if not asked.data:
         return replace(asked, data={"image_grid_thw": torch.tensor([[1, 4, 4]])})
@@ -191,6 +197,7 @@ _CHANGES: dict[str, tuple[Callable[[Asked, random.Random], Asked], bool]] = {
     "mask": (lambda asked, rng: _with_another_mask(asked), False),
     "positions": (lambda asked, rng: _with_other_positions(asked), False),
     "method": (lambda asked, rng: _plan_with(asked, method="vision-coverage"), False),
+    "keys": (lambda asked, rng: _with_other_keys(asked), False),
     "attention": (lambda asked, rng: _plan_with(asked, method="visionzip"), True),
     "seed": (lambda asked, rng: _plan_with(asked, seed=asked.plan.seed + 1), False),  # type: ignore[union-attr]
     "tv_temp": (lambda asked, rng: replace(asked, constants={**asked.constants, "tv_temp": 0.5}), False),
@@ -232,7 +239,7 @@ def test_no_two_of_many_share_a_key() -> None:
 def test_the_key_is_the_same_in_every_process() -> None:
     # A constant from another process: ranks and restarts have to agree, which Python's own hash does not.
     (item,) = inputs_of(image_item((0, 1), PLAN)).mm_items
-    assert item.identity.hex()[:16] == "a19a4a3e3306cf30"
+    assert item.identity.hex()[:16] == "ac320246c123653e"
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,8 @@ def qwen_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolve(paths: pytest.TempPathFactory, family: FamilyName, engine: Path, budget: str, **flags: Any) -> None:
-    MMTokServerArgs(
-        model_path=tiny_checkpoint(paths, family),
-        dtype="float32",
-        mmtok_budget=budget,
-        mmtok_engine=str(engine),
-        **flags,
-    ).resolve_once()
+    values = {"dtype": "float32", "mmtok_budget": budget, "mmtok_engine": str(engine)} | flags
+    MMTokServerArgs(model_path=tiny_checkpoint(paths, family), **values).resolve_once()
 
 
 @pytest.mark.parametrize("budget", ["64", "all", "12.5%", "3%"])
@@ -70,6 +65,16 @@ def test_a_file_that_fits(
     assert shown == {"mmtok_backend": backend, "mmtok_engine": str(qwen_file)}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_of_the_projectors_output(
+    installed: list[Settings | None], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, dtype: str
+) -> None:
+    """Keys are tokens: of a Qwen in the model's dtype, not in float32 as the merger's input."""
+    file = export_for("qwen2.5-vl", tmp_path / "a.onnx", 64, keys="output", dtype=dtype, keys_dtype=dtype)
+    resolve(tmp_path_factory, "qwen2.5-vl", file, "64", dtype=dtype, mmtok_keys="output")
+    assert len(installed) == 1
+
+
 def test_a_tile_of_llava_next(
     installed: list[Settings | None], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
@@ -87,6 +92,13 @@ def test_a_tile_of_llava_next(
         ({"config": SelectionConfig(alpha=2)}, {}, r"was exported with .*alpha=2.*, the server has .*alpha=0\.5"),
         ({"dtype": "float16"}, {}, r"takes vision in float16, the server computes them in float32"),
         ({}, {"mmtok_alpha": 0.25}, r"alpha=0\.5.*, the server has .*alpha=0\.25"),
+        ({"keys": "output"}, {}, r"takes keys of width 256.*exported with --keys output, .* the projector's input"),
+        # As wide as the vision tokens, and so told apart by the manifest alone.
+        (
+            {"keys_width": 256},
+            {"mmtok_keys": "output"},
+            r"onnx was exported with --keys input, .* the projector's output",
+        ),
     ],
 )
 def test_a_file_for_another_server(

@@ -114,6 +114,24 @@ def test_a_method_that_the_backend_does_not_run_is_refused() -> None:
         requested({"mmtok_method": "even"}, settings)
 
 
+def test_a_requests_keys_go_before_the_servers() -> None:
+    settings = replace(make_settings(), keys="output")
+    assert requested(None, settings).keys == requested({"mmtok_keys": None}, settings).keys == "output"
+    assert requested({"mmtok_keys": "input"}, settings).keys == "input"
+    # Methods that compare no tokens by keys share what is cached under either.
+    assert requested({"mmtok_keys": "output", "mmtok_method": "divprune"}, make_settings()).keys == "input"
+    for value in ("both", "", 1, True, ["input"]):
+        with pytest.raises(ValueError, match=r"^mm_processor_kwargs\.mmtok_keys is one of input, output, got "):
+            requested({"mmtok_keys": value}, settings)
+
+
+def test_keys_that_the_backend_does_not_run_are_refused() -> None:
+    settings = replace(make_settings(), backend="triton", keys="output")
+    assert requested({"mmtok_keys": "output"}, settings).keys == "output"
+    with pytest.raises(ValueError, match=r"mmtok_keys input is not what triton runs .* compares .* projector's output"):
+        requested({"mmtok_keys": "input"}, settings)
+
+
 @pytest.mark.parametrize("value", [-1, 2**63, 0.5, "1", True, [1]])
 def test_a_bad_seed_is_refused_and_named(value: Any) -> None:
     with pytest.raises(

@@ -157,6 +157,7 @@ def test_a_variable_that_looks_like_a_flag_is_warned_of(
         ({"mmtok_alpha": -1.0}, "--mmtok-alpha is a number of at least 0"),
         ({"mmtok_guidance": "words"}, "--mmtok-guidance is one of keywords, question, got 'words'"),
         ({"mmtok_min_tokens": 0}, "--mmtok-min-tokens is a whole number"),
+        ({"mmtok_keys": "outputs"}, "--mmtok-keys is one of input, output, got 'outputs'"),
         ({"mmtok_method": "fastv"}, "--mmtok-method is one of mmtok, text-coverage, .* got 'fastv'"),
         *(
             ({"mmtok_encoder_scale": value}, "--mmtok-encoder-scale is a number above 0 and at most 1, got ")
@@ -373,6 +374,7 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_encoder_scale": 1.0,
         "mmtok_share_tiles": False,
         "mmtok_method": "mmtok",
+        "mmtok_keys": "input",
         "mmtok_video_budget": "video",
         "mmtok_seed": 0,
         "mmtok_agent_url": None,

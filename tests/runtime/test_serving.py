@@ -322,6 +322,7 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_alpha": preset.config.alpha,
         "mmtok_guidance": preset.guidance,
         "mmtok_method": "mmtok",
+        "mmtok_keys": "input",
         "mmtok_video_budget": "video",
         "mmtok_seed": 0,
         "mmtok_agent_url": None,

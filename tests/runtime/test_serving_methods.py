@@ -68,6 +68,19 @@ def test_coverage_of_one_half_is_mmtoks(served: Served) -> None:
         assert served.judge.max_error(pruned, served.ask(CHAT, mmtok_method=method)) < LOGPROB_TOLERANCE
 
 
+def test_tokens_are_compared_by_the_side_of_the_projector_that_is_asked_for(served: Served) -> None:
+    prompt = served.judge.prompt(CHAT.for_template())
+    by_input, by_output = (
+        served.judge.prune(prompt, CHAT.images, CHAT.guidance, 0.1, keys=keys) for keys in ("input", "output")
+    )
+    asked = served.ask(CHAT, mmtok_keys="output")
+    assert served.judge.max_error(by_output, asked) < LOGPROB_TOLERANCE
+    assert served.judge.max_error(by_input, asked) > LOGPROB_TOLERANCE
+    assert served.judge.max_error(by_input, served.ask(CHAT, mmtok_keys="input")) < LOGPROB_TOLERANCE
+    with pytest.raises(openai.BadRequestError, match="mmtok_keys is one of input, output, got 'both'"):
+        served.ask(CHAT, mmtok_keys="both")
+
+
 def test_the_towers_own_attention_is_read(served: Served) -> None:
     if served.family != "llava-1.5":
         pytest.skip("one tower of this kind is held against Hugging Face's attention")

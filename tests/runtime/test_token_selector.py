@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmtok_deploy import select_tokens
 from mmtok_deploy.backends.blocked import MAX_BYTES
 from mmtok_deploy.backends.triton_plan import FeatureTypes
+from mmtok_deploy.config import KeySource
 from mmtok_deploy.coverage import coverage_bound
 from mmtok_deploy.executors import TorchExecutor, make_executor
 from mmtok_deploy.methods import MethodName, comparator, needs_frames
@@ -150,6 +151,24 @@ def test_methods_of_one_batch_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> Non
     assert backend.batches == [[12, 12]]
     assert together[1] == EVENLY_SPACED
     assert together == [make_selector().select([image], embed)[0].tolist() for image in images]
+
+
+@pytest.mark.parametrize("of_server", ["input", "output"])
+def test_keys_of_one_batch_do_not_mix(monkeypatch: pytest.MonkeyPatch, of_server: KeySource) -> None:
+    """Those of the server's side go through its executor, which was made ready for their width."""
+    plans = [PLAN, replace(PLAN, keys="output"), replace(PLAN, keys="output")]
+    images = [image_tokens(key, plan, seed=key)[0] for key, plan in enumerate(plans)]
+    images = [replace(image, keys=image.vision) if image.plan.keys == "output" else image for image in images]
+    embed = features(1)[2]
+    backend = WatchedExecutor(monkeypatch)
+    selector = TokenSelector(replace(SETTINGS, keys=of_server), SelectionMetrics())
+    selector.start(torch.device("cpu"))
+    kept = [each.tolist() for each in selector.select(images, embed)]
+    assert backend.batches == ([[12]] if of_server == "input" else [[12, 12]])
+    text = embed(torch.tensor(PLAN.guidance))
+    expected = [select_tokens(image.vision, image.keys, text, 5, config=SETTINGS.config).kept for image in images]
+    assert kept == [each.tolist() for each in expected]
+    assert num_fallbacks(selector) == 0
 
 
 def test_random_tokens_are_of_the_image_the_question_and_the_seed() -> None:
@@ -572,6 +591,23 @@ def test_it_is_made_ready_for_the_models_features(
     selector = TokenSelector(SETTINGS, SelectionMetrics(), FAMILIES[family].expected_features)
     selector.start_on(runner)
     assert prepared == [(types, tokens)]
+
+
+@pytest.mark.parametrize(("method", "width"), [("mmtok", 64), ("text-coverage", 32)])
+def test_it_is_made_ready_for_the_keys_that_the_server_compares(
+    method: MethodName, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[FeatureTypes] = []
+    monkeypatch.setattr(TorchExecutor, "prepare", lambda executor, types, tokens: prepared.append(types))
+    config = SimpleNamespace(vision_config=SimpleNamespace(hidden_size=32, out_hidden_size=64))
+    runner = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), model_config=SimpleNamespace(hf_config=config), dtype=torch.bfloat16
+    )
+    settings = replace(SETTINGS, keys="output", method=method)
+    TokenSelector(settings, SelectionMetrics(), FAMILIES["qwen2.5-vl"].expected_features).start_on(runner)
+    # A method that reads no keys is given those of the input.
+    dtype = torch.bfloat16 if method == "mmtok" else torch.float32
+    assert prepared == [FeatureTypes(torch.bfloat16, dtype, 64, width)]
 
 
 def test_adapters_on_the_input_embedding_end_the_start() -> None:

@@ -176,7 +176,7 @@ def _unlike_here(info: Mapping[str, Any]) -> str:
     """Returns the server's flags that make it keep other tokens than this process computes."""
     usual = {
         **{"mmtok_min_tokens": 1, "mmtok_min_tokens_in": 0, "mmtok_encoder_scale": 1.0, "mmtok_agent_url": None},
-        "mm_process_config": None,
+        **{"mmtok_keys": "input", "mm_process_config": None},
     }
     found = [name for name, value in usual.items() if (info.get(name) or value) != value]
     return " and ".join(f"--{name.replace('_', '-')}" for name in found)

@@ -9,6 +9,7 @@ import pandas as pd
 from rich.console import Console
 
 from mmtok_bench.report.commits import compare_commits
+from mmtok_bench.report.features import features_part
 from mmtok_bench.report.frame import frame_of, is_cpu, names_in, newest, records
 from mmtok_bench.report.metrics import format_value, metric
 from mmtok_bench.report.quality import quality_part
@@ -23,6 +24,7 @@ SECTIONS: dict[str, tuple[Callable[[pd.DataFrame], Part], tuple[str, ...]]] = {
     "serve": (serve_part, ()),
     "quality": (quality_part, ("task", "model", "kind", "method", "budget", "seed")),
     "selector": (selector_part, ("num_tokens", "num_picks", "batch")),
+    "selector-features": (features_part, ("what", "num_tokens")),
 }
 """Benchmark -> function that makes its section, and keys that its cases must have; in the order of the page."""
 
@@ -182,7 +184,7 @@ def _notes(rows: pd.DataFrame, machines: Sequence[str]) -> list[str]:
     notes = []
     if all(map(is_cpu, machines)):
         notes.append("No row of these was measured on a GPU: every figure here is a CPU's.")
-    notes += [_ABSENT[bench] for bench in SECTIONS if bench not in set(rows["bench"])]
+    notes += [note for bench, note in _ABSENT.items() if bench not in set(rows["bench"])]
     older = len(rows) - len(newest(rows))
     if older:
         notes.append(f"{older} older row{'s' if older > 1 else ''} of cases measured again: the newest are shown.")

@@ -12,6 +12,7 @@ from mmtok_bench.results import make_latency_row
 from mmtok_bench.run import Run, run_command
 from mmtok_bench.selector.authors import AUTHORS
 from mmtok_bench.selector.contestants import contestants, first_wrong_pick
+from mmtok_bench.selector.real import run_real_features
 from mmtok_bench.selector.timing import NUM_WORDS, make_problem, measure_bandwidth, measure_floors_ms, time_in_turns
 from mmtok_deploy.config import SelectionConfig
 
@@ -33,9 +34,11 @@ def _run(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("PyTorch sees no CUDA device here")
-    timed = contestants(arguments.backends or (), device, arguments.authors)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.features == "real":
+        return run_real_features(arguments, device)
+    timed = contestants(arguments.backends or (), device, arguments.authors)
     batches = arguments.batch or ((1, 8, 32) if device.type == "cuda" else (1,))
     run = Run("selector", arguments.results_dir, resume=arguments.resume, json_output=arguments.json)
     cases = [

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmtok_bench.quality.scoring import accuracy_interval, auroc_interval, share_interval
+from mmtok_bench.quality.scoring import accuracy_interval, auroc_interval, difference_interval, share_interval
 
 
 @pytest.fixture
@@ -37,6 +37,28 @@ def test_share_is_drawn_in_pairs(rng: np.random.Generator) -> None:
     share = share_interval(fewer, right)
     assert share is not None
     assert share.low < share.value == fewer.sum() / right.sum() < share.high < 1
+
+
+def test_a_difference_is_drawn_in_pairs(rng: np.random.Generator) -> None:
+    right = (rng.random(900) < 0.7).astype(float)
+    gained = (right == 0) & (rng.random(900) < 0.1)
+    interval = difference_interval(right + gained, right, np.ones(900))
+    # As sure as the few answers that differ, whatever the accuracy.
+    share = gained.mean()
+    half = 1.96 * np.sqrt(share * (1 - share) / 900)
+    assert interval.value == pytest.approx(share)
+    assert (interval.low, interval.high) == pytest.approx((share - half, share + half), abs=0.004)
+    flipped = difference_interval(right, right + gained, np.ones(900))
+    assert (flipped.low, flipped.high) == pytest.approx((-interval.high, -interval.low), abs=0.002)
+
+
+def test_answers_that_never_differ_are_not_certain_to() -> None:
+    right = np.array([1.0, 0.0] * 15)
+    interval = difference_interval(right, right, np.ones(30))
+    assert interval.value == 0
+    assert -interval.low == interval.high == pytest.approx(1 - 0.025 ** (1 / 30))
+    with pytest.raises(ValueError, match=r"the same scenes, got \(30,\) and \(1,\)"):
+        difference_interval(right, np.ones(1), np.ones(30))
 
 
 def test_share_of_nearly_nothing_is_left_out() -> None:

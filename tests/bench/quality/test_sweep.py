@@ -79,6 +79,40 @@ def test_a_smaller_image_is_asked_whole_once_and_pruned_by_every_method() -> Non
     ]
 
 
+def test_keys_of_the_projectors_output_are_a_method() -> None:
+    assert _fields(Setting("mmtok+output", "4", 3)) == {
+        **{"mmtok_budget": "4", "mmtok_method": "mmtok", "mmtok_keys": "output", "mmtok_seed": 3}
+    }
+    with pytest.raises(ValueError, match=r"divprune\+output: divprune reads no keys"):
+        QualityPlan(methods=("divprune+output",))
+    with pytest.raises(ValueError, match=r"method is one of mmtok, .* got 'mmtok\+input'"):
+        QualityPlan(methods=("mmtok+input",))
+
+
+def test_by_how_much_the_projectors_output_is_ahead(tmp_path: Path) -> None:
+    """Its answers are right, those by its input are always "yes"."""
+    plan = QualityPlan(
+        methods=("mmtok", "mmtok+output"), budgets=("4",), seeds=(0, 1), kinds=KINDS[:1], num_questions=12
+    )
+    expected = {
+        (image_url(picture_of(asked.scene)), question.text): question.answer
+        for seed in plan.seeds
+        for asked in make_scenes(seed, plan.num_questions, plan.kinds)
+        for question in asked.questions
+    }
+
+    def by_keys(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        place = body["messages"][0]["content"][0]["image_url"]["url"], question_of(body)
+        is_output = body["mm_processor_kwargs"].get("mmtok_keys") == "output"
+        return 200, completion(expected[place] if is_output else "yes", 4)
+
+    sweep, _ = run(plan, tmp_path / "rows.jsonl", by_keys)
+    by_input, by_output = (row.metrics for row in sweep.rows())
+    assert "gain" not in by_input
+    assert by_output["gain"] == 0.5
+    assert 0.2 < by_output["gain_low"] < 0.5 < by_output["gain_high"] < 0.8
+
+
 def test_metrics_of_a_constant_answer(tmp_path: Path) -> None:
     sweep, _ = run(PLAN, tmp_path / "rows.jsonl", says("yes"))
     existence = next(row for row in sweep.rows() if row.case["kind"] == "existence" and row.case["method"] == "mmtok")

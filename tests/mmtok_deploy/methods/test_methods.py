@@ -20,6 +20,7 @@ from mmtok_deploy.methods import (
     coverage_of,
     is_nested,
     reads_attention,
+    reads_keys,
     reads_question,
 )
 from mmtok_deploy.methods.downsample import grid_within
@@ -416,6 +417,16 @@ def test_attention_changes_what_methods_that_read_it_keep(name: MethodName) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "downsample"])
+def test_keys_change_what_methods_that_read_them_keep(name: MethodName) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = problem(torch.randn(40, 6, generator=generator), 10, text=torch.eye(6), attention=torch.ones(40))
+    orders = [
+        chosen(name, replace(given, keys=torch.randn(40, 3, generator=generator))).order.tolist() for _ in range(2)
+    ]
+    assert (orders[0] != orders[1]) == reads_keys(name)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "downsample"])
 def test_a_smaller_budget_keeps_the_first_picks_of_a_larger_one(name: MethodName) -> None:
     vision = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     given = problem(vision, 40, text=torch.eye(6)[:2], attention=vision[:, 0].abs())
@@ -452,3 +463,4 @@ def test_names() -> None:
         *("mmtok", "text-coverage", "cdpruner", "dart", "random")
     }
     assert {name for name in get_args(MethodName) if reads_attention(name)} == {"scope", "visionzip"}
+    assert {name for name in get_args(MethodName) if reads_keys(name)} == {"mmtok", "vision-coverage", "scope", "apet"}

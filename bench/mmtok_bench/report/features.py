@@ -1,0 +1,96 @@
+"""The section of real features: whether selections are exact on them, how much work they take, and what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mmtok_bench.report.frame import newest, records
+from mmtok_bench.report.tables import PALETTE, Part, Plot, Table, new_figure, plot_of
+
+__all__ = ["features_part"]
+
+_SHARES = {
+    "covered_share": "coverage of words and image",
+    "image_share": "coverage of the image alone",
+    "salient_share": "most salient quarter of the patches kept",
+}
+_DASHES = ("solid", "dot", "dash")
+
+Line = dict[str, Any]
+
+
+def features_part(rows: pd.DataFrame) -> Part:
+    """Returns the section of one machine's rows, the newest of each case."""
+    lines = records(newest(rows))
+    of = {
+        what: [line for line in lines if line["what"] == what] for what in dict.fromkeys(each["what"] for each in lines)
+    }
+    kept = of.get("kept", [])
+    tables = [*(_exactness(each) for each in [of.get("exactness", [])] if each)]
+    tables += [_work(each) for each in [of.get("work", [])] if each]
+    tables += [_share_table(name, kept) for name in _SHARES if kept]
+    sentences = ["Features of photographs by a trained encoder; the words are no question's (see the documentation)."]
+    for line in of.get("close calls", []):
+        metrics = line["metrics"]
+        sentences.append(
+            f"In double precision {metrics['num_close']:.0f} of {metrics['num_leads']:.0f} greedy picks lead the next "
+            f"best token by less than 1e-6 of their gain; the smallest lead is {metrics['smallest_lead']:.1e}, 1% of "
+            f"the leads are below {metrics['lead_p01']:.1e} and half of them below {metrics['lead_p50']:.1e}."
+        )
+    return Part("Real features", sentences=tuple(sentences), tables=tuple(tables), draw=lambda: _plots(kept))
+
+
+def _exactness(lines: Sequence[Line]) -> Table:
+    rows = tuple(
+        (
+            line["backend"],
+            str(line["num_picks"]),
+            f"{line['metrics']['num_equal']:.0f} of {line['num_runs']}",
+            f"{line['metrics']['num_close_calls']:.0f}",
+        )
+        for line in lines
+    )
+    columns = ("backend", "picks", "photographs with the reference's picks", "picks within float32 rounding")
+    return Table("Picks against the float32 reference", columns, rows)
+
+
+def _work(lines: Sequence[Line]) -> Table:
+    rows = []
+    for line in lines:
+        metrics = line["metrics"]
+        share = f"{100 * metrics['gains'] / metrics['dense_gains']:.0f}%"
+        counts = (f"{metrics[name]:,.0f}" for name in ("gains", "most_gains", "dense_gains"))
+        rows.append((line["budget"], str(line["num_picks"]), *counts, share))
+    columns = ("budget", "picks", "gains computed, mean", "most", "by the published loop", "share")
+    return Table("Gains that lazy evaluation computes", columns, tuple(rows))
+
+
+def _share_table(name: str, lines: Sequence[Line]) -> Table:
+    cells = {(line["method"], line["budget"]): f"{100 * line['metrics'][name]:.1f}" for line in lines}
+    methods, budgets = (list(dict.fromkeys(each[place] for each in cells)) for place in (0, 1))
+    rows = tuple((method, *(cells.get((method, budget), "") for budget in budgets)) for method in methods)
+    return Table(f"Photographs, mean {_SHARES[name]}, %", ("method", *budgets), rows)
+
+
+def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    for name, title in _SHARES.items() if lines else ():
+        figure = new_figure("patches kept", "share")
+        for number, method in enumerate(methods):
+            chosen = sorted((line for line in lines if line["method"] == method), key=lambda line: line["num_picks"])
+            colour = PALETTE[number % len(PALETTE)]
+            figure.add_scatter(
+                name=method,
+                x=[line["num_picks"] for line in chosen],
+                y=[line["metrics"][name] for line in chosen],
+                mode="lines+markers",
+                line={"color": colour, "dash": _DASHES[number // len(PALETTE) % len(_DASHES)]},
+                marker={"color": colour, "size": 7},
+            )
+        figure.update_xaxes(type="log")
+        figure.update_yaxes(tickformat=".0%")
+        note = f"{lines[0]['num_runs']} photographs of {lines[0]['num_tokens']} patches; higher is better"
+        yield plot_of(f"Real features: {title}", note, figure, {"x": "tokens_kept", "y": "accuracy"})

@@ -1,0 +1,146 @@
+"""Runs `mmtok bench selector --features real`: is the selection exact on trained features, and what does it keep?
+
+Four kinds of rows: `exactness` of each backend, `work` of lazy evaluation, `close calls` of the greedy picks in double
+precision, and what each method has `kept` at each budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from mmtok_bench.quality.plan import WITH_OUTPUT_KEYS, split_method
+from mmtok_bench.results import CaseValue, make_row
+from mmtok_bench.run import Run
+from mmtok_bench.selector.contestants import contestants
+from mmtok_bench.selector.real_features import NUM_TOKENS, NUM_WORDS, EncodedPhotograph, encode_photographs
+from mmtok_deploy.backends import BackendName, get_backend, lazy, reference
+from mmtok_deploy.budget import Budget
+from mmtok_deploy.config import SelectionConfig
+from mmtok_deploy.coverage import coverage_matrix
+from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
+from mmtok_deploy.methods import MethodName, comparator
+from mmtok_deploy.problem import SelectionProblem
+
+__all__ = ["BENCH", "run_real_features"]
+
+BENCH = "selector-features"
+
+_BUDGETS = ("50%", "25%", "11%", "5%", "4")
+_CONFIG = SelectionConfig()
+_EXPORTED = ("onnx-lazy", "onnx-loop")
+# A gain that leads the next one by less than this share of it is a close call.
+_CLOSE = 1e-6
+_CPU = torch.device("cpu")
+# Patches of an image that count as salient: a quarter.
+_NUM_SALIENT = NUM_TOKENS // 4
+
+
+# By name, what is compared: all methods but `downsample`, which chooses nothing.
+_METHODS = tuple(
+    name
+    for method in get_args(MethodName)
+    if method != "downsample"
+    for name in (method, *((method + WITH_OUTPUT_KEYS,) if method == "mmtok" else ()))
+)
+
+
+def run_real_features(arguments: argparse.Namespace, device: torch.device) -> int:
+    """Returns the exit code: 1 where a backend picks other tokens than the reference.
+
+    Raises:
+        ValueError: The encoder is not installed, or an argument is for synthetic features.
+    """
+    for name in ("shapes", "batch", "resume"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name} is for synthetic features, whose times are measured: drop it, or --features")
+    timed = contestants(arguments.backends or [*_backends_on(device), *_EXPORTED], device)
+    photographs = list(encode_photographs(arguments.images))
+    run = Run(BENCH, arguments.results_dir, json_output=arguments.json)
+
+    def add(what: str, backend: str, metrics: Mapping[str, float], **case: CaseValue) -> None:
+        sizes = {"num_tokens": NUM_TOKENS, "num_words": NUM_WORDS}
+        row = make_row(
+            BENCH, {"what": what, **sizes, **case}, backend, metrics, num_runs=len(photographs), device=device
+        )
+        run.add(row)
+
+    most = max(Budget.parse(text).num_kept(NUM_TOKENS) for text in _BUDGETS)
+    problems = [photograph.problem(most, device) for photograph in photographs]
+    expected = [reference.select([problem], _CONFIG)[0].order for problem in problems]
+    for name, select in timed.items():
+        run.step(f"{name} against the reference")
+        orders = [select([problem], _CONFIG)[0] for problem in problems]
+        try:
+            replays = [
+                replay_greedy(each, _CONFIG, order.tolist()) for each, order in zip(problems, orders, strict=True)
+            ]
+        except WrongPickError as error:
+            run.fail(f"{name} is wrong on a photograph: {error}")
+            return 1
+        num_equal = sum(torch.equal(*each) for each in zip(orders, expected, strict=True))
+        num_close = sum(replay.num_close_calls for replay in replays)
+        add("exactness", name, {"num_equal": num_equal, "num_close_calls": num_close}, num_picks=most)
+    for text in _BUDGETS:
+        run.step(f"what is kept at {text}")
+        num_kept = Budget.parse(text).num_kept(NUM_TOKENS)
+        num_gains = [lazy.num_gains(photograph.problem(num_kept, _CPU), _CONFIG) for photograph in photographs]
+        metrics = {"gains": statistics.fmean(num_gains), "most_gains": max(num_gains)}
+        add("work", "lazy", {**metrics, "dense_gains": num_kept * NUM_TOKENS}, num_picks=num_kept, budget=text)
+        for method in _METHODS:
+            metrics = _kept(method, num_kept, photographs, device)
+            add("kept", "torch", metrics, method=method, num_picks=num_kept, budget=text)
+    leads = torch.cat([_leads(problem, order) for problem, order in zip(problems, expected, strict=True)])
+    smallest, at_1, median = leads.quantile(leads.new_tensor([0, 0.01, 0.5])).tolist()
+    metrics = {"num_leads": len(leads), "num_close": int((leads < _CLOSE).sum())}
+    metrics |= {"smallest_lead": smallest, "lead_p01": at_1, "lead_p50": median}
+    add("close calls", "reference", metrics, num_picks=most)
+    run.show()
+    return 0
+
+
+def _backends_on(device: torch.device) -> list[str]:
+    names = []
+    for name in get_args(BackendName):
+        with contextlib.suppress(ValueError):
+            get_backend(name, device)
+            names.append(name)
+    return [name for name in names if name not in ("auto", "reference")]
+
+
+def _kept(name: str, num_kept: int, photographs: Sequence[EncodedPhotograph], device: torch.device) -> dict[str, float]:
+    """Returns means over the photographs: what a method's tokens cover by MMTok's measure, and of the salient kept."""
+    method, keys = split_method(name)
+    select = comparator(method)
+    shares: dict[str, list[float]] = {"covered_share": [], "image_share": [], "salient_share": []}
+    for photograph in photographs:
+        (selection,) = select([photograph.problem(num_kept, device, by_output=keys == "output")], _CONFIG)
+        kept = selection.kept.cpu()
+        problem = photograph.problem(num_kept, _CPU)
+        matrix = coverage_matrix(problem.vision, problem.keys, problem.text, _CONFIG, dtype=torch.float64)
+        of_kept, of_all = matrix[:, kept].amax(dim=1), matrix.amax(dim=1)
+        shares["covered_share"].append(float(of_kept.sum() / of_all.sum()))
+        shares["image_share"].append(float(of_kept[NUM_WORDS:].sum() / of_all[NUM_WORDS:].sum()))
+        most_salient = photograph.salience.topk(_NUM_SALIENT).indices
+        shares["salient_share"].append(float(torch.isin(most_salient, kept).double().mean()))
+    return {name: statistics.fmean(values) for name, values in shares.items()}
+
+
+def _leads(problem: SelectionProblem, order: Tensor) -> Tensor:
+    """Returns [K] by which share of its gain each greedy pick leads the next best token, in double precision."""
+    matrix = coverage_matrix(problem.vision, problem.keys, problem.text, _CONFIG, dtype=torch.float64)
+    covered, is_open = matrix.new_zeros(len(matrix)), torch.ones(matrix.shape[1], dtype=torch.bool)
+    leads = []
+    for token in order.tolist():
+        gains = (matrix - covered[:, None]).clamp_(min=0).sum(dim=0).masked_fill(~is_open.to(matrix.device), -torch.inf)
+        is_open[token] = False
+        next_best = gains.masked_fill(~is_open.to(matrix.device), -torch.inf).max()
+        leads.append((gains[token] - next_best).abs() / gains[token])
+        covered = torch.maximum(covered, matrix[:, token])
+    return torch.stack(leads).cpu()
