@@ -128,7 +128,9 @@ def write_rows(family: PocketFamily, plan: QualityPlan, answers: Path, rows: Pat
         by_input = found.get((method.removesuffix(WITH_OUTPUT_KEYS), budget), []) if is_by_output else []
         for row in rows_of(
             *(given, found.get((UNPRUNED, "all"), []), by_input),
-            **{"model": f"pocket {family}", "seed": seed, "question_set": question_set},
+            model=f"pocket {family}",
+            seed=seed,
+            question_set=question_set,
             device=torch.device("cpu"),
             backend="transformers",
         ):

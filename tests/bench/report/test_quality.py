@@ -45,7 +45,7 @@ def test_a_line_for_each_method_against_tokens_kept() -> None:
 
 def test_by_how_much_keys_of_the_output_are_ahead() -> None:
     ahead = scored("mmtok+output", "25%", 49, 0.75)
-    ahead = replace(ahead, metrics=ahead.metrics | {"gain": 0.03, "gain_low": -0.001, "gain_high": 0.06})
+    ahead = replace(ahead, metrics={**ahead.metrics, "gain": 0.03, "gain_low": -0.001, "gain_high": 0.06})
     text = to_markdown(make_report(frame_of([*ROWS, ahead])))
     assert "75.0 (71.0 to 78.0), 94% of unpruned (89 to 99), +3.0 against input keys (-0.1 to +6.0)" in text
 
