@@ -162,6 +162,9 @@ def _add_report(benches: Any) -> None:
     )
     report.add_argument("--markdown", type=Path, metavar="FILE.md", help="the tables as Markdown; alone, no page")
     report.add_argument(
+        "--panels", type=Path, metavar="FILE.html", help="the plots of quality side by side; alone, no page"
+    )
+    report.add_argument(
         "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare the rows of a commit with those of an older one"
     )
     report.add_argument("--force", action="store_true", help="replace existing files")

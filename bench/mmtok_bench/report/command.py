@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from mmtok_bench.report.document import make_report, to_markdown
+from mmtok_bench.report.document import Report, make_report, to_markdown
 from mmtok_bench.report.frame import read_results
 from mmtok_bench.report.page import to_html
+from mmtok_bench.report.panels import to_panels_html
 
 __all__ = ["run_report"]
 
@@ -17,25 +19,36 @@ def run_report(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok bench report`: 0, or 2 if there are no rows or an output file exists."""
     markdown: Path | None = arguments.markdown
     page: Path | None = arguments.output
-    if page is None and markdown is None:
+    side_by_side: Path | None = arguments.panels
+    if page is None and markdown is None and side_by_side is None:
         page = Path("artifacts/bench/report.html")
-    outputs = [path for path in (page, markdown) if path is not None]
+    writers: dict[Path, Callable[[Report], str]] = {}
+    for path, write in ((page, to_html), (markdown, to_markdown), (side_by_side, _panels_html)):
+        if path is not None:
+            writers[path] = write
     try:
-        for path in outputs:
+        for path in writers:
             if path.exists() and not arguments.force:
                 raise ValueError(f"{path} exists; --force replaces it")
         rows, notes = read_results(arguments.results)
         report = make_report(rows, notes, tuple(arguments.compare) if arguments.compare else None)
         for note in notes:
             print(f"mmtok bench report: {note}", file=sys.stderr)
-        for path in outputs:
-            _write(path, to_html(report) if path == page else to_markdown(report), arguments.force)
+        for path, write in writers.items():
+            _write(path, write(report), arguments.force)
     except (ValueError, OSError) as error:
         print(f"mmtok bench report: {error}", file=sys.stderr)
         return 2
-    for path in outputs:
+    for path in writers:
         print(f"Written: {path}")
     return 0
+
+
+def _panels_html(report: Report) -> str:
+    parts = [part for chapter in report.chapters for part in chapter.parts if part.title == "Quality"]
+    # Without the frontier of encoder scales, whose axis is another one.
+    plots = [plot for part in parts for plot in part.plots if plot.title.endswith(", accuracy against tokens kept")]
+    return to_panels_html(plots)
 
 
 def _write(path: Path, text: str, force: bool) -> None:

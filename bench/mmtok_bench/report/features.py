@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from mmtok_bench.report.frame import newest, records
-from mmtok_bench.report.tables import PALETTE, Part, Plot, Table, new_figure, plot_of
+from mmtok_bench.report.tables import DASHES, PALETTE, Part, Plot, Table, new_figure, plot_of
 
 __all__ = ["features_part"]
 
@@ -17,7 +17,6 @@ _SHARES = {
     "image_share": "coverage of the image alone",
     "salient_share": "most salient quarter of the patches kept",
 }
-_DASHES = ("solid", "dot", "dash")
 
 Line = dict[str, Any]
 
@@ -87,7 +86,7 @@ def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
                 x=[line["num_picks"] for line in chosen],
                 y=[line["metrics"][name] for line in chosen],
                 mode="lines+markers",
-                line={"color": colour, "dash": _DASHES[number // len(PALETTE) % len(_DASHES)]},
+                line={"color": colour, "dash": DASHES[number // len(PALETTE) % len(DASHES)]},
                 marker={"color": colour, "size": 7},
             )
         figure.update_xaxes(type="log")

@@ -12,7 +12,7 @@ from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.quality.published import BENCHMARKS, PUBLISHED
 from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.frontier import frontier_plot
-from mmtok_bench.report.tables import DOWNSAMPLED, PALETTE, Part, Plot, Table, in_words, new_figure, plot_of
+from mmtok_bench.report.tables import DASHES, DOWNSAMPLED, PALETTE, Part, Plot, Table, in_words, new_figure, plot_of
 from mmtok_bench.report.tables import UNPRUNED as GREY
 
 __all__ = ["quality_part"]
@@ -218,7 +218,7 @@ def _plot(name: str, lines: Sequence[Line]) -> Plot:
                 "thickness": 1,
             },
             mode="lines+markers",
-            line={"color": colour, "dash": "solid" if number < len(PALETTE) else "dot"},
+            line={"color": colour, "dash": DASHES[number // len(PALETTE) % len(DASHES)]},
             marker={"color": colour, "size": 7},
         )
     for line in lines:

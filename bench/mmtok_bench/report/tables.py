@@ -13,12 +13,15 @@ from mmtok_bench.report.metrics import format_value
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["DOWNSAMPLED", "PALETTE", "UNPRUNED", "Part", "Plot", "Table", "in_words", "new_figure", "plot_of"]
+__all__ = ["DASHES", "DOWNSAMPLED", "PALETTE", "UNPRUNED", "Part", "Plot", "Table", "in_words", "new_figure", "plot_of"]
 
 UNPRUNED = "#8a9099"
 DOWNSAMPLED = "#c2703d"
 PALETTE = ("#0f8f89", "#7a5bd0", "#3d7fd6", "#c14b7c", "#6d9b2f", "#b58a1c")
 """Colours of budgets, methods and image sizes, of medium lightness, which are visible on white and on black."""
+
+DASHES = ("solid", "dot", "dash")
+"""Of lines after as many as there are colours."""
 
 _GRID = "rgba(128,134,145,0.25)"
 

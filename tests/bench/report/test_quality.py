@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from mmtok_bench.report.document import make_report, to_markdown
 from mmtok_bench.report.frame import frame_of
+from mmtok_bench.report.panels import panels
 from mmtok_bench.report.quality import quality_part
 from mmtok_bench.results import CaseValue, ResultRow
-from tests.bench.report.rows import row
+from mmtok_deploy.cli import main
+from mmtok_deploy.methods import MethodName
+from tests.bench.report.rows import row, write
 
 
 def scored(method: str, budget: str, kept: float, accuracy: float, **changes: CaseValue) -> ResultRow:
@@ -48,6 +52,30 @@ def test_by_how_much_keys_of_the_output_are_ahead() -> None:
     ahead = replace(ahead, metrics={**ahead.metrics, "gain": 0.03, "gain_low": -0.001, "gain_high": 0.06})
     text = to_markdown(make_report(frame_of([*ROWS, ahead])))
     assert "75.0 (71.0 to 78.0), 94% of unpruned (89 to 99), +3.0 against input keys (-0.1 to +6.0)" in text
+
+
+def test_panels_of_all_kinds_have_one_legend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = get_args(MethodName)
+    rows = [
+        scored(method, budget, kept, 0.1 + kept / 100, kind=kind)
+        for kind in ("existence", "count")
+        for method in methods
+        for budget, kept in (("25%", 49), ("4", 4))
+    ]
+    plots = quality_part(frame_of(rows)).plots
+    figure = panels(plots)
+    assert [each.text for each in figure.layout.annotations] == ["existence", "count"]
+    assert [trace.name for trace in figure.data] == [*methods, *methods]
+    assert [trace.name for trace in figure.data if trace.showlegend] == list(methods)
+    # No two methods look alike.
+    assert len({(trace.line.color, trace.line.dash) for trace in figure.data}) == len(methods)
+    assert figure.layout.xaxis.tickvals == (4, 49)
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert main(["bench", "report", str(path), f"--panels={tmp_path}/panels.html"]) == 0
+    assert "plotly" in (tmp_path / "panels.html").read_text()
+    empty = write(tmp_path / "few.jsonl", [scored("mmtok", "4", 4, 0.4)])
+    assert main(["bench", "report", str(empty), f"--panels={tmp_path}/few.html"]) == 2
+    assert "no quality at several budgets" in capsys.readouterr().err
 
 
 def mixed(budget: str, kept: float, accuracy: float, kind: str = "count") -> ResultRow:
