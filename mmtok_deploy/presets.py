@@ -23,8 +23,8 @@ class Preset:
     guidance: GuidanceRule
 
 
-# Image tokens are compared by the projector's input, as the authors do. By the merger's output, the pocket Qwen2.5-VL reads
-# 10 points more characters at 11% of the tokens (`--mmtok-keys output`; docs/quality.md).
+# Image tokens are compared by the merger's input, as the authors do. By its output (`--mmtok-keys output`) the pocket
+# Qwen2.5-VL reads 10 points more characters at 11% of the tokens: docs/quality.md.
 _QWEN = Preset(SelectionConfig(tv_temp=0.01, vv_temp=0.2, alpha=0.5), "question")
 
 PRESETS: dict[str, Preset] = {

@@ -23,9 +23,9 @@ def run_report(arguments: argparse.Namespace) -> int:
     if page is None and markdown is None and side_by_side is None:
         page = Path("artifacts/bench/report.html")
     writers: dict[Path, Callable[[Report], str]] = {}
-    for path, write in ((page, to_html), (markdown, to_markdown), (side_by_side, _panels_html)):
-        if path is not None:
-            writers[path] = write
+    for given, write in ((page, to_html), (markdown, to_markdown), (side_by_side, _panels_html)):
+        if given is not None:
+            writers[given] = write
     try:
         for path in writers:
             if path.exists() and not arguments.force:
@@ -34,8 +34,8 @@ def run_report(arguments: argparse.Namespace) -> int:
         report = make_report(rows, notes, tuple(arguments.compare) if arguments.compare else None)
         for note in notes:
             print(f"mmtok bench report: {note}", file=sys.stderr)
-        for path, write in writers.items():
-            _write(path, write(report), arguments.force)
+        for path, text_of in writers.items():
+            _write(path, text_of(report), arguments.force)
     except (ValueError, OSError) as error:
         print(f"mmtok bench report: {error}", file=sys.stderr)
         return 2

@@ -100,9 +100,9 @@ def test_rows_of_real_features(encoder: Path, tmp_path: Path, capsys: pytest.Cap
     for budget, num_picks in (("25%", 64), ("4", 4)):
         shares = [_covered("mmtok", each, num_picks) for each in photographs]
         assert kept["mmtok", budget]["covered_share"] == pytest.approx(sum(shares) / 2, abs=1e-5)
-    for method, budget in kept:
+    for (method, _), metrics in kept.items():
         if is_nested(split_method(str(method))[0]):
-            assert kept[method, budget]["covered_share"] <= kept[method, "50%"]["covered_share"] + 1e-9
+            assert metrics["covered_share"] <= kept[method, "50%"]["covered_share"] + 1e-9
     salient = (
         photographs[0].salience.argsort(descending=True)[:64],
         photographs[1].salience.argsort(descending=True)[:64],
