@@ -44,6 +44,7 @@ FLAGS = [
     "--mmtok-method",
     "--mmtok-encoder-scale",
     "--mmtok-share-tiles",
+    "--mmtok-keys",
     "--mmtok-video-budget",
     "--mmtok-seed",
     "--mmtok-agent-url",

@@ -52,7 +52,7 @@ def _exactness(lines: Sequence[Line]) -> Table:
         )
         for line in lines
     )
-    columns = ("backend", "picks", "photographs with the reference's picks", "picks within float32 rounding")
+    columns = ("backend", "picks", "photographs with the reference's picks", "picks that gain less by rounding")
     return Table("Picks against the float32 reference", columns, rows)
 
 
