@@ -16,6 +16,7 @@ from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import AskedScene, Question, fingerprint, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import (
+    FASTV,
     UNPRUNED,
     WITH_OUTPUT_KEYS,
     QualityPlan,
@@ -30,6 +31,7 @@ from mmtok_bench.results import append_row
 from mmtok_bench.selected_patches import EncodedImage, PatchSelector
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget, what_is_asked
 from mmtok_deploy.methods import is_nested
+from pocket_training.fastv import last_hidden_after_fastv
 
 __all__ = ["PocketModel", "answer_all", "write_rows"]
 
@@ -40,7 +42,10 @@ class PocketModel:
     def __init__(self, family: PocketFamily) -> None:
         checkpoint = pocket_checkpoint(family)
         self.selector = PatchSelector(family, checkpoint)
-        self._model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        # "eager" gives the weights of attention, which FastV goes by.
+        self._model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         self._processor = AutoProcessor.from_pretrained(checkpoint)
 
     def read(self, picture: Image.Image, question: str) -> Any:
@@ -50,7 +55,9 @@ class PocketModel:
         return self._processor(text=[prompt], images=[picture], return_tensors="pt")
 
     @torch.inference_mode()
-    def answer(self, inputs: Any, encoded: EncodedImage, kept: Tensor, num_words: int) -> str:
+    def answer(
+        self, inputs: Any, encoded: EncodedImage, kept: Tensor, num_words: int, num_kept_inside: int | None = None
+    ) -> str:
         """Returns the answer from the kept tokens of a picture, each at the position that it has unpruned.
 
         LLaVA-1.5 counts the positions of its prompt: there they run on.
@@ -60,6 +67,7 @@ class PocketModel:
             encoded: What `selector.encode` makes of the picture.
             kept: [K] int64 tokens of it, in raster order.
             num_words: The most tokens of the answer.
+            num_kept_inside: How many of them FastV keeps after its layer; None for all.
         """
         (ids,) = inputs["input_ids"]
         start = int((ids == self._model.config.image_token_id).nonzero()[0])
@@ -68,10 +76,11 @@ class PocketModel:
         rows = torch.cat([embed(ids[:start]), encoded.vision[kept], embed(behind)])
         places = torch.cat([torch.arange(start), start + kept, torch.arange(len(ids) - len(behind), len(ids))])
         positions, later = self._positions(inputs, places)
+        image, num_prompt = slice(start, start + len(kept)), len(rows)
         said: list[int] = []
         for _ in range(num_words):
-            hidden = self._model.model.language_model(inputs_embeds=rows[None], position_ids=positions)
-            token = int(self._model.lm_head(hidden.last_hidden_state[0, -1]).argmax())
+            hidden = self._last_hidden(rows, positions, image, num_kept_inside, num_prompt)
+            token = int(self._model.lm_head(hidden).argmax())
             if token == self._processor.tokenizer.eos_token_id:
                 break
             rows = torch.cat([rows, embed(torch.tensor([token]))])
@@ -79,6 +88,15 @@ class PocketModel:
             said.append(token)
         text: str = self._processor.tokenizer.decode(said)
         return text
+
+    def _last_hidden(
+        self, rows: Tensor, positions: Tensor, image: slice, num_kept: int | None, num_prompt: int
+    ) -> Tensor:
+        language_model = self._model.model.language_model
+        if num_kept is not None:
+            return last_hidden_after_fastv(language_model, rows, positions, image, num_kept, num_prompt)
+        hidden: Tensor = language_model(inputs_embeds=rows[None], position_ids=positions).last_hidden_state[0, -1]
+        return hidden
 
     def _positions(self, inputs: Any, places: Tensor) -> tuple[Tensor, int]:
         """Returns the positions of the tokens at these places, and that of the next token."""
@@ -98,7 +116,8 @@ def answer_all(family: PocketFamily, plan: QualityPlan, answers: Path) -> None:
     for budget in plan.budgets:
         parse_budget(budget, AutoBudget())
     for method in plan.methods:
-        split_method(method)
+        if method != FASTV:
+            split_method(method)
     model = PocketModel(family)
     for seed in plan.seeds:
         scenes = make_scenes(seed, plan.num_questions)
@@ -146,7 +165,11 @@ def _answers(
         inputs = model.read(picture, question.text)
         num_words = len(normalise(question.answer).split())
         for pair, kept in _kept(model, encoded, question.text, plan):
-            said = model.answer(inputs, encoded, kept, num_words)
+            if pair[0] == FASTV:
+                all_tokens = torch.arange(len(encoded.vision))
+                said = model.answer(inputs, encoded, all_tokens, num_words, num_kept_inside=len(kept))
+            else:
+                said = model.answer(inputs, encoded, kept, num_words)
             yield _scored(asked, question, setting, pair, said, len(kept), question_set)
 
 
@@ -162,8 +185,9 @@ def _kept(
     }
     orders: dict[str, Tensor] = {}
     for name, budget in plan.pairs():
-        if name == UNPRUNED:
-            yield (name, budget), torch.arange(num_tokens)
+        if name in (UNPRUNED, FASTV):
+            # FastV's are chosen inside the language model: only their number is known here.
+            yield (name, budget), torch.arange(num_tokens if name == UNPRUNED else nums_kept[budget])
             continue
         method, keys = split_method(name)
         if name not in orders or not is_nested(method):

@@ -18,7 +18,7 @@ from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import KINDS
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality import lmms_eval, public
-from mmtok_bench.quality.plan import METHODS, WITH_AGENT, QualityPlan, answers_beside
+from mmtok_bench.quality.plan import FASTV, METHODS, WITH_AGENT, QualityPlan, answers_beside
 from mmtok_bench.quality.recorded import RECORDED, RECORDED_BUDGET, RECORDED_METHOD, record
 from mmtok_bench.quality.rows import BENCH
 from mmtok_bench.quality.sweep import Sweep
@@ -134,6 +134,10 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
         raise ValueError(
             f"--record writes {RECORDED_METHOD} at {RECORDED_BUDGET} over several seeds: have them among --methods, "
             "--budgets and --seeds, or drop it"
+        )
+    if FASTV in plan.methods:
+        raise ValueError(
+            f"{FASTV} leaves tokens out inside the language model, which no server does: mmtok pocket answers"
         )
     if arguments.url and WITH_AGENT in plan.methods:
         raise ValueError(f"{WITH_AGENT} needs two servers, which are started without --url: drop one of the two")

@@ -13,6 +13,7 @@ from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method, reads_keys
 
 __all__ = [
+    "FASTV",
     "METHODS",
     "UNPRUNED",
     "WITH_AGENT",
@@ -32,6 +33,8 @@ UNPRUNED = "unpruned"
 """The method of budget "all", and of "all@0.5": no tokens are selected."""
 WITH_AGENT = "mmtok+agent"
 """MMTok on a second server, which adds an agent's answer to the guidance."""
+FASTV = "fastv"
+"""FastV, which leaves tokens out inside the language model: `mmtok pocket answers` alone runs it."""
 WITH_OUTPUT_KEYS = "+output"
 """Ends the name of a method whose image tokens are compared by the projector's output: `mmtok+output`."""
 
@@ -88,7 +91,7 @@ class QualityPlan:
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"expected at least one of {name}, each once, got {values or 'none'}")
         for method in self.methods:
-            if method != WITH_AGENT:
+            if method not in (WITH_AGENT, FASTV):
                 split_method(method)
         for budget in self.budgets:
             MixedBudget.parse(budget)
