@@ -47,8 +47,8 @@ def rows_of(
     Args:
         answers: Answers with one method and budget, to the questions of one seed or of all.
         unpruned: Answers to the same questions at budget "all"; if empty, rows have no share.
-        by_input: Answers with the same method by the projector's input, where `answers` are by its output; if empty, rows
-            do not say by how much the output is ahead.
+        by_input: Answers with the same method by the projector's input, where `answers` are by its output; if empty,
+            rows do not say by how much the output is ahead.
         model: The model's name in rows.
         seed: A seed's number, or `ALL_SEEDS`.
         question_set: `fingerprint` of the questions.
