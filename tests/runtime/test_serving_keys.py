@@ -13,7 +13,7 @@ from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.engine_files import export_for
 from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
-CHAT = Chat.ask(small("coffee", 336, 336), "What is in this cup?")
+CHAT = Chat.ask(small("astronaut", 336, 336), "Who is it?")
 
 pytestmark = pytest.mark.slow
 

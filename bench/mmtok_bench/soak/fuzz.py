@@ -23,7 +23,7 @@ _TIMEOUT_S = 60.0
 _FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
 _KWARGS = "mm_processor_kwargs"
 _OUR_FIELDS = (
-    *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_keys", "mmtok_method", "mmtok_seed"),
+    *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_method", "mmtok_seed"),
     *("mmtok_bugdet", "mmtok", "images_kwargs"),
 )
 _METHODS = (*get_args(MethodName), "")
