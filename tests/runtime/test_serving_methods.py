@@ -76,7 +76,7 @@ def test_tokens_are_compared_by_the_side_of_the_projector_that_is_asked_for(serv
         served.judge.prune(prompt, chat.images, chat.guidance, 0.25, coverage="vision", keys=keys)
         for keys in ("input", "output")
     )
-    fields = {"mmtok_method": "vision-coverage", "mmtok_budget": "25%"}
+    fields: dict[str, Any] = {"mmtok_method": "vision-coverage", "mmtok_budget": "25%"}
     asked = served.ask(chat, mmtok_keys="output", **fields)
     assert served.judge.max_error(by_output, asked) < LOGPROB_TOLERANCE
     assert served.judge.max_error(by_input, asked) > LOGPROB_TOLERANCE
