@@ -95,10 +95,13 @@ def test_wrong_places_in_time_would_be_seen(served: Served) -> None:
 
 def test_caches_know_film_and_question(served: Served) -> None:
     served.flush_cache()
-    chat, other = (Chat.ask(film(seed=3), question) for question in (QUESTION, "What colour is it?"))
+    # Of other films (seed 3) the choice of some tokens is decided by rounding.
+    chat, other = (Chat.ask(film(seed=4), question) for question in (QUESTION, "What colour is it?"))
     first, again, of_other = served.ask(chat), served.ask(chat), served.ask(other)
     assert again["cached_tokens"] == first["prompt_tokens"] - 1
     before_the_film = served.judge.prompt(chat.for_template()).partition("<|video_pad|>")[0]
+    # Of Qwen3-VL, whose first timestamp is text as well.
+    before_the_film += "<0.2 seconds><|vision_start|>" if served.family == "qwen3-vl" else ""
     assert of_other["cached_tokens"] == len(served.judge.processor.tokenizer(before_the_film)["input_ids"])
     for asked, account in ((chat, first), (chat, again), (other, of_other)):
         served.check(asked, account)

@@ -115,7 +115,7 @@ class LargestTensor(TorchDispatchMode):
     """Remembers the bytes of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.size_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
