@@ -361,10 +361,12 @@ class CacheKeys:
         positions = plan.positions
         return (
             self._constants,
-            *(plan.num_tokens, plan.num_kept, plan.method, plan.seed, plan.num_parts, plan.between),
+            *(plan.num_tokens, plan.num_kept, plan.method, plan.seed, plan.num_parts),
             torch.tensor(plan.guidance, dtype=torch.int64),
             plan.excluded,
             None if positions is None else positions - positions[:, :1],
+            # Of a video alone: the keys of an image stay what they are.
+            *((plan.between,) if plan.between else ()),
         )
 
 

@@ -551,3 +551,9 @@ def test_owners_of_embeddings_that_are_gone_are_forgotten(monkeypatch: pytest.Mo
         embeddings.check(item)
     assert set(embeddings.cache.mmtok_owners) <= {items[0].hash, items[2].hash, items[3].hash}
     assert items[0].hash in embeddings.cache.mmtok_owners
+
+
+def test_the_text_between_the_runs_of_a_video_is_in_its_key() -> None:
+    plans = [ImagePlan(4, 2, [], num_frames=2, between=between) for between in ([[1, 2]], [[1, 3]], [])]
+    selections = [CacheKeys(make_settings(2)).keys(b"film", plan).selection for plan in plans]
+    assert len(set(selections)) == len(plans)
