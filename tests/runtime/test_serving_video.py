@@ -175,6 +175,9 @@ def test_a_broken_and_a_long_video_are_refused(served: Served) -> None:
 
 
 def test_the_server_answers_while_frames_are_decoded(served: Served) -> None:
+    if served.family != "qwen2.5-vl":
+        pytest.skip("all Qwens decode in the same thread: seen once, with qwen2.5-vl")
+
     def ask(seed: int) -> None:
         # The encoder would read more pixels than it may, which shows once the frames are there.
         with pytest.raises(openai.BadRequestError, match="the encoder would read"):
