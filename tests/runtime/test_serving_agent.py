@@ -123,6 +123,8 @@ def test_a_flush_reaches_every_tokenizer_worker(agent: Served) -> None:
             pytest.skip("the kernel gave all connections to one worker")
 
         ask_until_both_have_asked()
+        # Whichever of them answers, its hooks are there.
+        served.check(chat, served.ask(chat), guidance=[f"{CATS} {answer_of(agent, chat)}"])
         served.flush_cache()
         ask_until_both_have_asked()
 

@@ -25,17 +25,17 @@ from mmtok_bench.server import SglangServer
 from tests.bench.report.rows import row
 
 RECORDED = read_recorded()
-NUM_QUESTIONS = 100
 # One failure by chance in a thousand runs of a kind.
 LEVEL = 0.001
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_questions", [40, 100])
 @pytest.mark.parametrize("family", RECORDED)
 def test_accuracy_is_not_below_the_recorded_one(
-    family: FamilyName, pocket_model_of: Callable[[FamilyName], SglangServer], tmp_path: Path
+    family: FamilyName, num_questions: int, pocket_model_of: Callable[[FamilyName], SglangServer], tmp_path: Path
 ) -> None:
-    plan = QualityPlan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=NUM_QUESTIONS)
+    plan = QualityPlan(methods=(RECORDED_METHOD,), budgets=(RECORDED_BUDGET,), seeds=(0,), num_questions=num_questions)
     run = Run("quality", tmp_path)
     sweep = Sweep(plan, run, "pocket", picture_px=PICTURE_PX[family])
     sweep.prepare()
@@ -43,8 +43,8 @@ def test_accuracy_is_not_below_the_recorded_one(
     (answers,) = read_answers(answers_beside(run.path)).values()
     right = Counter(str(answer.kind) for answer in answers if answer.is_right)
     for kind, accuracy in RECORDED[family]["accuracy"].items():
-        found = stats.binomtest(right[kind], NUM_QUESTIONS, accuracy, alternative="less")
-        assert found.pvalue > LEVEL, f"{kind}: {right[kind]} of {NUM_QUESTIONS} right, {accuracy:.1%} recorded"
+        found = stats.binomtest(right[kind], num_questions, accuracy, alternative="less")
+        assert found.pvalue > LEVEL, f"{kind}: {right[kind]} of {num_questions} right, {accuracy:.1%} recorded"
 
 
 def case(**changes: CaseValue) -> dict[str, CaseValue]:

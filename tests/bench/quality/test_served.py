@@ -47,7 +47,7 @@ def doc_to_visual(doc):
 @pytest.mark.slow
 def test_pocket_tasks(served_pocket_model: SglangServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every method prunes to the budget, and a question that is asked again is answered as before."""
-    command = ["quality", f"--url={served_pocket_model.url}", "--budgets=all,25%,4", "--seeds=0", "--num-questions=12"]
+    command = ["quality", f"--url={served_pocket_model.url}", "--budgets=all,25%,4", "--seeds=0", "--num-questions=4"]
     assert main([*command, f"--results-dir={tmp_path}", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     kept = {(row["case"]["method"], row["case"]["budget"]): row["metrics"]["tokens_kept"] for row in rows}
