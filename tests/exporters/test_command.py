@@ -281,7 +281,7 @@ def test_a_folder_is_not_checked(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "out of memory .*fewer",
         ),
         (MemoryError(), "out of memory"),
-        (DecodeError("Error parsing message"), "protobuf does not take it .* 2 GiB"),
+        (DecodeError("Error parsing message"), "protobuf refuses it .* 2 GiB"),
         (onnx.checker.ValidationError("field 'x'\nnot set"), r"(onnx.*|protobuf).*not set"),
         (RuntimeError("something else\nand more"), r"RuntimeError: something else and more$"),
     ],

@@ -32,7 +32,7 @@ def test_a_new_server_is_held_against_the_judge_and_asked_at_random() -> None:
 
 def test_a_row_is_what_the_gpu_check_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"max_error": 1e-5, "control_error": 5e-5}
-    monkeypatch.setattr(device_logprobs, "measure", lambda served: measured)
+    monkeypatch.setattr(device_logprobs, "measure", lambda served, chats: measured)
     monkeypatch.setattr("mmtok_bench.server.SglangServer.start", lambda server: None)
     monkeypatch.setattr("mmtok_bench.server.SglangServer.wait_until_ready", lambda server: None)
     arguments = [str(tmp_path), "--family=llava-1.5", "--device=cpu"]

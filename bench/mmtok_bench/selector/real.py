@@ -25,7 +25,7 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import coverage_matrix
 from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
-from mmtok_deploy.methods import MethodName, comparator
+from mmtok_deploy.methods import IMAGE_METHODS, MethodName, comparator
 from mmtok_deploy.problem import SelectionProblem
 
 __all__ = ["BENCH", "run_real_features"]
@@ -45,7 +45,7 @@ _NUM_SALIENT = NUM_TOKENS // 4
 # By name, what is compared: all methods but `downsample`, which chooses nothing.
 _METHODS = tuple(
     name
-    for method in get_args(MethodName)
+    for method in IMAGE_METHODS
     if method != "downsample"
     for name in (method, *((method + WITH_OUTPUT_KEYS,) if method == "mmtok" else ()))
 )

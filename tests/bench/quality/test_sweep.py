@@ -301,7 +301,7 @@ def test_a_server_that_does_not_prune_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("fastv",)}, "method is one of"),
+        ({"methods": ("fast",)}, "method is one of"),
         ({"budgets": ("150%",)}, "150%"),
         ({"budgets": ("4", "4")}, "each once"),
         ({"seeds": ()}, "at least one of seeds"),
