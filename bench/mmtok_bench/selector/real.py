@@ -25,7 +25,7 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import coverage_matrix
 from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
-from mmtok_deploy.methods import IMAGE_METHODS, MethodName, comparator
+from mmtok_deploy.methods import IMAGE_METHODS, comparator
 from mmtok_deploy.problem import SelectionProblem
 
 __all__ = ["BENCH", "run_real_features"]
