@@ -8,6 +8,7 @@ from typing import Any
 
 from mmtok_sglang.cache_key import keys_of
 from mmtok_sglang.plan import plan_of
+from mmtok_sglang.repeated_warnings import RepeatedWarning
 from mmtok_sglang.selection import Outcome, TokenSelector
 
 __all__ = ["accounting", "image_account", "remembered_by", "token_counts"]
@@ -15,6 +16,7 @@ __all__ = ["accounting", "image_account", "remembered_by", "token_counts"]
 logger = logging.getLogger(__name__)
 
 _KEY = "mmtok"
+_WRONG_COUNT = RepeatedWarning(logger)
 
 
 def remembered_by(selector: TokenSelector) -> Callable[[Any], Outcome | None]:
@@ -82,7 +84,12 @@ def token_counts(original: Callable[..., tuple[int, int, int]], inputs: Any) -> 
         inputs: SGLang's inputs of the request.
     """
     images, audio, videos = original(inputs)
-    return images, audio, videos - sum(plan.num_between for plan in map(plan_of, inputs.mm_items) if plan is not None)
+    try:
+        text = sum(plan.num_between for plan in map(plan_of, inputs.mm_items) if plan is not None)
+    except Exception as error:  # a wrong count is better than no answer, or no scheduler
+        _WRONG_COUNT.log("MMTok: usage counts a video's timestamps among its tokens", error=error)
+        text = 0
+    return images, audio, videos - text
 
 
 def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, Any]:

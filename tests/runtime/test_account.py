@@ -85,6 +85,14 @@ def test_text_between_the_runs_of_a_video_is_counted_as_text() -> None:
     assert token_counts(MultimodalInputs.compute_mm_token_counts, inputs) == (2, 0, 5)
 
 
+def test_counts_of_tokens_end_no_scheduler(caplog: pytest.LogCaptureFixture) -> None:
+    item = image_item((0, 1))
+    item.model_specific_data["mmtok"] = {"no": "plan"}
+    inputs = MultimodalInputs(mm_items=[item])
+    assert token_counts(MultimodalInputs.compute_mm_token_counts, inputs) == (2, 0, 0)
+    assert "usage counts a video's timestamps" in caplog.text
+
+
 def test_a_fallback_is_told() -> None:
     outcomes: dict[int, Any] = {id(PRUNED): Outcome("mmtok", "its features are not finite")}
     account = image_account([PRUNED, WHOLE], lambda item: outcomes[id(item)])
