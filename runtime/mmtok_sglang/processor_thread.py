@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,18 +18,23 @@ class ProcessorThread:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmtok-processor")
         self._copy: Any = None
 
-    async def run(self, call: Callable[[Any], Coroutine[Any, Any, Any]], processor: Any) -> Any:
-        """Returns what `call` returns for the copy of the processor.
+    async def run(self, call: Callable[..., Awaitable[Any]], processor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns what `call` returns for the copy of the processor and the other arguments.
 
         Args:
             call: Awaited in the thread, by an event loop of its own.
             processor: SGLang's, with the Hugging Face processor or tokenizer in `_processor`.
+            *args: Arguments behind the processor.
+            **kwargs: Arguments by name.
         """
+
+        async def called() -> Any:
+            return await call(self._copy, *args, **kwargs)
 
         def run() -> Any:
             if self._copy is None:
                 self._copy = _copy_of(processor)
-            return asyncio.run(call(self._copy))
+            return asyncio.run(called())
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 

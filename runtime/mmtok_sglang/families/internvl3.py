@@ -133,11 +133,7 @@ class InternVL3(Family):
             raise token_ids_refusal()
         num_tiles = _num_tiles(kwargs["request_obj"], processor)
         current().settings.limits.check_tiles(len(images or ()), num_tiles, _TILE_PX**2)
-
-        async def run(copied: Any) -> Any:
-            return await original(copied, images, *args, **kwargs)
-
-        return await self._thread.run(run, processor)
+        return await self._thread.run(original, processor, images, *args, **kwargs)
 
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns what the budget keeps of the image, all its tiles together.

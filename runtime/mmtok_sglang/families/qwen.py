@@ -123,11 +123,11 @@ class Qwen(Family):
         """
         if not any(isinstance(video, Video) for video in kwargs["request_obj"].video_data or ()):
             return await original(processor, images, *args, **kwargs)
+        return await self._thread.run(original, processor, images, *args, **kwargs)
 
-        async def run(copied: Any) -> Any:
-            return await original(copied, images, *args, **kwargs)
-
-        return await self._thread.run(run, processor)
+    def video_loader(self, limits: Limits, images: ImageLoader) -> VideoLoader | None:
+        """Returns what opens a request's videos, None where they are not pruned."""
+        return None if self.video_placeholder is None else VideoLoader(limits, images)
 
     def num_kept(self, item: Any, num_tokens: int, budget: Budget, config: Any) -> int:
         """Returns what the budget keeps of the image.
@@ -201,10 +201,6 @@ class QwenWithTimestamps(Qwen):
     def num_runs(self, item: Any) -> int:
         """Returns the steps in time of a video, 1 for an image."""
         return self.num_frames(item)
-
-    def video_loader(self, limits: Limits, images: ImageLoader) -> VideoLoader:
-        """Returns what opens a request's videos."""
-        return VideoLoader(limits, images)
 
 
 def grid_of(item: Any) -> Tensor:

@@ -14,10 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from mmtok_sglang.families.qwen import Qwen, QwenModel, QwenProcessor
-from mmtok_sglang.images import ImageLoader
-from mmtok_sglang.limits import Limits
 from mmtok_sglang.plan import plan_of
-from mmtok_sglang.videos import Video, VideoLoader
+from mmtok_sglang.videos import Video
 
 __all__ = ["Qwen25VL"]
 
@@ -121,7 +119,3 @@ class Qwen25VL(Qwen):
                     )
                 )
         output.mm_items[:] = items
-
-    def video_loader(self, limits: Limits, images: ImageLoader) -> VideoLoader:
-        """Returns what opens a request's videos."""
-        return VideoLoader(limits, images)
