@@ -223,7 +223,7 @@ class Settings:
         """Returns what the method compares tokens by if this server's backend runs it so; "input" if it compares none.
 
         Args:
-            keys: Of the request.
+            keys: What the request asks for, or the server's own setting.
             method: What chooses the request's tokens.
 
         Raises:
@@ -311,17 +311,25 @@ def check_video_budget(value: object) -> VideoBudget:
     Raises:
         ValueError: It is none of `VideoBudget`.
     """
-    for known in get_args(VideoBudget):
-        if value == known:
-            return known  # type: ignore[no-any-return]
-    raise ValueError(f"video_budget is one of {', '.join(get_args(VideoBudget))}, got {value!r:.100}")
+    known: VideoBudget = _one_of(get_args(VideoBudget), value, "video_budget")
+    return known
 
 
 def _check_key_source(value: object) -> KeySource:
-    for known in get_args(KeySource):
+    known: KeySource = _one_of(get_args(KeySource), value, "keys")
+    return known
+
+
+def _one_of(names: tuple[Any, ...], value: object, setting: str) -> Any:
+    """Returns the name that a value equals.
+
+    Raises:
+        ValueError: It equals none.
+    """
+    for known in names:
         if value == known:
-            return known  # type: ignore[no-any-return]
-    raise ValueError(f"keys is one of {', '.join(get_args(KeySource))}, got {shown(value)}")
+            return known
+    raise ValueError(f"{setting} is one of {', '.join(names)}, got {shown(value)}")
 
 
 _CONFIG_HELP = {
