@@ -309,8 +309,7 @@ class CacheKeys:
         if plan is None:
             return ImageKeys(image, None, digest(content), ((image_base, image_moves), (b"", 0)))
         asked = digest(*self._asked(plan))
-        # What draws compares no tokens: a draw stays what it is on a server of other keys.
-        selection_base = digest("selection", image, asked, plan.keys)
+        selection_base = digest("selection", image, asked)
         selection, selection_moves = self._moved_on(selection_base)
         return ImageKeys(
             image,
@@ -365,8 +364,9 @@ class CacheKeys:
             torch.tensor(plan.guidance, dtype=torch.int64),
             plan.excluded,
             None if positions is None else positions - positions[:, :1],
-            # Of a video alone: the keys of an image stay what they are.
+            # What few plans have is left out of the others, whose keys and draws stay what they were without it.
             *((plan.between,) if plan.between else ()),
+            *((plan.keys,) if plan.keys != "input" else ()),
         )
 
 
