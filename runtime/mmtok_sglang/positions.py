@@ -31,8 +31,9 @@ class _Span:
 
     Args:
         key: What the image's selection is remembered by, that of each part with its number.
-        names: The image's name in SGLang's cache of embeddings, and that of all items of its kind in the request,
-            which SGLang encodes together where one of them, unpruned, has several runs of placeholders.
+        name: The image's name in SGLang's cache of embeddings.
+        names_of_kind: The names of all items of its kind in the request. SGLang encodes them together, under one name
+            that it makes of all, where one of them, unpruned, has several runs of placeholders.
         plan: Its plan, with the original positions.
         first: [3, 1] int64, where the image's first token stands in the request. A later turn of a session counts on
             from the turns before it, which the plan does not know.
@@ -41,7 +42,8 @@ class _Span:
     """
 
     key: bytes | None
-    names: tuple[int, int]
+    name: int
+    names_of_kind: Sequence[int]
     plan: ImagePlan
     first: Tensor
     kept: slice
@@ -69,8 +71,8 @@ class PositionWriter:
         spans = list(_spans(forward_batch))
         for span in spans:
             if self._kept(span) is None:
-                for name in span.names:
-                    drop_cached_embedding(name)
+                drop_cached_embedding(span.name)
+                drop_cached_embedding(MultiModalStaticCache.combine_hashes(span.names_of_kind))
         return spans
 
     def write(self, spans: Sequence[_Span], positions: Tensor) -> None:
@@ -83,7 +85,7 @@ class PositionWriter:
         for span in spans:
             kept = self._kept(span)
             if kept is None or span.plan.positions is None:
-                self._fail(span.names[0], "is in this batch, but was not selected")
+                self._fail(span.name, "is in this batch, but was not selected")
                 continue
             # Neither copy waits: the kept indices are on the device, the N positions on the host.
             original = (span.plan.positions - span.plan.positions[:, :1] + span.first).to(
@@ -170,7 +172,11 @@ def _spans(forward_batch: Any) -> Iterator[_Span]:
     for inputs, chunk_start, chunk_len in zip(
         forward_batch.mm_inputs, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
     ):
-        for item in inputs.mm_items if inputs is not None else []:
+        items = inputs.mm_items if inputs is not None else []
+        names_of: dict[Any, list[int]] = {}
+        for item in items:
+            names_of.setdefault(item.modality, []).append(item.hash)
+        for item in items:
             plan, keys = plan_of(item), keys_of(item)
             if plan is None or keys is None:
                 continue
@@ -178,10 +184,9 @@ def _spans(forward_batch: Any) -> Iterator[_Span]:
             first, stop = max(start, chunk_start), min(end + 1, chunk_start + chunk_len)
             if first < stop:
                 shift = batch_start - chunk_start
-                of_kind = [each.hash for each in inputs.mm_items if each.modality == item.modality]
-                names = item.hash, MultiModalStaticCache.combine_hashes(of_kind)
                 yield _Span(
-                    *(keys.selection, names, plan, inputs.mrope_positions[:, start : start + 1]),
+                    *(keys.selection, item.hash, names_of[item.modality], plan),
+                    first=inputs.mrope_positions[:, start : start + 1],
                     kept=slice(first - start, stop - start),
                     batch=slice(first + shift, stop + shift),
                 )
