@@ -19,13 +19,14 @@ from mmtok_deploy.executors import Executor, make_executor
 from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
 from mmtok_deploy.problem import SelectionProblem
 
-__all__ = ["BASELINES", "Contestant", "contestants", "first_wrong_pick"]
+__all__ = ["BASELINES", "Contestant", "backends_on", "contestants", "first_wrong_pick"]
 
 Contestant = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Tensor]]
 """Selects for a batch; returns the picks of each problem, of the authors' selector in raster order."""
 
 _EXPORTED_FORMS = {"onnx-lazy": "lazy", "onnx-loop": "loop", "onnx-unrolled": "unrolled"}
 _NOT_FOR_SPEED = ("reference", "blocked")
+_BACKENDS = tuple(name for name in get_args(BackendName) if name != "auto")
 
 
 def contestants(names: Sequence[str], device: torch.device, authors: Path | None = None) -> dict[str, Contestant]:
@@ -39,16 +40,19 @@ def contestants(names: Sequence[str], device: torch.device, authors: Path | None
     Raises:
         ValueError: A name is unknown, or cannot run on the device; a file that is not the authors'.
     """
-    backends = [name for name in get_args(BackendName) if name != "auto"]
-    known = (*BASELINES, *backends, *_EXPORTED_FORMS)
+    known = (*BASELINES, *_BACKENDS, *_EXPORTED_FORMS)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"a backend to time is one of {', '.join(known)}, got {unknown[0]!r}")
     if not names:
-        fast = [name for name in backends if name not in _NOT_FOR_SPEED and _runs_on(name, device)]
-        names = [*BASELINES, *fast]
+        names = [*BASELINES, *(name for name in backends_on(device) if name not in _NOT_FOR_SPEED)]
     first: dict[str, Contestant] = {} if authors is None else {AUTHORS: authors_selector(authors)}
     return first | {name: _contestant(name, device) for name in names}
+
+
+def backends_on(device: torch.device) -> list[str]:
+    """Returns the backends that run on a device, by name."""
+    return [name for name in _BACKENDS if _runs_on(name, device)]
 
 
 def first_wrong_pick(

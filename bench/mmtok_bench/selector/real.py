@@ -7,10 +7,9 @@ precision, and what each method has `kept` at each budget.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,15 +17,14 @@ from torch import Tensor
 from mmtok_bench.quality.plan import WITH_OUTPUT_KEYS, split_method
 from mmtok_bench.results import CaseValue, make_row
 from mmtok_bench.run import Run
-from mmtok_bench.selector.contestants import contestants
+from mmtok_bench.selector.contestants import backends_on, contestants
 from mmtok_bench.selector.real_features import NUM_TOKENS, NUM_WORDS, EncodedPhotograph, encode_photographs
-from mmtok_deploy.backends import BackendName, get_backend, lazy, reference
+from mmtok_deploy.backends import lazy, reference
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.coverage import coverage_matrix
 from mmtok_deploy.greedy_replay import WrongPickError, replay_greedy
 from mmtok_deploy.methods import IMAGE_METHODS, comparator
-from mmtok_deploy.problem import SelectionProblem
 
 __all__ = ["BENCH", "run_real_features"]
 
@@ -57,10 +55,11 @@ def run_real_features(arguments: argparse.Namespace, device: torch.device) -> in
     Raises:
         ValueError: The encoder is not installed, or an argument is for synthetic features.
     """
-    for name in ("shapes", "batch", "resume"):
+    for name in ("shapes", "batch", "resume", "authors"):
         if getattr(arguments, name):
             raise ValueError(f"--{name} is for synthetic features, whose times are measured: drop it, or --features")
-    timed = contestants(arguments.backends or [*_backends_on(device), *_EXPORTED], device)
+    others = [name for name in backends_on(device) if name != "reference"]
+    timed = contestants(arguments.backends or [*others, *_EXPORTED], device)
     photographs = list(encode_photographs(arguments.images))
     run = Run(BENCH, arguments.results_dir, json_output=arguments.json)
 
@@ -87,6 +86,7 @@ def run_real_features(arguments: argparse.Namespace, device: torch.device) -> in
         num_equal = sum(torch.equal(*each) for each in zip(orders, expected, strict=True))
         num_close = sum(replay.num_close_calls for replay in replays)
         add("exactness", name, {"num_equal": num_equal, "num_close_calls": num_close}, num_picks=most)
+    measured = [_Measured.of(photograph) for photograph in photographs]
     for text in _BUDGETS:
         run.step(f"what is kept at {text}")
         num_kept = Budget.parse(text).num_kept(NUM_TOKENS)
@@ -94,9 +94,9 @@ def run_real_features(arguments: argparse.Namespace, device: torch.device) -> in
         metrics = {"gains": statistics.fmean(num_gains), "most_gains": max(num_gains)}
         add("work", "lazy", {**metrics, "dense_gains": num_kept * NUM_TOKENS}, num_picks=num_kept, budget=text)
         for method in _METHODS:
-            metrics = _kept(method, num_kept, photographs, device)
+            metrics = _kept(method, num_kept, measured, device)
             add("kept", "torch", metrics, method=method, num_picks=num_kept, budget=text)
-    leads = torch.cat([_leads(problem, order) for problem, order in zip(problems, expected, strict=True)])
+    leads = torch.cat([_leads(each.matrix, order) for each, order in zip(measured, expected, strict=True)])
     smallest, at_1, median = leads.quantile(leads.new_tensor([0, 0.01, 0.5])).tolist()
     metrics = {"num_leads": len(leads), "num_close": int((leads < _CLOSE).sum())}
     metrics |= {"smallest_lead": smallest, "lead_p01": at_1, "lead_p50": median}
@@ -105,42 +105,50 @@ def run_real_features(arguments: argparse.Namespace, device: torch.device) -> in
     return 0
 
 
-def _backends_on(device: torch.device) -> list[str]:
-    names = []
-    for name in get_args(BackendName):
-        with contextlib.suppress(ValueError):
-            get_backend(name, device)
-            names.append(name)
-    return [name for name in names if name not in ("auto", "reference")]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """A photograph, and by what the tokens that a method keeps of it are measured.
+
+    Args:
+        photograph: The photograph.
+        matrix: [NUM_WORDS + N, N] float64 coverage by MMTok, on the CPU.
+        most_salient: [_NUM_SALIENT] int64, the most salient patches.
+    """
+
+    photograph: EncodedPhotograph
+    matrix: Tensor
+    most_salient: Tensor
+
+    @classmethod
+    def of(cls, photograph: EncodedPhotograph) -> _Measured:
+        """Returns a photograph with its measures."""
+        matrix = coverage_matrix(photograph.tokens, photograph.keys, photograph.words, _CONFIG, dtype=torch.float64)
+        return cls(photograph, matrix, photograph.salience.topk(_NUM_SALIENT).indices)
 
 
-def _kept(name: str, num_kept: int, photographs: Sequence[EncodedPhotograph], device: torch.device) -> dict[str, float]:
+def _kept(name: str, num_kept: int, photographs: Sequence[_Measured], device: torch.device) -> dict[str, float]:
     """Returns means over the photographs: what a method's tokens cover by MMTok's measure, and of the salient kept."""
     method, keys = split_method(name)
     select = comparator(method)
     shares: dict[str, list[float]] = {"covered_share": [], "image_share": [], "salient_share": []}
-    for photograph in photographs:
-        (selection,) = select([photograph.problem(num_kept, device, by_output=keys == "output")], _CONFIG)
+    for each in photographs:
+        (selection,) = select([each.photograph.problem(num_kept, device, by_output=keys == "output")], _CONFIG)
         kept = selection.kept.cpu()
-        problem = photograph.problem(num_kept, _CPU)
-        matrix = coverage_matrix(problem.vision, problem.keys, problem.text, _CONFIG, dtype=torch.float64)
-        of_kept, of_all = matrix[:, kept].amax(dim=1), matrix.amax(dim=1)
+        of_kept, of_all = each.matrix[:, kept].amax(dim=1), each.matrix.amax(dim=1)
         shares["covered_share"].append(float(of_kept.sum() / of_all.sum()))
         shares["image_share"].append(float(of_kept[NUM_WORDS:].sum() / of_all[NUM_WORDS:].sum()))
-        most_salient = photograph.salience.topk(_NUM_SALIENT).indices
-        shares["salient_share"].append(float(torch.isin(most_salient, kept).double().mean()))
+        shares["salient_share"].append(float(torch.isin(each.most_salient, kept).double().mean()))
     return {name: statistics.fmean(values) for name, values in shares.items()}
 
 
-def _leads(problem: SelectionProblem, order: Tensor) -> Tensor:
-    """Returns [K] by which share of its gain each greedy pick leads the next best token, in double precision."""
-    matrix = coverage_matrix(problem.vision, problem.keys, problem.text, _CONFIG, dtype=torch.float64)
+def _leads(matrix: Tensor, order: Tensor) -> Tensor:
+    """Returns [K] by which share of its gain each greedy pick leads the next best token."""
     covered, is_open = matrix.new_zeros(len(matrix)), torch.ones(matrix.shape[1], dtype=torch.bool)
     leads = []
     for token in order.tolist():
-        gains = (matrix - covered[:, None]).clamp_(min=0).sum(dim=0).masked_fill(~is_open.to(matrix.device), -torch.inf)
+        gains = (matrix - covered[:, None]).clamp_(min=0).sum(dim=0).masked_fill(~is_open, -torch.inf)
         is_open[token] = False
-        next_best = gains.masked_fill(~is_open.to(matrix.device), -torch.inf).max()
+        next_best = gains.masked_fill(~is_open, -torch.inf).max()
         leads.append((gains[token] - next_best).abs() / gains[token])
         covered = torch.maximum(covered, matrix[:, token])
-    return torch.stack(leads).cpu()
+    return torch.stack(leads)

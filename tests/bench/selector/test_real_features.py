@@ -16,6 +16,7 @@ from mmtok_bench.selector import real, real_features
 from mmtok_bench.selector.contestants import BASELINES
 from mmtok_bench.selector.real_features import NUM_TOKENS, NUM_WORDS, EncodedPhotograph, encode_photographs
 from mmtok_deploy.cli import main
+from mmtok_deploy.coverage import coverage_matrix
 from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.methods import MethodName, comparator, is_nested
 
@@ -127,14 +128,14 @@ def test_leads_are_of_the_picks_in_double_precision(encoder: Path) -> None:
     (photograph,) = encode_photographs(1)
     problem = photograph.problem(6, torch.device("cpu"))
     (selection,) = comparator("mmtok")([problem], real._CONFIG)
-    leads = real._leads(problem, selection.order)
+    matrix = real._Measured.of(photograph).matrix
+    leads = real._leads(matrix, selection.order)
     assert len(leads) == 6
     assert (leads >= 0).all()
     # The first lead, by the column sums of C.
-    from mmtok_deploy.coverage import coverage_matrix
-
-    sums = coverage_matrix(problem.vision, problem.keys, problem.text, real._CONFIG, dtype=torch.float64).sum(dim=0)
-    first, second = sums.topk(2).values
+    expected = coverage_matrix(problem.vision, problem.keys, problem.text, real._CONFIG, dtype=torch.float64)
+    assert torch.equal(matrix, expected)
+    first, second = matrix.sum(dim=0).topk(2).values
     assert leads[0] == pytest.approx(float((first - second) / first))
 
 
@@ -148,7 +149,7 @@ def test_wrong_picks_are_told(encoder: Path, tmp_path: Path, monkeypatch: pytest
     assert read_rows(path) == []
 
 
-@pytest.mark.parametrize("argument", ["--shapes=24x3", "--batch=1", "--resume=rows.jsonl"])
+@pytest.mark.parametrize("argument", ["--shapes=24x3", "--batch=1", "--resume=rows.jsonl", "--authors=file.py"])
 def test_arguments_for_synthetic_features_are_refused(
     encoder: Path, argument: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
