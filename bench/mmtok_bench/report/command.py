@@ -11,6 +11,7 @@ from mmtok_bench.report.document import Report, make_report, to_markdown
 from mmtok_bench.report.frame import read_results
 from mmtok_bench.report.page import to_html
 from mmtok_bench.report.panels import to_panels_html
+from mmtok_bench.report.quality import OVER_TOKENS
 
 __all__ = ["run_report"]
 
@@ -46,8 +47,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 def _panels_html(report: Report) -> str:
     parts = [part for chapter in report.chapters for part in chapter.parts if part.title == "Quality"]
-    # Without the frontier of encoder scales, whose axis is another one.
-    plots = [plot for part in parts for plot in part.plots if plot.title.endswith(", accuracy against tokens kept")]
+    plots = [plot for part in parts for plot in part.plots if plot.title.endswith(OVER_TOKENS)]
     return to_panels_html(plots)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from mmtok_bench.report.frame import newest, records
-from mmtok_bench.report.tables import DASHES, PALETTE, Part, Plot, Table, new_figure, plot_of
+from mmtok_bench.report.tables import Part, Plot, Table, line_style, new_figure, plot_of
 
 __all__ = ["features_part"]
 
@@ -24,15 +24,14 @@ Line = dict[str, Any]
 def features_part(rows: pd.DataFrame) -> Part:
     """Returns the section of one machine's rows, the newest of each case."""
     lines = records(newest(rows))
-    of = {
-        what: [line for line in lines if line["what"] == what] for what in dict.fromkeys(each["what"] for each in lines)
-    }
-    kept = of.get("kept", [])
-    tables = [*(_exactness(each) for each in [of.get("exactness", [])] if each)]
-    tables += [_work(each) for each in [of.get("work", [])] if each]
+    exactness, work, close_calls, kept = (
+        [line for line in lines if line["what"] == what] for what in ("exactness", "work", "close calls", "kept")
+    )
+    tables = [_exactness(exactness)] if exactness else []
+    tables += [_work(work)] if work else []
     tables += [_share_table(name, kept) for name in _SHARES if kept]
     sentences = ["Features of photographs by a trained encoder; the words are no question's (see the documentation)."]
-    for line in of.get("close calls", []):
+    for line in close_calls:
         metrics = line["metrics"]
         sentences.append(
             f"In double precision {metrics['num_close']:.0f} of {metrics['num_leads']:.0f} greedy picks lead the next "
@@ -80,14 +79,12 @@ def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
         figure = new_figure("patches kept", "share")
         for number, method in enumerate(methods):
             chosen = sorted((line for line in lines if line["method"] == method), key=lambda line: line["num_picks"])
-            colour = PALETTE[number % len(PALETTE)]
             figure.add_scatter(
                 name=method,
                 x=[line["num_picks"] for line in chosen],
                 y=[line["metrics"][name] for line in chosen],
                 mode="lines+markers",
-                line={"color": colour, "dash": DASHES[number // len(PALETTE) % len(DASHES)]},
-                marker={"color": colour, "size": 7},
+                **line_style(number),
             )
         figure.update_xaxes(type="log")
         figure.update_yaxes(tickformat=".0%")

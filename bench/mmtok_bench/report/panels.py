@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.subplots import make_subplots
 
+from mmtok_bench.report.quality import OVER_TOKENS
 from mmtok_bench.report.tables import Plot
 
 __all__ = ["panels", "to_panels_html"]
@@ -23,7 +24,7 @@ def panels(plots: Sequence[Plot]) -> go.Figure:
     """
     if not plots:
         raise ValueError("these rows have no quality at several budgets, of which --panels draws a panel a kind")
-    titles = [plot.title.removeprefix("Quality: ").removesuffix(", accuracy against tokens kept") for plot in plots]
+    titles = [plot.title.removeprefix("Quality: ").removesuffix(OVER_TOKENS) for plot in plots]
     models = {title.rpartition(", ")[0] for title in titles}
     if len(models) == 1:
         titles = [title.rpartition(", ")[2] for title in titles]

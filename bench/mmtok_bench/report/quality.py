@@ -12,10 +12,13 @@ from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.quality.published import BENCHMARKS, PUBLISHED
 from mmtok_bench.report.frame import newest, records
 from mmtok_bench.report.frontier import frontier_plot
-from mmtok_bench.report.tables import DASHES, DOWNSAMPLED, PALETTE, Part, Plot, Table, in_words, new_figure, plot_of
+from mmtok_bench.report.tables import DOWNSAMPLED, Part, Plot, Table, in_words, line_style, new_figure, plot_of
 from mmtok_bench.report.tables import UNPRUNED as GREY
 
-__all__ = ["quality_part"]
+__all__ = ["OVER_TOKENS", "quality_part"]
+
+OVER_TOKENS = ", accuracy against tokens kept"
+"""Ends the titles of the plots over tokens kept; the frontier of encoder scales has another axis."""
 
 _POCKET, _UNPRUNED, _ALL_SEEDS = "pocket", "unpruned", "all"
 _PUBLIC_TITLE = (
@@ -207,7 +210,6 @@ def _plot(name: str, lines: Sequence[Line]) -> Plot:
         chosen = sorted((line for line in lines if line["method"] == method), key=lambda line: line["tokens_kept"])
         metrics = [line["metrics"] for line in chosen]
         middles = [each["accuracy"] for each in metrics]
-        colour = DOWNSAMPLED if method == "downsample" else PALETTE[number % len(PALETTE)]
         figure.add_scatter(
             name=method,
             x=[each["tokens_kept"] for each in metrics],
@@ -218,8 +220,7 @@ def _plot(name: str, lines: Sequence[Line]) -> Plot:
                 "thickness": 1,
             },
             mode="lines+markers",
-            line={"color": colour, "dash": DASHES[number // len(PALETTE) % len(DASHES)]},
-            marker={"color": colour, "size": 7},
+            **line_style(number, DOWNSAMPLED if method == "downsample" else None),
         )
     for line in lines:
         if line["method"] == _UNPRUNED:
@@ -230,4 +231,4 @@ def _plot(name: str, lines: Sequence[Line]) -> Plot:
     figure.update_yaxes(tickformat=".0%")
     note = f"{lines[0]['num_questions']:.0f} questions; bars are 95% intervals; higher is better"
     formats = {"x": "tokens_kept", "y": "accuracy"}
-    return plot_of(f"Quality: {name}, accuracy against tokens kept", note, figure, formats)
+    return plot_of(f"Quality: {name}{OVER_TOKENS}", note, figure, formats)

@@ -13,16 +13,25 @@ from mmtok_bench.report.metrics import format_value
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["DASHES", "DOWNSAMPLED", "PALETTE", "UNPRUNED", "Part", "Plot", "Table", "in_words", "new_figure", "plot_of"]
+__all__ = [
+    "DOWNSAMPLED",
+    "PALETTE",
+    "UNPRUNED",
+    "Part",
+    "Plot",
+    "Table",
+    "in_words",
+    "line_style",
+    "new_figure",
+    "plot_of",
+]
 
 UNPRUNED = "#8a9099"
 DOWNSAMPLED = "#c2703d"
 PALETTE = ("#0f8f89", "#7a5bd0", "#3d7fd6", "#c14b7c", "#6d9b2f", "#b58a1c")
 """Colours of budgets, methods and image sizes, of medium lightness, which are visible on white and on black."""
 
-DASHES = ("solid", "dot", "dash")
-"""Of lines after as many as there are colours."""
-
+_DASHES = ("solid", "dot", "dash")
 _GRID = "rgba(128,134,145,0.25)"
 
 
@@ -114,6 +123,18 @@ class Part:
 def in_words(items: Sequence[str]) -> str:
     """Returns "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
+
+
+def line_style(number: int, colour: str | None = None) -> dict[str, dict[str, Any]]:
+    """Returns the arguments by which a plot's line and its markers differ from those of other numbers.
+
+    Args:
+        number: The line's number. Once all colours are used, lines are dotted, and then dashed.
+        colour: A colour in place of the number's.
+    """
+    colour = PALETTE[number % len(PALETTE)] if colour is None else colour
+    dash = _DASHES[number // len(PALETTE) % len(_DASHES)]
+    return {"line": {"color": colour, "dash": dash}, "marker": {"color": colour, "size": 7}}
 
 
 def new_figure(x_title: str, y_title: str) -> go.Figure:
