@@ -18,10 +18,10 @@ from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import (
     FASTV,
     UNPRUNED,
-    WITH_OUTPUT_KEYS,
     QualityPlan,
     ScoredAnswer,
     append_answers,
+    method_by_input,
     read_answers,
     split_method,
 )
@@ -138,15 +138,16 @@ def write_rows(family: PocketFamily, plan: QualityPlan, answers: Path, rows: Pat
         ValueError: A line that is no answer.
     """
     found: dict[tuple[str, str], list[ScoredAnswer]] = {pair: [] for pair in plan.pairs()}
+    settings = set(plan.settings())
     for setting, given in read_answers(answers).items():
-        found[setting.method, setting.budget] += given
+        # Earlier runs may have added answers of other settings.
+        if setting in settings:
+            found[setting.method, setting.budget] += given
     question_set = fingerprint([scene for seed in plan.seeds for scene in make_scenes(seed, plan.num_questions)])
     seed = ALL_SEEDS if len(plan.seeds) > 1 else plan.seeds[0]
     for (method, budget), given in found.items():
-        is_by_output = method.endswith(WITH_OUTPUT_KEYS)
-        by_input = found.get((method.removesuffix(WITH_OUTPUT_KEYS), budget), []) if is_by_output else []
         for row in rows_of(
-            *(given, found.get((UNPRUNED, "all"), []), by_input),
+            *(given, found.get((UNPRUNED, "all"), []), found.get((method_by_input(method) or "", budget), [])),
             model=f"pocket {family}",
             seed=seed,
             question_set=question_set,
@@ -164,19 +165,19 @@ def _answers(
     for question, setting in zip(asked.questions, asked.settings, strict=True):
         inputs = model.read(picture, question.text)
         num_words = len(normalise(question.answer).split())
-        for pair, kept in _kept(model, encoded, question.text, plan):
-            if pair[0] == FASTV:
-                all_tokens = torch.arange(len(encoded.vision))
-                said = model.answer(inputs, encoded, all_tokens, num_words, num_kept_inside=len(kept))
-            else:
-                said = model.answer(inputs, encoded, kept, num_words)
-            yield _scored(asked, question, setting, pair, said, len(kept), question_set)
+        for pair, kept, num_kept_inside in _kept(model, encoded, question.text, plan):
+            said = model.answer(inputs, encoded, kept, num_words, num_kept_inside)
+            num_kept = len(kept) if num_kept_inside is None else num_kept_inside
+            yield _scored(asked, question, setting, pair, said, num_kept, question_set)
 
 
 def _kept(
     model: PocketModel, encoded: EncodedImage, question: str, plan: QualityPlan
-) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """Gives each method and budget of a plan, and the [K] tokens that it keeps, in raster order."""
+) -> Iterator[tuple[tuple[str, str], Tensor, int | None]]:
+    """Gives each method and budget of a plan, the image tokens that the language model reads, and what FastV keeps.
+
+    The tokens are [K] int64 in raster order. FastV's is their number inside the language model, None for other methods.
+    """
     budgets = {text: parse_budget(text, AutoBudget()) for text in plan.budgets}
     asks, num_tokens = what_is_asked(question), len(encoded.vision)
     nums_kept = {
@@ -186,8 +187,7 @@ def _kept(
     orders: dict[str, Tensor] = {}
     for name, budget in plan.pairs():
         if name in (UNPRUNED, FASTV):
-            # FastV's are chosen inside the language model: only their number is known here.
-            yield (name, budget), torch.arange(num_tokens if name == UNPRUNED else nums_kept[budget])
+            yield (name, budget), torch.arange(num_tokens), nums_kept[budget] if name == FASTV else None
             continue
         method, keys = split_method(name)
         if name not in orders or not is_nested(method):
@@ -195,7 +195,7 @@ def _kept(
             most = max(nums_kept[text] for of, text in plan.pairs() if of == name)
             num_picks = most if is_nested(method) else nums_kept[budget]
             orders[name] = model.selector.select(encoded, model.selector.embed(question), num_picks, method, keys).order
-        yield (name, budget), orders[name][: nums_kept[budget]].sort().values
+        yield (name, budget), orders[name][: nums_kept[budget]].sort().values, None
 
 
 def _scored(

@@ -18,13 +18,14 @@ from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import KINDS
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality import lmms_eval, public
-from mmtok_bench.quality.plan import FASTV, METHODS, WITH_AGENT, QualityPlan, answers_beside
+from mmtok_bench.quality.plan import FASTV, WITH_AGENT, QualityPlan, answers_beside
 from mmtok_bench.quality.recorded import RECORDED, RECORDED_BUDGET, RECORDED_METHOD, record
 from mmtok_bench.quality.rows import BENCH
 from mmtok_bench.quality.sweep import Sweep
 from mmtok_bench.run import Run, run_command
 from mmtok_bench.server import ServerError, SglangServer, cpu_arguments, make_server, server_info, started
 from mmtok_bench.server_metrics import read_counts
+from mmtok_deploy.methods import IMAGE_METHODS
 
 __all__ = ["quality_server", "run_quality"]
 
@@ -120,7 +121,7 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
             f"expected pocket, or kinds of it, or public tasks: got {', '.join(asked)}; run them one by one"
         )
     impossible = FAMILY_TRAITS[arguments.family or _DEFAULT_FAMILY].impossible_methods
-    possible = [name for name in METHODS if name not in impossible]
+    possible = [name for name in IMAGE_METHODS if name not in impossible]
     plan = QualityPlan(
         methods=tuple(arguments.methods or possible),
         budgets=tuple(arguments.budgets or default.budgets),

@@ -14,7 +14,6 @@ from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method, reads_
 
 __all__ = [
     "FASTV",
-    "METHODS",
     "UNPRUNED",
     "WITH_AGENT",
     "WITH_OUTPUT_KEYS",
@@ -23,12 +22,12 @@ __all__ = [
     "Setting",
     "answers_beside",
     "append_answers",
+    "method_by_input",
     "read_answers",
     "replace_answers",
     "split_method",
 ]
 
-METHODS: tuple[MethodName, ...] = IMAGE_METHODS
 UNPRUNED = "unpruned"
 """The method of budget "all", and of "all@0.5": no tokens are selected."""
 WITH_AGENT = "mmtok+agent"
@@ -52,6 +51,11 @@ def split_method(name: str) -> tuple[MethodName, KeySource]:
     if not reads_keys(method):
         raise ValueError(f"{name}: {method} reads no keys of image tokens, drop {WITH_OUTPUT_KEYS}")
     return method, "output"
+
+
+def method_by_input(name: str) -> str | None:
+    """Returns the same method by the projector's input, for the name of one by its output; else None."""
+    return name.removesuffix(WITH_OUTPUT_KEYS) if name.endswith(WITH_OUTPUT_KEYS) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class QualityPlan:
         ValueError: A field is empty or has a value twice, or a method, a budget or a kind is unknown.
     """
 
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = IMAGE_METHODS
     budgets: tuple[str, ...] = ("all", "50%", "25%", "11%", "5%", "4")
     seeds: tuple[int, ...] = (0, 1, 2)
     kinds: tuple[Kind, ...] = KINDS

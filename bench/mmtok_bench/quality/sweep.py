@@ -17,12 +17,12 @@ from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import (
     UNPRUNED,
     WITH_AGENT,
-    WITH_OUTPUT_KEYS,
     QualityPlan,
     ScoredAnswer,
     Setting,
     answers_beside,
     append_answers,
+    method_by_input,
     read_answers,
     replace_answers,
     split_method,
@@ -232,8 +232,8 @@ class Sweep:
         by_input = [
             answer
             for setting in settings
-            if setting.method.endswith(WITH_OUTPUT_KEYS)
-            for answer in self._answers.get(replace(setting, method=setting.method.removesuffix(WITH_OUTPUT_KEYS)), ())
+            if (method := method_by_input(setting.method)) is not None
+            for answer in self._answers.get(replace(setting, method=method), ())
         ]
         question_set = fingerprint([asked for setting in settings for asked in self._scenes[setting.seed]])
         for row in rows_of(

@@ -34,7 +34,7 @@ def test_answers_are_those_of_the_judge_of_every_server(family: PocketFamily, tm
     assert list(found) == [(method, kind) for method in ("unpruned", *METHODS) for kind in KINDS]
     for (method, kind), row in found.items():
         assert (row.backend, row.case["seed"]) == ("transformers", "3")
-        # Of one scene no interval is drawn.
+        # A single scene has no interval.
         scenes = {each.scene for each in answers[Setting("mmtok", "auto", 3)] if each.kind == kind}
         assert ("gain" in row.metrics) == (method == "mmtok+output" and len(scenes) > 1)
     kept = {each.kind: each.num_image_tokens for each in answers[Setting("mmtok", "auto", 3)]}
@@ -115,3 +115,9 @@ def test_fastv_answers(tmp_path: Path) -> None:
     unpruned, pruned = read_answers(path).values()
     assert {each.num_image_tokens for each in unpruned} == {196}
     assert {(each.method, each.num_image_tokens) for each in pruned} == {("fastv", 49)}
+    # A later run adds its answers, and scores those alone.
+    rows = tmp_path / "rows.jsonl"
+    later = ["--methods=mmtok", "--budgets=4", "--seeds=3", "--num-questions=1", f"--rows={rows}", str(path)]
+    assert main(["pocket", "answers", *later]) == 0
+    assert len(read_answers(path)) == 3
+    assert {(row.case["method"], row.case["budget"]) for row in read_rows(rows)} == {("mmtok", "4")}

@@ -89,19 +89,28 @@ def test_keys_of_the_projectors_output_are_a_method() -> None:
         QualityPlan(methods=("mmtok+input",))
 
 
-def test_by_how_much_the_projectors_output_is_ahead(tmp_path: Path) -> None:
-    """Its answers about the scenes of one seed are right; all others, and all by its input, are "yes"."""
-    plan = QualityPlan(
-        methods=("mmtok", "mmtok+output"), budgets=("4",), seeds=(0, 1), kinds=KINDS[:1], num_questions=12
-    )
-    expected = {
+def right_answers(plan: QualityPlan) -> dict[tuple[str, str], str]:
+    """Returns the answers to the questions of seed 0, by picture and text."""
+    return {
         (image_url(picture_of(asked.scene)), question.text): question.answer
         for asked in make_scenes(0, plan.num_questions, plan.kinds)
         for question in asked.questions
     }
 
+
+def place_of(body: dict[str, Any]) -> tuple[str, str]:
+    return body["messages"][0]["content"][0]["image_url"]["url"], question_of(body)
+
+
+def test_by_how_much_the_projectors_output_is_ahead(tmp_path: Path) -> None:
+    """Its answers about the scenes of one seed are right; all others, and all by its input, are "yes"."""
+    plan = QualityPlan(
+        methods=("mmtok", "mmtok+output"), budgets=("4",), seeds=(0, 1), kinds=KINDS[:1], num_questions=12
+    )
+    expected = right_answers(plan)
+
     def by_keys(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        place = body["messages"][0]["content"][0]["image_url"]["url"], question_of(body)
+        place = place_of(body)
         is_output = body["mm_processor_kwargs"].get("mmtok_keys") == "output"
         return 200, completion(expected.get(place, "yes") if is_output else "yes", 4)
 
@@ -139,14 +148,10 @@ def test_share_of_the_unpruned_score(tmp_path: Path) -> None:
 def test_how_well_coverage_tells_the_answers_that_pruning_made_wrong(tmp_path: Path) -> None:
     """Pruned answers are always "yes", unpruned ones right; the lost ones, all of which are "no", are covered less."""
     plan = QualityPlan(methods=("mmtok", "even"), budgets=("4", "all"), seeds=(0,), kinds=KINDS[:1], num_questions=40)
-    expected = {
-        (image_url(picture_of(asked.scene)), question.text): question.answer
-        for asked in make_scenes(0, plan.num_questions, plan.kinds)
-        for question in asked.questions
-    }
+    expected = right_answers(plan)
 
     def covering(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        place = body["messages"][0]["content"][0]["image_url"]["url"], question_of(body)
+        place = place_of(body)
         budget, method = budget_of(body), body["mm_processor_kwargs"].get("mmtok_method")
         answer = completion(expected[place] if budget == "all" else "yes", TOKENS[budget])
         covered = 0.5 if expected[place] == "no" else 0.75
