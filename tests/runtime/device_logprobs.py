@@ -123,12 +123,13 @@ def _run(arguments: argparse.Namespace) -> int:
         log_path=arguments.folder / f"{family}-{arguments.prefill}.log",
     )
     judge = HandPruned(family, checkpoint, device)
+    chats = film_chats() if arguments.videos else _CHATS
     with server:
-        metrics = measure(Served(family, server, judge), film_chats() if arguments.videos else _CHATS)
+        metrics = measure(Served(family, server, judge), chats)
         prefills = re.findall(r"Prefill batch.*cuda graph: (True|False)", server.log_text())
     metrics |= {"num_prefills": len(prefills), "num_replayed": prefills.count("True")}
     case = {"family": family, "prefill": arguments.prefill, **({"media": "videos"} if arguments.videos else {})}
-    row = make_row(BENCH, case, "sglang", metrics, num_runs=len(_CHATS), device=device)
+    row = make_row(BENCH, case, "sglang", metrics, num_runs=len(chats), device=device)
     append_row(arguments.folder / "device-logprobs.jsonl", row)
     print(metrics)
     return 0 if metrics["control_error"] >= (5 if is_half else 10) * metrics["max_error"] else 1

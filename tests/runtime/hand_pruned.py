@@ -100,13 +100,7 @@ class HandPruned:
             keys: The side of the projector by whose features tokens are compared.
         """
         self._by_frame, self._keys = by_frame, keys
-        videos: dict[str, Any] = {}
-        if films:
-            frames, metadata = zip(*(film.frames(self.device.type) for film in films), strict=True)
-            videos = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
-        inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt", **videos).to(
-            self.device
-        )
+        inputs = self._inputs(prompt, images, films)
         with self.device:
             return self._pruned(
                 *(inputs, images, guidance, budget, kept, coverage), original_positions, own_levels, raster_order
@@ -162,12 +156,19 @@ class HandPruned:
     @torch.no_grad()
     def film_tokens(self, prompt: str, films: Sequence[Film]) -> list[Tensor]:
         """Returns the [N, D] tokens of each film, unpruned, as the language model reads them."""
-        frames, metadata = zip(*(film.frames(self.device.type) for film in films), strict=True)
-        videos = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
-        inputs = self.processor(text=[prompt], return_tensors="pt", **videos).to(self.device)
+        inputs = self._inputs(prompt, (), films)
         with self.device:
             features, _ = self._features(inputs, [])
         return [vision[:, : self.model.get_input_embeddings().embedding_dim] for vision, _ in features]
+
+    def _inputs(self, prompt: str, images: Sequence[Image.Image], films: Sequence[Film]) -> Any:
+        """Returns the processor's inputs, on the model's device."""
+        videos: dict[str, Any] = {}
+        if films:
+            frames, metadata = zip(*(film.frames(self.device.type) for film in films), strict=True)
+            videos = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
+        inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt", **videos)
+        return inputs.to(self.device)
 
     @torch.no_grad()
     def logprobs(self, pruned: Pruned, output_ids: Sequence[int]) -> Tensor:
