@@ -94,7 +94,7 @@ def runs(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """Returns a whole number."""
+    """Returns a whole number of at least 0."""
     return count(text, least=0)
 
 

@@ -27,7 +27,7 @@ from mmtok_deploy.methods import IMAGE_METHODS
 
 __all__ = ["add_bench_commands", "run_bench_command"]
 
-_FAMILIES, _POCKET_FAMILIES, _METHODS = get_args(FamilyName), get_args(PocketFamily), IMAGE_METHODS
+_FAMILIES, _POCKET_FAMILIES = get_args(FamilyName), get_args(PocketFamily)
 _SOAKED = ("qwen2.5-vl", "llava-1.5")
 
 
@@ -190,8 +190,8 @@ def _add_quality(commands: Any) -> None:
     what.add_argument(
         "--methods",
         type=each(str),
-        help=f"some of {','.join(_METHODS)} (default: all that the family can run), or mmtok+agent: a second server, "
-        "to whose guidance the first one's unpruned answer is added, or mmtok+output: tokens compared by the "
+        help=f"some of {','.join(IMAGE_METHODS)} (default: all that the family can run), or mmtok+agent: a second "
+        "server, to whose guidance the first one's unpruned answer is added, or mmtok+output: tokens compared by the "
         "projector's output (--mmtok-keys), as for vision-coverage, scope and apet",
     )
     what.add_argument(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from rich.console import Console
 
 from mmtok_deploy.budget import Budget
-from mmtok_deploy.config import Coverage, SelectionConfig
+from mmtok_deploy.config import Coverage, KeySource, SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
 
@@ -85,7 +85,7 @@ def add_export_parser(commands: Any) -> None:
     )
     selection.add_argument(
         "--keys",
-        choices=("input", "output"),
+        choices=get_args(KeySource),
         default="input",
         help="for a server of the same --mmtok-keys: output compares the vision tokens themselves (default input)",
     )

@@ -19,8 +19,8 @@ def run_foreign(path: Path, inputs: dict[str, Tensor], names: Sequence[str]) -> 
 
     Args:
         path: An ONNX file.
-        inputs: By name.
-        names: Of the tensors.
+        inputs: The graph's inputs by name.
+        names: Names of the tensors to return.
 
     Raises:
         ValueError: The graph has no tensor of a name; the message lists the nearest names.

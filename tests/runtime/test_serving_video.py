@@ -95,7 +95,7 @@ def test_wrong_places_in_time_would_be_seen(served: Served) -> None:
 
 def test_caches_know_film_and_question(served: Served) -> None:
     served.flush_cache()
-    # Of other films (seed 3) the choice of some tokens is decided by rounding.
+    # In other films (seed 3) rounding decides which of some tokens is kept.
     chat, other = (Chat.ask(film(seed=4), question) for question in (QUESTION, "What colour is it?"))
     first, again, of_other = served.ask(chat), served.ask(chat), served.ask(other)
     assert again["cached_tokens"] == first["prompt_tokens"] - 1
