@@ -3,7 +3,8 @@
 A key is a SHA-256 digest of everything that the cached value depends on:
 
 - of features: the image's pixels and how they lie (every value that the processor gives the model), what the encoder
-  is asked for, and the scope.
+  is asked for, and the scope. Where SGLang knows which bytes and settings the pixels were made from, these stand for
+  them: hashing 200 KB of a file takes less than hashing its pixels.
 - of a selection, and of the prefix cache: the features' key, N, K, the parts, the text between runs of placeholders,
   the guidance, the mask of tokens that may not be picked, the tokens' positions relative to the first, the method, its
   seed, by which side of the projector tokens are compared, and the constants. The features' key depends on none of
@@ -36,10 +37,21 @@ from mmtok_sglang.request import requested
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.stages import image_stage
 
-__all__ = ["CacheKeys", "ImageKeys", "check_embeddings", "digest", "has_images", "keys_of", "name_images", "naming"]
+__all__ = [
+    "CacheKeys",
+    "ImageKeys",
+    "check_embeddings",
+    "digest",
+    "has_images",
+    "keys_of",
+    "name_by_source",
+    "name_images",
+    "naming",
+]
 
 _SOURCE = "mmtok_source"
 _KEYS = "mmtok_keys"
+_MADE_FROM = "mmtok_made_from"
 # What travels on an item and is not the image's: ours, and where SGLang's transport keeps a tensor.
 _NOT_OF_THE_IMAGE = ("mmtok", "_sglang_")
 _NAMES_IN_AN_IMAGE = ("content_hash", "hash", "mm_hash", "identity", "pad_value", "pad_values")
@@ -208,9 +220,23 @@ def _contents(items: Sequence[Any], names: Sequence[int | None]) -> list[bytes |
         return [_content(*each) for each in zip(items, names, strict=True)]
 
 
+def name_by_source(item: Any, name: str) -> None:
+    """Leaves on SGLang's item what `name_images` takes in place of its pixels.
+
+    Args:
+        item: SGLang's item of an image.
+        name: A SHA-256 digest of all that the pixels were made from: the file's bytes and the processor's settings.
+    """
+    # Not among the data that travels, and that a caller may bring.
+    vars(item)[_MADE_FROM] = name
+
+
 def _content(item: Any, name: int | None = None) -> bytes | None:
     """Returns the digest of what the encoder is given, None where it is not at hand in this process."""
     data = _image_data(item)
+    made_from = vars(item).get(_MADE_FROM)
+    if made_from is not None and name is None:
+        return digest("image made from", item.modality, item.format, made_from, data)
     pixels = (item.feature, item.precomputed_embeddings)
     if not all(_is_at_hand(value) for value in (*pixels, *data.values())):
         return None

@@ -23,6 +23,7 @@ from mmtok_sglang.cache_key import (
     check_embeddings,
     digest,
     keys_of,
+    name_by_source,
     name_images,
     naming,
 )
@@ -330,6 +331,24 @@ def test_the_pixels_of_two_processes_are_one_image() -> None:
     there.model_specific_data["mmtok_source"][0] = None
     CacheKeys(make_settings(2)).identify(there)
     assert here.identity == there.identity
+
+
+def test_a_file_and_settings_stand_for_the_pixels_made_from_them() -> None:
+    def made_from(name: str, grid: int = 24, **request: Any) -> bytes:
+        # Pixels that are not looked at.
+        item = image_item((0, 1), PLAN, model_specific_data={"image_grid_thw": torch.tensor([[1, grid, 24]])})
+        item.feature = torch.rand(4)
+        name_by_source(item, name)
+        inputs_of(item, request=SimpleNamespace(**request), trusts_hashes=True)
+        identity: bytes = item.identity
+        return identity
+
+    assert made_from("sha256:1") == made_from("sha256:1")
+    names = [made_from("sha256:1"), made_from("sha256:2"), made_from("sha256:1", 48)]
+    # What the caller says is trusted here.
+    names += [made_from("sha256:1", mm_hashes=["0x7"]), inputs_of(image_item((0, 1), PLAN)).mm_items[0].identity]
+    assert len(set(names)) == 5
+    assert made_from("sha256:1", mm_hashes=["0x7"]) == made_from("sha256:2", mm_hashes=["0x7"])
 
 
 def test_a_second_call_changes_nothing() -> None:

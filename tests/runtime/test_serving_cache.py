@@ -78,6 +78,23 @@ def test_another_question_does_not_encode_the_image_again(cached: Served) -> Non
     assert cached.metric("feature_cache_hits_total") - hits == 2
 
 
+def test_another_question_does_not_read_the_image_again(cached: Served) -> None:
+    """SGLang keeps preprocessed images of a Qwen, with a budget by default."""
+    if not cached.family.startswith("qwen"):
+        pytest.skip("SGLang keeps none")
+    image = small("coffee", 252, 252)
+    steps = [f"image_{step}_milliseconds_count" for step in ("preprocess", "hash")]
+    before = [cached.metric(step) for step in steps]
+    for question, budget in ((CUP, 0.1), (CATS, 0.1), (CUP, 0.2)):
+        chat = Chat.ask(image, question)
+        cached.check(chat, cached.ask(chat, mmtok_budget=budget), budget)
+    cached.ask(chat, mmtok_budget="all")
+    assert [cached.metric(step) - each for step, each in zip(steps, before, strict=True)] == [1, 4]
+    cached.flush_cache()
+    cached.ask(Chat.ask(image, CUP))
+    assert cached.metric(steps[0]) - before[0] == 2
+
+
 def test_a_flush_forgets_features(cached: Served) -> None:
     image = small("rocket", 224, 252)
     encoded = cached.metric("encoded_images_total")

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_sglang.cache_key import name_by_source
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.images import ImageLoader
@@ -31,6 +32,8 @@ from mmtok_sglang.videos import Video, VideoLoader
 
 __all__ = ["Qwen", "QwenModel", "QwenProcessor", "QwenWithTimestamps", "grid_of"]
 
+PREPROCESS_CACHE_MB = 256
+"""Bytes of decoded and preprocessed images that the tokenizer processes keep together, on the host."""
 _MAX_PIXELS_ON_CPU = 2048 * 2048
 _MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
 
@@ -75,7 +78,10 @@ class QwenModel(PrunedModel):
 
 
 class QwenProcessor(PrunedProcessor):
-    """Times the steps of SGLang's other path for images, which some models and --mm-preprocess-cache-size-mb take."""
+    """Keeps what was made of an image for the next question about it, and times the steps of that path for images."""
+
+    # SGLang keeps none unless --mm-preprocess-cache-size-mb is given, which wins.
+    auto_mm_preprocess_cache_size_mb = PREPROCESS_CACHE_MB
 
     @override
     def decode_media_snapshot(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +94,15 @@ class QwenProcessor(PrunedProcessor):
         """Returns what the Hugging Face processor makes of images."""
         with image_stage("preprocess"):
             return super().prepare_artifact_batch(*args, **kwargs)
+
+    @override
+    def compose_image_artifacts(self, input_text: Any, artifacts: Sequence[Any]) -> Any:
+        """Returns the processed request, None where SGLang goes on by its slower path."""
+        output = super().compose_image_artifacts(input_text, artifacts)
+        if output is not None:
+            for item, artifact in zip(output.mm_items, artifacts, strict=True):
+                name_by_source(item, artifact.artifact_key)
+        return output
 
     @classmethod
     @override

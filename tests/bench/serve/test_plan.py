@@ -28,12 +28,17 @@ def test_sides_differ_by_nothing_but_the_budget_and_the_cache() -> None:
         ("--disable-radix-cache", "--mmtok-budget=all"),
         ("--disable-radix-cache", "--mmtok-budget=10%"),
     ]
-    assert [side.arguments for side in sides_of(MODEL, "on")] == [(), ("--mmtok-budget=all",), ("--mmtok-budget=10%",)]
+    kept = "--mm-preprocess-cache-size-mb=256"
+    assert [side.arguments for side in sides_of(MODEL, "on")] == [
+        (kept,),
+        (kept, "--mmtok-budget=all"),
+        (kept, "--mmtok-budget=10%"),
+    ]
 
 
 def test_a_smaller_image_is_a_side_without_a_counterpart_of_the_client() -> None:
     scaled = replace(MODEL, budgets=("10%@0.5", "all@0.5"))
-    assert [side.arguments for side in sides_of(scaled, "on")] == [
+    assert [side.arguments[1:] for side in sides_of(scaled, "off")] == [
         (),
         ("--mmtok-budget=all",),
         ("--mmtok-budget=10%", "--mmtok-encoder-scale=0.5"),
