@@ -13,6 +13,7 @@ from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.server import SglangServer
 from mmtok_bench.soak.fixed_chats import small_image
 from mmtok_bench.soak.trial import Trial, send
+from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import MethodName
 
 __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
@@ -23,7 +24,7 @@ _TIMEOUT_S = 60.0
 _FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature", "n", "stream", "model")
 _KWARGS = "mm_processor_kwargs"
 _OUR_FIELDS = (
-    *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_method", "mmtok_seed"),
+    *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_keys", "mmtok_method", "mmtok_seed"),
     *("mmtok_bugdet", "mmtok", "images_kwargs"),
 )
 _METHODS = (*get_args(MethodName), "")
@@ -176,6 +177,8 @@ def _fuzz_our_fields(draw: random.Random, body: dict[str, Any]) -> None:
         fields["mmtok_budget"] = draw.choice(
             ("10%", 0.5, 1, 3, "all", 10**9, "0.01%", "100%", 1e-9, "1e400", "-0", "auto")
         )
+    if draw.random() < 0.3:
+        fields["mmtok_keys"] = draw.choice((*get_args(KeySource), "Output", ""))
     body[_KWARGS] = fields if draw.random() < 0.9 else _value(draw)
 
 

@@ -32,7 +32,8 @@ def test_bodies_are_of_many_kinds() -> None:
         except (ValueError, RecursionError):
             pass
     assert 300 < num_json < 400
-    for mark in (b"mmtok_budget", b"mmtok_guidance", b"<|image_pad|>", b"precomputed_embedding", b"NaN", b"\\ud800"):
+    fields = (b"mmtok_budget", b"mmtok_guidance", b"mmtok_keys")
+    for mark in (*fields, b"<|image_pad|>", b"precomputed_embedding", b"NaN", b"\\ud800"):
         assert sum(mark in body for body in bodies) > 2, mark
 
 
