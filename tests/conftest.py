@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from mmtok_bench.families import FamilyName
-from tests.preloaded_server import preloaded_servers
+from tests.preloaded_server import Templates, preloaded_servers
 from tests.rounding import PerturbedProducts
 
 settings.register_profile("mmtok", derandomize=True, deadline=None, database=None, max_examples=50)
@@ -46,12 +46,22 @@ def _perturbed_products(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _preloaded_servers(request: pytest.FixtureRequest) -> Iterator[None]:
+def templates(request: pytest.FixtureRequest) -> Iterator[Templates | None]:
+    """Processes that have imported SGLang, whose forks the servers are; none with --fresh-servers."""
     if request.config.getoption("--fresh-servers"):
-        yield
+        yield None
     else:
-        with preloaded_servers():
-            yield
+        with preloaded_servers() as templates:
+            yield templates
+
+
+@pytest.fixture
+def preloaded_spawns(templates: Templates | None) -> Iterator[None]:
+    """Spares the processes that a test spawns the import of SGLang."""
+    from mmtok_bench.server import cpu_environment
+
+    with nullcontext() if templates is None else templates.of(cpu_environment()).spawns():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +100,7 @@ _EXHAUSTIVE = re.compile(
     r"|test_served\.py::test_the_model_as_its_own_agent"
     r"|serve/test_command\.py::test_a_sweep_one_of_whose_servers_dies"
     r"|test_interpreted\.py::TestGolden::test_small\[alpha2_n256_k16"
-    r"|test_interpreted\.py::TestGolden::test_large\[((llava|qwen)_n576_k64|.*_(k192|n729_k73|n1024_k51))"
+    r"|test_interpreted\.py::TestGolden::test_large\[(llava_n576_k64|qwen_n576_k(4|64)|.*_(k192|n729_k73|n1024_k51))"
     r"|test_selection_graph\.py::TestGolden::.*\[unrolled-(static-(qwen|llava)|dynamic).*_k(51|64|73|143|192)\]"
     r"|test_blocked\.py::test_golden_cases_at_any_bound\[.*_n(576|729|1024).*-one at a time"
 )

@@ -27,6 +27,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, Any
 
+import setproctitle
+
 __all__ = ["preloaded_servers"]
 
 _MODULES = (
@@ -39,7 +41,7 @@ _MODULES = (
     "numba",
     "timm",
 )
-# Every other variable of a server needs imports of its own: SGLANG_TEST_RETRACT is one that is read by them.
+# Variables that are not read by imports, but later. Any other, like SGLANG_TEST_RETRACT, makes a template of its own.
 _READ_LATER = {
     "MMTOK_SOAK_FAULTS",
     "MMTOK_TEST_FAULTS",
@@ -55,34 +57,50 @@ _FIRST_FREE_FD = 256
 
 
 @contextmanager
-def preloaded_servers() -> Iterator[None]:
-    """Makes the servers of an `SglangServer` on a CPU forks of one template, which starts with the first of them.
+def preloaded_servers() -> Iterator[Templates]:
+    """Makes the servers of an `SglangServer` on a CPU forks of templates, which start with the first that needs them.
 
-    Servers with several tokenizer workers, or environment variables beside `cpu_environment` and _READ_LATER, start
+    Servers with several tokenizer workers, or environment variables other than those of a server on a CPU, start
     afresh.
     """
     from mmtok_bench.server import SglangServer, cpu_environment
 
     start_afresh = SglangServer._started_process
-    templates: list[Template] = []
+    templates = Templates()
 
     def started_process(server: SglangServer, output: IO[bytes]) -> subprocess.Popen[bytes] | Child:
-        theirs = server.environment
-        common = cpu_environment()
-        is_common = common.items() <= theirs.items() and set(theirs) <= {*common, *_READ_LATER}
+        is_on_cpu = cpu_environment().items() <= server.environment.items()
         # libuv, under the event loops of several tokenizer workers, aborts in forks.
-        if not is_common or any(each.startswith("--tokenizer-worker-num") for each in server.args):
+        if not is_on_cpu or any(each.startswith("--tokenizer-worker-num") for each in server.args):
             return start_afresh(server, output)
-        if not templates:
-            templates.append(Template(common))
-        return templates[0].start(server.command[3:], server.full_environment, output.fileno())
+        template = templates.of(server.environment)
+        return template.start(server.command[3:], server.full_environment, output.fileno())
 
     SglangServer._started_process = started_process  # type: ignore[method-assign, assignment]
     try:
-        yield
+        yield templates
     finally:
         SglangServer._started_process = start_afresh  # type: ignore[method-assign]
-        for template in templates:
+        templates.close()
+
+
+class Templates:
+    """The templates of this process, by the variables that their imports read."""
+
+    def __init__(self) -> None:
+        self._templates: dict[frozenset[tuple[str, str]], Template] = {}
+
+    def of(self, environment: Mapping[str, str]) -> Template:
+        """Returns the template of processes with these environment variables, on top of this process's."""
+        read = {name: value for name, value in environment.items() if name not in _READ_LATER}
+        key = frozenset(read.items())
+        if key not in self._templates:
+            self._templates[key] = Template(read)
+        return self._templates[key]
+
+    def close(self) -> None:
+        """Ends all of them; their forks go on."""
+        for template in self._templates.values():
             template.close()
 
 
@@ -128,6 +146,16 @@ class Template:
         with open(os.devnull) as nothing:
             fds = {0: nothing.fileno(), 1: output_fd, 2: output_fd}
             return Child(_ask(self._socket, list(arguments), dict(environment), fds, is_server=True))
+
+    @contextmanager
+    def spawns(self) -> Iterator[None]:
+        """Makes the processes that `multiprocessing` spawns from here forks of the template meanwhile."""
+        execute = multiprocessing.util.spawnv_passfds
+        _spawn_from(self._socket)
+        try:
+            yield
+        finally:
+            multiprocessing.util.spawnv_passfds = execute
 
     def close(self) -> None:
         """Ends it; the servers go on."""
@@ -214,15 +242,27 @@ def _run_server(arguments: list[str]) -> None:
     os.setsid()
     # As Python itself begins with `-m`.
     sys.path[:0] = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+
+    def run() -> None:
+        sys.argv = ["", *arguments]
+        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+    _run_above_a_template(run)
+
+
+def _run_above_a_template(run: Callable[[], None]) -> None:
+    """Runs a function in a process that forks what it spawns from a template of its own.
+
+    The forks are its children only if their template is.
+    """
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
-        _serve(theirs)()
-        return
-    theirs.close()
-    _spawn_from(ours)
-    sys.argv = ["", *arguments]
-    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+        run = _serve(theirs)
+    else:
+        theirs.close()
+        _spawn_from(ours)
+    run()
 
 
 def _spawn_from(template: socket.socket) -> None:
@@ -242,8 +282,12 @@ def _spawn_from(template: socket.socket) -> None:
 
 def _run_spawned(arguments: list[str]) -> None:
     code, *rest = arguments
-    sys.argv = ["-c", *rest]
-    exec(code, {"__name__": "__main__"})
+
+    def run() -> None:
+        sys.argv = ["-c", *rest]
+        exec(code, {"__name__": "__main__"})
+
+    _run_above_a_template(run)
 
 
 def _main() -> None:
@@ -254,6 +298,8 @@ def _main() -> None:
         # SGLang goes on as well: some need packages that are not installed.
         with suppress(ImportError):
             importlib.import_module(each.name)
+    # It finds the memory of the title now: in a process whose environment has been replaced, it could no more.
+    setproctitle.getproctitle()
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("the imports started threads, which forks would not have")
     gc.freeze()

@@ -35,6 +35,7 @@ POINTS = {
     "features": f"{_PACKAGE}.failures.Failures.guard_features",
     "write": f"{_PACKAGE}.positions.PositionWriter.write",
     "fallen": f"{_PACKAGE}.selection.TokenSelector.take_fallen",
+    "counts": f"{_PACKAGE}.account.plan_of",
     "account": f"{_PACKAGE}.account.image_account",
 }
 """What can be made to raise, in the order in which a request meets it. `features` is outside of the inner guard."""

@@ -291,6 +291,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded_spawns")
 def test_ranks_agree_or_end(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(2)]
@@ -332,6 +333,7 @@ def _child(title: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded_spawns")
 def test_a_rank_ends_the_ranks_and_tells_the_main_process(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_main_process, args=(str(tmp_path),))
     process.start()

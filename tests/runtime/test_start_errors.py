@@ -16,8 +16,12 @@ import setproctitle
 from mmtok_sglang.start_errors import end_controller, end_main_process, ends_scheduler_start
 
 
-def _scheduler(number: int, log: str) -> None:
+def _scheduler(number: int, num_groups: int, log: str) -> None:
     setproctitle.setproctitle(f"sglang::scheduler_DP{number}")
+    # All have started before one fails: loading a model takes seconds.
+    Path(f"{log}-{number}").touch()
+    while not all(Path(f"{log}-{each}").exists() for each in range(num_groups)):
+        time.sleep(0.01)
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
     with ends_scheduler_start(True, "--mmtok-engine"):
         raise ValueError("the file cannot run")
@@ -29,7 +33,8 @@ def _controller(log: str, num_groups: int) -> None:
 
     def launch(controller: Any) -> None:
         for number in range(num_groups):
-            processes.append(multiprocessing.get_context("spawn").Process(target=_scheduler, args=(number, log)))
+            given = (number, num_groups, log)
+            processes.append(multiprocessing.get_context("spawn").Process(target=_scheduler, args=given))
             processes[-1].start()
         time.sleep(240)
 
@@ -38,6 +43,7 @@ def _controller(log: str, num_groups: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.usefixtures("preloaded_spawns")
 def test_schedulers_of_a_controller_end_it_by_one_message(tmp_path: Path, num_groups: int) -> None:
     log = tmp_path / "log"
     log.touch()

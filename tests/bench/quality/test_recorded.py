@@ -30,7 +30,7 @@ LEVEL = 0.001
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_questions", [40, 100])
+@pytest.mark.parametrize("num_questions", [24, 100])
 @pytest.mark.parametrize("family", RECORDED)
 def test_accuracy_is_not_below_the_recorded_one(
     family: FamilyName, num_questions: int, pocket_model_of: Callable[[FamilyName], SglangServer], tmp_path: Path
