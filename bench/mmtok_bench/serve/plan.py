@@ -38,7 +38,7 @@ class LoadCase:
 
     Args:
         side: The server that answers.
-        method: How image tokens are saved: not at all, by the plugin, or by a smaller image.
+        method: How the number of image tokens is reduced: not at all, by the plugin, or by a smaller image.
         budget: Value of `--mmtok-budget` (10%@0.5: with `--mmtok-encoder-scale`); for a smaller image, the budget that
             it is compared with.
         image_kind: What the images show.

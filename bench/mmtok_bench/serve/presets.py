@@ -25,7 +25,7 @@ QUESTIONS = (
     "Which part of this picture is the darkest, and what is there? Answer in one short sentence.",
     "What could have been there a minute before this picture was taken? Say it in one short sentence.",
 )
-"""What is asked about photographs."""
+"""The questions about photographs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class ServedModel:
         model_path: A checkpoint; None for the model without weights of this name.
         sends_png: Whether photographs are sent as PNGs to every server: without the plugin, SGLang 0.5.23 fails on
             JPEGs for a LLaVA on CUDA.
-        most_at_once: How many of its servers fit a GPU of the preset at once; 1 if that was not tried.
-        beside_others: Arguments that keep a server's memory small enough for that.
+        most_at_once: How many of the model's servers fit into the memory of the preset's GPU; 1 if that was not tried.
+        beside_others: Arguments that limit a server's memory accordingly.
         is_only_by_name: Whether it is measured only if `--models` names it.
     """
 
@@ -61,8 +61,8 @@ class ServePlan:
     """Everything that one run of `mmtok bench serve` measures.
 
     Args:
-        preset: Its name.
-        device: Where the servers compute.
+        preset: The preset's name.
+        device: The servers' device.
         models: The models, measured one after another.
         concurrencies: Requests at a time.
         image_kinds: Photographs, random pixels, or both.
@@ -131,7 +131,7 @@ _H200_MODELS = (
     ServedModel("qwen3.5-35b-a3b", "qwen3.5-moe", ((1024, 768),), ("10%",), is_only_by_name=True),
 )
 
-# How many servers fitted an H200 side by side, and with which arguments.
+# Model -> number of servers that fit on an H200 at once, and their arguments.
 _BESIDE_OTHERS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "qwen2.5-vl-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=60000")),
     "llava-next-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=16000", "--context-length=4096")),

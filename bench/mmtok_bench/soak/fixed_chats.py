@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 TOLERANCE = 5e-6
-"""The largest difference of logprobs in float32 from the hand-pruned model that the tests have seen."""
+"""The largest difference of logprobs from the hand-pruned model, in float32, that was seen in the tests."""
 
 Account = list[dict[str, float]]
 """For each generated token, the logprobs of the most probable tokens; the chosen one is first."""

@@ -35,7 +35,7 @@ _MAX_ENDS = 3
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """One fault: a text that no other request has, its kind for messages, and what the plugin in the server reads."""
+    """One fault: a description that no other fault has, its kind for messages, and the fields of `fault.json`."""
 
     what: str
     kind: str
@@ -43,7 +43,7 @@ class _Fault:
 
 
 class _Faults:
-    """Tells the plugin in the server the next fault, and reads whether it happened."""
+    """Sends the next fault to the plugin in the server, and reads whether it happened."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -76,7 +76,7 @@ def fault_environment(folder: Path) -> dict[str, str]:
 
 
 def out_of_memory(trial: Trial, num_points: int, *flags: str) -> None:
-    """Lets each allocation of each hook fail once, at most `num_points` of them, evenly spread."""
+    """Makes each allocation of each hook fail once; at most `num_points` allocations, evenly spread."""
     for hook in _HOOKS:
 
         def points(server: SglangServer, faults: _Faults, hook: str = hook) -> Iterator[_Fault]:
