@@ -45,17 +45,13 @@ def add_pocket_parser(commands: Any) -> None:
         "--methods", type=each(str), default=["mmtok"], help="as in mmtok quality: mmtok,mmtok+output (default mmtok)"
     )
     answers.add_argument("--seeds", type=each(seed), default=[3, 4, 5], help="seeds of the scenes (default 3,4,5)")
-    answers.add_argument(
-        "--num-questions", type=count, default=170, help="questions of each kind and seed (default 170)"
-    )
+    answers.add_argument("--num-questions", type=count, default=170, help="questions of a kind and seed (default 170)")
     answers.add_argument(
         "--rows", type=Path, metavar="FILE.jsonl", help="append the scores to this file, as mmtok quality writes them"
     )
     answers.add_argument("output", type=Path, metavar="FILE.answers", help="file to append the answers to")
     auto = kinds.add_parser("auto", help="compare the budget auto with others, and features of images with answers")
-    auto.add_argument(
-        "answers", type=Path, metavar="FILE.answers", help="answers of one model, at the budget auto and others"
-    )
+    auto.add_argument("answers", type=Path, metavar="FILE.answers", help="answers of a model, some at the budget auto")
 
 
 def run_pocket(arguments: argparse.Namespace) -> int:

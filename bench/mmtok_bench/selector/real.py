@@ -81,14 +81,7 @@ def run_real_features(arguments: argparse.Namespace, device: torch.device) -> in
         num_equal = sum(torch.equal(*each) for each in zip(orders, expected, strict=True))
         num_close = sum(replay.num_close_calls for replay in replays)
         add("exactness", name, {"num_equal": num_equal, "num_close_calls": num_close}, num_picks=most)
-    measured = [
-        _Measured(
-            photograph,
-            coverage_matrix(photograph.tokens, photograph.keys, photograph.words, _CONFIG, dtype=torch.float64),
-            photograph.salience.topk(_NUM_SALIENT).indices,
-        )
-        for photograph in photographs
-    ]
+    measured = [_Measured.of(photograph) for photograph in photographs]
     for text in _BUDGETS:
         run.step(f"what is kept at {text}")
         num_kept = Budget.parse(text).num_kept(NUM_TOKENS)
@@ -120,6 +113,12 @@ class _Measured:
     photograph: EncodedPhotograph
     matrix: Tensor
     most_salient: Tensor
+
+    @classmethod
+    def of(cls, photograph: EncodedPhotograph) -> _Measured:
+        """Returns a photograph with its measures."""
+        matrix = coverage_matrix(photograph.tokens, photograph.keys, photograph.words, _CONFIG, dtype=torch.float64)
+        return cls(photograph, matrix, photograph.salience.topk(_NUM_SALIENT).indices)
 
 
 def _kept(name: str, num_kept: int, photographs: Sequence[_Measured], device: torch.device) -> dict[str, float]:
