@@ -127,12 +127,7 @@ def ask(
 
 
 def stream(
-    client: openai.OpenAI,
-    image: str,
-    question: str,
-    *,
-    max_tokens: int = 16,
-    fields: Mapping[str, Any] | None = None,
+    client: openai.OpenAI, image: str, question: str, *, max_tokens: int = 16, fields: Mapping[str, Any] | None = None
 ) -> Iterator[str | Answer]:
     """Yields the pieces of a server's greedy answer as they arrive, then the whole `Answer`; arguments as in `ask`.
 

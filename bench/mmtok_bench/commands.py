@@ -64,10 +64,7 @@ def _add_demo(commands: Any) -> None:
     page.add_argument("--page", action="store_true", help="serve a page to choose picture, question, budget and method")
     page.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start the pocket model")
     page.add_argument(
-        "--model-path",
-        type=Path,
-        metavar="FOLDER",
-        help="the checkpoint that --url serves, to show its patches",
+        "--model-path", type=Path, metavar="FOLDER", help="the checkpoint that --url serves, to show its patches"
     )
     page.add_argument("--host", default="127.0.0.1", help="address of the page (default 127.0.0.1: this machine only)")
     page.add_argument("--port", default=8600, type=port, help="port of the page; 0 for any free port (default 8600)")
@@ -135,9 +132,7 @@ def _add_serve(benches: Any) -> None:
         help="questions about an image, one after another, as MME, POPE and chats ask them: 1,2,6",
     )
     serve.add_argument(
-        "--images-in-turn",
-        type=count,
-        help="images that are asked about in turn (default: the concurrency)",
+        "--images-in-turn", type=count, help="images that are asked about in turn (default: the concurrency)"
     )
     serve.add_argument("--num-requests", type=count, help="requests of each row and round, at least the concurrency")
     serve.add_argument("--output-tokens", type=count, help="length of every answer")
@@ -216,11 +211,7 @@ def _add_quality(commands: Any) -> None:
     )
     served.add_argument("--model-path", help="model to start a server with (default: a pocket model)")
     served.add_argument(
-        "--server-arg",
-        action="append",
-        default=[],
-        metavar="ARG",
-        help="an argument of the started server; repeatable",
+        "--server-arg", action="append", default=[], metavar="ARG", help="an argument of the started server; repeatable"
     )
     served.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     served.add_argument("--concurrency", type=count, help="requests at a time (default 32; 8 for the families of Qwen)")

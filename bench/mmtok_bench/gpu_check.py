@@ -417,8 +417,7 @@ PARTS: tuple[Part, ...] = (
         (_serve("qwen2.5-vl-7b", "10%,40%@0.5", "1008x672", "1,16"),),
         (
             Bar(
-                *("TTFT at 1 against 10%", "at least 1 x"),
-                _ratio("ttft_p50_ms", _load("40%@0.5", 1), _load("10%", 1)),
+                *("TTFT at 1 against 10%", "at least 1 x"), _ratio("ttft_p50_ms", _load("40%@0.5", 1), _load("10%", 1))
             ),
             Bar(
                 *("requests/s at 16 against 10%", "at least 1 x"),
@@ -458,18 +457,8 @@ PARTS: tuple[Part, ...] = (
         (_serve("qwen3-vl-8b", "10%", "1024x768", "1,16"),),
         (*_NO_SLOWER, _selection_share(1)),
     ),
-    Part(
-        "qwen3.5-9b",
-        "Qwen3.5-9B, 768 -> 76",
-        (_serve("qwen3.5-9b", "10%", "1024x768", "1,16"),),
-        _NO_SLOWER,
-    ),
-    Part(
-        "internvl3-8b",
-        "InternVL3-8B, 3328 -> 332",
-        (_serve("internvl3-8b", "10%", "1024x768", "1,16"),),
-        _NO_SLOWER,
-    ),
+    Part("qwen3.5-9b", "Qwen3.5-9B, 768 -> 76", (_serve("qwen3.5-9b", "10%", "1024x768", "1,16"),), _NO_SLOWER),
+    Part("internvl3-8b", "InternVL3-8B, 3328 -> 332", (_serve("internvl3-8b", "10%", "1024x768", "1,16"),), _NO_SLOWER),
 )
 
 

@@ -23,9 +23,7 @@ def add_pocket_parser(commands: Any) -> None:
     train = kinds.add_parser("train", help="train a model from scratch; continues an earlier run")
     train.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
     train.add_argument(
-        "--folder",
-        type=Path,
-        help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)",
+        "--folder", type=Path, help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)"
     )
     train.add_argument("--seed", type=int, default=0, help="seed of the weights and of all scenes (default 0)")
     train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")

@@ -250,11 +250,7 @@ class Sweep:
         ]
         question_set = fingerprint([asked for setting in settings for asked in self._scenes[setting.seed]])
         for row in rows_of(
-            *(answers, unpruned, by_input),
-            model=self._model,
-            seed=seed,
-            question_set=question_set,
-            device=self._device,
+            *(answers, unpruned, by_input), model=self._model, seed=seed, question_set=question_set, device=self._device
         ):
             if not self._run.has(**written, kind=row.case["kind"]):
                 self._run.add(row)

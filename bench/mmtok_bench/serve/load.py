@@ -61,12 +61,7 @@ class LoadResult:
 
 
 def write_chats(
-    path: Path,
-    image_px: Size,
-    sent_px: Size,
-    asked: Sequence[tuple[str, str]],
-    *,
-    lossless: bool = False,
+    path: Path, image_px: Size, sent_px: Size, asked: Sequence[tuple[str, str]], *, lossless: bool = False
 ) -> None:
     """Writes one chat per line in the format of the load generator's `openai` data set: a photograph and a question.
 
@@ -113,10 +108,7 @@ def load_arguments(
         output: File to which the load generator appends its result.
     """
     if case.image_kind == "photograph":
-        data = [
-            *("--dataset-name=openai", f"--dataset-path={chats}"),
-            f"--sharegpt-output-len={output_tokens}",
-        ]
+        data = [*("--dataset-name=openai", f"--dataset-path={chats}"), f"--sharegpt-output-len={output_tokens}"]
     else:
         width, height = case.sent_px
         data = [

@@ -91,10 +91,7 @@ def sides_of(model: ServedModel, prefix_cache: PrefixCache) -> list[Side]:
 
 
 def plan_cases(
-    model: ServedModel,
-    plan: ServePlan,
-    prefix_cache: PrefixCache,
-    downsample: Callable[[Size, str], Size | None],
+    model: ServedModel, plan: ServePlan, prefix_cache: PrefixCache, downsample: Callable[[Size, str], Size | None]
 ) -> list[LoadCase]:
     """Returns the cases of a model, by workload and then by side.
 

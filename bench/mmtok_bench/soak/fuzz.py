@@ -38,10 +38,7 @@ def _prompt(family: FamilyName) -> str:
 
 
 def _chat(family: FamilyName) -> dict[str, Any]:
-    content = [
-        {"type": "image_url", "image_url": {"url": _coffee()}},
-        {"type": "text", "text": "What is in this cup?"},
-    ]
+    content = [{"type": "image_url", "image_url": {"url": _coffee()}}, {"type": "text", "text": "What is in this cup?"}]
     return {
         "model": "default",
         "messages": [{"role": "user", "content": content}],
