@@ -65,13 +65,13 @@ class Answer:
     account: Mapping[str, Any] | None = None
 
 
-def openai_client(url: str, *, timeout_s: float = 300.0) -> openai.OpenAI:
+def openai_client(url: str) -> openai.OpenAI:
     """Returns an OpenAI client of the server at this address (without a path); it uses no proxy and does not retry."""
     return openai.OpenAI(
         base_url=f"{url.rstrip('/')}/v1",
         api_key="none",
         max_retries=0,
-        timeout=timeout_s,
+        timeout=300.0,
         http_client=openai.DefaultHttpxClient(trust_env=False),
     )
 

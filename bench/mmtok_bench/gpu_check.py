@@ -176,8 +176,9 @@ def _selection_share(concurrency: int) -> Bar:
     return Bar("the selection's share of TTFT", "at most 2 %", share)
 
 
-def _gpu_ms(metrics: Mapping[str, float]) -> float:
-    return sum(metrics[name] for name in ("vision_encoder_ms", "selection_ms", "language_prefill_ms"))
+def _gpu_time_ratio(*metrics: Mapping[str, float]) -> float:
+    first, second = (each["vision_encoder_ms"] + each["selection_ms"] + each["language_prefill_ms"] for each in metrics)
+    return first / second
 
 
 def _graph(num_tokens: int, num_picks: int, dtype: str, batch: int = 1) -> Find:
@@ -219,6 +220,16 @@ def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
     )
 
 
+def _model(
+    name: str, about: str, model: str, budget: str, size: str, *bars: Bar, rounds: str = "ROUNDS", needs_gib: int = 0
+) -> Part:
+    return Part(name, about, (_serve(model, budget, size, "1,16", rounds=rounds),), bars, needs_gib=needs_gib)
+
+
+def _better(text: str, metric: str, *finds: Find, is_choice: bool = False) -> Bar:
+    return Bar(text, "at least 1 x", _ratio(metric, *finds), is_choice)
+
+
 def _setting(name: str, about: str, arguments: str) -> Part:
     """Returns a part that measures whether the presets should give these further arguments to all servers."""
     return Part(
@@ -226,9 +237,9 @@ def _setting(name: str, about: str, arguments: str) -> Part:
         f"{about}: {arguments}; beside qwen-7b-16",
         (_serve("qwen2.5-vl-7b", "10%", "1008x672", "16", f"--server-args={arguments}"),),
         tuple(
-            Bar(
-                *(f"`{budget}` with it, requests/s at 16", "at least 1 x"),
-                _ratio("requests_per_s", _load(budget, 16, arguments=arguments), _load(budget, 16)),
+            _better(
+                *(f"`{budget}` with it, requests/s at 16", "requests_per_s"),
+                *(_load(budget, 16, arguments=arguments), _load(budget, 16)),
                 is_choice=True,
             )
             for budget in ("off", "all", "10%")
@@ -300,14 +311,14 @@ def _time_graphs() -> list[ResultRow]:
     return rows
 
 
-def _replays_ms(call: Callable[[], object], num_runs: int = 30) -> list[float]:
+def _replays_ms(call: Callable[[], object]) -> list[float]:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     times_ms = []
-    for run in range(num_runs + 3):
+    for run in range(33):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
@@ -411,54 +422,36 @@ PARTS: tuple[Part, ...] = (
     _setting("tokenizers", "four tokenizer processes", "--tokenizer-worker-num=4"),
     _setting("host-images", "images are preprocessed on the host", "--image-processor-backend=pil"),
     _setting("prefill-graphs", "prefill by breakable CUDA graphs", "--cuda-graph-backend-prefill=breakable"),
-    Part(
-        "qwen-7b-scale",
-        "Qwen2.5-VL-7B, 86 tokens of 216 at an encoder scale of 0.5, and of all 864",
-        (_serve("qwen2.5-vl-7b", "10%,40%@0.5", "1008x672", "1,16"),),
-        (
-            Bar(
-                *("TTFT at 1 against 10%", "at least 1 x"), _ratio("ttft_p50_ms", _load("40%@0.5", 1), _load("10%", 1))
-            ),
-            Bar(
-                *("requests/s at 16 against 10%", "at least 1 x"),
-                _ratio("requests_per_s", _load("40%@0.5", 16), _load("10%", 16)),
-            ),
-        ),
+    _model(
+        *("qwen-7b-scale", "Qwen2.5-VL-7B, 86 tokens of 216 at an encoder scale of 0.5, and of all 864"),
+        *("qwen2.5-vl-7b", "10%,40%@0.5", "1008x672"),
+        _better("TTFT at 1 against 10%", "ttft_p50_ms", _load("40%@0.5", 1), _load("10%", 1)),
+        _better("requests/s at 16 against 10%", "requests_per_s", _load("40%@0.5", 16), _load("10%", 16)),
     ),
-    Part(
-        "llava-next-13b",
-        "LLaVA-NeXT-13B, 2880 -> 160, PNGs",
-        (_serve("llava-next-13b", "160", "672x672", "1,16", rounds="1"),),
-        (
-            _ttft("160", 1, 2.3),
-            Bar(
-                *("GPU time of a request", "at least 4 x"),
-                _measured(lambda all, pruned: _gpu_ms(all) / _gpu_ms(pruned), _load("all", 1), _load("160", 1)),
-            ),
-            _rates("160", 16, 2.0),
-        ),
+    _model(
+        *("llava-next-13b", "LLaVA-NeXT-13B, 2880 -> 160, PNGs", "llava-next-13b", "160", "672x672"),
+        _ttft("160", 1, 2.3),
+        Bar("GPU time of a request", "at least 4 x", _measured(_gpu_time_ratio, _load("all", 1), _load("160", 1))),
+        _rates("160", 16, 2.0),
+        rounds="1",
     ),
-    Part(
-        "llava-1.5-7b",
-        "LLaVA-1.5-7B, 576 -> 64, PNGs",
-        (_serve("llava-1.5-7b", "64", "336x336", "1,16", rounds="1"),),
-        (_ttft("64", 1, 1.15), _rates("64", 1, 1.0), _rates("64", 16, 1.0)),
+    _model(
+        *("llava-1.5-7b", "LLaVA-1.5-7B, 576 -> 64, PNGs", "llava-1.5-7b", "64", "336x336"),
+        *(_ttft("64", 1, 1.15), _rates("64", 1, 1.0), _rates("64", 16, 1.0)),
+        rounds="1",
     ),
-    Part(
-        "qwen-32b",
-        "Qwen2.5-VL-32B, 864 -> 86",
-        (_serve("qwen2.5-vl-32b", "10%", "1008x672", "1,16", rounds="1"),),
-        (_ttft("10%", 1, 1.8), _rates("10%", 16, 1.8)),
+    _model(
+        *("qwen-32b", "Qwen2.5-VL-32B, 864 -> 86", "qwen2.5-vl-32b", "10%", "1008x672"),
+        *(_ttft("10%", 1, 1.8), _rates("10%", 16, 1.8)),
+        rounds="1",
         needs_gib=_LARGE_GIB,
     ),
-    Part(
-        "qwen3-vl-8b",
-        "Qwen3-VL-8B, 768 -> 76",
-        (_serve("qwen3-vl-8b", "10%", "1024x768", "1,16"),),
-        (*_NO_SLOWER, _selection_share(1)),
+    _model(
+        *("qwen3-vl-8b", "Qwen3-VL-8B, 768 -> 76", "qwen3-vl-8b", "10%", "1024x768"),
+        *(*_NO_SLOWER, _selection_share(1)),
     ),
-    Part("qwen3.5-9b", "Qwen3.5-9B, 768 -> 76", (_serve("qwen3.5-9b", "10%", "1024x768", "1,16"),), _NO_SLOWER),
-    Part("internvl3-8b", "InternVL3-8B, 3328 -> 332", (_serve("internvl3-8b", "10%", "1024x768", "1,16"),), _NO_SLOWER),
+    _model("qwen3.5-9b", "Qwen3.5-9B, 768 -> 76", "qwen3.5-9b", "10%", "1024x768", *_NO_SLOWER),
+    _model("internvl3-8b", "InternVL3-8B, 3328 -> 332", "internvl3-8b", "10%", "1024x768", *_NO_SLOWER),
 )
 
 
