@@ -160,7 +160,7 @@ def _add_report(benches: Any) -> None:
         "--panels", type=Path, metavar="FILE.html", help="the plots of quality side by side; alone, no page"
     )
     report.add_argument(
-        "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare the rows of a commit with those of an older one"
+        "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare the rows of two commits, the older one first"
     )
     report.add_argument("--force", action="store_true", help="replace existing files")
 
@@ -206,8 +206,8 @@ def _add_quality(commands: Any) -> None:
     served.add_argument(
         "--family",
         choices=_FAMILIES,
-        help="family of the model: decides the pocket model (default llava-1.5) or what the server of --model-path "
-        "needs, the methods, and for public tasks the paper's budgets",
+        help="family of the model: decides the pocket model (default llava-1.5) or the server arguments of "
+        "--model-path, the methods, and for public tasks the paper's budgets",
     )
     served.add_argument("--model-path", help="model to start a server with (default: a pocket model)")
     served.add_argument(
@@ -222,7 +222,7 @@ def _add_quality(commands: Any) -> None:
     written = quality.add_argument_group("what is written")
     add_run_arguments(written, "artifacts/quality")
     written.add_argument("--record", action="store_true", help="write the scores that `make test` compares with")
-    written.add_argument("--dry-run", action="store_true", help="print what would be started and asked, and stop")
+    written.add_argument("--dry-run", action="store_true", help="print servers and questions instead of running them")
 
 
 def _add_soak(commands: Any) -> None:

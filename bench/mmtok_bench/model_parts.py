@@ -84,7 +84,7 @@ def qwen_vision_sizes(depth: int, hidden: int, intermediate: int, heads: int) ->
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Tokens of a tokenizer beside the 256 bytes and its special tokens.
+    """Tokens of a tokenizer in addition to the 256 bytes and its special tokens.
 
     Args:
         text: Each of its words (with the space before it; punctuation is separate) is one token.

@@ -1,4 +1,4 @@
-"""Measures the paper's latency, memory and accuracy on this machine's GPU, and quotes the paper's figures beside them.
+"""Measures the paper's latency, memory and accuracy on this machine's GPU, in tables with the paper's own figures.
 
     python -m mmtok_bench.paper --checkpoints /models --dry-run
     python -m mmtok_bench.paper --checkpoints /models
@@ -66,7 +66,7 @@ CHECKPOINTS = (
 )
 _NAMES = ", ".join(each.folder for each in CHECKPOINTS)
 _MME_TITLE = "Table 12: Qwen2.5-VL-7B on MME"
-# Image tokens, method, seconds for all of MME, GB beside the weights.
+# Image tokens, method, seconds for all of MME, GB in addition to the weights.
 _MME = (
     ("867.6", "unpruned", "675", "3.05"),
     ("86.8", "mmtok", "419", "0.71"),

@@ -69,7 +69,7 @@ _TINY_SIZES: dict[FamilyName, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava-1.5": ({"num_key_value_heads": 4}, _TINY_CLIP),
     "llava-next": ({"num_key_value_heads": 4}, _TINY_CLIP),
 }
-"""Fields of the language model beside `_TEXT_SIZES`, and of the vision encoder."""
+"""Fields of the language model in addition to `_TEXT_SIZES`, and fields of the vision encoder."""
 
 
 def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:

@@ -59,5 +59,5 @@ def last_hidden_after_fastv(
 
 
 def _causal(length: int) -> Tensor:
-    """Returns [1, 1, L, L], what is added to attention logits."""
+    """Returns [1, 1, L, L], the mask to add to attention logits."""
     return torch.full((length, length), -torch.inf).triu(1)[None, None]

@@ -314,7 +314,7 @@ def where_heads_look(
 
 
 def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor:
-    """Returns the KL divergence of attention from the patches that show what a question has named.
+    """Returns the KL divergence of attention from the patches that show the things named in a question.
 
     The first token is always a target: if nothing is there, all attention goes to it, so that its share tells the
     number of things.

@@ -1,4 +1,4 @@
-"""Computes what each method keeps of a picture; the server sends only how many tokens it keeps, not which."""
+"""Computes which tokens of a picture each method keeps; the server's answer contains only their number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_TOKENS = 4096
 
 
 class Patches:
-    """Selections of one checkpoint; it is loaded, and selects one at a time, in a thread of its own.
+    """Selections with one checkpoint, which is loaded and used in one thread of its own.
 
     Args:
         load: Loads the checkpoint and returns the selector.
@@ -43,7 +43,7 @@ class Patches:
         return self._thread.submit(lambda: self._encode(picture).image).result()
 
     def select(self, picture: Picture, question: str, method: MethodName, budget: int | None) -> dict[str, Any]:
-        """Returns what a method keeps, in the form that the page draws.
+        """Returns the selection of a method, in the form that the page draws.
 
         Args:
             picture: The picture to select from.

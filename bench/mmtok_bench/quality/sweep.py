@@ -261,6 +261,6 @@ def _fields(setting: Setting) -> dict[str, str | int | float]:
     if setting.method == UNPRUNED:
         return fields
     method, keys = split_method("mmtok" if setting.method == WITH_AGENT else setting.method)
-    # Without the field a server compares by what it was started with.
+    # Without this field, the server uses the value of its flag.
     of_keys = {"mmtok_keys": keys} if keys == "output" else {}
     return {**fields, "mmtok_method": method, **of_keys, "mmtok_seed": setting.seed}

@@ -1,4 +1,4 @@
-"""The section of real features: whether selections are exact on them, how much work they take, and what they keep."""
+"""The section of real features: exactness of selections, the work of lazy evaluation, and measures of kept tokens."""
 
 from __future__ import annotations
 

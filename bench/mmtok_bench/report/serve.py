@@ -1,4 +1,4 @@
-"""The section of a served model: what a budget gains over the unpruned server, and over smaller images."""
+"""The section of a served model: gains of a budget over the unpruned server and over smaller images."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def _case_cells(line: Line, extra: Sequence[str]) -> tuple[str, ...]:
 
 
 def _extra_keys(lines: Sequence[Line]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the keys of cases without a column: those that differ between rows, and the others with their value."""
+    """Returns keys without a column: those whose values differ between rows, and the values of the other keys."""
     cases = [line["case"] for line in lines]
     keys = dict.fromkeys(key for case in cases for key in case if key not in SHOWN_KEYS)
     varied = [key for key in keys if len({case.get(key) for case in cases}) > 1]

@@ -1,4 +1,4 @@
-"""Which servers run, what is measured on each, and in which order."""
+"""The plan of a run: servers, cases to measure, and their order."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ ENDPOINTS: dict[str, Callable[[FamilyName], dict[str, Any]]] = {
 
 
 def fuzz(trial: Trial, server: SglangServer, num_bodies: int) -> list[int]:
-    """Sends fuzzed bodies, eight at a time, and returns the numbers of those answered by 5xx.
+    """Sends fuzzed bodies, eight at a time, and returns the numbers of the bodies that were answered by 5xx.
 
     Args:
         trial: Counts and reports.
