@@ -84,11 +84,8 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while True:
-            self.peak_bytes = max(self.peak_bytes, self._used_bytes())
+            ours = self._processes
+            used_bytes = int(torch.cuda.device_memory_used()) if ours is None else sum_resident_bytes(ours)
+            self.peak_bytes = max(self.peak_bytes, used_bytes)
             if self._stopped.wait(_SAMPLE_INTERVAL_S):
                 return
-
-    def _used_bytes(self) -> int:
-        if self._processes is None:
-            return int(torch.cuda.device_memory_used())
-        return sum_resident_bytes(self._processes)

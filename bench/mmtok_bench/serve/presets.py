@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mmtok_bench.families import FamilyName
 
@@ -132,16 +132,13 @@ _H200_MODELS = (
 )
 
 # Model -> number of servers that fit on an H200 at once, and their arguments.
-_BESIDE_OTHERS: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "qwen2.5-vl-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=60000")),
-    "llava-next-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=16000", "--context-length=4096")),
-    "llava-next-13b": (3, ("--mem-fraction-static=0.95", "--max-total-tokens=16000", "--context-length=4096")),
+_SHORT = ("--max-total-tokens=16000", "--context-length=4096")
+_BESIDE_OTHERS: Mapping[str, dict[str, Any]] = {
+    "qwen2.5-vl-7b": {"most_at_once": 4, "beside_others": ("--mem-fraction-static=0.85", "--max-total-tokens=60000")},
+    "llava-next-7b": {"most_at_once": 4, "beside_others": ("--mem-fraction-static=0.85", *_SHORT)},
+    "llava-next-13b": {"most_at_once": 3, "beside_others": ("--mem-fraction-static=0.95", *_SHORT)},
 }
-
-
-def _on_h200(model: ServedModel) -> ServedModel:
-    most_at_once, beside_others = _BESIDE_OTHERS.get(model.name, (model.most_at_once, model.beside_others))
-    return replace(model, most_at_once=most_at_once, beside_others=beside_others)
+_ON_H200 = (*(replace(model, **_BESIDE_OTHERS.get(model.name, {})) for model in _GPU_MODELS), *_H200_MODELS)
 
 
 def _gpu(name: str, concurrencies: tuple[int, ...], models: tuple[ServedModel, ...] = _GPU_MODELS) -> ServePlan:
@@ -153,7 +150,7 @@ SERVE_PRESETS: Mapping[str, ServePlan] = {
     # 48 GB: a 13B model in half precision leaves room for 8 images of 2928 tokens at a time.
     "a6000": _gpu("a6000", (1, 4, 16)),
     "h100": _gpu("h100", (1, 4, 16, 64)),
-    "h200": _gpu("h200", (1, 4, 16, 64), (*map(_on_h200, _GPU_MODELS), *_H200_MODELS)),
+    "h200": _gpu("h200", (1, 4, 16, 64), _ON_H200),
     "cpu": ServePlan(
         "cpu",
         "cpu",
