@@ -9,7 +9,15 @@ from mmtok_bench.families import FamilyName
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
-from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, session_of, signature
+from tests.exporters.encoder_cases import (
+    assert_equal,
+    checkpoint,
+    hugging_face,
+    pixels_of,
+    run,
+    session_of,
+    signature,
+)
 
 FAMILY: FamilyName = "qwen2.5-vl"
 FULL_WINDOWS = (448, 336)

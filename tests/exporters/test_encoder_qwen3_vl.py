@@ -8,7 +8,15 @@ import torch
 from mmtok_bench.families import FamilyName
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders import EncoderError, build_encoder, export_encoder
-from tests.exporters.encoder_cases import assert_equal, checkpoint, hugging_face, pixels_of, run, session_of, signature
+from tests.exporters.encoder_cases import (
+    assert_equal,
+    checkpoint,
+    hugging_face,
+    pixels_of,
+    run,
+    session_of,
+    signature,
+)
 
 FAMILY: FamilyName = "qwen3-vl"
 WIDE = (224, 128)

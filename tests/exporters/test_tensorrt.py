@@ -18,7 +18,14 @@ from mmtok_deploy.manifest import ArtifactError, Manifest, describe_file
 from mmtok_export import tensorrt
 from mmtok_export.artifact import export_model
 from mmtok_export.selection_graph import FORMS, FeatureDtype, Form, SelectionSpec, build_selection
-from mmtok_export.tensorrt import EngineBuildError, Library, build_engine, check_targets, choose_library, engine_path
+from mmtok_export.tensorrt import (
+    EngineBuildError,
+    Library,
+    build_engine,
+    check_targets,
+    choose_library,
+    engine_path,
+)
 from tests.exporters.graphs import batch_of, relabel
 from tests.mmtok_deploy.problems import random_problem
 

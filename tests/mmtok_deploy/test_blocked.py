@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from mmtok_deploy.backends import blocked, get_backend, reference
 from mmtok_deploy.config import Coverage, SelectionConfig
 from mmtok_deploy.problem import Selection, SelectionProblem
-from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, assert_greedy, golden, mask_of, problems, random_problem
+from tests.mmtok_deploy.problems import (
+    GOLDEN_NAMES,
+    Problem,
+    assert_greedy,
+    golden,
+    mask_of,
+    problems,
+    random_problem,
+)
 
 FLOAT32_BYTES = 4
 

@@ -17,7 +17,15 @@ from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalSta
 from torch import Tensor
 
 from mmtok_sglang import cache_key
-from mmtok_sglang.cache_key import CacheKeys, ImageKeys, check_embeddings, digest, keys_of, name_images, naming
+from mmtok_sglang.cache_key import (
+    CacheKeys,
+    ImageKeys,
+    check_embeddings,
+    digest,
+    keys_of,
+    name_images,
+    naming,
+)
 from mmtok_sglang.plan import ImagePlan
 from tests.runtime.stand_ins import identified, image_item, make_settings
 

@@ -13,7 +13,13 @@ from transformers import LlavaConfig, PixtralVisionConfig, Qwen3VLMoeConfig
 
 from mmtok_bench.families import FamilyName
 from mmtok_sglang import compatibility, server_args
-from mmtok_sglang.compatibility import UnsupportedServerError, _problems, check_adapters, check_server, family_of_server
+from mmtok_sglang.compatibility import (
+    UnsupportedServerError,
+    _problems,
+    check_adapters,
+    check_server,
+    family_of_server,
+)
 from mmtok_sglang.families import FAMILIES
 from mmtok_sglang.refused_models import REFUSED_MODELS
 from mmtok_sglang.server_args import MMTokServerArgs

@@ -12,7 +12,12 @@ from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.http_middleware_patch import _PureASGIDispatch
 
-from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine_generate, generate_request
+from mmtok_sglang.entry_points import (
+    answer_http,
+    engine_async_generate,
+    engine_generate,
+    generate_request,
+)
 
 
 def a_request(**fields: Any) -> Any:

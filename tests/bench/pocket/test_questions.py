@@ -7,7 +7,15 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from mmtok_bench.pocket.questions import HELD_OUT, KINDS, Negative, fingerprint, make_scenes, picture_of, scene_at
+from mmtok_bench.pocket.questions import (
+    HELD_OUT,
+    KINDS,
+    Negative,
+    fingerprint,
+    make_scenes,
+    picture_of,
+    scene_at,
+)
 from mmtok_bench.pocket.scenes import make_scene
 from pocket_training.training import STAGES
 

@@ -12,7 +12,12 @@ from scipy import stats
 from mmtok_bench.families import FamilyName
 from mmtok_bench.pocket import PICTURE_PX
 from mmtok_bench.quality.plan import QualityPlan, answers_beside, read_answers
-from mmtok_bench.quality.recorded import RECORDED_BUDGET, RECORDED_METHOD, read_recorded, record
+from mmtok_bench.quality.recorded import (
+    RECORDED_BUDGET,
+    RECORDED_METHOD,
+    read_recorded,
+    record,
+)
 from mmtok_bench.quality.sweep import Sweep
 from mmtok_bench.results import CaseValue
 from mmtok_bench.run import Run

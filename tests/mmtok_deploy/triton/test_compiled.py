@@ -17,7 +17,15 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from mmtok_deploy.backends import triton_plan  # noqa: E402
 from mmtok_deploy.backends.triton_launch import KERNELS  # noqa: E402
-from mmtok_deploy.backends.triton_plan import LONE_CANDIDATES, BatchSize, FeatureTypes, Launch, Team, Variant, plan  # noqa: E402
+from mmtok_deploy.backends.triton_plan import (  # noqa: E402
+    LONE_CANDIDATES,
+    BatchSize,
+    FeatureTypes,
+    Launch,
+    Team,
+    Variant,
+    plan,
+)
 
 # Compute capability -> shared memory a block may use, in KiB. Source: CUDA C++ Programming Guide, compute capabilities.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}

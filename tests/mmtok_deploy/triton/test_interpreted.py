@@ -22,7 +22,15 @@ from mmtok_deploy.config import Coverage
 from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.problem import SelectionProblem
 from tests.mmtok_deploy.naive import naive_greedy, naive_matrix
-from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, assert_greedy, golden, mask_of, problems, random_problem
+from tests.mmtok_deploy.problems import (
+    GOLDEN_NAMES,
+    Problem,
+    assert_greedy,
+    golden,
+    mask_of,
+    problems,
+    random_problem,
+)
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter

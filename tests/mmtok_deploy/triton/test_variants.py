@@ -27,7 +27,15 @@ from triton.runtime.jit import MockTensor, compute_cache_key  # noqa: E402
 from mmtok_deploy.backends import triton as backend  # noqa: E402
 from mmtok_deploy.backends import triton_launch, triton_plan  # noqa: E402
 from mmtok_deploy.backends.triton_launch import KERNELS  # noqa: E402
-from mmtok_deploy.backends.triton_plan import MAX_TOKENS, BatchSize, FeatureTypes, Launch, Variant, plan, variants  # noqa: E402
+from mmtok_deploy.backends.triton_plan import (  # noqa: E402
+    MAX_TOKENS,
+    BatchSize,
+    FeatureTypes,
+    Launch,
+    Variant,
+    plan,
+    variants,
+)
 
 CPU = torch.device("cpu")
 COVERAGES: tuple[Coverage, ...] = get_args(Coverage)
