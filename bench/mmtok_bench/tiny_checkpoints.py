@@ -178,6 +178,9 @@ def _save(model: Any, folder: Path) -> None:
         save_file(chat_model_weights(weights), folder / "model.safetensors", {"format": "pt"})
         return
     experts = {name: weight for name, weight in weights.items() if ".experts." in name}
+    if not experts:
+        model.save_pretrained(folder)
+        return
     if model.config.model_type == "qwen3_vl_moe":
         experts = {name: weight.transpose(1, 2).contiguous() for name, weight in experts.items()}
-    model.save_pretrained(folder, state_dict=weights | experts, save_original_format=not experts)
+    model.save_pretrained(folder, state_dict=weights | experts, save_original_format=False)
