@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,14 +89,8 @@ def port(text: str) -> int:
     return int(text)
 
 
-def runs(text: str) -> int:
-    """Returns a number of timed runs, at least 2, which quantiles need."""
-    return count(text, least=2)
-
-
-def seed(text: str) -> int:
-    """Returns a whole number of at least 0."""
-    return count(text, least=0)
+runs, seed = partial(count, least=2), partial(count, least=0)
+"""Parsers of a number of timed runs, of which quantiles need 2, and of a seed."""
 
 
 def minutes(text: str) -> float:
@@ -118,14 +113,16 @@ def budget(text: str) -> str:
 
 
 def mixed_budget(text: str) -> str:
-    """Returns a budget, or one of a smaller image: 10%@0.5; not `auto`, which goes by what a question asks."""
+    """Returns a budget, possibly with an encoder scale (10%@0.5), but not `auto`: loads ask no real questions."""
     try:
         mixed = MixedBudget.parse(text)
-        if mixed.is_auto:
-            raise ValueError("the budget auto goes by what a question asks, and the load asks nothing: name a share")
-        return str(mixed)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if mixed.is_auto:
+        raise argparse.ArgumentTypeError(
+            "the budget auto goes by what a question asks, and the load asks nothing: name a share"
+        )
+    return str(mixed)
 
 
 def image_size(text: str) -> tuple[int, int]:

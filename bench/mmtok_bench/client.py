@@ -46,14 +46,13 @@ class Answer:
 
     Args:
         text: The generated text.
-        ttft_ms: Milliseconds from sending the request to the first piece of text, or to the end where none is streamed.
+        ttft_ms: Milliseconds from sending the request to the first piece of text; to the end if nothing was streamed.
         latency_ms: Milliseconds from sending the request to the end of the answer.
         num_prompt_tokens: Tokens of the prompt, the image's included.
-        num_image_tokens: Tokens of the image in the prompt; None where the server does not count them.
+        num_image_tokens: Tokens of the image in the prompt; None if the server does not count them.
         num_cached_tokens: Prompt tokens taken from the server's prefix cache.
-        logprobs: Those of the answer's tokens, if they were asked for.
-        account: What the server says it did with the image, `meta_info["mmtok"]`, if it was asked for; None where it
-            says nothing.
+        logprobs: Logprobs of the answer's tokens, if they were requested.
+        account: The plugin's report on the image, `meta_info["mmtok"]`, if it was requested and sent.
     """
 
     text: str
@@ -66,13 +65,13 @@ class Answer:
     account: Mapping[str, Any] | None = None
 
 
-def openai_client(url: str, *, timeout_s: float = 300.0) -> openai.OpenAI:
+def openai_client(url: str) -> openai.OpenAI:
     """Returns an OpenAI client of the server at this address (without a path); it uses no proxy and does not retry."""
     return openai.OpenAI(
         base_url=f"{url.rstrip('/')}/v1",
         api_key="none",
         max_retries=0,
-        timeout=timeout_s,
+        timeout=300.0,
         http_client=openai.DefaultHttpxClient(trust_env=False),
     )
 
@@ -88,26 +87,28 @@ def ask(
     with_account: bool = False,
     fields: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """Returns a server's greedy answer to a question about an image; streamed, but for one with more than its text.
+    """Returns a server's greedy answer to a question about an image.
+
+    The answer is streamed, unless its logprobs or the account are requested.
 
     Args:
-        client: The client of a server started with `--enable-cache-report`, without which it counts no image tokens.
-        image: What `image_url` returns, or the address of an image.
+        client: The client of a server started with `--enable-cache-report`; other servers count no image tokens.
+        image: Result of `image_url`, or the address of an image.
         question: The user's text.
         max_tokens: Length of the answer.
-        ignore_eos: Whether it is not ended before by an end token.
-        with_logprobs: Whether the logprobs of its tokens are asked for.
-        with_account: Whether what was done with the image is: SGLang gives no `meta_info` with a stream.
-        fields: Further ones of the request's body, as `mm_processor_kwargs`.
+        ignore_eos: Whether the answer goes on after an end token.
+        with_logprobs: Whether to request the logprobs of the answer's tokens.
+        with_account: Whether to request `Answer.account`; SGLang sends no `meta_info` with a stream.
+        fields: Further fields of the request's body, such as `mm_processor_kwargs`.
 
     Raises:
         RequestError: The server refused the request, cannot be reached, or sent no text, usage or logprobs.
     """
     fields = {"ignore_eos": ignore_eos, **(fields or {})}
     if not (with_logprobs or with_account):
-        *_, answer = stream(client, image, question, max_tokens=max_tokens, fields=fields)
-        assert isinstance(answer, Answer)
-        return answer
+        *_, streamed = stream(client, image, question, max_tokens=max_tokens, fields=fields)
+        assert isinstance(streamed, Answer)
+        return streamed
     started_s = time.perf_counter()
     # In a stream, SGLang 0.5.23 leaves out the logprobs of tokens that are not a whole character.
     with _told_failure(question, fields):
@@ -120,25 +121,15 @@ def ask(
     if with_logprobs and not logprobs:
         raise _lacks(question, "logprobs")
     answer = _answer(question, choice.message.content, answered.usage, latency_s, latency_s)
-    return replace(answer, logprobs=logprobs, account=_account(choice))
+    # A list of one object.
+    accounts = (getattr(choice, "meta_info", None) or {}).get("mmtok")
+    return replace(answer, logprobs=logprobs, account=dict(accounts[0]) if accounts else None)
 
 
 def stream(
-    client: openai.OpenAI,
-    image: str,
-    question: str,
-    *,
-    max_tokens: int = 16,
-    fields: Mapping[str, Any] | None = None,
+    client: openai.OpenAI, image: str, question: str, *, max_tokens: int = 16, fields: Mapping[str, Any] | None = None
 ) -> Iterator[str | Answer]:
-    """Yields the pieces of a server's greedy answer as they arrive, then the whole `Answer`.
-
-    Args:
-        client: As in `ask`.
-        image: As in `ask`.
-        question: As in `ask`.
-        max_tokens: As in `ask`.
-        fields: As in `ask`.
+    """Yields the pieces of a server's greedy answer as they arrive, then the whole `Answer`; arguments as in `ask`.
 
     Raises:
         RequestError: The server refused the request, cannot be reached, or sent no text or usage.
@@ -159,12 +150,6 @@ def stream(
                 yield piece
     latency_s = time.perf_counter() - started_s
     yield _answer(question, text, usage, latency_s if ttft_s is None else ttft_s, latency_s)
-
-
-def _account(choice: Any) -> dict[str, Any] | None:
-    told = (getattr(choice, "meta_info", None) or {}).get("mmtok")
-    # A list of one object.
-    return dict(told[0]) if told else None
 
 
 def _create(

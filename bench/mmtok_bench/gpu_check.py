@@ -42,7 +42,7 @@ from mmtok_bench.selector.timing import make_problem
 from mmtok_deploy.backends import get_backend
 from mmtok_deploy.config import SelectionConfig
 
-__all__ = ["DONE", "PARTS", "Bar", "Part", "judge", "main", "run_part"]
+__all__ = ["DONE", "PARTS", "Bar", "Part", "exit_codes_in", "judge", "main", "print_parts", "run_part"]
 
 _TIMEOUT_S = 600
 _LARGE_GIB = 120
@@ -50,6 +50,8 @@ DONE = "done.json"
 """File in a part's folder after it has run: the exit codes of its commands, and the seconds."""
 
 Rows = Sequence[ResultRow]
+Find = Callable[[Rows], ResultRow | None]
+"""Returns one of a part's rows; None if there is no such row."""
 Measure = Callable[[Rows], float | None]
 """Returns a value from a part's rows; None if a row is missing."""
 
@@ -60,23 +62,29 @@ class Bar:
 
     Args:
         text: What is measured.
-        bound: The bound of the value.
-        is_upper: Whether the value must not be above the bound; otherwise not below it.
-        unit: The unit of bound and value.
+        bound: "at least" or "at most", a number and a unit: "at least 1.25 x".
         measure: Measures the value.
         is_choice: Whether the bar only says which of two settings is better; it then never fails.
     """
 
     text: str
-    bound: float
-    is_upper: bool
-    unit: str
+    bound: str
     measure: Measure
     is_choice: bool = False
 
-    def is_reached(self, value: float) -> bool:
-        """Returns whether the value is on the right side of the bound."""
-        return value <= self.bound if self.is_upper else value >= self.bound
+    @property
+    def shown_bound(self) -> str:
+        """The bound as the table shows it."""
+        return f"the better setting: {self.bound}" if self.is_choice else self.bound
+
+    def judge(self, rows: Rows) -> tuple[str, bool | None]:
+        """Returns the measured value as text, and whether it reaches the bound (None if it was not measured)."""
+        value = self.measure(rows)
+        if value is None or math.isnan(value):
+            return "not measured", None
+        _, side, number, *unit = self.bound.split()
+        is_reached = value <= float(number) if side == "most" else value >= float(number)
+        return " ".join([f"{value:.3g}", *unit]), is_reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +94,8 @@ class Part:
     Args:
         name: Name on the command line.
         about: A short description.
-        commands: Arguments of Python; FOLDER in them is replaced by the part's folder, PRESET and ROUNDS by the
-            GPU's.
+        commands: Arguments of Python; FOLDER in them is replaced by the part's folder, PRESET and ROUNDS by values
+            that fit the GPU.
         bars: Empty for tests, where the exit code is the result.
         in_process: Measures rows in this process.
         beside: Another part, whose rows the bars read as well.
@@ -122,8 +130,8 @@ def _served(rows: Rows, budget: str, concurrency: int, *, questions: int = 1, ar
     return max(found, key=lambda row: (row.metrics["image_tokens_in"], row.time), default=None)
 
 
-def _measured(value: Callable[..., float | None], *finds: Callable[[Rows], ResultRow | None]) -> Measure:
-    """Measures a value of the metrics of the rows that `finds` return; None if one of them is missing."""
+def _measured(value: Callable[..., float | None], *finds: Find) -> Measure:
+    """Returns a measure that computes a value from the metrics of the rows that `finds` return."""
 
     def measure(rows: Rows) -> float | None:
         found = [find(rows) for find in finds]
@@ -132,18 +140,18 @@ def _measured(value: Callable[..., float | None], *finds: Callable[[Rows], Resul
     return measure
 
 
-def _load(budget: str, concurrency: int, **load: Any) -> Callable[[Rows], ResultRow | None]:
+def _load(budget: str, concurrency: int, **load: Any) -> Find:
     return partial(_served, budget=budget, concurrency=concurrency, **load)
 
 
-def _ratio(metric: str, *finds: Callable[[Rows], ResultRow | None]) -> Measure:
-    """Measures how many times as good a metric of the first row is as that of the second."""
+def _ratio(metric: str, *finds: Find) -> Measure:
+    """Returns a measure of how many times as good a metric of the first row is as that of the second."""
     is_time = metric.endswith("_ms")
     return _measured(lambda ours, theirs: (ours[metric] / theirs[metric]) ** (-1 if is_time else 1), *finds)
 
 
 def _gain(metric: str, budget: str, concurrency: int, **load: Any) -> Measure:
-    """Measures how many times as good a budget is as the unpruned server; with several rounds, their median."""
+    """Returns a measure of how many times as good a budget is as no budget; with several rounds, their median."""
     find, of_rounds = _load(budget, concurrency, **load), f"{metric.removesuffix('_ms')}_gain"
     ratio = _ratio(metric, find, _load("off", concurrency, **load))
 
@@ -155,7 +163,7 @@ def _gain(metric: str, budget: str, concurrency: int, **load: Any) -> Measure:
 
 
 def _of_row(bench: str, value: Callable[[Mapping[str, float]], float | None], **case: CaseValue) -> Measure:
-    """Measures a value of the newest row of a bench whose case has these values."""
+    """Returns a measure of the newest row of a bench whose case has these values."""
     return _measured(value, partial(_row, bench=bench, case=case))
 
 
@@ -163,23 +171,17 @@ def _row(rows: Rows, bench: str, case: Mapping[str, CaseValue]) -> ResultRow | N
     return next((row for row in reversed(rows) if row.bench == bench and case.items() <= row.case.items()), None)
 
 
-def _selection_share(budget: str, concurrency: int) -> Measure:
-    def percent(metrics: Mapping[str, float]) -> float:
-        return 100 * metrics["selection_ms"] / metrics["ttft_p50_ms"]
-
-    return _measured(percent, _load(budget, concurrency))
+def _selection_share(concurrency: int) -> Bar:
+    share = _measured(lambda metrics: 100 * metrics["selection_ms"] / metrics["ttft_p50_ms"], _load("10%", concurrency))
+    return Bar("the selection's share of TTFT", "at most 2 %", share)
 
 
-def _gpu_time_gain(budget: str) -> Measure:
-    """Measures how many times as long a request takes on the GPU at budget `all`."""
-
-    def gpu_ms(metrics: Mapping[str, float]) -> float:
-        return sum(metrics[name] for name in ("vision_encoder_ms", "selection_ms", "language_prefill_ms"))
-
-    return _measured(lambda unpruned, pruned: gpu_ms(unpruned) / gpu_ms(pruned), _load("all", 1), _load(budget, 1))
+def _gpu_time_ratio(*metrics: Mapping[str, float]) -> float:
+    first, second = (each["vision_encoder_ms"] + each["selection_ms"] + each["language_prefill_ms"] for each in metrics)
+    return first / second
 
 
-def _graph(num_tokens: int, num_picks: int, dtype: str, batch: int = 1) -> Callable[[Rows], ResultRow | None]:
+def _graph(num_tokens: int, num_picks: int, dtype: str, batch: int = 1) -> Find:
     case: dict[str, CaseValue] = {"num_tokens": num_tokens, "num_picks": num_picks, "batch": batch, "dtype": dtype}
     return partial(_row, bench="selector-graph", case=case)
 
@@ -198,11 +200,11 @@ def _serve(model: str, budget: str, size: str, concurrency: str, *more: str, rou
 
 
 def _rates(budget: str, concurrency: int, bound: float) -> Bar:
-    return Bar(f"requests/s at {concurrency}", bound, False, "x", _gain("requests_per_s", budget, concurrency))
+    return Bar(f"requests/s at {concurrency}", f"at least {bound:g} x", _gain("requests_per_s", budget, concurrency))
 
 
 def _ttft(budget: str, concurrency: int, bound: float) -> Bar:
-    return Bar(f"TTFT at {concurrency}", bound, False, "x", _gain("ttft_p50_ms", budget, concurrency))
+    return Bar(f"TTFT at {concurrency}", f"at least {bound:g} x", _gain("ttft_p50_ms", budget, concurrency))
 
 
 def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
@@ -211,11 +213,21 @@ def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
         f"Qwen2.5-VL-7B, 864 -> 86, {concurrency} at once",
         (_serve("qwen2.5-vl-7b", "10%", "1008x672", str(concurrency)),),
         (
-            Bar(f"`all`, requests/s at {concurrency}", 0.98, False, "x", _gain("requests_per_s", "all", concurrency)),
+            Bar(f"`all`, requests/s at {concurrency}", "at least 0.98 x", _gain("requests_per_s", "all", concurrency)),
             *bars,
-            Bar("the selection's share of TTFT", 2, True, "%", _selection_share("10%", concurrency)),
+            _selection_share(concurrency),
         ),
     )
+
+
+def _model(
+    name: str, about: str, model: str, budget: str, size: str, *bars: Bar, rounds: str = "ROUNDS", needs_gib: int = 0
+) -> Part:
+    return Part(name, about, (_serve(model, budget, size, "1,16", rounds=rounds),), bars, needs_gib=needs_gib)
+
+
+def _better(text: str, metric: str, *finds: Find, is_choice: bool = False) -> Bar:
+    return Bar(text, "at least 1 x", _ratio(metric, *finds), is_choice)
 
 
 def _setting(name: str, about: str, arguments: str) -> Part:
@@ -225,9 +237,9 @@ def _setting(name: str, about: str, arguments: str) -> Part:
         f"{about}: {arguments}; beside qwen-7b-16",
         (_serve("qwen2.5-vl-7b", "10%", "1008x672", "16", f"--server-args={arguments}"),),
         tuple(
-            Bar(
-                *(f"`{budget}` with it, requests/s at 16", 1, False, "x"),
-                _ratio("requests_per_s", _load(budget, 16, arguments=arguments), _load(budget, 16)),
+            _better(
+                *(f"`{budget}` with it, requests/s at 16", "requests_per_s"),
+                *(_load(budget, 16, arguments=arguments), _load(budget, 16)),
                 is_choice=True,
             )
             for budget in ("off", "all", "10%")
@@ -244,7 +256,7 @@ def _questions(name: str, about: str, concurrency: int, bound: float, *more: str
         name,
         f"Qwen2.5-VL-7B, 864 -> 86, 6 questions an image, {about}",
         (_serve("qwen2.5-vl-7b", "10%", "1008x672", str(concurrency), *asked),),
-        (Bar(f"requests/s at {concurrency}", bound, False, "x", gain),),
+        (Bar(f"requests/s at {concurrency}", f"at least {bound:g} x", gain),),
     )
 
 
@@ -255,14 +267,14 @@ def _logprobs(family: str, prefill: str) -> tuple[Bar, ...]:
     of_family = partial(_of_row, "device-logprobs", family=family, prefill=prefill)
     # SGLang serves its own models on CUDA in 16 bits only, whose logits are good to two decimal places.
     largest, least_ratio = (1e-3, 10) if family.startswith("llava") else (5e-3, 5)
-    what = family if prefill == "eager" else f"{family}, prefill graphs"
+    what, error = family if prefill == "eager" else f"{family}, prefill graphs", of_family(itemgetter("max_error"))
     bars = (
-        Bar(f"{what}, logprobs against the hand-pruned model", largest, True, "", of_family(itemgetter("max_error"))),
-        Bar(f"{what}, the mistake's against that", least_ratio, False, "x", of_family(control)),
+        Bar(f"{what}, logprobs against the hand-pruned model", f"at most {largest:g}", error),
+        Bar(f"{what}, the mistake's against that", f"at least {least_ratio} x", of_family(control)),
     )
     if prefill == "eager":
         return bars
-    return (*bars, Bar(f"{what}, prefills replayed", 4, False, "", of_family(itemgetter("num_replayed"))))
+    return (*bars, Bar(f"{what}, prefills replayed", "at least 4", of_family(itemgetter("num_replayed"))))
 
 
 def _quantised(method: str) -> tuple[Bar, ...]:
@@ -272,8 +284,8 @@ def _quantised(method: str) -> tuple[Bar, ...]:
 
     of_method = partial(_of_row, "device-quantised", method=method)
     return (
-        Bar(f"{method}, difference of coverage", 1e-3, True, "", of_method(itemgetter("max_difference"))),
-        Bar(f"{method}, another question's against that", 10, False, "x", of_method(control)),
+        Bar(f"{method}, difference of coverage", "at most 0.001", of_method(itemgetter("max_difference"))),
+        Bar(f"{method}, another question's against that", "at least 10 x", of_method(control)),
     )
 
 
@@ -299,14 +311,14 @@ def _time_graphs() -> list[ResultRow]:
     return rows
 
 
-def _replays_ms(call: Callable[[], object], num_runs: int = 30) -> list[float]:
+def _replays_ms(call: Callable[[], object]) -> list[float]:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     times_ms = []
-    for run in range(num_runs + 3):
+    for run in range(33):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
@@ -329,7 +341,7 @@ _BATCH_COST = _measured(
 
 # Bars of a model that was not measured before.
 _NO_SLOWER = (
-    Bar("`all`, requests/s at 16", 0.98, False, "x", _gain("requests_per_s", "all", 16)),
+    Bar("`all`, requests/s at 16", "at least 0.98 x", _gain("requests_per_s", "all", 16)),
     _ttft("10%", 1, 1.0),
     _rates("10%", 16, 1.0),
 )
@@ -345,10 +357,10 @@ PARTS: tuple[Part, ...] = (
         "the selection beside the published loop, and replayed as a CUDA graph",
         (("-m", "mmtok_deploy", "bench", "selector", "--device", "cuda", "--output", "FOLDER"),),
         (
-            Bar("2880 -> 160, bfloat16, graph", 0.5, True, "ms", _graph_ms(2880, 160, "bfloat16")),
-            Bar("576 -> 32, bfloat16, graph", 0.15, True, "ms", _graph_ms(576, 32, "bfloat16")),
-            Bar("2880 -> 160, float32, graph", 1.0, True, "ms", _graph_ms(2880, 160, "float32")),
-            Bar("576 -> 64, 32 images against one", 2, True, "x", _BATCH_COST),
+            Bar("2880 -> 160, bfloat16, graph", "at most 0.5 ms", _graph_ms(2880, 160, "bfloat16")),
+            Bar("576 -> 32, bfloat16, graph", "at most 0.15 ms", _graph_ms(576, 32, "bfloat16")),
+            Bar("2880 -> 160, float32, graph", "at most 1 ms", _graph_ms(2880, 160, "float32")),
+            Bar("576 -> 64, 32 images against one", "at most 2 x", _BATCH_COST),
         ),
         _time_graphs,
     ),
@@ -363,14 +375,14 @@ PARTS: tuple[Part, ...] = (
         (("-m", "mmtok_bench.served_checks", "FOLDER", "--model", "qwen2.5-vl-7b", "--requests", "500"),),
         (
             Bar(
-                *("the first request's TTFT against the 90th percentile of the tenth and later ones", 1.1, True, "x"),
+                *("the first request's TTFT against the 90th percentile of the tenth and later ones", "at most 1.1 x"),
                 _of_row("served-checks", lambda found: found["first_ttft_ms"] / found["later_ttft_p90_ms"]),
             ),
             Bar(
-                *("kernels of MMTok compiled in 500 requests", 0, True, ""),
+                *("kernels of MMTok compiled in 500 requests", "at most 0"),
                 _of_row("served-checks", lambda found: found.get("triton_compiles")),
             ),
-            Bar("requests that failed", 0, True, "", _of_row("served-checks", itemgetter("num_failed"))),
+            Bar("requests that failed", "at most 0", _of_row("served-checks", itemgetter("num_failed"))),
         ),
     ),
     Part(
@@ -410,62 +422,36 @@ PARTS: tuple[Part, ...] = (
     _setting("tokenizers", "four tokenizer processes", "--tokenizer-worker-num=4"),
     _setting("host-images", "images are preprocessed on the host", "--image-processor-backend=pil"),
     _setting("prefill-graphs", "prefill by breakable CUDA graphs", "--cuda-graph-backend-prefill=breakable"),
-    Part(
-        "qwen-7b-scale",
-        "Qwen2.5-VL-7B, 86 tokens of 216 at an encoder scale of 0.5, and of all 864",
-        (_serve("qwen2.5-vl-7b", "10%,40%@0.5", "1008x672", "1,16"),),
-        (
-            Bar(
-                *("TTFT at 1 against 10%", 1.0, False, "x"),
-                _ratio("ttft_p50_ms", _load("40%@0.5", 1), _load("10%", 1)),
-            ),
-            Bar(
-                *("requests/s at 16 against 10%", 1.0, False, "x"),
-                _ratio("requests_per_s", _load("40%@0.5", 16), _load("10%", 16)),
-            ),
-        ),
+    _model(
+        *("qwen-7b-scale", "Qwen2.5-VL-7B, 86 tokens of 216 at an encoder scale of 0.5, and of all 864"),
+        *("qwen2.5-vl-7b", "10%,40%@0.5", "1008x672"),
+        _better("TTFT at 1 against 10%", "ttft_p50_ms", _load("40%@0.5", 1), _load("10%", 1)),
+        _better("requests/s at 16 against 10%", "requests_per_s", _load("40%@0.5", 16), _load("10%", 16)),
     ),
-    Part(
-        "llava-next-13b",
-        "LLaVA-NeXT-13B, 2880 -> 160, PNGs",
-        (_serve("llava-next-13b", "160", "672x672", "1,16", rounds="1"),),
-        (
-            _ttft("160", 1, 2.3),
-            Bar("GPU time of a request", 4, False, "x", _gpu_time_gain("160")),
-            _rates("160", 16, 2.0),
-        ),
+    _model(
+        *("llava-next-13b", "LLaVA-NeXT-13B, 2880 -> 160, PNGs", "llava-next-13b", "160", "672x672"),
+        _ttft("160", 1, 2.3),
+        Bar("GPU time of a request", "at least 4 x", _measured(_gpu_time_ratio, _load("all", 1), _load("160", 1))),
+        _rates("160", 16, 2.0),
+        rounds="1",
     ),
-    Part(
-        "llava-1.5-7b",
-        "LLaVA-1.5-7B, 576 -> 64, PNGs",
-        (_serve("llava-1.5-7b", "64", "336x336", "1,16", rounds="1"),),
-        (_ttft("64", 1, 1.15), _rates("64", 1, 1.0), _rates("64", 16, 1.0)),
+    _model(
+        *("llava-1.5-7b", "LLaVA-1.5-7B, 576 -> 64, PNGs", "llava-1.5-7b", "64", "336x336"),
+        *(_ttft("64", 1, 1.15), _rates("64", 1, 1.0), _rates("64", 16, 1.0)),
+        rounds="1",
     ),
-    Part(
-        "qwen-32b",
-        "Qwen2.5-VL-32B, 864 -> 86",
-        (_serve("qwen2.5-vl-32b", "10%", "1008x672", "1,16", rounds="1"),),
-        (_ttft("10%", 1, 1.8), _rates("10%", 16, 1.8)),
+    _model(
+        *("qwen-32b", "Qwen2.5-VL-32B, 864 -> 86", "qwen2.5-vl-32b", "10%", "1008x672"),
+        *(_ttft("10%", 1, 1.8), _rates("10%", 16, 1.8)),
+        rounds="1",
         needs_gib=_LARGE_GIB,
     ),
-    Part(
-        "qwen3-vl-8b",
-        "Qwen3-VL-8B, 768 -> 76",
-        (_serve("qwen3-vl-8b", "10%", "1024x768", "1,16"),),
-        (*_NO_SLOWER, Bar("the selection's share of TTFT", 2, True, "%", _selection_share("10%", 1))),
+    _model(
+        *("qwen3-vl-8b", "Qwen3-VL-8B, 768 -> 76", "qwen3-vl-8b", "10%", "1024x768"),
+        *(*_NO_SLOWER, _selection_share(1)),
     ),
-    Part(
-        "qwen3.5-9b",
-        "Qwen3.5-9B, 768 -> 76",
-        (_serve("qwen3.5-9b", "10%", "1024x768", "1,16"),),
-        _NO_SLOWER,
-    ),
-    Part(
-        "internvl3-8b",
-        "InternVL3-8B, 3328 -> 332",
-        (_serve("internvl3-8b", "10%", "1024x768", "1,16"),),
-        _NO_SLOWER,
-    ),
+    _model("qwen3.5-9b", "Qwen3.5-9B, 768 -> 76", "qwen3.5-9b", "10%", "1024x768", *_NO_SLOWER),
+    _model("internvl3-8b", "InternVL3-8B, 3328 -> 332", "internvl3-8b", "10%", "1024x768", *_NO_SLOWER),
 )
 
 
@@ -474,25 +460,15 @@ def judge(part: Part, rows: Rows, exit_codes: Sequence[int]) -> list[tuple[str, 
 
     Args:
         part: The part.
-        rows: Its rows.
-        exit_codes: Exit codes of its commands; a failed command has a line of its own.
+        rows: The part's rows.
+        exit_codes: Exit codes of the part's commands; each failed command has a line, too.
     """
-    lines: list[tuple[str, str, str, bool | None]] = []
-    for code in exit_codes or [0]:
-        if code or not part.bars:
-            lines.append(("its command", "exit code 0", f"exit code {code}", code == 0))
-    for bar in part.bars:
-        value = bar.measure(rows)
-        if value is None or math.isnan(value):
-            lines.append((bar.text, _bound(bar), "not measured", None))
-        else:
-            lines.append((bar.text, _bound(bar), f"{value:.3g} {bar.unit}".rstrip(), bar.is_reached(value)))
-    return lines
-
-
-def _bound(bar: Bar) -> str:
-    bound = f"{'at most' if bar.is_upper else 'at least'} {bar.bound:g} {bar.unit}".rstrip()
-    return f"the better setting: {bound}" if bar.is_choice else bound
+    lines: list[tuple[str, str, str, bool | None]] = [
+        ("its command", "exit code 0", f"exit code {code}", code == 0)
+        for code in exit_codes or [0]
+        if code or not part.bars
+    ]
+    return [*lines, *((bar.text, bar.shown_bound, *bar.judge(rows)) for bar in part.bars)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -508,8 +484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print their commands and bars and stop")
     arguments = parser.parse_args(argv)
     if arguments.list:
-        for part in PARTS:
-            print(f"{part.name:16}{part.about}")
+        print("\n".join(f"{part.name:16}{part.about}" for part in PARTS))
         return 0
     return run_command("gpu-check", lambda: _run(arguments), stopped="finished parts are kept, and not run again.")
 
@@ -521,7 +496,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"there are the parts {', '.join(known)}; got {unknown[0]!r}")
     chosen = [known[name] for name in arguments.parts]
     if arguments.dry_run:
-        _print(chosen, arguments.output)
+        print_parts(chosen, arguments.output)
         return 0
     if not torch.cuda.is_available():
         raise ValueError("needs an NVIDIA GPU that PyTorch sees: nothing would be checked here")
@@ -530,7 +505,7 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"== {part.name} is not run: it needs {part.needs_gib} GiB of GPU memory", flush=True)
             continue
         folder = arguments.output / part.name
-        if arguments.again or not (folder / DONE).is_file():
+        if arguments.again or exit_codes_in(folder) is None:
             run_part(part, folder)
     return _report(chosen, arguments.output)
 
@@ -539,23 +514,24 @@ def _memory_gib() -> float:
     return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
 
-def _filled_in(command: Sequence[str], folder: Path, memory_gib: float) -> list[str]:
+def _filled_in(command: Sequence[str], folder: Path, memory_gib: float = _LARGE_GIB) -> list[str]:
     is_large = memory_gib >= _LARGE_GIB
     values = {"FOLDER": str(folder), "PRESET": "h200" if is_large else "h100", "ROUNDS": "5" if is_large else "1"}
     return [values.get(word, word) for word in command]
 
 
-def _print(parts: Sequence[Part], folder: Path) -> None:
+def print_parts(parts: Sequence[Part], folder: Path) -> None:
+    """Prints the commands and bars of parts, as a large GPU runs them."""
     for part in parts:
         print(f"# {part.name}: {part.about}")
         for command in part.commands:
-            print(shlex.join(["python", *_filled_in(command, folder / part.name, _LARGE_GIB)]))
+            print(shlex.join(["python", *_filled_in(command, folder / part.name)]))
         for bar in part.bars:
-            print(f"#   {bar.text}: {_bound(bar)}")
+            print(f"#   {bar.text}: {bar.shown_bound}")
 
 
 def run_part(part: Part, folder: Path) -> None:
-    """Runs a part's commands one after another; writes logs, rows and exit codes to its folder."""
+    """Runs a part's commands one after another; writes logs, rows and exit codes to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
     start = time.monotonic()
@@ -582,6 +558,13 @@ def run_part(part: Part, folder: Path) -> None:
     (folder / DONE).write_text(json.dumps({"exit_codes": exit_codes, "seconds": round(time.monotonic() - start, 1)}))
 
 
+def exit_codes_in(folder: Path) -> list[int] | None:
+    """Returns the exit codes of the commands of a part that has run in the folder; None if it has not."""
+    done = folder / DONE
+    codes: list[int] | None = json.loads(done.read_text())["exit_codes"] if done.is_file() else None
+    return codes
+
+
 def _rows_of(part: Part, folder: Path) -> list[ResultRow]:
     names = [name for name in (part.beside, part.name) if name is not None and (folder / name).is_dir()]
     return [row for name in names for path in row_files(folder / name) for row in read_rows(path)]
@@ -594,18 +577,16 @@ def _report(parts: Sequence[Part], folder: Path) -> int:
     verdicts = {True: "pass", False: "[bold red]falls short[/]", None: "[yellow]not measured[/]"}
     is_failed = False
     for part in parts:
-        done = folder / part.name / DONE
-        if not done.is_file():
+        exit_codes = exit_codes_in(folder / part.name)
+        if exit_codes is None:
             table.add_row(part.name, f"needs {part.needs_gib} GiB", "", "", "not run")
             continue
-        exit_codes = json.loads(done.read_text())["exit_codes"]
         choices = {bar.text for bar in part.bars if bar.is_choice}
         for text, bound, value, is_reached in judge(part, _rows_of(part, folder), exit_codes):
-            if text in choices and is_reached is not None:
-                table.add_row(part.name, text, bound, value, "better" if is_reached else "not better")
-                continue
-            table.add_row(part.name, text, bound, value, verdicts[is_reached])
-            is_failed |= is_reached is not True
+            is_told = text in choices and is_reached is not None
+            verdict = ("better" if is_reached else "not better") if is_told else verdicts[is_reached]
+            table.add_row(part.name, text, bound, value, verdict)
+            is_failed |= not is_told and is_reached is not True
     Console().print(table)
     with (folder / "table.txt").open("w") as file:
         Console(file=file, width=160).print(table)

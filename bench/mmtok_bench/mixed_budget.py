@@ -25,7 +25,7 @@ class MixedBudget:
 
     @classmethod
     def parse(cls, text: str) -> MixedBudget:
-        """Returns what a command line or a row names: `10%`, `64`, `all`, `auto`, or one of these with `@0.5` behind.
+        """Returns the value of a text such as `10%`, `64`, `all` or `auto`, or of one of these followed by `@0.5`.
 
         Raises:
             ValueError: The text holds no budget, or a scale that is not above 0 and at most 1.
@@ -54,7 +54,7 @@ class MixedBudget:
 
     @property
     def is_auto(self) -> bool:
-        """True if what a question asks decides how many tokens are kept."""
+        """True if the number of kept tokens depends on what the question asks."""
         return isinstance(self.budget, AutoBudget)
 
     @property

@@ -1,4 +1,4 @@
-"""Measures the paper's latency, memory and accuracy on this machine's GPU, and quotes the paper's figures beside them.
+"""Measures the paper's latency, memory and accuracy on this machine's GPU, in tables with the paper's own figures.
 
     python -m mmtok_bench.paper --checkpoints /models --dry-run
     python -m mmtok_bench.paper --checkpoints /models
@@ -11,9 +11,7 @@ failed, 2 for a wrong argument or without a GPU, 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import torch
 from transformers import AutoConfig
 
 from mmtok_bench.families import FamilyName
-from mmtok_bench.gpu_check import DONE, Part, run_part
+from mmtok_bench.gpu_check import Part, exit_codes_in, print_parts, run_part
 from mmtok_bench.quality.published import BENCHMARKS, PAPER_BUDGETS, PUBLISHED
 from mmtok_bench.report.selector import PUBLISHED_MS
 from mmtok_bench.report.tables import Table
@@ -39,9 +37,9 @@ class Checkpoint:
     """A model of the paper.
 
     Args:
-        folder: Its name on Hugging Face.
-        family: Its family.
-        published: Its name in the paper.
+        folder: The model's name on Hugging Face.
+        family: The model's family.
+        published: The model's name in the paper.
         image_px: Size of an image with about the paper's number of tokens.
         budget: The budget that the paper's latencies were measured with.
     """
@@ -68,7 +66,7 @@ CHECKPOINTS = (
 )
 _NAMES = ", ".join(each.folder for each in CHECKPOINTS)
 _MME_TITLE = "Table 12: Qwen2.5-VL-7B on MME"
-# Image tokens, method, seconds for all of MME, GB beside the weights.
+# Image tokens, method, seconds for all of MME, GB in addition to the weights.
 _MME = (
     ("867.6", "unpruned", "675", "3.05"),
     ("86.8", "mmtok", "419", "0.71"),
@@ -240,16 +238,12 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--checkpoints {arguments.checkpoints} holds none of {_NAMES}")
     steps = steps_of(checkpoints, arguments.checkpoints, arguments.lmms_venv)
     if arguments.dry_run:
-        for step in steps:
-            print(f"# {step.name}: {step.about}")
-            for command in step.commands:
-                words = [str(arguments.output / step.name) if word == "FOLDER" else word for word in command]
-                print(shlex.join(["python", *words]))
+        print_parts(steps, arguments.output)
         return 0
     if not torch.cuda.is_available():
         raise ValueError("the paper's figures are of a GPU, and PyTorch sees none here: --dry-run prints the steps")
     for step in steps:
-        if _exit_codes(arguments.output / step.name) != [0] * len(step.commands):
+        if exit_codes_in(arguments.output / step.name) != [0] * len(step.commands):
             run_part(step, arguments.output / step.name)
     rows = [row for path in row_files(arguments.output) for row in read_rows(path)]
     page = arguments.output / "paper.md"
@@ -257,16 +251,10 @@ def _run(arguments: argparse.Namespace) -> int:
     title = f"# The paper's tables on {device_name(torch.device('cuda'))}"
     page.write_text("\n\n".join([title, *(table.to_markdown() for table in found)]) + "\n", encoding="utf-8")
     print(f"Written: {page}")
-    failed = [step.name for step in steps if any(_exit_codes(arguments.output / step.name) or [1])]
+    failed = [step.name for step in steps if any(exit_codes_in(arguments.output / step.name) or [1])]
     if failed:
         print(f"Failed: {', '.join(failed)}; their logs are in {arguments.output}", file=sys.stderr)
     return int(bool(failed))
-
-
-def _exit_codes(folder: Path) -> list[int] | None:
-    done = folder / DONE
-    codes: list[int] | None = json.loads(done.read_text())["exit_codes"] if done.is_file() else None
-    return codes
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def new_photograph(size_px: tuple[int, int], seed: str) -> Image.Image:
 
 
 def photograph_url(image_px: tuple[int, int], sent_px: tuple[int, int], seed: str, *, lossless: bool = False) -> str:
-    """Returns a new photograph as a data URL: a JPEG, which is what cameras and browsers send, or a PNG.
+    """Returns a new photograph as a data URL: a JPEG, as cameras and browsers send, or a PNG.
 
     Args:
         image_px: Size of the photograph.

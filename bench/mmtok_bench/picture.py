@@ -20,13 +20,7 @@ _SHADE = (24, 27, 34)
 
 
 def draw_kept(
-    image: Image.Image,
-    grid: tuple[int, int],
-    order: Sequence[int],
-    path: Path,
-    *,
-    title: str,
-    numbered: int = 20,
+    image: Image.Image, grid: tuple[int, int], order: Sequence[int], path: Path, *, title: str, numbered: int = 20
 ) -> Path:
     """Writes the photograph as a PNG, kept patches clear and the rest dimmed; returns `path`.
 
@@ -84,11 +78,7 @@ def _dimmed(image: Image.Image) -> Image.Image:
 
 
 def _frame(
-    picture: Image.Image,
-    boxes: list[tuple[int, int, int, int]],
-    kept: set[int],
-    order: Sequence[int],
-    columns: int,
+    picture: Image.Image, boxes: list[tuple[int, int, int, int]], kept: set[int], order: Sequence[int], columns: int
 ) -> None:
     """Draws the outline of every group of neighbouring kept patches."""
     draw = ImageDraw.Draw(picture)

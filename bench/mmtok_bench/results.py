@@ -1,4 +1,4 @@
-"""Result rows of benchmarks: what was measured, where, and the metrics; and files of them."""
+"""Result rows of benchmarks, with case, machine and metrics; and files of rows."""
 
 from __future__ import annotations
 

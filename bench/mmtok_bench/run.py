@@ -1,4 +1,4 @@
-"""One run of a benchmark: its rows, its progress, what it prints, and how it ends."""
+"""One run of a benchmark: rows, progress, output and exit code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Folder beside the rows, for logs and other programs' output."""
+        """Folder next to the file of rows, for logs and other programs' output."""
         return self.path.with_suffix("")
 
     def has(self, **case: CaseValue) -> bool:

@@ -1,4 +1,4 @@
-"""Computes which patches of an image a selection keeps, in this process with Hugging Face's encoder."""
+"""Computes which patches of an image a selection keeps, in this process, with Hugging Face's encoder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mmtok_deploy.presets import PRESETS, Preset
 from mmtok_deploy.problem import SelectionProblem
 from mmtok_deploy.selection import BudgetLike
 
-__all__ = ["EncodedImage", "OneGridFamily", "PatchSelector", "SelectedPatches", "select_patches"]
+__all__ = ["EncodedImage", "OneGridFamily", "PatchSelector"]
 
 OneGridFamily = Literal["qwen2.5-vl", "llava-1.5"]
 """The families that encode an image as one grid of patches (LLaVA-NeXT and InternVL3 encode tiles)."""
@@ -35,7 +35,7 @@ class EncodedImage:
     """The features of an image from which tokens are selected.
 
     Args:
-        image: The image as the encoder sees it: padded or cropped to a square, if the processor does so.
+        image: The image as the encoder reads it: padded or cropped to a square, if the processor does so.
         grid: Rows and columns of vision tokens.
         token_px: Side in the encoder's pixels of the square that a token covers.
         vision: [N, D] tokens after the projector, row by row.
@@ -58,28 +58,13 @@ class EncodedImage:
         return len(self.vision) - (0 if self.excluded is None else int(self.excluded.sum()))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SelectedPatches:
-    """A selection, and the image that it was made from.
-
-    Args:
-        image: The image as the encoder sees it: padded to a square, if the checkpoint's processor does so.
-        grid: Rows and columns of vision tokens.
-        selection: Indices into the grid, counted row by row.
-    """
-
-    image: Image.Image
-    grid: tuple[int, int]
-    selection: Selection
-
-
 class PatchSelector:
-    """Selects as a server would, with a checkpoint's encoder and word embeddings in float32 on the CPU.
+    """Selects the same patches as a server, with a checkpoint's encoder and word embeddings in float32 on the CPU.
 
     Args:
         family: Family of the checkpoint; decides preset and features.
         checkpoint: Folder of the checkpoint.
-        preset: Constants and guidance rule in place of the family's.
+        preset: Constants and guidance rule; None for those of the family.
 
     Raises:
         ValueError: An unknown family.
@@ -147,26 +132,6 @@ class PatchSelector:
         )
         (selection,) = comparator(method)([problem], self.preset.config)
         return selection
-
-
-def select_patches(
-    family: OneGridFamily, checkpoint: Path, image: Image.Image, question: str, budget: BudgetLike
-) -> SelectedPatches:
-    """Returns the patches of an image that the family's preset keeps, computed in float32 on the CPU.
-
-    Args:
-        family: Family of the checkpoint; decides preset and features.
-        checkpoint: Folder of the checkpoint.
-        image: RGB.
-        question: The user's text, which guides the selection.
-        budget: Tokens to keep.
-
-    Raises:
-        ValueError: An unknown family, or a budget that is not understood.
-    """
-    selector = PatchSelector(family, checkpoint)
-    encoded = selector.encode(image)
-    return SelectedPatches(encoded.image, encoded.grid, selector.select(encoded, selector.embed(question), budget))
 
 
 def _qwen_features(model: Any, pixels: Any) -> tuple[tuple[int, int], Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -12,13 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Generic, TypeVar
 
+import httpx
 import openai
 
 from mmtok_bench.client import MeasurementError, openai_client
@@ -40,22 +38,21 @@ __all__ = [
 
 _Key = TypeVar("_Key", bound=Hashable)
 
-
 _POLL_INTERVAL_S = 0.25
-# Short: what SIGTERM leaves undone is nothing but SGLang's wait for a crash diagnosis, which takes 5 s.
+# Short: after SIGTERM, SGLang only waits 5 s for a crash diagnosis, which nobody needs.
 _STOP_GRACE_S = 1.0
 _LOG_END_LINES = 40
-# Below those that SGLang takes by itself (from 22000) and the system for outgoing connections (from 32768): a server
-# binds its ports long after it is told them.
+# Below the ports that SGLang chooses by itself (from 22000) and those that the system gives to outgoing connections
+# (from 32768): a server binds its ports long after it has been given them.
 _PORTS = range(20000, 22000)
 _ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
-    # With several tokenizer workers: else one whose imports take over 10 s on a busy machine is ended and started anew,
-    # again and again.
+    # Otherwise a tokenizer worker whose imports take over 10 s on a busy machine is ended and restarted repeatedly.
     "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "120",
 }
-# Requests go to this machine: a proxy named in the environment is not asked.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# Ignores proxies of the environment. Made once, since that takes tens of milliseconds; no connection is reused, since a
+# server may have ended in between.
+_CLIENT = httpx.Client(trust_env=False, follow_redirects=True, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 class ServerError(MeasurementError):
@@ -111,35 +108,34 @@ def cpu_environment(*, num_ranks: int = 1) -> dict[str, str]:
 
 
 def fetch(url: str, *, timeout_s: float = 30.0) -> str:
-    """Returns what a server answers to a GET, asked without a proxy.
+    """Returns the body of a server's answer to a GET request, which is sent without a proxy.
 
     Raises:
-        ServerError: It does not answer, or not with 200.
+        ServerError: The server does not answer, or answers with an error.
     """
     try:
-        with _OPENER.open(url, timeout=timeout_s) as answer:
-            text: str = answer.read().decode()
-            return text
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        return _CLIENT.get(url, timeout=timeout_s).raise_for_status().text
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerError(f"{url} does not answer: {error}") from error
 
 
 def server_info(url: str, *, prunes: bool = False) -> dict[str, Any]:
-    """Returns what a server says of itself at /server_info: its arguments, its version, its state.
+    """Returns a server's arguments, version and state, from its endpoint /server_info.
 
     Args:
-        url: Its address, without a path.
+        url: The server's address, without a path.
         prunes: Whether a server without a budget is an error.
 
     Raises:
-        ServerError: It does not answer, is not an SGLang server, or has no budget.
+        ServerError: The server does not answer, is not an SGLang server, or has no budget.
     """
+    text = fetch(f"{url.rstrip('/')}/server_info")
     try:
-        info = json.loads(fetch(f"{url.rstrip('/')}/server_info"))
-    except ValueError as error:
-        raise ServerError(f"{url} does not say what it is ({error}): expected an SGLang server there") from error
+        info = json.loads(text)
+    except ValueError:
+        info = None
     if not isinstance(info, dict):
-        raise ServerError(f"{url} does not say what it is: expected an SGLang server there")
+        raise ServerError(f"{url} does not say what it is: expected an SGLang server there, got {text[:60]!r}")
     if prunes and info.get("mmtok_budget") is None:
         raise ServerError(f"the server at {url} does not prune: start it with --mmtok-budget all")
     return info
@@ -149,15 +145,15 @@ class SglangServer:
     """One `python -m sglang.launch_server`, started on entering a `with` block and ended with everything it started.
 
     The server runs in a session of its own, so that Ctrl-C reaches this process alone, which then ends the server.
-    `running` and `started` do it with several at a time.
+    `running` and `started` start and end several servers at once.
 
     Args:
         model_path: A checkpoint folder or a model's name.
         *args: Further arguments of the server, as on its command line.
-        env: Environment variables on top of this process's.
-        log_path: Where the server's output goes; nowhere but `log_text` unless given.
-        start_timeout_s: Seconds until a server that does not answer is given up.
-        on_progress: Called while waiting, with the seconds since the start and the log's last line.
+        env: Environment variables that the server gets in addition to this process's.
+        log_path: File for the server's output; by default a temporary file, which `log_text` reads.
+        start_timeout_s: Seconds to wait for the server's start.
+        on_progress: Called during the wait, with the seconds since the start and the log's last line.
 
     Raises:
         ServerError: On entering, if the server dies or does not start in time; the message ends with the log's end.
@@ -177,7 +173,7 @@ class SglangServer:
         self.port = self._reserved_port()
         self._ranks_port = self._reserved_port()
         self.start_s: float | None = None
-        self._env = dict(env or {})
+        self.environment = dict(env or {})
         self._log_path = log_path
         self._start_timeout_s = start_timeout_s
         self._on_progress = on_progress
@@ -204,35 +200,30 @@ class SglangServer:
         ]
 
     @property
-    def environment(self) -> dict[str, str]:
-        """The environment variables that it is given on top of this process's."""
-        return dict(self._env)
-
-    @property
     def full_environment(self) -> dict[str, str]:
-        """All environment variables that it is given."""
-        return {**_ENVIRONMENT, **os.environ, **self._env}
+        """All environment variables of the server."""
+        return {**_ENVIRONMENT, **os.environ, **self.environment}
 
     @property
     def process_id(self) -> int:
-        """The number of the server's first process, which is that of its session.
+        """The PID of the server's first process, which is also the id of its session.
 
         Raises:
-            ServerError: It was not started.
+            ServerError: The server was not started.
         """
         if self._process is None:
             raise ServerError("the server was not started")
         return self._process.pid
 
     def client(self) -> openai.OpenAI:
-        """Returns the official OpenAI client for this server."""
+        """Returns an OpenAI client for this server."""
         return openai_client(self.url)
 
     def server_info(self) -> dict[str, Any]:
-        """Returns what the server says of itself: its arguments, its version, its state.
+        """Returns the server's arguments, version and state.
 
         Raises:
-            ServerError: The server does not answer.
+            ServerError: The server does not answer; the message ends with the log's end.
         """
         try:
             return server_info(self.url)
@@ -240,7 +231,7 @@ class SglangServer:
             raise ServerError(f"{error}.\n{self.log_end()}") from error
 
     def log_text(self) -> str:
-        """Returns everything the server has printed so far, also after it ended."""
+        """Returns all output of the server so far; it can also be read after the server has ended."""
         if self._log is None:
             return self._log_when_stopped
         # pread: the server writes through the same file description, whose offset must not move.
@@ -248,18 +239,18 @@ class SglangServer:
         return os.pread(self._log.fileno(), size_bytes, 0).decode(errors="replace")
 
     def log_end(self) -> str:
-        """Returns the last lines of what the server has printed, for a message."""
+        """Returns the last lines of the server's output, for a message."""
         return f"The end of its log:\n{self._log_lines(_LOG_END_LINES)}"
 
     def is_alive(self) -> bool:
-        """True from `start` until the server ends, by itself or in `stop`."""
+        """Returns whether the server was started and has not ended."""
         return self._process is not None and self._exit_status() is None
 
     def start(self) -> None:
-        """Starts the process and returns at once.
+        """Starts the process; `wait_until_ready` waits for the server.
 
         Raises:
-            ServerError: It was started before.
+            ServerError: The server was started before.
         """
         if self._process is not None:
             raise ServerError(f"the server at {self.url} was started before: make another SglangServer")
@@ -283,20 +274,21 @@ class SglangServer:
         )
 
     def wait_until_ready(self) -> None:
-        """Returns when the server takes requests; one that has started is given as long again to answer.
+        """Waits until the server takes requests; a server that was ready before has `start_timeout_s` again to answer.
 
         Raises:
-            ServerError: It died, or did not start or answer in time; the message ends with the log's end.
+            ServerError: The server died, or did not start or answer in time; the message ends with the log's end.
         """
         since_s = self._started_at_s if self.start_s is None else time.monotonic()
         while True:
-            # First whether it lives: were it gone, another server might answer at its port.
+            # Checked before the port, at which another server might answer if this one has ended.
             if not self.is_alive():
                 raise ServerError(
                     f"the server for {self.model_path} ended while starting (exit status {self._exit_status()}).\n"
                     f"{self.log_end()}"
                 )
-            if self._is_ready():
+            with contextlib.suppress(ServerError):
+                fetch(f"{self.url}/ready", timeout_s=5)
                 break
             waited_s = time.monotonic() - since_s
             if waited_s > self._start_timeout_s:
@@ -312,7 +304,7 @@ class SglangServer:
             self.start_s = time.monotonic() - self._started_at_s
 
     def stop(self) -> None:
-        """Ends the server and all it started: by SIGTERM, and by SIGKILL soon after or on a second Ctrl-C."""
+        """Ends the server and all its processes: by SIGTERM, and by SIGKILL a second later or on a second Ctrl-C."""
         if self._process is None or self._process.returncode is not None:
             return
         try:
@@ -328,31 +320,37 @@ class SglangServer:
         self._block.enter_context(running(self))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._block.close()
 
     def _reserved_port(self) -> int:
-        reservation = _reserve_port()
-        weakref.finalize(self, reservation.close)
-        return int(reservation.getsockname()[1])
+        """Returns a port that no other reservation gets, in any process, as long as this object lives.
+
+        Servers bind with SO_REUSEADDR, which shares a port without a listener if its holder allows it; the next
+        reservation binds without SO_REUSEADDR, which fails.
+        """
+        for port in random.sample(_PORTS, 200):
+            reservation = socket.socket()
+            try:
+                reservation.bind(("127.0.0.1", port))
+            except OSError:
+                reservation.close()
+                continue
+            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            weakref.finalize(self, reservation.close)
+            return port
+        raise ServerError(
+            f"found no free port between {_PORTS.start} and {_PORTS.stop - 1}: are too many servers running?"
+        )
 
     def _exit_status(self) -> int | None:
         if self._process is None or self._process.returncode is not None:
             return None if self._process is None else self._process.returncode
-        # WNOWAIT leaves the zombie: until `stop`, its number stays the group's and goes to no other process.
+        # WNOWAIT leaves the zombie: until `stop`, no other process gets its PID.
         ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended is None:
             return None
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-
-    def _is_ready(self) -> bool:
-        try:
-            fetch(f"{self.url}/ready", timeout_s=5)
-        except ServerError:
-            return False
-        return True
 
     def _log_lines(self, num_lines: int) -> str:
         return "\n".join(self.log_text().rstrip().splitlines()[-num_lines:])
@@ -368,17 +366,17 @@ def make_server(
     env: Mapping[str, str] | None = None,
     **options: Any,
 ) -> SglangServer:
-    """Returns a server, not started, with what its family and its device need besides these arguments.
+    """Returns a server, not started, with the arguments and variables that its family and its device need.
 
     Args:
         model_path: A checkpoint folder or a model's name.
-        family: The model's family; None is one that was not named.
+        family: The model's family; None if it is not known.
         *args: Further arguments, which win over those of the device.
-        on_cpu: Whether it computes without an accelerator.
-        max_total_tokens: As `cpu_arguments` takes it.
-        max_running_requests: As `cpu_arguments` takes it.
+        on_cpu: Whether the server computes without an accelerator.
+        max_total_tokens: As in `cpu_arguments`.
+        max_running_requests: As in `cpu_arguments`.
         env: Further environment variables.
-        **options: As of `SglangServer`.
+        **options: As in `SglangServer`.
     """
     small = cpu_arguments(max_total_tokens=max_total_tokens, max_running_requests=max_running_requests)
     arguments = (*(small if on_cpu else ()), *family_arguments(family), *args)
@@ -389,8 +387,8 @@ class ServerPool(Generic[_Key]):
     """Servers that are started when they are first asked for, and ended when the `with` block ends.
 
     Args:
-        make: Makes the server of a key, not started.
-        side_by_side: Keep all that were started. Otherwise the one before ends when another is asked for.
+        make: Returns the server of a key, not started.
+        side_by_side: Whether all servers run at once. Otherwise a server ends when another one is asked for.
         restarts: Whether a server that died is started anew when it is asked for again.
     """
 
@@ -409,21 +407,19 @@ class ServerPool(Generic[_Key]):
         self._block.callback(self.stop_all)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._block.close()
 
     def start_all(self, keys: Iterable[_Key]) -> None:
-        """Starts the servers of these keys at once, if they are to run side by side; `get` waits for each."""
+        """Starts the servers of these keys if servers run side by side; `get` waits for each."""
         for key in keys if self._side_by_side else ():
             self._start(key)
 
     def get(self, key: _Key) -> SglangServer:
-        """Returns the key's server when it takes requests.
+        """Waits until the key's server takes requests, and returns it.
 
         Raises:
-            ServerError: It died, now or before.
+            ServerError: The server died, now or before.
         """
         if key in self.dead:
             raise ServerError(self.dead[key])
@@ -437,7 +433,7 @@ class ServerPool(Generic[_Key]):
         try:
             server.wait_until_ready()
         except ServerError as error:
-            # A process that is being killed counts as alive for a moment more: whether it is gone is asked afterwards.
+            # A process that is being killed counts as alive a moment longer: this is checked after the wait.
             has_died = server.start_s is not None and not server.is_alive()
             what = f"the server died.\n{server.log_end()}" if has_died else str(error)
             if not self._restarts:
@@ -458,7 +454,7 @@ class ServerPool(Generic[_Key]):
 
 @contextlib.contextmanager
 def started(*servers: SglangServer) -> Iterator[None]:
-    """Starts servers side by side, runs the block at once, and ends them all, whatever happens."""
+    """Starts servers, runs the block without waiting for them, and ends them all, also after an error."""
     with sigterm_raises_exit(), contextlib.ExitStack() as stack:
         for server in servers:
             stack.callback(server.stop)
@@ -468,30 +464,12 @@ def started(*servers: SglangServer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(*servers: SglangServer) -> Iterator[None]:
-    """Starts servers side by side, runs the block when all are ready, and ends them all, whatever happens.
+    """Starts servers, runs the block when all are ready, and ends them all, also after an error.
 
     Raises:
-        ServerError: One died or did not start in time.
+        ServerError: A server died or did not start in time.
     """
     with started(*servers):
         for server in servers:
             server.wait_until_ready()
         yield
-
-
-def _reserve_port() -> socket.socket:
-    """Returns a socket that keeps its port from other reservations, in any process, but not from a server.
-
-    Servers bind with SO_REUSEADDR, which shares a port without a listener if its holder allows it; the next
-    reservation binds without, which does not.
-    """
-    for port in random.sample(_PORTS, 200):
-        reservation = socket.socket()
-        try:
-            reservation.bind(("127.0.0.1", port))
-        except OSError:
-            reservation.close()
-            continue
-        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return reservation
-    raise ServerError(f"found no free port between {_PORTS.start} and {_PORTS.stop - 1}: are too many servers running?")

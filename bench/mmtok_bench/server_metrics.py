@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from types import TracebackType
 
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +21,7 @@ _FALLBACKS = "mmtok:selection_fallbacks_total"
 
 
 def read_counts(server: SglangServer) -> dict[str, float]:
-    """Returns the plugin's counters and sums from a server with `--enable-metrics`; none without the plugin's flags.
+    """Returns the plugin's counters and sums of a server with `--enable-metrics`; none of a server without the plugin.
 
     Raises:
         ServerError: The server does not answer.
@@ -31,7 +30,7 @@ def read_counts(server: SglangServer) -> dict[str, float]:
 
 
 def parse_counts(text: str) -> dict[str, float]:
-    """Parses the plugin's counters and sums from Prometheus's text format, added up over labels."""
+    """Returns the plugin's counters and sums in a text of Prometheus's format, each summed over its labels."""
     counts: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -41,9 +40,9 @@ def parse_counts(text: str) -> dict[str, float]:
 
 
 def stage_metrics(before: Mapping[str, float], after: Mapping[str, float], num_requests: int) -> dict[str, float]:
-    """Returns each stage's milliseconds and encoded images per request, and fallbacks to evenly spaced tokens.
+    """Returns each stage's milliseconds and the encoded images per request, and the fallbacks to evenly spaced tokens.
 
-    What the server does not count is absent.
+    A number that the server does not count is absent.
 
     Args:
         before: `read_counts` before the requests.
@@ -79,19 +78,14 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stopped.set()
         self._thread.join()
 
     def _watch(self) -> None:
         while True:
-            self.peak_bytes = max(self.peak_bytes, self._used_bytes())
+            ours = self._processes
+            used_bytes = int(torch.cuda.device_memory_used()) if ours is None else sum_resident_bytes(ours)
+            self.peak_bytes = max(self.peak_bytes, used_bytes)
             if self._stopped.wait(_SAMPLE_INTERVAL_S):
                 return
-
-    def _used_bytes(self) -> int:
-        if self._processes is None:
-            return int(torch.cuda.device_memory_used())
-        return sum_resident_bytes(self._processes)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from mmtok_bench.families import FamilyName
 from mmtok_bench.internvl_parts import chat_model_config, chat_model_weights
-from mmtok_bench.model_parts import FAMILY_PARTS
+from mmtok_bench.model_parts import FAMILY_PARTS, qwen_vision_sizes, transformer_sizes
 
 __all__ = ["make_tiny_checkpoint"]
 
@@ -25,11 +25,8 @@ _MAKER_VERSION = 4
 _MARKER = "mmtok_tiny.json"
 
 _TEXT_SIZES: dict[str, Any] = {
+    **transformer_sizes(256, 512, 2, 4),
     "vocab_size": 320,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
     # 1 / sqrt(hidden_size), above the usual 0.02: it gives attention that is not uniform and logits of unit spread, so
@@ -39,10 +36,7 @@ _TEXT_SIZES: dict[str, Any] = {
 
 _TINY_QWEN2_VL_VISION = {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 2, "initializer_range": 0.125}
 _TINY_QWEN_VISION = {
-    "depth": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_heads": 4,
+    **qwen_vision_sizes(2, 64, 128, 4),
     # Block 0 has windows of 4 x 4 merged patches, block 1 full attention.
     "fullatt_block_indexes": [1],
     "initializer_range": 0.125,
@@ -50,44 +44,20 @@ _TINY_QWEN_VISION = {
 # One layer more than DeepStack has levels.
 _QWEN3_VL_TEXT = {"num_hidden_layers": 4, "head_dim": 64}
 _TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
-_TINY_QWEN3_VL_VISION = {
-    "depth": 4,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_heads": 4,
-    "num_position_embeddings": 256,
-    "deepstack_visual_indexes": [0, 1, 2],
-    "initializer_range": 0.125,
-}
+_TINY_QWEN3_5_VISION = {**qwen_vision_sizes(4, 64, 128, 4), "num_position_embeddings": 256, "initializer_range": 0.125}
+_TINY_QWEN3_VL_VISION = {**_TINY_QWEN3_5_VISION, "deepstack_visual_indexes": [0, 1, 2]}
 # Every other layer is linear attention.
 _QWEN3_5_TEXT = {
-    **_QWEN3_VL_TEXT,
-    "full_attention_interval": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-}
-_TINY_QWEN3_5_VISION = {
-    name: value for name, value in _TINY_QWEN3_VL_VISION.items() if name != "deepstack_visual_indexes"
+    **{**_QWEN3_VL_TEXT, "full_attention_interval": 2},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 32, "linear_value_head_dim": 32},
 }
 # 64 tokens a tile of 448 pixels.
 _TINY_INTERN_VIT = {
-    "patch_size": 28,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "layer_scale_init_value": 1.0,
-    "initializer_range": 0.125,
+    **transformer_sizes(64, 128, 2, 4),
+    **{"patch_size": 28, "layer_scale_init_value": 1.0, "initializer_range": 0.125},
 }
-_TINY_CLIP = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "projection_dim": 64,
-}
+_TINY_CLIP = {**transformer_sizes(64, 128, 3, 4), "projection_dim": 64}
 _TINY_SIZES: dict[FamilyName, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2-vl": ({}, _TINY_QWEN2_VL_VISION),
     "qwen2.5-vl": ({}, _TINY_QWEN_VISION),
@@ -99,21 +69,21 @@ _TINY_SIZES: dict[FamilyName, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava-1.5": ({"num_key_value_heads": 4}, _TINY_CLIP),
     "llava-next": ({"num_key_value_heads": 4}, _TINY_CLIP),
 }
-"""Fields of the language model beside `_TEXT_SIZES`, and of the vision encoder."""
+"""Fields of the language model in addition to `_TEXT_SIZES`, and fields of the vision encoder."""
 
 
 def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad_to_square: bool = True) -> Path:
     """Writes a tiny checkpoint that Transformers and SGLang load like the real one; returns `folder`.
 
     Weights are random, drawn from `seed`, and stored in bfloat16; the tokenizer is byte-level (one token per byte). A
-    folder made before with the same arguments is kept. A new one is written beside its place and moved there when it is
-    complete, so that a reader never sees half of it.
+    folder made before with the same arguments is kept. A new one gets its name when it is complete, so that a reader
+    never sees half of it.
 
     Args:
         family: Which architecture. An image of 600 x 400 px is 294 tokens for "qwen2-vl" and "qwen2.5-vl" and 228 for
             later Qwens (any size up to 1280), 576 for "llava-1.5", and up to 5 tiles of 576 for "llava-next", and
             up to 13 of 64 for "internvl3".
-        folder: Where to write; made again if it holds a tiny checkpoint of another kind.
+        folder: Where to write; a tiny checkpoint of another kind there is replaced.
         seed: Seed of the weights.
         pad_to_square: "llava-1.5" only: pad an image to a square, as the authors of LLaVA do, or crop its middle, as
             Hugging Face's processor does by default.
@@ -144,7 +114,14 @@ def make_tiny_checkpoint(family: FamilyName, folder: Path, *, seed: int = 0, pad
         _save(model.to(torch.bfloat16), made)
         processor.save_pretrained(made)
         (made / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-        _move_into_place(made, folder, marker)
+        if folder.exists():
+            shutil.rmtree(folder)
+        try:
+            made.rename(folder)
+        except OSError:
+            # Another process was faster; its checkpoint is the same one.
+            if _read_marker(folder) != marker:
+                raise
     return folder
 
 
@@ -154,17 +131,6 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return marker if isinstance(marker, dict) else None
-
-
-def _move_into_place(made: Path, folder: Path, marker: dict[str, Any]) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    try:
-        made.rename(folder)
-    except OSError:
-        # Another process was faster; its checkpoint is the same one.
-        if _read_marker(folder) != marker:
-            raise
 
 
 def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any]:
@@ -184,8 +150,17 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
             embeddings = model.model.vision_tower.embeddings
             for weight in (embeddings.cls_token, embeddings.position_embeddings):
                 torch.nn.init.normal_(weight, std=_TINY_INTERN_VIT["initializer_range"])
-    _remember_for_longer(model)
-    _answer_in_ascii(model, processor.tokenizer)
+    answers = set(processor.tokenizer(string.printable[:95], add_special_tokens=False)["input_ids"])
+    silent = [token_id for token_id in range(_TEXT_SIZES["vocab_size"]) if token_id not in answers]
+    with torch.no_grad():
+        # Linear attention forgets 64 times more slowly: otherwise only a token's neighbours would count.
+        for name, parameter in model.named_parameters():
+            if name.endswith("linear_attn.A_log"):
+                parameter -= math.log(64)
+        # Every token except printable ASCII has the logit 0, which greedy decoding never picks. An answer can then be
+        # printed, has the requested length (there is no end token), and streams token by token (the first bytes of a
+        # longer character would be held back until it is complete).
+        model.get_output_embeddings().weight[silent] = 0
     return model.eval(), processor
 
 
@@ -203,29 +178,9 @@ def _save(model: Any, folder: Path) -> None:
         save_file(chat_model_weights(weights), folder / "model.safetensors", {"format": "pt"})
         return
     experts = {name: weight for name, weight in weights.items() if ".experts." in name}
-    if experts:
-        if model.config.model_type == "qwen3_vl_moe":
-            experts = {name: weight.transpose(1, 2).contiguous() for name, weight in experts.items()}
-        model.save_pretrained(folder, state_dict=weights | experts, save_original_format=False)
-    else:
+    if not experts:
         model.save_pretrained(folder)
-
-
-def _remember_for_longer(model: Any) -> None:
-    """Makes linear attention forget 64 times more slowly: otherwise only a token's neighbours would count."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("linear_attn.A_log"):
-                parameter -= math.log(64)
-
-
-def _answer_in_ascii(model: Any, tokenizer: Any) -> None:
-    """Gives every token except printable ASCII the logit 0, which greedy decoding never picks.
-
-    An answer can then be printed, has the requested length (there is no end token), and streams token by token (the
-    first bytes of a longer character would be held back until it is complete).
-    """
-    answers = set(tokenizer(string.printable[:95], add_special_tokens=False)["input_ids"])
-    silent = [token_id for token_id in range(_TEXT_SIZES["vocab_size"]) if token_id not in answers]
-    with torch.no_grad():
-        model.get_output_embeddings().weight[silent] = 0
+        return
+    if model.config.model_type == "qwen3_vl_moe":
+        experts = {name: weight.transpose(1, 2).contiguous() for name, weight in experts.items()}
+    model.save_pretrained(folder, state_dict=weights | experts, save_original_format=False)

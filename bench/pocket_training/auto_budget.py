@@ -22,7 +22,7 @@ from mmtok_deploy.budget import Budget
 __all__ = ["ASKED", "image_features", "lines_of_comparison", "shares_of"]
 
 ASKED: Mapping[Kind, Asked] = {"position": "where", "existence": "whether", "count": "count", "reading": "read"}
-"""Kind of the pocket questions -> what such a question asks for."""
+"""Kind of pocket questions -> the budget auto's name for what they ask."""
 
 # Share of the right answers without pruning.
 _KEEPS = 0.9
@@ -34,10 +34,10 @@ def shares_of(rows: Sequence[ResultRow]) -> dict[Asked, Fraction]:
     """Returns for each kind the smallest share of tokens at which MMTok keeps 90% of every model's right answers.
 
     Args:
-        rows: Rows of `mmtok quality`; only those over all seeds with a share as the budget count.
+        rows: Rows of `mmtok quality`; only rows over all seeds whose budget is a share are used.
 
     Raises:
-        ValueError: For some kind, no share keeps as much with every model.
+        ValueError: For a kind, no share keeps 90% of the right answers with every model.
     """
     shares: dict[Asked, Fraction] = {}
     for kind, asked in ASKED.items():
@@ -55,13 +55,13 @@ def shares_of(rows: Sequence[ResultRow]) -> dict[Asked, Fraction]:
 
 
 def lines_of_comparison(path: Path) -> list[str]:
-    """Returns a table of budgets, and one of image features against right answers, in Markdown.
+    """Returns a table of budgets, and a table of correlations of image features with right answers, in Markdown.
 
     Args:
-        path: Answers of `mmtok quality` or `mmtok pocket answers`, the budget auto among others.
+        path: Answers of `mmtok quality` or `mmtok pocket answers` at the budget auto and at others.
 
     Raises:
-        ValueError: No answers of auto.
+        ValueError: There are no answers at auto.
     """
     answers: dict[str, list[ScoredAnswer]] = {}
     for setting, of_setting in read_answers(path).items():
@@ -94,7 +94,7 @@ def lines_of_comparison(path: Path) -> list[str]:
 
 
 def image_features(picture: Image.Image) -> dict[str, float]:
-    """Returns features of a picture of 112 x 112 px that are cheap to compute, from its grey levels (whole numbers)."""
+    """Returns features of a picture of 112 x 112 px that are cheap to compute from its grey levels."""
     grey = np.asarray(picture.convert("L")).astype(np.int64)
     steps = np.concatenate([np.abs(np.diff(grey, axis=axis)).ravel() for axis in (0, 1)])
     num_patches = len(grey) // _PATCH_PX
@@ -120,7 +120,7 @@ def _correlations(
 
 
 def _ahead(auto: Sequence[ScoredAnswer], other: Sequence[ScoredAnswer]) -> Interval:
-    """Returns by how many points the mean over the kinds is higher, and its interval over draws of whole scenes."""
+    """Returns the difference of the means over the kinds in points, and its interval over resampled scenes."""
     scenes = {place: number for number, place in enumerate(dict.fromkeys((each.seed, each.scene) for each in auto))}
     gained, asked = np.zeros((len(scenes), len(KINDS))), np.zeros((len(scenes), len(KINDS)))
     for each, of_other in zip(auto, other, strict=True):

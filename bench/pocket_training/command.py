@@ -23,9 +23,7 @@ def add_pocket_parser(commands: Any) -> None:
     train = kinds.add_parser("train", help="train a model from scratch; continues an earlier run")
     train.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
     train.add_argument(
-        "--folder",
-        type=Path,
-        help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)",
+        "--folder", type=Path, help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)"
     )
     train.add_argument("--seed", type=int, default=0, help="seed of the weights and of all scenes (default 0)")
     train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -38,20 +36,20 @@ def add_pocket_parser(commands: Any) -> None:
 
     shares = kinds.add_parser("shares", help="compute the shares of the budget auto from rows of mmtok quality")
     shares.add_argument("rows", type=Path, nargs="+", metavar="FILE.jsonl", help="rows of all models")
-    answers = kinds.add_parser("answers", help="asks a pocket model in this process, without a server")
+    answers = kinds.add_parser("answers", help="ask a pocket model in this process, without a server")
     answers.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
     answers.add_argument("--budgets", type=each(str), required=True, help="auto,32,25%%; all is asked once")
     answers.add_argument(
-        "--methods", type=each(str), default=["mmtok"], help="as of mmtok quality: mmtok,mmtok+output (default mmtok)"
+        "--methods", type=each(str), default=["mmtok"], help="as in mmtok quality: mmtok,mmtok+output (default mmtok)"
     )
-    answers.add_argument("--seeds", type=each(seed), default=[3, 4, 5], help="of the scenes (default 3,4,5)")
-    answers.add_argument("--num-questions", type=count, default=170, help="of each kind and seed (default 170)")
+    answers.add_argument("--seeds", type=each(seed), default=[3, 4, 5], help="seeds of the scenes (default 3,4,5)")
+    answers.add_argument("--num-questions", type=count, default=170, help="questions of a kind and seed (default 170)")
     answers.add_argument(
-        "--rows", type=Path, metavar="FILE.jsonl", help="takes the scores, as mmtok quality writes them"
+        "--rows", type=Path, metavar="FILE.jsonl", help="append the scores to this file, as mmtok quality writes them"
     )
-    answers.add_argument("output", type=Path, metavar="FILE.answers", help="answers are added to it")
-    auto = kinds.add_parser("auto", help="the budget auto beside other ones, and features of images beside answers")
-    auto.add_argument("answers", type=Path, metavar="FILE.answers", help="of one model, auto among its budgets")
+    answers.add_argument("output", type=Path, metavar="FILE.answers", help="file to append the answers to")
+    auto = kinds.add_parser("auto", help="compare the budget auto with others, and features of images with answers")
+    auto.add_argument("answers", type=Path, metavar="FILE.answers", help="answers of a model, some at the budget auto")
 
 
 def run_pocket(arguments: argparse.Namespace) -> int:

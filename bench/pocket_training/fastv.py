@@ -1,4 +1,4 @@
-"""FastV: image tokens are left out between two layers of the language model, by the attention that they receive."""
+"""FastV: drops the image tokens that receive the least attention, between two layers of the language model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def last_hidden_after_fastv(
 ) -> Tensor:
     """Returns [H], the last token's hidden state, with `num_kept` image tokens after the layer `FASTV_LAYER`.
 
-    Kept are the tokens that receive the most attention in that layer, averaged over heads and over all tokens of the
-    prompt; of equals the first.
+    These are the tokens that receive the most attention in that layer, averaged over heads and over all tokens of the
+    prompt; among tokens with equal attention, the first ones.
 
     Args:
-        language_model: Hugging Face's, whose attention is "eager": it gives its weights.
-        rows: [L, H] input embeddings.
+        language_model: Hugging Face's language model, with "eager" attention, which returns its weights.
+        rows: [L, H], the input embeddings.
         positions: [1, L], or [3, 1, L] for M-RoPE.
-        image: Which rows are the image's N tokens.
-        num_kept: Image tokens that the layers after it read.
-        num_prompt: Rows that are the prompt's; those behind are of the answer, and have no say.
+        image: The rows of the image's N tokens.
+        num_kept: Number of image tokens that the later layers read.
+        num_prompt: Number of rows of the prompt; the rows after them are of the answer, whose attention does not count.
 
     Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764, section 4.1, with K = 2.
     """
@@ -59,5 +59,5 @@ def last_hidden_after_fastv(
 
 
 def _causal(length: int) -> Tensor:
-    """Returns [1, 1, L, L], what is added to attention logits."""
+    """Returns [1, 1, L, L], the mask to add to attention logits."""
     return torch.full((length, length), -torch.inf).triu(1)[None, None]

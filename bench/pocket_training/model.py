@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket.scenes import SCENE_PX
 
-__all__ = [
-    "GRID",
-    "NUM_IMAGE_TOKENS",
-    "PATCH_PX",
-    "PocketModel",
-    "attend_to_the_like",
-    "make_pocket_model",
-]
+__all__ = ["GRID", "NUM_IMAGE_TOKENS", "PATCH_PX", "PocketModel", "attend_to_the_like", "make_pocket_model"]
 
 PATCH_PX = 8
 """Side in pixels of the square that an image token covers, in a scene of 112 px."""

@@ -13,20 +13,21 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
-from mmtok_bench.pocket.questions import AskedScene, Question, fingerprint, make_scenes, picture_of
+from mmtok_bench.pocket.questions import AskedScene, fingerprint, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import (
     FASTV,
     UNPRUNED,
     QualityPlan,
     ScoredAnswer,
+    Setting,
     append_answers,
     method_by_input,
     read_answers,
     split_method,
 )
 from mmtok_bench.quality.rows import ALL_SEEDS, rows_of
-from mmtok_bench.quality.scoring import is_right, normalise
+from mmtok_bench.quality.scoring import normalise
 from mmtok_bench.results import append_row
 from mmtok_bench.selected_patches import EncodedImage, PatchSelector
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget, what_is_asked
@@ -58,16 +59,16 @@ class PocketModel:
     def answer(
         self, inputs: Any, encoded: EncodedImage, kept: Tensor, num_words: int, num_kept_inside: int | None = None
     ) -> str:
-        """Returns the answer from the kept tokens of a picture, each at the position that it has unpruned.
+        """Returns the answer that the model gives when it reads only the kept tokens of a picture.
 
-        LLaVA-1.5 counts the positions of its prompt: there they run on.
+        Qwen2.5-VL reads each token at its position in the unpruned prompt, LLaVA-1.5 at its position in the pruned one.
 
         Args:
             inputs: Result of `read`.
-            encoded: What `selector.encode` makes of the picture.
-            kept: [K] int64 tokens of it, in raster order.
-            num_words: The most tokens of the answer.
-            num_kept_inside: How many of them FastV keeps after its layer; None for all.
+            encoded: Result of `selector.encode`.
+            kept: [K] int64, the kept tokens in raster order.
+            num_words: The largest number of tokens of the answer.
+            num_kept_inside: Number of image tokens that FastV keeps after its layer; None for all.
         """
         (ids,) = inputs["input_ids"]
         start = int((ids == self._model.config.image_token_id).nonzero()[0])
@@ -162,21 +163,24 @@ def _answers(
 ) -> Iterator[ScoredAnswer]:
     picture = picture_of(asked.scene, side_px)
     encoded = model.selector.encode(picture)
-    for question, setting in zip(asked.questions, asked.settings, strict=True):
+    for number, question in enumerate(asked.questions):
         inputs = model.read(picture, question.text)
         num_words = len(normalise(question.answer).split())
         for pair, kept, num_kept_inside in _kept(model, encoded, question.text, plan):
             said = model.answer(inputs, encoded, kept, num_words, num_kept_inside)
             num_kept = len(kept) if num_kept_inside is None else num_kept_inside
-            yield _scored(asked, question, setting, pair, said, num_kept, question_set)
+            measured = {"num_prompt_tokens": 0, "latency_ms": 0.0, "cell_s": 0.0, "question_set": question_set}
+            setting = Setting(*pair, asked.seed)
+            yield ScoredAnswer.to_question(setting, asked, number, said, num_image_tokens=num_kept, **measured)
 
 
 def _kept(
     model: PocketModel, encoded: EncodedImage, question: str, plan: QualityPlan
 ) -> Iterator[tuple[tuple[str, str], Tensor, int | None]]:
-    """Gives each method and budget of a plan, the image tokens that the language model reads, and what FastV keeps.
+    """Yields each method and budget of a plan, the image tokens that the language model reads, and FastV's budget.
 
-    The tokens are [K] int64 in raster order. FastV's is their number inside the language model, None for other methods.
+    The tokens are [K] int64 in raster order. FastV's budget is the number of tokens that it keeps inside the language
+    model; None for other methods.
     """
     budgets = {text: parse_budget(text, AutoBudget()) for text in plan.budgets}
     asks, num_tokens = what_is_asked(question), len(encoded.vision)
@@ -196,31 +200,3 @@ def _kept(
             num_picks = most if is_nested(method) else nums_kept[budget]
             orders[name] = model.selector.select(encoded, model.selector.embed(question), num_picks, method, keys).order
         yield (name, budget), orders[name][: nums_kept[budget]].sort().values, None
-
-
-def _scored(
-    asked: AskedScene,
-    question: Question,
-    setting: str,
-    pair: tuple[str, str],
-    said: str,
-    num_kept: int,
-    question_set: str,
-) -> ScoredAnswer:
-    return ScoredAnswer(
-        method=pair[0],
-        budget=pair[1],
-        seed=asked.seed,
-        scene=asked.index,
-        kind=question.kind,
-        setting=setting,
-        question=question.text,
-        expected=question.answer,
-        said=said,
-        is_right=is_right(question, said),
-        num_prompt_tokens=0,
-        num_image_tokens=num_kept,
-        latency_ms=0.0,
-        cell_s=0.0,
-        question_set=question_set,
-    )

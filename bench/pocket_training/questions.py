@@ -1,4 +1,4 @@
-"""Questions that the pocket models are trained on beside the pocket tasks, and a sheet of scenes that shows them."""
+"""Questions for the training of the pocket models, and a picture with sample scenes and questions."""
 
 from __future__ import annotations
 

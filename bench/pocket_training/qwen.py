@@ -15,13 +15,7 @@ from transformers.vision_utils import get_vision_window_index
 from mmtok_bench.model_parts import qwen_config
 from mmtok_bench.pocket import PICTURE_PX
 from mmtok_bench.pocket.scenes import SCENE_PX
-from pocket_training.model import (
-    GRID,
-    NUM_IMAGE_TOKENS,
-    PATCH_PX,
-    PocketModel,
-    attend_to_the_like,
-)
+from pocket_training.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX, PocketModel, attend_to_the_like
 from pocket_training.words import word_tokenizer
 
 __all__ = ["PocketQwen"]

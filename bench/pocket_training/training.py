@@ -87,12 +87,7 @@ class Training:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        family: PocketFamily,
-        seed: int,
-        device: torch.device,
-        stages: Sequence[Stage] | None = None,
+        self, folder: Path, family: PocketFamily, seed: int, device: torch.device, stages: Sequence[Stage] | None = None
     ) -> None:
         self.pocket = make_pocket_model(family, seed)
         self.pocket.model.to(device)
@@ -174,8 +169,7 @@ class Training:
         matrices = [parameter for parameter in learned if parameter.ndim > 1]
         vectors = [parameter for parameter in learned if parameter.ndim <= 1]
         return torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}],
-            betas=(0.9, 0.98),
+            [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.98)
         )
 
     def _patch_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -320,7 +314,7 @@ def where_heads_look(
 
 
 def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor:
-    """Returns the KL divergence of attention from the patches that show what a question has named.
+    """Returns the KL divergence of attention from the patches that show the things named in a question.
 
     The first token is always a target: if nothing is there, all attention goes to it, so that its share tells the
     number of things.

@@ -53,7 +53,9 @@ def serve_page(arguments: argparse.Namespace) -> int:
         if arguments.url is None:
             content = _pocket_content(arguments.family)
             log = arguments.folder / "logs" / "page.log"
-            served = stack.enter_context(StartedServer(partial(_pocket_server, arguments.family, log)))
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            pocket = pocket_checkpoint(arguments.family), arguments.family
+            served = stack.enter_context(StartedServer(partial(quality_server, *pocket, device, log_path=log)))
         else:
             served = RunningServer(arguments.url)
             content = content_of(served.url, served.info, arguments.model_path)
@@ -86,11 +88,6 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
                 "or 0 for any that is free"
             ) from error
         yield listener
-
-
-def _pocket_server(family: PocketFamily, log: Path) -> Any:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return quality_server(pocket_checkpoint(family), family, device, log_path=log)
 
 
 def _pocket_content(family: PocketFamily) -> PageContent:

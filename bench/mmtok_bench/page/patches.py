@@ -1,4 +1,4 @@
-"""Computes what each method keeps of a picture; the server sends only how many tokens it keeps, not which."""
+"""Computes which tokens of a picture each method keeps; the server's answer contains only their number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mmtok_bench.page.pictures import Picture
-from mmtok_bench.selected_patches import EncodedImage, PatchSelector
+from mmtok_bench.selected_patches import PatchSelector
 from mmtok_deploy.coverage import coverage_curve, coverage_matrix
 from mmtok_deploy.methods import MethodName, is_nested
 from mmtok_deploy.methods.downsample import grid_within
@@ -23,7 +23,7 @@ _MAX_TOKENS = 4096
 
 
 class Patches:
-    """Selections of one checkpoint; it is loaded, and selects one at a time, in a thread of its own.
+    """Selections with one checkpoint, which is loaded and used in one thread of its own.
 
     Args:
         load: Loads the checkpoint and returns the selector.
@@ -33,7 +33,7 @@ class Patches:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="patches")
         self._selector = self._thread.submit(load)
         # The key is the picture's identity: a picture never changes.
-        self._encode = lru_cache(maxsize=16)(self._encode_now)
+        self._encode = lru_cache(maxsize=16)(lambda picture: self._selector.result().encode(picture.sent))
 
     def seen(self, picture: Picture) -> Image.Image:
         """Returns the picture as the encoder sees it."""
@@ -43,7 +43,7 @@ class Patches:
         return self._thread.submit(lambda: self._encode(picture).image).result()
 
     def select(self, picture: Picture, question: str, method: MethodName, budget: int | None) -> dict[str, Any]:
-        """Returns what a method keeps, in the form that the page draws.
+        """Returns the selection of a method, in the form that the page draws.
 
         Args:
             picture: The picture to select from.
@@ -60,9 +60,6 @@ class Patches:
             ValueError: The method cannot run on the picture or needs a budget, or the picture has too many tokens.
         """
         return self._thread.submit(self._select, picture, question, method, budget).result()
-
-    def _encode_now(self, picture: Picture) -> EncodedImage:
-        return self._selector.result().encode(picture.sent)
 
     def _select(self, picture: Picture, question: str, method: MethodName, budget: int | None) -> dict[str, Any]:
         encoded, selector = self._encode(picture), self._selector.result()

@@ -54,7 +54,7 @@ class StartedServer:
         self._start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._lock:
             if self._server is not None:
                 self._server.stop()

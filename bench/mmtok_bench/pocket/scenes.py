@@ -165,22 +165,21 @@ def _background(rng: np.random.Generator, side_px: int) -> Image.Image:
     return picture
 
 
-def _polygon(
-    pen: ImageDraw.ImageDraw, thing: Thing, scale: int, fill: _Fill, points: Sequence[tuple[float, float]]
-) -> None:
-    """Fills the polygon of `points`, given in radii around the thing's middle."""
-    radius = thing.size_px / 2
-    pen.polygon([((thing.x + radius * dx) * scale, (thing.y + radius * dy) * scale) for dx, dy in points], fill=fill)
-
-
 def _circle(pen: ImageDraw.ImageDraw, thing: Thing, scale: int, fill: _Fill) -> None:
     radius = thing.size_px / 2
     box = (thing.x - radius, thing.y - radius, thing.x + radius, thing.y + radius)
     pen.ellipse(tuple(edge * scale for edge in box), fill=fill)
 
 
-def _shape(points: Sequence[tuple[float, float]]) -> _Outline:
-    return lambda pen, thing, scale, fill: _polygon(pen, thing, scale, fill, points)
+def _polygon(points: Sequence[tuple[float, float]]) -> _Outline:
+    """Returns a function that fills the polygon of `points`, given in radii around a thing's middle."""
+
+    def fill_polygon(pen: ImageDraw.ImageDraw, thing: Thing, scale: int, fill: _Fill) -> None:
+        radius = thing.size_px / 2
+        corners = [((thing.x + radius * dx) * scale, (thing.y + radius * dy) * scale) for dx, dy in points]
+        pen.polygon(corners, fill=fill)
+
+    return fill_polygon
 
 
 def _star_points() -> list[tuple[float, float]]:
@@ -191,17 +190,16 @@ def _star_points() -> list[tuple[float, float]]:
 _ARM = 0.34
 OUTLINES: dict[str, _Outline] = {
     "circle": _circle,
-    "square": _shape([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]),
-    "triangle": _shape([(0, -0.95), (1, 0.85), (-1, 0.85)]),
-    "star": _shape(_star_points()),
-    "cross": _shape(
+    "square": _polygon([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]),
+    "triangle": _polygon([(0, -0.95), (1, 0.85), (-1, 0.85)]),
+    "star": _polygon(_star_points()),
+    "cross": _polygon(
         [
             *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
             *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
         ]
     ),
 }
-
 """Shape -> function that draws it."""
 
 

@@ -68,7 +68,7 @@ def command_line(
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> list[str]:
-    """Returns the command that asks the server at `url` the tasks, and writes results and answers below `output`.
+    """Returns the command that runs the tasks on the server at `url`, and writes results and answers below `output`.
 
     Args:
         program: Result of `program_of`.

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mmtok_bench.mixed_budget import MixedBudget
-from mmtok_bench.pocket.questions import KINDS, Kind
+from mmtok_bench.pocket.questions import KINDS, AskedScene, Kind
+from mmtok_bench.quality.scoring import is_right
 from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method, reads_keys
 
@@ -29,20 +31,20 @@ __all__ = [
 ]
 
 UNPRUNED = "unpruned"
-"""The method of budget "all", and of "all@0.5": no tokens are selected."""
+"""The name of the method at the budgets "all" and "all@0.5", where no tokens are selected."""
 WITH_AGENT = "mmtok+agent"
 """MMTok on a second server, which adds an agent's answer to the guidance."""
 FASTV = "fastv"
-"""FastV, which leaves tokens out inside the language model: `mmtok pocket answers` alone runs it."""
+"""FastV, which drops tokens inside the language model; only `mmtok pocket answers` can run it."""
 WITH_OUTPUT_KEYS = "+output"
-"""Ends the name of a method whose image tokens are compared by the projector's output: `mmtok+output`."""
+"""Suffix of a method that compares image tokens by the projector's output: `mmtok+output`."""
 
 
 def split_method(name: str) -> tuple[MethodName, KeySource]:
-    """Returns the method of a name such as `mmtok` or `mmtok+output`, and what it compares image tokens by.
+    """Returns the method and the source of its keys for a name such as `mmtok` or `mmtok+output`.
 
     Raises:
-        ValueError: No such method, or one that compares no tokens by keys.
+        ValueError: The method is unknown, or compares no tokens by keys.
     """
     bare = name.removesuffix(WITH_OUTPUT_KEYS)
     method = check_method(bare)
@@ -54,7 +56,7 @@ def split_method(name: str) -> tuple[MethodName, KeySource]:
 
 
 def method_by_input(name: str) -> str | None:
-    """Returns the same method by the projector's input, for the name of one by its output; else None."""
+    """Returns `mmtok` for `mmtok+output`: the method with keys from the projector's input; None for other names."""
     return name.removesuffix(WITH_OUTPUT_KEYS) if name.endswith(WITH_OUTPUT_KEYS) else None
 
 
@@ -73,8 +75,8 @@ class QualityPlan:
 
     Args:
         methods: Methods of selecting tokens, as `split_method` reads them; `WITH_AGENT` is one.
-        budgets: As `MixedBudget.parse` reads them; "all", and "all@0.5" of a smaller image, are asked once, whatever
-            the methods, and first. "auto" is the server's choice for each question.
+        budgets: Budgets as `MixedBudget.parse` reads them. "all" and "all@0.5" are asked first, and once for all
+            methods. At "auto", the server chooses for each question.
         seeds: Seeds of the held-out scenes, and of the method `random`.
         kinds: Kinds of questions.
         num_questions: Questions of each kind and seed.
@@ -138,19 +140,19 @@ class ScoredAnswer:
     """One answer, and whether it is right.
 
     Args:
-        method: With its budget and seed, the setting that it belongs to.
-        budget: As on the command line.
-        seed: Seed of the scenes.
+        method: Method of the answer's setting.
+        budget: Budget of the setting, as on the command line.
+        seed: Seed of the setting.
         scene: Number of the scene in the seed's set.
         kind: The question's kind.
-        setting: POPE's, for existence; else "".
+        setting: POPE's setting of a question about existence; otherwise "".
         question: Text of the question.
         expected: The right answer.
         said: The model's answer.
         is_right: Whether both answers are equal after normalisation.
         num_prompt_tokens: Tokens of the request's prompt.
         num_image_tokens: Image tokens that were kept; None if the server does not count them.
-        latency_ms: Latency of the request, with others running at the same time.
+        latency_ms: Latency of the request, while other requests run.
         cell_s: Seconds that all questions of the setting took.
         question_set: `fingerprint` of the setting's questions.
         coverage: Share of the coverage that the kept tokens reach, as the server reports it; None for a method that
@@ -176,9 +178,19 @@ class ScoredAnswer:
     coverage: float | None = None
     coverage_bound: float | None = None
 
+    @classmethod
+    def to_question(cls, setting: Setting, asked: AskedScene, number: int, said: str, **measured: Any) -> ScoredAnswer:
+        """Returns the scored answer to question `number` about a scene; `measured` has the fields after `is_right`."""
+        question = asked.questions[number]
+        return cls(
+            *(setting.method, setting.budget, setting.seed, asked.index, question.kind, asked.settings[number]),
+            *(question.text, question.answer, said, is_right(question, said)),
+            **measured,
+        )
+
     @property
     def of(self) -> Setting:
-        """The setting that it belongs to."""
+        """The setting of the answer."""
         return Setting(self.method, self.budget, self.seed)
 
 
@@ -188,7 +200,7 @@ def answers_beside(rows: Path) -> Path:
 
 
 def append_answers(path: Path, answers: Iterable[ScoredAnswer]) -> None:
-    """Writes a finished setting's answers, a JSON object a line."""
+    """Appends a finished setting's answers, one JSON object per line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_lines(answers))
 
@@ -204,7 +216,7 @@ def read_answers(path: Path) -> dict[Setting, list[ScoredAnswer]]:
     """Returns the answers by setting, in the order of the file; empty if there is no file.
 
     Raises:
-        ValueError: A line that is no answer; the message has its number.
+        ValueError: A line is no answer; the message has its number.
     """
     settings: dict[Setting, list[ScoredAnswer]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

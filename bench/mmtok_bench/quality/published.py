@@ -1,4 +1,4 @@
-"""The paper's public benchmarks, its budgets, and MMTok's scores on them, which reports show beside measured ones.
+"""The paper's public benchmarks and budgets, and its scores of MMTok, which reports show beside measured scores.
 
 Source: MMTok, arXiv 2508.18264, Figure 1, Tables 16 to 21, and the abstract for POPE with 4 tokens.
 """

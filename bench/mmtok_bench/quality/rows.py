@@ -1,4 +1,4 @@
-"""Rows of scores from answers: one for each kind of question, of one seed and of all seeds together."""
+"""Makes rows of scores from answers: a row for each kind of question, over one seed or over all seeds."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def rows_of(
     """Returns a row for each kind, in the order of `KINDS`, of one method and budget.
 
     Args:
-        answers: Answers with one method and budget, to the questions of one seed or of all.
+        answers: Answers with one method and budget, to the questions of one seed or of all seeds.
         unpruned: Answers to the same questions at budget "all"; if empty, rows have no share.
-        by_input: Answers with the same method by the projector's input, where `answers` are by its output; if empty,
-            rows do not say by how much the output is ahead.
+        by_input: Answers of the same method with keys from the projector's input, if `answers` are with keys from its
+            output; without them, rows have no `gain`.
         model: The model's name in rows.
         seed: A seed's number, or `ALL_SEEDS`.
         question_set: `fingerprint` of the questions.
@@ -80,12 +80,11 @@ def _metrics(kind: str, answers: Sequence[ScoredAnswer], unpruned: Sequence[Scor
     right, asked = _counts(answers, scenes)
     metrics: dict[str, float] = {"num_questions": len(answers), "accuracy": right.sum() / asked.sum()}
     if len(scenes) > 1:
-        accuracy = accuracy_interval(right, asked)
-        metrics |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+        metrics |= accuracy_interval(right, asked).metrics("accuracy")
         right_unpruned, asked_unpruned = _counts(unpruned, scenes)
         share = share_interval(right, right_unpruned) if np.array_equal(asked, asked_unpruned) else None
         if share is not None:
-            metrics |= {"share": share.value, "share_low": share.low, "share_high": share.high}
+            metrics |= share.metrics("share")
     metrics |= {"chance": chance(kind), "majority": majority([_question(answer) for answer in answers])}
     if kind == "existence":
         metrics |= _pope(answers)
@@ -100,7 +99,7 @@ def _metrics(kind: str, answers: Sequence[ScoredAnswer], unpruned: Sequence[Scor
 
 
 def _covered(answers: Sequence[ScoredAnswer], unpruned: Sequence[ScoredAnswer]) -> dict[str, float]:
-    """Returns the mean coverage and its bound, and how well a low one predicts answers that pruning made wrong.
+    """Returns the mean coverage and its bound, and how well a low coverage predicts answers that pruning made wrong.
 
     `num_lost` counts the wrong answers to questions that the unpruned model answers rightly. `lost_auroc` is the share
     of pairs, a lost answer and one that is not lost, in which the lost one has the smaller coverage.
@@ -119,9 +118,7 @@ def _covered(answers: Sequence[ScoredAnswer], unpruned: Sequence[ScoredAnswer]) 
     scenes = np.array([numbers[_scene(answer)] for answer in told])[is_judged]
     metrics["num_lost"] = is_lost.sum()
     auroc = auroc_interval(-shares[is_judged], is_lost, scenes)
-    if auroc is not None:
-        metrics |= {"lost_auroc": auroc.value, "lost_auroc_low": auroc.low, "lost_auroc_high": auroc.high}
-    return metrics
+    return metrics if auroc is None else metrics | auroc.metrics("lost_auroc")
 
 
 def _gain(answers: Sequence[ScoredAnswer], others: Sequence[ScoredAnswer]) -> dict[str, float]:
@@ -131,8 +128,7 @@ def _gain(answers: Sequence[ScoredAnswer], others: Sequence[ScoredAnswer]) -> di
     right_of_others, asked_of_others = _counts(others, scenes)
     if len(scenes) < 2 or not np.array_equal(asked, asked_of_others):
         return {}
-    gain = difference_interval(right, right_of_others, asked)
-    return {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+    return difference_interval(right, right_of_others, asked).metrics("gain")
 
 
 def _scene(answer: ScoredAnswer) -> tuple[int, int]:
@@ -155,13 +151,12 @@ def _counts(
 def _pope(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Returns POPE's figures of each setting that was asked for, such as pope_random_f1."""
     metrics: dict[str, float] = {}
-    for setting in get_args(Negative):
-        chosen = [answer for answer in answers if answer.setting == setting]
-        if chosen:
-            figures = asdict(yes_no([_question(answer) for answer in chosen], [answer.said for answer in chosen]))
-            metrics |= {f"pope_{setting}_{name}": value for name, value in figures.items() if value is not None}
-    figures = asdict(yes_no([_question(answer) for answer in answers], [answer.said for answer in answers]))
-    return metrics | {f"pope_{name}": value for name, value in figures.items() if value is not None}
+    chosen = {f"pope_{name}": [each for each in answers if each.setting == name] for name in get_args(Negative)}
+    for prefix, of_setting in (chosen | {"pope": answers}).items():
+        if of_setting:
+            figures = asdict(yes_no([_question(each) for each in of_setting], [each.said for each in of_setting]))
+            metrics |= {f"{prefix}_{name}": value for name, value in figures.items() if value is not None}
+    return metrics
 
 
 def _question(answer: ScoredAnswer) -> Question:

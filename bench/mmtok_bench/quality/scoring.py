@@ -1,4 +1,4 @@
-"""Which answers are right, POPE's figures, the accuracy of guessing, and the intervals of scores."""
+"""Scores of answers: right or wrong, POPE's figures, the accuracy of guessing, and intervals."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def is_right(question: Question, said: str) -> bool:
 
 
 def yes_no(questions: Sequence[Question], said: Sequence[str]) -> YesNo:
-    """Returns POPE's figures of answers to questions about existence; another first word is no "yes" and not right.
+    """Returns POPE's figures of answers to questions about existence.
+
+    An answer that begins with neither "yes" nor "no" counts as "no" in the shares of "yes", and is never right.
 
     Raises:
         ValueError: No questions.
@@ -118,6 +120,10 @@ class Interval:
         low, high = np.quantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
         return cls(float(value), float(low), float(high))
 
+    def metrics(self, name: str) -> dict[str, float]:
+        """Returns the score as the metric `name`, and its ends as `name_low` and `name_high`."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def accuracy_interval(num_right: _Counts, num_asked: _Counts) -> Interval:
     """Returns the accuracy with its interval, from resampled scenes: questions about one scene are not independent.
@@ -130,7 +136,7 @@ def accuracy_interval(num_right: _Counts, num_asked: _Counts) -> Interval:
         num_asked: [scenes], questions.
 
     Raises:
-        ValueError: Shapes that differ, or fewer than two scenes.
+        ValueError: The shapes differ, or there are fewer than two scenes.
     """
     drawn = _ratio_interval(num_right, num_asked)
     if drawn.value not in (0, 1):
@@ -145,10 +151,10 @@ def share_interval(num_right: _Counts, num_right_unpruned: _Counts) -> Interval 
 
     Args:
         num_right: [scenes], right answers of the pruned model.
-        num_right_unpruned: [scenes], those of the unpruned one to the same questions: both are drawn together.
+        num_right_unpruned: [scenes], right answers of the unpruned model to the same questions.
 
     Raises:
-        ValueError: Shapes that differ, or fewer than two scenes.
+        ValueError: The shapes differ, or there are fewer than two scenes.
     """
     # Below this many scenes with a right answer, a draw that misses all of them is no longer negligible.
     if np.count_nonzero(num_right_unpruned) < 10:
@@ -157,18 +163,18 @@ def share_interval(num_right: _Counts, num_right_unpruned: _Counts) -> Interval 
 
 
 def difference_interval(num_right: _Counts, num_right_others: _Counts, num_asked: _Counts) -> Interval:
-    """Returns by how much one accuracy is above another one on the same questions; both are drawn together.
+    """Returns the difference of two accuracies on the same questions, with its interval.
 
-    Where every scene has as many right answers in both, the interval is that of scenes that differ, none of which was
-    seen: the exact one (Clopper-Pearson), to either side of 0.
+    If every scene has equally many right answers in both, all resamples are 0: the interval then reaches from -p to p,
+    where p is the exact bound (Clopper-Pearson) of the share of scenes that differ, of which none was seen.
 
     Args:
         num_right: [scenes], right answers.
-        num_right_others: [scenes], right answers of what it is compared with.
+        num_right_others: [scenes], right answers to compare with.
         num_asked: [scenes], questions.
 
     Raises:
-        ValueError: Shapes that differ, or fewer than two scenes.
+        ValueError: The shapes differ, or there are fewer than two scenes.
     """
     if num_right.shape != num_right_others.shape:
         raise ValueError(f"expected counts of the same scenes, got {num_right.shape} and {num_right_others.shape}")

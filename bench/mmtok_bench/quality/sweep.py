@@ -12,7 +12,7 @@ import torch
 
 from mmtok_bench.client import Answer, MeasurementError, ask, image_url, in_parallel
 from mmtok_bench.mixed_budget import MixedBudget
-from mmtok_bench.pocket.questions import AskedScene, Question, fingerprint, make_scenes, picture_of
+from mmtok_bench.pocket.questions import AskedScene, fingerprint, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import (
     UNPRUNED,
@@ -28,7 +28,7 @@ from mmtok_bench.quality.plan import (
     split_method,
 )
 from mmtok_bench.quality.rows import ALL_SEEDS, POCKET, rows_of
-from mmtok_bench.quality.scoring import is_right, normalise
+from mmtok_bench.quality.scoring import normalise
 from mmtok_bench.results import ResultRow, drop_unfinished_line
 from mmtok_bench.run import Run
 
@@ -40,13 +40,13 @@ class NotPrunedError(MeasurementError):
 
 
 class Sweep:
-    """One run of a plan; a setting's rows and answers are written when it is finished.
+    """One run of a plan; a setting's rows and answers are written when the setting is finished.
 
     Args:
         plan: The settings and questions.
-        run: Takes the rows; settings whose answers are in the file beside it are not asked again.
+        run: The run that stores the rows. Settings whose answers are in the file beside its rows are not asked again.
         model: The model's name in rows.
-        device: Where the server runs.
+        device: The server's device.
         picture_px: Side of the pictures that are sent.
     """
 
@@ -110,7 +110,7 @@ class Sweep:
         agent_client: openai.OpenAI | None = None,
         check_agent: Callable[[], None] = lambda: None,
     ) -> None:
-        """Asks what is left of the plan.
+        """Asks the questions of all settings that have no answers yet.
 
         Args:
             client: The server's client.
@@ -142,7 +142,7 @@ class Sweep:
                 self._write([replace(setting, seed=seed) for seed in self.plan.seeds], ALL_SEEDS)
 
     def rows(self) -> list[ResultRow]:
-        """Returns the rows of each finished method and budget, over all seeds of the plan."""
+        """Returns the rows of all finished methods and budgets, over all seeds of the plan."""
         pooled = ALL_SEEDS if len(self.plan.seeds) > 1 else str(self.plan.seeds[0])
         pairs = self.plan.pairs()
         return [
@@ -204,10 +204,23 @@ class Sweep:
         answers = in_parallel(min(num_at_once, len(places)), ask_at, places)
         cell_s = round(time.perf_counter() - started_s, 2)
         question_set = fingerprint(scenes)
-        return [
-            _scored(setting, asked, number, said, cell_s, question_set)
-            for (asked, number), said in zip(places, answers, strict=True)
-        ]
+        scored = []
+        for (asked, number), said in zip(places, answers, strict=True):
+            # Each request has one image.
+            image: Mapping[str, Any] = said.account["images"][0] if said.account else {}
+            scored.append(
+                ScoredAnswer.to_question(
+                    *(setting, asked, number, said.text),
+                    num_prompt_tokens=said.num_prompt_tokens,
+                    num_image_tokens=said.num_image_tokens,
+                    latency_ms=round(said.latency_ms, 1),
+                    cell_s=cell_s,
+                    question_set=question_set,
+                    coverage=image.get("coverage"),
+                    coverage_bound=image.get("coverage_bound"),
+                )
+            )
+        return scored
 
     def _check_pruned(self, setting: Setting, answers: Sequence[ScoredAnswer]) -> None:
         unpruned = self._answers.get(Setting(UNPRUNED, "all", setting.seed))
@@ -237,11 +250,7 @@ class Sweep:
         ]
         question_set = fingerprint([asked for setting in settings for asked in self._scenes[setting.seed]])
         for row in rows_of(
-            *(answers, unpruned, by_input),
-            model=self._model,
-            seed=seed,
-            question_set=question_set,
-            device=self._device,
+            *(answers, unpruned, by_input), model=self._model, seed=seed, question_set=question_set, device=self._device
         ):
             if not self._run.has(**written, kind=row.case["kind"]):
                 self._run.add(row)
@@ -252,33 +261,6 @@ def _fields(setting: Setting) -> dict[str, str | int | float]:
     if setting.method == UNPRUNED:
         return fields
     method, keys = split_method("mmtok" if setting.method == WITH_AGENT else setting.method)
-    # Without the field a server compares by what it was started with.
+    # Without this field, the server uses the value of its flag.
     of_keys = {"mmtok_keys": keys} if keys == "output" else {}
     return {**fields, "mmtok_method": method, **of_keys, "mmtok_seed": setting.seed}
-
-
-def _scored(
-    setting: Setting, asked: AskedScene, number: int, said: Answer, cell_s: float, question_set: str
-) -> ScoredAnswer:
-    question: Question = asked.questions[number]
-    # One image a request.
-    image: Mapping[str, Any] = said.account["images"][0] if said.account else {}
-    return ScoredAnswer(
-        method=setting.method,
-        budget=setting.budget,
-        seed=setting.seed,
-        scene=asked.index,
-        kind=question.kind,
-        setting=asked.settings[number],
-        question=question.text,
-        expected=question.answer,
-        said=said.text,
-        is_right=is_right(question, said.text),
-        num_prompt_tokens=said.num_prompt_tokens,
-        num_image_tokens=said.num_image_tokens,
-        latency_ms=round(said.latency_ms, 1),
-        cell_s=cell_s,
-        question_set=question_set,
-        coverage=image.get("coverage"),
-        coverage_bound=image.get("coverage_bound"),
-    )

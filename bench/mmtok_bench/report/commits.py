@@ -1,4 +1,4 @@
-"""Compares two commits: the cases that both have on the same machine, and those that only one has."""
+"""Compares the rows of two commits that have the same case and machine, and lists cases that only one commit has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMPARED = (
 
 
 def compare_commits(rows: pd.DataFrame, old: str, new: str) -> Part:
-    """Returns the section that compares the newest rows of commit `new` with those of `old`.
+    """Returns the section that compares the newest rows of the commits `new` and `old`.
 
     Raises:
         ValueError: There is no row of a commit, or its name is a prefix of several commits.

@@ -158,7 +158,7 @@ def _facts(rows: pd.DataFrame) -> tuple[tuple[str, str], ...]:
 
 
 def _headlines(chapters: Sequence[Chapter]) -> tuple[Table, ...]:
-    """Returns the chapters' headlines; those of one bench are one table, whose first column is the machine."""
+    """Returns a headline table for each benchmark; with several machines, its first column is the machine."""
     tables: dict[str, list[tuple[str, Table]]] = {}
     for chapter in chapters:
         for part in chapter.parts:

@@ -1,4 +1,4 @@
-"""The section of real features: whether selections are exact on them, how much work they take, and what they keep."""
+"""The section of real features: exactness of selections, the work of lazy evaluation, and measures of kept tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mmtok_bench.report.frame import newest, records
+from mmtok_bench.report.frame import grouped, newest, records
 from mmtok_bench.report.tables import Part, Plot, Table, line_style, new_figure, plot_of
 
 __all__ = ["features_part"]
@@ -74,11 +74,10 @@ def _share_table(name: str, lines: Sequence[Line]) -> Table:
 
 
 def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
-    methods = list(dict.fromkeys(line["method"] for line in lines))
     for name, title in _SHARES.items() if lines else ():
         figure = new_figure("patches kept", "share")
-        for number, method in enumerate(methods):
-            chosen = sorted((line for line in lines if line["method"] == method), key=lambda line: line["num_picks"])
+        for number, (method, of_method) in enumerate(grouped(lines, "method").items()):
+            chosen = sorted(of_method, key=lambda line: line["num_picks"])
             figure.add_scatter(
                 name=method,
                 x=[line["num_picks"] for line in chosen],

@@ -13,7 +13,7 @@ import pandas as pd
 
 from mmtok_bench.results import ResultRow, UnfinishedRowWarning, read_rows, row_files
 
-__all__ = ["frame_of", "is_cpu", "names_in", "newest", "read_results", "records"]
+__all__ = ["frame_of", "grouped", "is_cpu", "names_in", "newest", "read_results", "records"]
 
 
 def frame_of(rows: Iterable[ResultRow], file: str = "") -> pd.DataFrame:
@@ -50,6 +50,14 @@ def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Returns each line as a dictionary."""
     lines: list[dict[str, Any]] = rows.to_dict("records")
     return lines
+
+
+def grouped(lines: Sequence[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
+    """Returns the lines with each value of a key, in order of appearance."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(line[key], []).append(line)
+    return groups
 
 
 def names_in(rows: pd.DataFrame, column: str) -> list[str]:

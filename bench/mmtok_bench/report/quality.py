@@ -10,7 +10,7 @@ import pandas as pd
 
 from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.quality.published import BENCHMARKS, PUBLISHED
-from mmtok_bench.report.frame import newest, records
+from mmtok_bench.report.frame import grouped, newest, records
 from mmtok_bench.report.frontier import frontier_plot
 from mmtok_bench.report.tables import DOWNSAMPLED, Part, Plot, Table, in_words, line_style, new_figure, plot_of
 from mmtok_bench.report.tables import UNPRUNED as GREY
@@ -18,7 +18,7 @@ from mmtok_bench.report.tables import UNPRUNED as GREY
 __all__ = ["OVER_TOKENS", "quality_part"]
 
 OVER_TOKENS = ", accuracy against tokens kept"
-"""Ends the titles of the plots over tokens kept; the frontier of encoder scales has another axis."""
+"""Suffix of the titles of plots against tokens kept."""
 
 _POCKET, _UNPRUNED, _ALL_SEEDS = "pocket", "unpruned", "all"
 _PUBLIC_TITLE = (
@@ -87,27 +87,25 @@ def _left_out(pocket: Sequence[Line], shown: Sequence[Line]) -> list[str]:
 
 def _score_tables(shown: Sequence[Line]) -> Iterator[Table]:
     """Yields, for each model, a table of accuracies for each kind, and one of POPE's F1 scores by setting."""
-    for model in dict.fromkeys(line["model"] for line in shown):
-        of_model = [line for line in shown if line["model"] == model]
-        for kind in dict.fromkeys(line["kind"] for line in of_model):
-            of_kind = [line for line in of_model if line["kind"] == kind]
+    for model, of_model in grouped(shown, "model").items():
+        of_kinds = grouped(of_model, "kind")
+        for kind, of_kind in of_kinds.items():
             metrics = of_kind[0]["metrics"]
             title = (
                 f"{model}: {kind}: accuracy, % (95% interval), {metrics['num_questions']:.0f} questions; chance "
                 f"{100 * metrics['chance']:.0f}, always the commonest answer {100 * metrics['majority']:.0f}"
             )
             yield _grid(title, of_kind, _accuracy_cell)
-        existence = [line for line in of_model if line["kind"] == "existence"]
-        if existence:
+        if "existence" in of_kinds:
             title = f"{model}: existence, POPE's F1, %: random / popular / adversarial negatives"
-            yield _grid(title, existence, _pope_cell)
+            yield _grid(title, of_kinds["existence"], _pope_cell)
         covered = [line for line in of_model if "coverage" in line["metrics"]]
         if covered:
             yield _coverage_table(model, covered)
 
 
 def _coverage_table(model: str, lines: Sequence[Line]) -> Table:
-    """Returns methods and budgets down, kinds of questions across."""
+    """Returns the table of coverage, with a row for each method and budget and a column for each kind of question."""
     cells = {(line["method"], line["budget"], line["kind"]): _coverage_cell(line["metrics"]) for line in lines}
     kinds = list(dict.fromkeys(kind for *_, kind in cells))
     settings = list(dict.fromkeys((method, budget) for method, budget, _ in cells))
@@ -168,8 +166,7 @@ def _pope_cell(line: Line) -> str:
 def _public_table(lines: Sequence[Line]) -> Table:
     """Returns a table with a line for each benchmark, method and budget; the paper's lines follow the measured ones."""
     rows = []
-    for task in dict.fromkeys(line["task"] for line in lines):
-        chosen = [line for line in lines if line["task"] == task]
+    for task, chosen in grouped(lines, "task").items():
         # Converts lmms-eval's score to the unit of the paper.
         factor = BENCHMARKS[task].factor if task in BENCHMARKS else 1
         for line in chosen:
@@ -189,26 +186,22 @@ def _public_table(lines: Sequence[Line]) -> Table:
 
 
 def _plots(shown: Sequence[Line]) -> Iterator[Plot]:
-    for model in dict.fromkeys(line["model"] for line in shown):
-        of_model = [line for line in shown if line["model"] == model]
+    for model, of_model in grouped(shown, "model").items():
         frontier = frontier_plot(model, of_model)
         if frontier is not None:
             yield frontier
         # Only budgets of whole images: the plot above has the others.
-        of_model = [line for line in of_model if not MixedBudget.parse(line["budget"]).is_scaled]
-        of_model = [line for line in of_model if "tokens_kept" in line["metrics"]]
-        for kind in dict.fromkeys(line["kind"] for line in of_model):
-            chosen = [line for line in of_model if line["kind"] == kind]
+        whole = [line for line in of_model if not MixedBudget.parse(line["budget"]).is_scaled]
+        for kind, chosen in grouped([line for line in whole if "tokens_kept" in line["metrics"]], "kind").items():
             if len({line["budget"] for line in chosen}) > 1:
                 yield _plot(f"{model}, {kind}", chosen)
 
 
 def _plot(name: str, lines: Sequence[Line]) -> Plot:
     figure = new_figure("tokens kept", "accuracy")
-    methods = list(dict.fromkeys(line["method"] for line in lines if line["method"] != _UNPRUNED))
-    for number, method in enumerate(methods):
-        chosen = sorted((line for line in lines if line["method"] == method), key=lambda line: line["tokens_kept"])
-        metrics = [line["metrics"] for line in chosen]
+    pruned = grouped([line for line in lines if line["method"] != _UNPRUNED], "method")
+    for number, (method, chosen) in enumerate(pruned.items()):
+        metrics = [line["metrics"] for line in sorted(chosen, key=lambda line: line["tokens_kept"])]
         middles = [each["accuracy"] for each in metrics]
         figure.add_scatter(
             name=method,

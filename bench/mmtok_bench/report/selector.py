@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from mmtok_bench.report.frame import newest, records
+from mmtok_bench.report.frame import grouped, newest, records
 from mmtok_bench.report.metrics import compare, format_value
 from mmtok_bench.report.tables import PALETTE, Part, Plot, Table, new_figure, plot_of
 from mmtok_bench.results import LATENCIES
@@ -119,8 +119,7 @@ def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
 def _plot(title: str, x_title: str, note: str, lines: Sequence[Line], by: str) -> Plot:
     figure = new_figure(x_title, "p50, ms")
     lines = sorted(lines, key=lambda line: line[by])
-    for idx, backend in enumerate(dict.fromkeys(line["backend"] for line in lines)):
-        chosen = [line for line in lines if line["backend"] == backend]
+    for idx, (backend, chosen) in enumerate(grouped(lines, "backend").items()):
         colour = _COLOURS.get(backend, PALETTE[idx % len(PALETTE)])
         spread = {
             "array": [line[_P80] - line[_P50] for line in chosen],

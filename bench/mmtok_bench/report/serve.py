@@ -1,4 +1,4 @@
-"""The section of a served model: what a budget gains over the unpruned server, and over smaller images."""
+"""The section of a served model: gains of a budget over the unpruned server and over smaller images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from mmtok_bench.mixed_budget import MixedBudget
-from mmtok_bench.report.frame import newest, records
+from mmtok_bench.report.frame import grouped, newest, records
 from mmtok_bench.report.metrics import compare, format_value, metric
 from mmtok_bench.report.tables import Part, Table, in_words
 from mmtok_bench.results import STAGES
@@ -65,8 +65,8 @@ def serve_part(rows: pd.DataFrame) -> Part:
     def draw() -> Iterable[Any]:
         from mmtok_bench.report.serve_plots import plots_of_model
 
-        for model in dict.fromkeys(line["model"] for line in found):
-            yield from plots_of_model(model, [line for line in found if line["model"] == model])
+        for model, lines in grouped(found, "model").items():
+            yield from plots_of_model(model, lines)
 
     return Part(
         title="Serving",
@@ -88,9 +88,7 @@ def serve_lines(rows: pd.DataFrame) -> list[Line]:
     tokens differ by at most a tenth. None if there is no such row.
     """
     lines = [_named(line) for line in records(rows)]
-    workloads: dict[str, list[Line]] = {}
-    for line in lines:
-        workloads.setdefault(line["workload"], []).append(line)
+    workloads = grouped(lines, "workload")
     for line in lines:
         alike = [other for other in workloads[line["workload"]] if have_like_texts(line, other)]
         unpruned = [other for other in alike if other["variant"] == "unpruned"]
@@ -121,15 +119,8 @@ def _named(line: Line) -> Line:
     same = sorted((name, value) for name, value in case.items() if name not in _VARIED)
     return {
         **line,
-        **{
-            "scale": "" if mixed is None or not mixed.is_scaled else f"{mixed.encoder_scale:g}",
-            "variant": variant,
-            "label": label,
-            "tokens": tokens,
-            "budget": budget,
-            "px": px,
-            "pixels": pixels,
-        },
+        "scale": "" if mixed is None or not mixed.is_scaled else f"{mixed.encoder_scale:g}",
+        **{"variant": variant, "label": label, "tokens": tokens, "budget": budget, "px": px, "pixels": pixels},
         **{"model": str(case.get("model", "")), "load": int(case.get("concurrency", 1))},
         "workload": json.dumps([line["run"], same]),
     }
@@ -186,9 +177,7 @@ def _headline(shown: Sequence[Line]) -> Table | None:
         return None
     loads = [line["load"] for line in pruned]
     pruned = [line for line in pruned if line["load"] in (min(loads), max(loads))]
-    largest = {line["model"]: 0 for line in pruned}
-    for line in pruned:
-        largest[line["model"]] = max(largest[line["model"]], line["pixels"])
+    largest = {model: max(line["pixels"] for line in lines) for model, lines in grouped(pruned, "model").items()}
     pruned = [line for line in pruned if line["pixels"] == largest[line["model"]]]
     pruned.sort(key=lambda line: (list(largest).index(line["model"]), line["load"]))
     # The ratios come first: a narrow screen shows them without scrolling.
@@ -201,9 +190,7 @@ def _headline(shown: Sequence[Line]) -> Table | None:
         cells = [_gain_cells(line, name) for name in _GAINS]
         ratios = [ratio for _, *pair in cells for ratio in pair]
         values = [value for value, *_ in cells]
-        lines.append(
-            (line["model"], line["budget"], str(line["load"]), *ratios, *values, _tokens(line), line["px"]),
-        )
+        lines.append((line["model"], line["budget"], str(line["load"]), *ratios, *values, _tokens(line), line["px"]))
     return Table("A served model", columns, tuple(lines), num_texts=2).without_empty_columns()
 
 
@@ -285,7 +272,7 @@ def _case_cells(line: Line, extra: Sequence[str]) -> tuple[str, ...]:
 
 
 def _extra_keys(lines: Sequence[Line]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the keys of cases without a column: those that differ between rows, and the others with their value."""
+    """Returns keys without a column: those whose values differ between rows, and the values of the other keys."""
     cases = [line["case"] for line in lines]
     keys = dict.fromkeys(key for case in cases for key in case if key not in SHOWN_KEYS)
     varied = [key for key in keys if len({case.get(key) for case in cases}) > 1]
@@ -304,9 +291,7 @@ def _tokens(line: Line) -> str:
 
 
 def _sentences(shown: Sequence[Line]) -> list[str]:
-    sentences = []
-    for run in dict.fromkeys(line["run"] for line in shown):
-        sentences += break_even(line for line in shown if line["run"] == run)
+    sentences = [sentence for lines in grouped(shown, "run").values() for sentence in break_even(lines)]
     constant = _extra_keys(shown)[1]
     if constant:
         sentences.append(f"In every row: {in_words([f'{_spoken(key)} {value}' for key, value in constant.items()])}.")
@@ -351,7 +336,7 @@ def break_even(lines: Iterable[Line]) -> list[str]:
             ttft = base["metrics"]["ttft_p50_ms"] / line["metrics"]["ttft_p50_ms"]
             throughput = line["metrics"]["requests_per_s"] / base["metrics"]["requests_per_s"]
             groups.setdefault(name, []).append(
-                (int(line["metrics"]["image_tokens_in"]), line["load"], ttft, throughput),
+                (int(line["metrics"]["image_tokens_in"]), line["load"], ttft, throughput)
             )
     return [f"{name}: {_break_even_sentence(gains)}" for name, gains in groups.items()]
 

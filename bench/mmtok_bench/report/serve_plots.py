@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mmtok_bench.report.frame import grouped
 from mmtok_bench.report.metrics import metric
 from mmtok_bench.report.serve import SHOWN_KEYS, Line, bound_by, have_like_texts, phases_ms
 from mmtok_bench.report.tables import DOWNSAMPLED, PALETTE, UNPRUNED, Plot, new_figure, plot_of
@@ -105,8 +106,7 @@ def _throughput_against_load(model: str, lines: Sequence[Line]) -> Plot | None:
         return None
     figure = new_figure("requests at a time", "requests/s")
     budgets = list(dict.fromkeys(line["budget"] for line in lines if line["variant"] != "unpruned"))
-    for label in dict.fromkeys(line["label"] for line in lines):
-        chosen = [line for line in lines if line["label"] == label]
+    for label, chosen in grouped(lines, "label").items():
         variant, budget = chosen[0]["variant"], chosen[0]["budget"]
         colour = UNPRUNED if variant == "unpruned" else PALETTE[budgets.index(budget) % len(PALETTE)]
         points = sorted((line["load"], line["metrics"]["requests_per_s"]) for line in chosen)

@@ -126,7 +126,7 @@ def in_words(items: Sequence[str]) -> str:
 
 
 def line_style(number: int, colour: str | None = None) -> dict[str, dict[str, Any]]:
-    """Returns the arguments by which a plot's line and its markers differ from those of other numbers.
+    """Returns colour and dash of a plot's line and markers, which differ between numbers.
 
     Args:
         number: The line's number. Once all colours are used, lines are dotted, and then dashed.

@@ -18,24 +18,24 @@ from mmtok_deploy.problem import SelectionProblem
 __all__ = ["AUTHORS", "authors_selector"]
 
 AUTHORS = "authors"
-"""What its rows are named."""
+"""The backend's name in rows."""
 
 _CLASS, _METHOD = "SemanticTokenSelector", "mm_coverage_selection"
 
 
 def authors_selector(path: Path) -> Callable[[Sequence[SelectionProblem], SelectionConfig], list[Tensor]]:
-    """Returns the selection by the file `mmtok/core/semantic_selector.py` of the authors' repository.
+    """Returns the selection that the file `mmtok/core/semantic_selector.py` of the authors' repository implements.
 
-    It gives the kept tokens of each problem in raster order, one problem after another, each as a list on the host.
+    The selection handles one problem after another, and returns the kept tokens of each in raster order.
 
     Args:
-        path: The file. Its code is run.
+        path: The file, whose code is run.
 
     Raises:
-        ValueError: It cannot be imported, or is not that file.
+        ValueError: The file cannot be imported, or is not the authors'.
     """
     module = _imported(path)
-    selector = getattr(module, _CLASS, None)
+    selector: Any = getattr(module, _CLASS, None)
     if not hasattr(selector, _METHOD):
         raise ValueError(
             f"--authors takes mmtok/core/semantic_selector.py of the authors' repository, {path} has no "
@@ -44,19 +44,15 @@ def authors_selector(path: Path) -> Callable[[Sequence[SelectionProblem], Select
 
     @torch.no_grad()
     def select(problems: Sequence[SelectionProblem], config: SelectionConfig) -> list[Tensor]:
-        return [torch.tensor(_kept(selector, problem, config)) for problem in problems]
+        temps = {"tv_temp": config.tv_temp, "vv_temp": config.vv_temp}
+        selected = []
+        for problem in problems:
+            of_budget = selector(target_vision_tokens=problem.num_picks, alpha=config.alpha)
+            kept, _ = of_budget.mm_coverage_selection(problem.text, problem.vision, problem.keys, **temps)
+            selected.append(torch.tensor(list(kept)))
+        return selected
 
     return select
-
-
-def _kept(selector: Any, problem: SelectionProblem, config: SelectionConfig) -> list[int]:
-    of_budget = selector(target_vision_tokens=problem.num_picks, alpha=config.alpha)
-    kept, _ = of_budget.mm_coverage_selection(
-        *(problem.text, problem.vision, problem.keys),
-        tv_temp=config.tv_temp,
-        vv_temp=config.vv_temp,
-    )
-    return list(kept)
 
 
 def _imported(path: Path) -> ModuleType:
@@ -66,7 +62,7 @@ def _imported(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         with warnings.catch_warnings():
-            # They compile with TorchScript, which PyTorch has deprecated.
+            # The authors compile with TorchScript, which PyTorch has deprecated.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             spec.loader.exec_module(module)

@@ -19,7 +19,7 @@ from mmtok_deploy.config import SelectionConfig
 __all__ = ["DEFAULT_SHAPES", "run_selector_bench"]
 
 DEFAULT_SHAPES = ((2880, 160), (2880, 80), (1728, 96), (1728, 48), (576, 32), (576, 16))
-"""Tokens of an image, and how many of them are picked: those of the paper's Table 13."""
+"""Numbers of tokens and of picks, from the paper's Table 13."""
 
 _CONFIG = SelectionConfig()
 

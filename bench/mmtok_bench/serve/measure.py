@@ -118,13 +118,11 @@ class ModelRun:
                 f"{what}: {sample.load.num_failed} requests failed, the first with: {sample.load.first_error}"
             )
         # A row contains its ratio to the unpruned server, so that server's row comes first.
-        measured = [each for each in self._samples if each.workload == case.workload and self._is_whole(each)]
+        finished = [each for each, of_rounds in self._samples.items() if len(of_rounds) == self.plan.rounds]
+        measured = [each for each in finished if each.workload == case.workload]
         if any(each.is_unpruned for each in measured):
             for each in sorted(measured, key=lambda each: not each.is_unpruned):
                 self._write(each)
-
-    def _is_whole(self, case: LoadCase) -> bool:
-        return len(self._samples[case]) == self.plan.rounds
 
     def _write(self, case: LoadCase) -> None:
         if case in self._written:

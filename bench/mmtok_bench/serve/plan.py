@@ -1,4 +1,4 @@
-"""Which servers run, what is measured on each, and in which order."""
+"""The plan of a run: servers, cases to measure, and their order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LoadCase:
 
     Args:
         side: The server that answers.
-        method: How image tokens are saved: not at all, by the plugin, or by a smaller image.
+        method: How the number of image tokens is reduced: not at all, by the plugin, or by a smaller image.
         budget: Value of `--mmtok-budget` (10%@0.5: with `--mmtok-encoder-scale`); for a smaller image, the budget that
             it is compared with.
         image_kind: What the images show.
@@ -92,10 +92,7 @@ def sides_of(model: ServedModel, prefix_cache: PrefixCache) -> list[Side]:
 
 
 def plan_cases(
-    model: ServedModel,
-    plan: ServePlan,
-    prefix_cache: PrefixCache,
-    downsample: Callable[[Size, str], Size | None],
+    model: ServedModel, plan: ServePlan, prefix_cache: PrefixCache, downsample: Callable[[Size, str], Size | None]
 ) -> list[LoadCase]:
     """Returns the cases of a model, by workload and then by side.
 

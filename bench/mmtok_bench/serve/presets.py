@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mmtok_bench.families import FamilyName
 
@@ -25,7 +25,7 @@ QUESTIONS = (
     "Which part of this picture is the darkest, and what is there? Answer in one short sentence.",
     "What could have been there a minute before this picture was taken? Say it in one short sentence.",
 )
-"""What is asked about photographs."""
+"""The questions about photographs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class ServedModel:
         model_path: A checkpoint; None for the model without weights of this name.
         sends_png: Whether photographs are sent as PNGs to every server: without the plugin, SGLang 0.5.23 fails on
             JPEGs for a LLaVA on CUDA.
-        most_at_once: How many of its servers fit a GPU of the preset at once; 1 if that was not tried.
-        beside_others: Arguments that keep a server's memory small enough for that.
+        most_at_once: How many of the model's servers fit into the memory of the preset's GPU; 1 if that was not tried.
+        beside_others: Arguments that limit a server's memory accordingly.
         is_only_by_name: Whether it is measured only if `--models` names it.
     """
 
@@ -61,8 +61,8 @@ class ServePlan:
     """Everything that one run of `mmtok bench serve` measures.
 
     Args:
-        preset: Its name.
-        device: Where the servers compute.
+        preset: The preset's name.
+        device: The servers' device.
         models: The models, measured one after another.
         concurrencies: Requests at a time.
         image_kinds: Photographs, random pixels, or both.
@@ -131,17 +131,14 @@ _H200_MODELS = (
     ServedModel("qwen3.5-35b-a3b", "qwen3.5-moe", ((1024, 768),), ("10%",), is_only_by_name=True),
 )
 
-# How many servers fitted an H200 side by side, and with which arguments.
-_BESIDE_OTHERS: Mapping[str, tuple[int, tuple[str, ...]]] = {
-    "qwen2.5-vl-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=60000")),
-    "llava-next-7b": (4, ("--mem-fraction-static=0.85", "--max-total-tokens=16000", "--context-length=4096")),
-    "llava-next-13b": (3, ("--mem-fraction-static=0.95", "--max-total-tokens=16000", "--context-length=4096")),
+# Model -> number of servers that fit on an H200 at once, and their arguments.
+_SHORT = ("--max-total-tokens=16000", "--context-length=4096")
+_BESIDE_OTHERS: Mapping[str, dict[str, Any]] = {
+    "qwen2.5-vl-7b": {"most_at_once": 4, "beside_others": ("--mem-fraction-static=0.85", "--max-total-tokens=60000")},
+    "llava-next-7b": {"most_at_once": 4, "beside_others": ("--mem-fraction-static=0.85", *_SHORT)},
+    "llava-next-13b": {"most_at_once": 3, "beside_others": ("--mem-fraction-static=0.95", *_SHORT)},
 }
-
-
-def _on_h200(model: ServedModel) -> ServedModel:
-    most_at_once, beside_others = _BESIDE_OTHERS.get(model.name, (model.most_at_once, model.beside_others))
-    return replace(model, most_at_once=most_at_once, beside_others=beside_others)
+_ON_H200 = (*(replace(model, **_BESIDE_OTHERS.get(model.name, {})) for model in _GPU_MODELS), *_H200_MODELS)
 
 
 def _gpu(name: str, concurrencies: tuple[int, ...], models: tuple[ServedModel, ...] = _GPU_MODELS) -> ServePlan:
@@ -153,7 +150,7 @@ SERVE_PRESETS: Mapping[str, ServePlan] = {
     # 48 GB: a 13B model in half precision leaves room for 8 images of 2928 tokens at a time.
     "a6000": _gpu("a6000", (1, 4, 16)),
     "h100": _gpu("h100", (1, 4, 16, 64)),
-    "h200": _gpu("h200", (1, 4, 16, 64), (*map(_on_h200, _GPU_MODELS), *_H200_MODELS)),
+    "h200": _gpu("h200", (1, 4, 16, 64), _ON_H200),
     "cpu": ServePlan(
         "cpu",
         "cpu",

@@ -1,4 +1,4 @@
-"""`mmtok soak`: faults injected into real servers, and what holds afterwards.
+"""`mmtok soak`: injects faults into real servers, and checks how they behave afterwards.
 
 `command` runs the rows of `faults`, each a fault and what must hold; a row's code is in the file of its kind: `fuzz`,
 `storm`, `images`, `event_loop`, `agent`, `weights`, `killing`, `injected`, `artifacts`, `drift`. A row counts

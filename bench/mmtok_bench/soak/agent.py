@@ -13,13 +13,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from mmtok_bench.server import ServerError, SglangServer
-from mmtok_bench.soak.fixed_chats import (
-    TOLERANCE,
-    ask_for_logprobs,
-    chat_body,
-    largest_difference,
-    small_image,
-)
+from mmtok_bench.soak.fixed_chats import TOLERANCE, ask_for_logprobs, chat_body, largest_difference, small_image
 from mmtok_bench.soak.trial import Served, Trial, make_soak_server, resident_bytes, send
 
 __all__ = ["MODES", "TIMEOUT_MS", "Agent", "abuse_the_agent", "agent_itself"]
@@ -139,7 +133,7 @@ class Agent:
 
 
 def abuse_the_agent(trial: Trial, server: SglangServer, agent: Agent, num_each: int) -> None:
-    """Asks a server whose agent misbehaves in each mode; the question alone must guide, within the time limit.
+    """Asks a server whose agent misbehaves in each mode; it must answer in time, guided by the question alone.
 
     Args:
         trial: Counts and reports.
@@ -192,7 +186,7 @@ def _ask_once(trial: Trial, server: SglangServer, text: str, mode: str) -> None:
 
 
 def _awake(trial: Trial, server: SglangServer, agent: Agent) -> bool:
-    """Returns whether the server asks the recovered agent again: after many failures it may stop to for a while."""
+    """Returns whether the server asks the recovered agent again; after many failures, it may pause for a while."""
     agent.mode = "good"
     until_s = time.monotonic() + _AWAKE_WITHIN_S
     number = agent.asked["good"]

@@ -84,7 +84,7 @@ def _one_round(trial: Trial, server: SglangServer, what: str, kind: str, num_url
 
 
 def _long_requests(family: FamilyName, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields path and body of requests with 10 MB of guidance, in each place that a request may have it.
+    """Yields path and body of requests with 10 MB of guidance, in each field that may hold guidance.
 
     Each text is new, since SGLang caches the tokens of messages.
     """

@@ -6,10 +6,11 @@ hooks that the plugin under test registers, and methods of its classes. A file n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["CONTROL", "register"]
 
 CONTROL = "MMTOK_SOAK_FAULTS"
-"""Environment variable: the folder with `fault.json`, written by the soak, and `met.json`, written by this plugin."""
+"""Environment variable: folder of `fault.json`, which the soak writes, and `met.json`, which this plugin writes."""
 
 _VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
@@ -45,7 +46,7 @@ def register() -> None:
 
 
 def _wrap_get_image_feature(folder: Path) -> None:
-    """Wraps a pruned model's method; SGLang's own call in it is that of the encoder."""
+    """Wraps a pruned model's method, and the call of the encoder inside it."""
     model = pkgutil.resolve_name("mmtok_sglang.model.PrunedModel")
     stages = pkgutil.resolve_name("mmtok_sglang.stages.StageMetrics")
     get_image_feature, encode = model.get_image_feature, stages.encode
@@ -77,86 +78,66 @@ def _method_with_faults(name: str, method: Callable[..., Any], folder: Path) -> 
 
 
 def _with_faults(name: str, around: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """Returns a hook that carries out the next fault in `folder` if the fault is for the hook of this name."""
+
     def faulty(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         fault = _read(folder / "fault.json")
         if fault is None or fault["hook"] != name:
             return around(original, *args, **kwargs)
         # Only once: the next call has no fault.
         (folder / "fault.json").unlink(missing_ok=True)
-        if fault["kind"] == "memory":
-            return _without_memory(fault, folder, around, original, *args, **kwargs)
         if fault["kind"] == "raise":
             _write(folder, fault, 1, met=True)
             raise RuntimeError("injected: the hook fails")
-        return _with_values(fault, folder, around, original, *args, **kwargs)
+        mode = _Allocations(fault["at"]) if fault["kind"] == "memory" else None
+        num_poisoned = 0
+
+        def changed(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            nonlocal num_poisoned
+            if mode is not None:
+                # Allocations of SGLang's function are not the hook's.
+                with mode.paused():
+                    return original(*inner_args, **inner_kwargs)
+            result = original(*inner_args, **inner_kwargs)
+            for features in result if isinstance(result, list | tuple) else [result]:
+                num_poisoned += 1
+                values = features.view(-1)
+                step = {"one": max(1, values.numel()), "some": 97, "all": 1}[fault["where"]]
+                # In place, since the hook reads features before and after the projector in the same memory.
+                values[::step] = _VALUES[fault["value"]]
+            return result
+
+        try:
+            with mode or contextlib.nullcontext():
+                return around(changed, *args, **kwargs)
+        finally:
+            num_seen = num_poisoned if mode is None else mode.num_seen
+            _write(folder, fault, num_seen, met=num_seen >= fault.get("at", 1))
 
     return faulty
 
 
-def _without_memory(
-    fault: dict[str, Any],
-    folder: Path,
-    around: Callable[..., Any],
-    original: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    mode = _Allocations(fault["at"])
-
-    def outside(*inner_args: Any, **inner_kwargs: Any) -> Any:
-        # Allocations of SGLang's function are not the hook's.
-        mode.is_paused = True
-        try:
-            return original(*inner_args, **inner_kwargs)
-        finally:
-            mode.is_paused = False
-
-    try:
-        with mode:
-            return around(outside, *args, **kwargs)
-    finally:
-        _write(folder, fault, mode.num_seen, met=mode.num_seen >= fault["at"])
-
-
-def _with_values(
-    fault: dict[str, Any],
-    folder: Path,
-    around: Callable[..., Any],
-    original: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    num_poisoned = 0
-
-    def poisoned(*inner_args: Any, **inner_kwargs: Any) -> Any:
-        nonlocal num_poisoned
-        result = original(*inner_args, **inner_kwargs)
-        for features in result if isinstance(result, list | tuple) else [result]:
-            num_poisoned += 1
-            values = features.view(-1)
-            step = {"one": max(1, values.numel()), "some": 97, "all": 1}[fault["where"]]
-            # In place, since the hook reads features before and after the projector in the same memory.
-            values[::step] = _VALUES[fault["value"]]
-        return result
-
-    try:
-        return around(poisoned, *args, **kwargs)
-    finally:
-        _write(folder, fault, num_poisoned, met=num_poisoned > 0)
-
-
 class _Allocations(TorchDispatchMode):
-    """Counts operations that allocate their result, and raises an error at one of them."""
+    """Counts the operations that allocate their result, and raises an error at the operation number `at`."""
 
     def __init__(self, at: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_seen = 0
-        self.is_paused = False
+        self._is_paused = False
         self._at = at
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count the operations of the block."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.is_paused or not _is_new(func, result):
+        if self._is_paused or not _is_new(func, result):
             return result
         self.num_seen += 1
         if self.num_seen == self._at:

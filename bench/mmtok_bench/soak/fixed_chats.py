@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import Any
 
-from mmtok_bench.client import image_url
+from mmtok_bench.client import image_url, user_message
 from mmtok_bench.families import FamilyName
 from mmtok_bench.server import SglangServer
 from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 TOLERANCE = 5e-6
-"""The largest difference of logprobs in float32 from the hand-pruned model that the tests have seen."""
+"""The largest difference of logprobs from the hand-pruned model, in float32, that was seen in the tests."""
 
 Account = list[dict[str, float]]
 """For each generated token, the logprobs of the most probable tokens; the chosen one is first."""
@@ -48,10 +48,9 @@ def small_image(name: str, width: int = 224, height: int = 168) -> str:
 
 def chat_body(parts: list[str], question: str, fields: dict[str, Any], *, max_tokens: int = 4) -> dict[str, Any]:
     """Returns the body of a greedy chat about images (data URLs or addresses) that asks for logprobs."""
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": part}} for part in parts]
     return {
         "model": "default",
-        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        "messages": [user_message(parts, question)],
         "max_tokens": max_tokens,
         "temperature": 0,
         "logprobs": True,

@@ -39,10 +39,7 @@ def _prompt(family: FamilyName) -> str:
 
 
 def _chat(family: FamilyName) -> dict[str, Any]:
-    content = [
-        {"type": "image_url", "image_url": {"url": _coffee()}},
-        {"type": "text", "text": "What is in this cup?"},
-    ]
+    content = [{"type": "image_url", "image_url": {"url": _coffee()}}, {"type": "text", "text": "What is in this cup?"}]
     return {
         "model": "default",
         "messages": [{"role": "user", "content": content}],
@@ -93,7 +90,7 @@ ENDPOINTS: dict[str, Callable[[FamilyName], dict[str, Any]]] = {
 
 
 def fuzz(trial: Trial, server: SglangServer, num_bodies: int) -> list[int]:
-    """Sends fuzzed bodies, eight at a time, and returns the numbers of those answered by 5xx.
+    """Sends fuzzed bodies, eight at a time, and returns the numbers of the bodies that were answered by 5xx.
 
     Args:
         trial: Counts and reports.

@@ -42,7 +42,7 @@ def send_odd_images(
         settings: MMTok's fields of the requests.
         with_large: Whether images that would expand to gigabytes are sent, too.
     """
-    images = [*_odd_modes(), *_cut(trial, num_cut), *(_large() if with_large else ())]
+    images = [*odd_images(), *_cut(trial, num_cut), *(_large() if with_large else ())]
     cases = [(name, data, fields) for name, data in images for fields in settings]
 
     def one(case: tuple[str, bytes, Mapping[str, object]]) -> None:
@@ -60,8 +60,7 @@ def send_odd_images(
         elif reply.status >= 500:
             trial.fail(f"an image was answered by 5xx: {name.partition(' at ')[0]}", what)
 
-    small = [case for case in cases if not case[0].startswith("large")]
-    in_parallel(_PARALLEL, one, small)
+    in_parallel(_PARALLEL, one, [case for case in cases if not case[0].startswith("large")])
     for case in cases:
         if not case[0].startswith("large"):
             continue
@@ -74,12 +73,8 @@ def send_odd_images(
             trial.fail(f"memory grew by over 2 GB: {case[0]}", f"{grown_bytes / 2**30:.1f} GB, {case[2]}")
 
 
-def odd_images() -> dict[str, bytes]:
-    """Returns the files of unusual modes and sizes, by name."""
-    return dict(_odd_modes())
-
-
-def _odd_modes() -> Iterator[tuple[str, bytes]]:
+def odd_images() -> Iterator[tuple[str, bytes]]:
+    """Yields names and contents of image files of unusual modes and sizes."""
     picture = photograph("coffee").resize((96, 64))
     for mode, file_format in (
         *(("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")),

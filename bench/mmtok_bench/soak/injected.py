@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ _MAX_ENDS = 3
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """One fault: a text that no other request has, its kind for messages, and what the plugin in the server reads."""
+    """One fault: a description that no other fault has, its kind for messages, and the fields of `fault.json`."""
 
     what: str
     kind: str
@@ -43,7 +44,7 @@ class _Fault:
 
 
 class _Faults:
-    """Tells the plugin in the server the next fault, and reads whether it happened."""
+    """Sends the next fault to the plugin in the server, and reads whether it happened."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -76,7 +77,7 @@ def fault_environment(folder: Path) -> dict[str, str]:
 
 
 def out_of_memory(trial: Trial, num_points: int, *flags: str) -> None:
-    """Lets each allocation of each hook fail once, at most `num_points` of them, evenly spread."""
+    """Makes each allocation of each hook fail once; at most `num_points` allocations, evenly spread."""
     for hook in _HOOKS:
 
         def points(server: SglangServer, faults: _Faults, hook: str = hook) -> Iterator[_Fault]:
@@ -91,25 +92,24 @@ def out_of_memory(trial: Trial, num_points: int, *flags: str) -> None:
 
 def features_that_are_not_numbers(trial: Trial, num_faults: int, *flags: str) -> None:
     """Replaces one, some or all of an image's features by NaN or infinity, after the encoder."""
-
-    def values(server: SglangServer, faults: _Faults) -> Iterator[_Fault]:
-        for number in range(num_faults):
-            value, where = _VALUES[number % len(_VALUES)]
-            fields = {"hook": "get_image_feature", "kind": "values", "value": value, "where": where}
-            yield _Fault(f"family {trial.family} features {value} ({where})", value, fields)
-
-    _inject_all(trial, flags, values)
+    faults = []
+    for value, where in itertools.islice(itertools.cycle(_VALUES), num_faults):
+        fields = {"hook": "get_image_feature", "kind": "values", "value": value, "where": where}
+        faults.append(_Fault(f"family {trial.family} features {value} ({where})", value, fields))
+    _inject_all(trial, flags, lambda *_: faults)
 
 
 def hooks_that_raise(trial: Trial, *flags: str) -> None:
     """Makes each hook of the scheduler raise once."""
-
-    def hooks(server: SglangServer, faults: _Faults) -> Iterator[_Fault]:
-        for hook in _HOOKS:
-            what = f"family {trial.family} hook {hook} raises RuntimeError"
-            yield _Fault(what, f"an error in {hook}", {"hook": hook, "kind": "raise"})
-
-    _inject_all(trial, flags, hooks)
+    faults = [
+        _Fault(
+            f"family {trial.family} hook {hook} raises RuntimeError",
+            f"an error in {hook}",
+            {"hook": hook, "kind": "raise"},
+        )
+        for hook in _HOOKS
+    ]
+    _inject_all(trial, flags, lambda *_: faults)
 
 
 def _inject_all(

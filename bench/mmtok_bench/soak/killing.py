@@ -19,7 +19,7 @@ _GONE_WITHIN_S = 10.0
 
 
 def kill_processes(trial: Trial, num_trials: int, *flags: str) -> None:
-    """Starts a server, kills one of its processes while requests run, and checks what is left; `num_trials` times.
+    """Starts a server, kills one of its processes while requests run, and checks the others; `num_trials` times.
 
     The resource tracker of Python's multiprocessing may end without the server, which must then answer. Shared memory
     that is left is not checked.

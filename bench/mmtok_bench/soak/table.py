@@ -47,7 +47,8 @@ def fault_table(rows: Sequence[ResultRow]) -> str:
         found = {family: result for (of_row, family), result in newest.items() if of_row == name}
         run = "<br>".join(f"{family}: {_counts(result)}" for family, result in found.items()) or "not run"
         lost = "<br>".join(f"{family}: {result.case['lost'] or 'nothing'}" for family, result in found.items())
-        lines.append(f"| `{name}` | {row.fault} | {row.injected} | {row.holds} | {run} | {_plain(lost)} |")
+        lost = lost.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| `{name}` | {row.fault} | {row.injected} | {row.holds} | {run} | {lost} |")
     return "\n".join([*lines, "", _machines(list(newest.values()))])
 
 
@@ -80,7 +81,3 @@ def _machines(rows: Sequence[ResultRow]) -> str:
         f"Run with `--minutes {run}` on {'; '.join(devices)}, {', '.join(versions)}, {on_days}, "
         f"commit {', '.join(commits)}."
     )
-
-
-def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -54,7 +54,7 @@ class Reply:
 def send(
     server: SglangServer, path: str, body: bytes | dict[str, Any], *, timeout_s: float = 60.0, method: str = "POST"
 ) -> Reply:
-    """Returns the server's answer to a body that need not be valid; raises no error of HTTP or of the connection."""
+    """Returns the server's answer to a body, which may be invalid; HTTP and connection errors are not raised."""
     start_s = time.monotonic()
     try:
         with httpx.Client(trust_env=False, timeout=timeout_s) as client:
@@ -109,11 +109,11 @@ class Trial:
     Args:
         family: The served model's family.
         folder: For logs and checkpoints.
-        minutes: How long the whole run takes; 30 runs every row's full count.
-        num_families: How many families share that count.
+        minutes: Minutes of the whole run; in a run of 30 minutes, every row has its full count.
+        num_families: Number of families that share this count.
         seed: Seed of all random choices.
         step: Called with a line of progress.
-        pool: Gives the servers.
+        pool: The servers.
     """
 
     family: FamilyName
@@ -158,11 +158,11 @@ class Trial:
             self.counts[name] += amount
 
     def highest(self, name: str, value: float) -> None:
-        """Keeps the largest of the values that a number had."""
+        """Stores a number unless an earlier value of this name is larger."""
         self.numbers[name] = max(value, self.numbers.get(name, 0.0))
 
     def send(self, server: SglangServer, path: str, body: bytes | dict[str, Any], *, timeout_s: float) -> Reply:
-        """Returns what `send` does, and counts the answer by its status; from any thread."""
+        """Calls `send`, counts the answer by its status, and returns it; from any thread."""
         reply = send(server, path, body, timeout_s=timeout_s)
         self.count_answer(reply)
         return reply

@@ -59,7 +59,7 @@ def test_the_first_error_of_parallel_work_drops_what_has_not_begun() -> None:
 
 
 def test_odd_images_are_what_they_are_called() -> None:
-    images = odd_images()
+    images = dict(odd_images())
     for mode in ("LA", "P", "RGBA"):
         with Image.open(io.BytesIO(images[f"mode {mode} PNG"])) as image:
             assert image.mode == mode
