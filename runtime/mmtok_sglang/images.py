@@ -35,7 +35,8 @@ _DEFAULT_MAX_FILE_MB = 64
 _MAX_FILES = 8
 _NUM_AT_A_TIME = 8
 # Formats whose header says what decoding takes. Of Pillow's others some hold a file of another size (ICO, ICNS, IPTC),
-# which ICO decodes as it is opened, unpack without an end (FITS), run another program (EPS), or are decoded by Python.
+# which ICO decodes as it is opened, unpack without an end (FITS), or run another program (EPS). Some have encodings
+# that Python decodes (`Image.DECODERS`): one megapixel took 7 s, in which threads for other requests wait.
 _FORMATS = ["AVIF", "BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF"]
 _FORMATS += ["WEBP"]
 _ICONS = (b"\0\0\1\0", b"\0\0\2\0")
@@ -217,13 +218,15 @@ class _Header(BytesIO):
 
 def _size_in_header(data: bytes, limits: Limits) -> tuple[int, int]:
     """Returns width and height; nothing is decoded."""
-    if data.startswith(_ICONS):
+    # An uncompressed TGA begins as a file of no cursors does.
+    if data.startswith(_ICONS) and data[4:6] != b"\0\0":
         raise _format_refusal("ICO")
     try:
         with Image.open(_Header(data)) as image:
             name, size = image.format or "", image.size
             tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
             tile = int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1))
+            decoders = [each[0] for each in image.tile]
     except Image.DecompressionBombError as error:
         raise refusal("pixels", f"an image is too large to be read: {error}") from error
     except UnidentifiedImageError as error:
@@ -232,6 +235,13 @@ def _size_in_header(data: bytes, limits: Limits) -> tuple[int, int]:
         raise refusal("image", f"an image cannot be read: {error!s:.300}") from error
     if name not in _FORMATS:
         raise _format_refusal(name)
+    in_python = [decoder for decoder in decoders if decoder in Image.DECODERS]
+    if in_python:
+        raise refusal(
+            "image",
+            f"an image is of an encoding of {name} that is decoded byte by byte ({in_python[0]}), which takes minutes: "
+            "send it as PNG or JPEG",
+        )
     if name in ("JPEG", "MPO") and data.count(_START_OF_SCAN) > _MAX_SCANS:
         raise refusal(
             "image",
