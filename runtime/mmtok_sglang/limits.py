@@ -182,7 +182,7 @@ class Limits:
             )
 
     def check_texts(self, texts: Iterable[str]) -> None:
-        """Raises ValueError (HTTP 400) for guidance that is too long to be tokenised.
+        """Raises ValueError (HTTP 400) for guidance that is too long to be tokenised, or cannot be.
 
         Args:
             texts: Each image's text.
@@ -191,7 +191,7 @@ class Limits:
         total = 0
         for text in dict.fromkeys(texts):
             # A text of more letters than that has more bytes, too: it is not encoded to count them.
-            size = len(text) if len(text) > most else len(text.encode(errors="replace"))
+            size = len(text) if len(text) > most else _num_bytes(text)
             total += size
             if size > most:
                 raise refusal(
@@ -239,6 +239,18 @@ class Limits:
                 'tokens) of each image): ask for a smaller mmtok_budget, for "all", send smaller images, or for a '
                 'video ask for mmtok_video_budget "frame"',
             )
+
+
+def _num_bytes(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        # JSON may have it, and tokenizers take no such text.
+        raise refusal(
+            "guidance",
+            f"the text that guides the selection of an image has half of a surrogate pair, {text[error.start]!r}, at "
+            f"letter {error.start}: send whole characters",
+        ) from None
 
 
 def default_limits(device: str | None, max_pixels_on_cpu: int | None) -> Limits:

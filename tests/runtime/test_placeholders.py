@@ -636,6 +636,12 @@ def test_guidance_is_bounded() -> None:
         processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": "\u732b" * 1067}, limits=limits)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a cat\udfff", "\ude00\ud83d"])
+def test_guidance_of_half_a_surrogate_pair_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"guides the selection of an image has half of a surrogate pair, '.ud"):
+        processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": text})
+
+
 def test_guidance_of_a_request_is_bounded_and_each_text_counted_once() -> None:
     limits = Limits(max_guidance_tokens=20)
     five = [IMAGE_ID, IMAGE_ID, 1] * 5
