@@ -21,7 +21,7 @@ from mmtok_sglang.limits import Limits
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.stages import image_stage
 
-__all__ = ["ImageLoader", "decoded", "is_raw"]
+__all__ = ["ImageLoader", "check_num_bytes", "decoded", "is_raw"]
 
 # Threads that wait for other servers, apart from those that read: addresses that hang delay no other image but one
 # that has an address, too.
@@ -86,8 +86,7 @@ class ImageLoader:
             # At once: what is beyond the limits is not loaded any more.
             sizes_bytes.append(num_bytes)
             nums_pixels.append(num_pixels)
-            if sum(sizes_bytes) > _MAX_FILES * _max_bytes(max_mb):
-                raise _too_many_bytes(_MAX_FILES * _max_bytes(max_mb), "the images of a request have")
+            check_num_bytes(sum(sizes_bytes), server_args, "the images of a request have")
             self._limits.check_images(nums_pixels)
             return loaded
 
@@ -180,6 +179,19 @@ def _read_file(path: str, most: int) -> bytes:
         raise OSError(f"{path} is no regular file")
     with open(path, "rb") as file:
         return file.read(min(most, status.st_size) + 1)
+
+
+def check_num_bytes(num_bytes: int, server_args: Any, what: str) -> None:
+    """Raises ValueError (HTTP 400) for files that are too large together.
+
+    Args:
+        num_bytes: Bytes of those that are loaded by now.
+        server_args: As for `ImageLoader.load`.
+        what: How the error calls them: "the images of a request have".
+    """
+    most = _MAX_FILES * _max_bytes(getattr(server_args, "media_url_max_file_size_mb", _DEFAULT_MAX_FILE_MB))
+    if num_bytes > most:
+        raise _too_many_bytes(most, what)
 
 
 def _max_bytes(max_mb: int) -> int:
