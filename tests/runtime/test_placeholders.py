@@ -494,6 +494,19 @@ def test_the_guidance_of_a_long_prompt_is_found_in_a_thread(monkeypatch: pytest.
     assert threads == [True, False]
 
 
+def test_images_are_planned_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `downsample` scales the pixels of a LLaVA there: 64 images kept the event loop for 0.4 s.
+    threads: list[bool] = []
+
+    def num_kept(*_: Any) -> int:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return 1
+
+    monkeypatch.setattr(StandInFamily, "num_kept", num_kept)
+    processed(prompt_output(TWO_IMAGES), 1)
+    assert threads == [False, False]
+
+
 def test_a_prompt_of_ids_and_an_image_without_text() -> None:
     with_text = processed(prompt_output([IMAGE_ID] * 3), 1, prompt=[IMAGE_ID, ord("a")]).mm_items[0]
     without = processed(prompt_output([IMAGE_ID] * 3), 1, prompt=[IMAGE_ID]).mm_items[0]
@@ -595,6 +608,17 @@ def test_what_stands_in_an_images_place_and_is_none_is_refused(budget: str | int
     # An address within a list would be loaded without a limit.
     with pytest.raises(ValueError, match=f"got a {type(image).__name__}: send one list of images for a prompt"):
         processed(None, budget, images=["cat.png", image])
+
+
+@pytest.mark.parametrize("budget", ["all", 2])
+@pytest.mark.parametrize(
+    "video", [["a.mp4"], [["https://a/a.mp4"]], [[0.5], ["/a.mp4"]], [b"film"], None, 5, True, {}, {"url": "a.mp4"}]
+)
+def test_what_stands_in_a_videos_place_and_is_none_is_refused(budget: str | int, video: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"a video is an address, .* got a {type(video).__name__}: send one list of vid"
+    ):
+        processed(None, budget, images=None, videos=["a.mp4", video])
 
 
 @pytest.mark.parametrize("inputs", [inputs for inputs, _ in UNPRUNABLE])
