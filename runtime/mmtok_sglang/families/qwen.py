@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
@@ -33,6 +34,9 @@ __all__ = ["Qwen", "QwenModel", "QwenProcessor", "QwenWithTimestamps", "grid_of"
 
 _MAX_PIXELS_ON_CPU = 2048 * 2048
 _MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
+# What SGLang keeps of 256 prompts of as much takes 100 MB.
+_MAX_KEPT_PATCHES = 1 << 15
+_MAX_KEPT_LETTERS = 1 << 15
 
 
 class QwenModel(PrunedModel):
@@ -88,6 +92,18 @@ class QwenProcessor(PrunedProcessor):
         """Returns what the Hugging Face processor makes of images."""
         with image_stage("preprocess"):
             return super().prepare_artifact_batch(*args, **kwargs)
+
+    @override
+    def _cached_image_prompt_template(self, input_text: str, grid_key: Any) -> Any:
+        """Returns the expanded prompt of images with its positions; a long one is not kept.
+
+        SGLang keeps the last 256, 32 bytes a token of the unpruned prompt and its text: gigabytes of prompts with many
+        images, that only a prompt of the same text takes.
+        """
+        num_patches = sum(math.prod(grid) for grid in grid_key)
+        if num_patches > _MAX_KEPT_PATCHES or len(input_text) > _MAX_KEPT_LETTERS:
+            return self._build_image_prompt_template(input_text, grid_key)
+        return super()._cached_image_prompt_template(input_text, grid_key)
 
     @classmethod
     @override
