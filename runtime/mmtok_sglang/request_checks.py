@@ -85,13 +85,13 @@ def refuse_no_videos(videos: Sequence[Any]) -> None:
 
 def _has_text(value: Any) -> bool:
     """True for a list with a text at any depth; rows of numbers are not walked."""
-    pending = [value] if isinstance(value, list | tuple) else []
+    pending: list[Any] = [value] if isinstance(value, list | tuple) else []
     while pending:
         each = pending.pop()
         if isinstance(each, str | bytes):
             return True
         if isinstance(each, list | tuple) and each and not isinstance(each[0], int | float):
-            pending += each
+            pending.extend(each)
     return False
 
 
