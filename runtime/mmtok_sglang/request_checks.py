@@ -74,8 +74,13 @@ def refuse_no_videos(videos: Sequence[Any]) -> None:
     Hugging Face's processor loads an address or a path within a list, which no limit would have seen.
     """
     for each in videos:
-        is_object = isinstance(each, dict) and not BaseMultimodalProcessor._is_preprocessed_input(each)
-        if each is None or isinstance(each, bool | int | float) or is_object or _has_text(each):
+        if isinstance(each, dict) and not BaseMultimodalProcessor._is_preprocessed_input(each):
+            raise refusal(
+                "video",
+                f"a video is an address, a path or base64 text, got an object of {', '.join(map(str, each))}: send "
+                'the text itself, "video_data": "https://..." and not {"url": "https://..."}',
+            )
+        if each is None or isinstance(each, bool | int | float) or _has_text(each):
             raise refusal(
                 "video",
                 f"a video is an address, a path or base64 text, got a {type(each).__name__}: send one list of videos "
