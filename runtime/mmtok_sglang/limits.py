@@ -257,7 +257,7 @@ def _num_bytes(text: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        # JSON may have it, and tokenizers take no such text.
+        # A Python caller may send it (HTTP does not let it in), and tokenizers take no such text.
         raise refusal(
             "guidance",
             f"the text that guides the selection of an image has half of a surrogate pair, {text[error.start]!r}, at "
