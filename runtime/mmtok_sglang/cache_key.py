@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from sglang.srt.managers import mm_schedule
+from sglang.srt.mem_cache.multimodal_cache import MultiModalStaticCache
 from torch import Tensor
 
 from mmtok_sglang.plan import ImagePlan, plan_of, share_guidance
@@ -46,6 +47,7 @@ __all__ = [
     "keys_of",
     "name_by_source",
     "name_images",
+    "names_together",
     "naming",
 ]
 
@@ -402,11 +404,32 @@ def has_images(forward_batch: Any) -> bool:
     return not (mode.is_decode() or mode.is_target_verify()) and bool(forward_batch.contains_mm_inputs())
 
 
+def names_together(items: Sequence[Any]) -> list[tuple[int, list[Any]]]:
+    """Returns the names in SGLang's cache of embeddings that are of several items at once, and these items.
+
+    A request's items of one kind are encoded together, and held under one name, where one of them has several runs of
+    placeholders: a video of a Qwen3-VL that is not pruned (sglang 0.5.23 srt/managers/mm_schedule.py,
+    `_get_chunked_embedding_full`).
+
+    Args:
+        items: SGLang's items of a request.
+    """
+    kinds: dict[Any, list[Any]] = {}
+    for item in items:
+        kinds.setdefault(item.modality, []).append(item)
+    return [
+        (MultiModalStaticCache.combine_hashes([item.hash for item in kind]), kind)
+        for kind in kinds.values()
+        if any(len(item.offsets or ()) > 1 for item in kind)
+    ]
+
+
 def check_embeddings(forward_batch: Any) -> None:
     """Makes sure that what SGLang's cache of embeddings holds for a batch's images is theirs.
 
-    That cache goes by 64 bits of an image's identity. Beside it stands whose each name is; an image whose name is
-    another's gets a name of its own, and what stands under a name of nobody is dropped.
+    That cache goes by 64 bits of an image's identity, and for items that are encoded together by a hash of these that
+    Python makes. Beside it stands whose each name is; an image whose name is another's gets a name of its own, and what
+    stands under a name of nobody, or of other items together, is dropped.
 
     Args:
         forward_batch: A prefill batch, before its images are embedded.
@@ -422,14 +445,28 @@ def check_embeddings(forward_batch: Any) -> None:
             owner = item.identity or item.hash.to_bytes(8, "big")
             name = item.hash
             while owners.get(name, owner) != owner:
-                name = int.from_bytes(digest(owner, name)[:8], "big")
-            if name not in owners and cache.has(name):
-                cache.free(name, None)
-            owners[name] = owner
+                name = _next_name(owner, name)
             item.hash = name
+            _own(name, owner, owners, cache)
+        for name, items in names_together(inputs.mm_items if inputs is not None else []):
+            owner = digest([item.identity or item.hash for item in items])
+            while owners.get(name, owner) != owner:
+                items[0].hash = _next_name(owner, items[0].hash)
+                name = MultiModalStaticCache.combine_hashes([item.hash for item in items])
+            _own(name, owner, owners, cache)
     if len(owners) > max(_MAX_OWNERS, 2 * len(cache)):
         in_batch = {item.hash for inputs in forward_batch.mm_inputs if inputs is not None for item in inputs.mm_items}
         cache.mmtok_owners = {name: owner for name, owner in owners.items() if name in in_batch or cache.has(name)}
+
+
+def _next_name(owner: bytes, name: int) -> int:
+    return int.from_bytes(digest(owner, name)[:8], "big")
+
+
+def _own(name: int, owner: bytes, owners: dict[int, bytes], cache: Any) -> None:
+    if name not in owners and cache.has(name):
+        cache.free(name, None)
+    owners[name] = owner
 
 
 def _content_here(item: Any) -> bytes:

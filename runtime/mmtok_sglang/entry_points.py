@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 
 from mmtok_deploy.shown import shown
 from mmtok_sglang.refusals import refusal
-from mmtok_sglang.request import FIELD, body_of
+from mmtok_sglang.request import FIELD, body_of, is_ours
 
 __all__ = ["answer_http", "engine_async_generate", "engine_generate", "generate_request"]
 
@@ -123,7 +123,7 @@ def _hand_on(obj: Any, request: Any) -> None:
             raise refusal("field", f'{FIELD} is an object like {{"mmtok_budget": "10%"}}, got {shown(each)}')
     if given is None:
         return
-    ours = {name: value for name, value in given.items() if str(name).startswith("mmtok_") and value is not None}
+    ours = {name: value for name, value in given.items() if is_ours(name) and value is not None}
     if not ours:
         return
     if not isinstance(obj, GenerateReqInput):
@@ -163,15 +163,15 @@ def _refuse_misplaced(body: Mapping[str, Any]) -> None:
 
 
 def _ours(fields: Mapping[str, Any]) -> list[str]:
-    return sorted(name for name in fields if name.startswith("mmtok_"))
+    return sorted(name for name in fields if is_ours(name))
 
 
 def _objects(body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Gives the objects within a request, at any depth, and the field that each stands in; none of the caller's own."""
-    fields = {place: value for place, value in body.items() if place != FIELD}
+    fields = _within_ours(body)
     parameters = fields.get("parameters")
     if "instances" in body and isinstance(parameters, dict):
-        fields["parameters"] = {name: value for name, value in parameters.items() if name != FIELD}
+        fields["parameters"] = _within_ours(parameters)
     # No recursion: it may be nested as deep as JSON allows.
     pending = [(place, value) for place, value in fields.items() if place not in _OF_THE_CALLER]
     while pending:
@@ -181,6 +181,15 @@ def _objects(body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         elif isinstance(value, dict) and value.get("type") != "tool_use":
             yield place, value
             pending += [(place, each) for name, each in value.items() if name not in _OF_THE_CALLER]
+
+
+def _within_ours(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields with, in place of the one that holds ours, what stands within each of ours."""
+    within = {name: value for name, value in fields.items() if name != FIELD}
+    ours = fields.get(FIELD)
+    if isinstance(ours, Mapping):
+        within |= {f"{FIELD}.{name}": value for name, value in ours.items()}
+    return within
 
 
 async def _refuse(error: ValueError) -> AsyncIterator[Any]:

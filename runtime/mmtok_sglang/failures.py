@@ -31,6 +31,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
+from mmtok_sglang.cache_key import names_together
 from mmtok_sglang.ranks import num_ranks
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
@@ -179,8 +180,8 @@ class Failures:
             req.discard_output_reason = FINISH_ABORT(f"MMTok: {why}", 500, "InternalServerError")
             if req is scheduler.chunked_req:
                 scheduler._pending_chunked_abort_req = req
-        for item_hash in self._why:
-            drop_cached_embedding(item_hash)
+        for name in self._names_of_failed(batch.reqs):
+            drop_cached_embedding(name)
         return result
 
     def take_in(self, original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any) -> None:
@@ -223,6 +224,12 @@ class Failures:
     def _give_up(self, item: Any, error: str, empty: Callable[[Any, int], Tensor]) -> Tensor:
         self.mark(item.hash, f"the features of an image could not be computed ({error})")
         return empty(item, sum(end - start + 1 for start, end in item.offsets))
+
+    def _names_of_failed(self, reqs: Sequence[Any]) -> set[int]:
+        """Returns the names in SGLang's cache of embeddings under which the zeros of a failed image may stand."""
+        requests = [req.multimodal_inputs.mm_items for req in reqs if req.multimodal_inputs is not None]
+        together = [each for items in requests for each in names_together(items)]
+        return {*self._why, *(name for name, items in together if any(item.hash in self._why for item in items))}
 
     def _failure_of(self, req: Any, first: int, stop: int) -> str | None:
         """Returns why an image failed that a request reads between two of its tokens, None if none did."""

@@ -21,7 +21,7 @@ from mmtok_sglang.limits import Limits
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.stages import image_stage
 
-__all__ = ["ImageLoader", "decoded", "is_raw"]
+__all__ = ["ImageLoader", "check_num_bytes", "decoded", "is_raw"]
 
 # Threads that wait for other servers, apart from those that read: addresses that hang delay no other image but one
 # that has an address, too.
@@ -35,7 +35,8 @@ _DEFAULT_MAX_FILE_MB = 64
 _MAX_FILES = 8
 _NUM_AT_A_TIME = 8
 # Formats whose header says what decoding takes. Of Pillow's others some hold a file of another size (ICO, ICNS, IPTC),
-# which ICO decodes as it is opened, unpack without an end (FITS), run another program (EPS), or are decoded by Python.
+# which ICO decodes as it is opened, unpack without an end (FITS), or run another program (EPS). Some have encodings
+# that Python decodes (`Image.DECODERS`): one megapixel took 7 s, in which threads for other requests wait.
 _FORMATS = ["AVIF", "BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF"]
 _FORMATS += ["WEBP"]
 _ICONS = (b"\0\0\1\0", b"\0\0\2\0")
@@ -85,8 +86,7 @@ class ImageLoader:
             # At once: what is beyond the limits is not loaded any more.
             sizes_bytes.append(num_bytes)
             nums_pixels.append(num_pixels)
-            if sum(sizes_bytes) > _MAX_FILES * _max_bytes(max_mb):
-                raise _too_many_bytes(_MAX_FILES * _max_bytes(max_mb), "the images of a request have")
+            check_num_bytes(sum(sizes_bytes), server_args, "the images of a request have")
             self._limits.check_images(nums_pixels)
             return loaded
 
@@ -181,6 +181,19 @@ def _read_file(path: str, most: int) -> bytes:
         return file.read(min(most, status.st_size) + 1)
 
 
+def check_num_bytes(num_bytes: int, server_args: Any, what: str) -> None:
+    """Raises ValueError (HTTP 400) for files that are too large together.
+
+    Args:
+        num_bytes: Bytes of those that are loaded by now.
+        server_args: As for `ImageLoader.load`.
+        what: How the error calls them: "the images of a request have".
+    """
+    most = _MAX_FILES * _max_bytes(getattr(server_args, "media_url_max_file_size_mb", _DEFAULT_MAX_FILE_MB))
+    if num_bytes > most:
+        raise _too_many_bytes(most, what)
+
+
 def _max_bytes(max_mb: int) -> int:
     return max_mb << 20 if max_mb else sys.maxsize  # 0 is SGLang's word for no limit
 
@@ -217,13 +230,15 @@ class _Header(BytesIO):
 
 def _size_in_header(data: bytes, limits: Limits) -> tuple[int, int]:
     """Returns width and height; nothing is decoded."""
-    if data.startswith(_ICONS):
+    # An uncompressed TGA begins as a file of no cursors does.
+    if data.startswith(_ICONS) and data[4:6] != b"\0\0":
         raise _format_refusal("ICO")
     try:
         with Image.open(_Header(data)) as image:
             name, size = image.format or "", image.size
             tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
             tile = int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1))
+            decoders = [each[0] for each in image.tile]
     except Image.DecompressionBombError as error:
         raise refusal("pixels", f"an image is too large to be read: {error}") from error
     except UnidentifiedImageError as error:
@@ -232,6 +247,13 @@ def _size_in_header(data: bytes, limits: Limits) -> tuple[int, int]:
         raise refusal("image", f"an image cannot be read: {error!s:.300}") from error
     if name not in _FORMATS:
         raise _format_refusal(name)
+    in_python = [decoder for decoder in decoders if decoder in Image.DECODERS]
+    if in_python:
+        raise refusal(
+            "image",
+            f"an image is of an encoding of {name} that is decoded byte by byte ({in_python[0]}), which takes minutes: "
+            "send it as PNG or JPEG",
+        )
     if name in ("JPEG", "MPO") and data.count(_START_OF_SCAN) > _MAX_SCANS:
         raise refusal(
             "image",

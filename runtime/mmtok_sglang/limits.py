@@ -15,6 +15,9 @@ __all__ = ["Limits", "default_limits"]
 _MAX_BYTES_A_TOKEN = 16
 # Pixels that the images of one request may have together, in multiples of what one may have.
 _MAX_LARGE = 8
+# Pixels that the files of a request's videos may have in all of their frames, in the same multiples: of a file with one
+# key frame, all before a frame that is read are decoded. By default 70 minutes of 1920 x 1080 at 30 frames a second.
+_MAX_DECODED = 4096
 # Guidance that the images of one request may have together, in multiples of what one may have.
 _MAX_TEXTS = 4
 
@@ -29,7 +32,7 @@ class Limits:
         max_image_pixels: The most pixels of an image as it was sent, which decoding takes memory for; all images of a
             request may have eight times as many.
         max_video_frames: The most frames that the processor takes of the videos of a request. Together they may have
-            eight times `max_image_pixels` as they were sent.
+            eight times `max_image_pixels` as they were sent, and all frames of their files 4,096 times as many.
         max_video_pixels: The most pixels that the encoder reads of a video, of every second frame. The default lets
             through all that SGLang takes of one: 90 million.
         max_aspect_ratio: The most shorter sides that an image's longer side may have; CLIP's processor scales the
@@ -135,26 +138,35 @@ class Limits:
                 "or a smaller max_dynamic_patch",
             )
 
-    def check_frames(self, sizes: Sequence[tuple[int, int, int]]) -> None:
+    def check_frames(self, sizes: Sequence[tuple[int, int, int, int]]) -> None:
         """Raises ValueError (HTTP 400) for videos of too many frames, or too large ones.
 
         Args:
-            sizes: The frames that are read of each video of a request, their width and height as they were sent.
+            sizes: The frames that are read of each video of a request, those that its file has, their width and height
+                as they were sent.
         """
-        num_frames = sum(frames for frames, _, _ in sizes)
+        num_frames = sum(frames for frames, _, _, _ in sizes)
         if num_frames > self.max_video_frames:
             raise refusal(
                 "video",
                 f"{num_frames:,} frames would be read of this request's videos, this server takes "
                 f"{self.max_video_frames:,} (--mmtok-max-video-frames): send a shorter video",
             )
-        num_pixels = sum(frames * width * height for frames, width, height in sizes)
+        num_pixels = sum(frames * width * height for frames, _, width, height in sizes)
         if num_pixels > _MAX_LARGE * self.max_image_pixels:
             raise refusal(
                 "pixels",
                 f"the {num_frames:,} frames that would be read of this request's videos have {num_pixels:,} pixels, "
                 f"this server takes {_MAX_LARGE * self.max_image_pixels:,}, eight times --mmtok-max-image-pixels: send "
                 "a shorter or smaller video",
+            )
+        num_decoded = sum(frames * width * height for _, frames, width, height in sizes)
+        if num_decoded > _MAX_DECODED * self.max_image_pixels:
+            raise refusal(
+                "pixels",
+                f"the files of this request's videos have {num_decoded:,} pixels in all of their frames, this server "
+                f"decodes {_MAX_DECODED * self.max_image_pixels:,}, {_MAX_DECODED:,} times --mmtok-max-image-pixels: "
+                "send a shorter or smaller video, or one of fewer frames a second",
             )
 
     def check_encoded(self, num_pixels: int) -> None:
@@ -182,7 +194,7 @@ class Limits:
             )
 
     def check_texts(self, texts: Iterable[str]) -> None:
-        """Raises ValueError (HTTP 400) for guidance that is too long to be tokenised.
+        """Raises ValueError (HTTP 400) for guidance that is too long to be tokenised, or cannot be.
 
         Args:
             texts: Each image's text.
@@ -191,7 +203,7 @@ class Limits:
         total = 0
         for text in dict.fromkeys(texts):
             # A text of more letters than that has more bytes, too: it is not encoded to count them.
-            size = len(text) if len(text) > most else len(text.encode(errors="replace"))
+            size = len(text) if len(text) > most else _num_bytes(text)
             total += size
             if size > most:
                 raise refusal(
@@ -239,6 +251,18 @@ class Limits:
                 'tokens) of each image): ask for a smaller mmtok_budget, for "all", send smaller images, or for a '
                 'video ask for mmtok_video_budget "frame"',
             )
+
+
+def _num_bytes(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        # A Python caller may send it (HTTP does not let it in), and tokenizers take no such text.
+        raise refusal(
+            "guidance",
+            f"the text that guides the selection of an image has half of a surrogate pair, {text[error.start]!r}, at "
+            f"letter {error.start}: send whole characters",
+        ) from None
 
 
 def default_limits(device: str | None, max_pixels_on_cpu: int | None) -> Limits:

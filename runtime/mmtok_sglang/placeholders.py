@@ -27,6 +27,7 @@ from mmtok_sglang.request_checks import (
     drop_our_names,
     refuse_features,
     refuse_no_images,
+    refuse_no_videos,
     refuse_our_names,
     refuse_scattered_placeholders,
     videos_of,
@@ -69,6 +70,7 @@ class PlaceholderCutter:
         videos = videos_of(request)
         refuse_our_names(image_data, videos, getattr(request, "audio_data", None))
         refuse_no_images(image_data)
+        refuse_no_videos(videos)
         asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
         if not asked.changes_nothing:
             if videos:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -64,7 +65,10 @@ class ImagePlanner:
         items, limits, config = output.mm_items, self._settings.limits, processor.hf_config
         if len(items) != len(texts):
             raise refusal("placeholders", f"the prompt has placeholders of {len(items)} images, {len(texts)} came")
-        plans = [self.plan(item, text, asked, config) for item, text in zip(items, texts, strict=True)]
+        # In a thread: `downsample` scales the pixels of a LLaVA, some milliseconds an image.
+        plans = await asyncio.to_thread(
+            lambda: [self.plan(item, text, asked, config) for item, text in zip(items, texts, strict=True)]
+        )
         if not reads_question(asked.method):
             texts = [""] * len(texts)
         words = await self._words.of(texts, tokenizer_of(processor))

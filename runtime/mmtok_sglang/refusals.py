@@ -42,7 +42,8 @@ def refusal(kind: Kind, message: object) -> ValueError:
         message: What was expected, what came, and what to do.
     """
     count_refusal(kind)
-    text = str(message)
+    # What the request brought may be half of a surrogate pair, which no answer can be sent with.
+    text = str(message).encode(errors="backslashreplace").decode()
     # It may show what the request brought, of any length.
     if len(text) > _MAX_LETTERS:
         text = f"{text[: _MAX_LETTERS // 2]} [...] {text[-_MAX_LETTERS // 2 :]}"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import KeySource
@@ -30,6 +32,7 @@ __all__ = [
     "body_of",
     "check_messages",
     "guidance_texts",
+    "is_ours",
     "message_guidance",
     "prompt_guidance",
     "Requested",
@@ -117,9 +120,14 @@ def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested
     )
 
 
+def is_ours(name: object) -> bool:
+    """True for the name of a field that is meant for the plugin, however it is written: mmtok-budget, MMTOK_BUDGET."""
+    return str(name).lower().startswith("mmtok")
+
+
 def _budget(kwargs: Mapping[str, Any] | None, settings: Settings) -> Budget | AutoBudget:
     fields = kwargs or {}
-    unknown = sorted(name for name in fields if name.startswith("mmtok_") and name not in _FIELDS)
+    unknown = sorted(name for name in fields if is_ours(name) and name not in _FIELDS)
     if unknown:
         raise refusal(
             "field", f"mm_processor_kwargs has no field {', '.join(unknown)}; a request may set {', '.join(_FIELDS)}"
@@ -297,13 +305,15 @@ def check_messages(
 ) -> Any:
     """Renders and tokenises a chat's messages as SGLang does; images beside too long a text are refused before.
 
+    All that a template may render is counted: definitions and calls of tools, and what a model has thought, too.
+
     While SGLang tokenises 10 MB of text, no other thread of the process runs for more than a second.
 
     Raises:
         ValueError: A text that is longer than any prompt of the server (HTTP 400).
     """
     if _num_media(request.messages):
-        num_letters = sum(len(text) for message in request.messages for _, text in _parts(message.content))
+        num_letters = _num_letters(request.messages, request.tools, request.chat_template_kwargs)
         settings.limits.check_prompt(num_letters, "characters", serving.tokenizer_manager.max_req_input_len)
     return original(serving, request, *args, **kwargs)
 
@@ -345,6 +355,24 @@ def body_of(raw_request: Any) -> dict[str, Any] | None:
     # FastAPI has parsed it already, and Starlette keeps it here: reading it again would cost time.
     body = getattr(raw_request, "_json", None)
     return body if isinstance(body, dict) else None
+
+
+def _num_letters(*values: Any) -> int:
+    """Returns the letters of all texts in a chat's parts; those of images and videos are none."""
+    num_letters = 0
+    # No recursion: a tool's schema may be nested as deep as JSON allows.
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            num_letters += len(value)
+        elif isinstance(value, Mapping):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            pending += value
+        elif isinstance(value, BaseModel) and getattr(value, "type", None) not in _MEDIA_PARTS:
+            pending += [each for name, each in vars(value).items() if name not in ("role", "type")]
+    return num_letters
 
 
 def _num_media(messages: Sequence[Any]) -> int:

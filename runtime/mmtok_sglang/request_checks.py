@@ -17,6 +17,7 @@ __all__ = [
     "drop_our_names",
     "refuse_features",
     "refuse_no_images",
+    "refuse_no_videos",
     "refuse_our_names",
     "refuse_scattered_placeholders",
     "videos_of",
@@ -65,6 +66,38 @@ def refuse_no_images(image_data: Any) -> None:
                 f"an image is an address, a path or base64 text, got a {type(each).__name__}: send one list of images "
                 "for a prompt, and a list of such lists for a list of prompts",
             )
+
+
+def refuse_no_videos(videos: Sequence[Any]) -> None:
+    """Raises ValueError (HTTP 400) for what JSON may have in a video's place.
+
+    Hugging Face's processor loads an address or a path within a list, which no limit would have seen.
+    """
+    for each in videos:
+        if isinstance(each, dict) and not BaseMultimodalProcessor._is_preprocessed_input(each):
+            raise refusal(
+                "video",
+                f"a video is an address, a path or base64 text, got an object of {', '.join(map(str, each))}: send "
+                'the text itself, "video_data": "https://..." and not {"url": "https://..."}',
+            )
+        if each is None or isinstance(each, bool | int | float) or _has_text(each):
+            raise refusal(
+                "video",
+                f"a video is an address, a path or base64 text, got a {type(each).__name__}: send one list of videos "
+                "for a prompt, and a list of such lists for a list of prompts",
+            )
+
+
+def _has_text(value: Any) -> bool:
+    """True for a list with a text at any depth; rows of numbers are not walked."""
+    pending: list[Any] = [value] if isinstance(value, list | tuple) else []
+    while pending:
+        each = pending.pop()
+        if isinstance(each, str | bytes):
+            return True
+        if isinstance(each, list | tuple) and each and not isinstance(each[0], int | float):
+            pending.extend(each)
+    return False
 
 
 def refuse_our_names(*sources: Any) -> None:

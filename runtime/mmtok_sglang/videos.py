@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from sglang.srt.managers.schedule_batch import MultimodalInputFormat
 from sglang.srt.multimodal.processors.qwen_vl import smart_nframes
 from sglang.srt.utils import VideoData
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 from torch import Tensor
 from typing_extensions import override
 
-from mmtok_sglang.images import ImageLoader
+from mmtok_sglang.images import ImageLoader, check_num_bytes
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.refusals import refusal
 
@@ -85,11 +86,14 @@ class VideoLoader:
             ValueError: A video that cannot be read, or is beyond a limit (HTTP 400).
         """
         opened: list[Video] = []
-        sizes: list[tuple[int, int, int]] = []
+        sizes: list[tuple[int, int, int, int]] = []
+        num_bytes = 0
         # One after another: what is beyond the limits is not loaded any more.
         for video in videos:
             source = video.url if isinstance(video, VideoData) else video
             data = await self._images.read(source, processor.server_args, "a video")
+            num_bytes += len(data)
+            check_num_bytes(num_bytes, processor.server_args, "the videos of a request have")
             loop = asyncio.get_running_loop()
             found, size = await loop.run_in_executor(self._readers, _open, data, processor.video_config)
             found.is_pruned = are_pruned
@@ -109,12 +113,13 @@ class VideoLoader:
         """
         patch_px = config.vision_config.patch_size
         for item in items:
-            if item.is_video():
+            # What comes ready-made, of the processor or of the encoder, may lack a grid, or have a list.
+            if item.is_video() and item.format == MultimodalInputFormat.NORMAL:
                 self._limits.check_encoded(int(item.video_grid_thw.prod(-1).max()) * patch_px**2)
 
 
-def _open(data: bytes, video_config: dict[str, Any]) -> tuple[Video, tuple[int, int, int]]:
-    """Returns a video, how many frames are taken of it, their width and height."""
+def _open(data: bytes, video_config: dict[str, Any]) -> tuple[Video, tuple[int, int, int, int]]:
+    """Returns a video, how many frames are taken of it, how many it has, their width and height."""
     try:
         video = Video(data, device="cuda" if torch.cuda.is_available() else "cpu")
         num_frames, frames_per_s = len(video), video.avg_fps
@@ -127,7 +132,7 @@ def _open(data: bytes, video_config: dict[str, Any]) -> tuple[Video, tuple[int, 
             f"a video has at least {_MIN_FRAMES} frames and a number of them a second, got {num_frames} frames, "
             f"{frames_per_s} a second",
         )
-    return video, (smart_nframes(video_config, num_frames, frames_per_s), width, height)
+    return video, (smart_nframes(video_config, num_frames, frames_per_s), num_frames, width, height)
 
 
 def _unreadable(error: Exception) -> ValueError:

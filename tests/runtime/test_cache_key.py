@@ -25,6 +25,7 @@ from mmtok_sglang.cache_key import (
     keys_of,
     name_by_source,
     name_images,
+    names_together,
     naming,
 )
 from mmtok_sglang.plan import ImagePlan
@@ -545,6 +546,44 @@ def test_an_embedding_of_nobody_is_dropped(monkeypatch: pytest.MonkeyPatch) -> N
     embeddings.hold(item)
     embeddings.check(item)
     assert not embeddings.cache.has(item.hash)
+
+
+def film_items(*numbers: int) -> list[Any]:
+    """Returns items of two runs of placeholders, which SGLang encodes together."""
+    items = [image_item((0, 1)) for _ in numbers]
+    for item, number in zip(items, numbers, strict=True):
+        item.offsets = [(0, 1), (3, 4)]
+        item.set_identity(number.to_bytes(8, "big") + bytes(24))
+    return items
+
+
+def test_an_embedding_of_items_together_is_given_to_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Python's hash of whole numbers is their remainder: the two have one name together, and one each of their own.
+    numbers = (5, 5 + 2**61 - 1)
+    embeddings = Embeddings(monkeypatch)
+    ((one,), (other,)) = (film_items(number) for number in numbers)
+    assert MultiModalStaticCache.combine_hashes([one.hash]) == MultiModalStaticCache.combine_hashes([other.hash])
+    embeddings.check(one)
+    ((name, _),) = names_together([one])
+    embeddings.cache.set(name, EmbeddingResult(embedding=torch.zeros(4, 8)))
+    embeddings.check(other)
+    assert embeddings.cache.get([one.hash]) is not None
+    assert embeddings.cache.get([other.hash]) is None
+    # Both go on having names of their own.
+    for number, earlier in zip(numbers, (one, other), strict=True):
+        (again,) = film_items(number)
+        embeddings.check(again)
+        assert again.hash == earlier.hash
+
+
+def test_an_embedding_of_items_together_of_nobody_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = Embeddings(monkeypatch)
+    items = film_items(1, 2)
+    ((name, together),) = names_together([*items])
+    assert together == items
+    embeddings.cache.set(name, EmbeddingResult(embedding=torch.zeros(8, 8)))
+    embeddings.check(*items)
+    assert embeddings.cache.get([item.hash for item in items]) is None
 
 
 def test_a_trusted_hash_is_not_an_identity_of_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,14 @@ def test_fields_go_before_what_the_plugin_read_from_messages() -> None:
         ({"parameters": {"mm_processor_kwargs": FIELDS}}, "stands within parameters"),
         ({"chat_template_kwargs": FIELDS}, "stands within chat_template_kwargs"),
         ({"images": [{"url": "x", **FIELDS}]}, "stands within images"),
+        ({"mmtok-budget": 5}, "^mmtok-budget stands at the top"),
+        ({"extra_body": {"MMTOK_BUDGET": 5}}, "extra_body is an argument"),
+        ({"mm_processor_kwargs": {"images_kwargs": FIELDS}}, "stands within mm_processor_kwargs.images_kwargs, where"),
+        ({"mm_processor_kwargs": {"mmtok_budget": [{"a": FIELDS}]}}, "within mm_processor_kwargs.mmtok_budget, where"),
+        (
+            {"instances": [{}], "parameters": {"mm_processor_kwargs": {"images_kwargs": FIELDS}}},
+            "stands within parameters",
+        ),
     ],
 )
 def test_fields_in_the_wrong_place_are_refused(body: dict[str, Any], message: str) -> None:

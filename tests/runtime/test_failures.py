@@ -131,6 +131,26 @@ def test_a_marked_images_requests_end_and_keep_nothing(monkeypatch: pytest.Monke
     assert other.discard_output_reason is None
 
 
+def test_the_zeros_of_an_item_that_failed_are_not_kept_under_a_name_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = MultiModalStaticCache(1 << 20)
+    monkeypatch.setattr(mm_schedule, "embedding_cache", cache)
+    film, other, third = images(1, 2, 3)
+    # A video that is not pruned, of two runs of placeholders: SGLang holds the embeddings of both under one name.
+    film.offsets = [(10, 11), (13, 13)]
+    failures, encoder = Failures(), Encoder(hashes=(2,))
+    together = mm_schedule._get_chunked_embedding_full(
+        lambda items: failures.guard_features(encoder, items, zeros),
+        *([film, other], [*film.offsets, *other.offsets], 0, 30, torch.zeros(30, dtype=torch.int64)),
+        torch.device("cpu"),
+    )[0]
+    assert together[:, 0].tolist() == [1, 1, 1, 0, 0, 0]
+    cache.set(MultiModalStaticCache.combine_hashes([3]), EmbeddingResult(embedding=torch.zeros(3, 4)))
+    reqs = [request(film, other), request(third), request()]
+    run(failures, SimpleNamespace(chunked_req=None), reqs, [(0, 30)] * 3, 2)
+    assert cache.get([1, 2]) is None
+    assert cache.get([3]) is not None
+
+
 def test_what_failed_on_the_first_stage_ends_on_the_stages_behind() -> None:
     first, second = Failures(), Failures()
     proxy = SimpleNamespace(tensors={"hidden_states": torch.zeros(2)})

@@ -27,7 +27,7 @@ from mmtok_sglang.families.llava_next import LlavaNext, _raster_order
 from mmtok_sglang.families.qwen import _parts
 from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
 from mmtok_sglang.families.qwen3_5 import Qwen35, Qwen35Moe
-from mmtok_sglang.families.qwen3_vl import Qwen3VL
+from mmtok_sglang.families.qwen3_vl import Qwen3VL, Qwen3VLProcessor
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.model import EncodedImage, PrunedModel
@@ -530,3 +530,18 @@ def test_videos_that_sglang_left_as_one_item_are_separated() -> None:
     assert (one.video_grid_thw.tolist(), other.video_grid_thw.tolist()) == ([[2, 4, 4]], [[1, 4, 8]])
     assert (one.second_per_grid_ts.tolist(), other.second_per_grid_ts.tolist()) == ([1.0], [0.5])
     assert [Qwen25VL().num_frames(each) for each in (one, other, qwen_item([[1, 4, 4]]))] == [2, 1, 1]
+
+
+def test_a_long_prompt_with_images_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = object.__new__(Qwen3VLProcessor)
+    built: list[tuple[str, Any]] = []
+
+    def build(_: Any, text: str, grids: Any) -> int:
+        built.append((text, grids))
+        return len(built)
+
+    monkeypatch.setattr(Qwen3VLProcessor, "_build_image_prompt_template", build)
+    short, long = ("a", ((1, 4, 4),)), [("b" * 40_000, ((1, 4, 4),)), ("c", ((1, 64, 64),) * 9)]
+    for text, grids in (short, *long, short, *long):
+        processor._cached_image_prompt_template(text, grids)
+    assert built == [short, *long, *long]

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import socket
+import struct
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -126,6 +127,37 @@ def test_a_header_in_millions_of_parts_is_given_up(start: bytes) -> None:
 def test_a_header_of_many_parts_is_read() -> None:
     data = encoded(kind="JPEG")
     assert _size_in_header(data[:2] + b"\xff\xe1\0\2" * 1000 + data[2:], LIMITS) == (20, 10)
+
+
+def uncompressed_by_python() -> dict[str, bytes]:
+    """Returns files of 1000 x 1000 pixels of which Pillow decodes each pixel, or run of them, in Python."""
+    side = struct.pack("<ii", 1000, 1000)
+    runs = (b"\1\5" * 1000 + b"\0\0") * 1000 + b"\0\1"
+    bitmap = struct.pack("<I8sHHIIiiII", 40, side, 1, 8, 1, len(runs), 0, 0, 256, 0) + bytes(1024) + runs
+    sizes, masks = (124, 0x1007, 1000, 1000, 0, 0, 0), (32, 64, 0, 16, 0xF800, 0x07E0, 0x001F, 0)
+    surface = struct.pack("<7I44x8I5I", *sizes, *masks, 4096, 0, 0, 0, 0)
+    return {
+        "PPM of text": b"P3\n1000 1000\n255\n" + b"1 " * 3_000_000,
+        "PPM of 100 values": b"P6\n1000 1000\n100\n" + b"1" * 3_000_000,
+        "BMP of runs": b"BM" + struct.pack("<IHHI", 14 + len(bitmap), 0, 0, 14 + 40 + 1024) + bitmap,
+        "DDS of 5, 6, 5 bits": b"DDS " + surface + b"\7" * 2_000_000,
+    }
+
+
+@pytest.mark.parametrize("name", ["PPM of text", "PPM of 100 values", "BMP of runs", "DDS of 5, 6, 5 bits"])
+def test_what_python_would_decode_pixel_by_pixel_is_refused(name: str) -> None:
+    data = uncompressed_by_python()[name]
+    assert Image.open(io.BytesIO(data)).size == (1000, 1000)
+    with pytest.raises(
+        ValueError, match=f"of an encoding of {name[:3]} that is decoded byte by byte .* as PNG or JPEG"
+    ):
+        _size_in_header(data, Limits())
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_usual_bitmaps_are_taken(mode: str) -> None:
+    for kind in ("PPM", "BMP", "TGA", "PCX", "TIFF"):
+        assert decoded(load(encoded(mode=mode, kind=kind))[0]).mode == "RGB"
 
 
 def test_scans_and_tiles_of_usual_files_are_taken() -> None:

@@ -494,6 +494,19 @@ def test_the_guidance_of_a_long_prompt_is_found_in_a_thread(monkeypatch: pytest.
     assert threads == [True, False]
 
 
+def test_images_are_planned_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `downsample` scales the pixels of a LLaVA there: 64 images kept the event loop for 0.4 s.
+    threads: list[bool] = []
+
+    def num_kept(*_: Any) -> int:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return 1
+
+    monkeypatch.setattr(StandInFamily, "num_kept", num_kept)
+    processed(prompt_output(TWO_IMAGES), 1)
+    assert threads == [False, False]
+
+
 def test_a_prompt_of_ids_and_an_image_without_text() -> None:
     with_text = processed(prompt_output([IMAGE_ID] * 3), 1, prompt=[IMAGE_ID, ord("a")]).mm_items[0]
     without = processed(prompt_output([IMAGE_ID] * 3), 1, prompt=[IMAGE_ID]).mm_items[0]
@@ -597,6 +610,17 @@ def test_what_stands_in_an_images_place_and_is_none_is_refused(budget: str | int
         processed(None, budget, images=["cat.png", image])
 
 
+@pytest.mark.parametrize("budget", ["all", 2])
+@pytest.mark.parametrize("video", [["a.mp4"], [["https://a/a.mp4"]], [[0.5], ["/a.mp4"]], [b"film"], None, 5, True])
+def test_what_stands_in_a_videos_place_and_is_none_is_refused(budget: str | int, video: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"a video is an address, .* got a {type(video).__name__}: send one list of vid"
+    ):
+        processed(None, budget, images=None, videos=["a.mp4", video])
+    with pytest.raises(ValueError, match=r"got an object of url, fps: send the text itself, .video_data.: .https"):
+        processed(None, budget, images=None, videos=[{"url": "a.mp4", "fps": 2}])
+
+
 @pytest.mark.parametrize("inputs", [inputs for inputs, _ in UNPRUNABLE])
 @pytest.mark.parametrize(("budget", "fields"), [("all", None), (2, {"mmtok_budget": "all"})])
 def test_what_cannot_be_pruned_passes_unpruned(inputs: dict[str, Any], budget: str | int, fields: Any) -> None:
@@ -634,6 +658,12 @@ def test_guidance_is_bounded() -> None:
         processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": "x" * 3201}, limits=limits)
     with pytest.raises(ValueError, match="more than 3,200 bytes"):
         processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": "\u732b" * 1067}, limits=limits)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a cat\udfff", "\ude00\ud83d"])
+def test_guidance_of_half_a_surrogate_pair_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"guides the selection of an image has half of a surrogate pair, '.ud"):
+        processed(prompt_output(TWO_IMAGES), 2, fields={"mmtok_guidance": text})
 
 
 def test_guidance_of_a_request_is_bounded_and_each_text_counted_once() -> None:

@@ -40,6 +40,12 @@ def test_what_a_request_brought_is_shown_in_part() -> None:
     assert message.endswith("xxx; a request may set mmtok_budget")
 
 
+def test_what_a_request_brought_can_be_sent_with_the_answer() -> None:
+    with pytest.raises(ValueError, match=r"has no field mmtok_\\ud800; a request may set") as caught:
+        requested({"mmtok_\ud800": 5}, make_settings())
+    assert str(caught.value).encode()
+
+
 def test_one_rank_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "is_first_rank", lambda: False)
     before = count("field")

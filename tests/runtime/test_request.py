@@ -91,6 +91,12 @@ def test_an_unknown_field_is_refused_with_those_that_exist() -> None:
         requested({"mmtok_budgets": 5, "mmtok_alpha": 1, "num_crops": 4}, SERVER)
 
 
+@pytest.mark.parametrize("name", ["mmtok-budget", "MMTOK_BUDGET", "mmtokBudget", "mmtok"])
+def test_a_field_that_is_written_in_another_way_is_not_passed_over(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^mm_processor_kwargs has no field {name}; a request may set mmtok_budget"):
+        requested({name: 5}, SERVER)
+
+
 def test_a_requests_method_and_seed_go_before_the_servers() -> None:
     settings = replace(make_settings(), method="even", seed=3)
     fields = {"mmtok_method": "random", "mmtok_seed": 5}
@@ -422,3 +428,36 @@ def test_messages_longer_than_any_prompt_are_refused_before_they_are_tokenised(
             check_messages(SERVER, original, serving, request, True)
     else:
         assert check_messages(SERVER, original, serving, request, True, output_constrained=False) == "tokenised"
+
+
+LETTERS = "x" * 33_000
+
+
+@pytest.mark.parametrize(
+    ("turn", "fields"),
+    [
+        ({}, {"tools": [{"type": "function", "function": {"name": "look", "description": LETTERS}}]}),
+        (
+            {},
+            {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"properties": {LETTERS: 1}}}}]},
+        ),
+        ({}, {"chat_template_kwargs": {"documents": [{"text": LETTERS}]}}),
+        ({"tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": LETTERS}}]}, {}),
+        ({"reasoning_content": LETTERS}, {}),
+        ({"content": [{"type": "thinking", "thinking": LETTERS}]}, {}),
+    ],
+    ids=["tool", "schema", "template", "call", "reasoning", "thinking"],
+)
+def test_all_that_a_template_renders_is_counted_before_it_is_tokenised(turn: Any, fields: Any) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000}}
+    serving = SimpleNamespace(tokenizer_manager=SimpleNamespace(max_req_input_len=1000))
+
+    def ask(*turns: Any, **fields: Any) -> Any:
+        request = ChatCompletionRequest(
+            model="tiny", messages=[{"role": "user", "content": [image, text_part("Hello.")]}, *turns], **fields
+        )
+        return check_messages(SERVER, lambda *_: "tokenised", serving, request, True)
+
+    assert ask({"role": "assistant", "content": "Hello."}) == "tokenised"
+    with pytest.raises(ValueError, match=r"the prompt has 33,0\d\d characters, the longest prompt of this server 1"):
+        ask({"role": "assistant", "content": "Hello.", **turn}, **fields)

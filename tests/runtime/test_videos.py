@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputFormat
 from sglang.srt.multimodal.processors import qwen_vl
 from sglang.srt.utils import VideoData
 
+from mmtok_sglang import limits as limits_module
 from mmtok_sglang.images import ImageLoader
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.videos import Video, VideoLoader, is_raw_video
@@ -65,6 +67,29 @@ def test_too_many_frames_are_refused_before_they_are_decoded(
 
 
 @needs_ffmpeg
+def test_frames_that_are_not_taken_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a file with one key frame, all are decoded: 2 x 16 of 96 x 64 are 196,608 pixels.
+    monkeypatch.setattr(limits_module, "_MAX_DECODED", 16)
+    processor = SimpleNamespace(server_args=None, video_config={"nframes": 2})
+    videos = (film().data, film(seed=1).data)
+    assert len(load(*videos, limits=Limits(max_image_pixels=12_288), processor=processor)) == 2
+    with pytest.raises(
+        ValueError, match="have 196,608 pixels in all of their frames, this server decodes 196,592, 16 t"
+    ):
+        load(*videos, limits=Limits(max_image_pixels=12_287), processor=processor)
+
+
+@needs_ffmpeg
+def test_files_of_a_request_are_bounded_together() -> None:
+    # A megabyte behind the film, which a decoder passes over.
+    data = film().data + (1 << 20).to_bytes(4, "big") + b"free" + bytes((1 << 20) - 8)
+    processor = SimpleNamespace(server_args=SimpleNamespace(media_url_max_file_size_mb=2), video_config={})
+    assert len(load(*[data] * 15, processor=processor)) == 15
+    with pytest.raises(ValueError, match="the videos of a request have more than 16,777,216 bytes"):
+        load(*[data] * 16, processor=processor)
+
+
+@needs_ffmpeg
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -92,7 +117,9 @@ def test_a_server_without_ffmpeg_says_so() -> None:
 
 
 def test_a_video_that_the_encoder_would_read_too_much_of_is_refused() -> None:
-    items = [SimpleNamespace(is_video=lambda: True, video_grid_thw=torch.tensor([[4, 20, 28]]))]
+    items = [
+        MultimodalDataItem(modality=Modality.VIDEO, model_specific_data={"video_grid_thw": torch.tensor([[4, 20, 28]])})
+    ]
     config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14))
     for most in (4 * 20 * 28 * 14**2, 4 * 20 * 28 * 14**2 - 1):
         limits = Limits(max_video_pixels=most)
@@ -102,6 +129,17 @@ def test_a_video_that_the_encoder_would_read_too_much_of_is_refused() -> None:
                 loader.check(items, config)
         else:
             loader.check(items, config)
+
+
+@pytest.mark.parametrize("grid", [{}, {"video_grid_thw": [[4, 20, 28]]}])
+@pytest.mark.parametrize("kind", ["PROCESSOR_OUTPUT", "PRECOMPUTED_EMBEDDING"])
+def test_what_comes_ready_made_is_left_to_sglang(grid: Any, kind: str) -> None:
+    item = MultimodalDataItem(
+        modality=Modality.VIDEO, format=MultimodalInputFormat[kind], model_specific_data=dict(grid)
+    )
+    limits = Limits(max_video_pixels=1)
+    config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14))
+    VideoLoader(limits, ImageLoader(limits)).check([item], config)
 
 
 def pixels_read(width: int, height: int, num_frames: int) -> int:
@@ -114,7 +152,7 @@ def pixels_read(width: int, height: int, num_frames: int) -> int:
 @pytest.mark.parametrize(("seconds", "width", "height"), [(60, 1280, 720), (60, 1920, 1080), (120, 1280, 720)])
 def test_a_usual_video_is_within_the_default_limits(seconds: int, width: int, height: int) -> None:
     num_frames = 2 * seconds
-    Limits().check_frames([(num_frames, width, height)])
+    Limits().check_frames([(num_frames, 30 * seconds, width, height)])
     read = pixels_read(width, height, num_frames)
     Limits().check_encoded(read)
     # The share of 10% of a minute, guided by 50 tokens; of more, by frames.
@@ -125,6 +163,11 @@ def test_a_usual_video_is_within_the_default_limits(seconds: int, width: int, he
         with pytest.raises(ValueError, match='for a video ask for mmtok_video_budget "frame"'):
             Limits().check_cost(num_tokens // 10 * num_tokens * (50 + num_tokens))
     Limits().check_cost(seconds * (size // 10) * size * (50 + size))
+
+
+@pytest.mark.parametrize(("seconds", "width", "height"), [(4200, 1920, 1080), (9000, 1280, 720), (28800, 720, 400)])
+def test_a_long_video_is_within_the_default_limits(seconds: int, width: int, height: int) -> None:
+    Limits().check_frames([(100, 30 * seconds, width, height)])
 
 
 def test_all_that_sglang_takes_of_a_video_is_encoded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
@@ -36,6 +37,9 @@ PREPROCESS_CACHE_MB = 256
 """Bytes of decoded and preprocessed images that the tokenizer processes keep together, on the host."""
 _MAX_PIXELS_ON_CPU = 2048 * 2048
 _MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
+# What SGLang keeps of 256 prompts of as much takes 100 MB.
+_MAX_KEPT_PATCHES = 1 << 15
+_MAX_KEPT_LETTERS = 1 << 15
 
 
 class QwenModel(PrunedModel):
@@ -103,6 +107,18 @@ class QwenProcessor(PrunedProcessor):
             for item, artifact in zip(output.mm_items, artifacts, strict=True):
                 name_by_source(item, artifact.artifact_key)
         return output
+
+    @override
+    def _cached_image_prompt_template(self, input_text: str, grid_key: Any) -> Any:
+        """Returns the expanded prompt of images with its positions; a long one is not kept.
+
+        SGLang keeps the last 256, 32 bytes a token of the unpruned prompt and its text: gigabytes of prompts with many
+        images, that only a prompt of the same text takes.
+        """
+        num_patches = sum(math.prod(grid) for grid in grid_key)
+        if num_patches > _MAX_KEPT_PATCHES or len(input_text) > _MAX_KEPT_LETTERS:
+            return self._build_image_prompt_template(input_text, grid_key)
+        return super()._cached_image_prompt_template(input_text, grid_key)
 
     @classmethod
     @override
