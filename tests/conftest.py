@@ -75,7 +75,7 @@ def _only_slow_tests_start_servers(request: pytest.FixtureRequest, monkeypatch: 
 # What takes minutes, and whose code `make test` runs by another family's or setting's test.
 _EXHAUSTIVE = re.compile(
     r"test_serving_processes\.py::test_two_ranks\[llava-"
-    r"|test_serving_chunks\.py::.*\[(llava-1\.5|qwen3-vl\]|qwen3\.5|internvl3)"
+    r"|test_serving_chunks\.py::.*\[(llava-1\.5|qwen3-vl(\]|-frame|-video)|qwen3\.5|internvl3)"
     r"|test_serving_engine\.py::.*\[llava-next"
     r"|test_serving_agent\.py::.*\[llava-"
     r"|test_serving_tiles\.py"

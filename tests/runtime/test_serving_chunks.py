@@ -13,7 +13,7 @@ from mmtok_bench.families import FamilyName
 from tests.runtime.chats import Chat, Part, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.emulated_graphs import ARGUMENTS, graph_environment
-from tests.runtime.films import film, needs_ffmpeg
+from tests.runtime.films import Film, film, needs_ffmpeg
 from tests.runtime.serving import Served, prunes_videos
 
 CHUNK = 32
@@ -135,16 +135,22 @@ def test_features_that_are_held_change_nothing(chunked: Served) -> None:
     chunked.check(chat, accounts[1], BUDGET[chunked.family])
 
 
+def steady() -> Film:
+    """Returns a film of which half of the tokens are chosen by more than rounding: of others by frame alone."""
+    return film(12, 5.0, seed=1)
+
+
 @needs_ffmpeg()
-def test_chunks_end_anywhere_in_a_film(filmed: Served) -> None:
-    budget = BUDGET[filmed.family]
-    chat = _behind("x", film(seed=6))
-    ids, places = _read(filmed, chat), []
+@pytest.mark.parametrize("by_frame", [True, False], ids=["frame", "video"])
+def test_chunks_end_anywhere_in_a_film(filmed: Served, by_frame: bool) -> None:
+    shown, budget = film(seed=6) if by_frame else steady(), BUDGET[filmed.family]
+    fields = {"mmtok_video_budget": "frame"} if by_frame else {}
+    ids = _read(filmed, _behind("x", shown), by_frame)
     token = filmed.judge.model.config.video_token_id
     first, last = ids.index(token), len(ids) - 1 - ids[::-1].index(token)
     # Within a run of placeholders, and where each step in time has a timestamp: behind a run, within the timestamp,
     # and before the next run.
-    places.append(next(place for place in range((first + last) // 2, last) if ids[place - 1] == ids[place] == token))
+    places = [next(place for place in range((first + last) // 2, last) if ids[place - 1] == ids[place] == token)]
     behind = next((place for place in range(first, last) if ids[place] != token), None)
     if behind is not None:
         before = ids.index(token, behind)
@@ -152,12 +158,11 @@ def test_chunks_end_anywhere_in_a_film(filmed: Served) -> None:
         places += [behind, behind + 5, before]
     for place in places:
         num_more = -place % CHUNK
-        moved = _behind("x" * (1 + num_more), film(seed=6))
+        moved = _behind("x" * (1 + num_more), shown)
         # The same tokens from the film on, behind as many more of the system prompt: a chunk ends before the place.
-        assert _read(filmed, moved)[place + num_more :] == ids[place:]
+        assert _read(filmed, moved, by_frame)[place + num_more :] == ids[place:]
         filmed.flush_cache()
-        filmed.check(moved, filmed.ask(moved), budget)
-        filmed.check(moved, filmed.ask(moved, mmtok_video_budget="frame"), budget, by_frame=True)
+        filmed.check(moved, filmed.ask(moved, **fields), budget, by_frame=by_frame)
 
 
 @needs_ffmpeg()
@@ -165,7 +170,7 @@ def test_films_that_drive_each_other_out_between_chunks(filmed: Served) -> None:
     chat = Chat.ask(film(), small("chelsea"), film(seed=1), film(), QUESTION)
     filmed.flush_cache()
     encoded = filmed.metric("encoded_images_total")
-    filmed.check(chat, filmed.ask(chat), BUDGET[filmed.family])
+    filmed.check(chat, filmed.ask(chat, mmtok_video_budget="frame"), BUDGET[filmed.family], by_frame=True)
     # A film is encoded again for a later chunk of it.
     assert filmed.metric("encoded_images_total") - encoded >= 4
 
@@ -180,15 +185,17 @@ def test_retracted_requests(chunked: Served) -> None:
 @needs_ffmpeg()
 def test_retracted_requests_with_films(filmed: Served) -> None:
     films = [Chat.ask(film(seed=seed), f"{QUESTION} {seed}") for seed in (1, 2)]
-    _check_retracted(filmed, [*films, Chat.ask(film(), small("chelsea"), QUESTION), IMAGE_CHATS[0]])
+    chats = [*films, Chat.ask(film(), small("chelsea"), QUESTION), IMAGE_CHATS[0]]
+    _check_retracted(filmed, chats, mmtok_video_budget="frame")
+    _check_retracted(filmed, [Chat.ask(steady(), f"{QUESTION} {number}") for number in range(4)])
 
 
-def _check_retracted(served: Served, chats: list[Chat]) -> None:
+def _check_retracted(served: Served, chats: list[Chat], **fields: Any) -> None:
     with ThreadPoolExecutor(len(chats)) as pool:
-        accounts = list(pool.map(lambda chat: served.ask(chat, max_tokens=40), chats))
+        accounts = list(pool.map(lambda chat: served.ask(chat, max_tokens=40, **fields), chats))
     assert sum(account["num_retractions"] for account in accounts) > 0
     for chat, account in zip(chats, accounts, strict=True):
-        served.check(chat, account, BUDGET[served.family])
+        served.check(chat, account, BUDGET[served.family], by_frame=bool(fields))
 
 
 def _behind(text: str, *parts: Part) -> Chat:
@@ -196,9 +203,9 @@ def _behind(text: str, *parts: Part) -> Chat:
     return Chat((("system", (text,)),)).then("user", *parts, QUESTION)
 
 
-def _read(served: Served, chat: Chat) -> list[int]:
+def _read(served: Served, chat: Chat, by_frame: bool) -> list[int]:
     """Returns the tokens that the hand-pruned model reads of a chat."""
-    prompt = served.judge.prompt(chat.for_template())
-    pruned = served.judge.prune(prompt, chat.images, chat.guidance, BUDGET[served.family], films=chat.films)
+    prompt, budget = served.judge.prompt(chat.for_template()), BUDGET[served.family]
+    pruned = served.judge.prune(prompt, [], chat.guidance, budget, films=chat.films, by_frame=by_frame)
     ids: list[int] = pruned.token_ids.tolist()
     return ids

