@@ -144,7 +144,7 @@ def steady() -> Film:
 @pytest.mark.parametrize("by_frame", [True, False], ids=["frame", "video"])
 def test_chunks_end_anywhere_in_a_film(filmed: Served, by_frame: bool) -> None:
     shown, budget = film(seed=6) if by_frame else steady(), BUDGET[filmed.family]
-    fields = {"mmtok_video_budget": "frame"} if by_frame else {}
+    fields: dict[str, Any] = {"mmtok_video_budget": "frame"} if by_frame else {}
     ids = _read(filmed, _behind("x", shown), by_frame)
     token = filmed.judge.model.config.video_token_id
     first, last = ids.index(token), len(ids) - 1 - ids[::-1].index(token)
@@ -167,12 +167,13 @@ def test_chunks_end_anywhere_in_a_film(filmed: Served, by_frame: bool) -> None:
 
 @needs_ffmpeg()
 def test_films_that_drive_each_other_out_between_chunks(filmed: Served) -> None:
-    chat = Chat.ask(film(), small("chelsea"), film(seed=1), film(), QUESTION)
+    # Of a Qwen3.5, whose tokens have no levels of DeepStack, the features of two films fit.
+    chat = Chat.ask(film(), small("chelsea"), film(seed=1), film(seed=2), film(), QUESTION)
     filmed.flush_cache()
     encoded = filmed.metric("encoded_images_total")
     filmed.check(chat, filmed.ask(chat, mmtok_video_budget="frame"), BUDGET[filmed.family], by_frame=True)
-    # A film is encoded again for a later chunk of it.
-    assert filmed.metric("encoded_images_total") - encoded >= 4
+    # The first film is encoded again where it stands last.
+    assert filmed.metric("encoded_images_total") - encoded >= 5
 
 
 IMAGE_CHATS = [Chat.ask(small(name), f"{QUESTION} {name}") for name in ("coffee", "chelsea", "astronaut", "rocket")]
