@@ -85,7 +85,7 @@ def _only_slow_tests_start_servers(request: pytest.FixtureRequest, monkeypatch: 
 # What takes minutes, and whose code `make test` runs by another family's or setting's test.
 _EXHAUSTIVE = re.compile(
     r"test_serving_processes\.py::test_two_ranks\[llava-"
-    r"|test_serving_chunks\.py::.*\[(llava-1\.5|qwen3-vl\]|qwen3\.5|internvl3)"
+    r"|test_serving_chunks\.py::.*\[(llava-1\.5|qwen3-vl(\]|-frame|-video)|qwen3\.5|internvl3)"
     r"|test_serving_engine\.py::.*\[llava-next"
     r"|test_serving_agent\.py::.*\[llava-"
     r"|test_serving_tiles\.py"
@@ -93,6 +93,7 @@ _EXHAUSTIVE = re.compile(
     r"|test_serving_(adapters|processes|methods|scale|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*"
     r"(qwen3-vl|qwen3\.5|internvl3)"
     r"|test_serving_cache\.py::.*(qwen3-vl|internvl3)"
+    r"|test_serving_video\.py::.*\[qwen3\.5"
     r"|test_serving\.py::test_(more_positions_than_the_context|question_of_four_thousand_words)\[qwen3(-vl|\.5)"
     r"|test_processor\.py::.*\[qwen2"
     r"|test_recorded\.py::.*(\[llava-1\.5|-100\])"

@@ -13,7 +13,7 @@ from mmtok_bench.families import PocketFamily
 
 __all__ = ["add_pocket_parser", "run_pocket"]
 
-_INTERRUPTED = 130
+_USAGE, _INTERRUPTED = 2, 130
 
 
 def add_pocket_parser(commands: Any) -> None:
@@ -53,13 +53,15 @@ def add_pocket_parser(commands: Any) -> None:
 
 
 def run_pocket(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of `mmtok pocket`: 0, 1 for a file with wrong contents, 130 after Ctrl-C."""
+    """Returns the exit code of `mmtok pocket`: 0, 1 for a file with wrong contents, 2 usage, 130 after Ctrl-C."""
     if arguments.pocket == "scenes":
         from pocket_training.questions import draw_sheet
 
         print(draw_sheet(arguments.output, seed=arguments.seed))
         return 0
     try:
+        if arguments.pocket == "answers":
+            return _answer(arguments)
         return _train(arguments) if arguments.pocket == "train" else _calibrate(arguments)
     except (OSError, ValueError) as error:
         print(f"mmtok pocket {arguments.pocket}: {error}", file=sys.stderr)
@@ -69,23 +71,30 @@ def run_pocket(arguments: argparse.Namespace) -> int:
         return _INTERRUPTED
 
 
+def _answer(arguments: argparse.Namespace) -> int:
+    from mmtok_bench.quality.plan import QualityPlan
+    from pocket_training.pruned_answers import answer_all, check_plan, write_rows
+
+    try:
+        plan = QualityPlan(
+            *(tuple(arguments.methods), tuple(arguments.budgets), tuple(arguments.seeds)),
+            num_questions=arguments.num_questions,
+        )
+        check_plan(arguments.family, plan)
+    except ValueError as error:
+        print(f"mmtok pocket answers: {error}", file=sys.stderr)
+        return _USAGE
+    answer_all(arguments.family, plan, arguments.output)
+    if arguments.rows is not None:
+        write_rows(arguments.family, plan, arguments.output, arguments.rows)
+    return 0
+
+
 def _calibrate(arguments: argparse.Namespace) -> int:
     from mmtok_bench.results import read_rows
     from mmtok_deploy.budget import Budget
     from pocket_training.auto_budget import lines_of_comparison, shares_of
 
-    if arguments.pocket == "answers":
-        from mmtok_bench.quality.plan import QualityPlan
-        from pocket_training.pruned_answers import answer_all, write_rows
-
-        plan = QualityPlan(
-            *(tuple(arguments.methods), tuple(arguments.budgets), tuple(arguments.seeds)),
-            num_questions=arguments.num_questions,
-        )
-        answer_all(arguments.family, plan, arguments.output)
-        if arguments.rows is not None:
-            write_rows(arguments.family, plan, arguments.output, arguments.rows)
-        return 0
     if arguments.pocket == "auto":
         print("\n".join(lines_of_comparison(arguments.answers)))
         return 0

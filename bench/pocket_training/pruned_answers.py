@@ -34,7 +34,7 @@ from mmtok_deploy.auto_budget import AutoBudget, parse_budget, what_is_asked
 from mmtok_deploy.methods import is_nested
 from pocket_training.fastv import last_hidden_after_fastv
 
-__all__ = ["PocketModel", "answer_all", "write_rows"]
+__all__ = ["PocketModel", "answer_all", "check_plan", "write_rows"]
 
 
 class PocketModel:
@@ -108,17 +108,31 @@ class PocketModel:
         return positions[..., places], int(positions.max()) + 1
 
 
-def answer_all(family: PocketFamily, plan: QualityPlan, answers: Path) -> None:
-    """Writes the answers of each method at each budget to the questions of each seed, as `mmtok quality` does.
+def check_plan(family: PocketFamily, plan: QualityPlan) -> None:
+    """Checks that a plan can be answered in this process, before a model is loaded.
 
     Raises:
-        ValueError: A budget of smaller images, or the method with an agent.
+        ValueError: A budget of smaller images, the method with an agent, or one that the family cannot run or that
+            makes images smaller.
     """
+    plan.check_family(family)
     for budget in plan.budgets:
         parse_budget(budget, AutoBudget())
     for method in plan.methods:
+        if method == "downsample":
+            raise ValueError("downsample makes images smaller, which a server does: mmtok quality --methods downsample")
         if method != FASTV:
             split_method(method)
+
+
+def answer_all(family: PocketFamily, plan: QualityPlan, answers: Path) -> None:
+    """Writes the answers of each method at each budget to the questions of each seed, as `mmtok quality` does.
+
+    Args:
+        family: The pocket model's.
+        plan: One that `check_plan` lets through.
+        answers: The file that they are added to.
+    """
     model = PocketModel(family)
     for seed in plan.seeds:
         scenes = make_scenes(seed, plan.num_questions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +27,10 @@ _NUM_READERS = 2
 _MIN_FRAMES = 2
 """A Qwen's token is of two frames."""
 _NO_FFMPEG = "Could not load libtorchcodec"
+_NO_FRAMES = ("The best video stream is unknown", "Could not seek file to pts=0")
+"""What it says of a file of sound alone, and of one whose video has no frames."""
+_PLACE_IN_SOURCE = re.compile(r"^\w+, \S+\.cpp:\d+, ")
+"""What TorchCodec's messages begin with."""
 
 
 def is_raw_video(video: Any) -> bool:
@@ -120,6 +125,8 @@ class VideoLoader:
 
 def _open(data: bytes, video_config: dict[str, Any]) -> tuple[Video, tuple[int, int, int, int]]:
     """Returns a video, how many frames are taken of it, how many it has, their width and height."""
+    if not data:
+        raise refusal("video", "a video cannot be decoded (the file is empty): send a whole file")
     try:
         video = Video(data, device="cuda" if torch.cuda.is_available() else "cpu")
         num_frames, frames_per_s = len(video), video.avg_fps
@@ -129,14 +136,16 @@ def _open(data: bytes, video_config: dict[str, Any]) -> tuple[Video, tuple[int, 
     if num_frames < _MIN_FRAMES or not frames_per_s or not 0 < frames_per_s < math.inf:
         raise refusal(
             "video",
-            f"a video has at least {_MIN_FRAMES} frames and a number of them a second, got {num_frames} frames, "
-            f"{frames_per_s} a second",
+            f"a video has at least {_MIN_FRAMES} frames and a number of them a second, got {num_frames} at "
+            f"{frames_per_s} a second: send a single frame as an image",
         )
     return video, (smart_nframes(video_config, num_frames, frames_per_s), num_frames, width, height)
 
 
 def _unreadable(error: Exception) -> ValueError:
-    text = str(error)
+    text = _PLACE_IN_SOURCE.sub("", str(error))
     if _NO_FFMPEG in text:
-        text = "the libraries of FFmpeg, by which SGLang decodes videos, are not installed on this server"
-    return refusal("video", f"a video cannot be decoded: {text:.300}")
+        why = "the libraries of FFmpeg, by which SGLang decodes videos, are not installed on this server"
+        return refusal("video", f"a video cannot be decoded: {why}")
+    why = "the file has no frames" if any(each in text for each in _NO_FRAMES) else f"{text:.300}"
+    return refusal("video", f"a video cannot be decoded ({why}): send a whole file that FFmpeg reads, such as an MP4")

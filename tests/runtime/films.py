@@ -8,12 +8,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from sglang.srt.multimodal.processors import qwen_vl
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
-__all__ = ["Film", "film", "has_ffmpeg"]
+__all__ = ["Film", "film", "has_ffmpeg", "needs_ffmpeg", "sound"]
 
 
 @cache
@@ -26,6 +27,11 @@ def has_ffmpeg() -> bool:
     except Exception as error:  # without the libraries, or of a video that is none
         return "Could not load libtorchcodec" not in str(error)
     return True
+
+
+def needs_ffmpeg() -> pytest.MarkDecorator:
+    """Returns the mark of tests that decode videos."""
+    return pytest.mark.skipif(not has_ffmpeg(), reason="videos are decoded by FFmpeg, which is not installed")
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Film:
 
 @cache
 def film(num_frames: int = 16, frames_per_s: float = 4.0, seed: int = 0, *, scale: int = 1) -> Film:
-    """Returns a film of a square that moves over noise, of 96 x 64 pixels times the scale."""
+    """Returns a film of a square that moves over noise, of 96 x 64 pixels times the scale; without frames, too."""
     from torchcodec.encoders import VideoEncoder
 
     generator = torch.Generator().manual_seed(seed)
@@ -73,3 +79,11 @@ def film(num_frames: int = 16, frames_per_s: float = 4.0, seed: int = 0, *, scal
     frames = frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     encoded = VideoEncoder(frames, frame_rate=frames_per_s).to_tensor("mp4")
     return Film(encoded.numpy().tobytes())
+
+
+def sound() -> bytes:
+    """Returns a file of sound alone."""
+    from torchcodec.encoders import AudioEncoder
+
+    encoded: Tensor = AudioEncoder(torch.zeros(1, 16_000), sample_rate=16_000).to_tensor("wav")
+    return encoded.numpy().tobytes()

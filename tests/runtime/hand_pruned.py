@@ -40,6 +40,8 @@ class Pruned:
     positions: Tensor
     next_position: int
     num_image_tokens: int
+    token_ids: Tensor
+    """[L]; a placeholder's where an image or film is."""
 
 
 class HandPruned:
@@ -143,7 +145,7 @@ class HandPruned:
                 width = embed.embedding_dim
                 rows = torch.cat([pruned.embeddings[:, :width], others.embeddings[:, width:]], dim=1)
                 return replace(pruned, embeddings=rows)
-        return Pruned(embeddings, positions, next_position, int(is_image.sum()))
+        return Pruned(embeddings, positions, next_position, int(is_image.sum()), ids)
 
     @torch.no_grad()
     def vision_tokens(self, prompt: str, images: Sequence[Image.Image]) -> list[Tensor]:
@@ -430,7 +432,7 @@ class HandPruned:
     ) -> Pruned:
         is_image = self._is_image(ids).tolist()
         starts = [i for i, image in enumerate(is_image) if image and (i == 0 or not is_image[i - 1])]
-        pieces, places, end = [], [], 0
+        pieces, places, kept_ids, end = [], [], [], 0
         for start, chosen in zip(starts, taken, strict=True):
             stop = start
             while stop < len(is_image) and is_image[stop]:
@@ -439,13 +441,15 @@ class HandPruned:
             where = start + (chosen if chosen.ndim == 1 and original_positions else torch.arange(len(tokens)))
             pieces += [embeddings[end:start], tokens]
             places += [torch.arange(end, start), where]
+            kept_ids += [ids[end:start], ids[start].expand(len(tokens))]
             end = stop
         pieces.append(embeddings[end:])
         places.append(torch.arange(end, len(ids)))
-        kept = torch.cat(pieces)
+        kept, token_ids = torch.cat(pieces), torch.cat([*kept_ids, ids[end:]])
+        num_image_tokens = sum(map(len, pieces[1::2]))
         if len(positions) == 1:
-            return Pruned(kept, torch.arange(len(kept))[None], len(kept), sum(map(len, pieces[1::2])))
-        return Pruned(kept, positions[:, torch.cat(places)], next_position, sum(map(len, pieces[1::2])))
+            return Pruned(kept, torch.arange(len(kept))[None], len(kept), num_image_tokens, token_ids)
+        return Pruned(kept, positions[:, torch.cat(places)], next_position, num_image_tokens, token_ids)
 
 
 class _TileProcessor(InternVLProcessor):

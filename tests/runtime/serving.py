@@ -14,7 +14,7 @@ from mmtok_bench.server import SglangServer
 from tests.runtime.chats import Chat
 from tests.runtime.hand_pruned import HandPruned
 
-__all__ = ["LOGPROB_TOLERANCE", "Served", "template_arguments"]
+__all__ = ["LOGPROB_TOLERANCE", "Served", "prunes_videos", "template_arguments"]
 
 # float32 on both sides; what was seen is below 5e-6, a wrong position moves logprobs by more than 1e-2.
 LOGPROB_TOLERANCE = 1e-4
@@ -26,6 +26,11 @@ def template_arguments(family: FamilyName, checkpoint: Path) -> tuple[str, ...]:
     By itself SGLang 0.5.23 has another one for InternVL, which leaves a mark of its processor's in the prompt.
     """
     return ("--chat-template", str(checkpoint / "chat_template.jinja")) if family == "internvl3" else ()
+
+
+def prunes_videos(family: FamilyName) -> bool:
+    """True for a family whose videos are pruned."""
+    return family.startswith(("qwen2.5", "qwen3"))
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Served:
         body = {
             "text": prompt,
             "image_data": [data_url(image) for image in chat.images],
+            "video_data": [film.url for film in chat.films] or None,
             "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
             "return_logprob": True,
             "top_logprobs_num": 5,

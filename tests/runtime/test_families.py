@@ -526,6 +526,8 @@ def test_videos_that_sglang_left_as_one_item_are_separated() -> None:
     Qwen25VL().separate_videos(output)
     one, other = output.mm_items
     assert (one.offsets, other.offsets) == ([(3, 10)], [(14, 21)])
+    assert one.frames_apart
+    assert other.frames_apart
     assert torch.equal(torch.cat([one.feature, other.feature]), pixels)
     assert (one.video_grid_thw.tolist(), other.video_grid_thw.tolist()) == ([[2, 4, 4]], [[1, 4, 8]])
     assert (one.second_per_grid_ts.tolist(), other.second_per_grid_ts.tolist()) == ([1.0], [0.5])

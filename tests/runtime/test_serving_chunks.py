@@ -1,4 +1,4 @@
-"""Chunked prefill through the middle of images, retraction, and caches that lose an image between its chunks."""
+"""Chunked prefill through the middle of images and videos, retraction, and caches that lose one between its chunks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from mmtok_bench.families import FamilyName
-from tests.runtime.chats import Chat, small
+from tests.runtime.chats import Chat, Part, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.emulated_graphs import ARGUMENTS, graph_environment
-from tests.runtime.serving import Served
+from tests.runtime.films import Film, film, needs_ffmpeg
+from tests.runtime.serving import Served, prunes_videos
 
+CHUNK = 32
 QUESTION = "What is in this picture, and which colours are there?"
 BUDGET: dict[str, float] = {
     "qwen2-vl": 0.5,
@@ -65,7 +67,7 @@ def chunked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     family: FamilyName = next(each for each in FAMILIES if each == name.removesuffix(GRAPHS))
     arguments = [
         f"--mmtok-budget={BUDGET[family]}",
-        "--chunked-prefill-size=32",
+        f"--chunked-prefill-size={CHUNK}",
         "--enable-metrics",
         f"--mmtok-feature-cache-mb={FEATURE_CACHE_MB[family]}",
     ]
@@ -78,6 +80,13 @@ def chunked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield Served(family, server, judge_of(family))
         if name.endswith(GRAPHS):
             assert len(re.findall(r"Prefill batch.*graph: True", server.log_text())) > 20
+
+
+@pytest.fixture
+def filmed(chunked: Served) -> Served:
+    if not prunes_videos(chunked.family):
+        pytest.skip("videos of this family are not pruned")
+    return chunked
 
 
 def test_chunks_through_the_middle_of_images(chunked: Served) -> None:
@@ -126,10 +135,78 @@ def test_features_that_are_held_change_nothing(chunked: Served) -> None:
     chunked.check(chat, accounts[1], BUDGET[chunked.family])
 
 
+def steady() -> Film:
+    """Returns a film of which half of the tokens are chosen by more than rounding: of others by frame alone."""
+    return film(12, 5.0, seed=1)
+
+
+@needs_ffmpeg()
+@pytest.mark.parametrize("by_frame", [True, False], ids=["frame", "video"])
+def test_chunks_end_anywhere_in_a_film(filmed: Served, by_frame: bool) -> None:
+    shown, budget = film(seed=6) if by_frame else steady(), BUDGET[filmed.family]
+    fields: dict[str, Any] = {"mmtok_video_budget": "frame"} if by_frame else {}
+    ids = _read(filmed, _behind("x", shown), by_frame)
+    token = filmed.judge.model.config.video_token_id
+    first, last = ids.index(token), len(ids) - 1 - ids[::-1].index(token)
+    # Within a run of placeholders, and where each step in time has a timestamp: behind a run, within the timestamp,
+    # and before the next run.
+    places = [next(place for place in range((first + last) // 2, last) if ids[place - 1] == ids[place] == token)]
+    behind = next((place for place in range(first, last) if ids[place] != token), None)
+    if behind is not None:
+        before = ids.index(token, behind)
+        assert before - behind > 10
+        places += [behind, behind + 5, before]
+    for place in places:
+        num_more = -place % CHUNK
+        moved = _behind("x" * (1 + num_more), shown)
+        # The same tokens from the film on, behind as many more of the system prompt: a chunk ends before the place.
+        assert _read(filmed, moved, by_frame)[place + num_more :] == ids[place:]
+        filmed.flush_cache()
+        filmed.check(moved, filmed.ask(moved, **fields), budget, by_frame=by_frame)
+
+
+@needs_ffmpeg()
+def test_films_that_drive_each_other_out_between_chunks(filmed: Served) -> None:
+    # Of a Qwen3.5, whose tokens have no levels of DeepStack, the features of two films fit.
+    chat = Chat.ask(film(), small("chelsea"), film(seed=1), film(seed=2), film(), QUESTION)
+    filmed.flush_cache()
+    encoded = filmed.metric("encoded_images_total")
+    filmed.check(chat, filmed.ask(chat, mmtok_video_budget="frame"), BUDGET[filmed.family], by_frame=True)
+    # The first film is encoded again where it stands last.
+    assert filmed.metric("encoded_images_total") - encoded >= 5
+
+
+IMAGE_CHATS = [Chat.ask(small(name), f"{QUESTION} {name}") for name in ("coffee", "chelsea", "astronaut", "rocket")]
+
+
 def test_retracted_requests(chunked: Served) -> None:
-    chats = [Chat.ask(small(name), f"{QUESTION} {name}") for name in ("coffee", "chelsea", "astronaut", "rocket")]
+    _check_retracted(chunked, IMAGE_CHATS)
+
+
+@needs_ffmpeg()
+def test_retracted_requests_with_films(filmed: Served) -> None:
+    films = [Chat.ask(film(seed=seed), f"{QUESTION} {seed}") for seed in (1, 2)]
+    chats = [*films, Chat.ask(film(), small("chelsea"), QUESTION), IMAGE_CHATS[0]]
+    _check_retracted(filmed, chats, mmtok_video_budget="frame")
+    _check_retracted(filmed, [Chat.ask(steady(), f"{QUESTION} {number}") for number in range(4)])
+
+
+def _check_retracted(served: Served, chats: list[Chat], **fields: Any) -> None:
     with ThreadPoolExecutor(len(chats)) as pool:
-        accounts = list(pool.map(lambda chat: chunked.ask(chat, max_tokens=40), chats))
+        accounts = list(pool.map(lambda chat: served.ask(chat, max_tokens=40, **fields), chats))
     assert sum(account["num_retractions"] for account in accounts) > 0
     for chat, account in zip(chats, accounts, strict=True):
-        chunked.check(chat, account, BUDGET[chunked.family])
+        served.check(chat, account, BUDGET[served.family], by_frame=bool(fields))
+
+
+def _behind(text: str, *parts: Part) -> Chat:
+    """Returns a chat about the parts behind a system prompt, which guides no selection."""
+    return Chat((("system", (text,)),)).then("user", *parts, QUESTION)
+
+
+def _read(served: Served, chat: Chat, by_frame: bool) -> list[int]:
+    """Returns the tokens that the hand-pruned model reads of a chat."""
+    prompt, budget = served.judge.prompt(chat.for_template()), BUDGET[served.family]
+    pruned = served.judge.prune(prompt, [], chat.guidance, budget, films=chat.films, by_frame=by_frame)
+    ids: list[int] = pruned.token_ids.tolist()
+    return ids

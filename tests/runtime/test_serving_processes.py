@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from mmtok_bench.families import FamilyName
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES, checkpoint, judge_of, make_server
-from tests.runtime.serving import Served
+from tests.runtime.films import film, has_ffmpeg
+from tests.runtime.serving import Served, prunes_videos
 
 QUESTION = "How many cats are on the red table?"
 
@@ -22,10 +24,20 @@ CHATS = (
     Chat.ask("No image."),
     Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
 )
+FILM_CHATS: tuple[Callable[[], Chat], ...] = (
+    lambda: Chat.ask(film(), QUESTION),
+    lambda: Chat.ask(film(seed=1), small("coffee"), QUESTION),
+)
 # About an image of before: its features are held by every rank, or by none.
 ANOTHER = Chat.ask(small("coffee"), "Which colours are there?")
 
 pytestmark = pytest.mark.slow
+
+
+def chats_of(family: FamilyName) -> list[Chat]:
+    """Returns the chats of a family, with films where they are pruned and can be decoded."""
+    films = [make() for make in FILM_CHATS] if prunes_videos(family) and has_ffmpeg() else []
+    return [*CHATS, *films]
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
@@ -47,7 +59,7 @@ def test_two_replicas() -> None:
     arguments = ("--mmtok-budget=10%", "--dp-size=2", "--load-balance-method=round_robin")
     with make_server("qwen2.5-vl", *arguments, num_ranks=2) as server:
         served = Served("qwen2.5-vl", server, judge_of("qwen2.5-vl"))
-        for chat in (*CHATS, *CHATS[:1]):
+        for chat in (*chats_of("qwen2.5-vl"), *CHATS[:1]):
             served.check(chat, served.ask(chat))
         assert {"DP0", "DP1"} == set(re.findall(r"(DP\d).*Prefill batch", server.log_text()))
 
@@ -61,10 +73,11 @@ def _check(family: FamilyName, *arguments: str, num_ranks: int = 1, **environmen
     arguments = ("--mmtok-budget=10%", "--enable-metrics", *arguments)
     with make_server(family, *arguments, num_ranks=num_ranks, **environment) as server:
         served = Served(family, server, judge_of(family))
-        with ThreadPoolExecutor(len(CHATS)) as pool:
-            accounts = list(pool.map(served.ask, CHATS))
+        chats = chats_of(family)
+        with ThreadPoolExecutor(len(chats)) as pool:
+            accounts = list(pool.map(served.ask, chats))
         accounts.append(served.ask(ANOTHER))
-        for chat, account in zip((*CHATS, ANOTHER), accounts, strict=True):
+        for chat, account in zip((*chats, ANOTHER), accounts, strict=True):
             served.check(chat, account)
         assert served.metric("feature_cache_hits_total") > 0
         # What moves keys on reaches all processes between the same two requests, or their prefix caches would differ.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,13 +18,13 @@ from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.problem import SelectionProblem
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
-from tests.runtime.films import Film, film, has_ffmpeg
+from tests.runtime.films import Film, film, needs_ffmpeg, sound
 from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
-pytestmark = pytest.mark.skipif(not has_ffmpeg(), reason="videos are decoded by FFmpeg, which is not installed")
+pytestmark = needs_ffmpeg()
 
 QUESTION = "Where does the square go?"
-NUM_TOKENS = {"qwen2.5-vl": 560, "qwen3-vl": 352}
+NUM_TOKENS = {"qwen2.5-vl": 560, "qwen3-vl": 352, "qwen3-vl-moe": 352, "qwen3.5": 352, "qwen3.5-moe": 352}
 """Those of a film, of 4 steps in time."""
 
 
@@ -38,7 +38,7 @@ def tokens_of(method: MethodName, served: Served, budget: int) -> list[int]:
     return kept
 
 
-@pytest.fixture(scope="module", params=["qwen2.5-vl", "qwen3-vl"])
+@pytest.fixture(scope="module", params=list(NUM_TOKENS))
 def family(request: pytest.FixtureRequest) -> FamilyName:
     chosen: FamilyName = request.param
     return chosen
@@ -98,11 +98,12 @@ def test_caches_know_film_and_question(served: Served) -> None:
     # In other films (seed 3) rounding decides which of some tokens is kept.
     chat, other = (Chat.ask(film(seed=4), question) for question in (QUESTION, "What colour is it?"))
     first, again, of_other = served.ask(chat), served.ask(chat), served.ask(other)
-    assert again["cached_tokens"] == first["prompt_tokens"] - 1
+    assert again["cached_tokens"] == served.from_cache(first["prompt_tokens"] - 1)
     before_the_film = served.judge.prompt(chat.for_template()).partition("<|video_pad|>")[0]
-    # Of Qwen3-VL, whose first timestamp is text as well.
-    before_the_film += "<0.2 seconds><|vision_start|>" if served.family == "qwen3-vl" else ""
-    assert of_other["cached_tokens"] == len(served.judge.processor.tokenizer(before_the_film)["input_ids"])
+    # But for Qwen2.5-VL, the first timestamp is text as well.
+    before_the_film += "<0.2 seconds><|vision_start|>" if served.family.startswith("qwen3") else ""
+    num_before = len(served.judge.processor.tokenizer(before_the_film)["input_ids"])
+    assert of_other["cached_tokens"] == served.from_cache(num_before)
     for asked, account in ((chat, first), (chat, again), (other, of_other)):
         served.check(asked, account)
 
@@ -112,6 +113,15 @@ def test_a_requests_own_budget(served: Served) -> None:
     served.check(chat, served.ask(chat, mmtok_budget=7), 7)
     whole = served.ask(chat, mmtok_budget="all")
     assert whole["video_tokens"] == NUM_TOKENS[served.family]
+    if served.family != "qwen2.5-vl":  # whose videos SGLang reads otherwise than Hugging Face
+        served.check(chat, whole, None)
+
+
+def test_a_budget_of_all_tokens(served: Served) -> None:
+    """Where nothing is cut, frames have their own times all the same, and are encoded each by itself."""
+    for chat in (Chat.ask(film(seed=7), QUESTION), Chat.ask(film(seed=7), small("chelsea"), QUESTION)):
+        served.check(chat, served.ask(chat, mmtok_budget=1_000_000), None)
+        served.check(chat, served.ask(chat))
 
 
 def test_fewer_tokens_than_frames(served: Served) -> None:
@@ -148,29 +158,35 @@ def test_each_frame_its_share(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "fields", "message"),
+    ("make", "fields", "message"),
     [
-        (b"hello", {}, "a video cannot be decoded"),
-        (b"", {}, "a video cannot be"),
-        (None, {"mmtok_encoder_scale": 0.5}, "brings a video.*mmtok_encoder_scale"),
-        (None, {"mmtok_method": "downsample"}, "brings a video.*downsample"),
-        (None, {"mmtok_method": "evs", "mmtok_budget": 20}, "evs keeps the first step in time of a video whole"),
-        (None, {"mmtok_method": "frames", "mmtok_video_budget": "frame"}, "method frames shares a video's budget"),
-        (None, {"mmtok_video_budget": "second"}, "mmtok_video_budget is one of video, frame"),
-        (None, {"mmtok_video_budget": "frame", "mmtok_budget": 3}, "less than one for each of the 4 steps in time"),
+        (lambda: Film(b"hello"), {}, r"a video cannot be decoded \(Failed to open .*\): send a whole file"),
+        (lambda: Film(b""), {}, "a video cannot be"),
+        (lambda: film(0), {}, r"a video cannot be decoded \(the file has no frames\)"),
+        (lambda: film(1), {}, "a video has at least 2 frames .*, got 1 at"),
+        (lambda: Film(sound()), {}, r"a video cannot be decoded \(the file has no frames\)"),
+        (film, {"mmtok_encoder_scale": 0.5}, "brings a video.*mmtok_encoder_scale"),
+        (film, {"mmtok_method": "downsample"}, "brings a video.*downsample"),
+        (film, {"mmtok_method": "evs", "mmtok_budget": 20}, "evs keeps the first step in time of a video whole"),
+        (film, {"mmtok_method": "frames", "mmtok_video_budget": "frame"}, "method frames shares a video's budget"),
+        (film, {"mmtok_video_budget": "second"}, "mmtok_video_budget is one of video, frame"),
+        (film, {"mmtok_video_budget": "frame", "mmtok_budget": 3}, "less than one for each of the 4 steps in time"),
     ],
 )
-def test_bad_videos_are_refused(served: Served, data: bytes | None, fields: dict[str, Any], message: str) -> None:
-    chat = Chat.ask(film() if data is None else Film(data), QUESTION)
+def test_bad_videos_are_refused(served: Served, make: Callable[[], Film], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
-        served.ask(chat, **fields)
+        served.ask(Chat.ask(make(), QUESTION), **fields)
 
 
 def test_a_broken_and_a_long_video_are_refused(served: Served) -> None:
     whole = film().data
-    for cut, message in ((Film(whole[: len(whole) // 3]), "a video cannot be"), (film(60, 4.0), "30 frames")):
-        with pytest.raises(openai.BadRequestError, match=message):
-            served.ask(Chat.ask(cut, QUESTION))
+    for cut, message in (
+        (Film(whole[: len(whole) // 3]), "a video cannot be"),
+        (film(60, 4.0), r"3[08] frames would be read"),
+    ):
+        for chat in (Chat.ask(cut, QUESTION), Chat.ask(small("coffee"), film(), cut, QUESTION)):
+            with pytest.raises(openai.BadRequestError, match=message):
+                served.ask(chat)
     served.check(Chat.ask(film(), QUESTION), served.ask(Chat.ask(film(), QUESTION)))
 
 

@@ -14,9 +14,8 @@ from mmtok_sglang import limits as limits_module
 from mmtok_sglang.images import ImageLoader
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.videos import Video, VideoLoader, is_raw_video
-from tests.runtime.films import film, has_ffmpeg
+from tests.runtime.films import film, has_ffmpeg, needs_ffmpeg, sound
 
-needs_ffmpeg = pytest.mark.skipif(not has_ffmpeg(), reason="videos are decoded by FFmpeg, which is not installed")
 PROCESSOR = SimpleNamespace(server_args=None, video_config={})
 
 
@@ -26,7 +25,7 @@ def load(*videos: Any, limits: Limits | None = None, processor: Any = PROCESSOR)
     return asyncio.run(loader.load(videos, processor, are_pruned=True))
 
 
-@needs_ffmpeg
+@needs_ffmpeg()
 def test_files_are_opened_wherever_they_are(tmp_path: Any) -> None:
     path = tmp_path / "film.mp4"
     path.write_bytes(film().data)
@@ -37,7 +36,7 @@ def test_files_are_opened_wherever_they_are(tmp_path: Any) -> None:
         assert (len(video), video.avg_fps, video.frame_shape) == (16, 4.0, (64, 96))
 
 
-@needs_ffmpeg
+@needs_ffmpeg()
 def test_the_frames_that_were_taken_are_told() -> None:
     (video,) = load(film().data)
     frames = video.get_frames_as_tensor([0, 5, 15])
@@ -45,7 +44,7 @@ def test_the_frames_that_were_taken_are_told() -> None:
     assert video.metadata == {"fps": 4.0, "total_num_frames": 16, "frames_indices": [0, 5, 15]}
 
 
-@needs_ffmpeg
+@needs_ffmpeg()
 @pytest.mark.parametrize(
     ("limits", "config", "message"),
     [
@@ -66,7 +65,7 @@ def test_too_many_frames_are_refused_before_they_are_decoded(
     assert len(load(film().data, film(seed=1).data, limits=Limits(**allowed), processor=processor)) == 2
 
 
-@needs_ffmpeg
+@needs_ffmpeg()
 def test_frames_that_are_not_taken_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of a file with one key frame, all are decoded: 2 x 16 of 96 x 64 are 196,608 pixels.
     monkeypatch.setattr(limits_module, "_MAX_DECODED", 16)
@@ -79,7 +78,7 @@ def test_frames_that_are_not_taken_are_bounded_too(monkeypatch: pytest.MonkeyPat
         load(*videos, limits=Limits(max_image_pixels=12_287), processor=processor)
 
 
-@needs_ffmpeg
+@needs_ffmpeg()
 def test_files_of_a_request_are_bounded_together() -> None:
     # A megabyte behind the film, which a decoder passes over.
     data = film().data + (1 << 20).to_bytes(4, "big") + b"free" + bytes((1 << 20) - 8)
@@ -89,12 +88,12 @@ def test_files_of_a_request_are_bounded_together() -> None:
         load(*[data] * 16, processor=processor)
 
 
-@needs_ffmpeg
+@needs_ffmpeg()
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"hello", "a video cannot be decoded"),
-        (b"", "a video cannot be"),
+        (b"hello", r"a video cannot be decoded \(Failed to open .*\): send a whole file that FFmpeg reads"),
+        (b"", r"a video cannot be decoded \(the file is empty\)"),
         ("data:video/mp4;base64,???", "a video cannot be read"),
         ("/nowhere/film.mp4", "a video cannot be read"),
     ],
@@ -104,9 +103,12 @@ def test_what_is_no_video_is_refused(data: Any, message: str) -> None:
         load(data)
 
 
-@needs_ffmpeg
-def test_one_frame_is_no_video() -> None:
-    with pytest.raises(ValueError, match="a video has at least 2 frames"):
+@needs_ffmpeg()
+def test_fewer_than_two_frames_are_no_video() -> None:
+    for data in (film(0).data, sound()):
+        with pytest.raises(ValueError, match=r"a video cannot be decoded \(the file has no frames\)"):
+            load(data)
+    with pytest.raises(ValueError, match=r"at least 2 frames .*, got 1 at 4.* a second: send a single frame"):
         load(film(1).data)
 
 

@@ -129,6 +129,8 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
         kinds=tuple(kind for kind in KINDS if kind in asked),
         num_questions=arguments.num_questions or default.num_questions,
     )
+    if arguments.family or not (arguments.url or arguments.model_path):
+        plan.check_family(arguments.family or _DEFAULT_FAMILY)
     if arguments.record and (arguments.url or arguments.model_path):
         raise ValueError("--record is for the pocket models of this package: drop it, or --url and --model-path")
     if arguments.record and ((RECORDED_METHOD, RECORDED_BUDGET) not in plan.pairs() or len(plan.seeds) < 2):

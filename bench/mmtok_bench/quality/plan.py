@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.pocket.questions import KINDS, AskedScene, Kind
 from mmtok_bench.quality.scoring import is_right
 from mmtok_deploy.config import KeySource
-from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method, reads_keys
+from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method, needs_frames, reads_keys
 
 __all__ = [
     "FASTV",
@@ -82,7 +83,8 @@ class QualityPlan:
         num_questions: Questions of each kind and seed.
 
     Raises:
-        ValueError: A field is empty or has a value twice, or a method, a budget or a kind is unknown.
+        ValueError: A field is empty or has a value twice, a method, a budget or a kind is unknown, or a method is for
+            videos.
     """
 
     methods: tuple[str, ...] = IMAGE_METHODS
@@ -97,8 +99,11 @@ class QualityPlan:
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"expected at least one of {name}, each once, got {values or 'none'}")
         for method in self.methods:
-            if method not in (WITH_AGENT, FASTV):
-                split_method(method)
+            if method not in (WITH_AGENT, FASTV) and needs_frames(split_method(method)[0]):
+                raise ValueError(
+                    f"{method} goes by the frames of a video, and the tasks ask about images: expected some of "
+                    f"{', '.join(IMAGE_METHODS)}"
+                )
         for budget in self.budgets:
             MixedBudget.parse(budget)
         if any(not 0 <= seed < 2**32 for seed in self.seeds):
@@ -107,6 +112,16 @@ class QualityPlan:
         if unknown or self.num_questions < 1:
             got = unknown or self.num_questions
             raise ValueError(f"expected kinds of {', '.join(KINDS)} and at least 1 question, got {got}")
+
+    def check_family(self, family: FamilyName) -> None:
+        """Raises ValueError for a method that models of the family cannot run."""
+        impossible = FAMILY_TRAITS[family].impossible_methods
+        for method in self.methods:
+            if method in impossible:
+                raise ValueError(
+                    f"{family} does not run {method}: expected some of "
+                    f"{', '.join(name for name in IMAGE_METHODS if name not in impossible)}"
+                )
 
     def pairs(self) -> list[tuple[str, str]]:
         """Returns methods and budgets in the order in which they are asked.

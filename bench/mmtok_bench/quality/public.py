@@ -71,6 +71,11 @@ def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     methods = arguments.methods or ["mmtok"]
     for method in methods:
         split_method(method)
+    ours = [each for each in arguments.server_arg if each.startswith(("--mmtok-budget", "--mmtok-method"))]
+    if ours:
+        raise ValueError(
+            f"--server-arg {ours[0]} would prune otherwise than the rows say: --budgets and --methods do it"
+        )
     if arguments.url is not None and (len(arguments.budgets or ()) != 1 or len(methods) != 1):
         raise ValueError(
             "lmms-eval cannot ask for a budget with each request: say which one the server at --url runs with, by one "
@@ -79,7 +84,10 @@ def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     budgets = arguments.budgets or PAPER_BUDGETS.get(arguments.family)
     if budgets is None:
         raise ValueError("public tasks need --budgets, or a --family for the paper's")
-    return QualityPlan(methods=tuple(methods), budgets=tuple(budgets)).pairs()
+    plan = QualityPlan(methods=tuple(methods), budgets=tuple(budgets))
+    if arguments.family is not None:
+        plan.check_family(arguments.family)
+    return plan.pairs()
 
 
 def _case(arguments: argparse.Namespace, task: str, method: str, budget: str) -> dict[str, CaseValue]:

@@ -195,6 +195,12 @@ def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan
     if plan.device == "cuda" and device_name is None and not arguments.dry_run:
         raise ValueError(f"preset {plan.preset} is for a GPU, and PyTorch sees none here: --preset cpu, or --dry-run")
     models = _models(arguments, plan)
+    ours = [argument for argument in arguments.server_args if argument.startswith("--mmtok")]
+    if ours:
+        raise ValueError(
+            f"--server-args go to every server, and the one without a budget would not start with {ours[0]}: drop it; "
+            "--budgets says what is pruned"
+        )
     if max(arguments.questions_per_image or (1,)) > len(QUESTIONS):
         raise ValueError(f"--questions-per-image is at most {len(QUESTIONS)}: there are no more questions")
     if arguments.image_px:

@@ -14,18 +14,26 @@ from torch import Tensor
 from typing_extensions import override
 
 from mmtok_sglang.families.qwen import Qwen, QwenModel, QwenProcessor
-from mmtok_sglang.plan import plan_of
 from mmtok_sglang.videos import Video
 
 __all__ = ["Qwen25VL"]
+
+# On the item of a video whose pairs of frames are encoded each by itself. As a part of its data, it is in the keys of
+# its features.
+_FRAMES_APART = "frames_apart"
 
 
 class Qwen2_5_VLForConditionalGeneration(QwenModel, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     """The model."""
 
     def encode(self, items: Sequence[Any]) -> Tensor:
-        """Returns the tokens of images or videos; each pair of frames of a pruned video is encoded as an image is."""
-        return super().encode([_by_frame(item) if plan_of(item) is not None else item for item in items])
+        """Returns the tokens of images or videos.
+
+        Each pair of frames is encoded as an image is, of videos whose request has a budget: also where it keeps all.
+        """
+        return super().encode(
+            [_by_frame(item) if _FRAMES_APART in item.model_specific_data else item for item in items]
+        )
 
     def in_raster_order(self, groups: Tensor, grids: Tensor) -> Tensor:
         """Returns the rows in the order of the tokens: the encoder works in window order."""
@@ -53,13 +61,11 @@ class Qwen2_5_VLProcessor(QwenProcessor, QwenVLImageProcessor):  # noqa: N801
 
 
 def _by_frame(item: Any) -> Any:
-    """Returns a video's item with a grid for each step in time, an image's as it is.
+    """Returns a video's item with a grid for each step in time.
 
     The model's encoder attends within a step. SGLang 0.5.23 (models/qwen2_5_vl.py, `cu_seqlens`) has its blocks of full
     attention attend to all steps of a grid.
     """
-    if not item.is_video():
-        return item
     ((num_steps, rows, columns),) = item.video_grid_thw.tolist()
     by_frame = copy.copy(item)
     grid = torch.tensor([[1, rows, columns]] * num_steps)
@@ -94,7 +100,7 @@ class Qwen25VL(Qwen):
         return await super().process(with_times, processor, images, *args, **kwargs)
 
     def separate_videos(self, output: Any) -> None:
-        """Splits what SGLang 0.5.23 leaves as one item of several videos.
+        """Splits what SGLang 0.5.23 leaves as one item of several videos, and has their frames encoded apart.
 
         Its `get_new_expanded_mm_items` (managers/mm_utils.py) counts on a run of placeholders for each step in time.
         """
@@ -118,4 +124,7 @@ class Qwen25VL(Qwen):
                         },
                     )
                 )
+        for item in items:
+            if item.is_video():
+                item.model_specific_data[_FRAMES_APART] = True
         output.mm_items[:] = items

@@ -16,6 +16,7 @@ from mmtok_bench.quality.plan import Setting, read_answers
 from mmtok_bench.results import read_rows
 from mmtok_deploy.cli import main
 from mmtok_deploy.config import KeySource
+from pocket_training import pruned_answers
 from pocket_training.fastv import last_hidden_after_fastv
 from pocket_training.pruned_answers import PocketModel
 from tests.runtime.hand_pruned import HandPruned
@@ -106,6 +107,26 @@ def test_fastv_keeps_what_receives_the_most_attention() -> None:
 def test_fastv_is_not_served(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quality", "--methods=fastv", "--budgets=25%", "--dry-run"]) == 2
     assert "fastv leaves tokens out inside the language model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--methods=mmtok,evs"], "evs goes by the frames of a video"),
+        (["--methods=visionzip", "--family=qwen2.5-vl"], "qwen2.5-vl does not run visionzip"),
+        (["--methods=downsample"], "downsample makes images smaller"),
+        (["--methods=mmtok+agent"], "method is one of"),
+        (["--budgets=25%@0.5"], "is not understood"),
+    ],
+)
+def test_plans_that_cannot_be_answered_are_wrong_usage(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(pruned_answers, "PocketModel")
+    path = tmp_path / "pocket.answers"
+    assert main(["pocket", "answers", "--budgets=25%", *given, str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not path.exists()
 
 
 def test_fastv_answers(tmp_path: Path) -> None:

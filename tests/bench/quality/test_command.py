@@ -135,3 +135,36 @@ def test_what_cannot_be_recorded_is_refused_before_it_is_asked(given: str, capsy
     capsys.readouterr()
     assert main(["quality", "--record", "--dry-run", given]) == 2
     assert "--record writes mmtok at 25% over several seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--methods=mmtok,evs"],
+            "evs goes by the frames of a video, and the tasks ask about images: expected some of",
+        ),
+        (["--methods=frames", "--url=http://127.0.0.1:9"], "frames goes by the frames of a video"),
+        (["--methods=evs", "--tasks=gqa", "--budgets=64", "--model-path=."], "evs goes by the frames of a video"),
+        (["--methods=visionzip", "--family=qwen2.5-vl"], "qwen2.5-vl does not run visionzip: expected some of mmtok"),
+        (
+            ["--methods=downsample", "--tasks=gqa", "--budgets=64", "--family=internvl3", "--model-path=."],
+            "internvl3 does not run downsample",
+        ),
+        (
+            ["--server-arg=--mmtok-method=evs", "--tasks=gqa", "--budgets=64", "--model-path=."],
+            "--server-arg --mmtok-method=evs would prune otherwise than the rows say",
+        ),
+    ],
+)
+def test_methods_that_cannot_run_are_refused_before_anything_starts(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("a server was started")
+
+    for module in (bench, public):
+        monkeypatch.setattr(module, "make_server", start)
+    assert main(["quality", *given, f"--results-dir={tmp_path / 'new'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

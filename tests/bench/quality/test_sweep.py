@@ -307,6 +307,7 @@ def test_a_server_that_does_not_prune_is_an_error(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"methods": ("fast",)}, "method is one of"),
+        ({"methods": ("mmtok", "frames")}, "frames goes by the frames of a video"),
         ({"budgets": ("150%",)}, "150%"),
         ({"budgets": ("4", "4")}, "each once"),
         ({"seeds": ()}, "at least one of seeds"),

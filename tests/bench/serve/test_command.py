@@ -165,6 +165,7 @@ class TestDryRun:
         (["--image-kinds=random", "--prefix-cache=on"], "photographs only"),
         (["--image-kinds=random", "--questions-per-image=2"], "photographs only"),
         (["--questions-per-image=1,7"], "--questions-per-image is at most 6"),
+        (["--server-args=--mmtok-method evs"], "the one without a budget would not start with --mmtok-method"),
     ],
 )
 def test_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
