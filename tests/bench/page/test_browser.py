@@ -36,7 +36,6 @@ from tests.bench.browser import (
     open_browser,
     prefer,
 )
-from tests.preloaded_server import Templates
 
 pytestmark = [needs_browser, pytest.mark.slow]
 
@@ -76,24 +75,17 @@ TEXTS = """[...document.querySelectorAll("body *")].filter((element) =>
       return [element.textContent.trim().slice(0, 40), getComputedStyle(element).color,
               getComputedStyle(behind ?? document.body).backgroundColor];
     })"""
-PROGRAM = """
-import signal, sys
-from contextlib import nullcontext
-from mmtok_deploy.cli import main
-from tests.preloaded_server import preloaded_servers
-
-# A shell's background jobs ignore SIGINT, and hand that down.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-with {servers}():
-    sys.exit(main(sys.argv[1:]))
-"""
 
 
 class Program:
-    """`mmtok demo --page`, run as a user runs it; with `is_preloaded` its servers are forks."""
+    """`mmtok demo --page`, run as a user runs it."""
 
-    def __init__(self, folder: Path, *, is_preloaded: bool) -> None:
-        program = PROGRAM.format(servers="preloaded_servers" if is_preloaded else "nullcontext")
+    def __init__(self, folder: Path) -> None:
+        # A shell's background jobs ignore SIGINT, and hand that down.
+        program = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+        )
         command = [sys.executable, "-c", program, "demo", "--page", "--port=0", f"--folder={folder}"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
@@ -119,8 +111,8 @@ class Program:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory, templates: Templates | None) -> Iterator[Program]:
-    program = Program(tmp_path_factory.mktemp("demo"), is_preloaded=templates is not None)
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    program = Program(tmp_path_factory.mktemp("demo"))
     try:
         yield program
     finally:
