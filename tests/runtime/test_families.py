@@ -25,7 +25,7 @@ from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext, _raster_order
 from mmtok_sglang.families.qwen import _parts
-from mmtok_sglang.families.qwen2_5_vl import Qwen25VL
+from mmtok_sglang.families.qwen2_5_vl import Qwen25VL, by_frame
 from mmtok_sglang.families.qwen3_5 import Qwen35, Qwen35Moe
 from mmtok_sglang.families.qwen3_vl import Qwen3VL, Qwen3VLProcessor
 from mmtok_sglang.feature_cache import Features
@@ -526,8 +526,13 @@ def test_videos_that_sglang_left_as_one_item_are_separated() -> None:
     Qwen25VL().separate_videos(output)
     one, other = output.mm_items
     assert (one.offsets, other.offsets) == ([(3, 10)], [(14, 21)])
-    assert one.frames_apart
-    assert other.frames_apart
+    assert by_frame(one).video_grid_thw.tolist() == [[1, 4, 4], [1, 4, 4]]
+    assert by_frame(other).video_grid_thw.tolist() == [[1, 4, 8]]
+    assert by_frame(item) is item
+    # What a caller may send in the place of an image.
+    brought = qwen_item([[1, 4, 4]])
+    brought.frames_apart = True
+    assert by_frame(brought) is brought
     assert torch.equal(torch.cat([one.feature, other.feature]), pixels)
     assert (one.video_grid_thw.tolist(), other.video_grid_thw.tolist()) == ([[2, 4, 4]], [[1, 4, 8]])
     assert (one.second_per_grid_ts.tolist(), other.second_per_grid_ts.tolist()) == ([1.0], [0.5])

@@ -33,8 +33,8 @@ from mmtok_sglang.videos import Video, VideoLoader
 
 __all__ = ["Qwen", "QwenModel", "QwenProcessor", "QwenWithTimestamps", "grid_of"]
 
-PREPROCESS_CACHE_MB = 256
-"""Bytes of decoded and preprocessed images that the tokenizer processes keep together, on the host."""
+# MiB of preprocessed images that the tokenizer processes keep together, on the host.
+_PREPROCESS_CACHE_MB = 256
 _MAX_PIXELS_ON_CPU = 2048 * 2048
 _MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
 # What SGLang keeps of 256 prompts of as much takes 100 MB.
@@ -85,7 +85,7 @@ class QwenProcessor(PrunedProcessor):
     """Keeps what was made of an image for the next question about it, and times the steps of that path for images."""
 
     # SGLang keeps none unless --mm-preprocess-cache-size-mb is given, which wins.
-    auto_mm_preprocess_cache_size_mb = PREPROCESS_CACHE_MB
+    auto_mm_preprocess_cache_size_mb = _PREPROCESS_CACHE_MB
 
     @override
     def decode_media_snapshot(self, *args: Any, **kwargs: Any) -> Any:

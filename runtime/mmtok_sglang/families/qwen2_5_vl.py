@@ -16,7 +16,7 @@ from typing_extensions import override
 from mmtok_sglang.families.qwen import Qwen, QwenModel, QwenProcessor
 from mmtok_sglang.videos import Video
 
-__all__ = ["Qwen25VL"]
+__all__ = ["Qwen25VL", "by_frame"]
 
 # On the item of a video whose pairs of frames are encoded each by itself. As a part of its data, it is in the keys of
 # its features.
@@ -31,9 +31,7 @@ class Qwen2_5_VLForConditionalGeneration(QwenModel, qwen2_5_vl.Qwen2_5_VLForCond
 
         Each pair of frames is encoded as an image is, of videos whose request has a budget: also where it keeps all.
         """
-        return super().encode(
-            [_by_frame(item) if _FRAMES_APART in item.model_specific_data else item for item in items]
-        )
+        return super().encode([by_frame(item) for item in items])
 
     def in_raster_order(self, groups: Tensor, grids: Tensor) -> Tensor:
         """Returns the rows in the order of the tokens: the encoder works in window order."""
@@ -60,17 +58,20 @@ class Qwen2_5_VLProcessor(QwenProcessor, QwenVLImageProcessor):  # noqa: N801
         return super().process_mm_data(*args, **kwargs)
 
 
-def _by_frame(item: Any) -> Any:
-    """Returns a video's item with a grid for each step in time.
+def by_frame(item: Any) -> Any:
+    """Returns the item of a video whose frames are encoded apart with a grid for each step in time, any other as it is.
 
     The model's encoder attends within a step. SGLang 0.5.23 (models/qwen2_5_vl.py, `cu_seqlens`) has its blocks of full
     attention attend to all steps of a grid.
     """
+    # An image that comes ready-made may bring the mark, too.
+    if not (item.is_video() and _FRAMES_APART in item.model_specific_data):
+        return item
     ((num_steps, rows, columns),) = item.video_grid_thw.tolist()
-    by_frame = copy.copy(item)
+    separated = copy.copy(item)
     grid = torch.tensor([[1, rows, columns]] * num_steps)
-    by_frame.model_specific_data = {**item.model_specific_data, "video_grid_thw": grid}
-    return by_frame
+    separated.model_specific_data = {**item.model_specific_data, "video_grid_thw": grid}
+    return separated
 
 
 class Qwen25VL(Qwen):
