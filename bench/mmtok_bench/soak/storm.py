@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-import statistics
 import threading
 import time
 from typing import Any
 
 import openai
+from scipy import stats
 
 from mmtok_bench.client import in_parallel
 from mmtok_bench.families import FAMILY_TRAITS
@@ -36,6 +36,8 @@ _NUM_KNOWN = 40
 # For answers whose images were encoded in another batch than before.
 _TOLERANCE = 1e-4
 _MAX_GROWTH_MB_PER_1000 = 1.0
+# Resident memory goes up and down by 1 MB: from few measurements, growth has a standard error of as much per 1,000.
+_NUM_MEASURED = 200
 MIN_JUDGED = 1000
 """The growth of memory is judged from this many requests on."""
 _HELD = ("mmtok:selections_remembered_bytes", "mmtok:feature_cache_bytes")
@@ -88,8 +90,9 @@ def storm(trial: Trial, server: SglangServer, num_requests: int, *, num_clients:
             trial.fail("a valid request got no answer", f"{what}: {type(error).__name__} {error}"[:500])
         with lock:
             done += 1
-            if done % max(1, num_requests // 40) == 0:
+            if done % max(1, num_requests // _NUM_MEASURED) == 0:
                 memory.append((done, resident_bytes(server)))
+            if done % max(1, num_requests // 40) == 0:
                 trial.step(f"{done} of {num_requests} requests")
 
     start_s = time.monotonic()
@@ -120,9 +123,10 @@ def leak(trial: Trial, server: SglangServer, num_requests: int) -> None:
             trial.fail("a valid request got no answer", f"leak request {number}: {error}"[:400])
         trial.count("requests")
         if number % max(1, num_requests // 40) == 0:
+            trial.step(f"{number} of {num_requests} requests")
+        if number % max(1, num_requests // _NUM_MEASURED) == 0:
             held = sum(int(_metric(server, name)) for name in _HELD)
             memory.append((number, resident_bytes(server) - held))
-            trial.step(f"{number} of {num_requests} requests")
     _judge_growth(trial, memory, trial.counts["requests"])
     threads_now, files_now = _threads_and_files(server)
     trial.numbers |= {"more_threads": threads_now - num_threads, "more_files": files_now - num_files}
@@ -171,13 +175,15 @@ def _judge_growth(trial: Trial, memory: list[tuple[int, int]], num_requests: int
     half = [(number, size) for number, size in memory if number >= num_requests / 2]
     if len(half) < 5:
         return
-    fit = statistics.linear_regression([number for number, _ in half], [size for _, size in half])
+    fit = stats.linregress([number for number, _ in half], [size for _, size in half])
     growth_mb = 1000 * fit.slope / 2**20
-    trial.numbers["growth_mb_per_1000"] = round(growth_mb, 2)
+    error_mb = 1000 * fit.stderr / 2**20
+    trial.numbers |= {"growth_mb_per_1000": round(growth_mb, 2), "growth_error_mb_per_1000": round(error_mb, 2)}
     # Over fewer requests, the allocators' own changes exceed this growth.
     if num_requests >= MIN_JUDGED and growth_mb >= _MAX_GROWTH_MB_PER_1000:
         sizes_mb = [round(size / 2**20) for _, size in memory]
-        trial.fail("resident memory grows", f"{growth_mb:.2f} MB per 1,000 requests; MB on the way: {sizes_mb}")
+        growth = f"{growth_mb:.2f} MB per 1,000 requests, with a standard error of {error_mb:.2f}"
+        trial.fail("resident memory grows", f"{growth}; MB on the way: {sizes_mb}")
 
 
 def _threads_and_files(server: SglangServer) -> tuple[int, int]:

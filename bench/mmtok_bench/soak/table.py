@@ -61,6 +61,8 @@ def _counts(row: ResultRow) -> str:
     if "growth_mb_per_1000" in row.metrics:
         is_judged = row.metrics.get("num_requests", 0) >= MIN_JUDGED
         growth = f"{row.metrics['growth_mb_per_1000']:.2f} MB more per 1,000"
+        if "growth_error_mb_per_1000" in row.metrics:
+            growth += f" (standard error {row.metrics['growth_error_mb_per_1000']:.2f})"
         counts.append(growth if is_judged else "too few for a judgement of memory")
     if "gone_after_s" in row.metrics:
         counts.append(f"gone after {row.metrics['gone_after_s']:.1f} s at most")

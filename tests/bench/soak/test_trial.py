@@ -37,6 +37,14 @@ def test_memory_that_grows_by_a_megabyte_per_thousand_requests_fails(mb_per_1000
     assert [failure.what for failure in row.failures] == ["resident memory grows"] * fails
 
 
+def test_the_error_of_growth_is_measured() -> None:
+    row = trial()
+    # A megabyte up and down.
+    _judge_growth(row, [(number, (1 << 30) + ((number % 20 // 10) << 20)) for number in range(0, 2000, 10)], 2000)
+    # 0.5 / sqrt(n) over the standard deviation of n = 100 numbers over a range of 1,000, in thousands.
+    assert row.numbers["growth_error_mb_per_1000"] == pytest.approx(0.5 / 10 / 0.289, rel=0.05)
+
+
 def test_memory_of_few_requests_is_measured_and_not_judged() -> None:
     row = trial()
     _judge_growth(row, [(number, number << 20) for number in range(100)], 100)
