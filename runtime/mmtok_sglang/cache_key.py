@@ -3,8 +3,8 @@
 A key is a SHA-256 digest of everything that the cached value depends on:
 
 - of features: the image's pixels and how they lie (every value that the processor gives the model), what the encoder
-  is asked for, and the scope. Where SGLang knows which bytes and settings the pixels were made from, these stand for
-  them: hashing 200 KB of a file takes less than hashing its pixels.
+  is asked for, and the scope. Where SGLang knows which bytes and settings the pixels were made from, their digest is
+  remembered by these: hashing 200 KB of a file takes less than hashing its pixels.
 - of a selection, and of the prefix cache: the features' key, N, K, the parts, the text between runs of placeholders,
   the guidance, the mask of tokens that may not be picked, the tokens' positions relative to the first, the method, its
   seed, by which side of the projector tokens are compared, and the constants. The features' key depends on none of
@@ -54,6 +54,9 @@ __all__ = [
 _SOURCE = "mmtok_source"
 _KEYS = "mmtok_keys"
 _MADE_FROM = "mmtok_made_from"
+# Digests of pixels by what they were made from, 200 bytes each.
+_remembered: dict[str, bytes] = {}
+_MAX_REMEMBERED = 1 << 14
 # What travels on an item and is not the image's: ours, and where SGLang's transport keeps a tensor.
 _NOT_OF_THE_IMAGE = ("mmtok", "_sglang_")
 _NAMES_IN_AN_IMAGE = ("content_hash", "hash", "mm_hash", "identity", "pad_value", "pad_values")
@@ -223,7 +226,7 @@ def _contents(items: Sequence[Any], names: Sequence[int | None]) -> list[bytes |
 
 
 def name_by_source(item: Any, name: str) -> None:
-    """Leaves on SGLang's item what `name_images` takes in place of its pixels.
+    """Leaves on SGLang's item by what `name_images` remembers the digest of its pixels.
 
     Args:
         item: SGLang's item of an image.
@@ -237,15 +240,20 @@ def _content(item: Any, name: int | None = None) -> bytes | None:
     """Returns the digest of what the encoder is given, None where it is not at hand in this process."""
     data = _image_data(item)
     made_from = vars(item).get(_MADE_FROM)
-    if made_from is not None and name is None:
-        return digest("image made from", item.modality, item.format, made_from, data)
+    if name is None and made_from in _remembered:
+        return _remembered[made_from]
     pixels = (item.feature, item.precomputed_embeddings)
     if not all(_is_at_hand(value) for value in (*pixels, *data.values())):
         return None
     if name is not None:
         shapes = [tuple(getattr(each, "shape", ())) for each in pixels]
         return digest("image named by the caller", item.modality, item.format, name, shapes, data)
-    return digest("image", item.modality, item.format, *pixels, data)
+    content = digest("image", item.modality, item.format, *pixels, data)
+    if made_from is not None:
+        if len(_remembered) >= _MAX_REMEMBERED:
+            _remembered.clear()
+        _remembered[made_from] = content
+    return content
 
 
 def _image_data(item: Any) -> dict[str, Any]:

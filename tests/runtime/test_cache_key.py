@@ -334,22 +334,26 @@ def test_the_pixels_of_two_processes_are_one_image() -> None:
     assert here.identity == there.identity
 
 
-def test_a_file_and_settings_stand_for_the_pixels_made_from_them() -> None:
-    def made_from(name: str, grid: int = 24, **request: Any) -> bytes:
-        # Pixels that are not looked at.
-        item = image_item((0, 1), PLAN, model_specific_data={"image_grid_thw": torch.tensor([[1, grid, 24]])})
-        item.feature = torch.rand(4)
-        name_by_source(item, name)
+def test_the_digest_of_pixels_is_remembered_by_what_they_were_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity_of(pixels: int, made_from: str | None, **request: Any) -> bytes:
+        item = image_item((0, 1), PLAN)
+        item.feature = torch.full((4,), pixels)
+        if made_from is not None:
+            name_by_source(item, made_from)
         inputs_of(item, request=SimpleNamespace(**request), trusts_hashes=True)
         identity: bytes = item.identity
         return identity
 
-    assert made_from("sha256:1") == made_from("sha256:1")
-    names = [made_from("sha256:1"), made_from("sha256:2"), made_from("sha256:1", 48)]
-    # What the caller says is trusted here.
-    names += [made_from("sha256:1", mm_hashes=["0x7"]), inputs_of(image_item((0, 1), PLAN)).mm_items[0].identity]
-    assert len(set(names)) == 5
-    assert made_from("sha256:1", mm_hashes=["0x7"]) == made_from("sha256:2", mm_hashes=["0x7"])
+    monkeypatch.setattr(cache_key, "_remembered", {})
+    monkeypatch.setattr(cache_key, "_MAX_REMEMBERED", 2)
+    # By whatever it was found, it is the pixels' own.
+    assert identity_of(1, "a") == identity_of(1, "b") == identity_of(1, None) != identity_of(2, None)
+    # These pixels are not looked at, but where the caller's name is trusted.
+    assert identity_of(9, "a") == identity_of(1, None)
+    assert identity_of(9, "a", mm_hashes=["0x7"]) not in (identity_of(1, None), identity_of(9, None))
+    # Beyond the bound all are forgotten.
+    assert identity_of(3, "c") == identity_of(3, None)
+    assert identity_of(2, "a") == identity_of(2, None)
 
 
 def test_a_second_call_changes_nothing() -> None:
