@@ -26,8 +26,7 @@ from mmtok_sglang.request_checks import (
     advice,
     drop_our_names,
     refuse_features,
-    refuse_no_images,
-    refuse_no_videos,
+    refuse_no_media,
     refuse_our_names,
     refuse_scattered_placeholders,
     videos_of,
@@ -69,8 +68,8 @@ class PlaceholderCutter:
         request = kwargs["request_obj"]
         videos = videos_of(request)
         refuse_our_names(image_data, videos, getattr(request, "audio_data", None))
-        refuse_no_images(image_data)
-        refuse_no_videos(videos)
+        refuse_no_media("image", image_data)
+        refuse_no_media("video", videos)
         asked = requested(getattr(request, "mm_processor_kwargs", None), self._settings)
         if not asked.changes_nothing:
             if videos:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sglang.srt.managers.io_struct import EmbeddingReqInput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
@@ -16,8 +16,7 @@ __all__ = [
     "advice",
     "drop_our_names",
     "refuse_features",
-    "refuse_no_images",
-    "refuse_no_videos",
+    "refuse_no_media",
     "refuse_our_names",
     "refuse_scattered_placeholders",
     "videos_of",
@@ -48,49 +47,32 @@ def refuse_features(request: Any, image_data: Any, asked: Requested) -> None:
         )
 
 
-def refuse_no_images(image_data: Any) -> None:
-    """Raises ValueError (HTTP 400) for what JSON may have in an image's place.
+def refuse_no_media(kind: Literal["image", "video"], media: Sequence[Any] | None) -> None:
+    """Raises ValueError (HTTP 400) for what JSON may have in an image's or a video's place.
 
-    SGLang may load an address from within it, which no limit would have seen.
+    SGLang may load an address from within an image's, and Hugging Face's processor an address or a path within a list
+    in a video's, which no limit would have seen.
     """
-    for each in image_data or []:
+    expected = f"{'an image' if kind == 'image' else 'a video'} is an address, a path or base64 text"
+    for each in media or []:
         if isinstance(each, dict) and not BaseMultimodalProcessor._is_preprocessed_input(each):
             raise refusal(
-                "image",
-                f"an image is an address, a path or base64 text, got an object of {', '.join(map(str, each))}: send "
-                'the text itself, "image_data": "https://..." and not {"url": "https://..."}',
+                kind,
+                f"{expected}, got an object of {', '.join(map(str, each))}: send the text itself, "
+                f'"{kind}_data": "https://..." and not {{"url": "https://..."}}',
             )
-        if each is None or isinstance(each, list | tuple | bool | int | float):
+        is_bad_list = isinstance(each, list | tuple) and (kind == "image" or _has_text(each))
+        if each is None or isinstance(each, bool | int | float) or is_bad_list:
             raise refusal(
-                "image",
-                f"an image is an address, a path or base64 text, got a {type(each).__name__}: send one list of images "
-                "for a prompt, and a list of such lists for a list of prompts",
+                kind,
+                f"{expected}, got a {type(each).__name__}: send one list of {kind}s for a prompt, and a list of such "
+                "lists for a list of prompts",
             )
 
 
-def refuse_no_videos(videos: Sequence[Any]) -> None:
-    """Raises ValueError (HTTP 400) for what JSON may have in a video's place.
-
-    Hugging Face's processor loads an address or a path within a list, which no limit would have seen.
-    """
-    for each in videos:
-        if isinstance(each, dict) and not BaseMultimodalProcessor._is_preprocessed_input(each):
-            raise refusal(
-                "video",
-                f"a video is an address, a path or base64 text, got an object of {', '.join(map(str, each))}: send "
-                'the text itself, "video_data": "https://..." and not {"url": "https://..."}',
-            )
-        if each is None or isinstance(each, bool | int | float) or _has_text(each):
-            raise refusal(
-                "video",
-                f"a video is an address, a path or base64 text, got a {type(each).__name__}: send one list of videos "
-                "for a prompt, and a list of such lists for a list of prompts",
-            )
-
-
-def _has_text(value: Any) -> bool:
+def _has_text(value: Sequence[Any]) -> bool:
     """True for a list with a text at any depth; rows of numbers are not walked."""
-    pending: list[Any] = [value] if isinstance(value, list | tuple) else []
+    pending: list[Any] = [value]
     while pending:
         each = pending.pop()
         if isinstance(each, str | bytes):
