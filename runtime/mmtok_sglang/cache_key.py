@@ -47,6 +47,7 @@ __all__ = [
     "keys_of",
     "name_by_source",
     "name_images",
+    "names_of",
     "names_together",
     "naming",
 ]
@@ -430,6 +431,17 @@ def names_together(items: Sequence[Any]) -> list[tuple[int, list[Any]]]:
         for kind in kinds.values()
         if any(len(item.offsets or ()) > 1 for item in kind)
     ]
+
+
+def names_of(item: Any, items: Sequence[Any]) -> list[int]:
+    """Returns the names in SGLang's cache of embeddings under which an item's tokens may stand.
+
+    Args:
+        item: SGLang's item.
+        items: All items of its request.
+    """
+    together = names_together(items)
+    return [item.hash, *(name for name, kind in together if any(each is item for each in kind))]
 
 
 def check_embeddings(forward_batch: Any) -> None:

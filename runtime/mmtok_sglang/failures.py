@@ -31,7 +31,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from mmtok_sglang.cache_key import names_together
+from mmtok_sglang.cache_key import names_of
 from mmtok_sglang.ranks import num_ranks
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
@@ -228,8 +228,8 @@ class Failures:
     def _names_of_failed(self, reqs: Sequence[Any]) -> set[int]:
         """Returns the names in SGLang's cache of embeddings under which the zeros of a failed image may stand."""
         requests = [req.multimodal_inputs.mm_items for req in reqs if req.multimodal_inputs is not None]
-        together = [each for items in requests for each in names_together(items)]
-        return {*self._why, *(name for name, items in together if any(item.hash in self._why for item in items))}
+        failed = [(item, items) for items in requests for item in items if item.hash in self._why]
+        return {*self._why, *(name for item, items in failed for name in names_of(item, items))}
 
     def _failure_of(self, req: Any, first: int, stop: int) -> str | None:
         """Returns why an image failed that a request reads between two of its tokens, None if none did."""

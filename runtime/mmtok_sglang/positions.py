@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.mem_cache.multimodal_cache import MultiModalStaticCache
 from torch import Tensor
 
-from mmtok_sglang.cache_key import has_images, keys_of
+from mmtok_sglang.cache_key import has_images, keys_of, names_of
 from mmtok_sglang.failures import Failures, drop_cached_embedding, refuse
 from mmtok_sglang.plan import ImagePlan, joined_parts, places_in_prompt, plan_of
 from mmtok_sglang.refusals import count_refusal
@@ -31,9 +30,8 @@ class _Span:
 
     Args:
         key: What the image's selection is remembered by, that of each part with its number.
-        name: The image's name in SGLang's cache of embeddings.
-        names_of_kind: The names of all items of its kind in the request. SGLang encodes them together, under one name
-            that it makes of all, where one of them, unpruned, has several runs of placeholders.
+        item: SGLang's item of the image.
+        items: All items of the request.
         plan: Its plan, with the original positions.
         first: [3, 1] int64, where the image's first token stands in the request. A later turn of a session counts on
             from the turns before it, which the plan does not know.
@@ -42,8 +40,8 @@ class _Span:
     """
 
     key: bytes | None
-    name: int
-    names_of_kind: Sequence[int]
+    item: Any
+    items: Sequence[Any]
     plan: ImagePlan
     first: Tensor
     kept: slice
@@ -71,8 +69,8 @@ class PositionWriter:
         spans = list(_spans(forward_batch))
         for span in spans:
             if self._kept(span) is None:
-                drop_cached_embedding(span.name)
-                drop_cached_embedding(MultiModalStaticCache.combine_hashes(span.names_of_kind))
+                for name in names_of(span.item, span.items):
+                    drop_cached_embedding(name)
         return spans
 
     def write(self, spans: Sequence[_Span], positions: Tensor) -> None:
@@ -85,7 +83,7 @@ class PositionWriter:
         for span in spans:
             kept = self._kept(span)
             if kept is None or span.plan.positions is None:
-                self._fail(span.name, "is in this batch, but was not selected")
+                self._fail(span.item.hash, "is in this batch, but was not selected")
                 continue
             # Neither copy waits: the kept indices are on the device, the N positions on the host.
             original = (span.plan.positions - span.plan.positions[:, :1] + span.first).to(
@@ -173,9 +171,6 @@ def _spans(forward_batch: Any) -> Iterator[_Span]:
         forward_batch.mm_inputs, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
     ):
         items = inputs.mm_items if inputs is not None else []
-        names_of: dict[Any, list[int]] = {}
-        for item in items:
-            names_of.setdefault(item.modality, []).append(item.hash)
         for item in items:
             plan, keys = plan_of(item), keys_of(item)
             if plan is None or keys is None:
@@ -185,7 +180,7 @@ def _spans(forward_batch: Any) -> Iterator[_Span]:
             if first < stop:
                 shift = batch_start - chunk_start
                 yield _Span(
-                    *(keys.selection, item.hash, names_of[item.modality], plan),
+                    *(keys.selection, item, items, plan),
                     first=inputs.mrope_positions[:, start : start + 1],
                     kept=slice(first - start, stop - start),
                     batch=slice(first + shift, stop + shift),
