@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Optional
@@ -259,4 +260,17 @@ def _install(settings: Settings | None) -> None:
 
         family = FAMILIES[settings.family].configured(settings)
         install(hooks_of(start(settings, family)), family.model_class, family.processor_class)
+        _leave_sigquit_to_sglang()
     _served[:] = [settings]
+
+
+def _leave_sigquit_to_sglang() -> None:
+    """Has a server with several tokenizer workers end when its scheduler does, as one with a single worker does.
+
+    When a scheduler fails, the main process gets SIGQUIT, and SGLang's handler ends the server. With several workers,
+    uvicorn's supervisor takes the signal over and drops it: /ready stays 200, and requests wait forever. Until SGLang
+    keeps its handler (sgl-project/sglang pull request 39204).
+    """
+    from uvicorn.supervisors import multiprocess
+
+    multiprocess.SIGNALS.pop(signal.SIGQUIT, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from mmtok_bench.families import FamilyName
+from mmtok_bench.process_tree import process_tree
 from mmtok_bench.server import running
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import make_server
@@ -106,7 +108,7 @@ def test_a_flush_forgets_the_answers(guided: Served, agent: Served) -> None:
 
 
 @pytest.mark.slow
-def test_a_flush_reaches_every_tokenizer_worker(agent: Served) -> None:
+def test_a_flush_reaches_every_tokenizer_worker_and_all_end_with_the_scheduler(agent: Served) -> None:
     """Each connection goes to one of two workers, as the kernel decides; one that remembers does not ask again."""
     url = f"--mmtok-agent-url={agent.server.url}/v1"
     flags = ["--mmtok-budget=10%", url, f"--mmtok-agent-timeout-ms={TIMEOUT_MS}", "--enable-metrics"]
@@ -127,6 +129,16 @@ def test_a_flush_reaches_every_tokenizer_worker(agent: Served) -> None:
         served.check(chat, served.ask(chat), guidance=[f"{CATS} {answer_of(agent, chat)}"])
         served.flush_cache()
         ask_until_both_have_asked()
+        (scheduler,) = (
+            each
+            for each in process_tree(server.process_id)
+            if any("sglang::scheduler" in part for part in each.cmdline())
+        )
+        scheduler.kill()
+        deadline_s = time.monotonic() + 30.0
+        while server.is_alive() and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+        assert not server.is_alive(), "a server without a scheduler answers nothing, and says that it is ready"
 
 
 def test_a_question_for_an_agent_is_refused(guided: Served) -> None:
