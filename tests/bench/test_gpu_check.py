@@ -65,8 +65,11 @@ def test_a_load_of_another_kind_is_not_taken_for_the_parts(tmp_path: Path) -> No
 
 
 def test_a_setting_is_held_against_the_rows_of_another_part(tmp_path: Path) -> None:
-    part = part_of("setting-tokenizers")
-    for name, arguments, rate in (("qwen-7b-16", "", 10.0), ("setting-tokenizers", "--tokenizer-worker-num=4", 12.0)):
+    part = part_of("setting-one-tokenizer")
+    for name, arguments, rate in (
+        ("qwen-7b-16", "", 10.0),
+        ("setting-one-tokenizer", "--tokenizer-worker-num=1", 12.0),
+    ):
         (tmp_path / name).mkdir()
         for row in read_rows(MEASURED / "serve-h200-default.jsonl"):
             case = {**row.case, "server_arguments": arguments}
@@ -91,24 +94,29 @@ def test_what_is_measured_by_commands_of_its_own() -> None:
     assert [line[2:] for line in lines] == [("0.9 x", True), ("not measured", None), ("0", True)]
     lines = judge(part_of("first-request"), [row("served-checks", {}, {**metrics, "triton_compiles": 3.0})], [0])
     assert lines[1][2:] == ("3", False)
-    errors = {"max_error": 1e-4, "control_error": 2e-2}
+    errors = {"max_error": 1e-4, "question_error": 2e-2}
     case = {"family": "llava-1.5", "prefill": "eager"}
     lines = judge(part_of("logprobs"), [row("device-logprobs", case, errors)], [0, 0, 0])
     found = {text: rest for text, _, *rest in lines}
     assert found["llava-1.5, logprobs against the hand-pruned model"] == ["0.0001", True]
-    assert found["llava-1.5, the mistake's against that"] == ["200 x", True]
-    assert found["llava-next, the mistake's against that"] == ["not measured", None]
+    assert found["llava-1.5, another question's against that"] == ["200 x", True]
+    assert found["llava-next, another question's against that"] == ["not measured", None]
     case = {"family": "qwen2.5-vl", "prefill": "graphs"}
-    replayed = {"max_error": 3e-3, "control_error": 2e-2, "num_replayed": 2}
+    in_half = {"max_error": 3e-3, "question_error": 0.3, "position_error": 2e-2, "half_error": 2e-3}
+    replayed = {**in_half, "num_replayed": 2}
     lines = judge(part_of("logprobs-graphs"), [row("device-logprobs", case, replayed)], [0, 0, 0])
     found = {text: rest for text, _, *rest in lines}
-    assert found["qwen2.5-vl, prefill graphs, the mistake's against that"] == ["6.67 x", True]
+    assert found["qwen2.5-vl, prefill graphs, wrong positions' against that"] == ["6.67 x", True]
+    assert found["qwen2.5-vl, prefill graphs, another question's against that"] == ["100 x", True]
+    half = "qwen2.5-vl, prefill graphs, logprobs against those of the hand-pruned model in float16"
+    assert found[half] == ["1.5 x", True]
+    assert not any("qwen3.5" in text and "positions" in text for text in found)
     lines = judge(
-        part_of("video"), [row("device-logprobs", {"family": "qwen3-vl", "prefill": "eager"}, errors)], [0, 0]
+        part_of("video"), [row("device-logprobs", {"family": "qwen3-vl", "prefill": "eager"}, in_half)], [0, 0]
     )
     found = {text: rest for text, _, *rest in lines}
-    assert found["qwen3-vl, logprobs against the hand-pruned model"] == ["0.0001", True]
-    assert found["qwen2.5-vl, logprobs against the hand-pruned model"] == ["not measured", None]
+    assert found["qwen3-vl, wrong positions' against that"] == ["6.67 x", True]
+    assert found["qwen2.5-vl, wrong positions' against that"] == ["not measured", None]
     assert all("--videos" in command for command in part_of("video").commands)
     lines = judge(part_of("logprobs-graphs"), [row("device-logprobs", case, replayed)], [0, 0, 0])
     found = {text: rest for text, _, *rest in lines}

@@ -2,21 +2,28 @@
 
     python -m tests.runtime.device_logprobs artifacts/logprobs --family qwen2.5-vl
 
-A row with the largest difference of the logprobs over all chats, and the smallest that the mistake makes: the tokens of
-another question, or for a Qwen the positions of the first tokens in place of their own. On CUDA a LLaVA is served in
+A row with the largest difference of the logprobs over all chats, and the smallest that two mistakes make: the tokens of
+another question, and for a Qwen the positions of the first tokens in place of their own. On CUDA a LLaVA is served in
 float32, a Qwen and an InternVL in float16: SGLang's norms for NVIDIA GPUs, which its own model classes use, take 16-bit
-numbers alone. The exit code is 0 if the mistake is at least ten times as large, or five times in float16.
+numbers alone. The row then also has how far the hand-pruned model itself is from float32 if its language model computes
+in float16.
+
+The exit code is 0 if each mistake makes at least ten times the difference. In float16: if another question's tokens
+make at least five times the difference, and it is at most twice that of the model itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -28,7 +35,7 @@ from mmtok_bench.server import make_server
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from tests.runtime.chats import Chat, small
 from tests.runtime.films import film
-from tests.runtime.hand_pruned import HandPruned
+from tests.runtime.hand_pruned import HandPruned, Pruned
 from tests.runtime.serving import Served, template_arguments
 
 BENCH = "device-logprobs"
@@ -61,15 +68,21 @@ def film_chats() -> tuple[Chat, ...]:
     )
 
 
-def measure(served: Served, chats: Sequence[Chat] = _CHATS) -> dict[str, float]:
-    """Returns the largest difference of the chats, and the smallest that the mistake makes.
+def measure(served: Served, chats: Sequence[Chat] = _CHATS, in_half: HandPruned | None = None) -> dict[str, float]:
+    """Returns the largest difference of the chats, and the smallest that each mistake makes.
 
     They are asked one after another, and once more all at once: in one batch, and behind cached prefixes.
+
+    Args:
+        served: The server, and the hand-pruned model in float32.
+        chats: What is asked.
+        in_half: The hand-pruned model in float16; with it, `half_error` is its own difference.
 
     Raises:
         MeasurementError: An answer does not say what its images' tokens cover.
     """
-    errors, mistakes = [], []
+    judge, of_question, of_positions, of_half = served.judge, [], [], []
+    errors = []
     alone = [served.ask(chat) for chat in chats]
     together = in_parallel(len(chats), served.ask, chats)
     accounts_of_all = [account["mmtok"][0] for account in (*alone, *together)]
@@ -78,17 +91,41 @@ def measure(served: Served, chats: Sequence[Chat] = _CHATS) -> dict[str, float]:
         if not 0 < (image["coverage"] or 0) <= image["coverage_bound"] <= 1:
             raise MeasurementError(f"expected 0 < coverage <= coverage_bound <= 1, an answer says {image}")
     for chat, *accounts in zip(chats, alone, together, strict=True):
-        prompt, films = served.judge.prompt(chat.for_template()), chat.films
-        pruned = served.judge.prune(prompt, chat.images, chat.guidance, _BUDGET, films=films)
-        errors += [served.judge.max_error(pruned, account) for account in accounts]
+        prompt, films = judge.prompt(chat.for_template()), chat.films
+        prune = partial(judge.prune, prompt, chat.images, budget=_BUDGET, films=films)
+        pruned = prune(chat.guidance)
+        errors += [judge.max_error(pruned, account) for account in accounts]
+        other = prune([_OTHER_QUESTION] * (len(chat.images) + len(films)))
+        of_question.append(judge.max_error(other, accounts[0]))
         if served.family.startswith("qwen"):
-            wrong = served.judge.prune(
-                prompt, chat.images, chat.guidance, _BUDGET, original_positions=False, films=films
-            )
-        else:
-            wrong = served.judge.prune(prompt, chat.images, [_OTHER_QUESTION] * len(chat.images), _BUDGET)
-        mistakes.append(served.judge.max_error(wrong, accounts[0]))
-    return {"max_error": max(errors), "control_error": min(mistakes)}
+            of_positions.append(judge.max_error(prune(chat.guidance, original_positions=False), accounts[0]))
+        if in_half is not None:
+            of_half.append(judge.max_error(pruned, _answer_of(in_half, pruned, accounts[0])))
+    return {
+        "max_error": max(errors),
+        "question_error": min(of_question),
+        **({"position_error": min(of_positions)} if of_positions else {}),
+        **({"half_error": max(of_half)} if of_half else {}),
+    }
+
+
+def _answer_of(in_half: HandPruned, pruned: Pruned, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a server's answer with the logprobs that the model in float16 gives the same tokens."""
+    ids = [token for _, token, _ in answer["output_token_logprobs"]]
+    logprobs = in_half.logprobs(replace(pruned, embeddings=pruned.embeddings.half()), ids)
+    top = [
+        [(logprobs[step, token].item(), token, text) for _, token, text in each]
+        for step, each in enumerate(answer["output_top_logprobs"])
+    ]
+    return {**answer, "output_top_logprobs": top}
+
+
+def is_right(metrics: Mapping[str, float]) -> bool:
+    """Whether the differences are those of rounding, and the mistakes' are not."""
+    error = metrics["max_error"]
+    if "half_error" in metrics:
+        return error <= 2 * metrics["half_error"] and metrics["question_error"] >= 5 * error
+    return min(metrics["question_error"], metrics.get("position_error", math.inf)) >= 10 * error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,16 +160,19 @@ def _run(arguments: argparse.Namespace) -> int:
         log_path=arguments.folder / f"{family}-{arguments.prefill}.log",
     )
     judge = HandPruned(family, checkpoint, device)
+    in_half = HandPruned(family, checkpoint, device) if is_half else None
+    if in_half is not None:
+        in_half.model.half()
     chats = film_chats() if arguments.videos else _CHATS
     with server:
-        metrics = measure(Served(family, server, judge), chats)
+        metrics = measure(Served(family, server, judge), chats, in_half)
         prefills = re.findall(r"Prefill batch.*cuda graph: (True|False)", server.log_text())
     metrics |= {"num_prefills": len(prefills), "num_replayed": prefills.count("True")}
     case = {"family": family, "prefill": arguments.prefill, **({"media": "videos"} if arguments.videos else {})}
     row = make_row(BENCH, case, "sglang", metrics, num_runs=len(chats), device=device)
     append_row(arguments.folder / "device-logprobs.jsonl", row)
     print(metrics)
-    return 0 if metrics["control_error"] >= (5 if is_half else 10) * metrics["max_error"] else 1
+    return 0 if is_right(metrics) else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ _TEXTS = ("model", "images", "prefix cache", "budget")
 def serve_part(rows: pd.DataFrame) -> Part:
     """Returns the section of one machine's rows, the newest of each case."""
     found = records(newest(pd.DataFrame(serve_lines(rows), dtype=object)))
-    shown = _in_order(found)
+    shown = _with_flags_apart(_in_order(found))
 
     def draw() -> Iterable[Any]:
         from mmtok_bench.report.serve_plots import plots_of_model
@@ -269,6 +270,25 @@ def _case_cells(line: Line, extra: Sequence[str]) -> tuple[str, ...]:
     images = f"{case.get('image_kind', '')} {line['px']}".strip()
     others = (str(case.get(key, "")) for key in extra)
     return line["model"], images, str(case.get("prefix_cache", "")), line["label"], *others
+
+
+def _with_flags_apart(lines: Sequence[Line]) -> list[Line]:
+    """Returns the rows with the flags that all servers share in a key of their own: a column shows the others."""
+    flags = [re.split(r"\s+(?=--)", str(line["case"].get("server_arguments", ""))) for line in lines]
+    shared = [flag for flag in flags[0] if all(flag in others for others in flags)]
+    if not shared or all(each == shared for each in flags):
+        return list(lines)
+    return [
+        {
+            **line,
+            "case": {
+                **line["case"],
+                "server_arguments": " ".join(flag for flag in own if flag not in shared),
+                "server_arguments_of_all": " ".join(shared),
+            },
+        }
+        for line, own in zip(lines, flags, strict=True)
+    ]
 
 
 def _extra_keys(lines: Sequence[Line]) -> tuple[list[str], dict[str, Any]]:

@@ -124,6 +124,18 @@ def test_other_keys_of_a_case_are_a_column_where_they_differ() -> None:
     assert any("output tokens 16" in sentence for sentence in part.sentences)
 
 
+def test_a_column_shows_the_flags_that_differ() -> None:
+    flags = "--sleep-on-idle --dtype float16"
+    more = f"--tokenizer-worker-num 4 {flags} --max-total-tokens=4"
+    rows = [serve("10%", "mmtok", 86, server_arguments=each) for each in (flags, more)]
+    part = serve_part(measured(rows))
+    column = part.tables[0].columns.index("server arguments")
+    assert [each[column] for each in part.tables[0].rows] == ["", "--tokenizer-worker-num 4 --max-total-tokens=4"]
+    assert any(f"server arguments of all {flags}" in sentence for sentence in part.sentences)
+    # Where none differs, there is no column.
+    assert "server arguments" not in serve_part(measured(rows[:1])).tables[0].columns
+
+
 def test_parts_that_exceed_the_whole_are_said() -> None:
     odd = replace(PRUNED, metrics={**PRUNED.metrics, "vision_encoder_ms": 500.0})
     part = serve_part(measured([odd, UNPRUNED]))
