@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
@@ -68,10 +69,14 @@ def log_prefill_graphs(server_args: Any) -> None:
     """Says that prefills are captured, and how not to have it; for resolved arguments whose sizes were chosen here."""
     prefill = resolving_view(server_args).cuda_graph_config.prefill
     if prefill.backend == Backend.BREAKABLE:
-        logger.info(
-            "MMTok: prefills of up to %d tokens run as CUDA graphs of %d sizes (--cuda-graph-backend-prefill "
-            "breakable), since launches would take most of a pruned prompt's time; --disable-prefill-cuda-graph turns "
-            "them off",
-            max(prefill.bs),
-            len(prefill.bs),
-        )
+        _log_once(max(prefill.bs), len(prefill.bs))
+
+
+@cache
+def _log_once(num_tokens: int, num_sizes: int) -> None:
+    logger.info(
+        "MMTok: prefills of up to %d tokens run as CUDA graphs of %d sizes (--cuda-graph-backend-prefill breakable), "
+        "since launches would take most of a pruned prompt's time; --disable-prefill-cuda-graph turns them off",
+        num_tokens,
+        num_sizes,
+    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import signal
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from typing import Any, Optional
 
 import msgspec
@@ -15,6 +17,7 @@ import sglang.srt.server_args
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.environ import envs
+from sglang.srt.utils import is_cuda
 
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget, parse_share
 from mmtok_deploy.presets import PRESETS
@@ -34,6 +37,7 @@ from mmtok_sglang.start_errors import (
 
 __all__ = ["MMTokServerArgs"]
 
+logger = logging.getLogger(__name__)
 
 # SGLang's own: its module's ServerArgs becomes the class below.
 _add_cli_args = sglang.srt.server_args.ServerArgs.add_cli_args
@@ -127,8 +131,10 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         super().resolve_once()
         if _in_detokenizer():
             return
-        if has_own_graphs:
-            log_prefill_graphs(self)
+        if self.mmtok_budget is not None and multiprocessing.parent_process() is None:
+            if has_own_graphs:
+                log_prefill_graphs(self)
+            _advise_tokenizers(is_cuda() and self.tokenizer_worker_num == 1)
         with ends_start(self.__dict__.get("_mmtok_on_command_line", False)):
             self._resolve()
 
@@ -231,6 +237,16 @@ def _in_detokenizer() -> bool:
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
     return getattr(multiprocessing.current_process(), "_target", None) is run_detokenizer_process
+
+
+@cache
+def _advise_tokenizers(is_advised: bool) -> None:
+    """Says, once a process, that a GPU may wait for the one process that prepares images."""
+    if is_advised:
+        logger.info(
+            "MMTok: one process prepares the images of all requests, and a GPU may wait for it: --tokenizer-worker-num "
+            "4 answered 1.6 times as many requests of 16 clients (Qwen2.5-VL-7B at 10% on an H200)"
+        )
 
 
 _served: list[Settings | None] = []

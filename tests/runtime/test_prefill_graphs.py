@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.configs import model_config
+from sglang.srt.model_executor.cuda_graph_config import Backend
 from torch import Tensor, nn
 
-from mmtok_sglang import prefill_graphs
+from mmtok_sglang import prefill_graphs, server_args
 from mmtok_sglang.families import FAMILIES, qwen3_vl
 from mmtok_sglang.prefill_graphs import CAPTURED_TOKENS, prefer_prefill_graphs
 from tests.runtime.test_server_args import parsed
@@ -63,6 +65,19 @@ def test_a_users_choice_wins(flags: tuple[str, ...]) -> None:
 
 def test_a_users_sizes_win() -> None:
     assert sizes("--cuda-graph-bs-prefill", "7") == [7]
+
+
+def test_the_log_says_once_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    prefill = SimpleNamespace(backend=Backend.BREAKABLE, bs=[8, 96])
+    arguments = SimpleNamespace(cuda_graph_config=SimpleNamespace(prefill=prefill))
+    prefill_graphs.log_prefill_graphs(arguments)
+    prefill_graphs.log_prefill_graphs(arguments)
+    for is_advised in (True, True, False):
+        server_args._advise_tokenizers(is_advised)
+    graphs, tokenizers = caplog.messages
+    assert "up to 96 tokens run as CUDA graphs of 2 sizes" in graphs
+    assert "--tokenizer-worker-num 4" in tokenizers
 
 
 def test_without_a_gpu_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
