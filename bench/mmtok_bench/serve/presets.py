@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from mmtok_bench.families import FamilyName
 
@@ -131,14 +131,13 @@ _H200_MODELS = (
     ServedModel("qwen3.5-35b-a3b", "qwen3.5-moe", ((1024, 768),), ("10%",), is_only_by_name=True),
 )
 
-# Model -> number of servers that fit on an H200 at once, and their arguments.
-_SHORT = ("--max-total-tokens=16000", "--context-length=4096")
-_BESIDE_OTHERS: Mapping[str, dict[str, Any]] = {
-    "qwen2.5-vl-7b": {"most_at_once": 4, "beside_others": ("--mem-fraction-static=0.85", "--max-total-tokens=60000")},
-    "llava-next-7b": {"most_at_once": 4, "beside_others": ("--mem-fraction-static=0.85", *_SHORT)},
-    "llava-next-13b": {"most_at_once": 3, "beside_others": ("--mem-fraction-static=0.95", *_SHORT)},
-}
-_ON_H200 = (*(replace(model, **_BESIDE_OTHERS.get(model.name, {})) for model in _GPU_MODELS), *_H200_MODELS)
+# The servers of Qwen2.5-VL-7B fit side by side, each with room for the keys and values of 65 unpruned requests. Those
+# of a LLaVA-NeXT would have room for five, and a budget would gain from that.
+_BESIDE_OTHERS = ("--mem-fraction-static=0.85", "--max-total-tokens=60000")
+_ON_H200 = (
+    *(replace(_GPU_MODELS[0], most_at_once=4, beside_others=_BESIDE_OTHERS), *_GPU_MODELS[1:]),
+    *_H200_MODELS,
+)
 
 
 def _gpu(name: str, concurrencies: tuple[int, ...], models: tuple[ServedModel, ...] = _GPU_MODELS) -> ServePlan:
