@@ -339,7 +339,7 @@ def _replays_ms(call: Callable[[], object]) -> list[float]:
     return times_ms
 
 
-_WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith(("qwen2.5", "qwen3")))
+_WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith(("llava", "qwen2.5", "qwen3")))
 _WITH_VIDEOS: tuple[FamilyName, ...] = ("qwen2.5-vl", "qwen3-vl")
 _QUANTISED = ("fp8", "awq", "gptq")
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")

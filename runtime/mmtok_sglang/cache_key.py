@@ -241,8 +241,10 @@ def _content(item: Any, name: int | None = None) -> bytes | None:
     """Returns the digest of what the encoder is given, None where it is not at hand in this process."""
     data = _image_data(item)
     made_from = vars(item).get(_MADE_FROM)
-    if name is None and made_from in _remembered:
-        return _remembered[made_from]
+    # In one step: another thread may clear them in between.
+    remembered = _remembered.get(made_from) if name is None and made_from is not None else None
+    if remembered is not None:
+        return remembered
     pixels = (item.feature, item.precomputed_embeddings)
     if not all(_is_at_hand(value) for value in (*pixels, *data.values())):
         return None

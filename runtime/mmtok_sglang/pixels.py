@@ -124,10 +124,17 @@ def _scale_of(image_processor: Any) -> PixelScale:
 
 
 def compact_items(items: Sequence[Any], scale: PixelScale) -> None:
-    """Leaves on each of SGLang's items of 8-bit pixels how they are to be scaled, and each pixel once."""
+    """Leaves on each of SGLang's items of 8-bit pixels how they are to be scaled, and each pixel once.
+
+    Items of one tensor, as those of an image that a request repeats, share what is made of it.
+    """
+    compacted: dict[int, tuple[Tensor, Tensor]] = {}
     for item in items:
-        if isinstance(item.feature, Tensor) and item.feature.dtype == torch.uint8:
-            item.feature = scale.compact(item.feature)
+        pixels = item.feature
+        if isinstance(pixels, Tensor) and pixels.dtype == torch.uint8:
+            if id(pixels) not in compacted:
+                compacted[id(pixels)] = pixels, scale.compact(pixels)
+            item.feature = compacted[id(pixels)][1]
             item.model_specific_data[_KEY] = asdict(scale)
 
 

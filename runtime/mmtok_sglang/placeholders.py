@@ -101,13 +101,13 @@ class PlaceholderCutter:
             self._videos.check(output.mm_items, processor.hf_config)
         self._family.separate_images(output, processor)
         if processor.pixel_scale is not None:
-            compact_items(output.mm_items, processor.pixel_scale)
+            await asyncio.to_thread(compact_items, output.mm_items, processor.pixel_scale)
         if not asked.budget.is_all:
             self._family.separate_videos(output)
             refuse_scattered_placeholders(output.mm_items, self._family.num_runs)
             output.mm_items.sort(key=lambda item: item.offsets[0])
             await self._planner.plan_images(output, texts, asked, processor, image_data)
-            cut_placeholders(output)
+            await asyncio.to_thread(cut_placeholders, output)
         return output
 
     async def tokenize_one_request(self, original: Callable[..., Awaitable[Any]], manager: Any, obj: Any) -> Any:

@@ -39,8 +39,8 @@ _CHOICES = (
 def prefer_prefill_graphs(server_args: Any) -> bool:
     """Has SGLang capture prefills of the families that allow it, unless the user has chosen.
 
-    A LLaVA, on SGLang's Transformers backend, has no layers where SGLang looks for what to capture. SGLang captures a
-    Qwen3.5 with a mixture of experts by itself.
+    A LLaVA's are captured only if the user asks for it: on a GPU this was not tried. SGLang captures a Qwen3.5 with a
+    mixture of experts by itself.
 
     What else SGLang takes for a reason against them (pipeline parallelism, LoRA adapters) still is one.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
 
     SGLang has a class of its own for embedding requests (--is-embedding); this one answers them, too.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Where SGLang looks for what it captures of a prefill: decoder layers, and a forward that takes its batches.
+        self.model.layers = [
+            SimpleNamespace(self_attn=SimpleNamespace(attn=attention))
+            for attention in self.attention_instances.values()
+        ]
+        self.model.forward = self._forward_layers
 
     @override
     def pad_input_ids(self, input_ids: array[int], mm_inputs: Any) -> array[int]:
@@ -100,11 +110,25 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
     def _forward_hidden_states(
         self, input_ids: Tensor | None, positions: Tensor, forward_batch: Any, input_embeds: Tensor | None = None
     ) -> Tensor:
-        prefill = input_embeds is None and not forward_batch.forward_mode.is_decode()
-        if prefill and forward_batch.contains_mm_inputs():
+        is_prefill = not forward_batch.forward_mode.is_decode()
+        if input_embeds is None and is_prefill and forward_batch.contains_mm_inputs():
             input_embeds = mm_utils.prepare_mm_inputs(input_ids, forward_batch, self.model, {}, self)
-            input_ids = None
-        hidden: Tensor = super()._forward_hidden_states(input_ids, positions, forward_batch, input_embeds)
+        elif input_embeds is None:
+            input_embeds = self.get_input_embeddings()(input_ids)
+        # By its name: SGLang replaces it while a captured prefill is replayed.
+        hidden: Tensor = self.model.forward(None, positions, forward_batch, input_embeds=input_embeds)
+        return hidden
+
+    def _forward_layers(self, _input_ids: None, positions: Tensor, forward_batch: Any, input_embeds: Tensor) -> Tensor:
+        """Returns [tokens, D], the hidden states after the last layer."""
+        hidden: Tensor = self.model.language_model(
+            inputs_embeds=input_embeds[None],
+            position_ids=positions[None],
+            use_cache=False,
+            return_dict=False,
+            forward_batch=forward_batch,
+            attention_instances=self.attention_instances,
+        )[0][0]
         return hidden
 
 

@@ -55,6 +55,8 @@ _HALF = ("--dtype=float16", "--attention-backend=triton")
 _FULL = ("--dtype=float32", "--attention-backend=torch_native")
 # With chunks, so that an image's tokens lie in several replays.
 _PREFILL = {"eager": ("--disable-prefill-cuda-graph",), "graphs": ("--chunked-prefill-size=64",)}
+# A LLaVA's prefills are captured only if its server is told to.
+_CAPTURED = ("--cuda-graph-backend-prefill=breakable", "--cuda-graph-bs-prefill", "8", "16", "32", "64")
 
 
 def film_chats() -> tuple[Chat, ...]:
@@ -153,6 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
         family,
         *("--enable-cache-report", f"--mmtok-budget={_BUDGET:.0%}", *template_arguments(family, checkpoint)),
         *(() if on_cpu else (*_ON_CUDA, *(_HALF if is_half else _FULL), *_PREFILL[arguments.prefill])),
+        *(_CAPTURED if arguments.prefill == "graphs" and family.startswith("llava") else ()),
         *arguments.server_args,
         on_cpu=on_cpu,
         # States of linear attention as precise as the model, which is float16 there.

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,12 +51,38 @@ async def _processed(processor: Any, kind: str, images: list[str], videos: list[
     names = ("audio_data", "mm_hashes", "mm_content_hashes")
     fields = None if budget is None else {"mmtok_budget": budget}
     request = SimpleNamespace(rid="0", video_data=videos, mm_processor_kwargs=fields, **dict.fromkeys(names))
-    text = _TEXT.format(kind)
+    text = _TEXT.format(kind) * max(1, len(images))
     return await processor.process_mm_data_async(images, input_text=text, request_obj=request, max_req_input_len=8192)
+
+
+async def _beside_a_broken_image(processor: Any) -> dict[str, Any]:
+    """Returns how a request fares while another one has the same image, and a second one that is cut off."""
+    good, whole = data_url(small("chelsea")), data_url(small("rocket"))
+    start = whole.index(",") + 1
+    broken = whole[: start + (len(whole) - start) // 8 * 4]
+    decode, is_answered = processor.decode_media_snapshot, threading.Event()
+
+    def decode_later(snapshot: Any, modality: Any) -> Any:
+        if snapshot.content_digest == processor.snapshot_media_source(broken, modality).content_digest:
+            is_answered.wait(10.0)
+        return decode(snapshot, modality)
+
+    processor.decode_media_snapshot = decode_later
+    other = asyncio.create_task(_processed(processor, "image", [good, broken], [], "all"))
+    await asyncio.sleep(0.5)
+    try:
+        answer = await asyncio.wait_for(_processed(processor, "image", [good, good], [], "all"), 8.0)
+    finally:
+        is_answered.set()
+        del processor.decode_media_snapshot
+    first, second = answer.mm_items
+    error = (await asyncio.gather(other, return_exceptions=True))[0]
+    return {"shares_pixels": first.feature is second.feature, "error_of_the_other": str(error)}
 
 
 async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
     image = (await _processed(ours, "image", [data_url(small("coffee"))], [], None)).mm_items[0]
+    beside = await _beside_a_broken_image(ours)
     refusal = ""
     try:
         await _processed(ours, "video", [], [Film()], None)
@@ -65,6 +92,7 @@ async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
     ((item,), (theirs,)) = film.mm_items, expected.mm_items
     return {
         "image": [str(image.feature.dtype), "mmtok_pixels" in image.model_specific_data],
+        **beside,
         "refusal": refusal,
         "num_spans": len(item.offsets),
         "is_planned": "mmtok" in item.model_specific_data,

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("name", "num_spans"), [("qwen2.5-vl", 1), ("qwen3-vl", 2)])
-def test_a_video_is_refused_with_a_budget_and_sglangs_own_without(name: FamilyName, num_spans: int) -> None:
+def test_a_video_is_refused_with_a_budget_and_a_broken_image_is_its_requests_alone(
+    name: FamilyName, num_spans: int
+) -> None:
     """Qwen3-VL's has a span for each pair of frames, with their time between."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.runtime.processed_requests", str(checkpoint(name))],
@@ -34,3 +36,6 @@ def test_a_video_is_refused_with_a_budget_and_sglangs_own_without(name: FamilyNa
     assert (result["num_spans"], result["is_planned"], result["is_sglangs"]) == (num_spans, False, True)
     # An image goes on as 8-bit pixels, whichever way SGLang prepares it.
     assert result["image"] == ["torch.uint8", True]
+    # The other request with the same image waits for nothing, and does not fail.
+    assert "image file is truncated" in result["error_of_the_other"]
+    assert result["shares_pixels"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
+from sglang.srt.multimodal.cache.preprocess_cache import MultimodalPreprocessCache
 from torch import Tensor
 from typing_extensions import override
 
@@ -81,17 +84,60 @@ class QwenModel(PrunedModel):
         return self.get_image_feature(items)
 
 
+class _OwnMisses(MultimodalPreprocessCache[Any, Any]):
+    """SGLang's cache of preprocessed images, in which each request prepares what it misses itself.
+
+    In SGLang, a request whose image another one is preparing waits until all images of that one are prepared, and fails
+    if any of them cannot be decoded.
+    """
+
+    @override
+    def lookup_or_claim_many(self, keys: list[Any], **kwargs: Any) -> list[Any]:
+        with self._lock:
+            self._inflight.clear()
+        found: list[Any] = super().lookup_or_claim_many(keys, **kwargs)
+        return found
+
+
 class QwenProcessor(PrunedProcessor):
     """Keeps what was made of an image for the next question about it, and times the steps of that path for images."""
 
     # SGLang keeps none unless --mm-preprocess-cache-size-mb is given, which wins.
     auto_mm_preprocess_cache_size_mb = _PREPROCESS_CACHE_MB
+    mm_preprocess_cache: MultimodalPreprocessCache[Any, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        sglangs = self.mm_preprocess_cache
+        self.mm_preprocess_cache = _OwnMisses(sglangs.max_size_bytes, sglangs.max_entries)
 
     @override
-    def decode_media_snapshot(self, *args: Any, **kwargs: Any) -> Any:
+    async def _compute_cache_misses(
+        self,
+        misses_to_compute: Sequence[Any],
+        first_index_by_key: Mapping[str, int],
+        snapshots: Sequence[Any],
+        previous_metadata: Any,
+        resolved_by_key: Any,
+        modality: Any,
+    ) -> None:
+        """Prepares a request's images; decodes them side by side, which SGLang does one after another."""
+        missed = [first_index_by_key[each.key] for each in misses_to_compute]
+        futures = [self.io_executor.submit(self.decode_media_snapshot, snapshots[index], modality) for index in missed]
+        decoded = list(snapshots)
+        for index, future in zip(missed, futures, strict=True):
+            decoded[index] = replace(snapshots[index], data=await asyncio.wrap_future(future))
+        await super()._compute_cache_misses(
+            misses_to_compute, first_index_by_key, decoded, previous_metadata, resolved_by_key, modality
+        )
+
+    @override
+    def decode_media_snapshot(self, snapshot: Any, modality: Any) -> Any:
         """Returns a decoded image."""
+        if isinstance(snapshot.data, Tensor | Image.Image):
+            return super().decode_media_snapshot(snapshot, modality)
         with image_stage("decode"):
-            return super().decode_media_snapshot(*args, **kwargs)
+            return super().decode_media_snapshot(snapshot, modality)
 
     @override
     def prepare_artifact_batch(self, *args: Any, **kwargs: Any) -> Any:
