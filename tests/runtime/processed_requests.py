@@ -13,6 +13,7 @@ import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -80,6 +81,21 @@ async def _beside_a_broken_image(processor: Any) -> dict[str, Any]:
     return {"shares_pixels": first.feature is second.feature, "error_of_the_other": str(error)}
 
 
+async def _threads_of(processor: Any) -> list[str]:
+    """Returns the threads in which requests with one image and with many are put together."""
+    threads = []
+    compose = type(processor).compose_image_artifacts
+
+    def noted(self: Any, *args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return compose(self, *args)
+
+    with mock.patch.object(type(processor), "compose_image_artifacts", noted):
+        for number in (1, 16):
+            await _processed(processor, "image", [data_url(small("coffee"))] * number, [], "10%")
+    return threads
+
+
 async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
     image = (await _processed(ours, "image", [data_url(small("coffee"))], [], None)).mm_items[0]
     beside = await _beside_a_broken_image(ours)
@@ -93,6 +109,7 @@ async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
     return {
         "image": [str(image.feature.dtype), "mmtok_pixels" in image.model_specific_data],
         **beside,
+        "threads": await _threads_of(ours),
         "refusal": refusal,
         "num_spans": len(item.offsets),
         "is_planned": "mmtok" in item.model_specific_data,

@@ -39,3 +39,5 @@ def test_a_video_is_refused_with_a_budget_and_a_broken_image_is_its_requests_alo
     # The other request with the same image waits for nothing, and does not fail.
     assert "image file is truncated" in result["error_of_the_other"]
     assert result["shares_pixels"]
+    # Many images keep no event loop waiting.
+    assert result["threads"] == ["MainThread", "mmtok-processor_0"]
