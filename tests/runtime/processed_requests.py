@@ -20,6 +20,7 @@ import torch
 from sglang.srt import runtime_context
 from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.managers.multimodal_processor import get_mm_processor, import_processors
+from sglang.srt.multimodal.media_artifacts import base
 from sglang.srt.multimodal.processors import base_processor, qwen_vl
 from transformers import AutoProcessor
 
@@ -96,6 +97,16 @@ async def _threads_of(processor: Any) -> list[str]:
     return threads
 
 
+async def _is_grey_alike(processor: Any) -> bool:
+    """Returns whether a grey image that was decoded to one channel gives the pixels of one with three."""
+    grey = small("astronaut").convert("L")
+    decoded = torch.from_numpy(np.array(grey))[None]
+    with mock.patch.object(base, "load_image", return_value=(decoded, None)):
+        found = await _processed(processor, "image", [data_url(grey)], [], "all")
+    expected = await _processed(processor, "image", [data_url(grey.convert("RGB"))], [], "all")
+    return torch.equal(found.mm_items[0].feature, expected.mm_items[0].feature)
+
+
 async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
     image = (await _processed(ours, "image", [data_url(small("coffee"))], [], None)).mm_items[0]
     beside = await _beside_a_broken_image(ours)
@@ -110,6 +121,7 @@ async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
         "image": [str(image.feature.dtype), "mmtok_pixels" in image.model_specific_data],
         **beside,
         "threads": await _threads_of(ours),
+        "is_grey_alike": await _is_grey_alike(ours),
         "refusal": refusal,
         "num_spans": len(item.offsets),
         "is_planned": "mmtok" in item.model_specific_data,

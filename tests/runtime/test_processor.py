@@ -41,3 +41,5 @@ def test_a_video_is_refused_with_a_budget_and_a_broken_image_is_its_requests_alo
     assert result["shares_pixels"]
     # Many images keep no event loop waiting.
     assert result["threads"] == ["MainThread", "mmtok-processor_0"]
+    # As SGLang decodes a grey JPEG on a GPU.
+    assert result["is_grey_alike"]

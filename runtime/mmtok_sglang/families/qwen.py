@@ -138,7 +138,7 @@ class QwenProcessor(PrunedProcessor):
         if isinstance(snapshot.data, Tensor | Image.Image):
             return super().decode_media_snapshot(snapshot, modality)
         with image_stage("decode"):
-            return super().decode_media_snapshot(snapshot, modality)
+            return _in_colour(super().decode_media_snapshot(snapshot, modality))
 
     @override
     def prepare_artifact_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +171,17 @@ class QwenProcessor(PrunedProcessor):
     @override
     def _load_single_item(cls, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns a decoded image, or an opened video."""
-        return data if isinstance(data, Video) else super()._load_single_item(data, *args, **kwargs)
+        return data if isinstance(data, Video) else _in_colour(super()._load_single_item(data, *args, **kwargs))
+
+
+def _in_colour(image: Any) -> Any:
+    """Returns a decoded image with three channels, equal ones for a grey one; what is no tensor as it is.
+
+    On a GPU, SGLang decodes a grey JPEG to one channel, on which the processor fails (sgl-project/sglang pull request
+    35101).
+    """
+    is_grey = isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 1
+    return image.expand(3, -1, -1) if is_grey else image
 
 
 class Qwen(Family):
