@@ -101,7 +101,7 @@ _EXHAUSTIVE = re.compile(
     r"|test_served\.py::test_the_model_as_its_own_agent"
     r"|serve/test_command\.py::test_a_sweep_one_of_whose_servers_dies"
     r"|test_interpreted\.py::TestGolden::test_small\[alpha2_n256_k16"
-    r"|test_interpreted\.py::TestAnswer::test_every_token\[text"
+    r"|test_interpreted\.py::TestAnswer::test_every_token\[(text|vision)"
     r"|test_interpreted\.py::TestGolden::test_large\[(llava_n576_k64|qwen_n576_k(4|64)|.*_(k192|n729_k73|n1024_k51))"
     r"|test_selection_graph\.py::TestGolden::.*\[unrolled-(static-(qwen|llava)|dynamic).*_k(51|64|73|143|192)\]"
     r"|test_blocked\.py::test_golden_cases_at_any_bound\[.*_n(576|729|1024).*-one at a time"
