@@ -4,6 +4,7 @@
     python -m mmtok_bench.gpu_check --dry-run                 # prints the commands, also without a GPU
     python -m mmtok_bench.gpu_check --parts kernels,selector
     python -m mmtok_bench.gpu_check                           # all parts; those that are done are not run again
+    python -m mmtok_bench.gpu_check --server-args='--attention-backend triton'   # for all servers
 
 A part is meant to take four minutes on an H200, whose memory holds the servers of a 7B model side by side. On a GPU
 with less than 120 GiB one server runs at a time, and each case is measured once. Rows, logs, the table of bars and an
@@ -45,6 +46,8 @@ from mmtok_deploy.config import SelectionConfig
 __all__ = ["DONE", "PARTS", "Bar", "Part", "exit_codes_in", "judge", "main", "print_parts", "run_part"]
 
 _TIMEOUT_S = 600
+_SERVER_ARGS = "--server-args="
+_WITH_SERVER_ARGS = ("mmtok_bench.served_checks", "tests.runtime.device_logprobs", "tests.runtime.device_quantised")
 _LARGE_GIB = 120
 DONE = "done.json"
 """File in a part's folder after it has run: the exit codes of its commands, and the seconds."""
@@ -490,6 +493,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", type=each(str), default=known, help=f"some of {', '.join(known)} (default all)")
     parser.add_argument("--output", type=Path, default=Path("artifacts/gpu-check"), help="folder (default %(default)s)")
     parser.add_argument("--again", action="store_true", help="run parts anew that are done")
+    parser.add_argument("--server-args", default="", metavar="ARGS", help="arguments of all servers")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     parser.add_argument("--dry-run", action="store_true", help="print their commands and bars and stop")
     arguments = parser.parse_args(argv)
@@ -506,7 +510,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"there are the parts {', '.join(known)}; got {unknown[0]!r}")
     chosen = [known[name] for name in arguments.parts]
     if arguments.dry_run:
-        print_parts(chosen, arguments.output)
+        print_parts(chosen, arguments.output, arguments.server_args)
         return 0
     if not torch.cuda.is_available():
         raise ValueError("needs an NVIDIA GPU that PyTorch sees: nothing would be checked here")
@@ -516,39 +520,56 @@ def _run(arguments: argparse.Namespace) -> int:
             continue
         folder = arguments.output / part.name
         if arguments.again or exit_codes_in(folder) is None:
-            run_part(part, folder)
-    return _report(chosen, arguments.output)
+            run_part(part, folder, arguments.server_args)
+    return _report(chosen, arguments.output, arguments.server_args)
 
 
 def _memory_gib() -> float:
     return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
 
-def _filled_in(command: Sequence[str], folder: Path, memory_gib: float = _LARGE_GIB) -> list[str]:
+def _filled_in(
+    command: Sequence[str], folder: Path, memory_gib: float = _LARGE_GIB, server_args: str = ""
+) -> list[str]:
     is_large = memory_gib >= _LARGE_GIB
     values = {"FOLDER": str(folder), "PRESET": "h200" if is_large else "h100", "ROUNDS": "5" if is_large else "1"}
-    return [values.get(word, word) for word in command]
+    words = [values.get(word, word) for word in command]
+    if server_args and _starts_servers(command):
+        given = "".join(word.removeprefix(_SERVER_ARGS) for word in words if word.startswith(_SERVER_ARGS))
+        words = [word for word in words if not word.startswith(_SERVER_ARGS)]
+        words.append(f"{_SERVER_ARGS}{server_args} {given}".rstrip())
+    return words
 
 
-def print_parts(parts: Sequence[Part], folder: Path) -> None:
+def _starts_servers(command: Sequence[str]) -> bool:
+    return command[1] in _WITH_SERVER_ARGS or command[1:4] == ("mmtok_deploy", "bench", "serve")
+
+
+def print_parts(parts: Sequence[Part], folder: Path, server_args: str = "") -> None:
     """Prints the commands and bars of parts, as a large GPU runs them."""
     for part in parts:
         print(f"# {part.name}: {part.about}")
         for command in part.commands:
-            print(shlex.join(["python", *_filled_in(command, folder / part.name)]))
+            print(shlex.join(["python", *_filled_in(command, folder / part.name, server_args=server_args)]))
         for bar in part.bars:
             print(f"#   {bar.text}: {bar.shown_bound}")
 
 
-def run_part(part: Part, folder: Path) -> None:
-    """Runs a part's commands one after another; writes logs, rows and exit codes to `folder`."""
+def run_part(part: Part, folder: Path, server_args: str = "") -> None:
+    """Runs a part's commands one after another; writes logs, rows and exit codes to `folder`.
+
+    Args:
+        part: The part.
+        folder: Its folder.
+        server_args: Arguments of all servers, beside the part's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
     start = time.monotonic()
     print(f"== {part.name}: {part.about}", flush=True)
     exit_codes = []
     for place, command in enumerate(part.commands):
-        arguments = _filled_in(command, folder, _memory_gib())
+        arguments = _filled_in(command, folder, _memory_gib(), server_args)
         with (folder / f"command-{place}.log").open("w") as log:
             print("$ python", *arguments, file=log, flush=True)
             command_line = [sys.executable, *arguments]
@@ -575,12 +596,20 @@ def exit_codes_in(folder: Path) -> list[int] | None:
     return codes
 
 
-def _rows_of(part: Part, folder: Path) -> list[ResultRow]:
+def _rows_of(part: Part, folder: Path, server_args: str = "") -> list[ResultRow]:
+    """Returns a part's rows, without the arguments that all servers were given."""
     names = [name for name in (part.beside, part.name) if name is not None and (folder / name).is_dir()]
-    return [row for name in names for path in row_files(folder / name) for row in read_rows(path)]
+    rows = [row for name in names for path in row_files(folder / name) for row in read_rows(path)]
+    of_all = shlex.join(shlex.split(server_args))
+    return [
+        replace(row, case={**row.case, "server_arguments": str(found).removeprefix(of_all).strip()})
+        if (found := row.case.get("server_arguments"))
+        else row
+        for row in rows
+    ]
 
 
-def _report(parts: Sequence[Part], folder: Path) -> int:
+def _report(parts: Sequence[Part], folder: Path, server_args: str) -> int:
     table = Table(title=torch.cuda.get_device_name())
     for heading in ("part", "what", "bar", "measured", ""):
         table.add_column(heading)
@@ -592,7 +621,7 @@ def _report(parts: Sequence[Part], folder: Path) -> int:
             table.add_row(part.name, f"needs {part.needs_gib} GiB", "", "", "not run")
             continue
         choices = {bar.text for bar in part.bars if bar.is_choice}
-        for text, bound, value, is_reached in judge(part, _rows_of(part, folder), exit_codes):
+        for text, bound, value, is_reached in judge(part, _rows_of(part, folder, server_args), exit_codes):
             is_told = text in choices and is_reached is not None
             verdict = ("better" if is_reached else "not better") if is_told else verdicts[is_reached]
             table.add_row(part.name, text, bound, value, verdict)

@@ -134,6 +134,22 @@ def test_a_smaller_gpu_has_one_server_at_a_time(memory_gib: float, preset: str, 
     assert words[words.index("--results-dir") + 1] == "there"
 
 
+def test_arguments_of_all_servers_go_beside_a_parts_own(tmp_path: Path) -> None:
+    of_all = "--attention-backend triton"
+    for name, own in (("qwen-7b-16", ""), ("setting-one-tokenizer", " --tokenizer-worker-num=1")):
+        (command,) = part_of(name).commands
+        words = gpu_check._filled_in(command, tmp_path, 139.8, of_all)
+        assert [word for word in words if word.startswith("--server-args")] == [f"--server-args={of_all}{own}"]
+        (tmp_path / name).mkdir()
+        for row in read_rows(MEASURED / "serve-h200-default.jsonl"):
+            append_row(tmp_path / name / "it.jsonl", replace(row, case={**row.case, "server_arguments": of_all + own}))
+    rows = gpu_check._rows_of(part_of("setting-one-tokenizer"), tmp_path, of_all)
+    assert {row.case["server_arguments"] for row in rows} == {"", "--tokenizer-worker-num=1"}
+    assert all(reached is not None for *_, reached in judge(part_of("setting-one-tokenizer"), rows, [0]))
+    (tests,) = part_of("kernels").commands
+    assert gpu_check._filled_in(tests, tmp_path, 139.8, of_all) == list(tests)
+
+
 def test_a_part_that_a_gpu_has_no_memory_for_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

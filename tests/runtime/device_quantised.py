@@ -9,7 +9,9 @@ two questions. The exit code is 0 if the control is at least ten times as large,
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +36,7 @@ _ARGUMENTS = (
 )
 
 
-def coverages(path: Path, log_path: Path) -> list[list[tuple[int, float]]]:
+def coverages(path: Path, log_path: Path, server_args: Sequence[str] = ()) -> list[list[tuple[int, float]]]:
     """Returns what is kept of each image, and the coverage that it reaches: a list a question."""
 
     def ask(image: Any, question: str) -> tuple[int, float]:
@@ -47,7 +49,7 @@ def coverages(path: Path, log_path: Path) -> list[list[tuple[int, float]]]:
         ((told,),) = [account["images"] for account in answer.choices[0].meta_info["mmtok"]]  # type: ignore[attr-defined]
         return told["tokens_kept"], told["coverage"]
 
-    with make_server(path, _FAMILY, *_ARGUMENTS, on_cpu=False, log_path=log_path) as server:
+    with make_server(path, _FAMILY, *_ARGUMENTS, *server_args, on_cpu=False, log_path=log_path) as server:
         return [[ask(image, question) for image in _IMAGES] for question in _QUESTIONS]
 
 
@@ -67,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.runtime.device_quantised")
     parser.add_argument("folder", type=Path, help="for the row, the checkpoints and the servers' logs")
     parser.add_argument("--method", choices=get_args(Quantisation), required=True)
+    parser.add_argument("--server-args", type=shlex.split, default=[], help="further arguments of the servers")
     arguments = parser.parse_args(argv)
     return run_command("device_quantised", lambda: _run(arguments))
 
@@ -76,8 +79,8 @@ def _run(arguments: argparse.Namespace) -> int:
     folder, method = arguments.folder, arguments.method
     checkpoint = make_tiny_checkpoint(_FAMILY, folder / "checkpoints" / "whole")
     path = quantise(checkpoint, folder / "checkpoints" / method, method)
-    whole = coverages(checkpoint, folder / "whole.log")
-    metrics, is_same = compare(whole, coverages(path, folder / f"{method}.log"))
+    whole = coverages(checkpoint, folder / "whole.log", arguments.server_args)
+    metrics, is_same = compare(whole, coverages(path, folder / f"{method}.log", arguments.server_args))
     row = make_row(BENCH, {"method": method}, "sglang", metrics, num_runs=len(_IMAGES), device=torch.device("cuda"))
     append_row(folder / "device-quantised.jsonl", row)
     print(metrics)
