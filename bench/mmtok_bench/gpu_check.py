@@ -286,6 +286,7 @@ def _logprobs(family: str, prefill: str) -> tuple[Bar, ...]:
     if family.startswith("qwen") and not family.startswith("qwen3.5"):
         bars.append(Bar(f"{what}, wrong positions' against that", "at least 5 x", of_positions))
     if prefill != "eager":
+        # Each of the three chats with images, asked alone.
         bars.append(Bar(f"{what}, prefills replayed", "at least 3", of_family(itemgetter("num_replayed"))))
     return tuple(bars)
 

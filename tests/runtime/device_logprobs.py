@@ -8,8 +8,8 @@ float32, a Qwen and an InternVL in float16: SGLang's norms for NVIDIA GPUs, whic
 numbers alone. The row then also has how far the hand-pruned model itself is from float32 if its language model computes
 in float16.
 
-The exit code is 0 if each mistake makes at least ten times the difference. In float16: if another question's tokens
-make at least five times the difference, and it is at most twice that of the model itself.
+The exit code is 0 if each mistake makes at least ten times the difference. In float16: if each makes at least five
+times the difference, and it is at most twice that of the model itself; wrong positions of a Qwen3.5 hardly show there.
 """
 
 from __future__ import annotations
@@ -122,12 +122,15 @@ def _answer_of(in_half: HandPruned, pruned: Pruned, answer: Mapping[str, Any]) -
     return {**answer, "output_top_logprobs": top}
 
 
-def is_right(metrics: Mapping[str, float]) -> bool:
+def is_right(family: str, metrics: Mapping[str, float]) -> bool:
     """Whether the differences are those of rounding, and the mistakes' are not."""
-    error = metrics["max_error"]
-    if "half_error" in metrics:
-        return error <= 2 * metrics["half_error"] and metrics["question_error"] >= 5 * error
-    return min(metrics["question_error"], metrics.get("position_error", math.inf)) >= 10 * error
+    error, is_half = metrics["max_error"], "half_error" in metrics
+    mistakes = [metrics["question_error"], metrics.get("position_error", math.inf)]
+    if is_half and family.startswith("qwen3.5"):
+        # Three of its four layers have no positions.
+        mistakes.pop()
+    is_rounding = not is_half or error <= 2 * metrics["half_error"]
+    return is_rounding and min(mistakes) >= (5 if is_half else 10) * error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,7 +178,7 @@ def _run(arguments: argparse.Namespace) -> int:
     row = make_row(BENCH, case, "sglang", metrics, num_runs=len(chats), device=device)
     append_row(arguments.folder / "device-logprobs.jsonl", row)
     print(metrics)
-    return 0 if is_right(metrics) else 1
+    return 0 if is_right(family, metrics) else 1
 
 
 if __name__ == "__main__":

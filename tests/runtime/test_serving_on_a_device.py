@@ -30,7 +30,7 @@ def test_a_new_server_is_held_against_the_judge_and_asked_at_random() -> None:
     assert "triton_compiles" not in checked
     assert compared["max_error"] < 1e-4
     assert set(compared) == {"max_error", "question_error", "position_error"}
-    assert device_logprobs.is_right(compared)
+    assert device_logprobs.is_right("qwen2.5-vl", compared)
 
 
 def test_a_row_is_what_the_gpu_check_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,11 +49,16 @@ def test_a_row_is_what_the_gpu_check_reads(tmp_path: Path, monkeypatch: pytest.M
 def test_float16_is_held_against_the_models_own_rounding() -> None:
     """As measured on an H200 for Qwen3-VL, and with the difference of the model itself from the host."""
     rounding = {"max_error": 7.2e-3, "question_error": 0.61, "position_error": 0.19, "half_error": 5.5e-3}
-    assert device_logprobs.is_right(rounding)
-    assert not device_logprobs.is_right({**rounding, "half_error": 3e-3})
-    assert not device_logprobs.is_right({**rounding, "question_error": 0.03})
+    assert device_logprobs.is_right("qwen3-vl", rounding)
+    assert not device_logprobs.is_right("qwen3-vl", {**rounding, "half_error": 3e-3})
+    assert not device_logprobs.is_right("qwen3-vl", {**rounding, "question_error": 0.03})
+    wrong_positions = {**rounding, "position_error": 0.03}
+    assert not device_logprobs.is_right("qwen3-vl", wrong_positions)
+    assert device_logprobs.is_right("qwen3.5", wrong_positions)
     # In float32 there is no such excuse.
-    assert not device_logprobs.is_right({"max_error": 7.2e-3, "question_error": 0.61, "position_error": 0.05})
+    assert not device_logprobs.is_right(
+        "qwen3-vl", {"max_error": 7.2e-3, "question_error": 0.61, "position_error": 0.05}
+    )
 
 
 def test_the_model_in_float16_rounds() -> None:

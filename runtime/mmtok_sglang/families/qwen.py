@@ -43,6 +43,7 @@ _MAX_PATCHES = _MAX_PIXELS_ON_CPU // 14**2
 # What SGLang keeps of 256 prompts of as much takes 100 MB.
 _MAX_KEPT_PATCHES = 1 << 15
 _MAX_KEPT_LETTERS = 1 << 15
+# Images of a request from which on it is put together in a thread.
 _MANY_IMAGES = 16
 
 
