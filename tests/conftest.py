@@ -92,6 +92,7 @@ _EXHAUSTIVE = re.compile(
     r"|test_serving\w*\.py::.*(qwen2-vl|qwen3(-vl|\.5)-moe)"
     r"|test_serving_(adapters|processes|methods|scale|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*"
     r"(qwen3-vl|qwen3\.5|internvl3)"
+    r"|test_serving_repeats\.py::.*(qwen3\.5|internvl3|llava-1)"
     r"|test_serving_cache\.py::.*(qwen3-vl|internvl3)"
     r"|test_serving_video\.py::.*\[qwen3\.5"
     r"|test_serving\.py::test_(more_positions_than_the_context|question_of_four_thousand_words)\[qwen3(-vl|\.5)"

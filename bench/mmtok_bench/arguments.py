@@ -113,7 +113,7 @@ def budget(text: str) -> str:
 
 
 def mixed_budget(text: str) -> str:
-    """Returns a budget, possibly with an encoder scale (10%@0.5), but not `auto`: loads ask no real questions."""
+    """Returns a budget as `MixedBudget` reads it (10%@0.5~8), but not `auto`: loads ask no real questions."""
     try:
         mixed = MixedBudget.parse(text)
     except ValueError as error:

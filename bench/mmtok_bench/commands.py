@@ -119,7 +119,8 @@ def _add_serve(benches: Any) -> None:
     serve.add_argument(
         "--budgets",
         type=each(mixed_budget),
-        help="all,20%%,10%%,5%%,64; all is always among them. 10%%@0.5 is 10%% of a Qwen's image at half of each side",
+        help="all,20%%,10%%,5%%,64; all is always among them. 10%%@0.5 is 10%% of a Qwen's image at half of each side, "
+        "10%%~8 as many tokens, of those that differ by more than 8 of 255 from their neighbours",
     )
     serve.add_argument("--concurrency", type=each(count), help="requests at a time: 1,4,16,64")
     serve.add_argument("--image-px", type=each(image_size), help="sizes of images, width x height: 1008x672,448x448")
@@ -193,7 +194,7 @@ def _add_quality(commands: Any) -> None:
         "--budgets",
         type=each(str),
         help="default all,50%%,25%%,11%%,5%%,4; public tasks: the family's. 25%%@0.5 is 25%% of a Qwen's image at half "
-        "of each side, all@0.5 the whole of it",
+        "of each side, all@0.5 the whole of it, all~8 all that differs by more than 8 of 255 from its neighbours",
     )
     what.add_argument("--seeds", type=each(seed), default=[0, 1, 2], help="seeds of the pocket scenes (default 0,1,2)")
     what.add_argument(

@@ -8,7 +8,8 @@
    and `videos` opens the videos.
 3. `processor`, over SGLang's class, has `placeholders` cut an image's N placeholder tokens to K in the tokenizer
    process: `request_checks` refuses what is no image, the `planner` leaves a `plan` on each image, with guidance by the
-   `guidance_tokenizer`, and `cut` cuts. `pixels` sends 8-bit values, which the encoder's device normalises.
+   `guidance_tokenizer`, and `cut` cuts. `repeated_patches` leaves out what looks like its neighbour. `pixels` sends
+   8-bit values, which the encoder's device normalises.
 4. `cache_key` makes the keys of all caches from everything that their values depend on; `invalidation` moves them on
    when weights change, or a selection was not made.
 5. `model`, over SGLang's class, returns an image's kept tokens as its features, in the scheduler process;

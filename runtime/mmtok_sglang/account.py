@@ -98,6 +98,7 @@ def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, 
         num_tokens = sum(end - start + 1 for start, end in item.offsets or ())
         return {
             "tokens_in": num_tokens,
+            "tokens_encoded": num_tokens,
             "tokens_kept": num_tokens,
             "method": None,
             "coverage": None,
@@ -108,6 +109,7 @@ def _image(item: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, 
     outcome = outcome_of(item)
     return {
         "tokens_in": plan.num_tokens,
+        "tokens_encoded": plan.num_encoded,
         "tokens_kept": plan.num_kept,
         "method": plan.method,
         "coverage": None if outcome is None else outcome.coverage,

@@ -32,6 +32,7 @@ __all__ = [
     "check_server",
     "check_server_method",
     "check_sharing",
+    "check_skipping",
     "check_stages",
     "check_unread_config",
     "family_of_server",
@@ -180,6 +181,15 @@ def check_scale(settings: Settings) -> None:
     if settings.encoder_scale < 1 and obstacle is not None:
         raise UnsupportedServerError(
             f"--mmtok-encoder-scale {settings.encoder_scale:g} does not run on {settings.family}: {obstacle}. Drop it"
+        )
+
+
+def check_skipping(settings: Settings) -> None:
+    """Raises UnsupportedServerError if the model's encoder cannot leave out repeated patches."""
+    obstacle = FAMILIES[settings.family].obstacle_to_skipping
+    if settings.skip_repeats >= 0 and obstacle is not None:
+        raise UnsupportedServerError(
+            f"--mmtok-skip-repeats {settings.skip_repeats} does not run on {settings.family}: {obstacle}. Drop it"
         )
 
 

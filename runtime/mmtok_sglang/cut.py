@@ -29,7 +29,10 @@ def cut_placeholders(output: Any) -> None:
         start, end = item.offsets[0][0], item.offsets[-1][1]
         item.offsets = [(start, end)]
         if output.mrope_positions is not None:
-            item.model_specific_data[KEY]["positions"] = output.mrope_positions[:, start : end + 1].clone()
+            positions = output.mrope_positions[:, start : end + 1]
+            item.model_specific_data[KEY]["positions"] = (
+                positions.clone() if plan.encoded is None else positions[:, plan.encoded]
+            )
     if stays.all():
         return
     # The new index of a token is the number of tokens that stay up to it, less one: right for first and last of each

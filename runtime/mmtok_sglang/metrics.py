@@ -38,6 +38,7 @@ _COUNTERS = {
     "feature_cache_hits": "Images whose features were held.",
     "feature_cache_misses": "Images whose features were not held.",
     "smaller_images": "Images that were made smaller before the processor, by an encoder scale or by downsample.",
+    "skipped_tokens": "Vision tokens that were not encoded, since they repeat a neighbour (--mmtok-skip-repeats).",
     "agent_timeouts": "Questions that the agent did not answer in time.",
     "agent_errors": "Questions that the agent could not be asked.",
     "agent_skips": "Questions that the agent was not asked, since it had failed several times.",

@@ -76,6 +76,7 @@ class PlaceholderCutter:
                 self._refuse_videos(request, videos, asked)
             refuse_features(request, image_data, asked)
             self._refuse_scale(asked.encoder_scale)
+            self._refuse_skipping(asked.skip_repeats)
         if not asked.budget.is_all:
             self._refuse_method(asked, processor.hf_config, has_images=bool(image_data))
             self._refuse_auto(asked.budget)
@@ -102,7 +103,7 @@ class PlaceholderCutter:
         self._family.separate_images(output, processor)
         if processor.pixel_scale is not None:
             await asyncio.to_thread(compact_items, output.mm_items, processor.pixel_scale)
-        if not asked.budget.is_all:
+        if asked.prunes_images:
             self._family.separate_videos(output)
             refuse_scattered_placeholders(output.mm_items, self._family.num_runs)
             output.mm_items.sort(key=lambda item: item.offsets[0])
@@ -151,7 +152,7 @@ class PlaceholderCutter:
         if images or (videos and self._videos is not None):
             self._family.placeholder_rule.check(prompt, len(images), len(videos))
         if asked.budget.is_all:
-            return []
+            return [""] * (len(images) + len(videos))
         given = getattr(request, "mm_processor_kwargs", None)
         placeholders = [each for each in (self._family.placeholder, self._family.video_placeholder) if each is not None]
         found = partial(guidance_texts, given, prompt, len(images) + len(videos), *placeholders)
@@ -172,6 +173,8 @@ class PlaceholderCutter:
             why = "it prunes videos that come as files, not as frames or features"
         elif asked.encoder_scale < 1 or asked.method == "downsample":
             why = "mmtok_encoder_scale and the method downsample are for images"
+        elif asked.budget.is_all:
+            why = "mmtok_skip_repeats without a budget is for images"
         elif self.agent is not None:
             why = "the agent of --mmtok-agent-url is shown images alone"
         if why is not None:
@@ -205,4 +208,12 @@ class PlaceholderCutter:
         if scale < 1 and obstacle is not None:
             raise refusal(
                 "field", f"mm_processor_kwargs.mmtok_encoder_scale {scale:g} does not run on this model: {obstacle}"
+            )
+
+    def _refuse_skipping(self, max_difference: int) -> None:
+        obstacle = self._family.obstacle_to_skipping
+        if max_difference >= 0 and obstacle is not None:
+            raise refusal(
+                "field",
+                f"mm_processor_kwargs.mmtok_skip_repeats {max_difference} does not run on this model: {obstacle}",
             )

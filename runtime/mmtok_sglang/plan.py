@@ -41,6 +41,9 @@ class ImagePlan:
             the last is one span of K + T tokens, T those of the text: where the text stands in it is known when the
             tokens are selected.
         keys: The side of the projector by whose features tokens are compared; "input" for a method that compares none.
+        encoded: [M] int64, the tokens that the encoder reads, the first of the image among them; None if it reads all.
+            The item has the pixels of these alone, and from features on the image has M tokens: kept ones are counted
+            among these, and `positions` has theirs.
     """
 
     num_tokens: int
@@ -55,6 +58,7 @@ class ImagePlan:
     num_frames: int = 1
     between: list[list[int]] = field(default_factory=list)
     keys: KeySource = "input"
+    encoded: Tensor | None = None
 
     @property
     def num_between(self) -> int:
@@ -62,11 +66,17 @@ class ImagePlan:
         return sum(map(len, self.between))
 
     @property
+    def num_encoded(self) -> int:
+        """The tokens of the image that the encoder reads."""
+        return self.num_tokens if self.encoded is None else len(self.encoded)
+
+    @property
     def encoding(self) -> tuple[object, ...]:
         """What sets the image's features apart from those under other methods."""
         if self.method == "downsample":
             return ("downsample", self.num_kept)
-        return ("attention",) if reads_attention(self.method) else ()
+        attention = ("attention",) if reads_attention(self.method) else ()
+        return attention if self.encoded is None else ("only", self.encoded, *attention)
 
     def attach(self, item: Any) -> None:
         """Leaves the plan on SGLang's item, as plain values that its transport can carry."""

@@ -17,6 +17,7 @@ from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.methods import MethodName, coverage_of, needs_frames, reads_question
 from mmtok_sglang.agent import Agent
 from mmtok_sglang.guidance_tokenizer import GuidanceTokenizer, tokenizer_of
+from mmtok_sglang.metrics import collectors, never_raises
 from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import Requested
@@ -75,12 +76,14 @@ class ImagePlanner:
         limits.check_guidance([len(ids) for ids in words.values()])
         covers_text = coverage_of(asked.method) in ("multimodal", "text")
         if self.agent is not None and covers_text:
-            texts = await self.agent.join(image_data, texts, [plan is not None for plan in plans])
+            guided_ones = [plan is not None and reads_question(plan.method) for plan in plans]
+            texts = await self.agent.join(image_data, texts, guided_ones)
             words = await self._words.of(texts, tokenizer_of(processor))
         cost = 0
         for item, text, plan in zip(items, texts, plans, strict=True):
             if plan is not None:
-                guided = replace(plan, guidance=words[text], between=_text_between(item.offsets, output.input_ids))
+                guidance = words[text] if reads_question(plan.method) else []
+                guided = replace(plan, guidance=guidance, between=_text_between(item.offsets, output.input_ids))
                 self._check_engine(item, guided, config)
                 cost += self._cost(item, guided, config)
                 guided.attach(item)
@@ -106,12 +109,14 @@ class ImagePlanner:
             num_kept = _shared_evenly(budget, num_tokens, num_parts)
         if num_tokens < self._settings.min_tokens_in:
             return None
-        excluded = None
+        excluded = encoded = None
         if asked.method == "downsample":
             num_kept = self._family.shrink_item(item, num_tokens, num_kept, config)
         else:
             excluded = self._family.excluded(item)
-        if num_kept == num_tokens:
+            if asked.skip_repeats >= 0 and item.is_image():
+                encoded = self._family.encoded(item, asked.skip_repeats, config)
+        if num_kept == num_tokens and encoded is None:
             return None
         if needs_frames(asked.method):
             _check_frames(asked.method, num_tokens, num_kept, num_frames)
@@ -119,7 +124,7 @@ class ImagePlanner:
             # Fewer tokens than the budget may be pickable; where none is, the budget stands and the scheduler
             # falls back to evenly spaced tokens.
             num_kept = min(num_kept, num_tokens - int(excluded.sum())) or num_kept
-        return ImagePlan(
+        plan = ImagePlan(
             *(num_tokens, num_kept, [], excluded),
             method=asked.method,
             seed=asked.seed,
@@ -128,21 +133,33 @@ class ImagePlanner:
             num_frames=num_frames,
             keys=asked.keys,
         )
+        if encoded is None:
+            return plan
+        _count_skipped(num_tokens - len(encoded))
+        plan = replace(plan, num_kept=min(num_kept, len(encoded)), encoded=encoded)
+        # Where all that is encoded is kept, questions share it in the prefix cache.
+        return replace(plan, method="even", seed=0, keys="input") if plan.num_kept == len(encoded) else plan
 
     def _selection_size(self, item: Any, plan: ImagePlan, config: Any) -> tuple[int, int]:
         """Returns N and K of each selection that an image or video is made of."""
         if plan.num_parts > 1:
             return plan.num_tokens // plan.num_parts, plan.num_kept // plan.num_parts
-        size: tuple[int, int] = self._family.selection_size(item, plan.num_tokens, plan.num_kept, config)
+        size: tuple[int, int] = self._family.selection_size(item, plan.num_encoded, plan.num_kept, config)
         return size
 
     def _check_engine(self, item: Any, plan: ImagePlan, config: Any) -> None:
-        if self._engine is not None:
+        # Where all that is encoded is kept, the file selects nothing.
+        if self._engine is not None and plan.method == self._settings.executor_method:
             from_tokens, keeps = self._selection_size(item, plan, config)
             try:
                 check_selection(self._engine, from_tokens, keeps, len(plan.guidance))
             except ValueError as error:
                 raise refusal("engine", error) from None
+
+
+@never_raises
+def _count_skipped(num_tokens: int) -> None:
+    collectors()["skipped_tokens"].inc(num_tokens)
 
 
 def _chosen(budget: Budget | AutoBudget, text: str) -> tuple[Budget, dict[str, str] | None]:

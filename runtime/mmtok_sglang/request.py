@@ -23,6 +23,7 @@ from mmtok_sglang.settings import (
     check_budget,
     check_encoder_scale,
     check_frame_method,
+    check_skip_repeats,
     check_video_budget,
 )
 
@@ -41,9 +42,9 @@ __all__ = [
 
 _FIELDS = (
     *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_keys", "mmtok_method", "mmtok_seed"),
-    "mmtok_video_budget",
+    *("mmtok_skip_repeats", "mmtok_video_budget"),
 )
-_BUDGET, _ENCODER_SCALE, _GUIDANCE, _KEYS, _METHOD, _SEED, _VIDEO_BUDGET = _FIELDS
+_BUDGET, _ENCODER_SCALE, _GUIDANCE, _KEYS, _METHOD, _SEED, _SKIP_REPEATS, _VIDEO_BUDGET = _FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ class Requested:
         encoder_scale: What each of its sides is scaled by before the vision encoder.
         video_budget: What shares a video's budget.
         keys: The side of the projector by whose features tokens are compared; "input" for a method that compares none.
+        skip_repeats: The largest difference of pixels by which a token repeats its neighbour and is not encoded; -1 has
+            all tokens encoded.
     """
 
     budget: Budget | AutoBudget
@@ -65,11 +68,17 @@ class Requested:
     encoder_scale: float = 1.0
     video_budget: VideoBudget = "video"
     keys: KeySource = "input"
+    skip_repeats: int = -1
+
+    @property
+    def prunes_images(self) -> bool:
+        """True if tokens of images may be left out."""
+        return not self.budget.is_all or self.skip_repeats >= 0
 
     @property
     def changes_nothing(self) -> bool:
         """True if images are read whole and as they came."""
-        return self.budget.is_all and self.encoder_scale == 1
+        return not self.prunes_images and self.encoder_scale == 1
 
 
 FIELD = "mm_processor_kwargs"
@@ -116,7 +125,7 @@ def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested
         raise refusal("method", f"mm_processor_kwargs.mmtok_{error}") from None
     return Requested(
         *(budget, method, seed if method == "random" else 0, _encoder_scale(kwargs, settings, method)),
-        *(video_budget, _keys(kwargs, settings, method)),
+        *(video_budget, _keys(kwargs, settings, method), _skip_repeats(kwargs, settings, method)),
     )
 
 
@@ -171,6 +180,14 @@ def _encoder_scale(kwargs: Mapping[str, Any] | None, settings: Settings, method:
     given = (kwargs or {}).get(_ENCODER_SCALE)
     try:
         return check_encoder_scale(settings.encoder_scale if given is None else given, method)
+    except ValueError as error:
+        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
+
+
+def _skip_repeats(kwargs: Mapping[str, Any] | None, settings: Settings, method: MethodName) -> int:
+    given = (kwargs or {}).get(_SKIP_REPEATS)
+    try:
+        return check_skip_repeats(settings.skip_repeats if given is None else given, method)
     except ValueError as error:
         raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
 

@@ -34,7 +34,8 @@ def advice(request: Any, asked: Requested) -> str:
     if isinstance(request, EmbeddingReqInput):  # which has no such field
         return "embed it on a server without --mmtok-budget"
     unscaled = "" if asked.encoder_scale == 1 else ', "mmtok_encoder_scale": 1'
-    return f'send mm_processor_kwargs={{"mmtok_budget": "all"{unscaled}}} to have it read unpruned'
+    unskipped = "" if asked.skip_repeats < 0 else ', "mmtok_skip_repeats": -1'
+    return f'send mm_processor_kwargs={{"mmtok_budget": "all"{unscaled}{unskipped}}} to have it read unpruned'
 
 
 def refuse_features(request: Any, image_data: Any, asked: Requested) -> None:

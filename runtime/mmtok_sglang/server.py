@@ -11,6 +11,7 @@ from mmtok_sglang.invalidation import Invalidation
 from mmtok_sglang.metrics import SelectionMetrics
 from mmtok_sglang.placeholders import PlaceholderCutter
 from mmtok_sglang.positions import PositionWriter
+from mmtok_sglang.repeated_patches import dropping_repeated_pixels
 from mmtok_sglang.selection import TokenSelector
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.stages import StageMetrics
@@ -31,7 +32,7 @@ class Server:
         self.family = family
         self.metrics = SelectionMetrics()
         self.cutter = PlaceholderCutter(settings, family)
-        self.process = naming(self.cutter.process_mm_data, settings)
+        self.process = dropping_repeated_pixels(naming(self.cutter.process_mm_data, settings))
         self.keys = CacheKeys(settings)
         self.cache = FeatureCache(settings.feature_cache_mb << 20, self.metrics)
         self.selector = TokenSelector(settings, self.metrics, family.expected_features)

@@ -154,6 +154,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             check_server,
             check_server_method,
             check_sharing,
+            check_skipping,
             check_stages,
             family_of_server,
         )
@@ -173,6 +174,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         check_server_method(self, self._mmtok_settings)
         check_scale(self._mmtok_settings)
         check_sharing(self._mmtok_settings)
+        check_skipping(self._mmtok_settings)
         check_stages(self, self._mmtok_settings)
         check_agent(self, self._mmtok_settings)
         check_backend(self, self._mmtok_settings)

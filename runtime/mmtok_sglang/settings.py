@@ -29,6 +29,7 @@ __all__ = [
     "VideoBudget",
     "check_budget",
     "check_encoder_scale",
+    "check_skip_repeats",
     "check_frame_method",
     "check_video_budget",
 ]
@@ -107,6 +108,13 @@ class Settings:
         an image has a quarter of its patches and tokens, and the budget keeps its share, or count, of those. For a Qwen
         alone. A request overrides it with mm_processor_kwargs={"mmtok_encoder_scale": ...}. Default: 1."""),
     ] = 1.0
+    skip_repeats: Annotated[
+        int,
+        Help("""leave tokens of an image out of the vision encoder whose pixels differ from those of the token to the
+        left or above by at most this, of 255: 0 leaves out exact repetitions, as of blank paper. The budget keeps
+        tokens of the others; all keeps all others. For a Qwen alone. A request overrides it with
+        mm_processor_kwargs={"mmtok_skip_repeats": ...}. Default: -1, the encoder reads whole images."""),
+    ] = -1
     share_tiles: Annotated[
         bool,
         Help("""select from all tiles of an image at once, so that they share the image's budget, in place of as many
@@ -200,6 +208,7 @@ class Settings:
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is from 0 to {MAX_SEED}, got {self.seed}")
         check_encoder_scale(self.encoder_scale, self.check_method(self.method))
+        check_skip_repeats(self.skip_repeats, self.method)
         check_budget(self.budget, self.method)
         check_frame_method(self.method, self.video_budget)
         self._check_agent()
@@ -285,6 +294,22 @@ def check_encoder_scale(value: object, method: MethodName) -> float:
             "itself: take 1, or another method"
         )
     return float(value)
+
+
+def check_skip_repeats(value: object, method: MethodName) -> int:
+    """Returns the largest difference of repeated pixels if it is one, and the method goes with it.
+
+    Raises:
+        ValueError: It is no whole number from -1 to 255, or the method has another image encoded.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= 255:
+        raise ValueError(f"skip_repeats is a whole number from -1 (off) to 255, got {shown(value)}")
+    if value >= 0 and method == "downsample":
+        raise ValueError(
+            f"skip_repeats {value} does not go with the method downsample, which has all of a smaller image encoded: "
+            "take -1, or another method"
+        )
+    return value
 
 
 def check_budget(budget: Budget | AutoBudget, method: MethodName) -> None:

@@ -6,7 +6,8 @@ reference that the golden answers hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from sglang.srt.multimodal.processors.internvl import InternVLProcessor as Tiles
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.vision_utils import get_vision_window_index
 
 from mmtok_bench.internvl_parts import InternVLProcessor
@@ -62,6 +64,7 @@ class HandPruned:
         self._config = self.preset.config
         self._by_frame = False
         self._keys: KeySource = "input"
+        self._skipped: Sequence[Tensor] = ()
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -83,6 +86,7 @@ class HandPruned:
         films: Sequence[Film] = (),
         by_frame: bool = False,
         keys: KeySource = "input",
+        skipped: Sequence[Tensor] = (),
     ) -> Pruned:
         """Prunes each image and film to `budget` (tokens, or a ratio; None for all), guided by its text.
 
@@ -100,10 +104,12 @@ class HandPruned:
             films: In the order of the prompt.
             by_frame: Whether each pair of frames of a film keeps as many, selected by itself.
             keys: The side of the projector by whose features tokens are compared.
+            skipped: The [N] bool tokens of each image whose patches no other one of it attends to, and that are not
+                selected from; all others attend to each other as without `skipped`. For a Qwen, without films.
         """
-        self._by_frame, self._keys = by_frame, keys
+        self._by_frame, self._keys, self._skipped = by_frame, keys, skipped
         inputs = self._inputs(prompt, images, films)
-        with self.device:
+        with self.device, self._without_patches(inputs, skipped):
             return self._pruned(
                 *(inputs, images, guidance, budget, kept, coverage), original_positions, own_levels, raster_order
             )
@@ -215,7 +221,7 @@ class HandPruned:
         return rows
 
     def _select(self, vision: Tensor, keys: Tensor, text: str, budget: float | int, excluded: Tensor | None) -> Tensor:
-        kept = budget if isinstance(budget, int) else max(1, int(budget * len(vision)))
+        kept = self._count(budget, vision)
         guidance = self._embed_guidance(text)
         keys = vision if self._keys == "output" else keys
         # The judge's selection is that of the host, whatever the device.
@@ -225,6 +231,42 @@ class HandPruned:
                 vision.cpu(), keys.cpu(), guidance.cpu(), kept, config=self._config, excluded=masked
             ).kept
         return chosen.to(self.device)
+
+    @contextmanager
+    def _without_patches(self, inputs: Any, skipped: Sequence[Tensor]) -> Iterator[None]:
+        """Has the vision encoder attend to the patches of other tokens alone."""
+        if not skipped:
+            yield
+            return
+        visual = self.model.model.visual
+        tokens = torch.cat(list(skipped))
+        if hasattr(visual, "window_size"):
+            order, _ = get_vision_window_index(
+                inputs["image_grid_thw"], visual.spatial_merge_size, visual.window_size, visual.patch_size
+            )
+            tokens = tokens[order]
+        is_skipped = tokens.repeat_interleave(visual.spatial_merge_size**2)
+        start = 0
+
+        def attend(_: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, scaling: float, **kwargs: Any) -> Any:
+            # A layer attends within one part of the patches after the other.
+            nonlocal start
+            part = is_skipped[start : start + k.shape[2]]
+            start = (start + k.shape[2]) % len(is_skipped)
+            scores = (q @ k.transpose(2, 3) * scaling).masked_fill(part, -torch.inf)
+            return (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2), None
+
+        ALL_ATTENTION_FUNCTIONS.register("without_patches", attend)
+        attention, visual.config._attn_implementation = visual.config._attn_implementation, "without_patches"
+        try:
+            yield
+        finally:
+            visual.config._attn_implementation = attention
+        assert start == 0
+
+    @staticmethod
+    def _count(budget: float | int, vision: Tensor) -> int:
+        return budget if isinstance(budget, int) else max(1, int(budget * len(vision)))
 
     def _positions(self, inputs: Any) -> tuple[Tensor, int]:
         if not self.family.startswith("qwen"):
@@ -306,6 +348,12 @@ class HandPruned:
         self, inputs: Any, features: Any, texts: Sequence[str], budgets: Sequence[float | int]
     ) -> list[Tensor]:
         nums_parts = [num_steps if self._by_frame else 1 for _, num_steps in self._items(inputs)]
+        if self._skipped:
+            read = [(~mask).nonzero().flatten() for mask in self._skipped]
+            return [
+                places[self._select(vision[places], key[places], text, self._count(budget, vision), None)]
+                for (vision, key), text, budget, places in zip(features, texts, budgets, read, strict=True)
+            ]
         return [
             self._select_parts(vision, key, text, budget, num)
             for (vision, key), text, budget, num in zip(features, texts, budgets, nums_parts, strict=True)

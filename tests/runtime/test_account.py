@@ -44,6 +44,7 @@ def test_the_account_of_images() -> None:
         "images": [
             {
                 "tokens_in": 100,
+                "tokens_encoded": 100,
                 "tokens_kept": 10,
                 "method": "mmtok",
                 "coverage": 0.75,
@@ -53,6 +54,7 @@ def test_the_account_of_images() -> None:
             },
             {
                 "tokens_in": 8,
+                "tokens_encoded": 8,
                 "tokens_kept": 8,
                 "method": None,
                 "coverage": None,
@@ -104,6 +106,7 @@ def test_what_is_not_known_is_null() -> None:
     assert (account["image_tokens_in"], account["image_tokens_kept"], account["num_fallbacks"]) == (150, 15, None)
     assert account["images"][1] == {
         "tokens_in": 50,
+        "tokens_encoded": 50,
         "tokens_kept": 5,
         "method": "random",
         "coverage": None,

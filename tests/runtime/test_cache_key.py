@@ -93,6 +93,7 @@ def _random_asked(rng: random.Random) -> Asked:
         method=rng.choice(["mmtok", "random", "divprune"]),
         seed=rng.randrange(3),
         keys=rng.choice(["input", "output"]),
+        encoded=rng.choice([None, torch.arange(num_tokens - 1)]),
     )
     grid = torch.tensor([[1, rows, columns]])
     return Asked(
@@ -153,6 +154,13 @@ def _with_other_keys(asked: Asked) -> Asked:
     return _plan_with(asked, keys="input" if asked.plan.keys == "output" else "output")
 
 
+def _with_other_patches(asked: Asked, rng: random.Random) -> Asked:
+    assert asked.plan is not None
+    num_tokens, encoded = asked.plan.num_tokens, asked.plan.encoded
+    others = [None, torch.arange(num_tokens - 1), torch.arange(num_tokens), torch.arange(0, num_tokens, 2)]
+    return _plan_with(asked, encoded=rng.choice([each for each in others if str(each) != str(encoded)]))
+
+
 def _with_data(asked: Asked, rng: random.Random) -> Asked:
     if not asked.data:
         return replace(asked, data={"image_grid_thw": torch.tensor([[1, 4, 4]])})
@@ -188,6 +196,7 @@ _CHANGES: dict[str, tuple[Callable[[Asked, random.Random], Asked], bool]] = {
     "dtype of the pixels": (lambda asked, rng: replace(asked, pixels=asked.pixels.bfloat16()), True),
     "how the pixels lie": (_with_data, True),
     "encoder scale": (lambda asked, rng: _scaled(asked), True),
+    "patches left out": (_with_other_patches, True),
     "weights": (lambda asked, rng: replace(asked, num_updates=asked.num_updates + 1), True),
     "adapter": (lambda asked, rng: replace(asked, lora_id=_other(rng, _TEXTS, asked.lora_id)), True),
     "extra_key": (lambda asked, rng: replace(asked, extra_key=_other(rng, _TEXTS, asked.extra_key)), True),

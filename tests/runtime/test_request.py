@@ -157,6 +157,13 @@ def test_a_requests_scale_goes_before_the_servers() -> None:
     assert requested({"mmtok_budget": "all", "mmtok_encoder_scale": 1}, settings).changes_nothing
 
 
+def test_a_requests_limit_of_repetitions_goes_before_the_servers() -> None:
+    settings = replace(make_settings("all"), skip_repeats=8)
+    for given, expected in ((None, 8), (0, 0), (255, 255), (-1, -1)):
+        asked = requested({"mmtok_skip_repeats": given}, settings)
+        assert (asked.skip_repeats, asked.changes_nothing) == (expected, expected == -1)
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, 2, True, "0.5", "50%", [0.5], float("nan"), float("inf"), 10**400])
 def test_a_bad_scale_is_refused_and_named(value: Any) -> None:
     with pytest.raises(

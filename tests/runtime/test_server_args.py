@@ -43,6 +43,7 @@ FLAGS = [
     "--mmtok-guidance",
     "--mmtok-method",
     "--mmtok-encoder-scale",
+    "--mmtok-skip-repeats",
     "--mmtok-share-tiles",
     "--mmtok-keys",
     "--mmtok-video-budget",
@@ -104,6 +105,8 @@ def test_the_servers_help_lists_the_flags() -> None:
         (["--mmtok-budget", "64", "--mmtok-feature-cache-mb", "-1"], "is at least 0, got -1"),
         (["--mmtok-budget", "64", "--mmtok-encoder-scale", "50%"], "invalid float"),
         (["--mmtok-budget", "64", "--mmtok-encoder-scale", "nan"], "is a number above 0 and at most 1, got nan"),
+        (["--mmtok-budget", "64", "--mmtok-skip-repeats", "0.5"], "invalid int"),
+        (["--mmtok-budget", "64", "--mmtok-skip-repeats", "256"], "is a whole number from -1 (off) to 255, got 256"),
         (["--mmtok-budget", "64", "--mmtok-agent-url", "agent"], "is an address like http://host:30000/v1"),
         (["--mmtok-backend", "torch", "--mmtok-budget", "64", "--mmtok-engine", "/a.onnx"], "runs no exported file"),
         (["--mmtok-alpha", "1"], "has no effect without --mmtok-budget"),
@@ -167,6 +170,14 @@ def test_a_variable_that_looks_like_a_flag_is_warned_of(
         (
             {"mmtok_method": "downsample", "mmtok_encoder_scale": 0.5},
             "--mmtok-encoder-scale 0.5 does not go with the method downsample",
+        ),
+        *(
+            ({"mmtok_skip_repeats": value}, r"--mmtok-skip-repeats is a whole number from -1 \(off\) to 255, got ")
+            for value in (-2, 256, 1.0, "8", True)
+        ),
+        (
+            {"mmtok_method": "downsample", "mmtok_skip_repeats": 0},
+            "--mmtok-skip-repeats 0 does not go with the method downsample",
         ),
         (
             {"mmtok_budget": "auto", "mmtok_method": "downsample"},
@@ -373,6 +384,7 @@ def test_resolving_installs_the_hooks_and_shows_what_holds(installed: list[list[
         "mmtok_alpha": 1.0,
         "mmtok_guidance": "question",
         "mmtok_encoder_scale": 1.0,
+        "mmtok_skip_repeats": -1,
         "mmtok_share_tiles": False,
         "mmtok_method": "mmtok",
         "mmtok_keys": "input",

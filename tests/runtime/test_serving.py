@@ -321,6 +321,7 @@ def test_the_flags_are_in_server_info(servers: tuple[Served, Served]) -> None:
         "mmtok_auto_max": None,
         "mmtok_min_tokens_in": MIN_TOKENS_IN,
         "mmtok_encoder_scale": 1.0,
+        "mmtok_skip_repeats": -1,
         "mmtok_share_tiles": False,
         "mmtok_tv_temp": preset.config.tv_temp,
         "mmtok_vv_temp": preset.config.vv_temp,

@@ -172,10 +172,11 @@ def _preset_of(family: OneGridFamily, info: Mapping[str, Any]) -> Preset:
 def _unlike_here(info: Mapping[str, Any]) -> str:
     """Returns the server's flags that make it keep other tokens than this process computes."""
     usual = {
-        **{"mmtok_min_tokens": 1, "mmtok_min_tokens_in": 0, "mmtok_encoder_scale": 1.0, "mmtok_agent_url": None},
-        **{"mmtok_keys": "input", "mm_process_config": None},
+        **{"mmtok_min_tokens": 1, "mmtok_min_tokens_in": 0, "mmtok_encoder_scale": 1.0, "mmtok_skip_repeats": -1},
+        **{"mmtok_agent_url": None, "mmtok_keys": "input", "mm_process_config": None},
     }
-    found = [name for name, value in usual.items() if (info.get(name) or value) != value]
+    # SGLang shows a process configuration that is not given as {}.
+    found = [name for name, value in usual.items() if info.get(name) not in (None, {}, value)]
     return " and ".join(f"--{name.replace('_', '-')}" for name in found)
 
 

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 UNPRUNED = "unpruned"
-"""The name of the method at the budgets "all" and "all@0.5", where no tokens are selected."""
+"""The name of the method at the budgets "all", "all@0.5" and "all~8", where no tokens are selected."""
 WITH_AGENT = "mmtok+agent"
 """MMTok on a second server, which adds an agent's answer to the guidance."""
 FASTV = "fastv"
@@ -126,16 +126,16 @@ class QualityPlan:
     def pairs(self) -> list[tuple[str, str]]:
         """Returns methods and budgets in the order in which they are asked.
 
-        `downsample` runs at no encoder scale below 1, and not at the budget auto.
+        `downsample` runs on whole images alone, and not at the budget auto.
         """
         parsed = {budget: MixedBudget.parse(budget) for budget in self.budgets}
-        whole = sorted((each for each in parsed if parsed[each].is_all), key=lambda each: parsed[each].is_scaled)
+        whole = sorted((each for each in parsed if parsed[each].is_all), key=lambda each: parsed[each].encodes_less)
         pruned = [
             (method, budget)
             for budget in self.budgets
             if budget not in whole
             for method in self.methods
-            if method != "downsample" or not (parsed[budget].is_scaled or parsed[budget].is_auto)
+            if method != "downsample" or not (parsed[budget].encodes_less or parsed[budget].is_auto)
         ]
         return [*((UNPRUNED, budget) for budget in whole), *pruned]
 

@@ -1,4 +1,4 @@
-"""The plot of budgets and encoder scales together: accuracy against image tokens encoded and kept."""
+"""The plot of budgets and what is encoded together: accuracy against image tokens encoded and kept."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _METHODS = ("unpruned", "mmtok")
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One budget at one encoder scale.
+    """One budget, of one part of an image.
 
     Args:
-        mixed: The budget and the scale.
+        mixed: The budget, and what is encoded.
         cost: Image tokens encoded plus image tokens kept.
         accuracy: The mean over the kinds of questions.
     """
@@ -40,15 +40,15 @@ def on_the_frontier(mixes: Sequence[Mix]) -> list[Mix]:
 
 
 def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
-    """Returns the plot of a model's rows; None if no image was scaled.
+    """Returns the plot of a model's rows; None if all images were encoded whole.
 
     Args:
         model: Name of the model.
         lines: Its pocket rows of every kind.
     """
     mixes = list(_mixes(lines))
-    scales = sorted({mix.mixed.encoder_scale for mix in mixes}, reverse=True)
-    if len(scales) < 2:
+    parts = sorted({mix.mixed.of_all for mix in mixes}, key=lambda part: (-part.encoder_scale, part.skip_repeats))
+    if len(parts) < 2:
         return None
     figure = new_figure("image tokens, encoded + kept", "accuracy, mean of all kinds")
     best = on_the_frontier(mixes)
@@ -60,10 +60,11 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
         line={"color": UNPRUNED, "dash": "dash"},
         marker={"color": UNPRUNED, "symbol": "circle-open", "size": 16},
     )
-    for number, scale in enumerate(scales):
-        chosen = sorted((mix for mix in mixes if mix.mixed.encoder_scale == scale), key=lambda mix: mix.cost)
+    for number, part in enumerate(parts):
+        chosen = sorted((mix for mix in mixes if mix.mixed.of_all == part), key=lambda mix: mix.cost)
+        repeats = f", repeats within {part.skip_repeats} left out" if part.skip_repeats >= 0 else ""
         figure.add_scatter(
-            name=f"encoder scale {scale:g}",
+            name=f"encoder scale {part.encoder_scale:g}{repeats}",
             x=[mix.cost for mix in chosen],
             y=[mix.accuracy for mix in chosen],
             text=[str(mix.mixed.budget) for mix in chosen],
@@ -77,11 +78,11 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
     kinds = ", ".join(dict.fromkeys(line["kind"] for line in lines))
     note = f"method mmtok; kinds: {kinds}; higher and further left is better. A Qwen encodes 4 patches for a token"
     formats = {"x": "tokens_kept", "y": "accuracy"}
-    return plot_of(f"Quality: {model}, budgets and encoder scales", note, figure, formats)
+    return plot_of(f"Quality: {model}, budgets and what is encoded", note, figure, formats)
 
 
 def _mixes(lines: Sequence[dict[str, Any]]) -> Iterator[Mix]:
-    """Yields the budgets that have rows of all kinds of questions, at scales that have a row of budget `all`."""
+    """Yields the budgets that have rows of all kinds of questions, beside a row that keeps all that is encoded."""
     kinds = {line["kind"] for line in lines}
     metrics: dict[str, list[dict[str, float]]] = {}
     for line in lines:
@@ -89,7 +90,7 @@ def _mixes(lines: Sequence[dict[str, Any]]) -> Iterator[Mix]:
             metrics.setdefault(line["budget"], []).append(line["metrics"])
     for budget, of_kinds in metrics.items():
         mixed = MixedBudget.parse(budget)
-        encoded = metrics.get(str(MixedBudget.parse(f"all@{mixed.encoder_scale}")))
+        encoded = metrics.get(str(mixed.of_all))
         if encoded is None or len(of_kinds) < len(kinds):
             continue
         yield Mix(

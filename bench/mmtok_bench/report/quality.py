@@ -191,7 +191,7 @@ def _plots(shown: Sequence[Line]) -> Iterator[Plot]:
         if frontier is not None:
             yield frontier
         # Only budgets of whole images: the plot above has the others.
-        whole = [line for line in of_model if not MixedBudget.parse(line["budget"]).is_scaled]
+        whole = [line for line in of_model if not MixedBudget.parse(line["budget"]).encodes_less]
         for kind, chosen in grouped([line for line in whole if "tokens_kept" in line["metrics"]], "kind").items():
             if len({line["budget"] for line in chosen}) > 1:
                 yield _plot(f"{model}, {kind}", chosen)

@@ -120,7 +120,7 @@ def _named(line: Line) -> Line:
     same = sorted((name, value) for name, value in case.items() if name not in _VARIED)
     return {
         **line,
-        "scale": "" if mixed is None or not mixed.is_scaled else f"{mixed.encoder_scale:g}",
+        "scale": "" if mixed is None or mixed.encoder_scale == 1 else f"{mixed.encoder_scale:g}",
         **{"variant": variant, "label": label, "tokens": tokens, "budget": budget, "px": px, "pixels": pixels},
         **{"model": str(case.get("model", "")), "load": int(case.get("concurrency", 1))},
         "workload": json.dumps([line["run"], same]),

@@ -114,7 +114,7 @@ def _read_processor(path: Path, model: ServedModel) -> Any:
 
 
 def _smaller_px(processor: Any, model: ServedModel, size_px: Size, budget: str) -> Size | None:
-    if MixedBudget.parse(budget).is_scaled:
+    if MixedBudget.parse(budget).encodes_less:
         # The counterpart of such a budget is one of the whole image.
         return None
     num_tokens = count_image_tokens(processor, size_px)

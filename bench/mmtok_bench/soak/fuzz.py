@@ -25,7 +25,7 @@ _FIXED_FIELDS = ("max_tokens", "sampling_params", "max_new_tokens", "temperature
 _KWARGS = "mm_processor_kwargs"
 _OUR_FIELDS = (
     *("mmtok_budget", "mmtok_encoder_scale", "mmtok_guidance", "mmtok_keys", "mmtok_method", "mmtok_seed"),
-    *("mmtok_bugdet", "mmtok", "images_kwargs"),
+    *("mmtok_skip_repeats", "mmtok_bugdet", "mmtok", "images_kwargs"),
 )
 _METHODS = (*get_args(MethodName), "")
 

@@ -49,6 +49,8 @@ class Family(ABC):
     """The most pixels of an image on a CPU by default, where the encoder's memory bounds them."""
     obstacle_to_scale: ClassVar[str | None] = "its vision encoder reads images of one size, however small they are sent"
     """Why images cannot be scaled by `--mmtok-encoder-scale`, None if they can."""
+    obstacle_to_skipping: ClassVar[str | None] = "its vision encoder reads whole images or tiles alone"
+    """Why repeated patches cannot be left out by `--mmtok-skip-repeats`, None if they can."""
     obstacle_to_sharing: ClassVar[str | None] = "its images are read in one piece, which has all of the budget already"
     """Why the tiles of an image cannot share its budget by `--mmtok-share-tiles`, None if they can."""
     replays_prefills: ClassVar[bool] = False
@@ -112,6 +114,16 @@ class Family(ABC):
 
     def excluded(self, item: Any) -> Tensor | None:
         """Returns the [N] bool mask of an image's tokens that are never to be picked, None if there are none."""
+        return None
+
+    def encoded(self, item: Any, max_difference: int, config: Any) -> Tensor | None:
+        """Returns the [M] int64 tokens of an image that do not repeat a neighbour, None if none does.
+
+        Args:
+            item: SGLang's item of the image, with 8-bit pixels.
+            max_difference: By which two pixels may differ, 0 to 255.
+            config: The model's Hugging Face configuration.
+        """
         return None
 
     def obstacle(self, config: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.processor_thread import ProcessorThread
 from mmtok_sglang.refusals import refusal
+from mmtok_sglang.repeated_patches import reading_partly, repeated_tokens
 from mmtok_sglang.request import Requested
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.smaller_images import ProcessorSizes
@@ -53,8 +55,12 @@ class QwenModel(PrunedModel):
     def encode(self, items: Sequence[Any]) -> Tensor:
         """Returns the tokens of images; on a CPU by as many images at a time as it has memory for."""
         parts = _parts(items) if next(self.parameters()).device.type == "cpu" else [items]
-        features = [super(QwenModel, self).encode(part) for part in parts]
+        features = [self._encode_part(part) for part in parts]
         return features[0] if len(features) == 1 else torch.cat(features)
+
+    def _encode_part(self, items: Sequence[Any]) -> Tensor:
+        with reading_partly(self.visual, items, [grid_of(item) for item in items]) as grids:
+            return super().encode([_with_grid(item, grid) for item, grid in zip(items, grids, strict=True)])
 
     def features_of(self, items: Sequence[Any]) -> list[Features]:
         """Returns what `encode` does, and as keys the mean over what the merger makes a token of, in float32.
@@ -70,8 +76,9 @@ class QwenModel(PrunedModel):
         patches = torch.cat(before_merger)
         merged = self.visual.spatial_merge_size**2
         groups = patches.reshape(-1, merged, patches.shape[-1]).float().mean(dim=1)
-        keys = self.in_raster_order(groups, torch.cat([grid_of(item) for item in items]))
-        counts = [int(grid_of(item).prod(-1).sum()) // merged for item in items]
+        with reading_partly(self.visual, items, [grid_of(item) for item in items]) as grids:
+            keys = self.in_raster_order(groups, torch.cat(grids))
+        counts = [int(grid.prod(-1).sum()) // merged for grid in grids]
         return [
             Features(*each) for each in zip(vision[None].split(counts, 1), keys[None].split(counts, 1), strict=True)
         ]
@@ -197,6 +204,7 @@ class Qwen(Family):
     )
     keys_dtype = torch.float32  # means over 2x2 merge groups
     obstacle_to_scale = None
+    obstacle_to_skipping = None
     # SGLang's attention on a CPU holds a matrix of all patches by all patches: 22 GB for 3584 x 3584 pixels.
     max_pixels_on_cpu = _MAX_PIXELS_ON_CPU
 
@@ -249,6 +257,24 @@ class Qwen(Family):
         """Returns why the model cannot run a method."""
         return None if method == "downsample" else super().obstacle_to(method, config)
 
+    def encoded(self, item: Any, max_difference: int, config: Any) -> Tensor | None:
+        """Returns the tokens that do not repeat a neighbour.
+
+        Raises:
+            ValueError: The processor has made other pixels than 8-bit ones (HTTP 400).
+        """
+        if getattr(item.feature, "dtype", None) != torch.uint8:
+            raise refusal(
+                "field",
+                "mmtok_skip_repeats compares 8-bit pixels, which this server's image processor does not hand on (its "
+                "log says why): serve without --mm-process-config and --image-processor-backend, or send "
+                "mmtok_skip_repeats -1",
+            )
+        side = config.vision_config.spatial_merge_size
+        _, rows, columns = grid_of(item)[0].tolist()
+        repeated = repeated_tokens(item.feature, (rows // side, columns // side), max_difference)
+        return (~repeated).nonzero().flatten() if repeated.any() else None
+
     async def shrink_images(
         self, images: Sequence[Any], asked: Requested, settings: Settings, processor: Any, request: Any
     ) -> Sequence[Any]:
@@ -298,6 +324,15 @@ def grid_of(item: Any) -> Tensor:
     """Returns the [1, 3] patches of an image or video: in time, of two frames each, and by rows and columns."""
     grid: Tensor = item.video_grid_thw if item.is_video() else item.image_grid_thw
     return grid
+
+
+def _with_grid(item: Any, grid: Tensor) -> Any:
+    """Returns the item with another grid."""
+    if grid is grid_of(item):
+        return item
+    copied = copy.copy(item)
+    copied.model_specific_data = {**item.model_specific_data, "image_grid_thw": grid}
+    return copied
 
 
 def _parts(items: Sequence[Any]) -> Iterator[list[Any]]:
