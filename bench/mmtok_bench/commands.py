@@ -124,7 +124,8 @@ def _add_serve(benches: Any) -> None:
     )
     serve.add_argument("--concurrency", type=each(count), help="requests at a time: 1,4,16,64")
     serve.add_argument("--image-px", type=each(image_size), help="sizes of images, width x height: 1008x672,448x448")
-    serve.add_argument("--image-kinds", type=each(one_of("photograph", "random")), help="photograph,random")
+    kinds = ("photograph", "document", "random")
+    serve.add_argument("--image-kinds", type=each(one_of(*kinds)), help=",".join(kinds))
     serve.add_argument("--prefix-cache", type=each(one_of("off", "on")), help="off,on")
     serve.add_argument(
         "--questions-per-image",

@@ -116,15 +116,17 @@ class Part:
     timeout_s: float | None = None
 
 
-def _served(rows: Rows, budget: str, concurrency: int, *, questions: int = 1, arguments: str = "") -> ResultRow | None:
-    """Returns the newest row of the largest photographs; for several questions, of a server with prefix cache."""
+def _served(
+    rows: Rows, budget: str, concurrency: int, *, questions: int = 1, arguments: str = "", kind: str = "photograph"
+) -> ResultRow | None:
+    """Returns the newest row of the largest images; for several questions, of a server with prefix cache."""
     found = [
         row
         for row in rows
         if row.bench == "serve"
         and row.case["budget"] == budget
         and row.case["concurrency"] == concurrency
-        and row.case["image_kind"] == "photograph"
+        and row.case["image_kind"] == kind
         and row.case["prefix_cache"] == ("off" if questions == 1 else "on")
         and row.case.get("questions_per_image", 1) == questions
         and row.case.get("server_arguments", "") == arguments
@@ -196,7 +198,8 @@ def _graph_ms(num_tokens: int, num_picks: int, dtype: str) -> Measure:
 def _serve(model: str, budget: str, size: str, concurrency: str, *more: str, rounds: str = "ROUNDS") -> tuple[str, ...]:
     return (
         *("-m", "mmtok_deploy", "bench", "serve", "--preset", "PRESET", "--models", model),
-        *("--budgets", budget, "--image-px", size, "--concurrency", concurrency, "--image-kinds", "photograph"),
+        *("--budgets", budget, "--image-px", size, "--concurrency", concurrency),
+        *(() if "--image-kinds" in more else ("--image-kinds", "photograph")),
         *(() if "--prefix-cache" in more else ("--prefix-cache", "off")),
         *("--rounds", rounds, "--num-requests", "16", "--output-tokens", "16", "--results-dir", "FOLDER", *more),
     )
@@ -224,9 +227,18 @@ def _qwen_7b(concurrency: int, *bars: Bar) -> Part:
 
 
 def _model(
-    name: str, about: str, model: str, budget: str, size: str, *bars: Bar, rounds: str = "ROUNDS", needs_gib: int = 0
+    name: str,
+    about: str,
+    model: str,
+    budget: str,
+    size: str,
+    *bars: Bar,
+    rounds: str = "ROUNDS",
+    needs_gib: int = 0,
+    kind: str = "photograph",
 ) -> Part:
-    return Part(name, about, (_serve(model, budget, size, "1,16", rounds=rounds),), bars, needs_gib=needs_gib)
+    serve = _serve(model, budget, size, "1,16", "--image-kinds", kind, rounds=rounds)
+    return Part(name, about, (serve,), bars, needs_gib=needs_gib)
 
 
 def _better(text: str, metric: str, *finds: Find, is_choice: bool = False) -> Bar:
@@ -441,6 +453,19 @@ PARTS: tuple[Part, ...] = (
         *("qwen2.5-vl-7b", "10%,40%@0.5", "1008x672"),
         _better("TTFT at 1 against 10%", "ttft_p50_ms", _load("40%@0.5", 1), _load("10%", 1)),
         _better("requests/s at 16 against 10%", "requests_per_s", _load("40%@0.5", 16), _load("10%", 16)),
+    ),
+    _model(
+        *("qwen-7b-repeats", "Qwen2.5-VL-7B, pages of text, repeated patches left out or not"),
+        *("qwen2.5-vl-7b", "10%,10%~8", "1008x672"),
+        _better(
+            *("TTFT at 1 against 10%", "ttft_p50_ms"),
+            *(_load("10%~8", 1, kind="document"), _load("10%", 1, kind="document")),
+        ),
+        _better(
+            *("requests/s at 16 against 10%", "requests_per_s"),
+            *(_load("10%~8", 16, kind="document"), _load("10%", 16, kind="document")),
+        ),
+        kind="document",
     ),
     _model(
         *("llava-next-13b", "LLaVA-NeXT-13B, 2880 -> 160, PNGs", "llava-next-13b", "160", "672x672"),

@@ -22,7 +22,7 @@ import torch
 from mmtok_bench.client import RequestError, ask, in_parallel
 from mmtok_bench.dummy_models import DUMMY_ARGUMENTS, DUMMY_MODELS, write_dummy_model
 from mmtok_bench.families import FamilyName
-from mmtok_bench.photographs import photograph_url
+from mmtok_bench.load_images import load_image_url
 from mmtok_bench.results import append_row, make_row
 from mmtok_bench.run import quiet_transformers, run_command
 from mmtok_bench.server import SglangServer, make_server
@@ -58,7 +58,9 @@ def check_server(server: SglangServer, *, num_requests: int, concurrency: int, m
     client = server.client()
 
     def ttft_ms(number: int) -> float:
-        return ask(client, photograph_url(_SIZE_PX, _SIZE_PX, f"first {number}"), "What is it?", max_tokens=2).ttft_ms
+        return ask(
+            client, load_image_url("photograph", _SIZE_PX, _SIZE_PX, f"first {number}"), "What is it?", max_tokens=2
+        ).ttft_ms
 
     first, *_ = [ttft_ms(number) for number in range(_NUM_BEFORE_LATER)]
     at_first = read_counts(server)
@@ -70,7 +72,7 @@ def check_server(server: SglangServer, *, num_requests: int, concurrency: int, m
         size_px = draw.randint(60, max_side_px), draw.randint(60, max_side_px)
         question = " ".join(draw.choices(_WORDS, k=draw.choice((0, 1, 5, 20, 100)))) + "?"
         fields: dict[str, Any] = {"mm_processor_kwargs": {"mmtok_budget": draw.choice(_BUDGETS)}}
-        url = photograph_url(size_px, size_px, f"random {number}", lossless=True)
+        url = load_image_url("photograph", size_px, size_px, f"random {number}", lossless=True)
         try:
             ask(client, url, question, max_tokens=draw.randint(1, 8), fields=fields)
         except RequestError as error:

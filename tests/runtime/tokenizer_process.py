@@ -20,7 +20,7 @@ from typing import Any
 
 from mmtok_bench.arguments import image_size
 from mmtok_bench.dummy_models import write_dummy_model
-from mmtok_bench.photographs import photograph_url
+from mmtok_bench.load_images import load_image_url
 from mmtok_bench.server import cpu_environment
 
 _STAGES = ("decode", "preprocess", "hash", "transport")
@@ -81,7 +81,7 @@ async def _measure(manager: Any, prompt: str, image_px: tuple[int, int]) -> dict
 
     times_ms: dict[str, list[float]] = {name: [] for name in (*_STAGES, "request")}
     for number in range(_NUM_WARM_UPS + _NUM_REQUESTS):
-        url = photograph_url(image_px, image_px, str(number))
+        url = load_image_url("photograph", image_px, image_px, str(number))
         request = GenerateReqInput(text=prompt, image_data=[url], sampling_params={"max_new_tokens": 1})
         request.normalize_batch_and_arguments()
         manager._init_req_state(request, None)

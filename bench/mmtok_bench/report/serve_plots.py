@@ -66,7 +66,7 @@ def _typical(lines: Sequence[Line]) -> list[Line]:
 
 def _note(lines: Sequence[Line], *, with_size: bool = True, with_load: bool = True) -> str:
     case, load = lines[0]["case"], lines[0]["load"]
-    kinds = {"photograph": "photographs", "random": "random images"}
+    kinds = {"photograph": "photographs", "document": "pages of text", "random": "random images"}
     parts = [
         kinds.get(str(case.get("image_kind")), "images") + (f" of {lines[0]['px']}" if with_size else ""),
         f"prefix cache {case['prefix_cache']}" if "prefix_cache" in case else "",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmtok_bench.photographs import new_photograph
+from mmtok_bench.load_images import new_photograph
 from mmtok_deploy.problem import SelectionProblem
 
 __all__ = ["NUM_TOKENS", "NUM_WORDS", "EncodedPhotograph", "encode_photographs", "encoder_file"]

@@ -100,7 +100,7 @@ def _parts(plan: ServePlan, results_dir: Path) -> Iterator[_Part]:
             cases = plan_cases(model, plan, prefix_cache, smaller_px)
             if not cases:
                 raise ValueError(
-                    "with the prefix cache on, or several questions an image, there are photographs only: "
+                    "with the prefix cache on, or several questions an image, there are no random images: "
                     "--image-kinds photograph"
                 )
             turns = plan_turns(cases, rounds=plan.rounds, side_by_side=are_side_by_side(plan, model))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from mmtok_bench.client import MeasurementError, user_message
-from mmtok_bench.photographs import photograph_url
+from mmtok_bench.load_images import Shown, load_image_url
 from mmtok_bench.process_tree import running_process
 from mmtok_bench.serve.plan import LoadCase
 from mmtok_bench.serve.presets import Size
@@ -61,19 +61,20 @@ class LoadResult:
 
 
 def write_chats(
-    path: Path, image_px: Size, sent_px: Size, asked: Sequence[tuple[str, str]], *, lossless: bool = False
+    path: Path, shown: Shown, image_px: Size, sent_px: Size, asked: Sequence[tuple[str, str]], *, lossless: bool = False
 ) -> None:
-    """Writes one chat per line in the format of the load generator's `openai` data set: a photograph and a question.
+    """Writes one chat per line in the format of the load generator's `openai` data set: an image and a question.
 
     Args:
         path: The file.
-        image_px: Size of the photographs.
+        shown: What the images show.
+        image_px: Size of the images.
         sent_px: Size at which they are sent.
-        asked: The photograph's seed and the question of each chat.
-        lossless: Whether photographs are PNGs; otherwise JPEGs.
+        asked: The image's seed and the question of each chat.
+        lossless: Whether images are PNGs; otherwise JPEGs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    urls = {seed: photograph_url(image_px, sent_px, seed, lossless=lossless) for seed in dict(asked)}
+    urls = {seed: load_image_url(shown, image_px, sent_px, seed, lossless=lossless) for seed in dict(asked)}
     with path.open("w", encoding="utf-8") as file:
         for seed, question in asked:
             file.write(json.dumps({"messages": [user_message([urls[seed]], question)]}) + "\n")
@@ -104,10 +105,10 @@ def load_arguments(
         num_requests: Requests in all.
         output_tokens: Tokens of each answer, which no end token cuts short.
         seed: Seed of random images.
-        chats: The file of chats, for cases with photographs.
+        chats: The file of chats, for cases other than those of random images.
         output: File to which the load generator appends its result.
     """
-    if case.image_kind == "photograph":
+    if case.image_kind != "random":
         data = [*("--dataset-name=openai", f"--dataset-path={chats}"), f"--sharegpt-output-len={output_tokens}"]
     else:
         width, height = case.sent_px

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmtok_bench.client import Answer, RequestError, ask, in_parallel
-from mmtok_bench.photographs import photograph_url
+from mmtok_bench.load_images import load_image_url
 from mmtok_bench.run import Run
 from mmtok_bench.serve.load import LoadError, LoadGenerator, load_arguments, read_load, write_chats
 from mmtok_bench.serve.plan import OFF, LoadCase, Method, Side, Turn, are_side_by_side
@@ -84,7 +84,7 @@ class ModelRun:
             answers[side.budget] = [
                 ask(
                     client,
-                    photograph_url(size_px, size_px, f"check {number}", lossless=self.model.sends_png),
+                    load_image_url("photograph", size_px, size_px, f"check {number}", lossless=self.model.sends_png),
                     QUESTIONS[number % len(QUESTIONS)],
                     max_tokens=_CHECKED_TOKENS,
                     with_logprobs=True,
@@ -147,7 +147,8 @@ class ModelRun:
         client = server.client()
 
         def ask_about(seed: str) -> int:
-            url = photograph_url(image_px, case.sent_px, seed, lossless=self.model.sends_png)
+            shown = "photograph" if case.image_kind == "random" else case.image_kind
+            url = load_image_url(shown, image_px, case.sent_px, seed, lossless=self.model.sends_png)
             return ask(client, url, QUESTIONS[0], max_tokens=2, fields=case.request_fields).num_image_tokens or 0
 
         return max(in_parallel(at_once, ask_about, seeds))
@@ -156,8 +157,8 @@ class ModelRun:
         arguments, chats, output = load_of(self.plan, turn, case, server, self.model_path, self.run.folder)
         seeds = _seeds_of(self.plan, turn, case)
         asked = chats_of(self.plan, case, seeds)
-        if case.image_kind == "photograph" and not chats.exists():
-            write_chats(chats, case.image_px, case.sent_px, asked, lossless=self.model.sends_png)
+        if case.image_kind != "random" and not chats.exists():
+            write_chats(chats, case.image_kind, case.image_px, case.sent_px, asked, lossless=self.model.sends_png)
         if case.side.prefix_cache == "on" and case.questions == 1:
             self._ask_all(server, seeds, case, case.image_px, case.concurrency)
         before = read_counts(server)
@@ -187,10 +188,11 @@ def load_of(
     """
     size, sent = ("x".join(map(str, each)) for each in (case.image_px, case.sent_px))
     images = (
-        f"{case.side.prefix_cache}-{size}-as-{sent}-at-{case.concurrency}-{case.questions}-each-round-{turn.round_idx}"
+        f"{case.image_kind}-{size}-as-{sent}-prefix-cache-{case.side.prefix_cache}-"
+        f"at-{case.concurrency}-{case.questions}-each-round-{turn.round_idx}"
     )
     chats = folder / "chats" / f"{images}.jsonl"
-    output = folder / "load" / f"{case.method}-{case.budget.replace('%', 'pct')}-{case.image_kind}-{images}.jsonl"
+    output = folder / "load" / f"{case.method}-{case.budget.replace('%', 'pct')}-{images}.jsonl"
     arguments = load_arguments(
         case,
         server.url,

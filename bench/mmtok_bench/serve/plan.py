@@ -96,8 +96,8 @@ def plan_cases(
 ) -> list[LoadCase]:
     """Returns the cases of a model, by workload and then by side.
 
-    With the prefix cache on, or several questions per image, there are photographs only: the load generator never sends
-    a random image twice.
+    With the prefix cache on, or several questions per image, there are no random images: the load generator never sends
+    one twice.
 
     Args:
         model: The model.

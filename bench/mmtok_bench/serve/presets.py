@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from mmtok_bench.families import FamilyName
+from mmtok_bench.load_images import Shown
 
 __all__ = ["QUESTIONS", "SERVE_PRESETS", "ImageKind", "PrefixCache", "ServePlan", "ServedModel", "Size", "plan_of"]
 
-ImageKind = Literal["photograph", "random"]
+ImageKind = Literal[Shown, "random"]
 PrefixCache = Literal["off", "on"]
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -65,7 +66,7 @@ class ServePlan:
         device: The servers' device.
         models: The models, measured one after another.
         concurrencies: Requests at a time.
-        image_kinds: Photographs, random pixels, or both.
+        image_kinds: Photographs, pages of text, random pixels.
         prefix_caches: "off": servers without prefix cache, every image new. "on": images that the server has seen
             before, each with another question; or new images, each with several questions.
         questions_per_image: Questions about an image, one after another.

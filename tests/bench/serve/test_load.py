@@ -129,7 +129,7 @@ def images(path: Path) -> list[Image.Image]:
 def test_every_chat_is_about_another_photograph_of_the_size_that_is_sent(tmp_path: Path) -> None:
     seeds = [f"it {number}" for number in range(12)]
     asked = [(seed, ("One?", "Two?")[number % 2]) for number, seed in enumerate(seeds)]
-    write_chats(tmp_path / "chats" / "it.jsonl", (224, 168), (112, 84), asked)
+    write_chats(tmp_path / "chats" / "it.jsonl", "photograph", (224, 168), (112, 84), asked)
     sent = images(tmp_path / "chats" / "it.jsonl")
     assert {image.size for image in sent} == {(112, 84)}
     assert len({image.tobytes() for image in sent}) == len(seeds)
