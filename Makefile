@@ -50,6 +50,8 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
 	  "mmtok-deploy needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
+	@test -x $(BIN)/python || $(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(0 if free >= 12 \
+	  else f"mmtok-deploy needs 12 GB of disk for $(VENV), {free:.1f} GB are free here")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (SGLang and PyTorch: about 11 GB; minutes the first time)"
 	$(PIP) --require-hashes -r constraints.txt
