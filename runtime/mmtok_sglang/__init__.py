@@ -5,7 +5,7 @@
 2. `request` reads what a request asks for: its budget, and the text that guides the selection of each image, which an
    `agent` may add to.
    `limits` and `typed_placeholders` refuse what costs too much or would go wrong; `images` loads the images in threads,
-   and `videos` opens the videos.
+   by `downloads` those that have an address, and `videos` opens the videos.
 3. `processor`, over SGLang's class, has `placeholders` cut an image's N placeholder tokens to K in the tokenizer
    process: `request_checks` refuses what is no image, the `planner` leaves a `plan` on each image, with guidance by the
    `guidance_tokenizer`, and `cut` cuts. `repeated_patches` leaves out what looks like its neighbour. `pixels` sends
@@ -15,7 +15,7 @@
 5. `model`, over SGLang's class, returns an image's kept tokens as its features, in the scheduler process;
    `feature_cache` has what they are chosen from, from the vision encoder or from before.
 6. `selection` picks the K tokens, for all images of a prefill batch at once; `metrics` counts what it did.
-7. `positions` gives the kept tokens their own M-RoPE positions back.
+7. `positions` gives the kept tokens their own M-RoPE positions back, and beams those of their request.
 8. `account` says in the answer what was done with each image.
 `entry_points` reads the per-request settings wherever a request may come in; `refusals` makes and counts the errors of
 requests, `start_errors` ends a start that cannot succeed. `failures` ends the requests of an image for which a step

@@ -51,6 +51,10 @@ def accounting(outcome_of: Callable[[Any], Outcome | None]) -> Callable[..., Non
                 logger.exception("MMTok: answers do not say what was done with their images")
             reported_failure = True
         original(accumulator, req=req)
+        sent = (req.customized_info or {}).get(_KEY)
+        if sent is not None and req.finished_len == 0:
+            # An answer of no tokens (`max_new_tokens` 0) has none that the account could go with.
+            accumulator.customized_info[_KEY][-1] = sent
 
     return accept
 

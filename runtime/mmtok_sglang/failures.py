@@ -162,7 +162,8 @@ class Failures:
         """Runs a batch, and ends those of its requests whose images failed in it.
 
         SGLang drops a request's output and keeps nothing of it in the prefix cache where its `discard_output_reason`
-        and `skip_radix_cache_insert` say so, as for keys and values that could not be loaded.
+        and `skip_radix_cache_insert` say so, as for keys and values that could not be loaded. Beams end as those of a
+        request that is aborted.
         """
         self._why.clear()
         try:
@@ -177,9 +178,15 @@ class Failures:
             if why is None:
                 continue
             req.skip_radix_cache_insert = True
-            req.discard_output_reason = FINISH_ABORT(f"MMTok: {why}", 500, "InternalServerError")
+            reason = FINISH_ABORT(f"MMTok: {why}", 500, "InternalServerError")
             if req is scheduler.chunked_req:
+                req.discard_output_reason = reason
                 scheduler._pending_chunked_abort_req = req
+            elif req.beam_group is not None:
+                # Its other beams hold memory by now, which only their group gives back.
+                req.to_finish = reason
+            else:
+                req.discard_output_reason = reason
         for name in self._names_of_failed(batch.reqs):
             drop_cached_embedding(name)
         return result

@@ -12,7 +12,7 @@ from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine
 from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
 from mmtok_sglang.memory import reserving, room_for_keys_and_values
-from mmtok_sglang.positions import bound_by_positions, embed_within_positions
+from mmtok_sglang.positions import bound_by_positions, decode_beams, embed_within_positions
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
 from mmtok_sglang.start_errors import end_controller, end_main_process, ends_scheduler_start
@@ -175,6 +175,13 @@ def hooks_of(server: Server) -> list[Hook]:
             bound_by_positions,
             reason="every request goes through it once its images and, in a session, the turns before are known",
             until="SGLang bounds M-RoPE positions",
+        ),
+        Hook(
+            "model_executor.forward_batch_info.ForwardBatch._compute_mrope_positions_decode",
+            "self model_runner batch",
+            decode_beams,
+            reason="all beams of a request with images but the first get the positions of a text",
+            until="SGLang knows the images of beams",
         ),
         Hook(
             "managers.schedule_batch.MultimodalInputs.compute_mm_token_counts",

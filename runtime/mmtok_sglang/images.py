@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from sglang.srt.utils import CLIENT_MEDIA_EXCEPTIONS, ImageData, get_image_bytes, load_image
 
+from mmtok_sglang.downloads import Downloads
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.stages import image_stage
@@ -62,7 +63,7 @@ class ImageLoader:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._downloads = ThreadPoolExecutor(_NUM_DOWNLOADS, thread_name_prefix="mmtok-download")
+        self._downloads = Downloads(_NUM_DOWNLOADS, _DOWNLOAD_TIMEOUT_S)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="mmtok-image")
 
     async def load(self, images: Sequence[Any], server_args: Any) -> list[Any]:
@@ -127,8 +128,7 @@ class ImageLoader:
         if not (isinstance(source, str) and source.startswith(("http://", "https://"))):
             return source
         try:
-            async with asyncio.timeout(_DOWNLOAD_TIMEOUT_S):
-                return await asyncio.get_running_loop().run_in_executor(self._downloads, _read, source, max_mb, what)
+            return await self._downloads.run(_read, source, max_mb, what)
         except TimeoutError:
             raise refusal(
                 "image", f"{what} was not downloaded within {_DOWNLOAD_TIMEOUT_S:g} s: {source!s:.100}"

@@ -6,6 +6,7 @@ has as many as its context is long, while SGLang counts tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,14 @@ from mmtok_sglang.plan import ImagePlan, joined_parts, places_in_prompt, plan_of
 from mmtok_sglang.refusals import count_refusal
 from mmtok_sglang.selection import TokenSelector
 
-__all__ = ["PositionWriter", "bound_by_positions", "embed_within_positions", "receive_positions", "send_positions"]
+__all__ = [
+    "PositionWriter",
+    "bound_by_positions",
+    "decode_beams",
+    "embed_within_positions",
+    "receive_positions",
+    "send_positions",
+]
 
 _PROXY_KEY = "mmtok_mrope_positions"
 
@@ -134,7 +142,25 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
     elif end:
         room = context - 1 - end
         params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        if req.beam_group is not None:
+            req.beam_group.max_new_tokens = min(req.beam_group.max_new_tokens, room)
     original(scheduler, req)
+
+
+def decode_beams(original: Callable[..., None], forward_batch: Any, model_runner: Any, batch: Any) -> None:
+    """Computes a decoding batch's M-RoPE positions as SGLang does, those of each beam from its request's images.
+
+    SGLang 0.5.23 looks for images beside the batch's requests, and gives all beams of a request but the first the
+    positions of a text.
+    """
+    if batch.beam_tail is not None:
+        inputs = batch.multimodal_inputs
+        batch = copy.copy(batch)
+        batch.multimodal_inputs = [
+            *inputs,
+            *(inputs[beams.leader_idx] for beams in batch.beam_tail.entries for _ in range(beams.start, beams.end)),
+        ]
+    original(forward_batch, model_runner, batch)
 
 
 def embed_within_positions(

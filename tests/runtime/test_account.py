@@ -24,7 +24,9 @@ def outcome_of(item: Any) -> Any:
 
 def a_request(*items: Any, output_ids: tuple[int, ...] = (7,), customized_info: Any = None) -> Any:
     inputs = SimpleNamespace(mm_items=list(items)) if items else None
-    return SimpleNamespace(multimodal_inputs=inputs, output_ids=output_ids, customized_info=customized_info)
+    return SimpleNamespace(
+        multimodal_inputs=inputs, output_ids=output_ids, customized_info=customized_info, finished_len=None
+    )
 
 
 def output(request: Any, outcomes: Any = outcome_of) -> Any:

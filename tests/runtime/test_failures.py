@@ -87,6 +87,7 @@ def request(*items: Any) -> Any:
         multimodal_inputs=SimpleNamespace(mm_items=list(items)) if items else None,
         skip_radix_cache_insert=False,
         discard_output_reason=None,
+        beam_group=None,
     )
 
 

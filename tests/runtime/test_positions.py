@@ -14,7 +14,7 @@ from torch import Tensor
 from mmtok_sglang.cache_key import keys_of
 from mmtok_sglang.metrics import SelectionMetrics
 from mmtok_sglang.plan import ImagePlan
-from mmtok_sglang.positions import PositionWriter, receive_positions, send_positions
+from mmtok_sglang.positions import PositionWriter, bound_by_positions, receive_positions, send_positions
 from mmtok_sglang.selection import TokenSelector
 from tests.runtime.stand_ins import identified, image_item, image_tokens, make_settings, mrope_positions
 
@@ -189,3 +189,23 @@ def test_the_first_stage_receives_nothing(proxies: Any) -> None:
     positions = untouched(4)
     receive_positions(SimpleNamespace(mrope_positions=positions), proxies)
     assert torch.equal(positions, untouched(4))
+
+
+@pytest.mark.parametrize(("max_new_tokens", "generated"), [(None, 9), (4, 4), (50, 9)])
+@pytest.mark.parametrize("has_beams", [False, True])
+def test_answers_end_with_the_models_positions(max_new_tokens: int | None, generated: int, has_beams: bool) -> None:
+    """A prompt of 60 tokens has 90 positions, of a context of 100."""
+    beams = SimpleNamespace(max_new_tokens=max_new_tokens or 30) if has_beams else None
+    request = SimpleNamespace(
+        multimodal_inputs=SimpleNamespace(mrope_position_delta=torch.tensor([[30]])),
+        origin_input_ids=[0] * 60,
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
+        beam_group=beams,
+    )
+    seen: list[Any] = []
+    scheduler = SimpleNamespace(model_config=SimpleNamespace(context_len=100))
+    bound_by_positions(lambda _, req: seen.append(req), scheduler, request)
+    assert seen == [request]
+    assert request.sampling_params.max_new_tokens == generated
+    if beams is not None:
+        assert beams.max_new_tokens == generated

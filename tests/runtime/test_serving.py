@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.runtime.chats import Chat, small
+from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.conftest import MAX_ASPECT_RATIO, MIN_TOKENS_IN
 from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
@@ -150,6 +150,28 @@ def test_parallel_sampling(served: Served) -> None:
     )
     for choice in completion.choices:
         served.check(CHATS["one image"], choice.meta_info)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("budget", ["10%", "all"])
+def test_beams(served: Served, budget: str) -> None:
+    """The score of each beam is the mean of its tokens' logprobs."""
+    if served.family.startswith("qwen3.5"):
+        pytest.skip("SGLang has no beams of a model with linear attention")
+    chat = CHATS["one image"]
+    prompt = served.judge.prompt(chat.for_template())
+    body = {
+        "text": prompt,
+        "image_data": [data_url(image) for image in chat.images],
+        "sampling_params": {"max_new_tokens": 4, "beam_width": 3, "n": 3, "ignore_eos": True},
+        "mm_processor_kwargs": {"mmtok_budget": budget},
+    }
+    pruned = served.judge.prune(prompt, chat.images, chat.guidance, None if budget == "all" else 0.1)
+    beams = served.post("/generate", body)["meta_info"]["beam_results"]
+    assert len(beams) == 3
+    for beam in beams:
+        logprobs = served.judge.logprobs(pruned, beam["output_ids"])
+        expected = sum(logprobs[step, token].item() for step, token in enumerate(beam["output_ids"])) / 4
+        assert abs(beam["meta_info"]["sequence_score"] - expected) < LOGPROB_TOLERANCE
 
 
 def test_a_request_sets_its_guidance(served: Served) -> None:

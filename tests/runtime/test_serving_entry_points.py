@@ -207,6 +207,15 @@ def test_an_unpruned_images_account(served: Served) -> None:
     assert account["num_fallbacks"] == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_account_of_an_answer_without_tokens(served: Served, stream: bool) -> None:
+    (expected,) = served.ask(CHAT)["mmtok"]
+    body = _generate(served) | {"sampling_params": {**SAMPLING, "max_new_tokens": 0}, "stream": stream}
+    answer = _events(served, "/generate", body)[-1] if stream else served.post("/generate", body)
+    assert answer["meta_info"]["completion_tokens"] == 0
+    assert answer["meta_info"]["mmtok"] == [expected]
+
+
 def test_the_account_of_a_stream(served: Served) -> None:
     (expected,) = served.ask(CHAT)["mmtok"]
     events = _events(served, "/generate", _generate(served) | {"stream": True})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import openai
 import pytest
 
 from mmtok_bench.families import FamilyName
-from tests.runtime.chats import Chat, small
+from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.hook_faults import POINTS, Faults, fault_environment
 from tests.runtime.serving import Served
@@ -131,3 +132,28 @@ def test_an_error_of_one_rank_alone_ends_the_server(faulty: tuple[Served, Faults
     log = served.server.log_text()
     assert why in log
     assert f"injected at {point}" in log
+
+
+def test_beams_whose_image_fails_leave_nothing(faulty: tuple[Served, Faults, int]) -> None:
+    served, faults, _ = faulty
+    if served.server.server_info()["pp_size"] > 1:
+        pytest.skip("SGLang has no beams in a pipeline")
+    chat = Chat.ask(small("coffee"), "Is this a cup of beams?")
+    body = {
+        "text": served.judge.prompt(chat.for_template()),
+        "image_data": [data_url(image) for image in chat.images],
+        "sampling_params": {"max_new_tokens": 4, "beam_width": 5, "n": 5, "ignore_eos": True},
+    }
+    # More beams than the server runs rows at a time.
+    for _ in range(3):
+        served.flush_cache()
+        faults.set("encode", list(range(1, 20)))
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            served.post("/generate", body)
+        assert refusal.value.code == 500
+        assert "MMTok: the features of an image could not be computed" in refusal.value.read().decode()
+        faults.clear()
+    assert len(served.post("/generate", body)["meta_info"]["beam_results"]) == 5
+    # SGLang looks for memory that nobody holds when it is idle.
+    time.sleep(2)
+    served.check(chat, served.ask(chat))
