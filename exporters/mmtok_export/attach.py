@@ -247,14 +247,14 @@ def _layouts(attachment: Attachment, graph: ir.Graph, vision: ir.Value, keys: ir
 def _map_of(value: ir.Value, asked: str | None) -> str:
     if value.shape is None or len(value.shape) not in (2, 3, 4):
         raise ValueError(
-            f"{value.name} is a matrix, one with a batch in front, or a map [B, C, H, W], got {shape_text(value)}"
+            f"{value.name} has to be [N, width], [B, N, width], or a map [B, C, H, W], got {shape_text(value)}"
         )
     if len(value.shape) < 4 or asked is not None:
         return "" if len(value.shape) < 4 else str(asked)
     _, first, middle, last = value.shape
     if (middle == last) != (first == middle):
         return "nchw" if middle == last else "nhwc"
-    raise ValueError(f"{value.name} {shape_text(value)} may lie either way: add --map nchw or --map nhwc")
+    raise ValueError(f"{value.name} {shape_text(value)} may have either layout: add --map nchw or --map nhwc")
 
 
 def _num_rows(value: ir.Value, is_map: str) -> int | str:
@@ -389,7 +389,7 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
     if num_tokens is None:
         raise ValueError(f"{vision.name} has {shape_text(vision)}: give the range of its tokens, --tokens MIN:MAX")
     if not isinstance(batch, int) and str(batch) != "B":
-        raise ValueError(f"the batch is that of the images, or fixed, got {shape_text(vision)}")
+        raise ValueError(f"the batch has to be that of the images, or fixed, got {shape_text(vision)}")
     if isinstance(batch, int) and attachment.batch not in (None, DimRange.fixed(batch)):
         raise ValueError(f"the graph takes {batch} images at a time, not {attachment.batch}: leave --batch out")
     images = DimRange.fixed(batch) if isinstance(batch, int) else attachment.batch or _OPEN_BATCH

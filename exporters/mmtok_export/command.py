@@ -442,7 +442,7 @@ def _load_features(path: Path) -> dict[str, Tensor]:
         with np.load(path) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except Exception as error:  # zipfile's, numpy's and pickle's have no common class
-        raise ValueError(f"{path} is no .npz of arrays, one an input: {error}") from error
+        raise ValueError(f"{path} is no .npz with an array for each input: {error}") from error
 
 
 def _output(arguments: argparse.Namespace, name: str) -> Path:

@@ -72,7 +72,7 @@ def check_targets(library: Library, targets: list[str], budget: int) -> None:
     if library == "tensorrt" and wanted != [_at_hand()]:
         raise ValueError(f"TensorRT builds for the GPU at hand alone, not for {', '.join(wanted)}: leave --target out")
     if budget > _MAX_BUDGET:
-        raise ValueError(f"TensorRT keeps at most {_MAX_BUDGET} tokens (its TopK), asked for were {budget}")
+        raise ValueError(f"TensorRT keeps at most {_MAX_BUDGET} tokens (its TopK), got a budget of {budget}")
 
 
 def _no_engine_for(wanted: list[str]) -> ValueError:
@@ -133,7 +133,7 @@ def build_engine(
     load_graph(onnx_file, source)
     if source.takes_budget or source.share:
         raise EngineBuildError(
-            f"{onnx_file.name} is told how many tokens to keep as it runs: an engine keeps a fixed count"
+            f"{onnx_file.name} gets the number of tokens to keep at run time: an engine keeps a fixed number"
         )
     module = tensorrt_module(library)
     for plugin in plugins:

@@ -157,7 +157,7 @@ def _size(size: int | str, manifest: Manifest) -> int:
         return size
     allowed = manifest.dimensions.get(size)
     if allowed is None:
-        raise CannotRunError(f"nobody says how large its input's {size} is: --dim {size}=SIZE")
+        raise CannotRunError(f"the dimension {size} of an input has no range: --dim {size}=SIZE")
     return min(allowed.maximum, max(allowed.minimum, _MAX_IMAGES)) if size == "B" else allowed.optimum
 
 

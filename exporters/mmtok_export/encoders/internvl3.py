@@ -61,7 +61,7 @@ class InternVL3Encoder(Encoder):
         if batch != DimRange.fixed(1):
             raise EncoderError(
                 f"a graph of {self.family} takes the tiles of one image, got {batch} images: leave --batch-size out, "
-                "the number of tiles is told by --tokens"
+                "--tokens sets the number of tiles"
             )
         height, width = vision.image_size
         self.merge = round(1 / config.downsample_ratio)
@@ -146,8 +146,8 @@ class InternVL3Encoder(Encoder):
         odd = [size for size in sizes if size % self.tile_tokens]
         if odd:
             raise EncoderError(
-                f"a tile is {self.tile_tokens} tokens, and --tokens are multiples of it, got {odd[0]}: for images of 1 "
-                f"to {_TILES.maximum} tiles leave it out"
+                f"a tile has {self.tile_tokens} tokens, and --tokens takes multiples of it, got {odd[0]}: leave it out "
+                f"for images of 1 to {_TILES.maximum} tiles"
             )
         return DimRange(*(size // self.tile_tokens for size in sizes))
 

@@ -26,8 +26,8 @@ class LlavaNextEncoder(Llava15Encoder):
         self.tiles = self.native_batch(config)
         if batch.minimum not in self.tiles or batch.maximum not in self.tiles:
             raise EncoderError(
-                f"an image of this model is {self.tiles.minimum} to {self.tiles.maximum} tiles, and B is their number, "
-                f"got {batch}: name no other"
+                f"an image of this model has {self.tiles.minimum} to {self.tiles.maximum} tiles, got {batch} as "
+                "--batch-size, the number of tiles"
             )
 
     @classmethod

@@ -148,5 +148,5 @@ def _check_image_size(image_size: tuple[int, int], factor: int) -> None:
     if nearest != list(image_size):
         raise EncoderError(
             f"width and height are multiples of {factor} px, got {image_size[0]}x{image_size[1]}: "
-            f"the nearest size, and what the image processor makes of it, is {nearest[0]}x{nearest[1]}"
+            f"the nearest size, to which the image processor scales it, is {nearest[0]}x{nearest[1]}"
         )
