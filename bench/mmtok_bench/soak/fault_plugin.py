@@ -73,7 +73,7 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _method_with_faults(name: str, method: Callable[..., Any], folder: Path) -> Callable[..., Any]:
-    faulty = _with_faults(name, lambda original, *args: original(*args), folder)
+    faulty = _with_faults(name, _call, folder)
     return lambda *args: faulty(method, *args)
 
 
