@@ -198,7 +198,7 @@ def _check_source(path: Path, model: ir.Model, source: Path | None) -> None:
     for read in [*weights, *([source] if source else [])]:
         for written in _files_of(path):
             if written.exists() and written.samefile(read):
-                raise FileExistsError(f"{written} is what is exported from: choose another --output")
+                raise FileExistsError(f"{written} is the source of the export: choose another --output")
 
 
 def _weights(model: ir.Model) -> list[ir.TensorProtocol]:
