@@ -120,7 +120,7 @@ def mixed_budget(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
     if mixed.is_auto:
         raise argparse.ArgumentTypeError(
-            "the budget auto goes by what a question asks, and the load asks nothing: name a share"
+            "the budget auto depends on the question, and loads have no real questions: name a share"
         )
     return str(mixed)
 

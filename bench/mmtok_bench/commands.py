@@ -176,7 +176,7 @@ def _add_quality(commands: Any) -> None:
     )
     quality.set_defaults(run="mmtok_bench.quality.bench:run_quality")
     quality.add_argument("action", nargs="?", choices=("run", "setup"), default="run", help="default: run")
-    what = quality.add_argument_group("what is asked")
+    what = quality.add_argument_group("questions")
     what.add_argument(
         "--tasks",
         type=each(str),
@@ -194,8 +194,9 @@ def _add_quality(commands: Any) -> None:
     what.add_argument(
         "--budgets",
         type=each(str),
-        help="default all,50%%,25%%,11%%,5%%,4; public tasks: the family's. 25%%@0.5 is 25%% of a Qwen's image at half "
-        "of each side, all@0.5 the whole of it, all~8 all that differs by more than 8 of 255 from its neighbours",
+        help="default all,50%%,25%%,11%%,5%%,4; public tasks: the family's. 25%%@0.5 is 25%% of the tokens of a Qwen's "
+        "image with half of each side, all@0.5 all of them, all~8 all tokens that differ by more than 8 of 255 from "
+        "their neighbours",
     )
     what.add_argument("--seeds", type=each(seed), default=[0, 1, 2], help="seeds of the pocket scenes (default 0,1,2)")
     what.add_argument(
@@ -203,7 +204,7 @@ def _add_quality(commands: Any) -> None:
         type=count,
         help="questions of each kind and seed (default 170), or of each public task (default: all)",
     )
-    served = quality.add_argument_group("what is asked of")
+    served = quality.add_argument_group("server")
     served.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; default: start one")
     served.add_argument(
         "--family",
@@ -221,7 +222,7 @@ def _add_quality(commands: Any) -> None:
     lmms = quality.add_argument_group("public tasks")
     lmms.add_argument("--lmms-venv", type=Path, default=Path("artifacts/lmms-eval"), help="default artifacts/lmms-eval")
     lmms.add_argument("--include-path", type=Path, help="a folder of further lmms-eval task files")
-    written = quality.add_argument_group("what is written")
+    written = quality.add_argument_group("output")
     add_run_arguments(written, "artifacts/quality")
     written.add_argument("--record", action="store_true", help="write the scores that `make test` compares with")
     written.add_argument("--dry-run", action="store_true", help="print servers and questions instead of running them")

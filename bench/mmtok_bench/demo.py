@@ -66,9 +66,8 @@ def _run(family: PocketFamily, budget: str, folder: Path) -> int:
     console.print(
         "[bold]A picture, asked about without and with a budget[/bold]\n\n"
         f"Two real SGLang servers, and a pocket model: {_MODELS[family]}, which this project trained from scratch on "
-        "scenes like this one. What it answers over thousands of them is in docs/quality.md. "
-        "Its language model is so small that reading a token costs next to nothing: look at the tokens, not at the "
-        "times.\n"
+        "scenes like this one. docs/quality.md has its scores on thousands of them. "
+        "Its language model is so small that pruning saves hardly any time: compare the tokens, not the times.\n"
     )
     asked = make_scenes(_SCENE_SEED, _NUM_QUESTIONS)[0]
     image = picture_of(asked.scene, PICTURE_PX[family])

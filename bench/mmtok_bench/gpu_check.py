@@ -269,7 +269,7 @@ def _questions(name: str, about: str, concurrency: int, bound: float, *more: str
     gain = _gain("requests_per_s", "10%", concurrency, questions=6, arguments=arguments)
     return Part(
         name,
-        f"Qwen2.5-VL-7B, 864 -> 86, 6 questions an image, {about}",
+        f"Qwen2.5-VL-7B, 864 -> 86, 6 questions per image, {about}",
         (_serve("qwen2.5-vl-7b", "10%", "1008x672", str(concurrency), *asked),),
         (Bar(f"requests/s at {concurrency}", f"at least {bound:g} x", gain),),
     )
@@ -281,24 +281,24 @@ def _logprobs(family: str, prefill: str) -> tuple[Bar, ...]:
 
     of_family = partial(_of_row, "device-logprobs", family=family, prefill=prefill)
     what = family if prefill == "eager" else f"{family}, prefill graphs"
-    # SGLang serves its own models on CUDA in 16 bits only, whose rounding is the model's own.
+    # On CUDA, SGLang serves its own models only in 16 bits. The hand-pruned model in float16 rounds like them.
     is_half = not family.startswith("llava")
     of_question = of_family(partial(times, name="question_error", of="max_error"))
     of_positions = of_family(partial(times, name="position_error", of="max_error"))
     bars = [
         Bar(
-            *(f"{what}, logprobs against those of the hand-pruned model in float16", "at most 2 x"),
+            *(f"{what}, difference of logprobs, against that of the hand-pruned model in float16", "at most 2 x"),
             of_family(partial(times, name="max_error", of="half_error")),
         )
         if is_half
         else Bar(f"{what}, logprobs against the hand-pruned model", "at most 1e-3", of_family(itemgetter("max_error"))),
         Bar(f"{what}, another question's against that", f"at least {5 if is_half else 10} x", of_question),
     ]
-    # Three of four layers of a Qwen3.5 have no positions: in float16 they hardly show.
+    # Three of four layers of a Qwen3.5 have no positions, so wrong positions hardly show in float16.
     if family.startswith("qwen") and not family.startswith("qwen3.5"):
         bars.append(Bar(f"{what}, wrong positions' against that", "at least 5 x", of_positions))
     if prefill != "eager":
-        # Each of the three chats with images, asked alone.
+        # The three chats with images, asked one by one.
         bars.append(Bar(f"{what}, prefills replayed", "at least 3", of_family(itemgetter("num_replayed"))))
     return tuple(bars)
 
@@ -438,14 +438,14 @@ PARTS: tuple[Part, ...] = (
     _qwen_7b(1, _ttft("10%", 1, 1.25), _rates("10%", 1, 1.0)),
     _qwen_7b(16, _rates("10%", 16, 1.4)),
     _qwen_7b(64, _rates("10%", 64, 1.4)),
-    _questions("qwen-7b-questions", "all of whose KV fits", 16, 1.0),
+    _questions("qwen-7b-questions", "all images fit into the KV pool", 16, 1.0),
     # 34 images of 864 tokens and their questions are three times the KV pool; few run at once, so that they fit it.
     _questions(
-        *("qwen-7b-questions-evicted", "of images that take three times the KV pool", 4, 1.5),
+        *("qwen-7b-questions-evicted", "images need three times the KV pool", 4, 1.5),
         *("--images-in-turn", "34"),
         arguments="--max-total-tokens=10000",
     ),
-    _setting("one-tokenizer", "one tokenizer process in place of four", "--tokenizer-worker-num=1"),
+    _setting("one-tokenizer", "one tokenizer process instead of four", "--tokenizer-worker-num=1"),
     _setting("host-images", "images are preprocessed on the host", "--image-processor-backend=pil"),
     _setting("prefill-graphs", "prefill by breakable CUDA graphs", "--cuda-graph-backend-prefill=breakable"),
     _model(
@@ -514,11 +514,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a bar is not reached or a command failed, 2 for usage, 130 after Ctrl-C."""
     known = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(
-        prog="mmtok_bench.gpu_check", description="Runs what needs an NVIDIA GPU and holds it against the bars."
+        prog="mmtok_bench.gpu_check",
+        description="Runs the checks that need an NVIDIA GPU, and compares each result with its bar.",
     )
     parser.add_argument("--parts", type=each(str), default=known, help=f"some of {', '.join(known)} (default all)")
     parser.add_argument("--output", type=Path, default=Path("artifacts/gpu-check"), help="folder (default %(default)s)")
-    parser.add_argument("--again", action="store_true", help="run parts anew that are done")
+    parser.add_argument("--again", action="store_true", help="run finished parts again")
     parser.add_argument("--server-args", default="", metavar="ARGS", help="arguments of all servers")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     parser.add_argument("--dry-run", action="store_true", help="print their commands and bars and stop")
@@ -533,13 +534,13 @@ def _run(arguments: argparse.Namespace) -> int:
     known = {part.name: part for part in PARTS}
     unknown = [name for name in arguments.parts if name not in known]
     if unknown:
-        raise ValueError(f"there are the parts {', '.join(known)}; got {unknown[0]!r}")
+        raise ValueError(f"--parts takes some of {', '.join(known)}, got {unknown[0]!r}")
     chosen = [known[name] for name in arguments.parts]
     if arguments.dry_run:
         print_parts(chosen, arguments.output, arguments.server_args)
         return 0
     if not torch.cuda.is_available():
-        raise ValueError("needs an NVIDIA GPU that PyTorch sees: nothing would be checked here")
+        raise ValueError("needs an NVIDIA GPU that PyTorch can use: nothing can be checked here")
     for part in chosen:
         if part.needs_gib > _memory_gib():
             print(f"== {part.name} is not run: it needs {part.needs_gib} GiB of GPU memory", flush=True)

@@ -68,7 +68,7 @@ class MixedBudget:
 
     @property
     def is_auto(self) -> bool:
-        """True if the number of kept tokens depends on what the question asks."""
+        """True if the number of kept tokens depends on the question."""
         return isinstance(self.budget, AutoBudget)
 
     @property

@@ -63,7 +63,7 @@ def end_process_tree(session_id: int, *, grace_s: float) -> None:
     try:
         _send(signal.SIGTERM, session_id)
         _wait_until_gone(session_id, grace_s)
-        # Python's resource tracker removes what the others leave, then ends on its own.
+        # Python's resource tracker removes files that the others leave behind, then ends by itself.
         _send(signal.SIGKILL, session_id, but="multiprocessing.resource_tracker")
         _wait_until_gone(session_id, grace_s)
     finally:
@@ -96,7 +96,7 @@ def sigterm_raises_exit() -> Iterator[None]:
 def signals_wait() -> Iterator[None]:
     """Delays Ctrl-C and SIGTERM to the end of the block, in which a process is started and stored.
 
-    An exception in the middle of it would leave a process that nobody ends.
+    Otherwise an exception in the middle of the block could leave a process running.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

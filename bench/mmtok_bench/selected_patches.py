@@ -181,7 +181,7 @@ def _encode(projector: torch.nn.Module, image_features: Callable[[], Any]) -> tu
 def _as_llava_sees(
     image: Image.Image, image_processor: Any, grid: tuple[int, int]
 ) -> tuple[Image.Image, Tensor | None]:
-    """Returns the square image, and which of its patches are padding alone (None if it was cropped)."""
+    """Returns the square image, and which of its patches are only padding (None if it was cropped)."""
     if not image_processor.do_pad:
         return ImageOps.fit(image, (min(image.size),) * 2), None
     colour = tuple(int(255 * mean) for mean in image_processor.image_mean)

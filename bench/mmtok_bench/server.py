@@ -39,7 +39,7 @@ __all__ = [
 _Key = TypeVar("_Key", bound=Hashable)
 
 _POLL_INTERVAL_S = 0.25
-# Short: after SIGTERM, SGLang only waits 5 s for a crash diagnosis, which nobody needs.
+# Short, since after SIGTERM SGLang only waits 5 s for a crash diagnosis.
 _STOP_GRACE_S = 1.0
 _LOG_END_LINES = 40
 # Below the ports that SGLang chooses by itself (from 22000) and those that the system gives to outgoing connections
@@ -144,7 +144,7 @@ def server_info(url: str, *, prunes: bool = False) -> dict[str, Any]:
 class SglangServer:
     """One `python -m sglang.launch_server`, started on entering a `with` block and ended with everything it started.
 
-    The server runs in a session of its own, so that Ctrl-C reaches this process alone, which then ends the server.
+    The server runs in a session of its own, so that Ctrl-C reaches only this process, which then ends the server.
     `running` and `started` start and end several servers at once.
 
     Args:

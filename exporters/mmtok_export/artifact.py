@@ -1,4 +1,4 @@
-"""Writing an exported file: whole, checked and with its manifest, or not at all."""
+"""Writes exported files: a file appears only when it is complete, checked and has its manifest."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from mmtok_export.whole_graph import Encoder
 
 __all__ = ["check_output", "export_model", "file_infos", "new_artifact", "now"]
 
-# A protobuf message ends at 2 GiB, and loading a large one takes twice its size of memory.
+# A protobuf message has at most 2 GiB, and loading a large one takes memory of twice its size.
 _MAX_INLINE_BYTES = 256 * 2**20
 _WEIGHTS_SUFFIX = ".data"
 _PROCESSOR_SUFFIX = ".processor_config.json"
 _ONNX_DOMAINS = ("", "ai.onnx")
-# What ONNX Runtime 1.18 reads.
+# The oldest version that was tested, with the highest opset and format version that it reads.
 _OLDEST_ONNX_RUNTIME, _TRIED_OPSET, _TRIED_IR_VERSION = "1.18", 21, 10
 _SECONDS_WITHOUT_A_WORD = 10
-# The beginning of the name of the folder that a file is made in, beside where it will be.
+# Suffix of the temporary folder beside the output path, in which a file is written.
 _UNFINISHED = ".mmtok-unfinished"
 
 
@@ -59,26 +59,26 @@ def export_model(
     on_step: Callable[[str], None] = lambda _: None,
     on_note: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Writes a model that holds a selection as an ONNX file, checked against the reference; returns its manifest.
+    """Writes a model with a selection as an ONNX file, compares it with the reference, and returns its manifest.
 
     Args:
-        model: What to write.
-        path: Where.
-        kind: What the model is.
-        spec: Its selection.
-        details: For the manifest.
-        dimensions: Ranges of further named sizes.
-        source: The file that the model was read from, which stays; so do its weights.
-        encoder: What the encoder in the model was made from, which the check holds it against.
-        has_check: Whether it is checked.
-        force: Whether it may replace a file.
-        on_step: Called with what is done next.
-        on_note: Called with what the user should know of it.
+        model: The model.
+        path: Path of the file.
+        kind: The manifest's kind.
+        spec: The selection's sizes and constants.
+        details: Further entries of the manifest.
+        dimensions: Ranges of further dynamic dimensions.
+        source: The file that the model was read from; neither it nor its weights are overwritten.
+        encoder: Runs the original encoder; the check compares the model's features with its features.
+        has_check: Whether the file is compared with the reference.
+        force: Whether existing files may be replaced.
+        on_step: Called with a description of the next step.
+        on_note: Called with a message for the user.
 
     Raises:
-        FileExistsError: The file is there and may not be replaced.
-        OSError: It could not be written.
-        CheckFailedError: The graph does not give the reference's answer.
+        FileExistsError: The file exists and may not be replaced.
+        OSError: The file could not be written.
+        CheckFailedError: The graph's selection differs from the reference's.
     """
     _check_source(path, model, source)
     manifest = Manifest(
@@ -126,28 +126,28 @@ def _write_manifest(file: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def new_artifact(path: Path, *, force: bool) -> Iterator[Path]:
-    """Gives a file of that name in a folder of its own; what stands in the folder at the end moves beside `path`.
+    """Yields a path of the same name in a temporary folder; at the end, all files of this folder move beside `path`.
 
     Args:
-        path: Where the file will be.
-        force: Whether it may replace one.
+        path: Final path of the file.
+        force: Whether existing files may be replaced.
 
     Raises:
-        FileExistsError: It is there and may not be replaced.
+        FileExistsError: The file exists and may not be replaced.
     """
     check_output(path, force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         _clear_unfinished(path.parent)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent))
-        # Held while this process lives, however it ends.
+        # The system releases this lock when the process ends, even if it is killed.
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield folder / path.name
-        # Minutes may have passed, in which another export wrote it.
+        # Another export may have written the file in the meantime.
         check_output(path, force=force)
-        # The manifest comes last: without it nothing loads the file.
+        # The manifest is moved last, since a file without it cannot be loaded.
         written = sorted(folder.iterdir(), key=lambda file: file == Manifest.path_of(folder / path.name))
         for file in _files_of(path):
             file.unlink(missing_ok=True)
@@ -169,20 +169,20 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _clear_unfinished(parent: Path) -> None:
-    """Removes what an export that was killed has left: gigabytes, of which nobody would know."""
+    """Removes temporary folders of killed exports, which may take gigabytes."""
     for folder in parent.glob(f".*{_UNFINISHED}"):
         lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:  # another export, at work
+        except BlockingIOError:  # another export is running
             pass
         finally:
             os.close(lock)
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Raises FileExistsError if a file, or one that is written beside it, is there and may not be replaced."""
+    """Raises FileExistsError if the file, or one that is written beside it, exists and may not be replaced."""
     if path.is_dir() or not path.name:
         raise FileExistsError(f"{path} is a folder: name a file, --output FILE")
     for existing in _files_of(path):
@@ -193,12 +193,12 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 def _check_source(path: Path, model: ir.Model, source: Path | None) -> None:
-    """Raises FileExistsError if one of the files to write is one that the model is read from."""
+    """Raises FileExistsError if the export would overwrite a file that the model is read from."""
     weights = {Path(tensor.path) for tensor in _weights(model) if isinstance(tensor, ir.ExternalTensor)}
     for read in [*weights, *([source] if source else [])]:
         for written in _files_of(path):
             if written.exists() and written.samefile(read):
-                raise FileExistsError(f"{written} is what is exported from: choose another --output")
+                raise FileExistsError(f"{written} is the source of the export: choose another --output")
 
 
 def _weights(model: ir.Model) -> list[ir.TensorProtocol]:
@@ -211,15 +211,15 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _save_model(model: ir.Model, path: Path) -> None:
-    """Writes a model, with its weights in a file beside it where they are large, and has ONNX check it in full.
+    """Writes a model, with large weights in a file beside it, and runs ONNX's full check.
 
     Raises:
-        ValueError: The model is not valid, shapes and types included.
-        OSError: It could not be written.
+        ValueError: The model, a shape or a type is not valid.
+        OSError: The model could not be written.
     """
     weights = _weights(model)
     is_large = sum(tensor.nbytes for tensor in weights) > _MAX_INLINE_BYTES
-    # Weights that stand in a file beside another graph come along.
+    # Weights in a file of another graph are copied, too.
     is_elsewhere = any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
     ir.save(model, path, external_data=f"{path.name}{_WEIGHTS_SUFFIX}" if is_large or is_elsewhere else None)
     try:
@@ -229,7 +229,7 @@ def _save_model(model: ir.Model, path: Path) -> None:
 
 
 def file_infos(path: Path) -> tuple[FileInfo, ...]:
-    """Returns what stands in a new artifact's folder: the file itself, then its weights and its image processor."""
+    """Returns the files in a new artifact's folder: the file itself, then its weights and its image processor."""
     others = sorted(file for file in path.parent.iterdir() if file not in (path, Manifest.path_of(path)))
     return tuple(describe_file(file) for file in (path, *others))
 
@@ -241,7 +241,7 @@ def _versions() -> dict[str, str]:
 
 
 def _requires(model: ir.Model) -> dict[str, str]:
-    """Returns what a runtime must read; ONNX Runtime's version is the oldest that was tried."""
+    """Returns the versions that a runtime must support; for ONNX Runtime, the oldest version that was tested."""
     opset, ir_version = model.graph.opset_imports.get("", 0), model.ir_version
     needed = {"onnx opset": str(opset), "onnx ir version": str(ir_version)}
     domains = {domain: str(version) for domain, version in model.opset_imports.items() if domain not in _ONNX_DOMAINS}
@@ -251,5 +251,5 @@ def _requires(model: ir.Model) -> dict[str, str]:
 
 
 def now() -> str:
-    """Returns the time for a manifest."""
+    """Returns the current time, as manifests have it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

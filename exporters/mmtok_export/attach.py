@@ -1,4 +1,4 @@
-"""The selection attached to an encoder graph that somebody else exported."""
+"""Attaches the selection to an encoder's ONNX graph that another exporter wrote."""
 
 from __future__ import annotations
 
@@ -46,26 +46,28 @@ _OPEN_BATCH = DimRange(1, 1, 8)
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """Where in a graph the features are, and what is selected from them.
+    """The feature tensors of a graph, and the selection to attach.
 
     Args:
-        vision: Tensor of the tokens after the projector, [N, D], [B, N, D], or a map [B, D, H, W] or [B, H, W, D].
-        keys: Tensor of the features before it: [N * keys_per_token, d], with a batch in front, or a map; None to be
-            told which there are.
-        keys_per_token: Features that the projector merges into one token: consecutive ones, whose mean is its key.
-        keys_index: Integer tensor [N]: which merged feature belongs to each token, where the encoder works in another
-            order than it answers in (Qwen2.5-VL's `reverse_window_index`).
+        vision: Name of the tensor of tokens after the projector, [N, D], [B, N, D], or a map [B, D, H, W] or
+            [B, H, W, D].
+        keys: Name of the tensor of features before the projector: [N * keys_per_token, d], with an optional batch
+            dimension before it, or a map. With None, the error lists the candidates.
+        keys_per_token: Number of consecutive features that the projector merges into one token; the token's key is
+            their mean.
+        keys_index: Name of an integer tensor [N], the index of each token's merged feature, if the encoder computes in
+            another order than that of its output (Qwen2.5-VL's `reverse_window_index`).
         budget: K, or a share of N.
-        num_tokens: N; None to read it from the graph.
+        num_tokens: N; None reads it from the graph.
         num_words: M.
         config: Temperatures, weight, coverage.
-        form: How the picks are made.
+        form: Form of the graph.
         grid_width: Tokens in a row of the image, for the output `positions`.
-        takes_budget: Whether the budget is an input, and K the largest.
-        is_unpruned_given: Whether all tokens are an output too.
-        batch: B, where the graph leaves it open.
-        skip_tokens: Class and register tokens in front of the patches; None to tell them by the shapes.
-        map_layout: "nchw" or "nhwc", where a map could lie either way.
+        takes_budget: Whether the budget is an input; K is then the largest budget.
+        is_unpruned_given: Whether all tokens are an output, too.
+        batch: B, if it is dynamic in the graph.
+        skip_tokens: Number of class and register tokens before the patches; None finds it from the shapes.
+        map_layout: "nchw" or "nhwc", if the shape of a map does not show its layout.
     """
 
     vision: str
@@ -87,14 +89,14 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """An encoder of somebody else's with the selection at its end.
+    """An encoder of another exporter with the selection at its end.
 
     Args:
-        model: What was made.
-        spec: The selection's sizes.
-        details: For the manifest.
-        dimensions: The ranges of the encoder's open sizes that the number of tokens tells.
-        encoder: The encoder's file run by itself, and its tensors made features by PyTorch.
+        model: The model.
+        spec: The selection's sizes and constants.
+        details: Entries of the manifest.
+        dimensions: Ranges of the encoder's dynamic dimensions that follow from the number of tokens.
+        encoder: Runs the encoder's original file, and makes the features from its tensors with PyTorch.
     """
 
     model: ir.Model
@@ -107,16 +109,16 @@ class Attached:
 def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
     """Returns the encoder with the selection at its end.
 
-    Everything that the encoder gave before it still gives; its weights stay where they are until the model is saved.
+    All outputs of the encoder stay. Its weights are not copied before the model is saved.
 
     Args:
         onnx_file: The encoder.
-        attachment: Where the features are.
+        attachment: The feature tensors and the selection.
 
     Raises:
-        ValueError: Not an ONNX file, an opset that ONNX does not convert to 18, a tensor that is not there or no
-            features (the message lists the nearest), or tensors that do not belong together.
-        FileNotFoundError: The file is not there.
+        ValueError: The file is not an ONNX file, ONNX cannot convert its opset to 18, a tensor does not exist or holds
+            no features (the message lists similar ones), or the tensors do not fit together.
+        FileNotFoundError: The file does not exist.
     """
     names = [attachment.vision, *([attachment.keys] if attachment.keys else [])]
     model = load_foreign(onnx_file, names)
@@ -152,7 +154,7 @@ def _run_alone(
     keys_dtype: str,
     inputs: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Returns vision [B, N, D] and keys [B, N, d] of the encoder's own file."""
+    """Returns vision [B, N, D] and keys [B, N, d], computed by the encoder's original file."""
     model = read_foreign(onnx_file)
     names = [attachment.vision, str(attachment.keys), *([attachment.keys_index] if attachment.keys_index else [])]
     taken = list(dict.fromkeys(name for name in names if name not in inputs))
@@ -171,7 +173,7 @@ def _run_alone(
 
 
 def open_dimensions(model: ir.Model) -> set[str]:
-    """Returns the names of the sizes that a model's inputs leave open, but for the selection's own."""
+    """Returns the names of the dynamic dimensions of a model's inputs, except the selection's own."""
     names = {size.value for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
     return {str(name) for name in names if name not in OWN_DIMENSIONS}
 
@@ -196,18 +198,18 @@ def _check_attachment(attachment: Attachment) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How the features lie in a tensor.
+    """The layout of the features in a tensor.
 
     Args:
         is_map: "nchw" or "nhwc" for a map, "" for rows.
-        num_skipped: Class and register tokens in front.
+        num_skipped: Number of class and register tokens before the patches.
     """
 
     is_map: str
     num_skipped: int
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        """Returns [B, N, width] of a tensor."""
+        """Returns the features [B, N, width] of a tensor."""
         if self.is_map == "nchw":
             tensor = tensor.flatten(2).transpose(1, 2)
         elif self.is_map == "nhwc":
@@ -216,10 +218,13 @@ class _Layout:
 
 
 def _layouts(attachment: Attachment, graph: ir.Graph, vision: ir.Value, keys: ir.Value) -> tuple[_Layout, _Layout]:
-    """Returns how vision and keys lie; tokens that are no patches are told by the first convolution's, or by the other.
+    """Returns the layouts of vision and keys.
+
+    Class and register tokens are the rows beyond the number of patches of the first convolution, or, without one,
+    beyond the rows of the other tensor.
 
     Raises:
-        ValueError: A rank that no features have, or a map that could lie either way.
+        ValueError: A tensor does not have the rank of features, or the layout of a map is ambiguous.
     """
     maps = [_map_of(value, attachment.map_layout) for value in (vision, keys)]
     rows = [_num_rows(value, is_map) for value, is_map in zip((vision, keys), maps, strict=True)]
@@ -242,14 +247,14 @@ def _layouts(attachment: Attachment, graph: ir.Graph, vision: ir.Value, keys: ir
 def _map_of(value: ir.Value, asked: str | None) -> str:
     if value.shape is None or len(value.shape) not in (2, 3, 4):
         raise ValueError(
-            f"{value.name} is a matrix, one with a batch in front, or a map [B, C, H, W], got {shape_text(value)}"
+            f"{value.name} has to be [N, width], [B, N, width], or a map [B, C, H, W], got {shape_text(value)}"
         )
     if len(value.shape) < 4 or asked is not None:
         return "" if len(value.shape) < 4 else str(asked)
     _, first, middle, last = value.shape
     if (middle == last) != (first == middle):
         return "nchw" if middle == last else "nhwc"
-    raise ValueError(f"{value.name} {shape_text(value)} may lie either way: add --map nchw or --map nhwc")
+    raise ValueError(f"{value.name} {shape_text(value)} may have either layout: add --map nchw or --map nhwc")
 
 
 def _num_rows(value: ir.Value, is_map: str) -> int | str:
@@ -263,7 +268,7 @@ def _num_rows(value: ir.Value, is_map: str) -> int | str:
 
 
 def _rows(builder: GraphBuilder, value: ir.Value, layout: _Layout) -> ir.Value:
-    """Returns [B, N, width]."""
+    """Returns the value's features [B, N, width]."""
     op = builder.op
     assert value.shape is not None
     batch, width = (value.shape[0] if len(value.shape) > 2 else 1), value.shape[1 if layout.is_map == "nchw" else -1]
@@ -286,10 +291,11 @@ def _rows(builder: GraphBuilder, value: ir.Value, layout: _Layout) -> ir.Value:
 
 
 def _keys_of(attachment: Attachment, graph: ir.Graph, vision: ir.Value, onnx_file: Path) -> ir.Value:
-    """Returns the tensor that the keys are taken from.
+    """Returns the tensor of the keys.
 
     Raises:
-        ValueError: None is named, or a step inside a layer; the message holds the command for each that may be meant.
+        ValueError: `attachment` names no tensor, or a step inside a layer; the message lists a command for each
+            candidate.
     """
     problem = "name the features before the projector, --keys TENSOR"
     if attachment.keys:
@@ -309,7 +315,7 @@ def _keys_of(attachment: Attachment, graph: ir.Graph, vision: ir.Value, onnx_fil
 
 
 def _command(onnx_file: Path, attachment: Attachment, keys: Candidate, index: str | None) -> str:
-    """Returns what to type to attach to these keys, with all that was given of where and what."""
+    """Returns the command line that attaches to these keys, with all other given options."""
     is_merged = keys.keys_per_token > 1
     flags = {
         "--onnx": onnx_file,
@@ -336,7 +342,7 @@ def _command(onnx_file: Path, attachment: Attachment, keys: Candidate, index: st
 
 
 def _merged_keys(builder: GraphBuilder, graph: ir.Graph, keys: ir.Value, attachment: Attachment) -> ir.Value:
-    """Returns the keys [B, N, d], one a token, in the tokens' order."""
+    """Returns the keys [B, N, d], one for each token, in the order of the tokens."""
     op = builder.op
     if attachment.keys_per_token == 1 and attachment.keys_index is None:
         return keys
@@ -350,7 +356,7 @@ def _merged_keys(builder: GraphBuilder, graph: ir.Graph, keys: ir.Value, attachm
         if left:
             raise ValueError(f"{attachment.keys} has {size} rows, not a multiple of {attachment.keys_per_token}")
     groups = op.Reshape(keys, [0, -1, attachment.keys_per_token, width])
-    # In float32, as the selection itself is.
+    # In float32, like the selection.
     merged = op.ReduceMean(op.Cast(groups, to=ir.DataType.FLOAT), [2], keepdims=0)
     if attachment.keys_index is not None:
         index = find_value(graph, attachment.keys_index)
@@ -383,7 +389,7 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
     if num_tokens is None:
         raise ValueError(f"{vision.name} has {shape_text(vision)}: give the range of its tokens, --tokens MIN:MAX")
     if not isinstance(batch, int) and str(batch) != "B":
-        raise ValueError(f"the batch is that of the images, or fixed, got {shape_text(vision)}")
+        raise ValueError(f"the batch has to be that of the images, or fixed, got {shape_text(vision)}")
     if isinstance(batch, int) and attachment.batch not in (None, DimRange.fixed(batch)):
         raise ValueError(f"the graph takes {batch} images at a time, not {attachment.batch}: leave --batch out")
     images = DimRange.fixed(batch) if isinstance(batch, int) else attachment.batch or _OPEN_BATCH

@@ -1,4 +1,4 @@
-"""How many tokens a file keeps."""
+"""Number of tokens that an exported file keeps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["num_kept", "share_of"]
 
 
 def num_kept(budget: Budget, num_tokens: DimRange) -> int:
-    """Returns K, the most tokens that are kept: of a share those of the largest image.
+    """Returns K, the largest number of kept tokens; for a share, that of the largest image.
 
     Args:
         budget: A count or a share.
-        num_tokens: N. A count is not compared with it here: SelectionSpec does.
+        num_tokens: N. A count is not compared with it here, but in SelectionSpec.
 
     Raises:
-        ValueError: All tokens.
+        ValueError: The budget is all tokens.
     """
     if budget.tokens is not None:
         return budget.tokens
@@ -28,5 +28,5 @@ def num_kept(budget: Budget, num_tokens: DimRange) -> int:
 
 
 def share_of(budget: Budget, num_tokens: DimRange, *, is_input: bool) -> Fraction | None:
-    """Returns the share that a graph itself has to take of N, None where K is a number or an input."""
+    """Returns the share of N that the graph must compute; None if K is a number or an input."""
     return None if num_tokens.is_fixed or is_input else budget.ratio

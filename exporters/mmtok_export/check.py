@@ -1,4 +1,4 @@
-"""Holding an exported selection against the float32 reference."""
+"""Compares an exported selection with the float32 reference."""
 
 from __future__ import annotations
 
@@ -41,24 +41,25 @@ def check_artifact(
 ) -> Check:
     """Returns the result of running a file's selection on synthetic features and replaying it in double precision.
 
-    Smallest, optimal and largest sizes, each without and with padded text and excluded tokens. Every pick must gain
-    the most after the picks before it, up to what float32 rounds (`greedy_replay.py`). The selection of a graph with
-    an encoder is cut out of it first; then the whole graph runs once, on photographs, where the CPU can run it.
+    The cases are the smallest, optimal and largest sizes, each with and without padded text and excluded tokens. Every
+    pick must have the largest gain after the earlier picks, up to float32 rounding (`greedy_replay.py`). For a graph
+    with an encoder, the selection is extracted first; then the whole graph runs once on photographs, if the CPU can
+    run it.
 
     Args:
-        file: The file; it is what its manifest says.
+        file: The file.
         manifest: Its manifest.
-        encoder: What the encoder in it was made from, which its features are held against.
-        features: Somebody's own in place of the synthetic ones and the photographs: inputs of the selection, or of the
-            whole graph. Without `text_mask` all rows of text count, without `excluded` no token is.
+        encoder: Runs the original encoder, with whose features those of the graph are compared.
+        features: The user's features, instead of synthetic ones and photographs: inputs of the selection, or of the
+            whole graph. Without `text_mask`, all rows of text count; without `excluded`, no token is excluded.
         on_case: Called before each case with its sizes.
 
     Raises:
-        CheckFailedError: Another token, another order, another value of coverage; an encoder's features that are not
-            finite, or not those of `encoder`.
+        CheckFailedError: A token, the order or a coverage value differs; or the encoder's features are not finite, or
+            differ from those of `encoder`.
         ArtifactError: The file is not the one that its manifest describes.
-        EngineError: The file cannot run here, though it should.
-        ValueError: `features` are neither.
+        EngineError: The file does not run on this machine, although it should.
+        ValueError: `features` are neither the inputs of the selection nor those of the whole graph.
     """
     obstacle = None if manifest.format == "onnx" else _obstacle_here(manifest)
     if obstacle is not None:
@@ -84,7 +85,7 @@ def check_artifact(
 
 
 def estimated_seconds(manifest: Manifest) -> float:
-    """Returns about how long `check_artifact` takes of the largest sizes on this machine, from a product's time."""
+    """Returns the approximate seconds of `check_artifact` on this machine, from the time of a matrix product."""
     side = 384
     square = torch.randn(side, side)
     times = []
@@ -92,7 +93,7 @@ def estimated_seconds(manifest: Manifest) -> float:
         started = time.perf_counter()
         torch.mm(square, square)
         times.append(time.perf_counter() - started)
-    # The fastest: others wait for whatever else this machine does.
+    # The fastest run is the one that other programs disturbed least.
     seconds_per_term = min(times) / side**3
     batch, num_tokens = (manifest.dimensions[name].maximum for name in ("B", "N"))
     width = (
@@ -100,17 +101,17 @@ def estimated_seconds(manifest: Manifest) -> float:
         if "edges" in manifest.details
         else (sum(int(manifest.input(name).shape[-1]) for name in ("vision", "keys")))
     )
-    # The graph's product and two in double precision, of each case; passes over the matrix; every gain of a loop.
+    # Each case: the graph's product and two in double precision; passes over the matrix; all gains of a loop.
     product = 8 * num_tokens**2 * width * seconds_per_term
     passes = num_tokens**2 * 1e-8 * (20 + (0 if manifest.form == "lazy" else manifest.budget))
     return 2 * min(batch, 2) * (product + passes)
 
 
 def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns somebody's features as inputs of the selection or of the whole graph, in their dtypes.
+    """Returns the user's features as inputs of the selection or of the whole graph, in the dtypes of the inputs.
 
     Raises:
-        ValueError: They are inputs of neither, or the dtype would round them.
+        ValueError: The features are inputs of neither, or conversion to the dtype would round them.
     """
     optional = {"text_mask", "excluded", "budget"}
     for described in (selection, manifest):
@@ -142,7 +143,7 @@ def _names(manifest: Manifest) -> set[str]:
 
 
 def _obstacle_here(manifest: Manifest) -> str | None:
-    """Returns why an engine is not checked on this machine, None if it is."""
+    """Returns the reason why an engine is not checked on this machine; None if it is checked."""
     if manifest.kind != "selection":
         return "an engine with an encoder is checked by its ONNX file alone"
     where = "run mmtok export check where the engine will run"
@@ -175,7 +176,7 @@ def _check_engine(
 
 
 def _check_case(engine: Engine, inputs: dict[str, Tensor], device: torch.device, compared: Compared) -> None:
-    """Holds the first and the last image against the reference."""
+    """Compares the selections of the first and the last image with the reference."""
     outputs = engine.run({name: tensor if name == "budget" else tensor.to(device) for name, tensor in inputs.items()})
     for image in sorted({0, len(inputs["vision"]) - 1}):
         replay = hold_image(
@@ -187,9 +188,10 @@ def _check_case(engine: Engine, inputs: dict[str, Tensor], device: torch.device,
 
 
 def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, Tensor]:
-    """Returns inputs like a model's: images of a few kinds of things, words that name some of them.
+    """Returns synthetic inputs: images that show a few kinds of things, and words that name some of these.
 
-    If padded, every image has at least one row of padding and one excluded token, where it has more than one.
+    If `is_padded`, every image has at least one row of padding and one excluded token, unless it has only one row or
+    token.
     """
     widths = [int(manifest.input(name).shape[-1]) for name in ("vision", "keys")]
     images = [
@@ -208,7 +210,7 @@ def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, T
     if manifest.takes_budget:
         inputs["budget"] = (manifest.budget - is_padded - image[:, 0]).clamp(min=1)
     if is_padded and sizes.num_tokens > 1:
-        # What would be picked first, so that a graph which does not read `excluded` is found out.
+        # The token that would be picked first, so that a graph that ignores `excluded` fails.
         for one in {0, sizes.batch - 1}:
             text = inputs["text"][one][inputs["text_mask"][one]]
             matrix = coverage_matrix(inputs["vision"][one], inputs["keys"][one], text, manifest.constants)
@@ -217,7 +219,7 @@ def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, T
 
 
 def _selection_alone(file: Path, manifest: Manifest) -> Engine:
-    """Returns the selection cut out of a graph with an encoder, running on the CPU."""
+    """Returns an engine on the CPU of the selection that is extracted from a graph with an encoder."""
     edges = manifest.details["edges"]
     model = load_graph(file, manifest)
     others = [name for name in SELECTION_INPUTS if name in _names(manifest)]

@@ -39,8 +39,8 @@ class _Features(NamedTuple):
     has_float32_keys: bool = False
 
 
-# The widths of each family's 7B, 8B, 9B, 30B-A3B or 35B-A3B model. Qwen's keys are means over the features that make a
-# token, in float32.
+# The widths of each family's 7B, 8B, 9B, 30B-A3B or 35B-A3B model. Qwen's keys are float32, since they are means over
+# the features that are merged into a token.
 _FEATURES = {
     "llava-1.5": _Features(4096, 1024),
     "llava-next": _Features(4096, 1024),
@@ -57,13 +57,13 @@ _FEATURES = {
 _FORMS = ("lazy", "loop", "unrolled")
 _DTYPES = ("float16", "bfloat16", "float32")
 _SIZES = "a size, MIN:MAX or MIN:OPTIMUM:MAX"
-_UNPRUNED = "all tokens are an output as well, unpruned_tokens"
+_UNPRUNED = "add the output unpruned_tokens with all tokens"
 _LIBRARIES = ("auto", "tensorrt-rtx", "tensorrt")
 
 
 def add_export_parser(commands: Any) -> None:
     """Adds `mmtok export` and its subcommands to the command line's parser."""
-    export = commands.add_parser("export", help="the selection as an ONNX graph or a TensorRT engine")
+    export = commands.add_parser("export", help="export the selection as an ONNX graph or a TensorRT engine")
     kinds = export.add_subparsers(dest="kind", required=True, metavar="WHAT")
 
     selection = kinds.add_parser("selection", help="the selection by itself: features in, kept tokens out")
@@ -72,22 +72,25 @@ def add_export_parser(commands: Any) -> None:
         type=_range,
         default=DimRange.fixed(576),
         metavar="N",
-        help=f"vision tokens an image: {_SIZES} (default 576)",
+        help=f"vision tokens of an image: {_SIZES} (default 576)",
     )
     selection.add_argument(
-        "--batch", type=_range, default=DimRange.fixed(1), metavar="B", help=f"images at a time: {_SIZES} (default 1)"
+        "--batch", type=_range, default=DimRange.fixed(1), metavar="B", help=f"images in a batch: {_SIZES} (default 1)"
     )
     selection.add_argument(
-        "--vision-width", type=int, metavar="D", help="width of vision tokens (default: 7B of the preset)"
+        "--vision-width", type=int, metavar="D", help="width of vision tokens (default: that of the preset's 7B model)"
     )
     selection.add_argument(
-        "--keys-width", type=int, metavar="d", help="width of vision features (default: 7B of the preset)"
+        "--keys-width",
+        type=int,
+        metavar="d",
+        help="width of features before the projector (default: that of the preset's 7B model)",
     )
     selection.add_argument(
         "--keys",
         choices=get_args(KeySource),
         default="input",
-        help="for a server of the same --mmtok-keys: output compares the vision tokens themselves (default input)",
+        help="--mmtok-keys of the server: output compares the vision tokens themselves (default input)",
     )
     selection.add_argument(
         "--dtype", choices=_DTYPES, default="float16", help="dtype of the features (default float16)"
@@ -106,7 +109,7 @@ def add_export_parser(commands: Any) -> None:
         "--image-size",
         type=_image_size,
         metavar="WxH",
-        help="size of an image in pixels; only Qwens take other sizes than their own",
+        help="size of an image in pixels; only a Qwen supports several sizes",
     )
     size.add_argument(
         "--tokens",
@@ -119,7 +122,7 @@ def add_export_parser(commands: Any) -> None:
         "--batch-size",
         type=_range,
         metavar="B",
-        help=f"images at a time, for LLaVA-NeXT the tiles of one image: {_SIZES} (default 1; all possible tiles)",
+        help=f"images in a batch; for LLaVA-NeXT the tiles of one image: {_SIZES} (default 1; all possible tiles)",
     )
     encoder.add_argument(
         "--random-weights", action="store_true", help="read config.json only, to try sizes and engines"
@@ -146,7 +149,7 @@ def add_export_parser(commands: Any) -> None:
         "--batch",
         type=_range,
         metavar="B",
-        help=f"images at a time, if the graph leaves it open: {_SIZES} (default 1:1:8)",
+        help=f"images in a batch, if this is dynamic in the graph: {_SIZES} (default 1:1:8)",
     )
     attach.add_argument(
         "--keys-per-token",
@@ -157,7 +160,7 @@ def add_export_parser(commands: Any) -> None:
     )
     attach.add_argument("--keys-index", metavar="TENSOR", help="index of the merged feature of each token")
     attach.add_argument(
-        "--tokens", type=_range, metavar="N", help=f"tokens of an image, if the graph leaves it open: {_SIZES}"
+        "--tokens", type=_range, metavar="N", help=f"tokens of an image, if this is dynamic in the graph: {_SIZES}"
     )
     attach.add_argument("--grid-width", type=int, help="tokens in a row of an image; adds the output `positions`")
     attach.add_argument(
@@ -166,17 +169,17 @@ def add_export_parser(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=RANGE",
-        help="range of another dimension that the graph leaves open",
+        help="range of another dynamic dimension of the graph",
     )
     attach.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
-    _add_common(attach, "needed where a temperature or alpha is not given")
+    _add_common(attach, "required if a temperature or alpha is not given")
 
     engine = kinds.add_parser("engine", help="a TensorRT engine of an exported ONNX file")
     engine.add_argument("file", type=Path, help="an ONNX file, with its manifest beside it")
     engine.add_argument(
         "--output", type=Path, metavar="FILE.engine", help="the new file (default: beside the ONNX file)"
     )
-    engine.add_argument("--skip-check", action="store_true", help="write it without comparing it with the reference")
+    engine.add_argument("--skip-check", action="store_true", help="do not compare it with the reference")
     engine.add_argument("--force", action="store_true", help="replace existing files")
     engine.add_argument("--tensorrt", choices=_LIBRARIES, default="auto", help="library that builds it (default auto)")
     _add_engine(engine)
@@ -200,7 +203,7 @@ def add_export_parser(commands: Any) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok export`: 0 ok, 1 a check or a build failed, 2 usage, 130 Ctrl-C."""
-    # SIGTERM, too, leaves no incomplete folder.
+    # SIGTERM exits normally, so that incomplete files are removed.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with Console(stderr=True).status("Starting") as status:
@@ -398,12 +401,12 @@ def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> Non
 
 
 def _what_it_says_of_itself(file: Path) -> str:
-    """Returns the name and constants that an ONNX file was exported with, for a message; empty if it has none."""
+    """Returns a sentence with the name and constants that an ONNX file was exported with; empty if it has none."""
     import onnx_ir as ir
 
     try:
         said = ir.load(file).metadata_props
-    except Exception:  # not an ONNX file, or none at all: the error that led here says so
+    except Exception:  # no ONNX file: the caller's error says so
         return ""
     if "mmtok.file" not in said:
         return ""
@@ -439,7 +442,7 @@ def _load_features(path: Path) -> dict[str, Tensor]:
         with np.load(path) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except Exception as error:  # zipfile's, numpy's and pickle's have no common class
-        raise ValueError(f"{path} is no .npz of arrays, one an input: {error}") from error
+        raise ValueError(f"{path} is no .npz with an array for each input: {error}") from error
 
 
 def _output(arguments: argparse.Namespace, name: str) -> Path:
@@ -569,13 +572,13 @@ def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
         help=f"rows of text: {_SIZES} (default 1:32:256)",
     )
     parser.add_argument("--form", choices=_FORMS, default="lazy", help="algorithm of the graph (default lazy)")
-    parser.add_argument("--preset", choices=PRESETS, help=f"family whose constants are taken ({default_preset})")
+    parser.add_argument("--preset", choices=PRESETS, help=f"family whose constants are used ({default_preset})")
     parser.add_argument("--tv-temp", type=float, help="temperature of the text-to-vision softmax")
     parser.add_argument("--vv-temp", type=float, help="temperature of the vision-to-vision softmax")
-    parser.add_argument("--alpha", type=float, help="weight of the coverage of the image beside that of the text")
+    parser.add_argument("--alpha", type=float, help="weight of covering the image relative to covering the text")
     parser.add_argument("--coverage", choices=get_args(Coverage), help="what the kept tokens cover")
     parser.add_argument("--output", metavar="FILE.onnx", help=f"the new file, or FOLDER/ (default {_FOLDER}/)")
-    parser.add_argument("--skip-check", action="store_true", help="write it without comparing it with the reference")
+    parser.add_argument("--skip-check", action="store_true", help="do not compare it with the reference")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
         "--tensorrt", nargs="?", const="auto", choices=_LIBRARIES, help="build an engine as well (default auto)"
@@ -603,7 +606,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(arguments: argparse.Namespace, family: str | None) -> SelectionConfig:
-    """Returns the constants of the flags; those that are not given are the preset's or the family's."""
+    """Returns the constants of the flags; constants that are not given are those of the preset or the family."""
     named = arguments.preset or family
     if named is None and None in (arguments.tv_temp, arguments.vv_temp, arguments.alpha):
         raise ValueError(

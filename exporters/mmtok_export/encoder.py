@@ -28,16 +28,16 @@ __all__ = ["JoinedEncoder", "build_joined_encoder", "num_kept_of", "takes_grid"]
 
 @dataclass(frozen=True, slots=True)
 class JoinedEncoder:
-    """An encoder with its selection, built.
+    """An encoder and its selection in one model.
 
     Args:
-        model: Inputs `pixels`, for images of any size `grid_thw`, `text`, `text_mask`, `excluded`, for tiles
-            `tile_grid`; outputs those of the selection, for a model with M-RoPE `positions`, for one with DeepStack
-            `deepstack_tokens`, for tiles `joined_tokens`.
-        spec: The selection's sizes.
-        details: For the manifest.
-        dimensions: The ranges of open sizes that are not the selection's.
-        encoder: The PyTorch module by itself.
+        model: Inputs are `pixels`, `text`, `text_mask`, `excluded`, for images of any size `grid_thw`, and for tiles
+            `tile_grid`. Outputs are those of the selection, for a model with M-RoPE `positions`, for one with DeepStack
+            `deepstack_tokens`, and for tiles `joined_tokens`.
+        spec: The selection's sizes and constants.
+        details: Entries of the manifest.
+        dimensions: Ranges of the dynamic dimensions that are not the selection's.
+        encoder: Runs the PyTorch module without the selection.
     """
 
     model: ir.Model
@@ -66,21 +66,21 @@ def build_joined_encoder(
 
     Args:
         checkpoint: Hugging Face checkpoint directory.
-        image_size: (width, height) in pixels, or N for images of any size; None for a model that has one size.
+        image_size: (width, height) in pixels, or N for images of any size; None for a model with one size.
         budget: K.
-        takes_budget: Whether the budget is an input, and K the largest.
-        share: The share of an image's tokens to keep, in place of a number, for images of any size.
-        is_unpruned_given: Whether all tokens are an output too.
+        takes_budget: Whether the budget is an input; K is then the largest budget.
+        share: The share of an image's tokens to keep instead of a number, for images of any size.
+        is_unpruned_given: Whether all tokens are an output, too.
         num_words: M.
         dtype: The dtype of the weights, the text and the kept tokens.
-        form: How the picks are made.
-        batch: B; by default the family's own.
-        config: Temperatures, weight, coverage; the family's preset by default.
-        random_weights: Take the sizes from config.json and no weights.
+        form: Form of the selection's graph.
+        batch: B; by default the family's.
+        config: Temperatures, weight, coverage; by default the family's preset.
+        random_weights: Read only config.json, and draw random weights.
 
     Raises:
-        EncoderError: A checkpoint, image size or dtype that no encoder can be exported from.
-        ValueError: A budget above the image's number of tokens.
+        EncoderError: The checkpoint, the image size or the dtype is not supported.
+        ValueError: The budget is above the image's number of tokens.
     """
     size = _size(checkpoint, image_size)
     exported = export_encoder(checkpoint, size, dtype=getattr(torch, dtype), batch=batch, random_weights=random_weights)
@@ -133,18 +133,18 @@ def build_joined_encoder(
 def num_kept_of(
     checkpoint: Path, image_size: ImageSize | None, budget: Budget, *, batch: DimRange | None, is_input: bool
 ) -> tuple[int, Fraction | None]:
-    """Returns K of an encoder's graph, and the share that it has to take of each image; no weights are read.
+    """Returns K of an encoder's graph, and the share of each image that the graph must compute; reads no weights.
 
     Args:
         checkpoint: Hugging Face checkpoint directory.
-        image_size: As `build_joined_encoder`.
-        budget: A count or a share; of an image that is cut into tiles, as a server takes it (`tokens_per_tile`).
-        batch: As `build_joined_encoder`.
+        image_size: As in `build_joined_encoder`.
+        budget: A count or a share; for an image that is cut into tiles, with the server's meaning (`tokens_per_tile`).
+        batch: As in `build_joined_encoder`.
         is_input: Whether the budget is an input.
 
     Raises:
-        EncoderError: As `build_joined_encoder`.
-        ValueError: A budget of all tokens.
+        EncoderError: As in `build_joined_encoder`.
+        ValueError: The budget is all tokens.
     """
     encoder = describe_encoder(checkpoint, _size(checkpoint, image_size), batch)
     kept, share = num_kept(budget, encoder.num_tokens), share_of(budget, encoder.num_tokens, is_input=is_input)
@@ -154,17 +154,17 @@ def num_kept_of(
 
 
 def takes_grid(checkpoint: Path, image_size: ImageSize | None) -> bool:
-    """Returns whether the graph takes images of any size by their grid; no weights are read.
+    """Returns whether the graph has the input `grid_thw`, for images of any size; reads no weights.
 
     Args:
         checkpoint: Hugging Face checkpoint directory.
-        image_size: As `build_joined_encoder`.
+        image_size: As in `build_joined_encoder`.
     """
     return describe_encoder(checkpoint, _size(checkpoint, image_size)).takes_grid
 
 
 def _grid_width(builder: GraphBuilder, encoder: Module) -> int | ir.Value | None:
-    """Returns the tokens in a row of the image, where the language model reads their positions."""
+    """Returns the number of tokens in a row of the image; None if the language model reads no positions."""
     if not encoder.has_positions:
         return None
     if not encoder.takes_grid:

@@ -1,4 +1,4 @@
-"""An encoder's graph that somebody else exported: its opset, its sizes, and what in it may be features."""
+"""Reads an encoder's ONNX graph of another exporter: its opset, its dimensions, and tensors that may be features."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ __all__ = [
 
 OWN_DIMENSIONS = ("B", "N", "M", "K")
 
-# The operators of the selection take their axes as inputs, which came with this opset, and with this version of ONNX.
+# The selection's operators take their axes as inputs, which needs this opset and this version of the ONNX format.
 _MIN_OPSET, _MIN_IR_VERSION = 18, 8
 _NUM_SUGGESTIONS = 5
-# The least width of features; less is a mean or a length.
+# Tensors of a smaller width are means or lengths, not features.
 _MIN_WIDTH = 2
-# Class and register tokens in front of the patches: DINOv2 has 1 + 4.
+# The most class and register tokens before the patches; DINOv2 has 1 + 4.
 _MAX_EXTRA_TOKENS = 16
-# Features that a projector merges into one token: squares of 2, 3 and 4.
+# Numbers of features that a projector merges into one token: squares of 2, 3 and 4.
 GROUPS = (4, 9, 16)
-# Rows of one image in inputs that say where each image ends, or how large it is.
+# Inputs that have the end or the size of each image -> number of their rows for one image.
 _SIZES_OF_ONE_IMAGE = {"cu_seqlens": 2, "grid_thw": 1, "image_grid_thw": 1}
 _SUMS = ("Add", "LayerNormalization", "Sum", "Conv", "SimplifiedLayerNormalization")
-# Steps inside a norm, an attention or an activation.
+# Operators inside a norm, an attention or an activation.
 _STEPS = ("Pow", "Sqrt", "Softmax", "Exp", "Erf", "ReduceMean", "Reciprocal", "Sigmoid", "Tanh", "Div", "Sub", "Neg")
 
 
 def read_foreign(path: Path) -> ir.Model:
-    """Returns an ONNX file's graph with opset 18 or later, converted by ONNX's own converter where it has an older one.
+    """Returns an ONNX file's model; ONNX's own converter converts it to opset 18 if its opset is older.
 
     Raises:
-        FileNotFoundError: The file is not there.
-        ValueError: Not an ONNX file, or an opset that ONNX does not convert.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not an ONNX file, or ONNX cannot convert its opset.
     """
     if obstacle := why_no_file(path):
         raise FileNotFoundError(obstacle)
@@ -83,14 +83,14 @@ def read_foreign(path: Path) -> ir.Model:
 
 
 def load_foreign(path: Path, names: list[str]) -> ir.Model:
-    """Returns `read_foreign` with the shapes that can be known: inferred, or of a run on a photograph.
+    """Returns the model of `read_foreign` with shapes from ONNX's inference, or from a run on a photograph.
 
-    A batch that its inputs leave open is the selection's B; other open sizes that are called as the selection's are
-    renamed.
+    A dynamic batch dimension gets the selection's name B. Other dynamic dimensions are renamed if they have a name of
+    the selection.
 
     Args:
         path: The file.
-        names: Tensors whose shapes are needed.
+        names: Names of the tensors whose shapes are needed.
     """
     model = read_foreign(path)
     ShapeInferencePass()(model)
@@ -102,10 +102,10 @@ def load_foreign(path: Path, names: list[str]) -> ir.Model:
 
 
 def find_value(graph: ir.Graph, name: str) -> ir.Value:
-    """Returns the tensor of that name.
+    """Returns the tensor with this name.
 
     Raises:
-        ValueError: There is none; the message lists the nearest names.
+        ValueError: The tensor does not exist; the message lists the nearest names.
     """
     values = _values(graph)
     if name in values:
@@ -116,12 +116,12 @@ def find_value(graph: ir.Graph, name: str) -> ir.Value:
 
 
 def shape_text(value: ir.Value) -> str:
-    """Returns a shape for a message."""
+    """Returns the shape as text for a message."""
     return "of unknown shape" if value.shape is None else f"[{', '.join(map(str, value.shape))}]"
 
 
 def is_a_step(value: ir.Value) -> bool:
-    """Whether a tensor is a step inside a norm, an attention or an activation: a square, a mean, a softmax."""
+    """Returns whether a tensor is a step inside a norm, an attention or an activation, such as a softmax."""
     node = value.producer()
     if node is None:
         return False
@@ -130,7 +130,7 @@ def is_a_step(value: ir.Value) -> bool:
 
 
 def num_patches(graph: ir.Graph) -> int | None:
-    """Returns the patches that the first convolution makes of an image, None if there is none or its size is open."""
+    """Returns the number of patches of the first convolution; None if there is none or its output size is dynamic."""
     for node in graph:
         if node.op_type == "Conv" and (shape := node.outputs[0].shape) is not None and len(shape) == 4:
             rows, columns = shape[2], shape[3]
@@ -139,19 +139,21 @@ def num_patches(graph: ir.Graph) -> int | None:
 
 
 class Candidate(NamedTuple):
-    """A tensor that may be the keys, and how many of its rows make a token."""
+    """A tensor that may be the keys, and the number of its rows for each token."""
 
     value: ir.Value
     keys_per_token: int
 
 
 def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list[Candidate]:
-    """Returns the tensors that may be the keys of `vision`, best first: rows for each token, and near before it.
+    """Returns the tensors that may be the keys of `vision`: the nearest before it with rows for each token.
+
+    Ends of layers come before other tensors.
 
     Args:
-        graph: The encoder's.
-        vision: The tokens.
-        num_tokens: Tokens of an image, as the graph states them.
+        graph: The encoder's graph.
+        vision: The vision tokens.
+        num_tokens: Number of tokens of an image, or the name of this dimension.
     """
     found = []
     seen, queue = {vision}, deque([vision])
@@ -168,7 +170,7 @@ def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list
 
     def is_sum(value: ir.Value) -> bool:
         node = value.producer()
-        # Adding a bias is a step of a layer, adding two paths is its end.
+        # An Add of two paths ends a layer; an Add of a bias does not.
         paths = [] if node is None else [each for each in node.inputs if each is not None and each.producer()]
         return node is not None and node.op_type in _SUMS and (node.op_type != "Add" or len(paths) > 1)
 
@@ -176,7 +178,7 @@ def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list
 
 
 def index_of(vision: ir.Value) -> str | None:
-    """Returns the graph's input by which the tokens are put in order at the encoder's end, None if there is none."""
+    """Returns the name of the graph's input that reorders the tokens at the encoder's end; None if there is none."""
     node = vision.producer()
     value = node.inputs[1] if node is not None and node.op_type in ("Gather", "GatherND") else None
     while value is not None and (node := value.producer()) is not None:
@@ -186,7 +188,7 @@ def index_of(vision: ir.Value) -> str | None:
 
 
 def _rows_a_token(value: ir.Value, num_tokens: int | str) -> int:
-    """Returns how many rows of a tensor make a token, 0 if it has no row for each."""
+    """Returns the number of rows of a tensor for each token; 0 if it has no rows for each token."""
     shape = value.shape
     if shape is None or len(shape) not in (2, 3, 4) or not all(isinstance(size, int) for size in shape[1:]):
         return 0
@@ -204,12 +206,13 @@ def _rows_a_token(value: ir.Value, num_tokens: int | str) -> int:
 
 
 def hold_to_one_image(model: ir.Model) -> list[str]:
-    """Returns the names of the inputs that tell images apart which follow one another, now of the size of one image.
+    """Gives the inputs that separate images the shape for one image; returns the names of these inputs.
 
-    So a runtime refuses several images, which would be one to a selection that has no batch.
+    A runtime then refuses several images, from which one selection would be made, since the tokens have no batch
+    dimension.
 
     Args:
-        model: An encoder's whose tokens have no batch.
+        model: An encoder whose tokens have no batch dimension.
     """
     held = {}
     for value in model.graph.inputs:
@@ -226,7 +229,7 @@ def hold_to_one_image(model: ir.Model) -> list[str]:
 
 
 def times(factor: int, size: int | str) -> str:
-    """Returns an open size as PyTorch's exporter names its multiple."""
+    """Returns the name that PyTorch's exporter gives to a multiple of a dynamic dimension."""
     return str(size) if factor == 1 else f"{factor}*{size}"
 
 
@@ -242,7 +245,7 @@ def _every_value(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _rename_dimensions(model: ir.Model) -> None:
-    # Where images come in, the size in front is their number.
+    # The first dimension of an image input is the batch.
     images = [value for value in model.graph.inputs if value.shape is not None and len(value.shape) == 4]
     batch = images[0].shape[0] if images and images[0].shape is not None else None
     batch_name = None if batch is None or isinstance(batch, int) else batch.value
@@ -263,7 +266,7 @@ def _is_known(value: ir.Value) -> bool:
 
 
 def _measure(model: ir.Model, path: Path) -> None:
-    """Gives values their shapes on one photograph, where the batch alone is open and the CPU can run the graph."""
+    """Sets unknown shapes from a run on a photograph, if only the batch is dynamic and the CPU can run the graph."""
     if len(model.graph.inputs) != 1:
         return
     image = model.graph.inputs[0]

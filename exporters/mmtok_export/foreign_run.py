@@ -1,4 +1,4 @@
-"""Tensors from the middle of an encoder's graph that somebody else exported."""
+"""Computes intermediate tensors of an encoder's ONNX graph of another exporter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["run_foreign"]
 
 
 def run_foreign(path: Path, inputs: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Returns tensors of a graph by name, outputs or not, from one run on the CPU.
+    """Returns tensors of a graph by name, outputs or intermediate ones, from one run on the CPU.
 
     Args:
         path: An ONNX file.
@@ -23,8 +23,8 @@ def run_foreign(path: Path, inputs: dict[str, Tensor], names: Sequence[str]) -> 
         names: Names of the tensors to return.
 
     Raises:
-        ValueError: The graph has no tensor of a name; the message lists the nearest names.
-        EngineError: ONNX Runtime does not run it.
+        ValueError: A tensor does not exist; the message lists the nearest names.
+        EngineError: ONNX Runtime cannot run the graph.
     """
     model = ir.load(path)
     known = {value.name for value in model.graph.outputs}

@@ -1,4 +1,4 @@
-"""Reading an exported ONNX file as a graph."""
+"""Reads exported ONNX files."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _DTYPE_NAMES = {
 
 
 def load_graph(file: Path, manifest: Manifest) -> ir.Model:
-    """Returns an exported ONNX file's graph, which is what its manifest describes; weights are read when asked for.
+    """Returns an exported ONNX file's model after comparing it with the manifest; weights are read when needed.
 
     Raises:
-        ArtifactError: It is not.
+        ArtifactError: The file is not an ONNX file, or not the one that the manifest describes.
     """
     try:
         model = ir.load(file)
@@ -41,7 +41,7 @@ def tensor_infos(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
     """Returns the manifest's entries for a graph's inputs or outputs.
 
     Raises:
-        ValueError: A type that no exported file has.
+        ValueError: The type of a tensor is not supported.
     """
     return tuple(
         TensorInfo(

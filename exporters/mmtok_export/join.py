@@ -1,4 +1,4 @@
-"""The selection appended to a graph that makes the features."""
+"""Appends the selection to a graph that computes the features."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _OUTPUTS = (
 
 
 def builder_on(graph: ir.Graph) -> GraphBuilder:
-    """Returns the builder that appends to a finished graph; make one a graph.
+    """Returns a builder that appends to a finished graph; use only one builder for each graph.
 
-    A builder names its constants `const_...`, and so do other exporters: the graph's own are renamed.
+    The builder and other exporters name constants `const_...`, so those of the graph are renamed.
     """
     for value in [value for name, value in graph.initializers.items() if name.startswith("const_")]:
         value.name = f"encoder_{value.name}"
@@ -51,26 +51,26 @@ def join_selection(
     """Appends the selection to a graph, with its inputs `text`, `text_mask` and `excluded` and its outputs.
 
     Args:
-        builder: The `builder_on` the encoder's graph.
-        vision: [B, N, D] in its graph.
-        keys: [B, N, d] in its graph.
-        spec: What is selected.
-        levels: [B, N, L * D] in its graph, what DeepStack adds to the first L layers at each token's place: adds the
-            output `deepstack_tokens` [B, L, K, D], as `visual_tokens` are the rows kept.
-        grid_width: Tokens in a row of the image, a number or a scalar of the graph, for a model with M-RoPE: adds the
-            output `positions` [B, 3, K] int64, each kept token's (t, h, w) in the image's grid; -1 where there is none.
-        tile_side: Tokens on a side of a tile, for a model whose images are B tiles: adds the input `tile_grid` [2]
-            int64, rows and columns of the crops, and the output `joined_tokens` [B, K, D], the kept tokens of all tiles
-            in the order in which the language model reads them, row after row.
-        is_unpruned_given: Whether all tokens are an output too, `unpruned_tokens` [B, N, D], and with `levels`
+        builder: Result of `builder_on` for the encoder's graph.
+        vision: [B, N, D], the graph's vision tokens.
+        keys: [B, N, d], the graph's features before the projector.
+        spec: The selection's sizes and constants.
+        levels: [B, N, L * D], the features that DeepStack adds to the first L layers at each token. They add the
+            output `deepstack_tokens` [B, L, K, D], the features of the kept tokens.
+        grid_width: Number of tokens in a row of the image, an integer or a scalar of the graph, for a model with
+            M-RoPE. It adds the output `positions` [B, 3, K] int64, each kept token's (t, h, w) in the image's grid, -1
+            if `kept` is -1.
+        tile_side: Number of tokens on a side of a tile, for a model whose images are B tiles. It adds the input
+            `tile_grid` [2] int64, the rows and columns of the crops, and the output `joined_tokens` [B, K, D], the kept
+            tokens of all tiles, row by row in the order in which the language model reads them.
+        is_unpruned_given: Whether all tokens are an output, too: `unpruned_tokens` [B, N, D], and with `levels`
             `unpruned_deepstack_tokens` [B, L, N, D].
 
     Returns:
-        What the check cuts the selection out by: the `name`, `dtype` and `width` of the `vision` and `keys` that it is
-        made from.
+        `name`, `dtype` and `width` of the tensors `vision` and `keys`, from which the check extracts the selection.
 
     Raises:
-        ValueError: The graph has a tensor of one of these names.
+        ValueError: The graph already has a tensor with one of these names.
     """
     graph = builder.graph
     taken = {value.name for value in graph.inputs} | {value.name for node in graph for value in node.outputs}
@@ -78,7 +78,7 @@ def join_selection(
     if clashes:
         raise ValueError(f"the graph has tensors named {', '.join(clashes)} already: rename them")
     batch, words = dim(spec.batch, "B"), dim(spec.num_words, "M")
-    # Under names of our own, by which the check finds them.
+    # The check finds the tensors by these names.
     vision = builder.op.Identity(vision, _outputs=["mmtok_vision"])
     keys = builder.op.Identity(keys, _outputs=["mmtok_keys"])
     features = Features(
@@ -121,15 +121,16 @@ def join_selection(
 
 
 def _planes(op: Any, rows: ir.Value, width: int) -> ir.Value:
-    """Returns [B, K, L * D] as [B, L, K, D]."""
+    """Returns the rows [B, K, L * D] in the shape [B, L, K, D]."""
     return op.Transpose(op.Reshape(rows, [0, 0, -1, width]), perm=[0, 2, 1, 3])
 
 
 def _joined(op: Any, outputs: dict[str, ir.Value], tile_grid: ir.Value, side: int) -> ir.Value:
     """Returns the kept tokens of all tiles [B, K, D]: the base tile's, then the crops' in raster order of their grid.
 
-    Rows that are no token, of tiles that keep fewer than K, are zero and come last. All rows are NaN where the grid has
-    another number of crops: an error would make the grid a shape, which TensorRT wants on the host.
+    If a tile keeps fewer than K tokens, the missing rows are zero and come last. All rows are NaN if the grid has
+    another number of crops. To report an error instead, the graph would use the grid as a shape, which TensorRT needs
+    on the host.
 
     Source: Ironieser/MMTok mmtok/llava/llava_arch_mmtok.py, `restore_image_features_sorted`.
     """
@@ -140,7 +141,7 @@ def _joined(op: Any, outputs: dict[str, ir.Value], tile_grid: ir.Value, side: in
     crops = op.Slice(kept, [1], [2**31 - 1], [0])
     row = op.Add(op.Mul(op.Div(crop, columns), side), op.Div(crops, side))
     column = op.Add(op.Mul(op.Mod(crop, columns), side), op.Mod(crops, side))
-    # The base tile has the first places.
+    # The tokens of the base tile come first.
     places = op.Add(op.Add(op.Mul(row, op.Mul(columns, side)), column), side**2)
     places = op.Concat(op.Slice(kept, [0], [1], [0]), places, axis=0)
     places = op.Reshape(op.Where(op.GreaterOrEqual(kept, 0), places, 2**31 - 1), [-1])
@@ -148,13 +149,13 @@ def _joined(op: Any, outputs: dict[str, ir.Value], tile_grid: ir.Value, side: in
     rows = op.Reshape(tokens, op.Concat([-1], op.Shape(tokens, start=2, end=3), axis=0))
     joined = op.Reshape(op.Gather(rows, order, axis=0), op.Shape(tokens))
     is_grid = op.Equal(op.ReduceProd(tile_grid, [0], keepdims=1), num_crops)
-    # By way of float32, which is exact: ONNX Runtime's CPU provider adds no bfloat16.
+    # Converted to float32 and back, which is exact, since ONNX Runtime's CPU provider does not add bfloat16.
     zero_or_nan = op.Div(0.0, op.Cast(is_grid, to=ir.DataType.FLOAT))
     return op.CastLike(op.Add(op.Cast(joined, to=ir.DataType.FLOAT), zero_or_nan), tokens)
 
 
 def _positions(op: Any, kept: ir.Value, grid_width: int | ir.Value) -> ir.Value:
-    """Returns (0, row, column) of each token [B, 3, K], -1 for a token that is not there.
+    """Returns (0, row, column) of each kept token, [B, 3, K]; -1 if `kept` is -1.
 
     Source: Hugging Face transformers 5.19 modeling_qwen2_5_vl.py, get_rope_index: an image is one frame.
     """

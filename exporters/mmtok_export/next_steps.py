@@ -1,4 +1,4 @@
-"""What to type once a file exists, for each runtime, made from its manifest."""
+"""Makes the next commands for an exported file from its manifest, one for each runtime."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _TRITON_TYPES = {
     "bool": "TYPE_BOOL",
 }
 
-# TensorRT 10.3 of JetPack 6 (Orin), whose parser is built on ONNX 1.16; JetPack 7 (Thor) has a newer one.
+# Limits of TensorRT 10.3 in JetPack 6 (Orin), whose parser uses ONNX 1.16; JetPack 7 (Thor) has a newer version.
 _JETPACK_6_OPSET, _JETPACK_6_IR_VERSION = 20, 10
 
 
 def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
-    """Returns the next command or call for each runtime that takes the file, by the runtime's name.
+    """Returns the next command or call for each runtime that can load the file, by the runtime's name.
 
     Args:
         file: The exported file.
@@ -38,7 +38,7 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
     if manifest.format != "onnx":
         return steps | {"Python": f'open_engine(Path("{text}"), torch.device("cuda"))'}
     has_plugins = any(name.startswith("operators of ") for name in manifest.requires)
-    # TensorRT wants a grid as a shape on the host.
+    # TensorRT needs a grid on the host, since the graph uses it as a shape.
     takes_grid = any(tensor.name == "grid_thw" for tensor in manifest.inputs)
     if not (manifest.takes_budget or manifest.share or takes_grid):
         steps["TensorRT"] = _trtexec("trtexec", file, manifest, has_plugins=has_plugins)
@@ -46,7 +46,7 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
         steps["TensorRT-RTX"] = f"mmtok export engine {quoted} --target 8.6{plugin}"
         if _fits_jetpack_6(manifest):
             steps["Jetson"] = _trtexec("/usr/src/tensorrt/bin/trtexec", file, manifest, has_plugins=has_plugins)
-    if has_plugins:  # no other runtime knows what they do
+    if has_plugins:  # no other runtime has these operators
         return steps
     steps["ONNX Runtime, Python"] = f'ort.InferenceSession("{text}", providers=["CPUExecutionProvider"])'
     steps["ONNX Runtime, C++"] = f'Ort::Session session(env, ORT_TSTR("{text}"), Ort::SessionOptions{{}});'
@@ -57,7 +57,7 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _fits_jetpack_6(manifest: Manifest) -> bool:
-    """Returns whether the oldest TensorRT that a current Jetson has reads the file's opset and format."""
+    """Returns whether the TensorRT of JetPack 6 can read the file's opset and format version."""
     opset, ir_version = (int(manifest.requires.get(f"onnx {name}", 0)) for name in ("opset", "ir version"))
     return opset <= _JETPACK_6_OPSET and ir_version <= _JETPACK_6_IR_VERSION
 
@@ -79,17 +79,17 @@ def _sizes(tensor: TensorInfo, manifest: Manifest, which: str) -> str:
     sizes = []
     for size in tensor.shape:
         allowed = manifest.dimensions.get(str(size))
-        # An encoder's own size of which nobody has given the range.
+        # A dynamic dimension of the encoder for which no range was given.
         sizes.append(str(size) if allowed is None else str(getattr(allowed, which)))
     return "x".join(sizes)
 
 
 def triton_config(manifest: Manifest, name: str) -> str:
-    """Returns the config.pbtxt of a Triton Inference Server's model, on the CPU.
+    """Returns the config.pbtxt of a model for the Triton Inference Server, on the CPU.
 
     Args:
-        manifest: The file's.
-        name: The model's.
+        manifest: The file's manifest.
+        name: The model's name.
     """
     file = manifest.files[0].name
     lines = [f'name: "{name}"', 'backend: "onnxruntime"', "max_batch_size: 0", f'default_model_filename: "{file}"']
@@ -103,17 +103,20 @@ def triton_config(manifest: Manifest, name: str) -> str:
 
 
 def write_triton_repository(file: Path, repository: Path, *, force: bool) -> Path:
-    """Returns the folder of a model in a Triton model repository: config.pbtxt, and the file with what belongs to it.
+    """Writes a model to a Triton model repository: config.pbtxt, the file, its weights and its manifest.
 
     Args:
         file: An exported ONNX file.
-        repository: Where models are; the model is named as the file.
-        force: Whether it may replace a model.
+        repository: Folder of the model repository; the model gets the file's name.
+        force: Whether an existing model may be replaced.
+
+    Returns:
+        The model's folder.
 
     Raises:
-        ArtifactError: The file is not what was exported.
-        FileExistsError: The model is there and may not be replaced.
-        ValueError: Not an ONNX file.
+        ArtifactError: The file has changed since its export.
+        FileExistsError: The model exists and may not be replaced.
+        ValueError: The file is not an ONNX file.
     """
     manifest = Manifest.load(file)
     if manifest.format != "onnx":

@@ -1,4 +1,4 @@
-"""Holding what a graph selected from one image against the reference."""
+"""Compares a graph's selection from one image with the reference."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["CheckFailedError", "Compared", "hold_image"]
 
 
 class CheckFailedError(Exception):
-    """An exported file whose answer is not the reference's."""
+    """The selection of an exported file differs from the reference's."""
 
 
 class Compared:
-    """Counts picks that were held against the reference, and those that float32 cannot tell from the best."""
+    """Numbers of picks that were compared with the reference, and of those that are equal up to float32 rounding."""
 
     def __init__(self) -> None:
         self.num_picks = self.num_close = 0
@@ -34,15 +34,15 @@ class Compared:
 
 
 def hold_image(inputs: dict[str, Tensor], outputs: dict[str, Tensor], manifest: Manifest) -> GreedyReplay:
-    """Returns the replay of one image's selection.
+    """Returns the replay of one image's selection, after comparing it with the reference.
 
     Args:
-        inputs: `vision`, `keys`, `text`, `text_mask`, `excluded` and, where the graph takes it, `budget` of the image.
-        outputs: The selection's, of the image.
-        manifest: What the graph is said to compute.
+        inputs: The image's `vision`, `keys`, `text`, `text_mask`, `excluded` and, if the graph takes it, `budget`.
+        outputs: The selection's outputs for the image.
+        manifest: The graph's manifest.
 
     Raises:
-        CheckFailedError: Another token, another order, other rows, another value of coverage.
+        CheckFailedError: A token, the order, a row or a coverage value differs.
     """
     vision, excluded = inputs["vision"], inputs["excluded"]
     asked = int(inputs["budget"]) if "budget" in inputs else None

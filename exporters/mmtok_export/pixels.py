@@ -1,4 +1,4 @@
-"""Images as an encoder takes them: how they lie, for whoever runs it, and photographs to check it with."""
+"""Layouts of an encoder's `pixels`, and photographs in these layouts for the check."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLIP_SCALE: dict[str, tuple[float, float, float]] = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
 }
-"""The constants of CLIP's image processor, which LLaVA's and Qwen2.5-VL's have as well."""
+"""The constants of CLIP's image processor; those of LLaVA and Qwen2.5-VL have the same."""
 
 
 def images_of(
@@ -31,12 +31,12 @@ def images_of(
 
     Args:
         size: (width, height) in pixels.
-        num_images: B; photographs come again where there are not as many.
+        num_images: B; photographs repeat if there are not enough.
         mean: Mean of each channel, for values from 0 to 1.
         std: Standard deviation of each channel, for values from 0 to 1.
 
     Raises:
-        ModuleNotFoundError: scikit-image, which ships them, is not installed.
+        ModuleNotFoundError: scikit-image, which contains them, is not installed.
     """
     names = list(PHOTOGRAPHS)
     pictures = [photograph(names[idx % len(names)]).resize(size) for idx in range(num_images)]
@@ -47,15 +47,15 @@ def images_of(
 
 
 def patches_of(images: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int, **_: Any) -> Tensor:
-    """Returns images as a Qwen's image processor cuts them: [B * patches, 3 * frames * patch * patch].
+    """Returns the patches of a Qwen's image processor, [B * patches, 3 * frames * patch * patch].
 
-    The patches that make a token follow one another, and an image is a film of equal frames.
+    The patches of a token follow one another. A still image is repeated in all frames of a patch.
 
     Args:
         images: [B, 3, height, width].
-        patch_size: Pixels of a side.
-        temporal_patch_size: Frames of a patch.
-        merge_size: Patches on a side of a token.
+        patch_size: Side of a patch in pixels.
+        temporal_patch_size: Number of frames of a patch.
+        merge_size: Number of patches on a side of a token.
     """
     num_images, channels, height, width = images.shape
     side = patch_size * merge_size
@@ -68,11 +68,11 @@ def patches_of(images: Tensor, patch_size: int, temporal_patch_size: int, merge_
 
 
 def processor_config(image_size: Sequence[int], layout: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration of the Hugging Face image processor that makes `pixels` of images of that size.
+    """Returns the configuration of the Hugging Face image processor that makes `pixels` from images of this size.
 
     Args:
         image_size: (width, height) in pixels.
-        layout: An encoder's `pixel_layout`.
+        layout: `pixel_layout` of the encoder.
     """
     has_patches = layout["layout"] == "patches"
     sides = ("patch_size", "temporal_patch_size", "merge_size")
@@ -80,7 +80,7 @@ def processor_config(image_size: Sequence[int], layout: Mapping[str, Any]) -> di
         "image_processor_type": "Qwen2VLImageProcessor" if has_patches else "CLIPImageProcessor",
         "image_size": {"width": image_size[0], "height": image_size[1]},
         "do_convert_rgb": True,
-        # The graph takes one size: whoever makes the image decides between scaling, cropping and padding.
+        # The graph takes one size; the caller scales, crops or pads images to it.
         "do_resize": False,
         **({name: layout[name] for name in sides} if has_patches else {"do_center_crop": False}),
         "do_rescale": True,

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Form = Literal["loop", "unrolled", "lazy"]
-"""How the picks are made: every gain anew in a Loop, the same written out, or only the gains that can still win."""
+"""How the graph makes picks: all gains for each, in a Loop or without one; or only gains that may be the largest."""
 FORMS: tuple[Form, ...] = ("loop", "unrolled", "lazy")
 
 FeatureDtype = Literal["float32", "float16", "bfloat16"]
@@ -38,12 +38,13 @@ FeatureDtype = Literal["float32", "float16", "bfloat16"]
 OPSET = 20
 IR_VERSION = 10
 
-# Gains evaluated at once by the lazy form. Of 16 to 128, measured by ONNX Runtime on 2 CPU cores: fewer take longer at
-# 2,880 tokens, more at 576.
+# Gains that the lazy form evaluates at once. With ONNX Runtime on 2 CPU cores, smaller values (down to 16) take longer
+# at 2,880 tokens, and larger ones (up to 128) at 576.
 LAZY_WIDTH = 64
-# Above the rounding of two sums of 80,000 terms in any order (80,000 x 2^-24 each): first bounds need not be exact.
+# The first bounds are sums times this factor, which exceeds the rounding of two sums of 80,000 terms in any order
+# (80,000 x 2^-24 each).
 _ABOVE_ROUNDING = 1.01
-# Below every gain, which is never negative: a column that is picked or excluded.
+# Bound of a column that is picked or excluded. Gains are never negative.
 _BARRED = -1.0
 
 FEATURE_DTYPES: dict[FeatureDtype, ir.DataType] = {
@@ -55,26 +56,26 @@ FEATURE_DTYPES: dict[FeatureDtype, ir.DataType] = {
 
 @dataclass(frozen=True, slots=True)
 class SelectionSpec:
-    """What a selection graph is built for.
+    """Sizes, dtypes and constants of a selection graph.
 
     Args:
-        budget: K, tokens kept; the most that may be asked for where the graph takes a budget or keeps a share. An image
-            of fewer tokens keeps them all.
+        budget: K, the number of kept tokens; the largest number if the graph takes a budget or keeps a share. An image
+            of fewer tokens keeps all of them.
         num_tokens: N, vision tokens.
-        num_words: M, rows of text, padding included.
+        num_words: M, rows of text, including padding.
         batch: B, images.
-        vision_width: D, of vision tokens and text.
-        keys_width: d, of the features before the projector.
+        vision_width: D, the width of vision tokens and text.
+        keys_width: d, the width of the features before the projector.
         dtype: The dtype of vision and text.
-        keys_dtype: The dtype of keys: means over several features are float32 where the model is not.
+        keys_dtype: The dtype of keys: float32 for means over several features, whatever the model's dtype.
         config: Temperatures, weight, coverage.
         form: How the picks are made.
-        takes_budget: Whether the graph has an input `budget`, a number of tokens an image.
-        share: The share of the image's tokens, in place of a number.
+        takes_budget: Whether the graph has an input `budget`, the number of tokens to keep of each image.
+        share: The share of the image's tokens to keep, instead of a number.
 
     Raises:
-        ValueError: A budget above the largest number of tokens, a size below 1, or a form that makes a fixed number of
-            picks where the number is told at run time.
+        ValueError: The budget is above the largest number of tokens, a size is below 1, or the form makes a fixed
+            number of picks and the number is known only at run time.
     """
 
     budget: int
@@ -109,21 +110,21 @@ class SelectionSpec:
 
     @property
     def is_told_at_run_time(self) -> bool:
-        """Whether the number of tokens kept is not known before the graph runs."""
+        """Whether the number of kept tokens is known only when the graph runs."""
         return self.takes_budget or self.share is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The values in a graph that a selection is made from: those of SelectionProblem, with a batch in front.
+    """The graph's values that the selection reads: those of SelectionProblem, with a batch dimension.
 
     Args:
         vision: [B, N, D] tokens after the projector.
-        keys: [B, N, d] features before it.
+        keys: [B, N, d] features before the projector.
         text: [B, M, D] embeddings of the guidance words.
         text_mask: [B, M] bool, False for padding.
-        excluded: [B, N] bool, tokens never to pick.
-        budget: [B] int64, tokens to keep of each image, where the graph takes it; taken as the nearest of 1 to K.
+        excluded: [B, N] bool, True for tokens that must not be picked.
+        budget: [B] int64, number of tokens to keep of each image, if the graph takes it; clipped to 1 to K.
     """
 
     vision: ir.Value
@@ -135,10 +136,7 @@ class Features:
 
 
 def build_selection(spec: SelectionSpec) -> ir.Model:
-    """Returns the selection as a model of its own.
-
-    Inputs: those of `Features`. Outputs: those of `add_selection`.
-    """
+    """Returns a model of the selection alone, with the inputs of `Features` and the outputs of `add_selection`."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="mmtok_selection")
     builder = GraphBuilder(graph)
     batch, tokens, words = dim(spec.batch, "B"), dim(spec.num_tokens, "N"), dim(spec.num_words, "M")
@@ -162,16 +160,17 @@ def budget_input(builder: GraphBuilder, spec: SelectionSpec) -> ir.Value | None:
 
 
 def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec) -> dict[str, ir.Value]:
-    """Returns the selection's outputs, appended to the graph that the features are values of.
+    """Appends the selection to the graph of the features, and returns its outputs.
 
     Returns:
         By name:
-        `kept`: [B, K] int64, token indices in raster order; -1 at the end where an image keeps fewer than K, because
-            fewer may be picked or it has a smaller budget. K is the largest budget of the batch where it is told.
-        `order`: [B, K] int64, the same as picked. The first j are the selection for a budget of j.
-        `visual_tokens`: [B, K, D] in the dtype of `vision`, its rows `kept`; zero where `kept` is -1.
-        `coverage`: [B, K] float32, f(S) after each pick; never falls.
-        `total`: [B] float32, f of all N tokens; NaN where a feature is not finite (the picks are then meaningless).
+        `kept`: [B, K] int64, token indices in raster order; -1 at the end if an image keeps fewer than K, because
+            fewer may be picked or its budget is smaller. With an input `budget`, K is the largest of the batch.
+        `order`: [B, K] int64, the same indices in the order of the picks. The first j are the selection for a budget
+            of j.
+        `visual_tokens`: [B, K, D] in the dtype of `vision`, its rows `kept`; zero if `kept` is -1.
+        `coverage`: [B, K] float32, f(S) after each pick; it never falls.
+        `total`: [B] float32, f of all N tokens; NaN if a feature is not finite (the picks are then meaningless).
 
     Source: MMTok, arXiv 2508.18264, Algorithms 1 and 2.
     """
@@ -205,17 +204,17 @@ def add_selection(builder: GraphBuilder, features: Features, spec: SelectionSpec
 
 
 def dim(size: DimRange, name: str) -> int | str:
-    """Returns a dimension as a graph states it: its size where that is fixed, else its name."""
+    """Returns a dimension of a graph: its size if it is fixed, else its name."""
     return size.minimum if size.is_fixed else name
 
 
 def kept_dim(spec: SelectionSpec) -> int | str:
-    """Returns K as a graph's outputs state it."""
+    """Returns K as a dimension of a graph: the budget if it is fixed, else its name."""
     return BUDGET_DIMENSION if spec.is_told_at_run_time else spec.budget
 
 
 def _budgets(op: Any, features: Features, spec: SelectionSpec) -> tuple[ir.Value | None, ir.Value | int]:
-    """Returns the budget of each image [B, 1] where they may differ, and the number of picks to make."""
+    """Returns the budget of each image [B, 1], None if all are equal; and the number of picks to make."""
     if features.budget is not None:
         budgets = op.Unsqueeze(op.Clip(features.budget, 1, spec.budget), [1, 2])
         one_an_image = op.Unsqueeze(op.Cast(op.Slice(features.excluded, [0], [1], [1]), to=ir.DataType.INT64), [2])
@@ -229,7 +228,7 @@ def _budgets(op: Any, features: Features, spec: SelectionSpec) -> tuple[ir.Value
 
 
 def _coverage_columns(op: Any, features: Features, config: SelectionConfig) -> tuple[ir.Value, ir.Value]:
-    """Returns C transposed, [B, N, R] so that a column is contiguous, and which images' features are finite [B]."""
+    """Returns C transposed, [B, N, R] with contiguous columns, and whether each image's features are finite [B]."""
     vision, vision_ok = _unit_rows(op, features.vision)
     keys, keys_ok = _unit_rows(op, features.keys)
     words = op.Unsqueeze(features.text_mask, [2])
@@ -243,18 +242,18 @@ def _coverage_columns(op: Any, features: Features, config: SelectionConfig) -> t
     if config.coverage != "text":
         rows = op.Softmax(op.Div(op.MatMul(keys, _transpose(op, keys)), float(config.vv_temp)), axis=2)
         num_tokens = op.Cast(op.Shape(features.keys, start=1, end=2), to=ir.DataType.FLOAT)
-        # Without words alpha would only scale every gain: left out, so that alpha = 0 still covers the image.
+        # Without words, alpha would only scale all gains. It is left out, so that alpha = 0 still covers the image.
         alpha = 1.0 if config.coverage == "vision" else op.Where(op.Greater(num_words, 0.0), float(config.alpha), 1.0)
         blocks.append(op.Mul(rows, op.Div(alpha, num_tokens)))
     matrix = op.Concat(*blocks, _padding(op, blocks), axis=1)
-    # Side by side, so that a runtime refuses another batch.
+    # Concatenated, so that a runtime refuses inputs with different batch sizes.
     are_finite = [op.Unsqueeze(op.Cast(each, to=ir.DataType.FLOAT), [1]) for each in (vision_ok, keys_ok, text_ok)]
     is_finite = op.Greater(op.ReduceMin(op.Concat(*are_finite, axis=1), [1], keepdims=0), 0.5)
     return _transpose(op, matrix), is_finite
 
 
 def _of_one_shape(op: Any, value: ir.Value, other: ir.Value) -> ir.Value:
-    """Returns value [B, R, 1], where a runtime refuses another B or R of `other`, which it else would repeat."""
+    """Returns value [B, R, 1], in operations for which a runtime refuses to broadcast another B or R of `other`."""
     return op.Slice(op.Concat(value, other, axis=2), [0], [1], [2])
 
 
@@ -265,8 +264,8 @@ def _first_of_rows(op: Any, rows: ir.Value) -> ir.Value:
 def _padding(op: Any, blocks: list[ir.Value]) -> ir.Value:
     """Returns rows of zeros [B, 1 to 16, N] that make the length of a column of C a multiple of 16.
 
-    They add nothing to any gain, but start every column at the same alignment in memory. ONNX Runtime sums by vectors
-    from the first aligned element on, so else equal columns could have sums that differ in the last bit.
+    They do not change any gain, but give all columns the same alignment in memory. ONNX Runtime sums by vectors from
+    the first aligned element on, so with different alignments, sums of equal columns could differ in the last bit.
     """
     num_rows = op.Shape(blocks[0], start=1, end=2)
     for block in blocks[1:]:
@@ -277,12 +276,12 @@ def _padding(op: Any, blocks: list[ir.Value]) -> ir.Value:
 
 
 def _unit_rows(op: Any, rows: ir.Value, mask: ir.Value | None = None) -> tuple[ir.Value, ir.Value]:
-    """Returns rows of length 1, zero where not finite or masked out, and whether all that count are finite [B]."""
+    """Returns rows of length 1, zero if not finite or masked out; and whether all rows in the mask are finite [B]."""
     rows = op.Cast(rows, to=ir.DataType.FLOAT)
     lengths = op.ReduceL2(rows, [2], keepdims=1)
     is_finite = op.Less(lengths, float("inf"))  # False for NaN as well
     counts = is_finite if mask is None else op.And(is_finite, mask)
-    # Zero instead of NaN, so that comparisons hold everywhere and every loop ends.
+    # Zero instead of NaN, since comparisons with NaN are false and a loop might not end.
     unit = op.Where(counts, op.Div(rows, op.Max(lengths, 1e-8)), 0.0)
     is_bad = op.Not(is_finite) if mask is None else op.And(op.Not(is_finite), mask)
     num_bad = op.ReduceSum(op.Cast(is_bad, to=ir.DataType.FLOAT), [1, 2], keepdims=0)
@@ -302,7 +301,7 @@ def _pick_all(
     budgets: ir.Value | None,
     num_trips: ir.Value | int,
 ) -> tuple[ir.Value, ir.Value]:
-    """Returns order [B, K] and coverage [B, K]."""
+    """Returns order [B, K] and coverage [B, K] of all picks."""
     bounds = op.Mul(op.ReduceSum(columns, [2], keepdims=1), _ABOVE_ROUNDING)
     excluded = op.Unsqueeze(op.Cast(excluded, to=ir.DataType.FLOAT), [2])
     bounds = op.Where(op.Greater(_of_one_shape(op, excluded, bounds), 0.5), _BARRED, bounds)
@@ -319,7 +318,7 @@ def _pick_all(
     refresh = _lazy_gains(min(LAZY_WIDTH, spec.num_tokens.minimum)) if spec.form == "lazy" else _all_gains
 
     def body(op: Any, place: ir.Value, __: ir.Value, covered: ir.Value, bounds: ir.Value) -> Sequence[ir.Value]:
-        op.builder.push_module("pick")  # a value's name is used once, in subgraphs as well
+        op.builder.push_module("pick")  # names of values are unique, also in subgraphs
         if budgets is not None:
             bounds = op.Where(op.Less(place, budgets), bounds, _BARRED)
         return op.Identity(True), *_pick(op, columns, covered, bounds, indices, refresh)
@@ -336,13 +335,13 @@ def _pick_all(
         ],
         name="pick",
     )
-    # The trip count alone ends the loop: to TensorRT a condition beside it is a warning.
+    # Only the trip count ends the loop; with a condition as well, TensorRT would warn.
     *_, picks, values = op.Loop(num_trips, None, covered, bounds, body=loop, _outputs=4)
     return op.Transpose(picks, perm=[1, 0]), op.Transpose(values, perm=[1, 0])
 
 
 _Refresh = Callable[[Any, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
-"""(op, columns, covered, bounds, indices) -> [B, N] in which the largest is a gain, and no other gain is larger."""
+"""(op, columns, covered, bounds, indices) -> [B, N] gains or upper bounds; the largest value is a gain."""
 
 
 def _pick(
@@ -360,14 +359,14 @@ def _pick(
 
 
 def _best(op: Any, gains: ir.Value, indices: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Returns the lowest index of the largest gain and that gain, both [B, 1]: no runtime's ArgMax decides a tie."""
+    """Returns the lowest index of the largest gain, and the gain, both [B, 1]; for ties, runtimes' ArgMax differs."""
     top = op.ReduceMax(gains, [1], keepdims=1)
     beyond = op.Squeeze(op.Shape(gains, start=1, end=2))
     return op.ReduceMin(op.Where(op.Equal(gains, top), indices, beyond), [1], keepdims=1), top
 
 
 def _gains(op: Any, columns: ir.Value, covered: ir.Value) -> ir.Value:
-    """Returns what each of the columns [B, W, R] adds to what is covered [B, R]: [B, W]."""
+    """Returns the gains [B, W] of the columns [B, W, R] over the coverage so far [B, R]."""
     return op.ReduceSum(op.Relu(op.Sub(columns, op.Unsqueeze(covered, [1]))), [2], keepdims=0)
 
 
@@ -376,16 +375,16 @@ def _all_gains(op: Any, columns: ir.Value, covered: ir.Value, bounds: ir.Value, 
 
 
 def _lazy_gains(width: int) -> _Refresh:
-    """Returns a refresh that evaluates `width` gains at a time until the largest bound is one of them.
+    """Returns a refresh that evaluates `width` gains at a time until the largest bound is a new gain.
 
-    A gain only falls as more is covered, so an old one is a bound. Subtraction, maximum and a sum in one fixed order
-    round monotonically, which makes that true in float32 to the last bit: all gains are sums of one shape.
+    A gain never rises as more is covered, so an old gain is an upper bound. This is exact in float32, since
+    subtraction, maximum and a sum in a fixed order round monotonically, and all gains are sums of the same shape.
     """
 
     def refresh(op: Any, columns: ir.Value, covered: ir.Value, bounds: ir.Value, indices: ir.Value) -> ir.Value:
         def body(op: Any, _: ir.Value, __: ir.Value, bounds: ir.Value, is_gain: ir.Value) -> Sequence[ir.Value]:
             op.builder.push_module("evaluate")
-            # Among what is not evaluated yet, so that every round gets on, however many columns tie.
+            # Only bounds that are not evaluated yet, so that each round makes progress if columns tie.
             stale = op.Where(is_gain, _BARRED, bounds)
             _, candidates = op.TopK(stale, [width], axis=1, _outputs=2)
             old = op.GatherElements(bounds, candidates, axis=1)
@@ -427,14 +426,14 @@ def _loop_inputs(iteration: str = "iteration", condition: str = "condition") -> 
 
 
 def kept_rows(op: Any, rows: ir.Value, kept: ir.Value) -> ir.Value:
-    """Returns rows [B, N, W] at indices [B, K]: [B, K, W], zero where the index is -1."""
-    # By way of float32, which is exact: ONNX Runtime's Where has no bfloat16.
+    """Returns the rows of [B, N, W] at indices [B, K], as [B, K, W]; zero if the index is -1."""
+    # Converted to float32 and back, which is exact, since ONNX Runtime's Where does not support bfloat16.
     found = op.Cast(_rows(op, rows, op.Max(kept, 0)), to=ir.DataType.FLOAT)
     return op.CastLike(op.Where(op.Unsqueeze(op.GreaterOrEqual(kept, 0), [2]), found, 0.0), rows)
 
 
 def _rows(op: Any, rows: ir.Value, indices: ir.Value) -> ir.Value:
-    """Returns rows [B, N, W] at indices [B, K]: [B, K, W]."""
+    """Returns the rows of [B, N, W] at indices [B, K], as [B, K, W]."""
     return op.GatherND(rows, op.Unsqueeze(indices, [2]), batch_dims=1)
 
 

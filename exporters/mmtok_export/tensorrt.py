@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines of exported ONNX files."""
+"""Builds TensorRT and TensorRT-RTX engines from exported ONNX files."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
 ]
 
 RTX_TARGETS = frozenset({"8.0", "8.6", "8.9", "12.0", "12.1"})
-"""What TensorRT-RTX 1.7 builds a selection for: Ampere, Ada, Blackwell, but neither Hopper nor datacenter Blackwell."""
+"""Compute capabilities for which TensorRT-RTX 1.7 builds a selection: not Hopper, nor datacenter Blackwell."""
 
-# In TensorRT-RTX's list, but it builds no float32 matrix product for it (1.7: "FP32 GEMM is not supported"), and the
-# selection is float32 inside whatever its features are.
+# TensorRT-RTX 1.7 lists it, but cannot build float32 matrix products for it ("FP32 GEMM is not supported"), which every
+# selection needs.
 _WITHOUT_FLOAT32 = "7.5"
 
-# Their TensorRT is JetPack's, which no package of PyPI's takes the place of.
+# Their TensorRT comes with JetPack; PyPI has no package of it.
 _JETSONS = {"8.7": "Orin", "11.0": "Thor"}
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
@@ -42,19 +42,19 @@ _MAX_BUDGET = 3840
 
 
 class EngineBuildError(RuntimeError):
-    """TensorRT does not build an engine, and why."""
+    """TensorRT cannot build an engine; the message has the reason."""
 
 
 def choose_library(targets: list[str]) -> Library:
-    """Returns the library that builds for these compute capabilities here.
+    """Returns the library that can build for these compute capabilities on this machine.
 
-    TensorRT-RTX builds for any of its targets without a GPU; TensorRT builds for the GPU at hand alone.
+    TensorRT-RTX builds for any of its targets, with or without a GPU. TensorRT builds only for this machine's GPU.
 
     Args:
-        targets: Compute capabilities ("8.6"); none for the GPU at hand.
+        targets: Compute capabilities ("8.6"); empty for this machine's GPU.
 
     Raises:
-        ValueError: Neither does; the message says what to install.
+        ValueError: Neither library can; the message says what to install.
     """
     wanted = _wanted(targets)
     if set(wanted) <= RTX_TARGETS:
@@ -65,14 +65,14 @@ def choose_library(targets: list[str]) -> Library:
 
 
 def check_targets(library: Library, targets: list[str], budget: int) -> None:
-    """Raises ValueError if the library has no engine for these compute capabilities here, or for so many tokens."""
+    """Raises ValueError if the library cannot build for these compute capabilities here, or for such a budget."""
     wanted = _wanted(targets)
     if library == "tensorrt-rtx" and not set(wanted) <= RTX_TARGETS:
         raise _no_engine_for(wanted)
     if library == "tensorrt" and wanted != [_at_hand()]:
         raise ValueError(f"TensorRT builds for the GPU at hand alone, not for {', '.join(wanted)}: leave --target out")
     if budget > _MAX_BUDGET:
-        raise ValueError(f"TensorRT keeps at most {_MAX_BUDGET} tokens (its TopK), asked for were {budget}")
+        raise ValueError(f"TensorRT keeps at most {_MAX_BUDGET} tokens (its TopK), got a budget of {budget}")
 
 
 def _no_engine_for(wanted: list[str]) -> ValueError:
@@ -94,7 +94,7 @@ def _no_engine_for(wanted: list[str]) -> ValueError:
 
 
 def engine_path(onnx_file: Path, library: Library, targets: list[str]) -> Path:
-    """Returns where an ONNX file's engine stands: `NAME.sm86.rtx.engine`, `NAME.sm90.engine`."""
+    """Returns the path of an ONNX file's engine, such as `NAME.sm86.rtx.engine` or `NAME.sm90.engine`."""
     capabilities = "-".join(f"sm{target.replace('.', '')}" for target in _wanted(targets))
     return onnx_file.with_name(f"{onnx_file.stem}.{capabilities}{'.rtx' if library == 'tensorrt-rtx' else ''}.engine")
 
@@ -109,34 +109,35 @@ def build_engine(
     has_check: bool = True,
     force: bool = False,
 ) -> Manifest:
-    """Writes an exported ONNX file's engine, and returns its manifest.
+    """Builds an engine from an exported ONNX file, writes it, and returns its manifest.
 
-    Strongly typed, without TF32: float32 stays float32. The optimization profile is the manifest's ranges.
+    The engine is strongly typed and does not use TF32, so float32 stays float32. Its optimization profile has the
+    manifest's ranges.
 
     Args:
         onnx_file: The file, with its manifest.
-        path: Where the engine goes.
-        library: What builds it.
-        targets: Compute capabilities ("8.6"); none for the GPU at hand.
-        plugins: Libraries of the plugins that its operators are.
-        has_check: Whether it is checked, where its GPU is.
-        force: Whether it may replace a file.
+        path: Path of the engine.
+        library: The library that builds it.
+        targets: Compute capabilities ("8.6"); empty for this machine's GPU.
+        plugins: Libraries of TensorRT plugins that its operators need.
+        has_check: Whether the engine is checked, if its GPU is present.
+        force: Whether existing files may be replaced.
 
     Raises:
-        ArtifactError: The ONNX file is not what was exported.
-        EngineBuildError: TensorRT does not build it; its own messages are in the error.
+        ArtifactError: The ONNX file has changed since its export.
+        EngineBuildError: TensorRT cannot build the engine; the message has TensorRT's errors.
         EngineError: The library is not installed.
-        CheckFailedError: A GPU that it is built for is at hand, and the engine's answer is not the reference's.
+        CheckFailedError: The engine ran on this machine's GPU, and its selection differs from the reference's.
     """
     source = Manifest.load(onnx_file)
     load_graph(onnx_file, source)
     if source.takes_budget or source.share:
         raise EngineBuildError(
-            f"{onnx_file.name} is told how many tokens to keep as it runs: an engine keeps a fixed count"
+            f"{onnx_file.name} gets the number of tokens to keep at run time: an engine keeps a fixed number"
         )
     module = tensorrt_module(library)
     for plugin in plugins:
-        # None for a library that cannot be loaded, or holds no plugins.
+        # The result is None if the library cannot be loaded, or contains no plugins.
         if module.get_plugin_registry().load_library(str(plugin)) is None:
             raise EngineBuildError(f"{library} does not load {plugin}: its messages are above")
     with new_artifact(path, force=force) as file:
@@ -174,7 +175,7 @@ def _serialized(module: Any, onnx_file: Path, source: Manifest, library: Library
     builder = module.Builder(log.logger)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log.logger)
-    # By path, so that weights beside the file are found.
+    # Parsed by path, so that TensorRT finds weights in a file beside it.
     if not parser.parse_from_file(str(onnx_file)):
         errors = "; ".join(str(parser.get_error(idx)) for idx in range(parser.num_errors))
         raise EngineBuildError(f"{library} does not read {onnx_file.name}: {errors}")
@@ -206,7 +207,7 @@ def _sizes(tensor: TensorInfo, dimensions: dict[str, DimRange], which: str) -> l
 
 
 class _Log:
-    """Keeps TensorRT's errors for an exception instead of printing them."""
+    """Collects TensorRT's errors for an exception instead of printing them."""
 
     def __init__(self, module: Any) -> None:
         messages: list[str] = []

@@ -1,4 +1,4 @@
-"""The whole of a graph with an encoder, run once on photographs and held against its two parts run apart."""
+"""Runs a whole graph with an encoder on photographs, and compares it with the encoder and the reference."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from mmtok_export.pixels import images_of, patches_of
 __all__ = ["SELECTION_INPUTS", "SELECTION_OUTPUTS", "CannotRunError", "Encoder", "check_whole_graph"]
 
 Encoder = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
-"""The encoder by itself: its inputs by name -> vision [B, N, D] and keys [B, N, d]."""
+"""Runs an encoder without the selection: inputs by name -> vision [B, N, D] and keys [B, N, d]."""
 
 SELECTION_INPUTS = ("text", "text_mask", "excluded", "budget")
 SELECTION_OUTPUTS = ("kept", "order", "visual_tokens", "coverage", "total")
 
-# Relative to the length of all features: the sums are made in another order, and in float16 and bfloat16 rounded each
-# time.
+# Largest differences relative to the length of all features: sums have another order, and are rounded each time in
+# float16 and bfloat16.
 _TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
 _MAX_IMAGES = 2
-# Domains of the operators that ONNX Runtime has.
+# Domains of ONNX Runtime's own operators.
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 
 
 class CannotRunError(Exception):
-    """Why a graph as a whole cannot run on this machine."""
+    """The whole graph cannot run on this machine; the message has the reason."""
 
 
 def check_whole_graph(
     file: Path, manifest: Manifest, encoder: Encoder | None = None, given: dict[str, Tensor] | None = None
 ) -> str:
-    """Returns what was compared.
+    """Checks a whole graph, and returns a sentence on what was compared.
 
     Args:
         file: An ONNX file of an encoder and a selection.
         manifest: Its manifest.
-        encoder: What the encoder in the file was made from; by default it is cut out of the file.
+        encoder: Runs the original encoder; by default the encoder is extracted from the file.
         given: Inputs of the file; by default photographs and random text.
 
     Raises:
-        CheckFailedError: Features that are not finite, or not the encoder's; tokens that the reference does not pick.
-        CannotRunError: The CPU cannot run the graph, or nobody knows what its inputs are.
+        CheckFailedError: Features are not finite or differ from the encoder's, or a pick differs from the reference's.
+        CannotRunError: The CPU cannot run the graph, or the meaning of its inputs is not known.
     """
     model = load_graph(file, manifest)
     foreign = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain not in _DOMAINS})
@@ -63,7 +63,7 @@ def check_whole_graph(
     try:
         vision, keys = (encoder or _cut_out(model, file.parent, edges))(inputs)
         inputs = _question(manifest, vision) | inputs
-        # The features that the selection sees, beside what it makes of them.
+        # The outputs are those of the selection and the features that it reads.
         for name in edges.values():
             model.graph.outputs.append(_value(model, name))
         for value in list(model.graph.outputs):
@@ -107,7 +107,7 @@ def _distance(name: str, found: Tensor, apart: Tensor, dtype: str) -> float:
 
 
 def _cut_out(model: ir.Model, folder: Path, edges: dict[str, str]) -> Encoder:
-    """Returns the encoder that stands in the graph."""
+    """Returns a function that runs the encoder in the graph."""
 
     def run(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         graph = ir.convenience.extract(model.graph, list(inputs), list(edges.values()))
@@ -132,7 +132,7 @@ def _value(model: ir.Model, name: str) -> ir.Value:
 
 
 def _pictures(tensor: TensorInfo, manifest: Manifest) -> Tensor:
-    """Returns photographs for an input that takes images."""
+    """Returns photographs in the layout of this input, or their grid."""
     layout = manifest.details.get("pixels") or {}
     if tensor.name == "grid_thw" and layout:
         patches = (length // layout["patch_size"] for length in reversed(manifest.details["image_size"]))
@@ -157,12 +157,12 @@ def _size(size: int | str, manifest: Manifest) -> int:
         return size
     allowed = manifest.dimensions.get(size)
     if allowed is None:
-        raise CannotRunError(f"nobody says how large its input's {size} is: --dim {size}=SIZE")
+        raise CannotRunError(f"the dimension {size} of an input has no range: --dim {size}=SIZE")
     return min(allowed.maximum, max(allowed.minimum, _MAX_IMAGES)) if size == "B" else allowed.optimum
 
 
 def _question(manifest: Manifest, vision: Tensor) -> dict[str, Tensor]:
-    """Returns text of the largest number of words, with a row of padding, and a token never to pick."""
+    """Returns random text with the most rows, one of which is padding; one token is excluded."""
     generator = torch.Generator().manual_seed(0)
     num_images, num_tokens, width = vision.shape
     num_words = manifest.dimensions["M"].maximum

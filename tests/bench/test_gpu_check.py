@@ -108,7 +108,7 @@ def test_what_is_measured_by_commands_of_its_own() -> None:
     found = {text: rest for text, _, *rest in lines}
     assert found["qwen2.5-vl, prefill graphs, wrong positions' against that"] == ["6.67 x", True]
     assert found["qwen2.5-vl, prefill graphs, another question's against that"] == ["100 x", True]
-    half = "qwen2.5-vl, prefill graphs, logprobs against those of the hand-pruned model in float16"
+    half = "qwen2.5-vl, prefill graphs, difference of logprobs, against that of the hand-pruned model in float16"
     assert found[half] == ["1.5 x", True]
     assert not any("qwen3.5" in text and "positions" in text for text in found)
     lines = judge(

@@ -300,5 +300,5 @@ def test_the_encoder_is_never_replaced(
     (tmp_path / "link.onnx").symlink_to(visual)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(command(visual, f"--output={tmp_path}/{output}", "--preset=qwen2.5-vl", "--force")) == 2
-    assert "is what is exported from: choose another --output" in capsys.readouterr().err
+    assert "is the source of the export: choose another --output" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

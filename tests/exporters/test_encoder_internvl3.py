@@ -117,7 +117,7 @@ def test_the_larger_towers_norms(tmp_path: Path, judge: Any) -> None:
     [
         (TILE, DimRange.fixed(2), "takes the tiles of one image, got 2 images: leave --batch-size out"),
         ((448, 224), None, "a tile has 448x448 px, got 448x224: leave --image-size out"),
-        (DimRange(64, 64, 100), None, "a tile is 64 tokens, and --tokens are multiples of it, got 100"),
+        (DimRange(64, 64, 100), None, "a tile has 64 tokens, and --tokens takes multiples of it, got 100"),
     ],
 )
 def test_what_no_image_is(size: Any, batch: DimRange | None, message: str) -> None:

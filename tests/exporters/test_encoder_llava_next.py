@@ -109,5 +109,5 @@ def test_a_grid_of_other_tiles_gives_no_tokens(file: Path) -> None:
 
 def test_no_image_has_as_many_tiles() -> None:
     for batch in (DimRange.fixed(1), DimRange(3, 4, 6)):
-        with pytest.raises(EncoderError, match=f"is 3 to 5 tiles, and B is their number, got {batch}"):
+        with pytest.raises(EncoderError, match=f"has 3 to 5 tiles, got {batch} as --batch-size"):
             describe_encoder(checkpoint(FAMILY), (TILE, TILE), batch)

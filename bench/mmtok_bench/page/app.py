@@ -54,7 +54,7 @@ class PageContent:
         privacy: A sentence that says where pictures and questions go.
         methods: The methods that the model can run.
         pictures: The pictures.
-        patches: Computes what is kept of them; None if this process has no copy of the model.
+        patches: Computes which tokens of a picture are kept; None if this process has no copy of the model.
         no_patches: A sentence that says why there are no patches.
         notes: Sentences about the model.
         budget: The budget at the start, unless the link has one.

@@ -93,8 +93,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 def _pocket_content(family: PocketFamily) -> PageContent:
     return PageContent(
         model=f"A pocket {_NAMES[family]} that this project trained on scenes like these.",
-        notes="The pocket model answers about scenes, in the words of their questions; of photographs only the patches "
-        "say something. Its language model is so small that it gains next to no time: look at the tokens.",
+        notes="The pocket model was trained on scenes: for photographs, look only at the patches, not at its answers. "
+        "Its language model is so small that pruning saves hardly any time: look at the tokens.",
         privacy="Pictures and questions stay on the machine on which mmtok demo --page runs.",
         methods=_methods(family),
         pictures=Pictures(PICTURE_PX[family]),

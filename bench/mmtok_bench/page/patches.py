@@ -74,7 +74,7 @@ class Patches:
             smaller = grid_within(*encoded.grid, budget)
             return {**answer, "order": [], "coverage": [], "smaller": smaller, "token_px": encoded.token_px}
         text = selector.embed(question)
-        # Only tokens that may be picked: at a budget of all tokens, excluded ones would follow.
+        # Only tokens that may be picked; with a budget of all tokens, excluded ones would follow.
         order = selector.select(encoded, text, min(budget or num_tokens, encoded.num_pickable), method).order
         with torch.inference_mode():
             matrix = coverage_matrix(encoded.vision, encoded.keys, text, selector.preset.config)

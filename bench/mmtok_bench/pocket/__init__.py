@@ -15,7 +15,7 @@ from mmtok_bench.pocket.scenes import SCENE_PX
 __all__ = ["PICTURE_PX", "pocket_checkpoint"]
 
 PICTURE_PX: Mapping[FamilyName, int] = {"llava-1.5": SCENE_PX, "qwen2.5-vl": 392}
-"""Side of the square pictures that are sent to a served model, which then have 196 tokens."""
+"""Side of the square pictures that are sent to a served model; a picture has 196 tokens."""
 
 
 def pocket_checkpoint(family: FamilyName) -> Path:

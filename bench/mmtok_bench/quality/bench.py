@@ -1,4 +1,4 @@
-"""Runs `mmtok quality`: on the pocket tasks here, on public benchmarks by `public`."""
+"""Runs `mmtok quality` on the pocket tasks, and on public benchmarks by `public`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmtok_deploy.methods import IMAGE_METHODS
 __all__ = ["quality_server", "run_quality"]
 
 _DEFAULT_FAMILY: FamilyName = "llava-1.5"
-# A server with many requests under way may take this long. A question that the agent does not answer ends the run.
+# With many running requests, the agent may take this long. A question that it does not answer ends the run.
 _AGENT_TIMEOUT_MS = 60_000
 _SIZES = {"max_total_tokens": 65536, "max_running_requests": 64}
 # Each request chooses method and budget. The log has no line for each of tens of thousands of requests.
@@ -38,7 +38,7 @@ _SERVED = ("--mmtok-budget=all", "--enable-cache-report", "--log-level-http=warn
 
 
 def run_quality(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of `mmtok quality`: 0, 1 where it failed, 2 for a wrong argument, 130 after Ctrl-C."""
+    """Returns the exit code of `mmtok quality`: 0, 1 if it failed, 2 for a wrong argument, 130 after Ctrl-C."""
     if arguments.concurrency is None:
         # On a CPU, SGLang's encoder of a Qwen computes attention between all patches of all images of a batch.
         is_qwen = arguments.family is not None and FAMILY_TRAITS[arguments.family].token_px is not None
@@ -155,7 +155,7 @@ def _model_name(arguments: argparse.Namespace) -> str:
 
 
 def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, FamilyName | None]:
-    """Returns the checkpoint that is to be served, and its family."""
+    """Returns the checkpoint to serve, and its family."""
     if arguments.model_path is not None:
         return arguments.model_path, arguments.family
     family: FamilyName = arguments.family or _DEFAULT_FAMILY

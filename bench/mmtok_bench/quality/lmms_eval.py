@@ -126,7 +126,7 @@ def _why(code: int, log: str, tasks: Sequence[str]) -> str:
         for sign in ("ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "DatasetNotFound")
     ):
         return (
-            f"the data of {named} cannot be had: lmms-eval takes it from the Hugging Face hub. Run it where the hub "
+            f"the data of {named} are missing: lmms-eval takes them from the Hugging Face hub. Run it where the hub "
             "can be reached, or download the data sets there and copy the folder that `HF_HOME` names, or name "
             f"local task files by --include-path. The end of lmms-eval's output:\n{end}"
         )

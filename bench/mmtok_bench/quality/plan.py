@@ -210,7 +210,7 @@ class ScoredAnswer:
 
 
 def answers_beside(rows: Path) -> Path:
-    """Returns the file of answers beside a file of rows; `mmtok bench report` reads files named .jsonl as rows."""
+    """Returns the file of answers beside a file of rows; `mmtok bench report` would read a .jsonl file as rows."""
     return rows.with_suffix(".answers")
 
 

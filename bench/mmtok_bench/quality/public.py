@@ -74,12 +74,12 @@ def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     ours = [each for each in arguments.server_arg if each.startswith(("--mmtok-budget", "--mmtok-method"))]
     if ours:
         raise ValueError(
-            f"--server-arg {ours[0]} would prune otherwise than the rows say: --budgets and --methods do it"
+            f"--server-arg {ours[0]} would change the pruning that the rows name: use --budgets and --methods"
         )
     if arguments.url is not None and (len(arguments.budgets or ()) != 1 or len(methods) != 1):
         raise ValueError(
-            "lmms-eval cannot ask for a budget with each request: say which one the server at --url runs with, by one "
-            "--budgets (and --methods, if it is not mmtok)"
+            "lmms-eval cannot send a budget with each request: give one --budgets, that of the server at --url "
+            "(and its --methods, if it is not mmtok)"
         )
     budgets = arguments.budgets or PAPER_BUDGETS.get(arguments.family)
     if budgets is None:

@@ -1,4 +1,4 @@
-"""Recorded scores of the pocket models at one budget; `make test` asks a part of the questions again and compares."""
+"""Recorded scores of the pocket models at one budget, with which `make test` compares answers to some questions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORDED_METHOD, RECORDED_BUDGET = "mmtok", "25%"
 
 
 def record(rows: Sequence[ResultRow], family: FamilyName, path: Path) -> None:
-    """Writes a family's scores of MMTok at 25%, over all seeds; other families' stay.
+    """Writes a family's scores of MMTok at 25%, over all seeds; scores of other families stay.
 
     Raises:
         ValueError: No row has this method and budget over all seeds.

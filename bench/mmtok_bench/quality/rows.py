@@ -101,8 +101,8 @@ def _metrics(kind: str, answers: Sequence[ScoredAnswer], unpruned: Sequence[Scor
 def _covered(answers: Sequence[ScoredAnswer], unpruned: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Returns the mean coverage and its bound, and how well a low coverage predicts answers that pruning made wrong.
 
-    `num_lost` counts the wrong answers to questions that the unpruned model answers rightly. `lost_auroc` is the share
-    of pairs, a lost answer and one that is not lost, in which the lost one has the smaller coverage.
+    `num_lost` counts the wrong answers to questions that the unpruned model answers correctly. `lost_auroc` is the
+    share of pairs of a lost and a right answer in which the lost one has the smaller coverage.
     """
     told = [answer for answer in answers if answer.coverage is not None]
     if not told:

@@ -147,7 +147,7 @@ def accuracy_interval(num_right: _Counts, num_asked: _Counts) -> Interval:
 
 
 def share_interval(num_right: _Counts, num_right_unpruned: _Counts) -> Interval | None:
-    """Returns the share of the unpruned score with its interval; None where a draw may have no right unpruned answer.
+    """Returns the share of the unpruned score with its interval; None if a draw may have no right unpruned answer.
 
     Args:
         num_right: [scenes], right answers of the pruned model.
@@ -188,13 +188,13 @@ def difference_interval(num_right: _Counts, num_right_others: _Counts, num_asked
 def auroc_interval(scores: _Counts, is_positive: NDArray[np.bool_], scenes: NDArray[np.int64]) -> Interval | None:
     """Returns the area under the ROC curve with its interval, from draws of whole scenes.
 
-    It is the share of pairs, a positive question and a negative one, of which the positive has the larger score; equal
-    scores count half. None where fewer than ten scenes have a positive question, or fewer than ten a negative one.
+    It is the share of pairs of a positive and a negative question in which the positive one has the larger score; equal
+    scores count half. None if fewer than ten scenes have a positive question, or fewer than ten a negative one.
 
     Args:
         scores: [questions].
         is_positive: [questions].
-        scenes: [questions] each question's scene, from 0 on.
+        scenes: [questions], the number of each question's scene, from 0 on.
     """
     positive, negative = scenes[is_positive], scenes[~is_positive]
     if min(len(np.unique(positive)), len(np.unique(negative))) < 10:
@@ -222,7 +222,7 @@ def _ratio_interval(numerators: _Counts, denominators: _Counts) -> Interval:
         vectorized=True,
         n_resamples=_NUM_RESAMPLES,
         confidence_level=_LEVEL,
-        # BCa is undefined where every scene has the same score, as at 100%.
+        # BCa is undefined if every scene has the same score, as at 100%.
         method="percentile",
         rng=np.random.default_rng(_SEED),
     )

@@ -122,7 +122,7 @@ class Sweep:
 
         Raises:
             ValueError: The plan has `WITH_AGENT`, and there is no such server.
-            RequestError: A request failed; what was finished before it is kept.
+            RequestError: A request failed; settings that were finished before it are kept.
             NotPrunedError: The server does not prune.
         """
         if WITH_AGENT in self.plan.methods and agent_client is None:
@@ -158,14 +158,14 @@ class Sweep:
             if found != (POCKET, self._model):
                 raise ValueError(
                     f"{self._run.path} holds rows of {found[0]} tasks on {found[1]}, here are {POCKET} tasks on "
-                    f"{self._model}: go on with the model that it was begun with, or start anew"
+                    f"{self._model}: continue with the same model, or start a new file"
                 )
             # Rows of all seeds together are not written again.
             if row.case["seed"] == ALL_SEEDS and row.case["question_set"] != pooled:
                 seeds = ", ".join(map(str, self.plan.seeds))
                 raise ValueError(
-                    f"{self._run.path} holds scores over other seeds or questions than those of {seeds}: go on with "
-                    "the same --seeds in the same order, or start anew"
+                    f"{self._run.path} holds scores over other seeds or questions than those of {seeds}: continue with "
+                    "the same --seeds in the same order, or start a new file"
                 )
 
     def _drop_unfinished_settings(self) -> list[str]:

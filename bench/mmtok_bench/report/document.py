@@ -30,8 +30,8 @@ SECTIONS: dict[str, tuple[Callable[[pd.DataFrame], Part], tuple[str, ...]]] = {
 
 _TABLE_WIDTH = 140
 _ABSENT = {
-    "serve": "Not measured here: a served model (mmtok bench serve). Nothing on this page says what a server gains.",
-    "quality": "Not measured here: what pruning costs in answers (mmtok quality).",
+    "serve": "Not measured here: a served model (mmtok bench serve), so this page does not show the gains of a server.",
+    "quality": "Not measured here: the quality of answers (mmtok quality).",
     "selector": "Not measured here: the selection by itself (mmtok bench selector).",
 }
 
@@ -183,9 +183,9 @@ def _merged(tables: Sequence[tuple[str, Table]]) -> Table:
 def _notes(rows: pd.DataFrame, machines: Sequence[str]) -> list[str]:
     notes = []
     if all(map(is_cpu, machines)):
-        notes.append("No row of these was measured on a GPU: every figure here is a CPU's.")
+        notes.append("No row was measured on a GPU: all figures are of a CPU.")
     notes += [note for bench, note in _ABSENT.items() if bench not in set(rows["bench"])]
     older = len(rows) - len(newest(rows))
     if older:
-        notes.append(f"{older} older row{'s' if older > 1 else ''} of cases measured again: the newest are shown.")
+        notes.append(f"{older} older row{'s' if older > 1 else ''} of repeated cases are left out.")
     return notes

@@ -30,13 +30,13 @@ def features_part(rows: pd.DataFrame) -> Part:
     tables = [_exactness(exactness)] if exactness else []
     tables += [_work(work)] if work else []
     tables += [_share_table(name, kept) for name in _SHARES if kept]
-    sentences = ["Features of photographs by a trained encoder; the words are no question's (see the documentation)."]
+    sentences = ["Features of photographs from a trained encoder; the words are no question (see the documentation)."]
     for line in close_calls:
         metrics = line["metrics"]
         sentences.append(
-            f"In double precision {metrics['num_close']:.0f} of {metrics['num_leads']:.0f} greedy picks lead the next "
+            f"In double precision, {metrics['num_close']:.0f} of {metrics['num_leads']:.0f} greedy picks lead the next "
             f"best token by less than 1e-6 of their gain; the smallest lead is {metrics['smallest_lead']:.1e}, 1% of "
-            f"the leads are below {metrics['lead_p01']:.1e} and half of them below {metrics['lead_p50']:.1e}."
+            f"the leads are below {metrics['lead_p01']:.1e}, and half of them below {metrics['lead_p50']:.1e}."
         )
     return Part("Real features", sentences=tuple(sentences), tables=tuple(tables), draw=lambda: _plots(kept))
 

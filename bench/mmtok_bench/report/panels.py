@@ -1,4 +1,4 @@
-"""The plots of quality side by side, a panel for each kind of question, on a page that holds nothing else."""
+"""The plots of quality as panels on a page of their own, one for each kind of question."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def panels(plots: Sequence[Plot]) -> go.Figure:
         ValueError: No plots.
     """
     if not plots:
-        raise ValueError("these rows have no quality at several budgets, of which --panels draws a panel a kind")
+        raise ValueError("these rows have no scores at several budgets, which --panels draws for each kind")
     titles = [plot.title.removeprefix("Quality: ").removesuffix(OVER_TOKENS) for plot in plots]
     models = {title.rpartition(", ")[0] for title in titles}
     if len(models) == 1:
@@ -38,7 +38,7 @@ def panels(plots: Sequence[Plot]) -> go.Figure:
             names.add(trace.name)
             figure.add_trace(copied, row=1, col=column)
     ticks = sorted({int(x) for plot in plots for trace in plot.figure.data for x in trace.x})
-    # Budgets, not the few tokens fewer that a smaller image may have.
+    # Axis ticks are the budgets; a smaller image may have a few tokens fewer.
     ticks = [tick for tick, above in zip(ticks, [*ticks[1:], 10 * ticks[-1]], strict=True) if above > 1.2 * tick]
     figure.update_xaxes(type="log", title="tokens kept", tickvals=ticks, gridcolor="#e5e7ea")
     figure.update_yaxes(tickformat=".0%", gridcolor="#e5e7ea")

@@ -44,14 +44,14 @@ def quality_part(rows: pd.DataFrame) -> Part:
     sentences = []
     if shown:
         sentences.append(
-            "Pocket tasks: held-out scenes, exact match; the 95% intervals are bootstrapped over scenes, and a share "
-            "of the unpruned score over both runs' answers to the same questions."
+            "Pocket tasks: held-out scenes, exact match. The 95% intervals are bootstrapped over scenes; those of "
+            "shares of the unpruned score use both runs' answers to the same questions."
         )
     left_out = _left_out(pocket, shown)
     if left_out:
         sentences.append(
-            "A table is of one set of questions, that of all seeds together where there is one, else the largest, of "
-            f"those the newest; left out are {in_words(left_out)}."
+            "Each table has one set of questions: that of all seeds together if there is one, else the largest, and "
+            f"among these the newest; left out are {in_words(left_out)}."
         )
     tables = (*_score_tables(shown), *([_public_table(public)] if public else ()))
     return Part("Quality", sentences=tuple(sentences), tables=tables, draw=lambda: _plots(shown))
@@ -111,7 +111,7 @@ def _coverage_table(model: str, lines: Sequence[Line]) -> Table:
     settings = list(dict.fromkeys((method, budget) for method, budget, _ in cells))
     title = (
         f"{model}: coverage, % (bound for any tokens); answers that pruning made wrong, and how well a low coverage "
-        "tells them from those that stayed right: area under the ROC curve (95% interval), 0.5 by chance"
+        "predicts them: area under the ROC curve (95% interval), where 0.5 is chance"
     )
     rows = tuple((*setting, *(cells.get((*setting, kind), "") for kind in kinds)) for setting in settings)
     return Table(title, ("method", "budget", *kinds), rows, num_texts=2)

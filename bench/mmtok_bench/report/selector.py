@@ -52,9 +52,9 @@ def selector_part(rows: pd.DataFrame) -> Part:
         baseline = None if line["backend"] == _BASELINE else baselines.get((line["run"], *_case(line)))
         line["ratio"] = compare(_P50, line[_P50], baseline)
     smallest = [line for line in lines if line["batch"] == min(each["batch"] for each in lines)]
-    sentences = ["Similarity included, from features to picks; every backend's picks were checked before it was timed."]
+    sentences = ["Times include the similarity. Each backend's picks were checked before it was timed."]
     if not baselines:
-        sentences.append("Not measured: the published loop (dense). There is no ratio to it.")
+        sentences.append("The published loop (dense) was not measured, so there is no ratio to it.")
     return Part(
         title="Selection",
         headline=_headline(smallest),

@@ -316,20 +316,20 @@ def _sentences(shown: Sequence[Line]) -> list[str]:
     if constant:
         sentences.append(f"In every row: {in_words([f'{_spoken(key)} {value}' for key, value in constant.items()])}.")
     if any(line["case"].get("weights") == "dummy" for line in shown):
-        sentences.append("Weights called dummy are random: they take the time of trained ones, and answer nothing.")
+        sentences.append("Dummy weights are random: times are those of trained weights, but answers are meaningless.")
     failed = [f"{line['label']} at {line['load']} at once" for line in shown if line["metrics"].get("num_failed")]
     if failed:
-        sentences.append(f"Requests failed in {in_words(failed)}: those figures are of the others.")
+        sentences.append(f"Requests failed in {in_words(failed)}: the figures are of the answered requests.")
     quiet = min(line["load"] for line in shown)
     odd = [f"{line['label']} of {line['px']}" for line in shown if line["load"] == quiet and exceeds_its_whole(line)]
     if odd:
         cases = in_words(list(dict.fromkeys(odd)))
-        sentences.append(f"Not split into parts, whose means exceed the median TTFT: {cases}.")
+        sentences.append(f"The TTFT is not split into parts, since their means exceed its median: {cases}.")
     pruned = [line for line in shown if line["variant"] == "mmtok"]
     if pruned and not any(line["vs_unpruned"] for line in pruned):
-        sentences.append("Not measured in the same run: the unpruned server. There is no ratio to it.")
+        sentences.append("Not measured in the same run: the unpruned server. So there is no ratio to it.")
     if pruned and not any(line["vs_downsampled"] for line in pruned):
-        sentences.append("Not measured in the same run: images downsampled to equal tokens. There is no ratio to them.")
+        sentences.append("Not measured in the same run: images downsampled to equal tokens. So there is no such ratio.")
     absent = [metric(name).label for name in _EXPECTED if not any(name in line["metrics"] for line in shown)]
     if absent:
         sentences.append(f"Not measured: {in_words([label.removesuffix(', ms') for label in absent])}.")
@@ -337,12 +337,12 @@ def _sentences(shown: Sequence[Line]) -> list[str]:
 
 
 def break_even(lines: Iterable[Line]) -> list[str]:
-    """Returns a sentence for each model, prefix cache and budget: where pruning pays, and which flag to set where not.
+    """Returns a sentence for each model, prefix cache and budget: where pruning pays, and otherwise which flag to set.
 
-    Pruning pays where neither the median time to first token nor the requests per second are worse, and one of them is
+    Pruning pays if neither the median time to first token nor the requests per second are worse, and one of them is
     better. The flag's number is the smallest measured image from which on pruning pays at every load; the true limit
-    lies between it and the next smaller measured image. A row without these metrics, or without an unpruned row, is
-    left out.
+    is between it and the next smaller measured image. Rows without these metrics, or without an unpruned row, are left
+    out.
     """
     needed = {*_GAINS, "image_tokens_in"}
     groups: dict[str, list[tuple[int, int, float, float]]] = {}
@@ -352,7 +352,7 @@ def break_even(lines: Iterable[Line]) -> list[str]:
         if case.get("method") == "mmtok" and is_told:
             name = f"{line['model']}, prefix cache {case.get('prefix_cache', '')}, budget {line['budget']}"
             if case.get("questions_per_image", 1) != 1:
-                name += f", {case['questions_per_image']} questions an image"
+                name += f", {case['questions_per_image']} questions per image"
             ttft = base["metrics"]["ttft_p50_ms"] / line["metrics"]["ttft_p50_ms"]
             throughput = line["metrics"]["requests_per_s"] / base["metrics"]["requests_per_s"]
             groups.setdefault(name, []).append(
@@ -371,7 +371,7 @@ def _break_even_sentence(gains: Sequence[tuple[int, int, float, float]]) -> str:
     worst_tokens, worst_load, ttft, throughput = min(losses, key=lambda gain: min(gain[2:]))
     example = (
         f"the worst is {worst_tokens} image tokens at concurrency {worst_load}: time to first token "
-        f"{ttft:.2f}x as good, requests a second {throughput:.2f}x"
+        f"{ttft:.2f}x as good, requests per second {throughput:.2f}x"
     )
     if len(losses) == len(gains):
         return f"it paid nowhere measured ({measured}); {example}. Serve this without a budget."

@@ -1,4 +1,4 @@
-"""The authors' own selector, from a file of theirs: it is not part of this repository."""
+"""Loads the authors' own selector from a file of their repository, which is not part of this one."""
 
 from __future__ import annotations
 

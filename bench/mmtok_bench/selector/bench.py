@@ -25,7 +25,7 @@ _CONFIG = SelectionConfig()
 
 
 def run_selector_bench(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of `mmtok bench selector`: 1 where a backend picks other tokens than the reference."""
+    """Returns the exit code of `mmtok bench selector`: 1 if a backend picks other tokens than the reference."""
     stopped = f"the rows of finished cases are kept in {arguments.results_dir}, and --resume goes on from them."
     return run_command("mmtok bench selector", lambda: _run(arguments), stopped=stopped)
 

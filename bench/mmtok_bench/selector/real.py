@@ -48,7 +48,7 @@ _METHODS = tuple(
 
 
 def run_real_features(arguments: argparse.Namespace, device: torch.device) -> int:
-    """Returns the exit code: 1 where a backend picks other tokens than the reference.
+    """Returns the exit code: 1 if a backend picks other tokens than the reference.
 
     Raises:
         ValueError: The encoder is not installed, or an argument is for synthetic features.

@@ -1,4 +1,4 @@
-"""How many tokens an image has, and which smaller image has as many as a budget keeps."""
+"""Number of tokens of an image, and the size of a smaller image with the tokens that a budget keeps."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Side:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Arguments in which this server differs from the others of its model."""
-        # Where images come again, all servers keep what was made of them: with a budget a Qwen's does by itself.
+        # If images repeat, all servers cache preprocessed images, which is the default only for a Qwen with a budget.
         cache = ("--mm-preprocess-cache-size-mb=256",) if self.prefix_cache == "on" else ("--disable-radix-cache",)
         return cache if self.budget == OFF else (*cache, *MixedBudget.parse(self.budget).flags)
 

@@ -35,14 +35,14 @@ class ServedModel:
 
     Args:
         name: Name in rows and on the command line: one of `DUMMY_MODELS`, or the name of a checkpoint's folder.
-        family: Decides how an image can be sent smaller.
+        family: The model's family.
         sizes_px: Image sizes that are sent.
         budgets: Values of `--mmtok-budget` beside `all`; 10%@0.5 adds `--mmtok-encoder-scale`.
         model_path: A checkpoint; None for the model without weights of this name.
         sends_png: Whether photographs are sent as PNGs to every server: without the plugin, SGLang 0.5.23 fails on
             JPEGs for a LLaVA on CUDA.
-        most_at_once: How many of the model's servers fit into the memory of the preset's GPU; 1 if that was not tried.
-        beside_others: Arguments that limit a server's memory accordingly.
+        most_at_once: How many of the model's servers fit into the memory of the preset's GPU; 1 if not tried.
+        beside_others: Arguments that limit a server's memory so that this number fits.
         is_only_by_name: Whether it is measured only if `--models` names it.
     """
 
@@ -76,8 +76,8 @@ class ServePlan:
         requests_per_client: The least number of requests, as a multiple of the concurrency.
         output_tokens: Length of every answer.
         rounds: How often each case is measured; the servers take turns.
-        side_by_side: Whether all servers of a model run at once, and idle ones sleep. Otherwise they do so only for
-            models of which enough fit the GPU; of other models one server runs at a time.
+        side_by_side: Whether all servers of a model run at once, and idle ones sleep. Otherwise this holds only for
+            models of which enough servers fit into the GPU; for other models, one server runs at a time.
         arguments: Arguments of every server.
         user_arguments: Further arguments from the command line; rows name them.
     """
@@ -143,7 +143,7 @@ _ON_H200 = (
 
 def _gpu(name: str, concurrencies: tuple[int, ...], models: tuple[ServedModel, ...] = _GPU_MODELS) -> ServePlan:
     kinds: tuple[ImageKind, ...] = ("photograph", "random")
-    # One tokenizer process hands over 20 to 28 images a second on an H200, which a server with a budget waits for.
+    # On an H200, one tokenizer process prepares 20 to 28 images per second, fewer than a pruning server can answer.
     tokenizers = ("--tokenizer-worker-num=4",)
     return ServePlan(
         name, "cuda", models, concurrencies, image_kinds=kinds, prefix_caches=("off", "on"), arguments=tokenizers
@@ -164,7 +164,7 @@ SERVE_PRESETS: Mapping[str, ServePlan] = {
             ServedModel("qwen3-vl-0.5b", "qwen3-vl", ((1024, 768),), ("10%",), is_only_by_name=True),
         ),
         concurrencies=(1, 4),
-        # A request takes seconds: few requests, but as many rounds as on a GPU.
+        # A request takes seconds, so there are few requests, but as many rounds as on a GPU.
         num_requests=2,
         requests_per_client=1,
         output_tokens=8,

@@ -28,8 +28,8 @@ def run_artifacts(
 ) -> Iterator[dict[str, Any]]:
     """Yields the result of each changed file: the change, the outcome, and whether the outcome is in order.
 
-    It is in order if the file is refused as incomplete or as one for another server, or if its selection is that of
-    the unchanged file. Any other error or selection is not.
+    A file is in order if it is refused as incomplete or as one for another server, or if it selects the same tokens as
+    the unchanged file.
     """
     good = _export(family, folder / "good")
     select = partial(_selection, family, checkpoint)
@@ -98,7 +98,7 @@ def _export(family: FamilyName, folder: Path) -> Path:
     from mmtok_export.artifact import export_model
     from mmtok_export.selection_graph import SelectionSpec, build_selection
 
-    # For the tiny checkpoints' widths.
+    # The widths are those of the tiny checkpoints.
     spec = SelectionSpec(
         budget=16,
         num_tokens=DimRange.fixed(576) if _has_576_tokens(family) else DimRange(16, 64, 512),

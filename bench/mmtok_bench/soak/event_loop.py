@@ -114,7 +114,7 @@ def polled_health(server: SglangServer) -> Iterator[list[float]]:
         assert poller.stdout is not None
         poller.stdout.readline()
         yield times_s
-        # It ends at the first line of its input.
+        # The poller ends at the first line of its input.
         said, _ = poller.communicate("end\n", timeout=_TIMEOUT_S)
         times_s += map(float, said.split())
     finally:

@@ -64,7 +64,7 @@ def _wrap_get_image_feature(folder: Path) -> None:
 
     faulty = _with_faults("get_image_feature", around, folder)
     stages.encode = encode_inside
-    # A function, which a class makes a method of; the encoder is called as `original(encoder, model, items)`.
+    # A function in a class becomes a method; the encoder is called as `original(encoder, model, items)`.
     model.get_image_feature = lambda self, items: faulty(_call, self, items)
 
 
@@ -73,7 +73,7 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _method_with_faults(name: str, method: Callable[..., Any], folder: Path) -> Callable[..., Any]:
-    faulty = _with_faults(name, lambda original, *args: original(*args), folder)
+    faulty = _with_faults(name, _call, folder)
     return lambda *args: faulty(method, *args)
 
 
@@ -95,7 +95,7 @@ def _with_faults(name: str, around: Callable[..., Any], folder: Path) -> Callabl
         def changed(*inner_args: Any, **inner_kwargs: Any) -> Any:
             nonlocal num_poisoned
             if mode is not None:
-                # Allocations of SGLang's function are not the hook's.
+                # Allocations of SGLang's own function do not count.
                 with mode.paused():
                     return original(*inner_args, **inner_kwargs)
             result = original(*inner_args, **inner_kwargs)

@@ -191,7 +191,7 @@ ROWS: dict[str, Row] = {
         Row(
             "events",
             "32 addresses that hang, 10 MB of guidance, and both",
-            "a local server that takes connections and says nothing; chats with 10 MB of text",
+            "a local server that accepts connections and sends nothing; chats with 10 MB of text",
             "`/health` answers within 250 ms",
             1,
             _on_a_server(block_the_event_loop, 6),
@@ -214,9 +214,9 @@ ROWS: dict[str, Row] = {
         ),
         Row(
             "storm",
-            "64 clients, mixed budgets and methods, a fifth hang up",
+            "64 clients, mixed budgets and methods; a fifth disconnect",
             "2,560 tokens of KV, chunks of 64, forced retraction, 1 MB for features and for embeddings",
-            "each answer is the one from before the storm; memory grows by under 1 MB per 1,000",
+            "each answer equals the one before the storm; memory grows by under 1 MB per 1,000",
             8,
             _storm,
         ),
@@ -226,7 +226,7 @@ ROWS: dict[str, Row] = {
             "a second plugin raises in place of an operation's result",
             "the request is answered, the next identical one is exact",
             2,
-            # All points in 30 minutes: no hook has as many allocations as its third of this.
+            # In 30 minutes, this covers all allocations: no hook has more than a third of this number.
             lambda trial: out_of_memory(trial, trial.scaled(4000, at_least=30), *_SERVED),
         ),
         Row(
@@ -247,9 +247,10 @@ ROWS: dict[str, Row] = {
         ),
         Row(
             "agent",
-            "An agent that redirects, never ends, bombs, nests, is slow, resets, or is the server itself",
+            "An agent that redirects, answers endlessly, with gzip bombs or nested JSON, is slow, resets, or is the "
+            "server itself",
             "a local endpoint of each kind, a time limit of 2 s",
-            "requests are answered in time, nothing is followed or read on",
+            "requests are answered in time; redirects are not followed, endless answers are not read",
             1.5,
             _agent,
             True,
@@ -258,7 +259,7 @@ ROWS: dict[str, Row] = {
             "kill",
             "SIGKILL of one process of a server with requests",
             "a process drawn from a seed",
-            "all are gone within 10 s, no orphan runs on",
+            "all processes end within 10 s, no orphan is left",
             4,
             lambda trial: kill_processes(trial, trial.scaled(20), *_SERVED),
             True,
@@ -274,8 +275,8 @@ ROWS: dict[str, Row] = {
         Row(
             "drift",
             "A changed signature of each hooked function",
-            "a parameter more, less, renamed; the function missing",
-            "named before anything is hooked",
+            "a parameter added, removed or renamed; the function missing",
+            "the error names the function before any hook is installed",
             0.3,
             _drift,
         ),

@@ -115,7 +115,7 @@ def hooks_that_raise(trial: Trial, *flags: str) -> None:
 def _inject_all(
     trial: Trial, flags: tuple[str, ...], list_faults: Callable[[SglangServer, _Faults], Iterable[_Fault]]
 ) -> None:
-    """Injects faults one after another, on a new server after each that ended; gives up after three.
+    """Injects faults one after another; a server that ended is replaced, and after three ends the row stops.
 
     Args:
         trial: Counts and reports.
@@ -159,7 +159,7 @@ def _points_of(trial: Trial, server: SglangServer, faults: _Faults, hook: str, m
 
 
 def _one(trial: Trial, server: SglangServer, faults: _Faults, fault: _Fault) -> None:
-    """Asks with one fault, then without: both are answered, the server lives, and the second answer is exact."""
+    """Asks with one fault, then without: both must be answered, and the second answer must be exact."""
     what, kind = fault.what, fault.kind
     body = _body(trial, what)
     # Otherwise the image's features come from the cache, and the encoder is not called.
@@ -171,7 +171,7 @@ def _one(trial: Trial, server: SglangServer, faults: _Faults, fault: _Fault) -> 
     if met is None or not met["met"]:
         trial.count("faults_not_met")
         if fault.fields["kind"] != "memory":
-            trial.fail(f"the fault did not come about: {kind}", what)
+            trial.fail(f"the fault did not happen: {kind}", what)
     if not server.is_alive():
         trial.fail(f"the server ended: {kind}", f"{what}: {_error_line(server)}")
         return

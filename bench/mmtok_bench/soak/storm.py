@@ -25,7 +25,7 @@ STORM_FLAGS = (
     "--mmtok-budget=10%",
     "--enable-metrics",
     "--mmtok-feature-cache-mb=1",
-    # Overrides that of `cpu_arguments`, since the last one counts. A few requests fit at a time.
+    # Overrides the value of `cpu_arguments`, since the last one is used. Only a few requests fit at a time.
     "--max-total-tokens=2560",
     "--chunked-prefill-size=64",
 )
@@ -36,7 +36,7 @@ _NUM_KNOWN = 40
 # For answers whose images were encoded in another batch than before.
 _TOLERANCE = 1e-4
 _MAX_GROWTH_MB_PER_1000 = 1.0
-# Resident memory goes up and down by 1 MB: from few measurements, growth has a standard error of as much per 1,000.
+# Resident memory varies by 1 MB; with few measurements, the standard error of the growth is 1 MB per 1,000 requests.
 _NUM_MEASURED = 200
 MIN_JUDGED = 1000
 """The growth of memory is judged from this many requests on."""

@@ -16,11 +16,11 @@ _NOT_COUNTED = ("num_failures", "num_fixed_chats")
 
 
 def write_table(files: Sequence[Path], page: Path) -> None:
-    """Puts the table of these files' rows between the page's two marks; the last row of a name and family counts.
+    """Writes the table of these files' rows between the page's two marks; the last row of a name and family is used.
 
     Raises:
-        ValueError: A file that holds no rows of `mmtok soak`, or a page without the marks.
-        OSError: A file that cannot be read.
+        ValueError: The files have no rows of `mmtok soak`, or the page does not have the marks.
+        OSError: A file cannot be read.
     """
     rows = [row for file in files for row in read_rows(file) if row.bench == "soak"]
     if not rows:
@@ -29,7 +29,7 @@ def write_table(files: Sequence[Path], page: Path) -> None:
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not (begin and end):
-        raise ValueError(f"{page} has no lines {_BEGIN} and {_END}, between which the table stands")
+        raise ValueError(f"{page} has no lines {_BEGIN} and {_END}, between which the table is written")
     page.write_text(f"{before}{begin}\n\n{fault_table(rows)}\n\n{end}{after}", encoding="utf-8")
 
 

@@ -149,7 +149,7 @@ class Trial:
         return time.monotonic() > self._deadline_s
 
     def random(self, *parts: object) -> random.Random:
-        """Returns a generator that depends on the seed and these parts alone."""
+        """Returns a generator that depends only on seed, family and these parts."""
         return random.Random(repr((self.seed, self.family, *parts)))
 
     def count(self, name: str, amount: int = 1) -> None:

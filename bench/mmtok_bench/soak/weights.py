@@ -44,7 +44,7 @@ def update_weights(trial: Trial, server: SglangServer, num_updates: int) -> None
             return
         known.append([ask_for_logprobs(server, body) for body in bodies])
     if largest_difference(known[0], known[1]) < 1e-3:
-        trial.fail("the two checkpoints answer alike: nothing can be told", " and ".join(paths))
+        trial.fail("the two checkpoints give the same answers, so the test shows nothing", " and ".join(paths))
     loaded = 1
     for number in range(num_updates):
         if trial.is_over() or not server.is_alive():

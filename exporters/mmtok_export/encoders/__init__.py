@@ -1,4 +1,4 @@
-"""A checkpoint's vision tower and projector as an ONNX model, one file a model family."""
+"""Exports a checkpoint's vision tower and projector as an ONNX model; each model family has a file."""
 
 from mmtok_export.encoders.base import EncoderError, ExportedEncoder, ImageSize
 from mmtok_export.encoders.export import (

@@ -1,4 +1,4 @@
-"""What an encoder is to the exporter, and what its export returns."""
+"""The base class of the exported encoders, and the result of an export."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from mmtok_deploy.dim_range import DimRange
 __all__ = ["Encoder", "EncoderError", "ExportedEncoder", "ImageSize", "as_matrix"]
 
 ImageSize = tuple[int, int] | DimRange
-"""(width, height) in pixels; or, for images of any size, how many tokens they may have."""
+"""(width, height) in pixels; or, for images of any size, the range of their numbers of tokens."""
 
 
 class EncoderError(ValueError):
-    """A checkpoint, an image size or a type that no encoder can be exported from."""
+    """The checkpoint, the image size or the dtype is not supported."""
 
 
 class Encoder(nn.Module):
-    """A vision tower and its projector; one subclass a model family.
+    """A vision tower and its projector; each model family has a subclass.
 
-    Made on the meta device, where it takes no memory. Weights then come by name (attributes are named as in the
-    checkpoint, see `checkpoint.py`), and `prepare` adds what is no weight.
+    The module is made on the meta device, where it takes no memory. Then its weights are loaded by name (attributes
+    have the names of the checkpoint, see `checkpoint.py`), and `prepare` adds all other tensors.
 
     Args:
         config: The checkpoint's configuration, as Transformers reads it.
-        image_size: The images' size.
-        batch: B, images a call.
+        image_size: Size of the images.
+        batch: B, the number of images in a call.
 
     Attributes:
         family: The preset's name.
-        has_positions: Whether the language model reads (t, h, w) positions (M-RoPE) and not a running number.
+        has_positions: Whether the language model uses (t, h, w) positions (M-RoPE) instead of consecutive ones.
         batch: B.
         num_tokens: N.
-        image_size: (width, height) in pixels, of one of the images that it takes.
-        grid: (t, h, w) of the tokens of an image of that size.
-        pixels_shape: Shape of `pixels`, as the family's image processor yields it for B images; open sizes are names.
-        open_sizes: The ranges of these names, but for B.
+        image_size: (width, height) in pixels of an image that it accepts.
+        grid: (t, h, w) of the tokens of an image of this size.
+        pixels_shape: Shape of `pixels` from the family's image processor for B images; dynamic dimensions are names.
+        open_sizes: Ranges of these names, except B.
         pixel_layout: `layout` "images" ([B, 3, height, width]) or "patches" (`pixels.patches_of`, with its arguments),
             and `mean` and `std` of the image processor.
         vision_width: D.
         keys_width: d.
-        num_levels: L, layers of the language model that DeepStack adds a part of the features to.
-        tiles: How many tiles the images of a family have that cuts each into tiles, which are its B; else None.
-        takes_grid: Whether `grid_thw` is an input beside `pixels`.
+        num_levels: L, the number of the language model's layers to which DeepStack adds features.
+        tiles: Range of an image's number of tiles, if B is the tiles of one image; else None.
+        takes_grid: Whether `grid_thw` is an input in addition to `pixels`.
 
     Raises:
-        EncoderError: A configuration that the family does not have, or an image size or batch that it does not take.
+        EncoderError: The configuration is not one of the family, or the image size or batch is not supported.
     """
 
     family: str
@@ -76,12 +76,12 @@ class Encoder(nn.Module):
 
     @classmethod
     def native_image_size(cls, content: dict[str, Any]) -> tuple[int, int] | None:
-        """Returns the only (width, height) that a config.json's encoder takes, None if it takes many."""
+        """Returns the only (width, height) that the encoder of a config.json accepts; None if it accepts several."""
         return None
 
     @classmethod
     def native_batch(cls, config: Any) -> DimRange:
-        """Returns B where nobody names it.
+        """Returns the default of B.
 
         Args:
             config: The checkpoint's configuration, as Transformers reads it.
@@ -90,13 +90,13 @@ class Encoder(nn.Module):
 
     @classmethod
     def read_config(cls, checkpoint: Path) -> Any:
-        """Returns the checkpoint's configuration, as Transformers' class has it."""
+        """Returns the checkpoint's configuration as an object of Transformers' class."""
         return AutoConfig.from_pretrained(checkpoint)
 
     def parameters_in(self, stored: str) -> Sequence[str]:
-        """Returns the names of the parameters that a tensor of the checkpoint holds, one after another in its rows.
+        """Returns the names of the parameters whose rows a tensor of the checkpoint contains, in this order.
 
-        Older checkpoints keep the towers at the top ("visual.", "vision_tower.vision_model."), newer ones below
+        Names of older checkpoints begin with "visual." or "vision_tower.vision_model.", those of newer ones with
         "model.".
 
         Args:
@@ -106,27 +106,27 @@ class Encoder(nn.Module):
 
     def example(self) -> dict[str, Tensor]:
         """Returns inputs to trace the module with."""
-        # More than one image where their number is open: PyTorch takes a size of 1 for fixed.
+        # A dynamic dimension needs a size above 1: PyTorch would take 1 for a fixed size.
         sizes = {name: max(2, size.minimum) for name, size in {"B": self.batch, **self.open_sizes}.items()}
         return {"pixels": torch.zeros([sizes[size] if isinstance(size, str) else size for size in self.pixels_shape])}
 
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
-        """Returns the open sizes of the inputs, as `torch.export` takes them."""
+        """Returns the dynamic dimensions of the inputs for `torch.export`."""
         open_axes = (axis for axis, size in enumerate(self.pixels_shape) if isinstance(size, str))
         return {"pixels": dict.fromkeys(open_axes, torch.export.Dim.DYNAMIC)}
 
     def prepare(self) -> None:
-        """Makes positions, orders and masks, once the weights are there."""
+        """Makes positions, orders and masks, after the weights have been loaded."""
         raise NotImplementedError
 
     def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Returns vision [B, N, D] of the weights' dtype, and keys [B, N, d] of that or float32, in raster order.
+        """Returns vision [B, N, D] in the weights' dtype, and keys [B, N, d] in this dtype or float32, in raster order.
 
-        Where there are levels, they are a third output, [B, N, L * D].
+        With DeepStack, its features [B, N, L * D] are a third output.
 
         Args:
             pixels: [*pixels_shape] float32.
-            grid_thw: [1, 3] int64, (1, rows, columns) of patches, as the image processor's `image_grid_thw`; where the
+            grid_thw: [1, 3] int64, (1, rows, columns) of patches, the image processor's `image_grid_thw`; only if the
                 encoder `takes_grid`.
         """
         raise NotImplementedError
@@ -137,8 +137,8 @@ class ExportedEncoder:
     """An ONNX model with the inputs of `Encoder.forward` and its outputs `vision`, `keys` and any `levels`.
 
     Args:
-        model: Its weights are PyTorch's memory, not a copy; save it with external data.
-        module: What was exported.
+        model: The model; its weights share PyTorch's memory, so save it with external data.
+        module: The module that was exported.
     """
 
     model: onnx_ir.Model
@@ -146,8 +146,8 @@ class ExportedEncoder:
 
 
 def as_matrix(kernel: Tensor) -> nn.Parameter:
-    """Returns [outputs, inputs]: the weights of a convolution whose stride is its kernel, for patches that are cut.
+    """Returns the weights of a convolution whose stride equals its kernel, as a matrix [outputs, inputs] for patches.
 
-    The same product, and one that ONNX's operators take in bfloat16 as well.
+    The product is the same, and ONNX supports it in bfloat16, too.
     """
     return nn.Parameter(kernel.flatten(1), requires_grad=False)

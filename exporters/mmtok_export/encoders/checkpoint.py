@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint directory: its configuration, and the tensors that a module needs of it."""
+"""Reads the configuration and an encoder's weights from a Hugging Face checkpoint directory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NAMES_SHOWN = 3
 
 
 def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
-    """Returns what a JSON file of the checkpoint holds.
+    """Returns the content of a JSON file of the checkpoint.
 
     Raises:
-        EncoderError: No such directory or file, or not a JSON object.
+        EncoderError: The directory or file does not exist, or the file is not a JSON object.
     """
     path = checkpoint / name
     if not path.is_file():
@@ -39,15 +39,15 @@ def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
 
 
 def load_weights(module: Encoder, checkpoint: Path, dtype: torch.dtype) -> None:
-    """Gives every parameter of a module on the meta device the checkpoint's tensor of that name, and reads no other.
+    """Loads the parameters of a module on the meta device from the checkpoint's tensors; reads no other tensors.
 
     Args:
-        module: It says which of its parameters a stored tensor holds.
+        module: The module.
         checkpoint: Directory with one safetensors file, or several and their index.
-        dtype: What the tensors are converted to.
+        dtype: Dtype of the loaded parameters.
 
     Raises:
-        EncoderError: No safetensors file, a tensor that is missing, of another shape or quantised.
+        EncoderError: There is no safetensors file, or a tensor is missing, has another shape or is quantised.
     """
     shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
     found: dict[str, torch.Tensor] = {}
@@ -74,7 +74,7 @@ def load_weights(module: Encoder, checkpoint: Path, dtype: torch.dtype) -> None:
 
 
 def fill_with_noise(module: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> None:
-    """Gives every parameter of a module on the meta device random values: norms 1, biases 0, the rest N(0, 0.02)."""
+    """Sets the parameters of a module on the meta device: norms to 1, biases to 0, others to random N(0, 0.02)."""
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -92,7 +92,7 @@ def _files(checkpoint: Path, module: Encoder) -> list[Path]:
         shards = read_json(checkpoint, _INDEX).get("weight_map")
         if not isinstance(shards, dict):
             raise EncoderError(f"{checkpoint / _INDEX} has no weight_map: download it again")
-        # Shards that hold the language model alone need not be there.
+        # Shards that contain only the language model may be missing.
         names = {shard for stored, shard in shards.items() if not _is_language(module.parameters_in(stored)[0])}
         return [checkpoint / name for name in sorted(names)]
     if (checkpoint / _SINGLE).is_file():

@@ -1,4 +1,4 @@
-"""From a checkpoint directory to an encoder's ONNX model, through PyTorch's own exporter."""
+"""Exports an encoder from a checkpoint directory as an ONNX model, with PyTorch's own exporter."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ FAMILIES: dict[str, type[Encoder]] = {
     "internvl_chat": InternVL3Encoder,
     "internvl": InternVL3Encoder,
 }
-"""By the model_type of config.json; add a file and its line here to support another."""
+"""model_type in config.json -> encoder class."""
 
-# Those that take images of any size in one graph, and the class that does.
+# Encoders that support images of any size in one graph -> the class that does this.
 _ANY_SIZE: dict[type[Encoder], type[Encoder]] = {
     Qwen25VLEncoder: Qwen25VLGridEncoder,
     **{
@@ -45,7 +45,7 @@ _ANY_SIZE: dict[type[Encoder], type[Encoder]] = {
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Has Gelu and LayerNormalization as one node; TensorRT and ONNX Runtime take all of it.
+# Has Gelu and LayerNormalization as single nodes, and is supported by TensorRT and ONNX Runtime.
 _OPSET = 20
 
 
@@ -57,20 +57,20 @@ def export_encoder(
     batch: DimRange | None = None,
     random_weights: bool = False,
 ) -> ExportedEncoder:
-    """Returns the checkpoint's vision tower and projector as an ONNX model: standard operators.
+    """Returns the checkpoint's vision tower and projector as an ONNX model of standard operators.
 
-    The language model is never made nor read.
+    The language model is not read.
 
     Args:
         checkpoint: A Hugging Face checkpoint directory: config.json, and safetensors unless `random_weights`.
         image_size: (width, height) in pixels, after the image processor has scaled the image; or N, for any size.
         dtype: The dtype of the weights and of `vision`: float32, float16 or bfloat16.
-        batch: Images a call; by default the family's own, which is 1 but where an image is several tiles.
-        random_weights: Fill the weights with noise: a model of the real size without its weights.
+        batch: Images in a call; by default the family's: 1, except for tiles.
+        random_weights: Whether weights are random and not read from the checkpoint.
 
     Raises:
-        EncoderError: A directory without configuration, weights or vision tower, an architecture that is not in
-            `FAMILIES`, an image size or batch that it does not take, a type that is not one.
+        EncoderError: The directory has no configuration, weights or vision tower, or the architecture, image size,
+            batch or dtype is not supported.
     """
     encoder = build_encoder(checkpoint, image_size, dtype=dtype, batch=batch, random_weights=random_weights)
     inputs = encoder.example()
@@ -101,7 +101,7 @@ def build_encoder(
     batch: DimRange | None = None,
     random_weights: bool = False,
 ) -> Encoder:
-    """Returns the PyTorch module that `export_encoder` exports; the same arguments and errors."""
+    """Returns the PyTorch module that `export_encoder` exports; arguments and errors are the same."""
     if dtype not in _DTYPES:
         raise EncoderError(f"dtype is one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     encoder = describe_encoder(checkpoint, image_size, batch)
@@ -114,7 +114,7 @@ def build_encoder(
 
 
 def describe_encoder(checkpoint: Path, image_size: ImageSize, batch: DimRange | None = None) -> Encoder:
-    """Returns the PyTorch module with its sizes and without weights; the same errors as `export_encoder`."""
+    """Returns the PyTorch module with its sizes, but without weights; errors are those of `export_encoder`."""
     family = _family(checkpoint)
     if isinstance(image_size, DimRange):
         if family not in _ANY_SIZE:
@@ -135,19 +135,19 @@ def describe_encoder(checkpoint: Path, image_size: ImageSize, batch: DimRange | 
 
 
 def family_of(checkpoint: Path) -> str:
-    """Returns the preset's name of the checkpoint's family.
+    """Returns the name of the checkpoint's family, as presets have it.
 
     Raises:
-        EncoderError: As `export_encoder`.
+        EncoderError: As in `export_encoder`.
     """
     return _family(checkpoint).family
 
 
 def native_image_size(checkpoint: Path) -> tuple[int, int] | None:
-    """Returns the only (width, height) that the checkpoint's encoder takes, None if it takes many.
+    """Returns the only (width, height) that the checkpoint's encoder accepts; None if it accepts several.
 
     Raises:
-        EncoderError: As `export_encoder`.
+        EncoderError: As in `export_encoder`.
     """
     return _family(checkpoint).native_image_size(read_json(checkpoint, "config.json"))
 
@@ -166,7 +166,7 @@ def _family(checkpoint: Path) -> type[Encoder]:
 
 
 def _name_sizes(model: onnx_ir.Model, encoder: Encoder) -> None:
-    """Gives open sizes of the inputs and outputs the names that the selection has for them."""
+    """Gives dynamic dimensions of inputs and outputs the selection's names for them."""
     model.graph.inputs[0].shape = onnx_ir.Shape(encoder.pixels_shape)
     batch, tokens = (
         size.minimum if size.is_fixed else name for size, name in ((encoder.batch, "B"), (encoder.num_tokens, "N"))
@@ -177,7 +177,7 @@ def _name_sizes(model: onnx_ir.Model, encoder: Encoder) -> None:
 
 
 def _clean(model: onnx_ir.Model) -> None:
-    """Drops what the exporter noted for debugging: stack traces with this machine's paths, on every node and value."""
+    """Removes the exporter's debugging data from all nodes and values: stack traces with this machine's paths."""
     for graph in model.graphs():
         graph.metadata_props.clear()
         for node in graph:

@@ -1,4 +1,4 @@
-"""InternVL3's and InternVL3.5's encoder: InternViT of all tiles of an image, pixel shuffle, and the projector."""
+"""Encoder of InternVL3 and InternVL3.5: InternViT for all tiles of an image, pixel shuffle, and the projector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmtok_export.encoders.checkpoint import read_json
 __all__ = ["InternVL3Encoder"]
 
 _IMAGENET_SCALE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-# Up to 12 and a thumbnail.
+# Up to 12 tiles and a thumbnail.
 _TILES = DimRange(1, 7, 13)
 
 # Names of the published checkpoints (`InternVLChatModel`) in Transformers' class.
@@ -42,10 +42,10 @@ _RENAMED = (
 
 
 class InternVL3Encoder(Encoder):
-    """`pixels` is [tiles, 3, height, width]: the tiles of one image, whose tokens follow one another.
+    """Encodes the tiles of one image; `pixels` is [tiles, 3, height, width].
 
-    An image is one tile, or several and a thumbnail of the whole; one selection is made from all of them, as on a
-    server. The keys are what the projector reads: the features of 2 x 2 patches, side by side.
+    An image is one tile, or several tiles and a thumbnail. One selection is made from the tokens of all of them, as on
+    a server. The keys are the projector's input: the concatenated features of 2 x 2 patches.
 
     Source: transformers 5.19 models/internvl/modeling_internvl.py, `InternVLModel.get_image_features`; sglang 0.5.23
         models/internvl.py, `InternVLChatModel.extract_feature`.
@@ -61,7 +61,7 @@ class InternVL3Encoder(Encoder):
         if batch != DimRange.fixed(1):
             raise EncoderError(
                 f"a graph of {self.family} takes the tiles of one image, got {batch} images: leave --batch-size out, "
-                "the number of tiles is told by --tokens"
+                "--tokens sets the number of tiles"
             )
         height, width = vision.image_size
         self.merge = round(1 / config.downsample_ratio)
@@ -98,19 +98,19 @@ class InternVL3Encoder(Encoder):
 
     @classmethod
     def read_config(cls, checkpoint: Path) -> Any:
-        """Returns the configuration as Transformers' class has it, of its format or of the published one."""
+        """Returns the configuration as an object of Transformers' class, from its own or the published format."""
         content = read_json(checkpoint, "config.json")
         return AutoConfig.from_pretrained(checkpoint) if content["model_type"] == "internvl" else _converted(content)
 
     def parameters_in(self, stored: str) -> Sequence[str]:
-        """Returns the names of the parameters that a stored tensor holds; see `Encoder.parameters_in`."""
+        """Returns the names of the parameters that a stored tensor contains; see `Encoder.parameters_in`."""
         for pattern, replacement in _RENAMED:
             stored = re.sub(pattern, replacement, stored)
         (name,) = super().parameters_in(stored)
         return [name.replace(".qkv.", f".{each}_proj.") for each in "qkv"] if ".qkv." in name else [name]
 
     def prepare(self) -> None:
-        """Makes the patches' weights a matrix."""
+        """Converts the weights of the patch embedding to a matrix."""
         projection = self.vision_tower.embeddings.patch_embeddings.projection
         self.patch_weight, self.patch_bias = as_matrix(projection.weight), projection.bias
         del self.vision_tower.embeddings.patch_embeddings
@@ -127,7 +127,7 @@ class InternVL3Encoder(Encoder):
         return self.multi_modal_projector(keys), keys
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        """Returns [tiles, 1 + patches, C]: the class token and the patches, with their positions."""
+        """Returns the embeddings of class token and patches with their positions, [tiles, 1 + patches, C]."""
         embeddings = self.vision_tower.embeddings
         (width, height), (across, down) = self.image_size, reversed(self.vision_tower.config.patch_size)
         patches = pixels.view(-1, pixels.shape[1], height // down, down, width // across, across)
@@ -137,23 +137,23 @@ class InternVL3Encoder(Encoder):
         return hidden + embeddings.position_embeddings
 
     def _tiles_of(self, num_tokens: DimRange) -> DimRange:
-        """Returns how many tiles have as many tokens.
+        """Returns the range of tiles for a range of tokens.
 
         Raises:
-            EncoderError: A size that is not a whole number of tiles.
+            EncoderError: A number of tokens is not a whole number of tiles.
         """
         sizes = (num_tokens.minimum, num_tokens.optimum, num_tokens.maximum)
         odd = [size for size in sizes if size % self.tile_tokens]
         if odd:
             raise EncoderError(
-                f"a tile is {self.tile_tokens} tokens, and --tokens are multiples of it, got {odd[0]}: for images of 1 "
-                f"to {_TILES.maximum} tiles leave it out"
+                f"a tile has {self.tile_tokens} tokens, and --tokens takes multiples of it, got {odd[0]}: leave it out "
+                f"for images of 1 to {_TILES.maximum} tiles"
             )
         return DimRange(*(size // self.tile_tokens for size in sizes))
 
 
 def _check_config(config: Any) -> None:
-    """Raises EncoderError for a configuration that InternVL3 does not have."""
+    """Raises EncoderError if the configuration is not one of InternVL3."""
     vision = config.vision_config
     expected = {
         "vision_feature_layer": (config.vision_feature_layer, -1),
@@ -168,13 +168,13 @@ def _check_config(config: Any) -> None:
 
 
 def _converted(content: dict[str, Any]) -> InternVLConfig:
-    """Returns the configuration of a published checkpoint as Transformers' class has it.
+    """Returns the configuration of a published checkpoint as an object of Transformers' class.
 
     Args:
         content: config.json of an `InternVLChatModel`.
 
     Raises:
-        EncoderError: A pixel shuffle or a size of tiles that InternVL3 does not have.
+        EncoderError: The version of the pixel shuffle or the size of tiles is not that of InternVL3.
     """
     vision, text = content["vision_config"], content["llm_config"]
     size = vision["image_size"]

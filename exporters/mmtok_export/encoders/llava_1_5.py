@@ -1,4 +1,4 @@
-"""LLaVA-1.5's encoder: CLIP up to the layer that the projector reads, and the projector."""
+"""Encoder of LLaVA-1.5: CLIP up to the layer that the projector reads, and the projector."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["Llava15Encoder"]
 
 
 class Llava15Encoder(Encoder):
-    """One square image size (336 px, 576 tokens); `pixels` is [B, 3, height, width].
+    """Encodes squares of one size (336 px, 576 tokens); `pixels` is [B, 3, height, width].
 
-    The keys are what the projector reads: CLIP's hidden_states[-2] without the class token.
+    The keys are the projector's input: CLIP's hidden_states[-2] without the class token.
 
     Source: transformers 5.19 models/llava/modeling_llava.py, `LlavaModel.get_image_features`.
     """
@@ -49,19 +49,19 @@ class Llava15Encoder(Encoder):
 
         self.vision_tower = CLIPVisionModel(vision)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
-        # hidden_states[0] is what the first layer reads; the layers past the one asked for are never run.
+        # hidden_states[0] is the input of the first layer. Layers after the one that the projector reads are removed.
         layers = self.vision_tower.encoder.layers
         self.vision_tower.encoder.layers = layers[: range(len(layers) + 1)[config.vision_feature_layer]]
         del self.vision_tower.post_layernorm
 
     @classmethod
     def native_image_size(cls, content: dict[str, Any]) -> tuple[int, int]:
-        """Returns the square that CLIP was trained on."""
+        """Returns the size of the squares that CLIP was trained on."""
         side = content["vision_config"].get("image_size", CLIPVisionConfig().image_size)
         return side, side
 
     def prepare(self) -> None:
-        """Makes the patches' weights a matrix."""
+        """Converts the weights of the patch embedding to a matrix."""
         patch_embedding = self.vision_tower.embeddings.patch_embedding
         self.patch_weight = as_matrix(patch_embedding.weight)
         del self.vision_tower.embeddings.patch_embedding
@@ -75,7 +75,7 @@ class Llava15Encoder(Encoder):
         return self.multi_modal_projector(keys), keys
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        """Returns [B, 1 + N, d]: the class token and the patches, with their positions."""
+        """Returns the embeddings of class token and patches with their positions, [B, 1 + N, d]."""
         embeddings = self.vision_tower.embeddings
         num_images, channels, height, width = pixels.shape
         _, rows, columns = self.grid

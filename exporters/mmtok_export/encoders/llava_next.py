@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's encoder: that of LLaVA-1.5, of the tiles that an image is cut into."""
+"""Encoder of LLaVA-NeXT: that of LLaVA-1.5 for each tile of an image."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ __all__ = ["LlavaNextEncoder"]
 
 
 class LlavaNextEncoder(Llava15Encoder):
-    """`pixels` is [B, 3, height, width]: the B tiles of one image, the base tile and its crops.
+    """Encodes the B tiles of one image, the base tile and its crops; `pixels` is [B, 3, height, width].
 
-    What the language model reads of a pruned image has no newline tokens, and no padding is taken off: both are left
-    out here.
+    A pruned image has no newline tokens, and its padding is not removed, so this encoder does neither.
 
     Source: transformers 5.19 models/llava_next/modeling_llava_next.py, `LlavaNextModel.get_image_features`.
     """
@@ -27,13 +26,13 @@ class LlavaNextEncoder(Llava15Encoder):
         self.tiles = self.native_batch(config)
         if batch.minimum not in self.tiles or batch.maximum not in self.tiles:
             raise EncoderError(
-                f"an image of this model is {self.tiles.minimum} to {self.tiles.maximum} tiles, and B is their number, "
-                f"got {batch}: name no other"
+                f"an image of this model has {self.tiles.minimum} to {self.tiles.maximum} tiles, got {batch} as "
+                "--batch-size, the number of tiles"
             )
 
     @classmethod
     def native_batch(cls, config: Any) -> DimRange:
-        """Returns how many tiles an image has: the base tile and the crops of each resolution in config.json."""
+        """Returns the range of an image's number of tiles: the base tile, and crops for a resolution of config.json."""
         side = config.vision_config.image_size
         counts = [1 + -(-height // side) * -(-width // side) for height, width in config.image_grid_pinpoints]
         return DimRange(min(counts), max(counts), max(counts))

@@ -1,4 +1,4 @@
-"""What the encoders of Qwens have in common: patches of any multiple of a token's side, rotary angles."""
+"""The base class of the Qwens' encoders, with patches and rotary angles."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ __all__ = ["QwenEncoder", "patch_positions", "rotary_angles"]
 
 
 class QwenEncoder(Encoder):
-    """Any multiple of a token's side; `pixels` is [B * num_patches, channels * frames * patch * patch]."""
+    """Encodes images whose sides are multiples of a token's side.
+
+    `pixels` is [B * num_patches, channels * frames * patch * patch].
+    """
 
     has_positions = True
     pixel_scale: ClassVar[Mapping[str, tuple[float, float, float]]]
-    """`mean` and `std` of the family's image processor, of values from 0 to 1."""
+    """`mean` and `std` of the family's image processor, for values from 0 to 1."""
 
     def __init__(self, config: Any, image_size: ImageSize, batch: DimRange) -> None:
         super().__init__(config, image_size, batch)
@@ -65,23 +68,23 @@ class QwenEncoder(Encoder):
             self.pixels_shape = (self.batch_size * self.patches.numel(), patch_width)
 
     def example(self) -> dict[str, Tensor]:
-        """Returns an image of `image_size`, and its grid where that is an input."""
+        """Returns an image of `image_size`, and its grid if the encoder takes it."""
         pixels = torch.zeros(self.batch_size * self.patches.numel(), int(self.pixels_shape[1]))
         return {"pixels": pixels} | ({"grid_thw": torch.tensor([list(self.patches)])} if self.takes_grid else {})
 
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
-        """Returns the open sizes of the inputs, as `torch.export` takes them."""
+        """Returns the dynamic dimensions of the inputs for `torch.export`."""
         return super().dynamic_shapes() | ({"grid_thw": {}} if self.takes_grid else {})
 
     def constant(self, name: str, value: Tensor) -> None:
-        """Makes a tensor that depends on the grid alone a constant of the graph."""
+        """Adds a tensor that depends only on the grid as a constant of the graph."""
         self.register_buffer(name, value, persistent=False)
 
     def read_grid(self, pixels: Tensor, grid_thw: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `pixels`, and rows and columns of the image's tokens, in a graph for images of any size.
+        """Returns `pixels` unchanged, and rows and columns of the image's tokens, for images of any size.
 
-        The pixels returned are those given: adding zeros of as many patches as the grid has makes a runtime refuse a
-        grid of another number of patches, of half tokens or of several frames.
+        The graph adds zeros in the shape of the grid to the pixels, so a runtime refuses a grid with another number of
+        patches, with half tokens or with several frames.
 
         Args:
             pixels: [patches, channels * frames * patch * patch].
@@ -99,18 +102,18 @@ class QwenEncoder(Encoder):
         return pixels + torch.zeros(num_patches, 1), rows, columns
 
     def keys_of(self, hidden: Tensor) -> Tensor:
-        """Returns the keys [B, N, d] float32 of the last block's output: means over what becomes one token."""
+        """Returns the keys [B, N, d] float32: means of the last block's output over the patches of each token."""
         group = self.config.spatial_merge_size**2
         return hidden.view(self.batch_size, -1, group, self.keys_width).float().mean(dim=2)
 
 
 def patch_positions(rows: Tensor, columns: Tensor, merge_size: int) -> Tensor:
-    """Returns [T * merge_size ** 2, 2] int: row and column of the patches of each token, token by token.
+    """Returns row and column of the patches of each token, token by token, [T * merge_size ** 2, 2] int.
 
     Args:
-        rows: [T] int, of the tokens.
-        columns: [T] int, of the tokens.
-        merge_size: Patches on a side of a token.
+        rows: [T] int, rows of the tokens.
+        columns: [T] int, columns of the tokens.
+        merge_size: Number of patches on a side of a token.
     """
     within = torch.arange(merge_size)
     row = (rows[:, None, None] * merge_size + within[:, None]).expand(-1, merge_size, merge_size)
@@ -119,11 +122,11 @@ def patch_positions(rows: Tensor, columns: Tensor, merge_size: int) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, config: Any) -> Tensor:
-    """Returns [S, head_dim] float32: by row in the first and third quarter of a head, by column in the others.
+    """Returns the rotary angles [S, head_dim] float32: by row in the first and third quarter of a head, else by column.
 
     Args:
         positions: [S, 2] int, row and column of each patch.
-        config: The vision tower's; 10000 is the base where it names none.
+        config: Configuration of the vision tower; the default base is 10000.
     """
     base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
     quarter = torch.arange(config.hidden_size // config.num_heads // 4)
@@ -132,7 +135,7 @@ def rotary_angles(positions: Tensor, config: Any) -> Tensor:
 
 
 def _grid_within(num_tokens: DimRange) -> tuple[int, int]:
-    """Returns rows and columns of an image that is about square and has about as many tokens as the optimum."""
+    """Returns rows and columns of a nearly square image with about the optimal number of tokens."""
     for columns in range(math.isqrt(num_tokens.optimum), 1, -1):
         rows = num_tokens.optimum // columns
         if rows * columns in num_tokens:
@@ -145,5 +148,5 @@ def _check_image_size(image_size: tuple[int, int], factor: int) -> None:
     if nearest != list(image_size):
         raise EncoderError(
             f"width and height are multiples of {factor} px, got {image_size[0]}x{image_size[1]}: "
-            f"the nearest size, and what the image processor makes of it, is {nearest[0]}x{nearest[1]}"
+            f"the nearest size, to which the image processor scales it, is {nearest[0]}x{nearest[1]}"
         )

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's encoder: window attention over a fixed grid, the merger, and raster order restored."""
+"""Encoder of Qwen2.5-VL for images of one size: window attention, the merger, and tokens in raster order."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["Qwen25VLEncoder", "feed_forward"]
 
 
 class Qwen25VLEncoder(QwenEncoder):
-    """Tokens of 28 x 28 px.
+    """Encodes images into tokens of 28 x 28 px.
 
-    Patches are put in window order once, as Hugging Face does, so a window is a run of them. Layers with windows
-    attend in one batch of windows, [B * W, L]: windows that the image's edge cuts are filled up to L, and their
-    filling is masked. Rotary angles, orders and the mask depend on the grid alone and are constants of the graph.
+    Patches are reordered by windows once, as in Hugging Face's model, so the patches of a window follow one another.
+    Layers with windows compute attention in one batch of windows, [B * W, L]; windows at the image's edge are padded to
+    L and masked. Rotary angles, orders and the mask depend only on the grid and are constants of the graph.
 
-    The keys are the last block's output, averaged over each merged group of patches, before the merger: float32
-    whatever the weights' type. Float16 does not hold that output in Qwen2.5-VL-3B, so with float16 weights the last
-    block's last product and sum are float32 as well.
+    The keys are the last block's output before the merger, averaged over each merged group of patches, in float32.
+    This output overflows float16 in Qwen2.5-VL-3B, so with float16 weights the last block's last product and sum are
+    float32, too.
 
     Source: transformers 5.19 models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VisionTransformerPretrainedModel`;
-        that float16 overflows: a note in NVIDIA TensorRT-Edge-LLM's visual_models/qwen2_5_vl_model.py.
+        for the overflow, a note in NVIDIA TensorRT-Edge-LLM's visual_models/qwen2_5_vl_model.py.
     """
 
     family = "qwen2.5-vl"
@@ -58,7 +58,7 @@ class Qwen25VLEncoder(QwenEncoder):
         self._prepare_windows(boundaries.diff())
 
     def prepare_weights(self) -> None:
-        """Makes the patches' weights a matrix, and the last product one in float32 where float16 overflows."""
+        """Converts the patch embedding to a matrix, and the last block's last product from float16 to float32."""
         patch_embed = self.visual.patch_embed
         self.dtype = patch_embed.proj.weight.dtype
         self.patch_weight = as_matrix(patch_embed.proj.weight)
@@ -67,10 +67,10 @@ class Qwen25VLEncoder(QwenEncoder):
             self.visual.blocks[-1].mlp.down_proj.float()
 
     def _prepare_windows(self, lengths: Tensor) -> None:
-        """Makes what fills cut windows up.
+        """Makes the indices, the mask and the rotary angles of padded windows.
 
         Args:
-            lengths: [W] int, patches in each window.
+            lengths: [W] int, number of patches in each window.
         """
         self.window_length = int(lengths.max())
         self.has_cut_windows = bool((lengths < self.window_length).any())
@@ -81,7 +81,7 @@ class Qwen25VLEncoder(QwenEncoder):
         filled[is_patch] = torch.arange(int(lengths.sum()))
         self.constant("filled", filled.flatten())
         self.constant("unfilled", is_patch.flatten().nonzero()[:, 0])
-        # Added to the scores; a mask of bools would draw in a guard against rows without a patch, which there are none.
+        # Added to the scores. For a boolean mask, the exporter would add operations for rows without any patch.
         mask = torch.zeros(is_patch.shape, dtype=self.dtype).masked_fill(~is_patch, torch.finfo(self.dtype).min)
         self.constant("window_mask", mask[:, None, None].repeat(self.batch_size, 1, 1, 1))
         self.constant("window_cos", self.get_buffer("cos")[filled.flatten()])
@@ -105,12 +105,12 @@ class Qwen25VLEncoder(QwenEncoder):
         return merger.mlp(groups).index_select(1, raster_order), keys.index_select(1, raster_order)
 
     def _attend(self, attention: Any, hidden: Tensor, is_windowed: bool) -> Tensor:
-        """Returns [B, S, C]: attention within the windows, or over the image.
+        """Returns the attention within the windows, or over the whole image, [B, S, C].
 
         Args:
             attention: Hugging Face's module, for its weights.
             hidden: [B, S, C], patches in window order.
-            is_windowed: Whether a patch sees its window alone.
+            is_windowed: Whether a patch attends only to its window.
         """
         is_filled = is_windowed and self.has_cut_windows
         length = self.window_length if is_windowed else self.patches.numel()
@@ -134,6 +134,6 @@ class Qwen25VLEncoder(QwenEncoder):
 
 
 def feed_forward(mlp: Any, hidden: Tensor) -> Tensor:
-    """Returns a block's gated layer of [..., C], in the dtype of its last product's weights."""
+    """Returns the output [..., C] of a block's gated layer, in the dtype of its last product's weights."""
     gated = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
     return mlp.down_proj(gated.to(mlp.down_proj.weight.dtype))

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's encoder for images of any size: what depends on the grid is computed in the graph."""
+"""Encoder of Qwen2.5-VL for images of any size: the graph computes everything that depends on the grid."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Qwen25VLGridEncoder"]
 
 
 class Qwen25VLGridEncoder(Qwen25VLEncoder):
-    """One image of any size; its `grid_thw` is an input.
+    """Encodes one image of any size; its `grid_thw` is an input.
 
-    The image is filled up to whole windows, and what fills it is masked in every layer. So a window is a run of as many
-    patches everywhere, and no size but the number of windows differs between images.
+    The image is padded to whole windows, and the padding is masked in every layer. So all windows have the same number
+    of patches, and only the number of windows differs between images.
     """
 
     def __init__(self, config: Any, image_size: ImageSize, batch: DimRange) -> None:
@@ -30,7 +30,7 @@ class Qwen25VLGridEncoder(Qwen25VLEncoder):
         self.window_side = vision.window_size // vision.spatial_merge_size // vision.patch_size
 
     def prepare(self) -> None:
-        """Makes the weights ready; there are no constants of a grid."""
+        """Prepares the weights; there are no constants that depend on a grid."""
         self.prepare_weights()
 
     def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class Qwen25VLGridEncoder(Qwen25VLEncoder):
         group = merge**2
         pixels, rows, columns = self.read_grid(pixels, grid_thw)
         num_rows, num_columns = rows.item(), columns.item()
-        # ONNX divides towards zero: no ceiling by negative numbers.
+        # ONNX rounds division towards zero, so negative numbers cannot be used to round up.
         num_windows = ((num_rows + side - 1) // side) * ((num_columns + side - 1) // side)
         slots = torch.arange(num_windows * side**2)
         row, column = self._place(slots, columns)
@@ -63,14 +63,14 @@ class Qwen25VLGridEncoder(Qwen25VLEncoder):
         return vision.index_select(0, slots)[None], self.keys_of(hidden).index_select(1, slots)
 
     def _place(self, slots: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns row and column of the token at each place of the windows, one window after another."""
+        """Returns row and column of the token at each place of the padded windows."""
         side = self.window_side
         across = (columns + side - 1) // side
         window, place = slots // side**2, slots % side**2
         return window // across * side + place // side, window % across * side + place % side
 
     def _slots(self, tokens: Tensor, columns: Tensor) -> Tensor:
-        """Returns the place of each token in the windows: the inverse of `_place`."""
+        """Returns the place of each token in the padded windows, the inverse of `_place`."""
         side = self.window_side
         across = (columns + side - 1) // side
         row, column = tokens // columns, tokens % columns
@@ -78,14 +78,14 @@ class Qwen25VLGridEncoder(Qwen25VLEncoder):
 
 
 def _attend(attention: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, length: int) -> Tensor:
-    """Returns [S, C]: attention within runs of `length` patches, without what fills the windows.
+    """Returns the attention [S, C] within each `length` consecutive patches, without the padding.
 
     Args:
         attention: Hugging Face's module, for its weights.
-        hidden: [S, C], patches in the windows' order.
+        hidden: [S, C], patches in window order.
         angles: cos and sin, [S, head_dim].
         mask: [S], added to the scores.
-        length: Patches that see one another.
+        length: Number of patches that attend to one another.
     """
     mixed = attention.qkv(hidden).view(-1, 3 * attention.num_heads, attention.head_dim)
     query, key, value = mixed.split(attention.num_heads, dim=1)

@@ -1,4 +1,4 @@
-"""Qwen3.5's encoder, dense and mixture of experts: Qwen3-VL's without DeepStack."""
+"""Encoders of Qwen3.5, dense and mixture of experts: that of Qwen3-VL without DeepStack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Qwen35Encoder", "Qwen35MoeEncoder"]
 
 
 class Qwen35Encoder(Qwen3VLEncoder):
-    """Tokens of 32 x 32 px.
+    """Encodes images into tokens of 32 x 32 px.
 
     Source: transformers 5.19 models/qwen3_5/modeling_qwen3_5.py, `Qwen3_5VisionModel`.
     """
@@ -22,6 +22,6 @@ class Qwen35Encoder(Qwen3VLEncoder):
 
 
 class Qwen35MoeEncoder(Qwen35Encoder):
-    """The same encoder, before a mixture of experts."""
+    """The same encoder for models with a mixture of experts."""
 
     family = "qwen3.5-moe"

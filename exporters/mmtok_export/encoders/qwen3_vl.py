@@ -1,4 +1,4 @@
-"""Qwen3-VL's encoder, dense and mixture of experts: attention to the whole image, the merger, and DeepStack's."""
+"""Encoders of Qwen3-VL, dense and mixture of experts: attention to the whole image, and DeepStack's mergers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Qwen3VLEncoder", "Qwen3VLMoeEncoder"]
 
 
 class Qwen3VLEncoder(QwenEncoder):
-    """Tokens of 32 x 32 px; beside them what DeepStack adds to the language model's first layers, a part a layer.
+    """Encodes images into tokens of 32 x 32 px, and DeepStack's features for the language model's first layers.
 
     The keys are the last block's output, averaged over each merged group of patches, before the merger.
 
@@ -37,7 +37,7 @@ class Qwen3VLEncoder(QwenEncoder):
         self.num_levels = len(self.level_blocks)
 
     def prepare(self) -> None:
-        """Makes the patches' weights a matrix, and of images of one size what depends on the grid."""
+        """Converts the patch embedding to a matrix; for images of one size, makes the constants of the grid."""
         visual = self.visual
         kernel = visual.patch_embed.proj
         self.dtype = kernel.weight.dtype
@@ -73,8 +73,8 @@ class Qwen3VLEncoder(QwenEncoder):
         """Returns the patches' position embeddings [S, C], and cos and sin of their rotary angles [S, head_dim].
 
         Args:
-            rows: [] int, of the image's tokens.
-            columns: [] int, of the image's tokens.
+            rows: [] int, number of rows of tokens.
+            columns: [] int, number of columns of tokens.
         """
         merge = self.config.spatial_merge_size
         tokens = torch.arange(rows.item() * columns.item())
@@ -84,16 +84,16 @@ class Qwen3VLEncoder(QwenEncoder):
         return embedded.to(self.dtype), angles.cos(), angles.sin()
 
     def _merged(self, merger: Any, hidden: Tensor) -> Tensor:
-        """Returns [B, N, D]."""
+        """Returns the merged tokens [B, N, D]."""
         tokens: Tensor = merger(hidden).view(self.batch_size, -1, self.vision_width)
         return tokens
 
     def _attend(self, attention: Any, hidden: Tensor, angles: Sequence[Tensor]) -> Tensor:
-        """Returns [B, S, C]: attention over the image.
+        """Returns the attention over the image, [B, S, C].
 
         Args:
             attention: Hugging Face's module, for its weights.
-            hidden: [B, S, C], patches, those of a token after one another.
+            hidden: [B, S, C], patches, token by token.
             angles: cos and sin, [S, head_dim].
         """
         mixed = attention.qkv(hidden).view(self.batch_size, -1, 3 * attention.num_heads, attention.head_dim)
@@ -106,13 +106,13 @@ class Qwen3VLEncoder(QwenEncoder):
 
 
 class Qwen3VLMoeEncoder(Qwen3VLEncoder):
-    """The same encoder, before a mixture of experts."""
+    """The same encoder for models with a mixture of experts."""
 
     family = "qwen3-vl-moe"
 
 
 def _interpolate(table: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
-    """Returns [S, C] float32: the table scaled to the grid's size, bilinear, its corners at the grid's.
+    """Returns the position embeddings [S, C] float32, by bilinear interpolation of the table with aligned corners.
 
     Args:
         table: [side * side, C], position embeddings of a square grid.

@@ -153,7 +153,7 @@ def test_what_cannot_be_recorded_is_refused_before_it_is_asked(given: str, capsy
         ),
         (
             ["--server-arg=--mmtok-method=evs", "--tasks=gqa", "--budgets=64", "--model-path=."],
-            "--server-arg --mmtok-method=evs would prune otherwise than the rows say",
+            "--server-arg --mmtok-method=evs would change the pruning that the rows name",
         ),
     ],
 )

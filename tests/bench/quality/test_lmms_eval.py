@@ -88,7 +88,7 @@ def test_failed_requests_are_no_wrong_answers(tmp_path: Path) -> None:
 
 
 def test_missing_data_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(LmmsEvalError, match=r"data of pope cannot be had.*HF_HOME.*--include-path"):
+    with pytest.raises(LmmsEvalError, match=r"data of pope are missing.*HF_HOME.*--include-path"):
         run_program(tmp_path, None, NO_HUB)
 
 

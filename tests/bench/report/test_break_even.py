@@ -24,7 +24,7 @@ def test_gains_are_over_the_server_without_the_plugin() -> None:
     rows = [*pair(100, 150, LARGE), row("none", "all", 310), row("downsample", "10%", 90)]
     (sentence,) = said(rows)
     assert "budget 10%: it paid nowhere measured (1008 image tokens, concurrency 1)" in sentence
-    assert "time to first token 0.67x as good, requests a second 0.67x" in sentence
+    assert "time to first token 0.67x as good, requests per second 0.67x" in sentence
 
 
 def test_a_workload_that_was_not_measured_without_the_plugin_has_no_gain() -> None:

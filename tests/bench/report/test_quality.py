@@ -75,7 +75,7 @@ def test_panels_of_all_kinds_have_one_legend(tmp_path: Path, capsys: pytest.Capt
     assert "plotly" in (tmp_path / "panels.html").read_text()
     empty = write(tmp_path / "few.jsonl", [scored("mmtok", "4", 4, 0.4)])
     assert main(["bench", "report", str(empty), f"--panels={tmp_path}/few.html"]) == 2
-    assert "no quality at several budgets" in capsys.readouterr().err
+    assert "no scores at several budgets" in capsys.readouterr().err
 
 
 def mixed(budget: str, kept: float, accuracy: float, kind: str = "count") -> ResultRow:

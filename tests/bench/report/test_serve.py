@@ -139,7 +139,7 @@ def test_a_column_shows_the_flags_that_differ() -> None:
 def test_parts_that_exceed_the_whole_are_said() -> None:
     odd = replace(PRUNED, metrics={**PRUNED.metrics, "vision_encoder_ms": 500.0})
     part = serve_part(measured([odd, UNPRUNED]))
-    said = "Not split into parts, whose means exceed the median TTFT: MMTok 10% of 1008x672."
+    said = "The TTFT is not split into parts, since their means exceed its median: MMTok 10% of 1008x672."
     assert said in part.sentences
     assert not any("where the time goes" in plot.title for plot in part.plots)
 
@@ -186,7 +186,7 @@ def test_plots_of_every_metric() -> None:
         "throughput against concurrency": variants,
         "where the time goes": ["vision encoder", "selection", "language prefill", "rest of TTFT"],
         "peak memory": ["peak memory, GiB"],
-        "KV tokens a request": ["KV tokens a request"],
+        "KV tokens per request": ["KV tokens per request"],
         "requests that fit at once": ["requests that fit at once"],
     }
     first = part.plots[0]

@@ -150,7 +150,7 @@ class TestDryRun:
     [
         (["--preset=b200"], "invalid choice: 'b200'"),
         (["--budgets=10%,ten"], "budget 'ten' is not understood"),
-        (["--budgets=10%,auto"], "the budget auto goes by what a question asks, and the load asks nothing"),
+        (["--budgets=10%,auto"], "the budget auto depends on the question, and loads have no real questions"),
         (["--concurrency=0"], "expected a whole number of at least 1, got '0'"),
         (["--image-px=1008"], "expected width x height in pixels, such as 1008x672, got '1008'"),
         (["--image-px=0x672"], "got '0'"),
