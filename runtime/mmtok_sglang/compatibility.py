@@ -235,6 +235,12 @@ def _problems(cfg: Any) -> Iterator[str]:
             f"--mm-feature-transport {cfg.mm_feature_transport} (or SGLANG_USE_CUDA_IPC_TRANSPORT=1): pixels reach the "
             "scheduler as handles, around what scales and names them"
         )
+    for flag in ("hicache_storage_backend", "enable_lmcache", "enable_flexkv"):
+        if getattr(cfg, flag):
+            yield (
+                f"--{flag.replace('_', '-')}: it keeps keys and values longer than the server runs, and cache keys "
+                "count changes of the weights from the server's start"
+            )
     if cfg.enable_mm_global_cache:
         yield "--enable-mm-global-cache: it would share pruned embeddings without their positions"
     if cfg.cuda_graph_config is not None and cfg.cuda_graph_config.prefill.backend == Backend.FULL:

@@ -68,6 +68,11 @@ class Invalidation:
         answers[_Fallen] = lambda request: self._keys.move_on(request.bases)
         for kind in (*_WEIGHT_REQUESTS, *_ADAPTER_REQUESTS):
             answers[kind] = self._changing(scheduler, answers[kind])
+        answers[io_struct.AttachHiCacheStorageReqInput] = lambda _: io_struct.AttachHiCacheStorageReqOutput(
+            success=False,
+            message="MMTok: a server with --mmtok-budget takes no storage backend, which keeps keys and values longer "
+            "than the server runs: cache keys count changes of the weights from the server's start",
+        )
 
     def _changing(self, scheduler: Any, answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def change(request: Any) -> Any:

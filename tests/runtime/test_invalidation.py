@@ -64,6 +64,11 @@ def embeddings(monkeypatch: pytest.MonkeyPatch) -> MultiModalStaticCache:
     return cache
 
 
+def test_no_storage_is_attached_to_a_running_server() -> None:
+    answer = Rank().ask(io_struct.AttachHiCacheStorageReqInput(hicache_storage_backend="file"))
+    assert (answer.success, "takes no storage backend" in answer.message) == (False, True)
+
+
 def test_every_kind_of_request_that_changes_weights_is_one_of_sglangs() -> None:
     """SGLang has no other: a new one has to be read."""
     changing = {
