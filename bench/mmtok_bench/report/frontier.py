@@ -62,9 +62,8 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
     )
     for number, part in enumerate(parts):
         chosen = sorted((mix for mix in mixes if mix.mixed.of_all == part), key=lambda mix: mix.cost)
-        repeats = f", repeats within {part.skip_repeats} left out" if part.skip_repeats >= 0 else ""
         figure.add_scatter(
-            name=f"encoder scale {part.encoder_scale:g}{repeats}",
+            name=_what_is_encoded(part),
             x=[mix.cost for mix in chosen],
             y=[mix.accuracy for mix in chosen],
             text=[str(mix.mixed.budget) for mix in chosen],
@@ -79,6 +78,12 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
     note = f"method mmtok; kinds: {kinds}; higher and further left is better. A Qwen encodes 4 patches for a token"
     formats = {"x": "tokens_kept", "y": "accuracy"}
     return plot_of(f"Quality: {model}, budgets and what is encoded", note, figure, formats)
+
+
+def _what_is_encoded(part: MixedBudget) -> str:
+    repeats = f"repeats within {part.skip_repeats} left out" if part.skip_repeats >= 0 else ""
+    scale = f"encoder scale {part.encoder_scale:g}" if part.encoder_scale < 1 or not repeats else ""
+    return ", ".join(filter(None, (scale, repeats)))
 
 
 def _mixes(lines: Sequence[dict[str, Any]]) -> Iterator[Mix]:
