@@ -72,7 +72,7 @@ def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks("quality.md", "bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mmtok quality")]
     plans = [command for command in commands if command != ["quality", "setup"]]
-    assert len(plans) == len(commands) - 1 == 11
+    assert len(plans) == len(commands) - 1 > 5
     for command in plans:
         assert main([*command, "--dry-run"]) == 0, capsys.readouterr().err
     # What the page says that `make quality` asks.

@@ -227,7 +227,7 @@ def test_features_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.Cap
     assert "text is torch.float64, and the file takes float32" in capsys.readouterr().err
     (tmp_path / "own.npz").write_text("nothing")
     assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
-    assert "own.npz is no .npz of arrays" in capsys.readouterr().err
+    assert "own.npz is no .npz with an array for" in capsys.readouterr().err
 
 
 def test_skip_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

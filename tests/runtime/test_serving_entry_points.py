@@ -197,6 +197,7 @@ def test_an_unpruned_images_account(served: Served) -> None:
     (image,) = account["images"]
     assert image == {
         "tokens_in": account["image_tokens_in"],
+        "tokens_encoded": account["image_tokens_in"],
         "tokens_kept": account["image_tokens_in"],
         "method": None,
         "coverage": None,

@@ -94,6 +94,31 @@ def test_an_error_for_a_text_leaves_the_server_exact(faulty: tuple[Served, Fault
     served.check(TEXT, served.ask(TEXT))
 
 
+def test_beams_whose_image_fails_leave_nothing(faulty: tuple[Served, Faults, int]) -> None:
+    served, faults, _ = faulty
+    if served.server.server_info()["pp_size"] > 1:
+        pytest.skip("SGLang has no beams in a pipeline")
+    chat = Chat.ask(small("coffee"), "Is this a cup of beams?")
+    body = {
+        "text": served.judge.prompt(chat.for_template()),
+        "image_data": [data_url(image) for image in chat.images],
+        "sampling_params": {"max_new_tokens": 4, "beam_width": 5, "n": 5, "ignore_eos": True},
+    }
+    # More beams than the server runs rows at a time.
+    for _ in range(3):
+        served.flush_cache()
+        faults.set("encode", list(range(1, 20)))
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            served.post("/generate", body)
+        assert refusal.value.code == 500
+        assert "MMTok: the features of an image could not be computed" in refusal.value.read().decode()
+        faults.clear()
+    assert len(served.post("/generate", body)["meta_info"]["beam_results"]) == 5
+    # SGLang looks for memory that nobody holds when it is idle.
+    time.sleep(2)
+    served.check(chat, served.ask(chat))
+
+
 def test_features_that_are_not_finite_reach_no_other_request(faulty: tuple[Served, Faults, int]) -> None:
     served, faults, num_ranks = faulty
     if served.token_px is None:
@@ -132,28 +157,3 @@ def test_an_error_of_one_rank_alone_ends_the_server(faulty: tuple[Served, Faults
     log = served.server.log_text()
     assert why in log
     assert f"injected at {point}" in log
-
-
-def test_beams_whose_image_fails_leave_nothing(faulty: tuple[Served, Faults, int]) -> None:
-    served, faults, _ = faulty
-    if served.server.server_info()["pp_size"] > 1:
-        pytest.skip("SGLang has no beams in a pipeline")
-    chat = Chat.ask(small("coffee"), "Is this a cup of beams?")
-    body = {
-        "text": served.judge.prompt(chat.for_template()),
-        "image_data": [data_url(image) for image in chat.images],
-        "sampling_params": {"max_new_tokens": 4, "beam_width": 5, "n": 5, "ignore_eos": True},
-    }
-    # More beams than the server runs rows at a time.
-    for _ in range(3):
-        served.flush_cache()
-        faults.set("encode", list(range(1, 20)))
-        with pytest.raises(urllib.error.HTTPError) as refusal:
-            served.post("/generate", body)
-        assert refusal.value.code == 500
-        assert "MMTok: the features of an image could not be computed" in refusal.value.read().decode()
-        faults.clear()
-    assert len(served.post("/generate", body)["meta_info"]["beam_results"]) == 5
-    # SGLang looks for memory that nobody holds when it is idle.
-    time.sleep(2)
-    served.check(chat, served.ask(chat))
