@@ -41,7 +41,7 @@ def new_document(size_px: tuple[int, int], seed: str) -> Image.Image:
     y = margin
     while y < size_px[1] - margin - _LINE_PX:
         for line in range(draw.randint(2, 6)):
-            # The last line of a paragraph ends somewhere.
+            # All lines of a paragraph but the first end at a random place.
             end = size_px[0] - margin - (draw.random() * size_px[0] / 2 if line else 0)
             x: float = margin
             while y < size_px[1] - margin - _LINE_PX:

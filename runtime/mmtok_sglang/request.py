@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
@@ -114,19 +114,35 @@ def requested(kwargs: Mapping[str, Any] | None, settings: Settings) -> Requested
         ValueError: A field that does not exist, or a value that is not understood or cannot be served (HTTP 400).
     """
     budget, method = _budget(kwargs, settings), _method(kwargs, settings)
-    try:
-        check_budget(budget, method)
-    except ValueError as error:
-        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
-    seed, video_budget = _seed(kwargs, settings.seed), _video_budget(kwargs, settings.video_budget)
-    try:
-        check_frame_method(method, video_budget)
-    except ValueError as error:
-        raise refusal("method", f"mm_processor_kwargs.mmtok_{error}") from None
+    _checked(check_budget, budget, method)
+    seed = _seed(kwargs, settings.seed)
+    video_budget = _checked(check_video_budget, _given(kwargs, _VIDEO_BUDGET, settings.video_budget))
+    _checked(check_frame_method, method, video_budget, kind="method")
     return Requested(
-        *(budget, method, seed if method == "random" else 0, _encoder_scale(kwargs, settings, method)),
-        *(video_budget, _keys(kwargs, settings, method), _skip_repeats(kwargs, settings, method)),
+        *(budget, method, seed if method == "random" else 0),
+        _checked(check_encoder_scale, _given(kwargs, _ENCODER_SCALE, settings.encoder_scale), method),
+        video_budget,
+        _checked(settings.check_keys, _given(kwargs, _KEYS, settings.keys), method),
+        _checked(check_skip_repeats, _given(kwargs, _SKIP_REPEATS, settings.skip_repeats), method),
     )
+
+
+def _given(kwargs: Mapping[str, Any] | None, field: str, default: Any) -> Any:
+    """Returns the request's value of a field, the server's if it has none."""
+    value = (kwargs or {}).get(field)
+    return default if value is None else value
+
+
+def _checked(check: Callable[..., Any], *values: Any, kind: Literal["field", "method"] = "field") -> Any:
+    """Returns `check(*values)`.
+
+    Raises:
+        ValueError: The check's, as a refusal that names the request's field (HTTP 400).
+    """
+    try:
+        return check(*values)
+    except ValueError as error:
+        raise refusal(kind, f"mm_processor_kwargs.mmtok_{error}") from None
 
 
 def is_ours(name: object) -> bool:
@@ -157,14 +173,6 @@ def _method(kwargs: Mapping[str, Any] | None, settings: Settings) -> MethodName:
         raise refusal("method", f"mm_processor_kwargs.{_METHOD}: {error}") from None
 
 
-def _keys(kwargs: Mapping[str, Any] | None, settings: Settings, method: MethodName) -> KeySource:
-    given = (kwargs or {}).get(_KEYS)
-    try:
-        return settings.check_keys(settings.keys if given is None else given, method)
-    except ValueError as error:
-        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
-
-
 def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
     given = (kwargs or {}).get(_SEED)
     if given is None:
@@ -174,30 +182,6 @@ def _seed(kwargs: Mapping[str, Any] | None, default: int) -> int:
             "field", f"mm_processor_kwargs.{_SEED} is a whole number from 0 to {MAX_SEED}, got {shown(given)}"
         )
     return given
-
-
-def _encoder_scale(kwargs: Mapping[str, Any] | None, settings: Settings, method: MethodName) -> float:
-    given = (kwargs or {}).get(_ENCODER_SCALE)
-    try:
-        return check_encoder_scale(settings.encoder_scale if given is None else given, method)
-    except ValueError as error:
-        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
-
-
-def _skip_repeats(kwargs: Mapping[str, Any] | None, settings: Settings, method: MethodName) -> int:
-    given = (kwargs or {}).get(_SKIP_REPEATS)
-    try:
-        return check_skip_repeats(settings.skip_repeats if given is None else given, method)
-    except ValueError as error:
-        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
-
-
-def _video_budget(kwargs: Mapping[str, Any] | None, default: VideoBudget) -> VideoBudget:
-    given = (kwargs or {}).get(_VIDEO_BUDGET)
-    try:
-        return default if given is None else check_video_budget(given)
-    except ValueError as error:
-        raise refusal("field", f"mm_processor_kwargs.mmtok_{error}") from None
 
 
 def guidance_texts(
