@@ -275,14 +275,16 @@ def _questions(name: str, about: str, concurrency: int, bound: float, *more: str
     )
 
 
-def _logprobs(family: str, prefill: str) -> tuple[Bar, ...]:
+def _logprobs(family: str, prefill: str, encoder: str = "eager") -> tuple[Bar, ...]:
     def times(metrics: Mapping[str, float], name: str, of: str) -> float | None:
         return metrics[name] / metrics[of] if metrics[of] else math.inf
 
-    of_family = partial(_of_row, "device-logprobs", family=family, prefill=prefill)
+    of_family = partial(_of_row, "device-logprobs", family=family, prefill=prefill, encoder=encoder)
     what = family if prefill == "eager" else f"{family}, prefill graphs"
-    # On CUDA, SGLang serves its own models only in 16 bits. The hand-pruned model in float16 rounds like them.
-    is_half = not family.startswith("llava")
+    what += ", encoder graphs" if encoder == "graphs" else ""
+    # On CUDA, SGLang serves its own models only in 16 bits, and captures prefills only with its attention for these.
+    # The hand-pruned model in float16 rounds like them.
+    is_half = not (family.startswith("llava") and prefill == "eager")
     of_question = of_family(partial(times, name="question_error", of="max_error"))
     of_positions = of_family(partial(times, name="position_error", of="max_error"))
     bars = [
@@ -300,6 +302,8 @@ def _logprobs(family: str, prefill: str) -> tuple[Bar, ...]:
     if prefill != "eager":
         # The three chats with images, asked one by one.
         bars.append(Bar(f"{what}, prefills replayed", "at least 3", of_family(itemgetter("num_replayed"))))
+    if encoder == "graphs":
+        bars.append(Bar(f"{what}, images replayed", "at least 1", of_family(itemgetter("num_encoder_replays"))))
     return tuple(bars)
 
 
@@ -315,8 +319,8 @@ def _quantised(method: str) -> tuple[Bar, ...]:
     )
 
 
-def _device_logprobs(family: str, prefill: str) -> tuple[str, ...]:
-    return ("-m", "tests.runtime.device_logprobs", "FOLDER", "--family", family, "--prefill", prefill)
+def _device_logprobs(family: str, prefill: str, *more: str) -> tuple[str, ...]:
+    return ("-m", "tests.runtime.device_logprobs", "FOLDER", "--family", family, "--prefill", prefill, *more)
 
 
 def _time_graphs() -> list[ResultRow]:
@@ -356,6 +360,7 @@ def _replays_ms(call: Callable[[], object]) -> list[float]:
 
 
 _WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith(("llava", "qwen2.5", "qwen3")))
+_WITH_ENCODER_GRAPHS = tuple(family for family in get_args(FamilyName) if family != "internvl3")
 _WITH_VIDEOS: tuple[FamilyName, ...] = ("qwen2.5-vl", "qwen3-vl")
 _QUANTISED = ("fp8", "awq", "gptq")
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -424,9 +429,15 @@ PARTS: tuple[Part, ...] = (
         tuple(bar for family in _WITH_GRAPHS for bar in _logprobs(family, "graphs")),
     ),
     Part(
+        "logprobs-encoder",
+        "the same, with vision encoders by CUDA graphs",
+        tuple(_device_logprobs(family, "eager", "--encoder", "graphs") for family in _WITH_ENCODER_GRAPHS),
+        tuple(bar for family in _WITH_ENCODER_GRAPHS for bar in _logprobs(family, "eager", "graphs")),
+    ),
+    Part(
         "video",
         "the same of videos, and of images beside them; needs FFmpeg",
-        tuple((*_device_logprobs(family, "eager"), "--videos") for family in _WITH_VIDEOS),
+        tuple(_device_logprobs(family, "eager", "--videos") for family in _WITH_VIDEOS),
         tuple(bar for family in _WITH_VIDEOS for bar in _logprobs(family, "eager")),
     ),
     Part(

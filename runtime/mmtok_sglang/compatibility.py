@@ -248,6 +248,9 @@ def _problems(cfg: Any) -> Iterator[str]:
     if cfg.smg_grpc_mode or cfg.grpc_mode or cfg.grpc_port is not None:
         yield "gRPC serving (--smg-grpc-mode, --grpc-mode, --grpc-port): images are processed around the plugin"
     if envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():
-        yield "SGLANG_VIT_ENABLE_CUDA_GRAPH: features before the merger stay inside the graph"
+        yield (
+            "SGLANG_VIT_ENABLE_CUDA_GRAPH=1: features before the merger stay inside those graphs. Unset it: with a "
+            "budget, the vision encoder has graphs of its own"
+        )
     if envs.SGLANG_RUST_SERVER.get():
         yield "SGLANG_RUST_SERVER: the Rust server processes images itself"

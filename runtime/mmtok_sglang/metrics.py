@@ -43,6 +43,7 @@ _COUNTERS = {
     "agent_errors": "Questions that the agent could not be asked.",
     "agent_skips": "Questions that the agent was not asked, since it had failed several times.",
     "vision_encoder_images": "Images that went through the vision encoder, pruned or not.",
+    "vision_encoder_replays": "Images whose encoder blocks were replayed as a CUDA graph.",
     "language_prefill_requests": "Requests in language model prefills; each chunk of a prompt counts.",
     "language_prefill_tokens": "Tokens that the language model prefilled.",
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from typing_extensions import override
 
 from mmtok_deploy.methods import reads_attention
 from mmtok_deploy.methods.visionzip import class_token_attention
+from mmtok_sglang.encoder_graphs import MAX_PATCHES, EncoderGraphs
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.plan import plan_of
@@ -77,7 +79,34 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
 
     def encode(self, items: Sequence[Any]) -> Tensor:
         """Returns the features of images, encoded one by one."""
-        return torch.cat([super(TransformersModel, self).encode([item]) for item in items])
+        return torch.cat([self._encode_one(item) for item in items])
+
+    def _encode_one(self, item: Any, *, may_replay: bool = True) -> Tensor:
+        num_patches = item.feature.numel() // (3 * self.config.vision_config.patch_size**2)
+        may_replay = may_replay and num_patches <= MAX_PATCHES
+        with self._graphs.of(tuple(item.feature.shape) if may_replay else None):
+            return super().encode([item])
+
+    @cached_property
+    def _blocks(self) -> torch.nn.ModuleList:
+        # Versions of Transformers differ in what lies between the tower and its encoder.
+        blocks: torch.nn.ModuleList = next(
+            module.layers
+            for module in self.model.vision_tower.modules()
+            if isinstance(getattr(module, "layers", None), torch.nn.ModuleList)
+        )
+        return blocks
+
+    @cached_property
+    def _graphs(self) -> EncoderGraphs:
+        read = self.config.vision_feature_layer
+        return EncoderGraphs(
+            self._blocks, [self._block_of(layer) for layer in ([read] if isinstance(read, int) else read)]
+        )
+
+    def _block_of(self, layer: int) -> int:
+        """Returns the index of the block whose output is a feature layer; these are numbered from the embeddings on."""
+        return layer - 1 if layer > 0 else len(self._blocks) + layer
 
     def features_of(self, items: Sequence[Any]) -> list[Features]:
         """Returns what goes into the projector and what comes out of it, tile by tile."""
@@ -100,10 +129,10 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
         """Returns [tiles, n] what the class token pays to each patch, in the layer that the projector reads."""
         layer = self.config.vision_feature_layer
         layer = layer if isinstance(layer, int) else layer[-1]
-        # Features are numbered from the embeddings on, which come before layer 0.
-        attention = self.model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
+        attention: Any = self._blocks[self._block_of(layer)].self_attn
         with _calls_of(attention.q_proj) as queries, _calls_of(attention.k_proj) as keys:
-            self.encode([item])
+            # A replay would not call them.
+            self._encode_one(item, may_replay=False)
         return class_token_attention(queries[0][1], keys[0][1], attention.num_heads)
 
     @override

@@ -95,13 +95,13 @@ def test_what_is_measured_by_commands_of_its_own() -> None:
     lines = judge(part_of("first-request"), [row("served-checks", {}, {**metrics, "triton_compiles": 3.0})], [0])
     assert lines[1][2:] == ("3", False)
     errors = {"max_error": 1e-4, "question_error": 2e-2}
-    case = {"family": "llava-1.5", "prefill": "eager"}
+    case = {"family": "llava-1.5", "prefill": "eager", "encoder": "eager"}
     lines = judge(part_of("logprobs"), [row("device-logprobs", case, errors)], [0, 0, 0])
     found = {text: rest for text, _, *rest in lines}
     assert found["llava-1.5, logprobs against the hand-pruned model"] == ["0.0001", True]
     assert found["llava-1.5, another question's against that"] == ["200 x", True]
     assert found["llava-next, another question's against that"] == ["not measured", None]
-    case = {"family": "qwen2.5-vl", "prefill": "graphs"}
+    case = {"family": "qwen2.5-vl", "prefill": "graphs", "encoder": "eager"}
     in_half = {"max_error": 3e-3, "question_error": 0.3, "position_error": 2e-2, "half_error": 2e-3}
     replayed = {**in_half, "num_replayed": 2}
     lines = judge(part_of("logprobs-graphs"), [row("device-logprobs", case, replayed)], [0, 0, 0])
@@ -112,7 +112,9 @@ def test_what_is_measured_by_commands_of_its_own() -> None:
     assert found[half] == ["1.5 x", True]
     assert not any("qwen3.5" in text and "positions" in text for text in found)
     lines = judge(
-        part_of("video"), [row("device-logprobs", {"family": "qwen3-vl", "prefill": "eager"}, in_half)], [0, 0]
+        part_of("video"),
+        [row("device-logprobs", {"family": "qwen3-vl", "prefill": "eager", "encoder": "eager"}, in_half)],
+        [0, 0],
     )
     found = {text: rest for text, _, *rest in lines}
     assert found["qwen3-vl, wrong positions' against that"] == ["6.67 x", True]

@@ -1,8 +1,9 @@
-"""An SGLang plugin for tests alone: breakable prefill graphs without a GPU.
+"""An SGLang plugin for tests alone: breakable prefill graphs, and graphs of vision encoders, without a GPU.
 
 SGLang's own runner does all but the recording: it makes static tensors, pads a batch into them and puts a replay in the
 place of the language model's forward. What is "captured" is that forward with its arguments; a "replay" calls it with
 the same arguments, so that it reads what a CUDA graph would: the static tensors, and no argument of the batch's own.
+Likewise for the blocks of an encoder.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from typing import Any
 from sglang.srt.model_executor.runner import prefill_cuda_graph_runner as runner_module
 from sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend import BreakableCudaGraphBackend
 from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import enable_breakable_cuda_graph
+from torch import Tensor
 
 from mmtok_bench.second_plugin import plugin_environment
+from mmtok_sglang import encoder_graphs
+from tests.runtime import replayed_encoders
 
-__all__ = ["ARGUMENTS", "graph_environment", "register"]
+__all__ = ["ARGUMENTS", "graph_environment", "record_on_host", "register"]
 
 ARGUMENTS = ("--cuda-graph-backend-prefill=breakable", "--disable-decode-cuda-graph")
 
@@ -69,8 +73,18 @@ def _no_stream(**_: Any) -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(stream=None)
 
 
+def record_on_host(run: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], object], Tensor]:
+    """Takes the place of `encoder_graphs.record`: a replay calls `run` again."""
+    output = run()
+    return lambda: output.copy_(run()), output
+
+
 def register() -> None:
-    """Has SGLang's runner record on the host."""
+    """Has SGLang's runner and the plugin's graphs of encoders record on the host."""
+    encoder_graphs.are_on = lambda device: True
+    encoder_graphs.record = record_on_host
+    encoder_graphs.CAPTURABLE += ("sdpa",)
+    replayed_encoders.register()
     runner_module.resolve_prefill_backend = _Recorded
     runner_module.graph_capture = _no_stream
     runner_module.get_or_create_global_graph_capture_stream = lambda: None

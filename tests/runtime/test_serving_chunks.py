@@ -77,9 +77,11 @@ def chunked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         arguments += [*ARGUMENTS, "--enable-mixed-chunk", "--cuda-graph-bs-prefill", "8", "16", "32", "48"]
         environment = environment | graph_environment(tmp_path_factory.mktemp("graphs"))
     with make_server(family, *arguments, **environment) as server:
-        yield Served(family, server, judge_of(family))
+        served = Served(family, server, judge_of(family))
+        yield served
         if name.endswith(GRAPHS):
             assert len(re.findall(r"Prefill batch.*graph: True", server.log_text())) > 20
+            assert served.metric("vision_encoder_replays_total") >= 3
 
 
 @pytest.fixture

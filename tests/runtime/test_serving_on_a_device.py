@@ -35,15 +35,16 @@ def test_a_new_server_is_held_against_the_judge_and_asked_at_random() -> None:
 
 def test_a_row_is_what_the_gpu_check_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"max_error": 1e-5, "question_error": 5e-5}
-    monkeypatch.setattr(device_logprobs, "measure", lambda served, chats, in_half: measured)
+    monkeypatch.setattr(device_logprobs, "measure", lambda served, chats, in_half, more: measured)
+    monkeypatch.setattr(Served, "metric", lambda served, name: 0.0)
     monkeypatch.setattr("mmtok_bench.server.SglangServer.start", lambda server: None)
     monkeypatch.setattr("mmtok_bench.server.SglangServer.wait_until_ready", lambda server: None)
     arguments = [str(tmp_path), "--family=llava-1.5", "--device=cpu"]
     # The mistake's is not ten times as large.
     assert device_logprobs.main(arguments) == 1
     (row,) = read_rows(tmp_path / "device-logprobs.jsonl")
-    assert dict(row.case) == {"family": "llava-1.5", "prefill": "eager"}
-    assert dict(row.metrics) == {**measured, "num_prefills": 0, "num_replayed": 0}
+    assert dict(row.case) == {"family": "llava-1.5", "prefill": "eager", "encoder": "eager"}
+    assert dict(row.metrics) == {**measured, "num_encoder_replays": 0, "num_prefills": 0, "num_replayed": 0}
 
 
 def test_float16_is_held_against_the_models_own_rounding() -> None:

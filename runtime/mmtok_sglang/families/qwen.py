@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import math
 import re
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from io import BytesIO
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from sglang.srt.multimodal.cache.preprocess_cache import MultimodalPreprocessCache
+from sglang.srt.utils import is_cuda, load_image
 from torch import Tensor
 from typing_extensions import override
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.cache_key import name_by_source
+from mmtok_sglang.encoder_graphs import MAX_PATCHES, EncoderGraphs
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.feature_cache import Features
 from mmtok_sglang.images import ImageLoader
@@ -38,6 +43,8 @@ from mmtok_sglang.videos import Video, VideoLoader
 
 __all__ = ["Qwen", "QwenModel", "QwenProcessor", "QwenWithTimestamps", "grid_of"]
 
+logger = logging.getLogger(__name__)
+
 # MiB of preprocessed images that the tokenizer processes keep together, on the host.
 _PREPROCESS_CACHE_MB = 256
 _MAX_PIXELS_ON_CPU = 2048 * 2048
@@ -52,6 +59,14 @@ _MANY_IMAGES = 16
 class QwenModel(PrunedModel):
     """A model of SGLang's own with the encoder `visual` and its `merger`."""
 
+    replays_encoder: ClassVar[bool] = False
+    """Whether its encoder may be replayed as a CUDA graph: answers were then compared with the hand-pruned model's."""
+
+    @cached_property
+    def _graphs(self) -> EncoderGraphs:
+        read = getattr(self.visual, "deepstack_visual_indexes", None) or ()
+        return EncoderGraphs(self.visual.blocks, read, is_on=self.replays_encoder)
+
     def encode(self, items: Sequence[Any]) -> Tensor:
         """Returns the tokens of images; on a CPU by as many images at a time as it has memory for."""
         parts = _parts(items) if next(self.parameters()).device.type == "cpu" else [items]
@@ -59,7 +74,8 @@ class QwenModel(PrunedModel):
         return features[0] if len(features) == 1 else torch.cat(features)
 
     def _encode_part(self, items: Sequence[Any]) -> Tensor:
-        with reading_partly(self.visual, items, [grid_of(item) for item in items]) as grids:
+        whole = [grid_of(item) for item in items]
+        with reading_partly(self.visual, items, whole) as grids, self._graphs.of(_layout(whole, grids)):
             return super().encode([_with_grid(item, grid) for item, grid in zip(items, grids, strict=True)])
 
     def features_of(self, items: Sequence[Any]) -> list[Features]:
@@ -119,6 +135,9 @@ class QwenProcessor(PrunedProcessor):
         super().__init__(*args, **kwargs)
         sglangs = self.mm_preprocess_cache
         self.mm_preprocess_cache = _OwnMisses(sglangs.max_size_bytes, sglangs.max_entries)
+        # The scheduler process, which makes a processor as well, has initialised CUDA by then and decodes nothing.
+        if is_cuda() and not torch.cuda.is_initialized():
+            threading.Thread(target=_decode_first, args=(self.gpu_image_decode,), daemon=True).start()
 
     @override
     async def _compute_cache_misses(
@@ -180,6 +199,20 @@ class QwenProcessor(PrunedProcessor):
     def _load_single_item(cls, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns a decoded image, or an opened video."""
         return data if isinstance(data, Video) else _in_colour(super()._load_single_item(data, *args, **kwargs))
+
+
+def _decode_first(gpu_image_decode: Any) -> None:
+    """Decodes a small JPEG as SGLang decodes those of requests.
+
+    The first one on a GPU initialises CUDA and its decoder in this process: 0.6 to 2 s on an H200, once in each
+    tokenizer process, while a request waits.
+    """
+    jpeg = BytesIO()
+    Image.new("RGB", (32, 32)).save(jpeg, "JPEG")
+    try:
+        load_image(jpeg.getvalue(), gpu_image_decode)
+    except Exception as error:
+        logger.warning("MMTok: a first image could not be decoded (%s: %s)", type(error).__name__, error)
 
 
 def _in_colour(image: Any) -> Any:
@@ -333,6 +366,13 @@ def _with_grid(item: Any, grid: Tensor) -> Any:
     copied = copy.copy(item)
     copied.model_specific_data = {**item.model_specific_data, "image_grid_thw": grid}
     return copied
+
+
+def _layout(whole: Sequence[Tensor], grids: Sequence[Tensor]) -> tuple[tuple[int, ...], ...] | None:
+    """Returns the grid of one image that is read whole, None for more images, partly read ones and large ones."""
+    if len(grids) > 1 or grids[0] is not whole[0] or int(grids[0].prod(-1).sum()) > MAX_PATCHES:
+        return None
+    return tuple(tuple(each) for each in grids[0].tolist())
 
 
 def _parts(items: Sequence[Any]) -> Iterator[list[Any]]:

@@ -26,6 +26,8 @@ _FRAMES_APART = "frames_apart"
 class Qwen2_5_VLForConditionalGeneration(QwenModel, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     """The model."""
 
+    replays_encoder = True
+
     def encode(self, items: Sequence[Any]) -> Tensor:
         """Returns the tokens of images or videos.
 

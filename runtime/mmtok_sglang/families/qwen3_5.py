@@ -19,9 +19,13 @@ __all__ = ["Qwen35", "Qwen35Moe"]
 class Qwen3_5ForConditionalGeneration(QwenModel, qwen3_5.Qwen3_5ForConditionalGeneration):  # noqa: N801
     """The model."""
 
+    replays_encoder = True
+
 
 class Qwen3_5MoeForConditionalGeneration(QwenModel, qwen3_5.Qwen3_5MoeForConditionalGeneration):  # noqa: N801
     """The model with a mixture of experts."""
+
+    replays_encoder = True
 
 
 class Qwen35Processor(QwenProcessor, QwenVLImageProcessor):
