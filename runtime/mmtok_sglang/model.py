@@ -175,7 +175,11 @@ class PrunedModel(_Base):
             if forward_batch.mrope_positions is not None:
                 self._spans = current().positions.spans(forward_batch)
         try:
-            return run(input_ids)
+            output = run(input_ids)
+            if not self._has_begun:
+                # Kept tokens would have had the positions of others, and no time of the prefill would be right.
+                raise RuntimeError("MMTok: the language model ran without its forward pre-hook")
+            return output
         finally:
             self._forward_batch, self._spans = None, []
 

@@ -144,8 +144,8 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
             input_embeds = mm_utils.prepare_mm_inputs(input_ids, forward_batch, self.model, {}, self)
         elif input_embeds is None:
             input_embeds = self.get_input_embeddings()(input_ids)
-        # By its name: SGLang replaces it while a captured prefill is replayed.
-        hidden: Tensor = self.model.forward(None, positions, forward_batch, input_embeds=input_embeds)
+        # Its hooks run before its `forward`, which SGLang replaces while a captured prefill is replayed.
+        hidden: Tensor = self.model(None, positions, forward_batch, input_embeds=input_embeds)
         return hidden
 
     def _forward_layers(self, _input_ids: None, positions: Tensor, forward_batch: Any, input_embeds: Tensor) -> Tensor:
