@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtok_deploy.methods import MethodName
 from mmtok_sglang.plan import ImagePlan
@@ -38,19 +37,23 @@ def llava(tower: str) -> Any:
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
+class Held(TransformersModel):
+    """What SGLang's class holds of a model, without the rest of a server."""
+
+    def __init__(self, model: Any) -> None:
+        nn.Module.__init__(self)
+        self.model, self.config = model.model, model.config
+
+    def _encode_one(self, item: Any, *, may_replay: bool = True) -> Tensor:
+        (features,) = self.model.get_image_features(item.feature).pooler_output
+        return features  # type: ignore[no-any-return]
+
+
 def encoded(model: Any, method: MethodName) -> Any:
     item = SimpleNamespace(feature=torch.ones(1, 3, 56, 56), model_specific_data={})
     ImagePlan(num_tokens=16, num_kept=4, guidance=[], method=method).attach(item)
-
-    def encode(items: list[Any]) -> Tensor:
-        (features,) = model.model.get_image_features(items[0].feature).pooler_output
-        return features  # type: ignore[no-any-return]
-
-    # What SGLang's class holds of it, without the rest of a server.
-    held: Any = SimpleNamespace(model=model.model, config=model.config, encode=encode)
-    held._encode_with_attention = partial(TransformersModel._encode_with_attention, held)
     with torch.no_grad():
-        return TransformersModel._features(held, item)
+        return Held(model)._features(item)
 
 
 @pytest.mark.parametrize("method", ["scope", "visionzip"])
@@ -74,3 +77,11 @@ def test_else_it_is_not(tower: str, method: MethodName) -> None:
     features = encoded(llava(tower), method)
     assert features.attention is None
     assert features.keys.shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_the_blocks_of_a_tower_are_found(tower: str) -> None:
+    held = Held(llava(tower))
+    assert len(held._blocks) == 3
+    # Features are numbered from the embeddings on: 1 and -3 are what the first block makes.
+    assert [held._block_of(layer) for layer in (1, 3, -1, -3)] == [0, 2, 2, 0]
