@@ -138,14 +138,15 @@ class EncoderGraphs:
             yield
             return
         self._recent.append(layout)
-        if layout not in self._captured and self._recent.count(layout) < _MIN_SEEN:
+        captured = self._captured.get(layout)
+        if captured is None and self._recent.count(layout) < _MIN_SEEN:
             yield
             return
-        start_s, is_new = time.perf_counter(), layout not in self._captured
-        self._segments, self._next, self._noted = self._captured.get(layout, []), 0, []
+        start_s = time.perf_counter()
+        self._segments, self._next, self._noted = captured or [], 0, []
         try:
             yield
-            self._keep(layout, is_new, start_s)
+            self._keep(layout, captured is None, start_s)
         finally:
             self._segments = None
 

@@ -98,11 +98,14 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
         return blocks
 
     @cached_property
+    def _read_blocks(self) -> list[int]:
+        """Indices of the blocks whose outputs the projector reads."""
+        layers = self.config.vision_feature_layer
+        return [self._block_of(layer) for layer in ([layers] if isinstance(layers, int) else layers)]
+
+    @cached_property
     def _graphs(self) -> EncoderGraphs:
-        read = self.config.vision_feature_layer
-        return EncoderGraphs(
-            self._blocks, [self._block_of(layer) for layer in ([read] if isinstance(read, int) else read)]
-        )
+        return EncoderGraphs(self._blocks, self._read_blocks)
 
     def _block_of(self, layer: int) -> int:
         """Returns the index of the block whose output is a feature layer; these are numbered from the embeddings on."""
@@ -127,9 +130,7 @@ class TransformersModel(PrunedModel, EmbeddingMixin, TransformersMultiModalForCa
 
     def _encode_with_attention(self, item: Any) -> Tensor:
         """Returns [tiles, n] what the class token pays to each patch, in the layer that the projector reads."""
-        layer = self.config.vision_feature_layer
-        layer = layer if isinstance(layer, int) else layer[-1]
-        attention: Any = self._blocks[self._block_of(layer)].self_attn
+        attention: Any = self._blocks[self._read_blocks[-1]].self_attn
         with _calls_of(attention.q_proj) as queries, _calls_of(attention.k_proj) as keys:
             # A replay would not call them.
             self._encode_one(item, may_replay=False)
