@@ -38,10 +38,12 @@ class ProcessorSizes:
     def of(cls, processor: Any) -> ProcessorSizes:
         """Returns the sizes of SGLang's processor, which a server may change by --mm-process-config."""
         images, given = processor._processor.image_processor, processor.image_config
+        # As the processor reads them (transformers 5.19 image_processing_qwen2_vl.py, `_standardize_kwargs`).
+        size = given.get("size", images.size)
         return cls(
             token_px=images.patch_size * images.merge_size,
-            min_pixels=given.get("min_pixels", images.size["shortest_edge"]),
-            max_pixels=given.get("max_pixels", images.size["longest_edge"]),
+            min_pixels=given.get("min_pixels", size["shortest_edge"]),
+            max_pixels=given.get("max_pixels", size["longest_edge"]),
         )
 
     def scale(self, source: Any, scale: float, min_tokens_in: int) -> Any:

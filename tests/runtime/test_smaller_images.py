@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
+from transformers import Qwen2VLImageProcessor
 
 from mmtok_deploy import Budget
 from mmtok_sglang.smaller_images import ProcessorSizes
@@ -100,6 +103,25 @@ def test_an_image_that_the_camera_held_upright_is_not_turned() -> None:
     smaller = SIZES.shrink(buffer.getvalue(), Budget.parse(6), 0)
     assert (unpruned.size, smaller.size) == (SIZE, (84, 56))
     assert np.array_equal(np.asarray(smaller), np.asarray(unpruned.resize((84, 56), Image.Resampling.BICUBIC)))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"size": {"shortest_edge": 30 * 784, "longest_edge": 40 * 784}},
+        {"size": {"shortest_edge": 4 * 784, "longest_edge": 9 * 784}},
+        {"min_pixels": 30 * 784},
+        {"max_pixels": 10 * 784},
+        {"size": {"shortest_edge": 4 * 784, "longest_edge": 9 * 784}, "max_pixels": 12 * 784},
+    ],
+    ids=str,
+)
+def test_sizes_are_those_that_the_server_gives_the_processor(given: dict[str, Any]) -> None:
+    images = Qwen2VLImageProcessor()
+    sizes = ProcessorSizes.of(SimpleNamespace(_processor=SimpleNamespace(image_processor=images), image_config=given))
+    _, rows, columns = images(images=[photo()], return_tensors="pt", **given)["image_grid_thw"][0].tolist()
+    assert sizes._grid(SIZE[1], SIZE[0]) == (rows // 2, columns // 2)
 
 
 def test_transparent_white_stays_white() -> None:
