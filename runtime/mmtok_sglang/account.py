@@ -11,7 +11,7 @@ from mmtok_sglang.plan import plan_of
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 from mmtok_sglang.selection import Outcome, TokenSelector
 
-__all__ = ["accounting", "image_account", "remembered_by", "token_counts"]
+__all__ = ["accounting", "image_account", "is_sent_once", "remembered_by", "token_counts"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ def accounting(outcome_of: Callable[[Any], Outcome | None]) -> Callable[..., Non
             # With its first token a request's images are through the encoder: what the device found is on the host.
             if req.multimodal_inputs is not None and req.output_ids and _KEY not in (req.customized_info or {}):
                 account = image_account(req.multimodal_inputs.mm_items, outcome_of)
-                # SGLang sends one value an output token: the account goes with the first.
                 req.customized_info = {**(req.customized_info or {}), _KEY: [account]}
         except Exception:
             # An answer without an account is better than no answer.
@@ -51,12 +50,17 @@ def accounting(outcome_of: Callable[[Any], Outcome | None]) -> Callable[..., Non
                 logger.exception("MMTok: answers do not say what was done with their images")
             reported_failure = True
         original(accumulator, req=req)
-        sent = (req.customized_info or {}).get(_KEY)
-        if sent is not None and req.finished_len == 0:
-            # An answer of no tokens (`max_new_tokens` 0) has none that the account could go with.
-            accumulator.customized_info[_KEY][-1] = sent
 
     return accept
+
+
+def is_sent_once(original: Callable[..., bool], streamer: Any, key: str) -> bool:
+    """Returns whether SGLang sends a value of an answer's metadata once, and not one for each output token.
+
+    Else a request of text has a null for each token that it generates beside one with images, and an answer of no
+    tokens (`max_new_tokens` 0) has no account.
+    """
+    return key == _KEY or original(streamer, key)
 
 
 def image_account(items: Any, outcome_of: Callable[[Any], Outcome | None]) -> dict[str, Any]:

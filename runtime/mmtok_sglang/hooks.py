@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from mmtok_sglang.account import accounting, remembered_by, token_counts
+from mmtok_sglang.account import accounting, is_sent_once, remembered_by, token_counts
 from mmtok_sglang.agent import refuse_chains
 from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine_generate, generate_request
 from mmtok_sglang.flush import flushing
@@ -195,6 +195,13 @@ def hooks_of(server: Server) -> list[Hook]:
             "self req",
             accounting(remembered_by(server.selector)),
             reason="an answer says what was done with its images",
+            until="requests report on their images",
+        ),
+        Hook(
+            "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.is_request_level_customized_info_key",
+            "self key",
+            is_sent_once,
+            reason="that is of a request and not of its tokens; requests of text in the batch have a null for each",
             until="requests report on their images",
         ),
         Hook(

@@ -227,6 +227,14 @@ def test_the_account_of_a_stream(served: Served) -> None:
     assert last["usage"]["prompt_tokens_details"]["image_tokens"] == expected["image_tokens_kept"]
 
 
+def test_a_text_beside_images_has_no_account(served: Served) -> None:
+    of_image = _generate(served)
+    prompts = {"text": [of_image["text"], "Tell me about cats."], "image_data": [[URL], None]}
+    image, text = served.post("/generate", of_image | prompts)
+    assert len(image["meta_info"]["mmtok"]) == 1
+    assert not text["meta_info"].get("mmtok")
+
+
 def test_a_tools_image_is_guided_by_the_user(served: Served) -> None:
     if served.token_px is None:
         pytest.skip("the chat template of this family has no tools")
