@@ -20,6 +20,7 @@ import torch
 from sglang.srt import runtime_context
 from sglang.srt.arg_groups.overrides import model_config_of
 from sglang.srt.managers.multimodal_processor import get_mm_processor, import_processors
+from sglang.srt.multimodal.cache.preprocess_cache import MultimodalPreprocessCache
 from sglang.srt.multimodal.media_artifacts import base
 from sglang.srt.multimodal.processors import base_processor, qwen_vl
 from transformers import AutoProcessor
@@ -107,6 +108,25 @@ async def _is_grey_alike(processor: Any) -> bool:
     return torch.equal(found.mm_items[0].feature, expected.mm_items[0].feature)
 
 
+def _prepares_what_it_misses(cache: Any) -> bool:
+    """Returns whether a request is given an image that another request looks up at the same time."""
+
+    claim = MultimodalPreprocessCache.lookup_or_claim_many
+    other = threading.Thread(target=cache.lookup_or_claim_many, args=(["image"],))
+
+    def claim_later(*args: Any, **kwargs: Any) -> Any:
+        # Until the request has what it misses, the other one waits.
+        if threading.current_thread() is not other:
+            other.start()
+            other.join(0.3)
+        return claim(*args, **kwargs)
+
+    with mock.patch.object(MultimodalPreprocessCache, "lookup_or_claim_many", claim_later):
+        (miss,) = cache.lookup_or_claim_many(["image"])
+        other.join()
+    return bool(miss.should_compute)
+
+
 async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
     image = (await _processed(ours, "image", [data_url(small("coffee"))], [], None)).mm_items[0]
     beside = await _beside_a_broken_image(ours)
@@ -121,6 +141,7 @@ async def _run(ours: Any, sglangs: Any) -> dict[str, Any]:
         "image": [str(image.feature.dtype), "mmtok_pixels" in image.model_specific_data],
         **beside,
         "threads": await _threads_of(ours),
+        "prepares_what_it_misses": _prepares_what_it_misses(ours.mm_preprocess_cache),
         "is_grey_alike": await _is_grey_alike(ours),
         "refusal": refusal,
         "num_spans": len(item.offsets),

@@ -37,6 +37,7 @@ def test_a_video_is_refused_with_a_budget_and_a_broken_image_is_its_requests_alo
     # An image goes on as 8-bit pixels, whichever way SGLang prepares it.
     assert result["image"] == ["torch.uint8", True]
     # The other request with the same image waits for nothing, and does not fail.
+    assert result["prepares_what_it_misses"]
     assert "image file is truncated" in result["error_of_the_other"]
     assert result["shares_pixels"]
     # Many images keep no event loop waiting.

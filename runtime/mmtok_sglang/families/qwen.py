@@ -116,11 +116,16 @@ class _OwnMisses(MultimodalPreprocessCache[Any, Any]):
     if any of them cannot be decoded.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Held below while SGLang's method takes it again: no other request can claim an image in between.
+        self._lock = threading.RLock()
+
     @override
     def lookup_or_claim_many(self, keys: list[Any], **kwargs: Any) -> list[Any]:
         with self._lock:
             self._inflight.clear()
-        found: list[Any] = super().lookup_or_claim_many(keys, **kwargs)
+            found: list[Any] = super().lookup_or_claim_many(keys, **kwargs)
         return found
 
 
