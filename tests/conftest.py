@@ -7,11 +7,13 @@ from tests import environment  # noqa: F401, I001 - first: it sets variables tha
 
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from types import MappingProxyType
+from typing import Any, Protocol, get_args
 
 import pytest
 from hypothesis import settings
@@ -62,6 +64,25 @@ def preloaded_spawns(templates: Templates | None) -> Iterator[None]:
 
     with nullcontext() if templates is None else templates.of(cpu_environment()).spawns():
         yield
+
+
+class RunPython(Protocol):
+    def __call__(self, *arguments: str, variables: Mapping[str, str] = ...) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture
+def run_python(templates: Templates | None) -> RunPython:
+    """Runs `python` with these arguments, with SGLang imported already, and returns what it printed."""
+    from mmtok_bench.server import cpu_environment
+
+    def run(*arguments: str, variables: Mapping[str, str] = MappingProxyType({})) -> subprocess.CompletedProcess[str]:
+        every = {**os.environ, **cpu_environment(), **variables}
+        if templates is None:
+            command = [sys.executable, *arguments]
+            return subprocess.run(command, env=every, capture_output=True, text=True, timeout=300)
+        return templates.of(cpu_environment()).run(arguments, every)
+
+    return run
 
 
 @pytest.fixture(autouse=True)
