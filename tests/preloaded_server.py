@@ -1,13 +1,14 @@
-"""Servers as forks of a process that has imported SGLang once.
+"""Servers, and other programs that import SGLang, as forks of a process that has imported it once.
 
 Imports are most of what starting a small server takes: 27 of 31 s of a core, in three processes. A template is a
-process that has imported SGLang, and forks when it is asked to: `Template.start` forks a server's first process, which
-keeps a template of its own for the processes that it spawns. All that follows the imports is what
-`python -m sglang.launch_server` does. Variables that are read while importing have the template's values.
+process that has imported SGLang, and forks when it is asked to: `Template.start` forks a program's first process, which
+keeps a template of its own for the processes and the servers that it starts. All that follows the imports is what
+`python` does with these arguments. Variables that are read while importing have the template's values.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import gc
@@ -17,19 +18,27 @@ import os
 import pickle
 import pkgutil
 import runpy
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import setproctitle
 
-__all__ = ["preloaded_servers"]
+if TYPE_CHECKING:
+    from mmtok_bench.server import SglangServer
+
+__all__ = ["Child", "Template", "Templates", "preloaded_servers"]
 
 _MODULES = (
     "sglang.launch_server",
@@ -54,6 +63,7 @@ _READ_LATER = {
 }
 _PR_SET_CHILD_SUBREAPER = 36
 _FIRST_FREE_FD = 256
+_SERVER = ["-m", "sglang.launch_server"]
 
 
 @contextmanager
@@ -63,25 +73,32 @@ def preloaded_servers() -> Iterator[Templates]:
     Servers with several tokenizer workers, or environment variables other than those of a server on a CPU, start
     afresh.
     """
+    from mmtok_bench.server import SglangServer
+
+    templates = Templates()
+    start_afresh = SglangServer._started_process
+    _start_servers_from(lambda server: templates.of(server.environment)._socket)
+    try:
+        yield templates
+    finally:
+        SglangServer._started_process = start_afresh  # type: ignore[method-assign]
+        templates.close()
+
+
+def _start_servers_from(template_of: Callable[[SglangServer], socket.socket]) -> None:
+    """Makes the servers that this process starts forks of templates, but for those that start afresh."""
     from mmtok_bench.server import SglangServer, cpu_environment
 
     start_afresh = SglangServer._started_process
-    templates = Templates()
 
     def started_process(server: SglangServer, output: IO[bytes]) -> subprocess.Popen[bytes] | Child:
         is_on_cpu = cpu_environment().items() <= server.environment.items()
         # libuv, under the event loops of several tokenizer workers, aborts in forks.
         if not is_on_cpu or any(each.startswith("--tokenizer-worker-num") for each in server.args):
             return start_afresh(server, output)
-        template = templates.of(server.environment)
-        return template.start(server.command[3:], server.full_environment, output.fileno())
+        return _start(template_of(server), server.command[1:], server.full_environment, output.fileno())
 
     SglangServer._started_process = started_process  # type: ignore[method-assign, assignment]
-    try:
-        yield templates
-    finally:
-        SglangServer._started_process = start_afresh  # type: ignore[method-assign]
-        templates.close()
 
 
 class Templates:
@@ -111,10 +128,21 @@ class Child:
         self.pid = pid
         self.returncode: int | None = None
 
-    def wait(self) -> int:
-        """Waits for its end and returns its exit status, negative for a signal."""
-        if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Waits for its end and returns its exit status, negative for a signal.
+
+        Raises:
+            TimeoutError: It has not ended after that many seconds.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.returncode is None:
+            pid, status = os.waitpid(self.pid, 0 if deadline_s is None else os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+                break
+            if deadline_s is not None and time.monotonic() > deadline_s:
+                raise TimeoutError(f"process {self.pid} has not ended after {timeout_s} s")
+            time.sleep(0.02)
         return self.returncode
 
 
@@ -135,17 +163,36 @@ class Template:
                 start_new_session=True,
             )
 
-    def start(self, arguments: Sequence[str], environment: Mapping[str, str], output_fd: int) -> Child:
-        """Forks a server in a session of its own, without standard input.
+    def start(
+        self, arguments: Sequence[str], environment: Mapping[str, str], output_fd: int, errors_fd: int | None = None
+    ) -> Child:
+        """Forks a program in a session of its own, without standard input.
 
         Args:
-            arguments: Of `python -m sglang.launch_server`.
+            arguments: Of `python`: `-m` and a module, `-c` and code, or a file; then the program's.
             environment: All its environment variables.
             output_fd: The file that takes what it prints.
+            errors_fd: The file that takes what it prints to standard error; by default the same.
         """
-        with open(os.devnull) as nothing:
-            fds = {0: nothing.fileno(), 1: output_fd, 2: output_fd}
-            return Child(_ask(self._socket, list(arguments), dict(environment), fds, is_server=True))
+        return _start(self._socket, arguments, environment, output_fd, errors_fd)
+
+    def run(
+        self, arguments: Sequence[str], environment: Mapping[str, str], timeout_s: float = 300.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Returns what a program printed, when it has ended; arguments are those of `start`."""
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            child = self.start(arguments, environment, output.fileno(), errors.fileno())
+            try:
+                code = child.wait(timeout_s)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+            texts = []
+            for file in (output, errors):
+                file.seek(0)
+                texts.append(file.read())
+        return subprocess.CompletedProcess([sys.executable, *arguments], code, *texts)
 
     @contextmanager
     def spawns(self) -> Iterator[None]:
@@ -163,19 +210,32 @@ class Template:
         self._process.wait()
 
 
+def _start(
+    template: socket.socket,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    output_fd: int,
+    errors_fd: int | None = None,
+) -> Child:
+    """Does what `Template.start` does, by what the template listens to."""
+    with open(os.devnull) as nothing:
+        fds = {0: nothing.fileno(), 1: output_fd, 2: output_fd if errors_fd is None else errors_fd}
+        return Child(_ask(template, list(arguments), dict(environment), fds, is_program=True))
+
+
 def _ask(
-    template: socket.socket, arguments: list[str], environment: dict[str, str], fds: dict[int, int], *, is_server: bool
+    template: socket.socket, arguments: list[str], environment: dict[str, str], fds: dict[int, int], *, is_program: bool
 ) -> int:
     """Has a template fork a child of this process, and returns its number.
 
     Args:
         template: What the template listens to.
-        arguments: The child's `sys.argv`, without the program.
+        arguments: Those of `Template.start`, or of a process that was spawned: the code, and what follows it.
         environment: All its environment variables.
         fds: The file descriptors that it has, by their numbers in the child.
-        is_server: Whether it is a server's first process; else it was spawned by one.
+        is_program: Whether it is a program's first process; else it was spawned by one.
     """
-    request = pickle.dumps((arguments, environment, os.getcwd(), list(fds), is_server))
+    request = pickle.dumps((arguments, environment, os.getcwd(), list(fds), is_program))
     answer = b""
     with _adopts_orphans(), suppress(BrokenPipeError, ConnectionResetError):
         socket.send_fds(template, [struct.pack("!I", len(request))], list(fds.values()))
@@ -204,7 +264,7 @@ def _serve(requests: socket.socket) -> Callable[[], Any]:
         if not header:
             os._exit(0)
         size = struct.unpack("!I", header)[0]
-        arguments, environment, folder, numbers, is_server = pickle.loads(requests.recv(size, socket.MSG_WAITALL))
+        arguments, environment, folder, numbers, is_program = pickle.loads(requests.recv(size, socket.MSG_WAITALL))
         number_read, number_written = os.pipe()
         between = os.fork()
         if between == 0:
@@ -217,7 +277,7 @@ def _serve(requests: socket.socket) -> Callable[[], Any]:
                 os.chdir(folder)
                 os.environ.clear()
                 os.environ.update(environment)
-                return partial(_run_server if is_server else _run_spawned, arguments)
+                return partial(_run_program if is_program else _run_spawned, arguments)
             os.write(number_written, struct.pack("!I", child))
             os._exit(0)
         # Its child is one of the process that asked from now on.
@@ -238,31 +298,45 @@ def _take(fds: dict[int, int]) -> None:
         os.close(fd)
 
 
-def _run_server(arguments: list[str]) -> None:
+def _run_program(arguments: list[str]) -> None:
     os.setsid()
-    # As Python itself begins with `-m`.
-    sys.path[:0] = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    # Before the environment's memory is the title's; programs are told apart by it.
+    setproctitle.setproctitle(" ".join([sys.executable, *arguments]))
 
-    def run() -> None:
-        sys.argv = ["", *arguments]
-        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+    def run(template: socket.socket) -> None:
+        if arguments[:2] != _SERVER:
+            _start_servers_from(lambda server: template)
+        what, *rest = arguments
+        # As Python itself begins.
+        folder = str(Path(what).resolve().parent) if what not in ("-m", "-c") else os.getcwd()
+        sys.path[:0] = [folder, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        if what == "-m":
+            sys.argv = ["", *rest[1:]]
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif what == "-c":
+            sys.argv = ["-c", *rest[1:]]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(rest[0], sys.modules["__main__"].__dict__)
+        else:
+            sys.argv = arguments
+            runpy.run_path(what, run_name="__main__")
 
     _run_above_a_template(run)
 
 
-def _run_above_a_template(run: Callable[[], None]) -> None:
-    """Runs a function in a process that forks what it spawns from a template of its own.
+def _run_above_a_template(run: Callable[[socket.socket], None]) -> None:
+    """Runs a function in a process that forks what it spawns from a template of its own, which the function is given.
 
     The forks are its children only if their template is.
     """
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
-        run = _serve(theirs)
+        _serve(theirs)()
     else:
         theirs.close()
         _spawn_from(ours)
-    run()
+        run(ours)
 
 
 def _spawn_from(template: socket.socket) -> None:
@@ -275,7 +349,7 @@ def _spawn_from(template: socket.socket) -> None:
             return execute(path, command, fds)
         kept = {int(fd): int(fd) for fd in {0, 1, 2, *fds}}
         with one_at_a_time:
-            return _ask(template, command[command.index("-c") + 1 :], dict(os.environ), kept, is_server=False)
+            return _ask(template, command[command.index("-c") + 1 :], dict(os.environ), kept, is_program=False)
 
     multiprocessing.util.spawnv_passfds = spawn  # type: ignore[assignment]
 
@@ -283,7 +357,7 @@ def _spawn_from(template: socket.socket) -> None:
 def _run_spawned(arguments: list[str]) -> None:
     code, *rest = arguments
 
-    def run() -> None:
+    def run(template: socket.socket) -> None:
         sys.argv = ["-c", *rest]
         exec(code, {"__name__": "__main__"})
 
@@ -303,7 +377,20 @@ def _main() -> None:
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("the imports started threads, which forks would not have")
     gc.freeze()
-    _serve(socket.socket(fileno=int(sys.argv[1])))()
+    run = _serve(socket.socket(fileno=int(sys.argv[1])))
+    code = 0
+    try:
+        run()
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        code = end.code or 0
+    # As Python ends, but without taking down all modules, which takes a second.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

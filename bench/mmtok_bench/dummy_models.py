@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,9 @@ DUMMY_MODELS: dict[str, _DummyModel] = {
 """Models by name; those of 7B and above have the sizes of the published checkpoints."""
 
 
+@cache
 def make_processor(name: str) -> Any:
-    """Returns the processor of one of `DUMMY_MODELS`."""
+    """Returns the processor of one of `DUMMY_MODELS`, the same each time: its vocabulary takes most of a second."""
     return DUMMY_MODELS[name].processor()
 
 
@@ -163,7 +165,7 @@ def write_dummy_model(name: str, folder: Path) -> Path:
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
         raise FileExistsError(f"{folder} holds weights, a model without weights is not written over them")
     model = DUMMY_MODELS[name]
-    processor = model.processor()
+    processor = make_processor(name)
     config = model.config(processor.tokenizer)
     if model.family == "internvl3":
         config = chat_model_config(config)

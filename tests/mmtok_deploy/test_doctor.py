@@ -5,16 +5,19 @@ import io
 import json
 from importlib import metadata
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from mmtok_bench.server import cpu_environment
 from mmtok_deploy import __version__, doctor
 from mmtok_deploy.cli import main
 from mmtok_deploy.presets import PRESETS
 from mmtok_sglang.plugin import SUPPORTED_SGLANG
+from tests.preloaded_server import Templates
 
 VARIABLES = ("SGLANG_PLUGINS", "SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE")
 NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine without an accelerator")
@@ -36,9 +39,16 @@ def run_checks() -> tuple[int, dict[str, dict[str, str]]]:
 
 
 @pytest.fixture(scope="module")
-def real() -> tuple[int, str]:
-    """One run that loads the plugin in a process of its own, which takes long; the other tests are about the rest."""
+def real(templates: Templates | None) -> tuple[int, str]:
+    """One run that loads the plugin in a process of its own; the other tests are about the rest."""
+
+    def run_preloaded(command: list[str], *, env: dict[str, str], **_: Any) -> CompletedProcess[str]:
+        assert templates is not None
+        return templates.of(cpu_environment()).run(command[1:], env)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
+        if templates is not None:
+            monkeypatch.setattr("mmtok_deploy.doctor.subprocess.run", run_preloaded)
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         return run("--json")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,6 +9,7 @@ from prometheus_client import REGISTRY
 
 from mmtok_sglang import metrics
 from mmtok_sglang.metrics import SelectionMetrics, start_clock
+from tests.conftest import RunPython
 
 FINITE = torch.ones(2, dtype=torch.bool)
 SIZES = [(100, 10), (50, 5)]
@@ -142,7 +141,7 @@ def test_the_hosts_clock_measures_and_is_done() -> None:
     assert 0 <= clock.elapsed_ms() < 1000
 
 
-def test_collectors_of_threads_at_once_and_of_kernels_by_whose_they_are() -> None:
+def test_collectors_of_threads_at_once_and_of_kernels_by_whose_they_are(run_python: RunPython) -> None:
     """In a process of its own: this one has the collectors. Triton's hook is called as Triton calls it."""
     program = """
 import sys, threading
@@ -171,5 +170,5 @@ for module in ("mmtok_deploy.backends.triton_kernels", "sglang.srt.layers", "sgl
     knobs.runtime.jit_post_compile_hook(key="k", fn=SimpleNamespace(module=module, name="it"))
 print(seen, *(REGISTRY.get_sample_value(f"mmtok:triton_compiles{end}_total") for end in ("", "_elsewhere")))
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    run = run_python("-c", program)
     assert run.stdout.splitlines() == [" ".join(["no"] * 8), "0.0", "['k', 'k', 'k'] 1.0 2.0"], run.stderr

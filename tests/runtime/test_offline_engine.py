@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from PIL import Image
 
-from mmtok_bench.server import cpu_environment
+from tests.conftest import RunPython
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import CHECKPOINTS, checkpoint, judge_of
 from tests.runtime.serving import LOGPROB_TOLERANCE
@@ -19,25 +18,24 @@ from tests.runtime.serving import LOGPROB_TOLERANCE
 PROGRAM = Path(__file__).with_name("offline_engine.py")
 
 
-def _run(budget: str, image: Path, prompt: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), str(checkpoint("qwen2.5-vl")), str(image), prompt, budget],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | cpu_environment(),
-        cwd=CHECKPOINTS,
-    )
+@pytest.fixture
+def run_engine(run_python: RunPython, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CompletedProcess[str]]:
+    def run(budget: str, image: Path, prompt: str) -> CompletedProcess[str]:
+        model_path = checkpoint("qwen2.5-vl")
+        monkeypatch.chdir(CHECKPOINTS)
+        return run_python(str(PROGRAM), str(model_path), str(image), prompt, budget)
+
+    return run
 
 
 @pytest.mark.slow
-def test_engine_with_a_budget(tmp_path: Path) -> None:
+def test_engine_with_a_budget(run_engine: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
     chat = Chat.ask(small("coffee"), "What is in this cup?")
     image = tmp_path / "coffee.png"
     small("coffee").save(image)
     judge = judge_of("qwen2.5-vl")
     prompt = judge.prompt(chat.for_template())
-    run = _run("10%", image, prompt)
+    run = run_engine("10%", image, prompt)
     results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(results) == 4, run.stderr[-3000:]
     # First the server's budget and scale, then three ways to ask for others.
@@ -53,7 +51,7 @@ def test_engine_with_a_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_engine_refuses_a_bad_budget(tmp_path: Path) -> None:
-    run = _run("150%", tmp_path / "none.png", "hello")
+def test_engine_refuses_a_bad_budget(run_engine: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
+    run = run_engine("150%", tmp_path / "none.png", "hello")
     assert run.returncode != 0
     assert "budget '150%' is not understood: expected a whole number of tokens (64)" in run.stderr

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mmtok_bench.families import FamilyName
+from tests.conftest import RunPython
 from tests.runtime.conftest import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -17,17 +16,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(("name", "num_spans"), [("qwen2.5-vl", 1), ("qwen3-vl", 2)])
 def test_a_video_is_refused_with_a_budget_and_a_broken_image_is_its_requests_alone(
-    name: FamilyName, num_spans: int
+    name: FamilyName, num_spans: int, run_python: RunPython, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Qwen3-VL's has a span for each pair of frames, with their time between."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.runtime.processed_requests", str(checkpoint(name))],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    monkeypatch.chdir(Path(__file__).parents[2])
+    run = run_python("-m", "tests.runtime.processed_requests", str(checkpoint(name)))
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, run.stderr[-3000:]
     result = json.loads(lines[0].removeprefix("RESULT "))

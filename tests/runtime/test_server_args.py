@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -29,6 +26,7 @@ from mmtok_sglang.limits import Limits
 from mmtok_sglang.server_args import MMTokServerArgs
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.start_errors import FlagError, warn_of_environment
+from tests.conftest import RunPython
 from tests.runtime.stand_ins import tiny_checkpoint, unchanged_environment
 
 FLAGS = [
@@ -76,14 +74,8 @@ def parsed(*flags: str, server_args_class: Any = MMTokServerArgs) -> Any:
 
 
 @pytest.mark.slow
-def test_the_servers_help_lists_the_flags() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "sglang.launch_server", "--help"],
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def test_the_servers_help_lists_the_flags(run_python: RunPython) -> None:
+    result = run_python("-m", "sglang.launch_server", "--help", variables={"COLUMNS": "200"})
     assert result.returncode == 0, result.stderr
     assert [flag for flag in FLAGS if not re.search(rf"{flag}\s", result.stdout)] == []
     assert "a share (10% or 0.1)" in " ".join(result.stdout.split())

@@ -24,6 +24,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from mmtok_bench.page.command import content_of
 from mmtok_bench.page.served import RunningServer
+from mmtok_bench.server import cpu_environment
 from mmtok_deploy.photographs import photograph
 from tests.bench.browser import (
     LEAST_CONTRAST,
@@ -36,6 +37,7 @@ from tests.bench.browser import (
     open_browser,
     prefer,
 )
+from tests.preloaded_server import Child, Templates
 
 pytestmark = [needs_browser, pytest.mark.slow]
 
@@ -78,27 +80,39 @@ TEXTS = """[...document.querySelectorAll("body *")].filter((element) =>
 
 
 class Program:
-    """`mmtok demo --page`, run as a user runs it."""
+    """`mmtok demo --page`, run as a user runs it, with SGLang imported already if there are templates."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, templates: Templates | None) -> None:
         # A shell's background jobs ignore SIGINT, and hand that down.
         program = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
             "from mmtok_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
         )
-        command = [sys.executable, "-c", program, "demo", "--page", "--port=0", f"--folder={folder}"]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
-        )
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
+        arguments = ["-c", program, "demo", "--page", "--port=0", f"--folder={folder}"]
+        environment = {**os.environ, "COLUMNS": "200"}
+        read, written = os.pipe()
+        self.process: subprocess.Popen[bytes] | Child
+        if templates is None:
+            self.process = subprocess.Popen([sys.executable, *arguments], stdout=written, env=environment)
+        else:
+            self.process = templates.of(cpu_environment()).start(
+                arguments, environment | cpu_environment(), written, errors_fd=2
+            )
+        os.close(written)
+        self.output = open(read, encoding="utf-8")  # noqa: SIM115
+        said = self.output.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", said)
         assert found is not None, said
         self.url = found[0]
 
+    def interrupt(self) -> None:
+        """Sends what Ctrl-C sends."""
+        os.kill(self.process.pid, signal.SIGINT)
+
     def servers(self) -> list[psutil.Process]:
-        """Returns the processes of the SGLang server."""
-        return psutil.Process(self.process.pid).children(recursive=True)  # type: ignore[no-any-return]
+        """Returns the processes of the SGLang server, which has a session of its own."""
+        every = psutil.Process(self.process.pid).children(recursive=True)
+        return [each for each in every if os.getsid(each.pid) != os.getsid(self.process.pid)]
 
     def server_url(self) -> str:
         (port,) = {
@@ -111,13 +125,15 @@ class Program:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    program = Program(tmp_path_factory.mktemp("demo"))
+def program(tmp_path_factory: pytest.TempPathFactory, templates: Templates | None) -> Iterator[Program]:
+    program = Program(tmp_path_factory.mktemp("demo"), templates)
     try:
         yield program
     finally:
-        program.process.send_signal(signal.SIGINT)
-        program.process.wait(60)
+        if program.process.returncode is None:
+            program.interrupt()
+            program.process.wait(60)
+        program.output.close()
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +413,7 @@ def test_a_server_that_is_killed_is_told_and_restarted(browser: webdriver.Chrome
 def test_ctrl_c_ends_the_server_and_the_page_says_so(browser: webdriver.Chrome, program: Program) -> None:
     servers = program.servers()
     assert servers
-    program.process.send_signal(signal.SIGINT)
+    program.interrupt()
     assert program.process.wait(60) == 130
     assert psutil.wait_procs(servers, timeout=10)[1] == []
     wait_for(browser, "document.getElementById('trouble-text').textContent.includes('mmtok demo --page again')")

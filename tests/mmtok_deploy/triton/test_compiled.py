@@ -66,6 +66,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # Triton compiles for seconds where its cache is empty: one generation of either size of shared memory is fast enough.
+# The others are there with the smallest launches (tests/conftest.py), and with all of them in make test-all.
 @pytest.mark.parametrize(
     "capability", [86, 90, *(pytest.param(each, marks=pytest.mark.slow) for each in SHARED_KIB if each not in (86, 90))]
 )

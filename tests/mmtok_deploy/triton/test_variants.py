@@ -190,7 +190,7 @@ class TestArguments:
         self, coverage: Coverage, widths: tuple[int, int], launches: list[tuple[Launch, tuple[Any, ...]]]
     ) -> None:
         draw = random.Random(f"{coverage} {widths}")
-        for _ in range(60):
+        for _ in range(25):
             launches.clear()
             vision, keys = draw.choice(DTYPES), draw.choice(DTYPES)
             problems = [random_problem(draw, *widths, vision, keys) for _ in range(draw.choice((1, 1, 2, 3, 40)))]
