@@ -181,8 +181,8 @@ def _add_quality(commands: Any) -> None:
         "--tasks",
         type=each(str),
         default=["pocket"],
-        help="pocket, or some of its kinds (existence,count,position,reading); or public ones: gqa,mmbench,mme,... "
-        "(default pocket)",
+        help="pocket, or some of its kinds (existence,count,position,reading); pages, or some of its kinds (small-text,"
+        "medium-text,large-text); or public ones: gqa,mmbench,mme,... (default pocket)",
     )
     what.add_argument(
         "--methods",
@@ -209,8 +209,8 @@ def _add_quality(commands: Any) -> None:
     served.add_argument(
         "--family",
         choices=_FAMILIES,
-        help="family of the model: decides the pocket model (default llava-1.5) or the server arguments of "
-        "--model-path, the methods, and for public tasks the paper's budgets",
+        help="family of the model: decides the pocket model (default llava-1.5; for pages qwen2.5-vl) or the server "
+        "arguments of --model-path, the methods, and for public tasks the paper's budgets",
     )
     served.add_argument("--model-path", help="model to start a server with (default: a pocket model)")
     served.add_argument(

@@ -16,8 +16,7 @@ from mmtok_bench.client import Answer, ask, image_url
 from mmtok_bench.families import PocketFamily
 from mmtok_bench.picture import draw_kept
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
-from mmtok_bench.pocket.questions import AskedScene, Question, make_scenes, picture_of
-from mmtok_bench.pocket.scenes import draw
+from mmtok_bench.pocket.questions import AskedScene, Question, make_scenes, picture_of, render
 from mmtok_bench.quality.scoring import is_right, normalise
 from mmtok_bench.run import quiet_transformers, run_command
 from mmtok_bench.selected_patches import PatchSelector
@@ -165,7 +164,7 @@ def _draw_pictures(
 ) -> Iterator[Path]:
     """Yields the paths of pictures of the enlarged scene that show the patches that a question keeps."""
     selector = PatchSelector(family, pocket_checkpoint(family))
-    encoded, shown = selector.encode(image), draw(asked.scene, _PICTURE_SCALE)
+    encoded, shown = selector.encode(image), render(asked.scene, _PICTURE_SCALE)
     for kind in _SHOWN_KINDS:
         text = next(question.text for question in asked.questions if question.kind == kind)
         order = selector.select(encoded, selector.embed(text), budget).order.tolist()

@@ -25,10 +25,14 @@ def add_pocket_parser(commands: Any) -> None:
     train.add_argument(
         "--folder", type=Path, help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)"
     )
+    train.add_argument(
+        "--pages", action="store_true", help="go on from the pocket Qwen2.5-VL of this package, and learn to read pages"
+    )
     train.add_argument("--seed", type=int, default=0, help="seed of the weights and of all scenes (default 0)")
     train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     train.add_argument("--threads", type=int, help="PyTorch's threads on the CPU (default: its own number)")
     scenes = kinds.add_parser("scenes", help="draw eight scenes with a question each, as one picture")
+    scenes.add_argument("--pages", action="store_true", help="draw pages")
     scenes.add_argument("--seed", type=int, default=0, help="seed of the scenes (default 0)")
     scenes.add_argument(
         "--output", type=Path, default=Path("artifacts/pocket/scenes.png"), help="default artifacts/pocket/scenes.png"
@@ -42,6 +46,7 @@ def add_pocket_parser(commands: Any) -> None:
     answers.add_argument(
         "--methods", type=each(str), default=["mmtok"], help="as in mmtok quality: mmtok,mmtok+output (default mmtok)"
     )
+    answers.add_argument("--pages", action="store_true", help="ask about pages, of --family qwen2.5-vl")
     answers.add_argument("--seeds", type=each(seed), default=[3, 4, 5], help="seeds of the scenes (default 3,4,5)")
     answers.add_argument("--num-questions", type=count, default=170, help="questions of a kind and seed (default 170)")
     answers.add_argument(
@@ -57,7 +62,7 @@ def run_pocket(arguments: argparse.Namespace) -> int:
     if arguments.pocket == "scenes":
         from pocket_training.questions import draw_sheet
 
-        print(draw_sheet(arguments.output, seed=arguments.seed))
+        print(draw_sheet(arguments.output, seed=arguments.seed, pages=arguments.pages))
         return 0
     try:
         if arguments.pocket == "answers":
@@ -72,12 +77,14 @@ def run_pocket(arguments: argparse.Namespace) -> int:
 
 
 def _answer(arguments: argparse.Namespace) -> int:
+    from mmtok_bench.pocket.questions import KINDS, PAGE_KINDS
     from mmtok_bench.quality.plan import QualityPlan
     from pocket_training.pruned_answers import answer_all, check_plan, write_rows
 
     try:
         plan = QualityPlan(
             *(tuple(arguments.methods), tuple(arguments.budgets), tuple(arguments.seeds)),
+            kinds=PAGE_KINDS if arguments.pages else KINDS,
             num_questions=arguments.num_questions,
         )
         check_plan(arguments.family, plan)
@@ -107,14 +114,18 @@ def _train(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from mmtok_bench.pocket import pocket_checkpoint
     from mmtok_bench.run import progress_bar
-    from pocket_training.training import Stage, Training
+    from pocket_training.training import STAGES_ON_PAGES, Stage, Training
 
     _keep_freed_memory()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    training = Training(_folder(arguments), arguments.family, arguments.seed, device)
+    more: dict[str, Any] = {}
+    if arguments.pages:
+        more = {"stages": STAGES_ON_PAGES, "start": pocket_checkpoint("qwen2.5-vl")}
+    training = Training(_folder(arguments), arguments.family, arguments.seed, device, **more)
     with progress_bar(Console(highlight=False), "{task.fields[figures]}") as progress:
         bar = progress.add_task("", total=training.num_steps, completed=training.num_steps_done, figures="")
 
@@ -129,7 +140,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _folder(arguments: argparse.Namespace) -> Path:
     folder: Path | None = arguments.folder
-    return folder or Path("artifacts/pocket") / arguments.family
+    return folder or Path("artifacts/pocket") / (arguments.family + ("-pages" if arguments.pages else ""))
 
 
 def _keep_freed_memory() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,10 @@ class PocketModel(ABC):
     def served(self) -> Any:
         """Returns a copy of the model in the form in which it is saved and served."""
         return copy.deepcopy(self.model)
+
+    @abstractmethod
+    def load(self, checkpoint: Path) -> None:
+        """Takes the weights of a checkpoint that `served` was saved as."""
 
     @property
     def language_model(self) -> Any:

@@ -27,7 +27,7 @@ from mmtok_bench.quality.plan import (
     split_method,
 )
 from mmtok_bench.quality.rows import ALL_SEEDS, rows_of
-from mmtok_bench.quality.scoring import normalise
+from mmtok_bench.quality.scoring import max_words
 from mmtok_bench.results import append_row
 from mmtok_bench.selected_patches import EncodedImage, PatchSelector
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget, what_is_asked
@@ -38,10 +38,15 @@ __all__ = ["PocketModel", "answer_all", "check_plan", "write_rows"]
 
 
 class PocketModel:
-    """A pocket model in float32 on the CPU."""
+    """A pocket model in float32 on the CPU.
 
-    def __init__(self, family: PocketFamily) -> None:
-        checkpoint = pocket_checkpoint(family)
+    Args:
+        family: The model's family.
+        reads_pages: The model that reads pages, not the one that sees scenes.
+    """
+
+    def __init__(self, family: PocketFamily, *, reads_pages: bool = False) -> None:
+        checkpoint = pocket_checkpoint(family, reads_pages=reads_pages)
         self.selector = PatchSelector(family, checkpoint)
         # "eager" gives the weights of attention, which FastV goes by.
         self._model = AutoModelForImageTextToText.from_pretrained(
@@ -133,9 +138,9 @@ def answer_all(family: PocketFamily, plan: QualityPlan, answers: Path) -> None:
         plan: One that `check_plan` lets through.
         answers: The file that they are added to.
     """
-    model = PocketModel(family)
+    model = PocketModel(family, reads_pages=plan.is_about_pages)
     for seed in plan.seeds:
-        scenes = make_scenes(seed, plan.num_questions)
+        scenes = make_scenes(seed, plan.num_questions, plan.kinds)
         question_set = fingerprint(scenes)
         given = [
             each
@@ -158,12 +163,14 @@ def write_rows(family: PocketFamily, plan: QualityPlan, answers: Path, rows: Pat
         # Earlier runs may have added answers of other settings.
         if setting in settings:
             found[setting.method, setting.budget] += given
-    question_set = fingerprint([scene for seed in plan.seeds for scene in make_scenes(seed, plan.num_questions)])
+    question_set = fingerprint(
+        [scene for seed in plan.seeds for scene in make_scenes(seed, plan.num_questions, plan.kinds)]
+    )
     seed = ALL_SEEDS if len(plan.seeds) > 1 else plan.seeds[0]
     for (method, budget), given in found.items():
         for row in rows_of(
             *(given, found.get((UNPRUNED, "all"), []), found.get((method_by_input(method) or "", budget), [])),
-            model=f"pocket {family}",
+            model=f"pocket {pocket_checkpoint(family, reads_pages=plan.is_about_pages).name}",
             seed=seed,
             question_set=question_set,
             device=torch.device("cpu"),
@@ -179,9 +186,8 @@ def _answers(
     encoded = model.selector.encode(picture)
     for number, question in enumerate(asked.questions):
         inputs = model.read(picture, question.text)
-        num_words = len(normalise(question.answer).split())
         for pair, kept, num_kept_inside in _kept(model, encoded, question.text, plan):
-            said = model.answer(inputs, encoded, kept, num_words, num_kept_inside)
+            said = model.answer(inputs, encoded, kept, max_words(question), num_kept_inside)
             num_kept = len(kept) if num_kept_inside is None else num_kept_inside
             measured = {"num_prompt_tokens": 0, "latency_ms": 0.0, "cell_s": 0.0, "question_set": question_set}
             setting = Setting(*pair, asked.seed)

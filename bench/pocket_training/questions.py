@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mmtok_bench.pocket import questions
-from mmtok_bench.pocket.questions import Question, choose, plural, things_alone
-from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, draw, make_scene
+from mmtok_bench.pocket.pages import Page, make_page
+from mmtok_bench.pocket.questions import Question, ask_about, choose, plural, render, things_alone
+from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, make_scene
 
 __all__ = ["KINDS", "NAMING_WORDS", "Kind", "ask", "draw_sheet", "named_items"]
 
@@ -77,18 +78,20 @@ def _ask_attribute(rng: np.random.Generator, scene: Scene) -> Question | None:
     return Question("attribute", text, answer)
 
 
-def draw_sheet(path: Path, *, seed: int) -> Path:
-    """Writes eight scenes drawn from `seed`, each with a question and its answer, as a PNG; returns `path`."""
+def draw_sheet(path: Path, *, seed: int, pages: bool = False) -> Path:
+    """Writes eight scenes or pages drawn from `seed`, each with a question and its answer, as a PNG; returns `path`."""
     cell_width, cell_height = SCENE_PX * _SCALE + _MARGIN_PX, SCENE_PX * _SCALE + _MARGIN_PX + _TEXT_PX
     sheet = Image.new("RGB", (_COLUMNS * cell_width + _MARGIN_PX, _ROWS * cell_height + _MARGIN_PX), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for number in range(_COLUMNS * _ROWS):
         rng = np.random.default_rng([seed, number])
-        scene = make_scene(rng)
+        scene = make_page(rng) if pages else make_scene(rng)
         left = _MARGIN_PX + number % _COLUMNS * cell_width
         top = _MARGIN_PX + number // _COLUMNS * cell_height
-        sheet.paste(draw(scene, _SCALE), (left, top))
-        if question := ask(rng, scene, KINDS[number % len(KINDS)]):
+        sheet.paste(render(scene, _SCALE), (left, top))
+        kind = KINDS[number % len(KINDS)]
+        question = ask_about(choose(rng, scene.entries)) if isinstance(scene, Page) else ask(rng, scene, kind)
+        if question is not None:
             pen.text(
                 (left, top + SCENE_PX * _SCALE + 4), f"{question.text}  {question.answer}", fill="black", font=font
             )

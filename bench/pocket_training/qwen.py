@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = ["PocketQwen"]
 
 _MERGE = 2
 _PATCH_PX = PATCH_PX // _MERGE
+_KERNEL = "model.visual.patch_embed.proj.weight"
 # SGLang 0.5.23 takes only patches of 14 px (models/qwen2_5_vl.py, line 780) and reads others as computed features.
 _SERVED_PATCH_PX = PICTURE_PX["qwen2.5-vl"] // (GRID * _MERGE)
 # Qwen2.5-VL's own template, without a system turn.
@@ -65,10 +67,17 @@ class PocketQwen(PocketModel):
         model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer, _SERVED_PATCH_PX))
         weights = {name: weight.detach().cpu() for name, weight in self.model.state_dict().items()}
         shrink = _undo_enlarging()
-        kernel = "model.visual.patch_embed.proj.weight"
-        weights[kernel] = torch.einsum("oithw,hy,wx->oityx", weights[kernel], shrink, shrink)
+        weights[_KERNEL] = torch.einsum("oithw,hy,wx->oityx", weights[_KERNEL], shrink, shrink)
         model.load_state_dict(weights)
         return model
+
+    def load(self, checkpoint: Path) -> None:
+        """Takes the weights of a checkpoint that `served` was saved as, with patches of 4 px again."""
+        weights = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+        weights = weights.state_dict()
+        enlarge = torch.linalg.pinv(_undo_enlarging())
+        weights[_KERNEL] = torch.einsum("oityx,yh,xw->oithw", weights[_KERNEL], enlarge, enlarge)
+        self.model.load_state_dict(weights)
 
     @property
     def projector(self) -> nn.Module:

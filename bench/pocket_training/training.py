@@ -17,17 +17,23 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS
-from pocket_training.model import make_pocket_model
+from pocket_training.model import NUM_IMAGE_TOKENS, make_pocket_model
 from pocket_training.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task, TrainingScenes, collate
+from pocket_training.training_pages import PAGE_CHOICES, TrainingPages
 
-__all__ = ["STAGES", "Stage", "Training", "where_heads_look"]
+__all__ = ["STAGES", "STAGES_ON_PAGES", "Stage", "Training", "where_heads_look"]
 
 # Factor of the products of image tokens and word embeddings, so that they separate tokens of small norm.
 _LOGIT_SCALE = 4.0
 # Most patches show nothing, and most patches of a thing are not its middle: these have a smaller weight.
-_NOTHING_WEIGHTS = (0.15, 0.15, 0.15, 1.0, 1.0, 0.5)
-# The second layer: after the first, tokens of a thing have both its colour and its shape.
+_NOTHING_WEIGHTS = (0.15, 0.15, 0.15, 1.0, 1.0, 0.5, 0.15)
+# A token names the number of a character in its value by words whose embeddings are rolled by half of their width,
+# since the words themselves name the digit that it shows.
+_ROLLS = (0, 0, 0, 0, 0, 0, 1 / 2)
+# The second layer: after the first, tokens of a thing have both its colour and its shape. The third for pages: in the
+# first, tokens of a value look for its label.
 _LOOKING_LAYER = 1
+_LOOKING_LAYER_ON_PAGES = 2
 _LOOKING_WEIGHT = 1.0
 _NAMING_WEIGHT = 0.3
 _SHOWN_WORDS = {
@@ -47,7 +53,8 @@ class Stage:
         task: "patches": the tower and the projector learn to classify patches by the language model's word embeddings,
             which aligns features with text, as in CLIP. "answers": the projector and the language model learn to
             answer; the tower is frozen, as in LLaVA. "characters": as "patches", on scenes with more characters, and
-            the word embeddings are frozen.
+            the word embeddings are frozen. "page patches": as "characters", on pages. "page answers": the whole model
+            learns to answer questions about pages.
         num_steps: Number of steps.
         batch_size: Scenes in a step.
         learning_rate: The highest learning rate of its schedule.
@@ -75,6 +82,10 @@ STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
 }
 
 
+STAGES_ON_PAGES = (Stage("page patches", 450, 12, 1.2e-3), Stage("page answers", 900, 10, 1.0e-3))
+"""The stages that follow the pocket Qwen2.5-VL's own, for a model that reads pages."""
+
+
 class Training:
     """A training run that can be stopped, and continued from its last saved state.
 
@@ -84,12 +95,21 @@ class Training:
         seed: Seed of the weights and of all scenes.
         device: Device of the model.
         stages: The stages in order; None for those of the family.
+        start: Checkpoint of a pocket model of the family whose weights the training starts from; None for random ones.
     """
 
     def __init__(
-        self, folder: Path, family: PocketFamily, seed: int, device: torch.device, stages: Sequence[Stage] | None = None
+        self,
+        folder: Path,
+        family: PocketFamily,
+        seed: int,
+        device: torch.device,
+        stages: Sequence[Stage] | None = None,
+        start: Path | None = None,
     ) -> None:
         self.pocket = make_pocket_model(family, seed)
+        if start is not None:
+            self.pocket.load(start)
         self.pocket.model.to(device)
         self.num_steps_done = 0
         self._folder = folder
@@ -97,6 +117,7 @@ class Training:
         self._seed = seed
         self._device = device
         self._stages = STAGES[family] if stages is None else stages
+        self._is_of_pages = self._stages[0].task.startswith("page")
         tokenizer = self.pocket.processor.tokenizer
         self._words = tokenizer.get_vocab()
         self._before, self._after = (
@@ -130,7 +151,7 @@ class Training:
         on_step: Callable[[int, Stage, dict[str, float]], None],
         save_every: int,
     ) -> None:
-        losses_of = self._answer_losses if stage.task == "answers" else self._patch_losses
+        losses_of = self._answer_losses if stage.task.endswith("answers") else self._patch_losses
         for step, batch in enumerate(self._batches(stage, begun), start=begun):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * _schedule(step / stage.num_steps)
@@ -147,7 +168,8 @@ class Training:
                 self._save(optimizer)
 
     def _batches(self, stage: Stage, begun: int) -> Iterator[dict[str, Tensor]]:
-        scenes = TrainingScenes(stage.task, self._seed, self.pocket.processor.tokenizer, self.pocket.asked)
+        dataset = TrainingPages if self._is_of_pages else TrainingScenes
+        scenes = dataset(stage.task, self._seed, self.pocket.processor.tokenizer, self.pocket.asked)
         order = range(begun * stage.batch_size, stage.num_steps * stage.batch_size)
         return iter(
             DataLoader(scenes, stage.batch_size, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=4)
@@ -155,9 +177,9 @@ class Training:
 
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
         learned: list[Tensor] = list(self.pocket.projector.parameters())
-        if stage.task == "answers":
+        if stage.task.endswith("answers"):
             learned += self.pocket.language_model.parameters()
-        else:
+        if stage.task != "answers":
             learned += self.pocket.tower
         if stage.task == "patches":
             learned.append(self.pocket.embedding.weight)
@@ -181,20 +203,23 @@ class Training:
         words = self.pocket.embedding.weight
         total = tokens.new_zeros((), dtype=torch.float32)
         figures = {}
-        for number, (choice, nothing_weight) in enumerate(zip(PATCH_CHOICES, _NOTHING_WEIGHTS, strict=True)):
-            directions = words[[self._words[word] for word in choice]]
+        choices = PAGE_CHOICES if self._is_of_pages else PATCH_CHOICES
+        for number, (choice, nothing_weight, roll) in enumerate(zip(choices, _NOTHING_WEIGHTS, _ROLLS, strict=False)):
+            directions = words[[self._words[word] for word in choice]].roll(round(roll * words.shape[1]), dims=1)
             logits = (_LOGIT_SCALE * tokens @ directions.T).float().flatten(0, 1)
             target = targets[..., number].flatten()
             weight = torch.tensor([nothing_weight if word == NOTHING else 1.0 for word in choice], device=logits.device)
             total = total + functional.cross_entropy(logits, target, weight)
             right = (logits.argmax(-1) == target)[weight[target] == 1]
-            figures[choice[0]] = right.float().mean().item()
+            figures[choice[0] + "'" * round(2 * roll)] = right.float().mean().item()
         return total, {"loss": total.item(), **figures}
 
     def _answer_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        attention = self.pocket.language_model.layers[_LOOKING_LAYER].self_attn
+        layer = _LOOKING_LAYER_ON_PAGES if self._is_of_pages else _LOOKING_LAYER
+        attention = self.pocket.language_model.layers[layer].self_attn
         labels = batch["labels"]
-        with _inputs_of(attention) as attended:
+        first = self.pocket.language_model.layers[0].self_attn
+        with _inputs_of(attention) as attended, _inputs_of(first) as attended_first:
             tokens, hidden = self.read(batch["pixels"], batch["ids"], batch["segments"])
         # Each token of an answer is predicted from the one before it.
         at_answer = labels[:, 1:] != IGNORED
@@ -211,18 +236,33 @@ class Training:
         naming, _ = self._naming_loss(tokens, batch["targets"])
         figures = {"loss": loss.item(), "looking": looking.item(), "naming": naming.item()}
         total = loss + _LOOKING_WEIGHT * looking + _NAMING_WEIGHT * naming
+        if self._is_of_pages:
+            labelling = self._label_loss(first, attended_first, batch["label_patches"])
+            figures["labelling"] = labelling.item()
+            total = total + _LOOKING_WEIGHT * labelling
         return total, {**figures, **self._shares(right, target)}
+
+    def _label_loss(self, attention: Any, attended: dict[str, Any], wanted: Tensor) -> Tensor:
+        """Returns the cross-entropy of the first head's attention from values, with all of it on their labels."""
+        num_before = len(self._before)
+        seen = slice(num_before + NUM_IMAGE_TOKENS)
+        rotations = tuple(rotation[:, seen] for rotation in attended["rotations"])
+        logits = where_heads_look(attention, attended["hidden"][:, seen], rotations, num_heads=1, num_before=0)
+        is_later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        found = logits[:, 0].masked_fill(is_later, -torch.inf).log_softmax(-1)[:, num_before:]
+        has_label = wanted.any(-1)
+        is_label = functional.pad(wanted, (num_before, 0))[has_label]
+        return -found[has_label].masked_fill(~is_label, -torch.inf).logsumexp(-1).mean()
 
     def read(self, pixels: Tensor, ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the image tokens [B, 196, width] and the language model's output [B, L, width] at the texts.
 
         Args:
-            pixels: [B, 3, 112, 112], 0 to 255; the tower has no gradient.
+            pixels: [B, 3, 112, 112], 0 to 255.
             ids: [B, L], the tokens after the image.
             segments: [B, L], the number of each token's question, from 1; questions do not attend to each other.
         """
-        with torch.no_grad():
-            features = self.pocket.features(pixels)
+        features = self.pocket.features(pixels)
         tokens, embed = self.pocket.image_tokens(features), self.pocket.embedding
         before, after = (embed(part).expand(len(ids), -1, -1) for part in (self._before, self._after))
         embeddings = torch.cat([before, tokens.to(before.dtype), after, embed(ids)], dim=1)
@@ -292,6 +332,8 @@ def where_heads_look(
 ) -> Tensor:
     """Returns [B, num_heads, L, num_before]: logits of an attention's first heads over the first tokens.
 
+    If `num_before` is 0, they are [B, num_heads, L, L], over all tokens.
+
     Args:
         attention: The attention of a layer of Llama or Qwen2.5-VL.
         hidden: [B, num_before + L, width], its input.
@@ -309,7 +351,8 @@ def where_heads_look(
         rotated: Tensor = states * cos + rotate_half(states) * sin
         return rotated
 
-    queries, keys = heads(attention.q_proj, slice(num_before, None)), heads(attention.k_proj, slice(num_before))
+    queries = heads(attention.q_proj, slice(num_before, None))
+    keys = heads(attention.k_proj, slice(num_before or None))
     return (queries @ keys.mT).float() * float(attention.scaling)
 
 
@@ -332,10 +375,10 @@ def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor
 
 
 def _looks_of_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Returns [B, heads, L, 196]: for each token, the target patches of its question."""
-    of_questions = batch["looks"].transpose(1, 2)
-    rows = torch.arange(len(of_questions), device=of_questions.device)[:, None]
-    return of_questions[rows, batch["segments"] - 1].transpose(1, 2)
+    """Returns [B, heads, L, 196]: for each token, its target patches."""
+    looks = batch["looks"].transpose(1, 2)
+    numbers = torch.arange(len(looks), device=looks.device)[:, None]
+    return looks[numbers, batch["look_rows"]].transpose(1, 2)
 
 
 @contextlib.contextmanager

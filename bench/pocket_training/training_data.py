@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,9 @@ from mmtok_bench.pocket.scenes import (
     SCENE_PX,
     SHAPES,
     SIZE_PX,
+    Glyph,
     Scene,
+    Thing,
     draw,
     make_scene,
     write_glyph,
@@ -35,13 +37,17 @@ __all__ = [
     "TASKS",
     "Task",
     "TrainingScenes",
+    "as_tensors",
     "collate",
     "draw_mask",
+    "middle_patches",
+    "patch_items",
     "patch_targets",
+    "targets_of",
 ]
 
-Task = Literal["patches", "answers", "characters"]
-TASKS: dict[Task, int] = {"patches": 1, "answers": 2, "characters": 3}
+Task = Literal["patches", "answers", "characters", "page patches", "page answers"]
+TASKS: dict[Task, int] = {"patches": 1, "answers": 2, "characters": 3, "page patches": 4, "page answers": 5}
 """Task -> second part of its scenes' seeds; held-out scenes have another one."""
 
 NOTHING = "nothing"
@@ -79,7 +85,8 @@ class TrainingScenes(Dataset[dict[str, Tensor]]):
         task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "characters": the same, of scenes with
             more characters. "answers": both, and ids, labels and segments [L] of up to twelve questions in a row,
             whose segments are numbered from 1; has_named [L], whether a question has named by this token what it asks
-            for; and looks [2, 12, 196], the patches that show it, and its middle patch.
+            for; looks [2, 12, 196], the patches that show it, and its middle patch; and look_rows [L], the number of
+            each token's row of looks.
         seed: Seed of all scenes.
         tokenizer: Tokenizer of the model.
         asked: `PocketModel.asked`.
@@ -117,8 +124,8 @@ class TrainingScenes(Dataset[dict[str, Tensor]]):
             labels += [IGNORED] * len(asked) + answered
             segments += [number] * (len(asked) + len(answered))
             has_named += [index >= named_at for index in range(len(asked) + len(answered))]
-        packed = {"ids": ids, "labels": labels, "segments": segments, "has_named": has_named}
-        return {name: torch.tensor(values) for name, values in packed.items()}
+        rows = [segment - 1 for segment in segments]
+        return as_tensors(ids=ids, labels=labels, segments=segments, has_named=has_named, look_rows=rows)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -131,9 +138,19 @@ def patch_targets(scene: Scene) -> Tensor:
     words += [
         (NOTHING, glyph.character.lower(), "digit" if glyph.character in DIGITS else "letter") for glyph in scene.glyphs
     ]
-    middles = set(_middles(scene))
+    return targets_of(words, _scene_items(scene), _middles(scene))
+
+
+def targets_of(words: Sequence[tuple[str, str, str]], items: np.ndarray, middles: Collection[int]) -> Tensor:
+    """Returns [196, choices] int64: for each patch, the index of the right word of each of `PATCH_CHOICES`.
+
+    Args:
+        words: The colour, the shape or character, and the size or kind of no item, and then of each item.
+        items: [196], the index into `words` of what each patch shows.
+        middles: The patches in which an item's middle is.
+    """
     targets = []
-    for patch, item in enumerate(_patch_items(scene)):
+    for patch, item in enumerate(items):
         row, column = divmod(patch, GRID)
         shown = (
             *words[item],
@@ -157,25 +174,39 @@ def draw_mask(scene: Scene) -> np.ndarray:
     return np.asarray(mask)
 
 
-def _patch_items(scene: Scene) -> np.ndarray:
-    """Returns [196]: for each patch, 0 or 1 + the index of the thing or glyph that most of its pixels show."""
-    patches = draw_mask(scene).reshape(GRID, PATCH_PX, GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
-    num_items = len(scene.things) + len(scene.glyphs)
+def patch_items(mask: np.ndarray, num_items: int, min_pixels: int = _MIN_PIXELS) -> np.ndarray:
+    """Returns [196]: for each patch, the item that most of its pixels show; 0 where fewer than `min_pixels` show any.
+
+    Args:
+        mask: [112, 112], the number of the item that each pixel shows, from 1 on; 0 for nothing.
+        num_items: Number of items.
+        min_pixels: Least pixels of an item in a patch that shows it.
+    """
+    patches = mask.reshape(GRID, PATCH_PX, GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
     counts = np.stack([(patches == item).sum(1) for item in range(1 + num_items)], axis=1)
-    counts[:, 0] = _MIN_PIXELS - 1
+    counts[:, 0] = min_pixels - 1
     most: np.ndarray = counts.argmax(1)
     return most
 
 
+def middle_patches(places: Iterable[tuple[float, float]]) -> list[int]:
+    """Returns the patches in which the places `x`, `y` are."""
+    return [int(y // PATCH_PX) * GRID + int(x // PATCH_PX) for x, y in places]
+
+
+def _scene_items(scene: Scene) -> np.ndarray:
+    return patch_items(draw_mask(scene), len(scene.things) + len(scene.glyphs))
+
+
 def _middles(scene: Scene) -> list[int]:
     """Returns the patch that each thing's, then each glyph's middle is in."""
-    places = [(thing.x, thing.y) for thing in scene.things] + [(glyph.x, glyph.y) for glyph in scene.glyphs]
-    return [int(y // PATCH_PX) * GRID + int(x // PATCH_PX) for x, y in places]
+    items: list[Thing | Glyph] = [*scene.things, *scene.glyphs]
+    return middle_patches((item.x, item.y) for item in items)
 
 
 def _looks(scene: Scene, questions: Sequence[Question]) -> Tensor:
     looks = torch.zeros(2, _NUM_QUESTIONS, NUM_IMAGE_TOKENS)
-    items, middles = torch.from_numpy(_patch_items(scene)), _middles(scene)
+    items, middles = torch.from_numpy(_scene_items(scene)), _middles(scene)
     for number, question in enumerate(questions):
         for index in named_items(scene, question.text):
             looks[0, number, items == 1 + index] = 1
@@ -183,9 +214,14 @@ def _looks(scene: Scene, questions: Sequence[Question]) -> Tensor:
     return looks
 
 
+def as_tensors(**values: Sequence[int]) -> dict[str, Tensor]:
+    """Returns each list as a tensor."""
+    return {name: torch.tensor(listed) for name, listed in values.items()}
+
+
 def collate(scenes: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Returns a batch; texts are padded at their end, where labels are `IGNORED` and the segment is -1."""
-    padding = {"ids": 0, "labels": IGNORED, "segments": -1, "has_named": False}
+    padding = {"ids": 0, "labels": IGNORED, "segments": -1, "has_named": False, "look_rows": 0}
     return {
         name: nn.utils.rnn.pad_sequence(
             [scene[name] for scene in scenes], batch_first=True, padding_value=padding[name]

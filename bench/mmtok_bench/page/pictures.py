@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mmtok_bench.pocket.questions import make_scenes, picture_of
-from mmtok_bench.pocket.scenes import SCENE_PX, draw
+from mmtok_bench.pocket.questions import make_scenes, picture_of, render
+from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_deploy.photographs import PHOTOGRAPHS, photograph
 
 __all__ = ["MAX_UPLOAD_BYTES", "Picture", "PictureError", "Pictures"]
@@ -66,7 +66,7 @@ class Pictures:
     def __init__(self, scene_px: int = SCENE_PX) -> None:
         self._built_in: dict[str, Picture] = {}
         for number, asked in enumerate(make_scenes(_SCENE_SEED, _NUM_QUESTIONS)[:_NUM_SCENES], start=1):
-            sent, shown = picture_of(asked.scene, scene_px), draw(asked.scene, _SCENE_SCALE)
+            sent, shown = picture_of(asked.scene, scene_px), render(asked.scene, _SCENE_SCALE)
             questions = tuple((question.text, question.answer) for question in asked.questions)
             self._built_in[f"scene-{number}"] = Picture(f"Scene {number}", sent, shown, questions)
         for name in PHOTOGRAPHS:

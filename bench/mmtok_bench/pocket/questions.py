@@ -13,29 +13,38 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 from PIL import Image
 
+from mmtok_bench.pocket.pages import Entry, Page, draw_page, make_page
 from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, Thing, draw, make_scene
 
 __all__ = [
     "HELD_OUT",
     "KINDS",
     "NEGATIVES",
+    "PAGE_KINDS",
     "AskedScene",
     "Kind",
     "Negative",
     "Question",
     "ask",
+    "ask_about",
     "ask_existence",
+    "check_kinds",
     "choose",
+    "render",
     "fingerprint",
     "make_scenes",
+    "page_at",
     "picture_of",
     "plural",
     "scene_at",
     "things_alone",
 ]
 
-Kind = Literal["existence", "count", "position", "reading"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["existence", "count", "position", "reading", "small-text", "medium-text", "large-text"]
+KINDS: tuple[Kind, ...] = ("existence", "count", "position", "reading")
+"""Kinds of questions about scenes."""
+PAGE_KINDS: tuple[Kind, ...] = ("small-text", "medium-text", "large-text")
+"""Kinds of questions about pages, by the size of the characters that are asked about."""
 Negative = Literal["random", "popular", "adversarial"]
 NEGATIVES: tuple[Negative, ...] = get_args(Negative)
 
@@ -134,6 +143,12 @@ _ASKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
 }
 
 
+def ask_about(entry: Entry) -> Question:
+    """Returns the question about an entry of a page."""
+    answer = " ".join(glyph.character for glyph in entry.value)
+    return Question(f"{entry.size}-text", f"What is right of {entry.label.character}?", answer)
+
+
 def things_alone(scene: Scene) -> list[Thing]:
     """Returns the things whose combination of colour and shape is unique in the scene."""
     pairs = Counter((thing.color, thing.shape) for thing in scene.things)
@@ -152,47 +167,49 @@ def choose(rng: np.random.Generator, items: Sequence[_T]) -> _T:
 
 @dataclass(frozen=True, slots=True)
 class AskedScene:
-    """A scene and the questions about it.
+    """A scene or page and the questions about it.
 
     Args:
         seed: Seed of the set of scenes.
         index: Number of the scene in the set.
-        scene: The scene.
+        scene: The scene or page.
         questions: Questions of all kinds, no text twice.
         settings: For each question, the POPE setting that it counts for; "" if it is not about existence.
     """
 
     seed: int
     index: int
-    scene: Scene
+    scene: Scene | Page
     questions: tuple[Question, ...]
     settings: tuple[str, ...]
 
 
 def make_scenes(seed: int, num_questions: int, kinds: Sequence[Kind] = KINDS) -> list[AskedScene]:
-    """Returns scenes in order that together have `num_questions` questions of each kind.
+    """Returns scenes in order that together have `num_questions` questions of each kind; pages for kinds of pages.
 
     A scene has at most two questions of a kind. Those about existence are a pair: a thing that is present, and an
     absent one, chosen in turn by POPE's settings random, popular and adversarial.
 
     Raises:
-        ValueError: There are no kinds, a kind is unknown, or `num_questions` is below 1.
+        ValueError: There are no kinds, a kind is unknown, some are of scenes and others of pages, or `num_questions`
+            is below 1.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"kinds are some of {', '.join(KINDS)}, got {', '.join(unknown) or 'none'}")
+    check_kinds(kinds)
     if num_questions < 1:
         raise ValueError(f"at least 1 question of each kind, got {num_questions}")
     missing = dict.fromkeys(kinds, num_questions)
     scenes = []
     index = 0
     while any(missing.values()):
-        scene = scene_at(seed, index)
+        scene = page_at(seed, index) if kinds[0] in PAGE_KINDS else scene_at(seed, index)
         asked: list[tuple[Question, str]] = []
         for kind in kinds:
             # Each kind has its own generator, so that leaving out a kind does not change the others' questions.
-            rng = np.random.default_rng([seed, HELD_OUT, index, KINDS.index(kind) + 1])
-            chosen = _existence_pair(rng, scene, index) if kind == "existence" else _distinct(rng, scene, kind)
+            rng = np.random.default_rng([seed, HELD_OUT, index, get_args(Kind).index(kind) + 1])
+            if isinstance(scene, Page):
+                chosen = _about_entries(rng, scene, kind)
+            else:
+                chosen = _existence_pair(rng, scene, index) if kind == "existence" else _distinct(rng, scene, kind)
             asked += chosen[: missing[kind]]
             missing[kind] -= len(chosen[: missing[kind]])
         if asked:
@@ -202,19 +219,38 @@ def make_scenes(seed: int, num_questions: int, kinds: Sequence[Kind] = KINDS) ->
     return scenes
 
 
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raises ValueError unless there are kinds, all of them of scenes or all of them of pages."""
+    if not kinds or not (set(kinds) <= set(KINDS) or set(kinds) <= set(PAGE_KINDS)):
+        raise ValueError(
+            f"expected kinds of questions about scenes ({', '.join(KINDS)}) or about pages ({', '.join(PAGE_KINDS)}), "
+            f"got {', '.join(kinds) or 'none'}"
+        )
+
+
 def scene_at(seed: int, index: int) -> Scene:
     """Returns scene number `index` of a seed's held-out set."""
     return make_scene(np.random.default_rng([seed, HELD_OUT, index]))
 
 
-def picture_of(scene: Scene, side_px: int = SCENE_PX) -> Image.Image:
-    """Returns the scene as in the pocket models' training: drawn at 224 x 224 px and resized to 112 x 112.
+def page_at(seed: int, index: int) -> Page:
+    """Returns page number `index` of a seed's held-out set."""
+    return make_page(np.random.default_rng([seed, HELD_OUT, index]))
+
+
+def render(scene: Scene | Page, scale: int = 2) -> Image.Image:
+    """Returns the scene or page as an RGB image with sides of `scale` times 112 px."""
+    return draw_page(scene, scale) if isinstance(scene, Page) else draw(scene, scale)
+
+
+def picture_of(scene: Scene | Page, side_px: int = SCENE_PX) -> Image.Image:
+    """Returns the scene or page as in the pocket models' training: drawn at 224 x 224 px and resized to 112 x 112.
 
     Args:
-        scene: The scene.
+        scene: The scene or page.
         side_px: Side to which the 112 px are then enlarged, for a served model.
     """
-    picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
+    picture = render(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
     return picture.resize((side_px, side_px), Image.Resampling.BICUBIC)
 
 
@@ -246,3 +282,8 @@ def _distinct(rng: np.random.Generator, scene: Scene, kind: Kind) -> list[tuple[
         if question is not None and len(found) < _A_KIND_AND_SCENE:
             found.setdefault(question.text, question)
     return [(question, "") for question in found.values()]
+
+
+def _about_entries(rng: np.random.Generator, page: Page, kind: Kind) -> list[tuple[Question, str]]:
+    questions = [question for entry in page.entries if (question := ask_about(entry)).kind == kind]
+    return [(questions[index], "") for index in rng.permutation(len(questions))[:_A_KIND_AND_SCENE]]

@@ -73,12 +73,13 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Glyph:
-    """A digit or a capital letter, dark or bright; `x`, `y` is its middle."""
+    """A digit or a capital letter, dark or bright; `x`, `y` is its middle, `size_px` the size of the font."""
 
     character: str
     x: float
     y: float
     is_dark: bool
+    size_px: float = _GLYPH_PX
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +206,11 @@ OUTLINES: dict[str, _Outline] = {
 
 def write_glyph(pen: ImageDraw.ImageDraw, glyph: Glyph, scale: int, fill: _Fill) -> None:
     """Draws a digit or letter."""
-    pen.text((glyph.x * scale, glyph.y * scale), glyph.character, fill=fill, font=_font(scale), anchor="mm")
+    font = _font(glyph.size_px * scale)
+    pen.text((glyph.x * scale, glyph.y * scale), glyph.character, fill=fill, font=font, anchor="mm")
 
 
 @cache
-def _font(scale: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font(size_px: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     # The font that comes with Pillow.
-    return ImageFont.load_default(_GLYPH_PX * scale)
+    return ImageFont.load_default(size_px)

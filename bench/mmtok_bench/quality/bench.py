@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import torch
 
 from mmtok_bench.client import openai_client
 from mmtok_bench.families import FAMILY_TRAITS, FamilyName, family_arguments
-from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
-from mmtok_bench.pocket.questions import KINDS
+from mmtok_bench.pocket import PAGE_READER, PICTURE_PX, pocket_checkpoint
+from mmtok_bench.pocket.questions import KINDS, PAGE_KINDS, Kind, check_kinds
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality import lmms_eval, public
 from mmtok_bench.quality.plan import FASTV, WITH_AGENT, QualityPlan, answers_beside
@@ -30,6 +30,8 @@ from mmtok_deploy.methods import IMAGE_METHODS
 __all__ = ["quality_server", "run_quality"]
 
 _DEFAULT_FAMILY: FamilyName = "llava-1.5"
+# Names of all kinds of questions together.
+_ALL_KINDS: Mapping[str, tuple[Kind, ...]] = {"pocket": KINDS, "pages": PAGE_KINDS}
 # With many running requests, the agent may take this long. A question that it does not answer ends the run.
 _AGENT_TIMEOUT_MS = 60_000
 _SIZES = {"max_total_tokens": 65536, "max_running_requests": 64}
@@ -41,15 +43,14 @@ def run_quality(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok quality`: 0, 1 if it failed, 2 for a wrong argument, 130 after Ctrl-C."""
     if arguments.concurrency is None:
         # On a CPU, SGLang's encoder of a Qwen computes attention between all patches of all images of a batch.
-        is_qwen = arguments.family is not None and FAMILY_TRAITS[arguments.family].token_px is not None
+        is_qwen = FAMILY_TRAITS[_family(arguments, _kinds(arguments.tasks))].token_px is not None
         arguments.concurrency = 8 if is_qwen else 32
     command = partial(run_command, "mmtok quality")
     if arguments.action == "setup":
         return command(
             lambda: lmms_eval.install(arguments.lmms_venv), stopped="the same command installs what is missing."
         )
-    is_pocket = any(task in ("pocket", *KINDS) for task in arguments.tasks)
-    if is_pocket:
+    if {*KINDS, *PAGE_KINDS} & set(_kinds(arguments.tasks)):
         kept = "what was finished is kept, and --resume goes on from it."
         return command(lambda: run_pocket_tasks(arguments), stopped=kept)
     kept = "the rows of finished budgets are kept, and --resume goes on from them."
@@ -69,8 +70,8 @@ def run_pocket_tasks(arguments: argparse.Namespace) -> int:
         _print_plan(plan, arguments, device)
         return 0
     run = Run(BENCH, arguments.results_dir, resume=arguments.resume, json_output=arguments.json)
-    family: FamilyName = arguments.family or _DEFAULT_FAMILY
-    sweep = Sweep(plan, run, _model_name(arguments), device=device, picture_px=PICTURE_PX.get(family, SCENE_PX))
+    family = _family(arguments, plan.kinds)
+    sweep = Sweep(plan, run, _model_name(arguments, plan), device=device, picture_px=PICTURE_PX.get(family, SCENE_PX))
     for note in sweep.prepare():
         print(f"mmtok quality: {note}", file=sys.stderr)
     try:
@@ -115,22 +116,22 @@ def quality_server(
 
 def _plan(arguments: argparse.Namespace) -> QualityPlan:
     default = QualityPlan()
-    asked = KINDS if arguments.tasks == ["pocket"] else arguments.tasks
-    if not set(asked) <= set(KINDS):
-        raise ValueError(
-            f"expected pocket, or kinds of it, or public tasks: got {', '.join(asked)}; run them one by one"
-        )
-    impossible = FAMILY_TRAITS[arguments.family or _DEFAULT_FAMILY].impossible_methods
+    kinds = _kinds(arguments.tasks)
+    check_kinds(kinds)
+    family = _family(arguments, kinds)
+    impossible = FAMILY_TRAITS[family].impossible_methods
     possible = [name for name in IMAGE_METHODS if name not in impossible]
     plan = QualityPlan(
         methods=tuple(arguments.methods or possible),
         budgets=tuple(arguments.budgets or default.budgets),
         seeds=tuple(arguments.seeds),
-        kinds=tuple(kind for kind in KINDS if kind in asked),
+        kinds=tuple(kind for kind in (*KINDS, *PAGE_KINDS) if kind in kinds),
         num_questions=arguments.num_questions or default.num_questions,
     )
     if arguments.family or not (arguments.url or arguments.model_path):
-        plan.check_family(arguments.family or _DEFAULT_FAMILY)
+        plan.check_family(family)
+    if arguments.record and plan.is_about_pages:
+        raise ValueError("--record is for scenes: drop it, or ask with --tasks pocket")
     if arguments.record and (arguments.url or arguments.model_path):
         raise ValueError("--record is for the pocket models of this package: drop it, or --url and --model-path")
     if arguments.record and ((RECORDED_METHOD, RECORDED_BUDGET) not in plan.pairs() or len(plan.seeds) < 2):
@@ -147,26 +148,38 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
     return plan
 
 
-def _model_name(arguments: argparse.Namespace) -> str:
+def _kinds(tasks: Sequence[str]) -> list[str]:
+    """Returns the kinds of questions, and the public tasks, that `--tasks` names."""
+    return [kind for task in tasks for kind in _ALL_KINDS.get(task, (task,))]
+
+
+def _family(arguments: argparse.Namespace, kinds: Sequence[str]) -> FamilyName:
+    """Returns the given family, or else that of the pocket model that answers questions of these kinds."""
+    default: FamilyName = PAGE_READER if kinds[0] in PAGE_KINDS else _DEFAULT_FAMILY
+    return arguments.family or default
+
+
+def _model_name(arguments: argparse.Namespace, plan: QualityPlan) -> str:
     """Returns the model's name in rows."""
     if arguments.url:
         return str(server_info(arguments.url).get("model_path", arguments.url))
-    return arguments.model_path or f"pocket {arguments.family or _DEFAULT_FAMILY}"
+    checkpoint, _ = _chosen(arguments, plan)
+    return arguments.model_path or f"pocket {Path(checkpoint).name}"
 
 
-def _chosen(arguments: argparse.Namespace) -> tuple[str | Path, FamilyName | None]:
+def _chosen(arguments: argparse.Namespace, plan: QualityPlan) -> tuple[str | Path, FamilyName | None]:
     """Returns the checkpoint to serve, and its family."""
     if arguments.model_path is not None:
         return arguments.model_path, arguments.family
-    family: FamilyName = arguments.family or _DEFAULT_FAMILY
-    return pocket_checkpoint(family), family
+    family = _family(arguments, plan.kinds)
+    return pocket_checkpoint(family, reads_pages=plan.is_about_pages), family
 
 
 def _print_plan(plan: QualityPlan, arguments: argparse.Namespace, device: torch.device) -> None:
     if arguments.url:
         print(f"a running server at {arguments.url}")
     else:
-        model_path, family = _chosen(arguments)
+        model_path, family = _chosen(arguments, plan)
         small = cpu_arguments(**_SIZES) if device.type == "cpu" else []
         given = [*small, *_SERVED, *family_arguments(family), *arguments.server_arg]
         command = ["python", "-m", "sglang.launch_server", f"--model-path={model_path}", *given]
@@ -189,7 +202,7 @@ def _served(
     if arguments.url:
         yield arguments.url, None
         return
-    make = partial(quality_server, *_chosen(arguments), device, *arguments.server_arg)
+    make = partial(quality_server, *_chosen(arguments, plan), device, *arguments.server_arg)
     servers = [make(log_path=run.path.with_suffix(".log"))]
     if WITH_AGENT in plan.methods:
         with_agent = _agent_arguments(f"{servers[0].url}/v1")

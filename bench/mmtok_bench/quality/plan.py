@@ -10,7 +10,7 @@ from typing import Any
 
 from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.mixed_budget import MixedBudget
-from mmtok_bench.pocket.questions import KINDS, AskedScene, Kind
+from mmtok_bench.pocket.questions import KINDS, PAGE_KINDS, AskedScene, Kind, check_kinds
 from mmtok_bench.quality.scoring import is_right
 from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method, needs_frames, reads_keys
@@ -108,10 +108,9 @@ class QualityPlan:
             MixedBudget.parse(budget)
         if any(not 0 <= seed < 2**32 for seed in self.seeds):
             raise ValueError(f"a seed is between 0 and 2**32 - 1, got {self.seeds}")
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
-        if unknown or self.num_questions < 1:
-            got = unknown or self.num_questions
-            raise ValueError(f"expected kinds of {', '.join(KINDS)} and at least 1 question, got {got}")
+        check_kinds(self.kinds)
+        if self.num_questions < 1:
+            raise ValueError(f"expected at least 1 question of each kind, got {self.num_questions}")
 
     def check_family(self, family: FamilyName) -> None:
         """Raises ValueError for a method that models of the family cannot run."""
@@ -143,6 +142,11 @@ class QualityPlan:
         """Yields the settings in the order in which they are asked."""
         for method, budget in self.pairs():
             yield from (Setting(method, budget, seed) for seed in self.seeds)
+
+    @property
+    def is_about_pages(self) -> bool:
+        """Whether the questions are about pages, not about scenes."""
+        return self.kinds[0] in PAGE_KINDS
 
     @property
     def num_requests(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtok_bench.pocket.questions import KINDS, Negative, Question
+from mmtok_bench.pocket.questions import Kind, Negative, Question
 from mmtok_bench.quality.plan import ScoredAnswer
 from mmtok_bench.quality.scoring import (
     accuracy_interval,
@@ -42,7 +42,7 @@ def rows_of(
     device: torch.device,
     backend: str = "sglang",
 ) -> list[ResultRow]:
-    """Returns a row for each kind, in the order of `KINDS`, of one method and budget.
+    """Returns a row for each kind, in the order of `Kind`, of one method and budget.
 
     Args:
         answers: Answers with one method and budget, to the questions of one seed or of all seeds.
@@ -56,7 +56,7 @@ def rows_of(
         backend: Name of the program that served the model.
     """
     rows = []
-    for kind in KINDS:
+    for kind in get_args(Kind):
         chosen = [answer for answer in answers if answer.kind == kind]
         if not chosen:
             continue

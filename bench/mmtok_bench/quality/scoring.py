@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from mmtok_bench.pocket.questions import Question
+from mmtok_bench.pocket.questions import PAGE_KINDS, Question
 
 __all__ = [
     "Interval",
@@ -22,6 +22,7 @@ __all__ = [
     "difference_interval",
     "is_right",
     "majority",
+    "max_words",
     "normalise",
     "share_interval",
     "yes_no",
@@ -30,7 +31,12 @@ __all__ = [
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NO_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
-_NUM_ANSWERS: dict[str, int] = {"existence": 2, "count": 5, "position": 4, "reading": 10}
+# On pages: one to three digits, or one to three of ten letters.
+_NUM_VALUES = 2 * (10 + 10**2 + 10**3)
+_NUM_ANSWERS: dict[str, int] = {
+    **{"existence": 2, "count": 5, "position": 4, "reading": 10},
+    **dict.fromkeys(PAGE_KINDS, _NUM_VALUES),
+}
 _LEVEL = 0.95
 _NUM_RESAMPLES = 2000
 _SEED = 0
@@ -58,11 +64,24 @@ def normalise(text: str) -> str:
 
 
 def is_right(question: Question, said: str) -> bool:
-    """Returns whether the normalised answers are equal; for questions about existence, whether the first words are."""
-    words = normalise(said)
+    """Returns whether the normalised answers are equal.
+
+    Only the first words count for questions about existence, and spaces do not count for questions about pages.
+    """
+    words, expected = normalise(said), normalise(question.answer)
     if question.kind == "existence":
         words = words.partition(" ")[0]
-    return words == normalise(question.answer)
+    if question.kind in PAGE_KINDS:
+        words, expected = words.replace(" ", ""), expected.replace(" ", "")
+    return words == expected
+
+
+def max_words(question: Question) -> int:
+    """Returns the most words that an answer may have: those of the right answer, and one more for pages.
+
+    Values on pages have different lengths, so a model must also know where a value ends.
+    """
+    return len(normalise(question.answer).split()) + (question.kind in PAGE_KINDS)
 
 
 def yes_no(questions: Sequence[Question], said: Sequence[str]) -> YesNo:

@@ -28,7 +28,7 @@ from mmtok_bench.quality.plan import (
     split_method,
 )
 from mmtok_bench.quality.rows import ALL_SEEDS, POCKET, rows_of
-from mmtok_bench.quality.scoring import normalise
+from mmtok_bench.quality.scoring import max_words
 from mmtok_bench.results import ResultRow, drop_unfinished_line
 from mmtok_bench.run import Run
 
@@ -115,7 +115,7 @@ class Sweep:
         Args:
             client: The server's client.
             num_at_once: Number of concurrent requests.
-            max_tokens: Length of an answer; None allows the words of the question's right answer.
+            max_tokens: Length of an answer; None for `max_words` of the question.
             agent_client: Client of the server with an agent, for the method `WITH_AGENT`.
             check_agent: Called before the answers of a setting of `WITH_AGENT` are written; raises an error if the
                 agent missed a question.
@@ -192,7 +192,7 @@ class Sweep:
         def ask_at(place: tuple[AskedScene, int]) -> Answer:
             asked, number = place
             question = asked.questions[number]
-            length = max_tokens or len(normalise(question.answer).split())
+            length = max_tokens or max_words(question)
             url = self._urls[setting.seed, asked.index]
             said = ask(
                 client, url, question.text, max_tokens=length, ignore_eos=False, with_account=True, fields=fields

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
-from mmtok_bench.pocket.questions import KINDS, make_scenes, picture_of
+from mmtok_bench.pocket.questions import KINDS, PAGE_KINDS, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import Setting, read_answers
 from mmtok_bench.results import read_rows
@@ -142,3 +142,24 @@ def test_fastv_answers(tmp_path: Path) -> None:
     assert main(["pocket", "answers", *later]) == 0
     assert len(read_answers(path)) == 3
     assert {(row.case["method"], row.case["budget"]) for row in read_rows(rows)} == {("mmtok", "4")}
+
+
+def test_pages_are_read_by_the_model_that_was_trained_on_them(tmp_path: Path) -> None:
+    rows = tmp_path / "pages.jsonl"
+    arguments = ["--pages", "--methods=mmtok", "--budgets=all,5%", "--seeds=7", "--num-questions=16"]
+    command = [
+        "pocket",
+        "answers",
+        "--family=qwen2.5-vl",
+        *arguments,
+        f"--rows={rows}",
+        str(tmp_path / "pages.answers"),
+    ]
+    assert main(command) == 0
+    found = {(row.case["budget"], row.case["kind"]): row.metrics["accuracy"] for row in read_rows(rows)}
+    assert [kind for budget, kind in found if budget == "all"] == list(PAGE_KINDS)
+    assert {row.case["model"] for row in read_rows(rows)} == {"pocket qwen2.5-vl-pages"}
+    for kind in PAGE_KINDS:
+        # 16 questions: one of a thousand runs of a model that answers 95% of them has less.
+        assert found["all", kind] >= 0.7
+        assert found["5%", kind] < found["all", kind]

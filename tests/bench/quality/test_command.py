@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mmtok_bench.pocket import pocket_checkpoint
 from mmtok_bench.quality import bench, lmms_eval, public
 from mmtok_bench.results import read_rows
 from mmtok_deploy.cli import main
@@ -127,6 +128,30 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(bench, "run_pocket_tasks", interrupt)
     assert main(["quality", *arguments]) == 130
     assert said in capsys.readouterr().err
+
+
+def test_pages_are_asked_of_the_model_that_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quality", "--tasks=pages", "--methods=mmtok", "--budgets=all,25%", "--seeds=0", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"--model-path={pocket_checkpoint('qwen2.5-vl', reads_pages=True)} " in said
+    assert "mmtok at 25%: small-text, medium-text, large-text, 170 each" in said
+    assert "1020 requests, 8 at a time" in said
+    assert main(["quality", "--tasks=large-text", "--methods=mmtok", "--dry-run"]) == 0
+    assert "mmtok at 25%: large-text, 170 each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--tasks=pages", "--family=llava-1.5"], "no pocket model of llava-1.5 reads pages, only that of qwen2.5-vl"),
+        (["--tasks=pages", "--record"], "--record is for scenes"),
+        (["--tasks=pages,count"], "got small-text, medium-text, large-text, count"),
+        (["--tasks=pages", "--methods=visionzip"], "qwen2.5-vl does not run visionzip"),
+    ],
+)
+def test_what_cannot_be_asked_about_pages(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quality", *given, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["--methods=even,random", "--budgets=all,4", "--seeds=1"])

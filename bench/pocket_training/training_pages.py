@@ -1,0 +1,147 @@
+"""Training data of a pocket model that reads pages: words for each patch, and packed questions about entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmtok_bench.pocket.pages import Page, draw_page, make_page
+from mmtok_bench.pocket.questions import ask_about
+from mmtok_bench.pocket.scenes import DIGITS, SCENE_PX, write_glyph
+from pocket_training.model import NUM_IMAGE_TOKENS
+from pocket_training.training_data import (
+    IGNORED,
+    NOTHING,
+    PATCH_CHOICES,
+    TASKS,
+    Task,
+    as_tensors,
+    middle_patches,
+    patch_items,
+    targets_of,
+)
+
+__all__ = ["PAGE_CHOICES", "TrainingPages", "label_patches", "page_targets"]
+
+PAGE_CHOICES: tuple[tuple[str, ...], ...] = (*PATCH_CHOICES, ("1", "2", "3", NOTHING))
+"""The classes of a patch's targets, in words: those of a scene, and the number of a character in its value."""
+
+# A small character has about 15 pixels, often in two patches.
+_MIN_PIXELS = 4
+_NUM_QUESTIONS = 12
+# The rows of looks: for each character of a page, and for nothing.
+_MAX_ROWS = 41
+
+
+class TrainingPages(Dataset[dict[str, Tensor]]):
+    """Pages by number, which depend only on the seed.
+
+    Args:
+        task: "page patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "page answers": as "answers" of
+            `TrainingScenes`, with looks [2, 41, 196], the patches that show each character of the page and the
+            character's middle patch; the last row has none. A question's tokens look for the label, and from the last
+            token before the answer on, each looks for the character that follows it. Also label_patches [196, 196]
+            bool: for each patch of a value, the patches before it that show its label.
+        seed: Seed of all pages.
+        tokenizer: Tokenizer of the model.
+        asked: `PocketModel.asked`.
+    """
+
+    def __init__(self, task: Task, seed: int, tokenizer: Any, asked: str) -> None:
+        self._asked = asked
+        self._task = task
+        self._seed = seed
+        self._tokenizer = tokenizer
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self._seed, TASKS[self._task], index])
+        page = make_page(rng)
+        picture = draw_page(page).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
+        items = _page_items(page)
+        seen = {"pixels": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "targets": page_targets(page, items)}
+        if self._task == "page patches":
+            return seen
+        looks = torch.zeros(2, _MAX_ROWS, NUM_IMAGE_TOKENS)
+        for number, middle in enumerate(_middles(page)):
+            looks[0, number, torch.from_numpy(items) == 1 + number] = 1
+            looks[1, number, middle] = 1
+        return {**seen, **self._packed(rng, page), "looks": looks, "label_patches": label_patches(page, items)}
+
+    def _packed(self, rng: np.random.Generator, page: Page) -> dict[str, Tensor]:
+        ids: list[int] = []
+        labels: list[int] = []
+        segments: list[int] = []
+        has_named: list[bool] = []
+        look_rows: list[int] = []
+        firsts = np.cumsum([0, *(len(entry.glyphs) for entry in page.entries)])
+        entries = rng.permutation(len(page.entries))[:_NUM_QUESTIONS]
+        for number, chosen in enumerate(entries, start=1):
+            entry = page.entries[chosen]
+            question = ask_about(entry)
+            asked = self._ids(self._asked.format(question.text))
+            answered = [*self._ids(question.answer), self._tokenizer.eos_token_id]
+            named_at = asked.index(self._tokenizer.convert_tokens_to_ids(entry.label.character.lower()))
+            first = int(firsts[chosen])
+            ids += asked + answered
+            labels += [IGNORED] * len(asked) + answered
+            segments += [number] * (len(asked) + len(answered))
+            has_named += [index >= named_at for index in range(len(asked) + len(answered))]
+            look_rows += [first] * (len(asked) - 1)
+            look_rows += [first + 1 + index for index in range(len(entry.value))] + [_MAX_ROWS - 1] * 2
+        return as_tensors(ids=ids, labels=labels, segments=segments, has_named=has_named, look_rows=look_rows)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def page_targets(page: Page, items: np.ndarray) -> Tensor:
+    """Returns [196, choices] int64: for each patch, the index of the right word of each of `PAGE_CHOICES`.
+
+    Args:
+        page: The page.
+        items: [196], 0 or 1 + the index of the character that each patch shows.
+    """
+    words = [(NOTHING, NOTHING, NOTHING)]
+    numbers = [NOTHING]
+    for entry in page.entries:
+        for glyph in entry.glyphs:
+            color = page.label_color if glyph is entry.label else NOTHING
+            kind = "digit" if glyph.character in DIGITS else "letter"
+            words.append((color, glyph.character.lower(), kind))
+        numbers += [NOTHING, *(str(number) for number in range(1, 1 + len(entry.value)))]
+    in_values = torch.tensor([PAGE_CHOICES[-1].index(numbers[item]) for item in items])
+    return torch.cat([targets_of(words, items, set(_middles(page))), in_values[:, None]], dim=1)
+
+
+def label_patches(page: Page, items: np.ndarray) -> Tensor:
+    """Returns [196, 196] bool: for each patch of a value, the patches before it that show its label.
+
+    Args:
+        page: The page.
+        items: [196], 0 or 1 + the index of the character that each patch shows.
+    """
+    labels = [-1]
+    for entry in page.entries:
+        labels += [-1] + [len(labels)] * len(entry.value)
+    label_of = np.array(labels)[items]
+    return torch.from_numpy(label_of[:, None] == items[None]).tril()
+
+
+def _page_items(page: Page) -> np.ndarray:
+    mask = Image.new("L", (SCENE_PX, SCENE_PX))
+    pen = ImageDraw.Draw(mask)
+    pen.fontmode = "1"
+    for index, glyph in enumerate(page.glyphs, start=1):
+        write_glyph(pen, glyph, 1, index)
+    items = patch_items(np.asarray(mask), len(page.glyphs), _MIN_PIXELS)
+    items[_middles(page)] = 1 + np.arange(len(page.glyphs))
+    return items
+
+
+def _middles(page: Page) -> list[int]:
+    return middle_patches((glyph.x, glyph.y) for glyph in page.glyphs)
