@@ -21,7 +21,7 @@ def add_pocket_parser(commands: Any) -> None:
     pocket = commands.add_parser("pocket", help="train a pocket model, draw its scenes, calibrate the budget auto")
     kinds = pocket.add_subparsers(dest="pocket", required=True, metavar="WHAT")
     train = kinds.add_parser("train", help="train a model from scratch; continues an earlier run")
-    train.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
+    _add_family(train)
     train.add_argument(
         "--folder", type=Path, help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)"
     )
@@ -41,12 +41,12 @@ def add_pocket_parser(commands: Any) -> None:
     shares = kinds.add_parser("shares", help="compute the shares of the budget auto from rows of mmtok quality")
     shares.add_argument("rows", type=Path, nargs="+", metavar="FILE.jsonl", help="rows of all models")
     answers = kinds.add_parser("answers", help="ask a pocket model in this process, without a server")
-    answers.add_argument("--family", choices=get_args(PocketFamily), default="llava-1.5", help="default llava-1.5")
+    _add_family(answers)
     answers.add_argument("--budgets", type=each(str), required=True, help="auto,32,25%%; all is asked once")
     answers.add_argument(
         "--methods", type=each(str), default=["mmtok"], help="as in mmtok quality: mmtok,mmtok+output (default mmtok)"
     )
-    answers.add_argument("--pages", action="store_true", help="ask about pages, of --family qwen2.5-vl")
+    answers.add_argument("--pages", action="store_true", help="ask the model that reads pages about them")
     answers.add_argument("--seeds", type=each(seed), default=[3, 4, 5], help="seeds of the scenes (default 3,4,5)")
     answers.add_argument("--num-questions", type=count, default=170, help="questions of a kind and seed (default 170)")
     answers.add_argument(
@@ -57,8 +57,17 @@ def add_pocket_parser(commands: Any) -> None:
     auto.add_argument("answers", type=Path, metavar="FILE.answers", help="answers of a model, some at the budget auto")
 
 
+def _add_family(parser: argparse.ArgumentParser) -> None:
+    about = "default llava-1.5, with --pages qwen2.5-vl"
+    parser.add_argument("--family", choices=get_args(PocketFamily), help=about)
+
+
 def run_pocket(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok pocket`: 0, 1 for a file with wrong contents, 2 usage, 130 after Ctrl-C."""
+    if arguments.pocket in ("train", "answers"):
+        from mmtok_bench.pocket import PAGE_READER
+
+        arguments.family = arguments.family or (PAGE_READER if arguments.pages else "llava-1.5")
     if arguments.pocket == "scenes":
         from pocket_training.questions import draw_sheet
 
@@ -72,7 +81,12 @@ def run_pocket(arguments: argparse.Namespace) -> int:
         print(f"mmtok pocket {arguments.pocket}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Stopped; the same command continues from the last state in {_folder(arguments)}.", file=sys.stderr)
+        kept = ""
+        if arguments.pocket == "train":
+            kept = f"; the same command continues from the last state in {_folder(arguments)}"
+        elif arguments.pocket == "answers":
+            kept = f"; answers to the questions of finished seeds are in {arguments.output}, ask the others by --seeds"
+        print(f"Stopped{kept}.", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -124,7 +138,9 @@ def _train(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     more: dict[str, Any] = {}
     if arguments.pages:
-        more = {"stages": STAGES_ON_PAGES, "start": pocket_checkpoint("qwen2.5-vl")}
+        # Raises for a family of which no model reads pages.
+        pocket_checkpoint(arguments.family, reads_pages=True)
+        more = {"stages": STAGES_ON_PAGES, "start": pocket_checkpoint(arguments.family)}
     training = Training(_folder(arguments), arguments.family, arguments.seed, device, **more)
     with progress_bar(Console(highlight=False), "{task.fields[figures]}") as progress:
         bar = progress.add_task("", total=training.num_steps, completed=training.num_steps_done, figures="")

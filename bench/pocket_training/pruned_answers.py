@@ -117,10 +117,11 @@ def check_plan(family: PocketFamily, plan: QualityPlan) -> None:
     """Checks that a plan can be answered in this process, before a model is loaded.
 
     Raises:
-        ValueError: A budget of smaller images, the method with an agent, or one that the family cannot run or that
-            makes images smaller.
+        ValueError: A budget of smaller images, the method with an agent, one that the family cannot run or that makes
+            images smaller, or questions about pages to a family without a model that reads them.
     """
     plan.check_family(family)
+    pocket_checkpoint(family, reads_pages=plan.is_about_pages)
     for budget in plan.budgets:
         parse_budget(budget, AutoBudget())
     for method in plan.methods:

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from mmtok_bench.pocket import pocket_checkpoint
 from mmtok_bench.pocket.pages import Entry, Page
 from mmtok_bench.pocket.scenes import Glyph
+from mmtok_deploy.cli import main
 from pocket_training.model import make_pocket_model
 from pocket_training.training import Stage, Training
 from pocket_training.training_pages import PAGE_CHOICES, TrainingPages, _page_items, label_patches, page_targets
@@ -76,3 +78,38 @@ def test_a_training_on_pages_starts_from_the_model_that_sees_scenes(tmp_path: Pa
     for name, weight in again.model.state_dict().items():
         # Saved in bfloat16, and with patches of 14 px.
         torch.testing.assert_close(weight, trained.pocket.model.state_dict()[name], atol=0.02, rtol=0.01, msg=name)
+
+
+def test_only_the_family_that_reads_pages_is_trained_and_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "no pocket model of llava-1.5 reads pages, only that of qwen2.5-vl"
+    asked = ["--family=llava-1.5", "--pages"]
+    assert main(["pocket", "train", *asked, f"--folder={tmp_path}"]) == 1
+    assert message in capsys.readouterr().err
+    assert main(["pocket", "answers", *asked, "--budgets=all", str(tmp_path / "pages.answers")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "kept"),
+    [
+        (["train", "--pages"], "pocket_training.training.Training", "artifacts/pocket/qwen2.5-vl-pages"),
+        (
+            ["answers", "--budgets=all", "x.answers"],
+            "pocket_training.pruned_answers.answer_all",
+            "seeds are in x.answers",
+        ),
+        (["auto", "x.answers"], "pocket_training.auto_budget.lines_of_comparison", "Stopped."),
+    ],
+)
+def test_ctrl_c_says_what_is_kept(
+    command: list[str], module: str, kept: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, interrupt)
+    assert main(["pocket", *command]) == 130
+    assert kept in capsys.readouterr().err
