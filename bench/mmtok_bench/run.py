@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,6 +27,24 @@ INTERRUPTED = 130
 _SPEED_PERIOD_S = 120.0
 
 
+class _Claim:
+    """An exclusive lock on a file, until the last reference to it is gone or the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(
+                f"another run writes to {path}, and both would measure the same: wait until it ends, or stop it"
+            ) from None
+
+
+# One process may continue its own run: `flock` would not let it.
+_CLAIMS: WeakValueDictionary[Path, _Claim] = WeakValueDictionary()
+
+
 class Run:
     """The rows of one run, which are written at once, its progress bar and its output.
 
@@ -35,7 +55,7 @@ class Run:
         json_output: Print rows as JSON lines, and all else to stderr.
 
     Raises:
-        ValueError: The file to continue does not exist, or does not hold rows.
+        ValueError: The file to continue does not exist, does not hold rows, or another process is writing to it.
     """
 
     def __init__(self, bench: str, folder: Path, *, resume: Path | None = None, json_output: bool = False) -> None:
@@ -43,6 +63,8 @@ class Run:
             raise ValueError(f"--resume names an earlier run's file of rows, and {resume} is none")
         self.console = Console(highlight=False, stderr=json_output)
         self.path = resume or new_result_file(folder, bench)
+        place = self.path.resolve()
+        self._claim = _CLAIMS[place] = _CLAIMS.get(place) or _Claim(place)
         if resume is not None and drop_unfinished_line(resume):
             print(f"the last line of {resume} was cut off and is dropped", file=sys.stderr)
         self.rows = read_rows(self.path)

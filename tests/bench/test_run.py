@@ -1,10 +1,13 @@
-"""The progress bar: steps, and what a command adds to them."""
+"""The progress bar: steps, and what a command adds to them; and one run at a time for a file."""
 
+import fcntl
 from io import StringIO
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from mmtok_bench.run import progress_bar
+from mmtok_bench.run import Run, progress_bar
 
 
 def test_steps_and_further_columns_are_shown() -> None:
@@ -23,3 +26,19 @@ def test_a_file_gets_no_bar() -> None:
     with progress_bar(Console(file=out)) as progress:
         progress.advance(progress.add_task("steps", total=4))
     assert "steps" not in out.getvalue()
+
+
+def test_a_file_that_another_run_writes_to_is_left_as_it_is(tmp_path: Path) -> None:
+    run = Run("quality", tmp_path)
+    # This process may go on with its own run; here, as soon as it is gone, another one has the file.
+    assert Run("quality", tmp_path, resume=run.path).path == run.path
+    path = run.path
+    del run
+    with path.open("ab") as file:
+        file.write(b'{"a row that is being written": ')
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(ValueError, match=r"another run writes to .*: wait until it ends, or stop it"):
+            Run("quality", tmp_path, resume=path)
+        assert path.read_bytes().startswith(b'{"a row')
+    assert Run("quality", tmp_path, resume=path).rows == []
