@@ -117,6 +117,11 @@ def quality_server(
 def _plan(arguments: argparse.Namespace) -> QualityPlan:
     default = QualityPlan()
     kinds = _kinds(arguments.tasks)
+    if not set(kinds) <= {*KINDS, *PAGE_KINDS}:
+        raise ValueError(
+            f"expected pocket, pages, or kinds of one of them, or public tasks: got {', '.join(arguments.tasks)}; run "
+            "them one by one"
+        )
     check_kinds(kinds)
     family = _family(arguments, kinds)
     impossible = FAMILY_TRAITS[family].impossible_methods

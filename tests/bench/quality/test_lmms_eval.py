@@ -138,6 +138,7 @@ def test_dry_run_starts_a_server_for_each_budget(capsys: pytest.CaptureFixture[s
         (["--tasks=pope", "--budgets=64"], "--model-path"),
         (["--tasks=pope", "--budgets=64,32", "--url=http://127.0.0.1:9"], "one --budgets"),
         (["--tasks=pope,count", "--budgets=64", "--model-path=m"], "one by one"),
+        (["--tasks=pope,pages", "--budgets=64", "--model-path=m"], "got pope, pages; run them one by one"),
         (["--tasks=pope", "--budgets=64", "--methods=fastv", "--model-path=m"], "method is one of"),
         (["--tasks=count", "--resume=nowhere.jsonl", "--url=http://127.0.0.1:9"], "nowhere.jsonl is none"),
         (["--tasks=count", "--budgets=0", "--url=http://127.0.0.1:9"], "budget"),
