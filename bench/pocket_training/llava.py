@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,11 +54,6 @@ class PocketLlava(PocketModel):
             positions[1:] = 0.5 * _sines(GRID, positions.shape[1])
         for layer in self.language_model.layers:
             attend_to_the_like(layer.self_attn)
-
-    def load(self, checkpoint: Path) -> None:
-        """Takes the weights of a checkpoint that `served` was saved as."""
-        saved = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-        self.model.load_state_dict(saved.state_dict())
 
     @property
     def projector(self) -> nn.Module:

@@ -53,9 +53,13 @@ class PocketModel(ABC):
         """Returns a copy of the model in the form in which it is saved and served."""
         return copy.deepcopy(self.model)
 
-    @abstractmethod
     def load(self, checkpoint: Path) -> None:
         """Takes the weights of a checkpoint that `served` was saved as."""
+        self.model.load_state_dict(self._trained_weights(checkpoint))
+
+    def _trained_weights(self, checkpoint: Path) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = type(self.model).from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+        return weights
 
     @property
     def language_model(self) -> Any:

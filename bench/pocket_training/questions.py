@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mmtok_bench.pocket import questions
 from mmtok_bench.pocket.pages import Page, make_page
 from mmtok_bench.pocket.questions import Question, ask_about, choose, plural, render, things_alone
-from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, make_scene
+from mmtok_bench.pocket.scenes import COLOR_RGB, SCENE_PX, SHAPES, Scene, make_scene
 
 __all__ = ["KINDS", "NAMING_WORDS", "Kind", "ask", "draw_sheet", "named_items"]
 
@@ -45,7 +45,7 @@ def named_items(scene: Scene, text: str) -> list[int]:
     words = set(text.lower().replace("?", " ").split())
     named = {_SINGULAR.get(word, word) for word in words} & {*COLOR_RGB, *SHAPES, *_CHARACTER_KINDS}
     items = [{thing.color, thing.shape} for thing in scene.things]
-    items += [{"digit" if glyph.character in DIGITS else "letter"} for glyph in scene.glyphs]
+    items += [{glyph.kind} for glyph in scene.glyphs]
     return [index for index, item in enumerate(items) if named and named <= item]
 
 

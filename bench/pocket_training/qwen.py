@@ -71,13 +71,12 @@ class PocketQwen(PocketModel):
         model.load_state_dict(weights)
         return model
 
-    def load(self, checkpoint: Path) -> None:
-        """Takes the weights of a checkpoint that `served` was saved as, with patches of 4 px again."""
-        weights = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-        weights = weights.state_dict()
+    def _trained_weights(self, checkpoint: Path) -> dict[str, Tensor]:
+        """Returns the weights of a checkpoint, with patches of 4 px again."""
+        weights = super()._trained_weights(checkpoint)
         enlarge = torch.linalg.pinv(_undo_enlarging())
         weights[_KERNEL] = torch.einsum("oityx,yh,xw->oithw", weights[_KERNEL], enlarge, enlarge)
-        self.model.load_state_dict(weights)
+        return weights
 
     @property
     def projector(self) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -11,11 +12,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mmtok_bench.pocket.questions import Question
+from mmtok_bench.pocket.pages import Page
+from mmtok_bench.pocket.questions import Question, picture_of
 from mmtok_bench.pocket.scenes import (
     CHARACTERS,
     COLOR_RGB,
-    DIGITS,
     OUTLINES,
     SCENE_PX,
     SHAPES,
@@ -23,7 +24,6 @@ from mmtok_bench.pocket.scenes import (
     Glyph,
     Scene,
     Thing,
-    draw,
     make_scene,
     write_glyph,
 )
@@ -35,14 +35,16 @@ __all__ = [
     "NOTHING",
     "PATCH_CHOICES",
     "TASKS",
+    "Asked",
     "Task",
+    "TrainingPictures",
     "TrainingScenes",
-    "as_tensors",
     "collate",
     "draw_mask",
     "middle_patches",
     "patch_items",
     "patch_targets",
+    "pixels_of",
     "targets_of",
 ]
 
@@ -78,66 +80,102 @@ _KIND_SHARES: dict[Kind, float] = {
 }
 
 
-class TrainingScenes(Dataset[dict[str, Tensor]]):
-    """Scenes by number, which depend only on the seed.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question, and where its tokens look.
 
     Args:
-        task: "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "characters": the same, of scenes with
-            more characters. "answers": both, and ids, labels and segments [L] of up to twelve questions in a row,
-            whose segments are numbered from 1; has_named [L], whether a question has named by this token what it asks
-            for; looks [2, 12, 196], the patches that show it, and its middle patch; and look_rows [L], the number of
-            each token's row of looks.
-        seed: Seed of all scenes.
+        question: The question.
+        naming_ids: Tokens by which questions name what they ask for.
+        look_row: The row of looks of the question's tokens.
+        answer_rows: Those of the last token before the answer and of the answer's tokens; by default the same.
+    """
+
+    question: Question
+    naming_ids: Set[int]
+    look_row: int
+    answer_rows: Sequence[int] = ()
+
+
+class TrainingPictures(Dataset[dict[str, Tensor]]):
+    """Pictures by number, which depend only on the seed.
+
+    Args:
+        task: What is learned.
+        seed: Seed of all pictures.
         tokenizer: Tokenizer of the model.
         asked: `PocketModel.asked`.
     """
 
     def __init__(self, task: Task, seed: int, tokenizer: Any, asked: str) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
         self._asked = asked
-        self._task = task
         self._seed = seed
-        self._tokenizer = tokenizer
-        self._naming_ids = {tokenizer.convert_tokens_to_ids(word) for word in NAMING_WORDS}
+
+    def random(self, index: int) -> np.random.Generator:
+        """Returns the generator of a picture's contents and questions."""
+        return np.random.default_rng([self._seed, TASKS[self.task], index])
+
+    def pack(self, questions: Sequence[Asked]) -> dict[str, Tensor]:
+        """Returns the tokens of questions in a row: ids, labels, segments, has_named and look_rows, [L] each."""
+        ids: list[int] = []
+        labels: list[int] = []
+        segments: list[int] = []
+        has_named: list[bool] = []
+        look_rows: list[int] = []
+        for number, each in enumerate(questions, start=1):
+            asked = self._ids(self._asked.format(each.question.text))
+            answered = [*self._ids(each.question.answer), self.tokenizer.eos_token_id]
+            named_at = max(index for index, token in enumerate(asked) if token in each.naming_ids)
+            ids += asked + answered
+            labels += [IGNORED] * len(asked) + answered
+            segments += [number] * (len(asked) + len(answered))
+            has_named += [index >= named_at for index in range(len(asked) + len(answered))]
+            look_rows += [each.look_row] * (len(asked) - 1)
+            look_rows += each.answer_rows or [each.look_row] * (1 + len(answered))
+        packed = {"ids": ids, "labels": labels, "segments": segments, "has_named": has_named, "look_rows": look_rows}
+        return {name: torch.tensor(values) for name, values in packed.items()}
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class TrainingScenes(TrainingPictures):
+    """Scenes by number.
+
+    For the task "patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "characters": the same, of scenes
+    with more characters. "answers": both, and ids, labels and segments [L] of up to twelve questions in a row, whose
+    segments are numbered from 1; has_named [L], whether a question has named by this token what it asks for; looks
+    [2, 12, 196], the patches that show it, and its middle patch; and look_rows [L], the number of each token's row of
+    looks.
+    """
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng([self._seed, TASKS[self._task], index])
-        scene = make_scene(rng, **(_MANY_CHARACTERS if self._task == "characters" else {}))
-        picture = draw(scene).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        seen = {"pixels": pixels, "targets": patch_targets(scene)}
-        if self._task != "answers":
+        rng = self.random(index)
+        scene = make_scene(rng, **(_MANY_CHARACTERS if self.task == "characters" else {}))
+        seen = {"pixels": pixels_of(scene), "targets": patch_targets(scene)}
+        if self.task != "answers":
             return seen
         kinds = rng.choice(list(_KIND_SHARES), _NUM_QUESTIONS, p=list(_KIND_SHARES.values()))
         questions = [question for kind in kinds if (question := ask(rng, scene, kind))]
         return {**seen, **self._packed(questions), "looks": _looks(scene, questions)}
 
     def _packed(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        ids: list[int] = []
-        labels: list[int] = []
-        segments: list[int] = []
-        has_named: list[bool] = []
-        for number, question in enumerate(questions, start=1):
-            asked = self._ids(self._asked.format(question.text))
-            answered = [*self._ids(question.answer), self._tokenizer.eos_token_id]
-            named_at = max(index for index, token in enumerate(asked) if token in self._naming_ids)
-            ids += asked + answered
-            labels += [IGNORED] * len(asked) + answered
-            segments += [number] * (len(asked) + len(answered))
-            has_named += [index >= named_at for index in range(len(asked) + len(answered))]
-        rows = [segment - 1 for segment in segments]
-        return as_tensors(ids=ids, labels=labels, segments=segments, has_named=has_named, look_rows=rows)
+        naming_ids = {self.tokenizer.convert_tokens_to_ids(word) for word in NAMING_WORDS}
+        return self.pack([Asked(question, naming_ids, row) for row, question in enumerate(questions)])
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+def pixels_of(scene: Scene | Page) -> Tensor:
+    """Returns the picture of a scene or page, [3, 112, 112] uint8."""
+    return torch.from_numpy(np.array(picture_of(scene))).permute(2, 0, 1)
 
 
 def patch_targets(scene: Scene) -> Tensor:
     """Returns [196, choices] int64: for each patch, the index of the right word of each of `PATCH_CHOICES`."""
     words = [(NOTHING, NOTHING, NOTHING)]
     words += [(thing.color, thing.shape, thing.size) for thing in scene.things]
-    words += [
-        (NOTHING, glyph.character.lower(), "digit" if glyph.character in DIGITS else "letter") for glyph in scene.glyphs
-    ]
+    words += [(NOTHING, glyph.character.lower(), glyph.kind) for glyph in scene.glyphs]
     return targets_of(words, _scene_items(scene), _middles(scene))
 
 
@@ -212,11 +250,6 @@ def _looks(scene: Scene, questions: Sequence[Question]) -> Tensor:
             looks[0, number, items == 1 + index] = 1
             looks[1, number, middles[index]] = 1
     return looks
-
-
-def as_tensors(**values: Sequence[int]) -> dict[str, Tensor]:
-    """Returns each list as a tensor."""
-    return {name: torch.tensor(listed) for name, listed in values.items()}
 
 
 def collate(scenes: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from mmtok_bench.pocket.pages import Page, draw_page, make_page
+from mmtok_bench.pocket.pages import MAX_GLYPHS, Page, make_page
 from mmtok_bench.pocket.questions import ask_about
-from mmtok_bench.pocket.scenes import DIGITS, SCENE_PX, write_glyph
+from mmtok_bench.pocket.scenes import SCENE_PX, write_glyph
 from pocket_training.model import NUM_IMAGE_TOKENS
 from pocket_training.training_data import (
-    IGNORED,
     NOTHING,
     PATCH_CHOICES,
-    TASKS,
-    Task,
-    as_tensors,
+    Asked,
+    TrainingPictures,
     middle_patches,
     patch_items,
+    pixels_of,
     targets_of,
 )
 
@@ -33,70 +29,42 @@ PAGE_CHOICES: tuple[tuple[str, ...], ...] = (*PATCH_CHOICES, ("1", "2", "3", NOT
 
 # A small character has about 15 pixels, often in two patches.
 _MIN_PIXELS = 4
-_NUM_QUESTIONS = 12
-# The rows of looks: for each character of a page, and for nothing.
-_MAX_ROWS = 41
+# The rows of looks are one for each character of a page, and this one for nothing.
+_NOTHING_ROW = MAX_GLYPHS
 
 
-class TrainingPages(Dataset[dict[str, Tensor]]):
-    """Pages by number, which depend only on the seed.
+class TrainingPages(TrainingPictures):
+    """Pages by number.
 
-    Args:
-        task: "page patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "page answers": as "answers" of
-            `TrainingScenes`, with looks [2, 41, 196], the patches that show each character of the page and the
-            character's middle patch; the last row has none. A question's tokens look for the label, and from the last
-            token before the answer on, each looks for the character that follows it. Also label_patches [196, 196]
-            bool: for each patch of a value, the patches before it that show its label.
-        seed: Seed of all pages.
-        tokenizer: Tokenizer of the model.
-        asked: `PocketModel.asked`.
+    For the task "page patches": pixels [3, 112, 112] uint8 and targets [196, choices]. "page answers": as "answers" of
+    `TrainingScenes`, with looks [2, 41, 196], the patches that show each character of the page and the character's
+    middle patch; the last row has none. A question's tokens look for the label, and from the last token before the
+    answer on, each looks for the character that follows it. Also label_patches [196, 196] bool: for each patch of a
+    value, the patches before it that show its label.
     """
 
-    def __init__(self, task: Task, seed: int, tokenizer: Any, asked: str) -> None:
-        self._asked = asked
-        self._task = task
-        self._seed = seed
-        self._tokenizer = tokenizer
-
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng([self._seed, TASKS[self._task], index])
+        rng = self.random(index)
         page = make_page(rng)
-        picture = draw_page(page).resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC)
         items = _page_items(page)
-        seen = {"pixels": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "targets": page_targets(page, items)}
-        if self._task == "page patches":
+        seen = {"pixels": pixels_of(page), "targets": page_targets(page, items)}
+        if self.task == "page patches":
             return seen
-        looks = torch.zeros(2, _MAX_ROWS, NUM_IMAGE_TOKENS)
+        looks = torch.zeros(2, _NOTHING_ROW + 1, NUM_IMAGE_TOKENS)
         for number, middle in enumerate(_middles(page)):
             looks[0, number, torch.from_numpy(items) == 1 + number] = 1
             looks[1, number, middle] = 1
         return {**seen, **self._packed(rng, page), "looks": looks, "label_patches": label_patches(page, items)}
 
     def _packed(self, rng: np.random.Generator, page: Page) -> dict[str, Tensor]:
-        ids: list[int] = []
-        labels: list[int] = []
-        segments: list[int] = []
-        has_named: list[bool] = []
-        look_rows: list[int] = []
         firsts = np.cumsum([0, *(len(entry.glyphs) for entry in page.entries)])
-        entries = rng.permutation(len(page.entries))[:_NUM_QUESTIONS]
-        for number, chosen in enumerate(entries, start=1):
-            entry = page.entries[chosen]
-            question = ask_about(entry)
-            asked = self._ids(self._asked.format(question.text))
-            answered = [*self._ids(question.answer), self._tokenizer.eos_token_id]
-            named_at = asked.index(self._tokenizer.convert_tokens_to_ids(entry.label.character.lower()))
-            first = int(firsts[chosen])
-            ids += asked + answered
-            labels += [IGNORED] * len(asked) + answered
-            segments += [number] * (len(asked) + len(answered))
-            has_named += [index >= named_at for index in range(len(asked) + len(answered))]
-            look_rows += [first] * (len(asked) - 1)
-            look_rows += [first + 1 + index for index in range(len(entry.value))] + [_MAX_ROWS - 1] * 2
-        return as_tensors(ids=ids, labels=labels, segments=segments, has_named=has_named, look_rows=look_rows)
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        questions = []
+        for chosen in rng.permutation(len(page.entries)):
+            entry, first = page.entries[chosen], int(firsts[chosen])
+            label = self.tokenizer.convert_tokens_to_ids(entry.label.character.lower())
+            value_rows = range(first + 1, first + len(entry.glyphs))
+            questions.append(Asked(ask_about(entry), {label}, first, [*value_rows, _NOTHING_ROW, _NOTHING_ROW]))
+        return self.pack(questions)
 
 
 def page_targets(page: Page, items: np.ndarray) -> Tensor:
@@ -111,8 +79,7 @@ def page_targets(page: Page, items: np.ndarray) -> Tensor:
     for entry in page.entries:
         for glyph in entry.glyphs:
             color = page.label_color if glyph is entry.label else NOTHING
-            kind = "digit" if glyph.character in DIGITS else "letter"
-            words.append((color, glyph.character.lower(), kind))
+            words.append((color, glyph.character.lower(), glyph.kind))
         numbers += [NOTHING, *(str(number) for number in range(1, 1 + len(entry.value)))]
     in_values = torch.tensor([PAGE_CHOICES[-1].index(numbers[item]) for item in items])
     return torch.cat([targets_of(words, items, set(_middles(page))), in_values[:, None]], dim=1)

@@ -201,7 +201,7 @@ def hooks_of(server: Server) -> list[Hook]:
             "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.is_request_level_customized_info_key",
             "self key",
             is_sent_once,
-            reason="that is of a request and not of its tokens; requests of text in the batch have a null for each",
+            reason="an account belongs to a request: as one value for each token, texts in the batch have nulls",
             until="requests report on their images",
         ),
         Hook(

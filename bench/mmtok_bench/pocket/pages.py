@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +9,15 @@ from PIL import Image, ImageDraw
 
 from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS, SCENE_PX, Glyph, write_glyph
 
-__all__ = ["TEXT_PX", "Entry", "Page", "draw_page", "make_page"]
+__all__ = ["MAX_GLYPHS", "TEXT_PX", "Entry", "Page", "draw_page", "make_page"]
 
 TEXT_PX = {"small": 9.0, "medium": 12.0, "large": 16.0}
 """Size of the font, in units of which a page has 112."""
 
 _LABEL_COLORS = ("red", "green", "blue", "purple")
 _MAX_LENGTH = 3
+MAX_GLYPHS = len(LETTERS) * (1 + _MAX_LENGTH)
+"""The most characters on a page."""
 _MARGIN_PX = 4.0
 # Distances of neighbouring characters and lines, in sizes of the font.
 _ADVANCE = 0.82
@@ -110,10 +111,6 @@ def draw_page(page: Page, scale: int = 2) -> Image.Image:
     ink = tuple(int(value) for value in rng.integers(10, 60) + rng.integers(-8, 9, 3))
     for entry in page.entries:
         write_glyph(pen, entry.label, scale, COLOR_RGB[page.label_color])
-        _write(pen, entry.value, scale, ink)
+        for glyph in entry.value:
+            write_glyph(pen, glyph, scale, ink)
     return picture
-
-
-def _write(pen: ImageDraw.ImageDraw, glyphs: Sequence[Glyph], scale: int, fill: tuple[int, ...]) -> None:
-    for glyph in glyphs:
-        write_glyph(pen, glyph, scale, fill)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mmtok_bench.pocket.pages import Entry, Page, draw_page, make_page
-from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, SCENE_PX, SHAPES, Scene, Thing, draw, make_scene
+from mmtok_bench.pocket.scenes import COLOR_RGB, SCENE_PX, SHAPES, Scene, Thing, draw, make_scene
 
 __all__ = [
     "HELD_OUT",
@@ -131,9 +131,8 @@ def _ask_position(rng: np.random.Generator, scene: Scene) -> Question | None:
 def _ask_reading(rng: np.random.Generator, scene: Scene) -> Question | None:
     if not scene.glyphs:
         return None
-    character = choose(rng, scene.glyphs).character
-    kind = "digit" if character in DIGITS else "letter"
-    return Question("reading", f"What {kind} is in the image?", character)
+    glyph = choose(rng, scene.glyphs)
+    return Question("reading", f"What {glyph.kind} is in the image?", glyph.character)
 
 
 _ASKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {

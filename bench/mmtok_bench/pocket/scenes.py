@@ -81,6 +81,11 @@ class Glyph:
     is_dark: bool
     size_px: float = _GLYPH_PX
 
+    @property
+    def kind(self) -> str:
+        """What the character is: "digit" or "letter"."""
+        return "digit" if self.character in DIGITS else "letter"
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
