@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmtok_bench.pocket.questions import KINDS, Kind, picture_of, scene_at
+from mmtok_bench.mixed_budget import MixedBudget
+from mmtok_bench.pocket.questions import KINDS, PAGE_KINDS, Kind, picture_of, scene_at
 from mmtok_bench.quality.plan import ScoredAnswer, read_answers
 from mmtok_bench.quality.rows import ALL_SEEDS
 from mmtok_bench.quality.scoring import Interval
@@ -21,7 +22,12 @@ from mmtok_deploy.budget import Budget
 
 __all__ = ["ASKED", "image_features", "lines_of_comparison", "shares_of"]
 
-ASKED: Mapping[Kind, Asked] = {"position": "where", "existence": "whether", "count": "count", "reading": "read"}
+ASKED: Mapping[Kind, Asked] = {
+    "position": "where",
+    "existence": "whether",
+    "count": "count",
+    **dict.fromkeys(("reading", *PAGE_KINDS), "read"),
+}
 """Kind of pocket questions -> the budget auto's name for what they ask."""
 
 # Share of the right answers without pruning.
@@ -31,7 +37,9 @@ _PATCH_PX = 8
 
 
 def shares_of(rows: Sequence[ResultRow]) -> dict[Asked, Fraction]:
-    """Returns for each kind the smallest share of tokens at which MMTok keeps 90% of every model's right answers.
+    """Returns for what is asked the smallest share of tokens at which MMTok keeps 90% of the right answers.
+
+    That is 90% of every model's answers to each kind of question that asks for it.
 
     Args:
         rows: Rows of `mmtok quality`; only rows over all seeds whose budget is a share are used.
@@ -44,13 +52,15 @@ def shares_of(rows: Sequence[ResultRow]) -> dict[Asked, Fraction]:
         kept: dict[Fraction, list[float]] = {}
         for row in rows:
             if (row.case["kind"], row.case["method"], row.case["seed"]) == (kind, "mmtok", ALL_SEEDS):
-                ratio = Budget.parse(str(row.case["budget"])).ratio
-                if ratio is not None:
-                    kept.setdefault(ratio, []).append(row.metrics["share"])
+                budget = MixedBudget.parse(str(row.case["budget"]))
+                if isinstance(budget.budget, Budget) and budget.budget.ratio and not budget.encodes_less:
+                    kept.setdefault(budget.budget.ratio, []).append(row.metrics["share"])
         enough = [share for share, of_models in kept.items() if min(of_models) >= _KEEPS]
         if not enough:
-            raise ValueError(f"no share keeps {_KEEPS:.0%} of the right answers about {kind}: add rows of larger ones")
-        shares[asked] = min(enough)
+            raise ValueError(
+                f"no share keeps {_KEEPS:.0%} of the right answers about {kind}: add rows of these, or of larger shares"
+            )
+        shares[asked] = max(shares.get(asked, Fraction(0)), min(enough))
     return shares
 
 

@@ -25,8 +25,12 @@ def add_pocket_parser(commands: Any) -> None:
     train.add_argument(
         "--folder", type=Path, help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)"
     )
-    train.add_argument(
+    more = train.add_mutually_exclusive_group()
+    more.add_argument(
         "--pages", action="store_true", help="go on from the pocket Qwen2.5-VL of this package, and learn to read pages"
+    )
+    more.add_argument(
+        "--sizes", action="store_true", help="go on from the pocket Qwen2.5-VL, and learn to see images of three sizes"
     )
     train.add_argument("--seed", type=int, default=0, help="seed of the weights and of all scenes (default 0)")
     train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -58,7 +62,7 @@ def add_pocket_parser(commands: Any) -> None:
 
 
 def _add_family(parser: argparse.ArgumentParser) -> None:
-    about = "default llava-1.5, with --pages qwen2.5-vl"
+    about = "default llava-1.5, with --pages or --sizes qwen2.5-vl"
     parser.add_argument("--family", choices=get_args(PocketFamily), help=about)
 
 
@@ -67,7 +71,8 @@ def run_pocket(arguments: argparse.Namespace) -> int:
     if arguments.pocket in ("train", "answers"):
         from mmtok_bench.pocket import PAGE_READER
 
-        arguments.family = arguments.family or (PAGE_READER if arguments.pages else "llava-1.5")
+        is_qwen = arguments.pages or getattr(arguments, "sizes", False)
+        arguments.family = arguments.family or (PAGE_READER if is_qwen else "llava-1.5")
     if arguments.pocket == "scenes":
         from pocket_training.questions import draw_sheet
 
@@ -130,7 +135,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from mmtok_bench.pocket import pocket_checkpoint
     from mmtok_bench.run import progress_bar
-    from pocket_training.training import STAGES_ON_PAGES, Stage, Training
+    from pocket_training.training import STAGES_ON_PAGES, STAGES_ON_SIZES, Stage, Training
 
     _keep_freed_memory()
     if arguments.threads is not None:
@@ -141,6 +146,10 @@ def _train(arguments: argparse.Namespace) -> int:
         # Raises for a family of which no model reads pages.
         pocket_checkpoint(arguments.family, reads_pages=True)
         more = {"stages": STAGES_ON_PAGES, "start": pocket_checkpoint(arguments.family)}
+    if arguments.sizes:
+        if arguments.family != "qwen2.5-vl":
+            raise ValueError(f"the pocket {arguments.family} sees images of one size, only qwen2.5-vl of several")
+        more = {"stages": STAGES_ON_SIZES, "start": pocket_checkpoint(arguments.family)}
     training = Training(_folder(arguments), arguments.family, arguments.seed, device, **more)
     with progress_bar(Console(highlight=False), "{task.fields[figures]}") as progress:
         bar = progress.add_task("", total=training.num_steps, completed=training.num_steps_done, figures="")
@@ -156,7 +165,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _folder(arguments: argparse.Namespace) -> Path:
     folder: Path | None = arguments.folder
-    return folder or Path("artifacts/pocket") / (arguments.family + ("-pages" if arguments.pages else ""))
+    return folder or Path("artifacts/pocket") / (
+        arguments.family + ("-pages" if arguments.pages else "-sizes" if arguments.sizes else "")
+    )
 
 
 def _keep_freed_memory() -> None:

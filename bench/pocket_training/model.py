@@ -74,10 +74,13 @@ class PocketModel(ABC):
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
-        """Returns the projector's input for images [B, 3, 112, 112], 0 to 255."""
+        """Returns the projector's input [B, patches, width] for images [B, 3, side, side], 0 to 255.
+
+        The side is 112, or for a Qwen2.5-VL any multiple of 8.
+        """
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Returns images [B, 3, 112, 112], 0 to 255, as the family's image processor normalises them."""
+        """Returns images [B, 3, side, side], 0 to 255, as the family's image processor normalises them."""
         image_processor = self.processor.image_processor
         mean, std = (
             torch.tensor(values, device=pixels.device)[:, None, None]
@@ -86,16 +89,17 @@ class PocketModel(ABC):
         return (pixels / 255 - mean) / std
 
     def image_tokens(self, features: Tensor) -> Tensor:
-        """Returns [B, 196, width], the image tokens that the language model reads."""
+        """Returns [B, N, width], the image tokens that the language model reads: 196 for a side of 112."""
         tokens: Tensor = self.projector(features)
-        return tokens.reshape(-1, NUM_IMAGE_TOKENS, tokens.shape[-1])
+        return tokens.reshape(len(features), -1, tokens.shape[-1])
 
-    def positions(self, index: Tensor, image_at: int) -> Tensor:
+    def positions(self, index: Tensor, image_at: int, grid: int = GRID) -> Tensor:
         """Returns the positions of tokens [B, L] for RoPE.
 
         Args:
             index: Each token's place in its prompt, image tokens included.
             image_at: Number of tokens before the image.
+            grid: Image tokens in a row and in a column.
         """
         return index
 

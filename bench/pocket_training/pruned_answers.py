@@ -16,7 +16,7 @@ from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import AskedScene, fingerprint, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality.plan import (
-    FASTV,
+    METHODS_INSIDE,
     UNPRUNED,
     QualityPlan,
     ScoredAnswer,
@@ -32,9 +32,11 @@ from mmtok_bench.results import append_row
 from mmtok_bench.selected_patches import EncodedImage, PatchSelector
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget, what_is_asked
 from mmtok_deploy.methods import is_nested
-from pocket_training.fastv import last_hidden_after_fastv
+from pocket_training.pruning_inside import last_hidden_after_fastv, last_hidden_after_sparsevlm
 
 __all__ = ["PocketModel", "answer_all", "check_plan", "write_rows"]
+
+_LAST_HIDDEN = {"fastv": last_hidden_after_fastv, "sparsevlm": last_hidden_after_sparsevlm}
 
 
 class PocketModel:
@@ -48,7 +50,7 @@ class PocketModel:
     def __init__(self, family: PocketFamily, *, reads_pages: bool = False) -> None:
         checkpoint = pocket_checkpoint(family, reads_pages=reads_pages)
         self.selector = PatchSelector(family, checkpoint)
-        # "eager" gives the weights of attention, which FastV goes by.
+        # "eager" gives the weights of attention, by which tokens are dropped inside the language model.
         self._model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="eager"
         ).eval()
@@ -62,7 +64,7 @@ class PocketModel:
 
     @torch.inference_mode()
     def answer(
-        self, inputs: Any, encoded: EncodedImage, kept: Tensor, num_words: int, num_kept_inside: int | None = None
+        self, inputs: Any, encoded: EncodedImage, kept: Tensor, num_words: int, inside: tuple[str, int] | None = None
     ) -> str:
         """Returns the answer that the model gives when it reads only the kept tokens of a picture.
 
@@ -73,7 +75,7 @@ class PocketModel:
             encoded: Result of `selector.encode`.
             kept: [K] int64, the kept tokens in raster order.
             num_words: The largest number of tokens of the answer.
-            num_kept_inside: Number of image tokens that FastV keeps after its layer; None for all.
+            inside: One of `METHODS_INSIDE` and the number of image tokens that the last layers read; None to read all.
         """
         (ids,) = inputs["input_ids"]
         start = int((ids == self._model.config.image_token_id).nonzero()[0])
@@ -85,7 +87,7 @@ class PocketModel:
         image, num_prompt = slice(start, start + len(kept)), len(rows)
         said: list[int] = []
         for _ in range(num_words):
-            hidden = self._last_hidden(rows, positions, image, num_kept_inside, num_prompt)
+            hidden = self._last_hidden(rows, positions, image, inside, num_prompt)
             token = int(self._model.lm_head(hidden).argmax())
             if token == self._processor.tokenizer.eos_token_id:
                 break
@@ -96,11 +98,12 @@ class PocketModel:
         return text
 
     def _last_hidden(
-        self, rows: Tensor, positions: Tensor, image: slice, num_kept: int | None, num_prompt: int
+        self, rows: Tensor, positions: Tensor, image: slice, inside: tuple[str, int] | None, num_prompt: int
     ) -> Tensor:
         language_model = self._model.model.language_model
-        if num_kept is not None:
-            return last_hidden_after_fastv(language_model, rows, positions, image, num_kept, num_prompt)
+        if inside is not None:
+            method, num_kept = inside
+            return _LAST_HIDDEN[method](language_model, rows, positions, image, num_kept, num_prompt)
         hidden: Tensor = language_model(inputs_embeds=rows[None], position_ids=positions).last_hidden_state[0, -1]
         return hidden
 
@@ -127,7 +130,7 @@ def check_plan(family: PocketFamily, plan: QualityPlan) -> None:
     for method in plan.methods:
         if method == "downsample":
             raise ValueError("downsample makes images smaller, which a server does: mmtok quality --methods downsample")
-        if method != FASTV:
+        if method not in METHODS_INSIDE:
             split_method(method)
 
 
@@ -187,9 +190,9 @@ def _answers(
     encoded = model.selector.encode(picture)
     for number, question in enumerate(asked.questions):
         inputs = model.read(picture, question.text)
-        for pair, kept, num_kept_inside in _kept(model, encoded, question.text, plan):
-            said = model.answer(inputs, encoded, kept, max_words(question), num_kept_inside)
-            num_kept = len(kept) if num_kept_inside is None else num_kept_inside
+        for pair, kept, inside in _kept(model, encoded, question.text, plan):
+            said = model.answer(inputs, encoded, kept, max_words(question), inside)
+            num_kept = len(kept) if inside is None else inside[1]
             measured = {"num_prompt_tokens": 0, "latency_ms": 0.0, "cell_s": 0.0, "question_set": question_set}
             setting = Setting(*pair, asked.seed)
             yield ScoredAnswer.to_question(setting, asked, number, said, num_image_tokens=num_kept, **measured)
@@ -197,11 +200,11 @@ def _answers(
 
 def _kept(
     model: PocketModel, encoded: EncodedImage, question: str, plan: QualityPlan
-) -> Iterator[tuple[tuple[str, str], Tensor, int | None]]:
-    """Yields each method and budget of a plan, the image tokens that the language model reads, and FastV's budget.
+) -> Iterator[tuple[tuple[str, str], Tensor, tuple[str, int] | None]]:
+    """Yields each method and budget of a plan, the image tokens that the language model reads, and what it drops.
 
-    The tokens are [K] int64 in raster order. FastV's budget is the number of tokens that it keeps inside the language
-    model; None for other methods.
+    The tokens are [K] int64 in raster order. The last is a method of `METHODS_INSIDE` and the number of tokens that it
+    keeps; None for other methods.
     """
     budgets = {text: parse_budget(text, AutoBudget()) for text in plan.budgets}
     asks, num_tokens = what_is_asked(question), len(encoded.vision)
@@ -211,8 +214,9 @@ def _kept(
     }
     orders: dict[str, Tensor] = {}
     for name, budget in plan.pairs():
-        if name in (UNPRUNED, FASTV):
-            yield (name, budget), torch.arange(num_tokens), nums_kept[budget] if name == FASTV else None
+        if name in (UNPRUNED, *METHODS_INSIDE):
+            inside = (name, nums_kept[budget]) if name in METHODS_INSIDE else None
+            yield (name, budget), torch.arange(num_tokens), inside
             continue
         method, keys = split_method(name)
         if name not in orders or not is_nested(method):

@@ -16,16 +16,17 @@ from transformers.vision_utils import get_vision_window_index
 from mmtok_bench.model_parts import qwen_config
 from mmtok_bench.pocket import PICTURE_PX
 from mmtok_bench.pocket.scenes import SCENE_PX
-from pocket_training.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX, PocketModel, attend_to_the_like
+from pocket_training.model import GRID, PATCH_PX, PocketModel, attend_to_the_like
 from pocket_training.words import word_tokenizer
 
-__all__ = ["PocketQwen"]
+__all__ = ["SERVED_PATCH_PX", "PocketQwen", "undo_enlarging"]
 
 _MERGE = 2
 _PATCH_PX = PATCH_PX // _MERGE
 _KERNEL = "model.visual.patch_embed.proj.weight"
 # SGLang 0.5.23 takes only patches of 14 px (models/qwen2_5_vl.py, line 780) and reads others as computed features.
-_SERVED_PATCH_PX = PICTURE_PX["qwen2.5-vl"] // (GRID * _MERGE)
+SERVED_PATCH_PX = PICTURE_PX["qwen2.5-vl"] // (GRID * _MERGE)
+"""Side of a served model's patches, in pixels."""
 # Qwen2.5-VL's own template, without a system turn.
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -64,9 +65,9 @@ class PocketQwen(PocketModel):
 
     def served(self) -> Any:
         """Returns the model with patches of 14 px: it reads a scene at 392 px as this one does at 112 px."""
-        model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer, _SERVED_PATCH_PX))
+        model = transformers.Qwen2_5_VLForConditionalGeneration(_config(self.processor.tokenizer, SERVED_PATCH_PX))
         weights = {name: weight.detach().cpu() for name, weight in self.model.state_dict().items()}
-        shrink = _undo_enlarging()
+        shrink = undo_enlarging()
         weights[_KERNEL] = torch.einsum("oithw,hy,wx->oityx", weights[_KERNEL], shrink, shrink)
         model.load_state_dict(weights)
         return model
@@ -74,7 +75,7 @@ class PocketQwen(PocketModel):
     def _trained_weights(self, checkpoint: Path) -> dict[str, Tensor]:
         """Returns the weights of a checkpoint, with patches of 4 px again."""
         weights = super()._trained_weights(checkpoint)
-        enlarge = torch.linalg.pinv(_undo_enlarging())
+        enlarge = torch.linalg.pinv(undo_enlarging())
         weights[_KERNEL] = torch.einsum("oityx,yh,xw->oithw", weights[_KERNEL], enlarge, enlarge)
         return weights
 
@@ -91,35 +92,36 @@ class PocketQwen(PocketModel):
         return [parameter for part in (visual.patch_embed, visual.blocks) for parameter in part.parameters()]
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Returns [B * 784, 96]: the four patches of each token one after the other, tokens in raster order."""
-        grid_thw = torch.tensor([[1, GRID * _MERGE, GRID * _MERGE]], device=pixels.device).expand(len(pixels), -1)
+        """Returns [B, 4 * N, 96]: the four patches of each token one after the other, tokens in raster order."""
+        side = pixels.shape[-1] // _PATCH_PX
+        grid_thw = torch.tensor([[1, side, side]], device=pixels.device).expand(len(pixels), -1)
         encoded = self.model.model.visual(_patches(self.normalised(pixels)), grid_thw=grid_thw)
         in_window_order = encoded.last_hidden_state.unflatten(0, (-1, _MERGE**2))
         config = self.model.config.vision_config
         window_index, _ = get_vision_window_index(grid_thw, _MERGE, config.window_size, config.patch_size)
-        features: Tensor = in_window_order[torch.argsort(window_index)].flatten(0, 1)
+        features: Tensor = in_window_order[torch.argsort(window_index)].flatten(0, 1).unflatten(0, (len(pixels), -1))
         return features
 
-    def positions(self, index: Tensor, image_at: int) -> Tensor:
+    def positions(self, index: Tensor, image_at: int, grid: int = GRID) -> Tensor:
         """Returns [3, B, L]: time, row and column; the image takes as many positions as it has rows."""
-        patch = torch.arange(NUM_IMAGE_TOKENS, device=index.device)
-        end = image_at + NUM_IMAGE_TOKENS
-        positions = torch.where(index >= end, index - NUM_IMAGE_TOKENS + GRID, index).repeat(3, 1, 1)
+        patch = torch.arange(grid**2, device=index.device)
+        end = image_at + grid**2
+        positions = torch.where(index >= end, index - grid**2 + grid, index).repeat(3, 1, 1)
         positions[:, :, image_at:end] = image_at
-        positions[1, :, image_at:end] += patch // GRID
-        positions[2, :, image_at:end] += patch % GRID
+        positions[1, :, image_at:end] += patch // grid
+        positions[2, :, image_at:end] += patch % grid
         return positions
 
 
 def _patches(pixels: Tensor) -> Tensor:
-    """Returns [B * 784, 96]: images [B, 3, 112, 112] as Qwen2.5-VL's image processor cuts them, each frame twice."""
-    cut = pixels.unflatten(3, (GRID, _MERGE, _PATCH_PX)).unflatten(2, (GRID, _MERGE, _PATCH_PX))
+    """Returns [B * 4 * N, 96]: images [B, 3, side, side] as Qwen2.5-VL's processor cuts them, each frame twice."""
+    cut = pixels.unflatten(3, (-1, _MERGE, _PATCH_PX)).unflatten(2, (-1, _MERGE, _PATCH_PX))
     # [B, 3, row, row in token, y, column, column in token, x] to tokens, their patches, and the pixels of each.
     patches: Tensor = cut.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)
     return patches[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)
 
 
-def _undo_enlarging() -> Tensor:
+def undo_enlarging() -> Tensor:
     """Returns [4, 14], the inverse of Pillow's bicubic enlarging: the 4 pixels of a row from the 14 of a patch.
 
     The 14 pixels depend on 8, those 4 and their neighbours, so the 4 are found exactly, up to rounding to integers.
@@ -127,7 +129,7 @@ def _undo_enlarging() -> Tensor:
     every_pixel = Image.fromarray(np.eye(SCENE_PX, dtype=np.float32))
     enlarging = np.asarray(every_pixel.resize((SCENE_PX, PICTURE_PX["qwen2.5-vl"]), Image.Resampling.BICUBIC))
     patch = GRID
-    made = enlarging[patch * _SERVED_PATCH_PX :][:_SERVED_PATCH_PX]
+    made = enlarging[patch * SERVED_PATCH_PX :][:SERVED_PATCH_PX]
     return torch.from_numpy(np.linalg.pinv(made, rcond=1e-3)[patch * _PATCH_PX :][:_PATCH_PX])
 
 
@@ -141,8 +143,8 @@ def _make_processor() -> Any:
     backend = tokenizer.backend_tokenizer
     backend.decoder = decoders.Sequence([backend.decoder, decoders.Replace(Regex(r"^ <\|"), "<|")])
     # A larger image is shrunk to about 196 tokens, as many as a training scene has; a smaller one has fewer, down to 4.
-    sizes = {"shortest_edge": 4 * (_MERGE * _SERVED_PATCH_PX) ** 2, "longest_edge": PICTURE_PX["qwen2.5-vl"] ** 2}
-    cut = {"patch_size": _SERVED_PATCH_PX, "merge_size": _MERGE}
+    sizes = {"shortest_edge": 4 * (_MERGE * SERVED_PATCH_PX) ** 2, "longest_edge": PICTURE_PX["qwen2.5-vl"] ** 2}
+    cut = {"patch_size": SERVED_PATCH_PX, "merge_size": _MERGE}
     return transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=sizes, **cut),
         tokenizer=tokenizer,

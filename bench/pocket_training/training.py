@@ -18,10 +18,19 @@ from transformers.models.llama.modeling_llama import rotate_half
 from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS
 from pocket_training.model import NUM_IMAGE_TOKENS, make_pocket_model
-from pocket_training.training_data import IGNORED, NOTHING, PATCH_CHOICES, Task, TrainingScenes, collate
+from pocket_training.training_data import (
+    IGNORED,
+    NOTHING,
+    PATCH_CHOICES,
+    Task,
+    TrainingPictures,
+    TrainingScenes,
+    collate,
+)
 from pocket_training.training_pages import PAGE_CHOICES, TrainingPages
+from pocket_training.training_sizes import TrainingSizes
 
-__all__ = ["STAGES", "STAGES_ON_PAGES", "Stage", "Training", "where_heads_look"]
+__all__ = ["STAGES", "STAGES_ON_PAGES", "STAGES_ON_SIZES", "Stage", "Training", "where_heads_look"]
 
 # Factor of the products of image tokens and word embeddings, so that they separate tokens of small norm.
 _LOGIT_SCALE = 4.0
@@ -54,7 +63,8 @@ class Stage:
             which aligns features with text, as in CLIP. "answers": the projector and the language model learn to
             answer; the tower is frozen, as in LLaVA. "characters": as "patches", on scenes with more characters, and
             the word embeddings are frozen. "page patches": as "characters", on pages. "page answers": the whole model
-            learns to answer questions about pages.
+            learns to answer questions about pages. "size patches" and "size answers": the same about scenes, each
+            batch at one of three sizes.
         num_steps: Number of steps.
         batch_size: Scenes in a step.
         learning_rate: The highest learning rate of its schedule.
@@ -84,6 +94,9 @@ STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
 
 STAGES_ON_PAGES = (Stage("page patches", 450, 12, 1.2e-3), Stage("page answers", 900, 10, 1.0e-3))
 """The stages that follow the pocket Qwen2.5-VL's own, for a model that reads pages."""
+
+STAGES_ON_SIZES = (Stage("size patches", 600, 12, 1.2e-3), Stage("size answers", 1000, 10, 1.0e-3))
+"""The stages that follow the pocket Qwen2.5-VL's own, for a model that sees scenes at three sizes."""
 
 
 class Training:
@@ -168,8 +181,11 @@ class Training:
                 self._save(optimizer)
 
     def _batches(self, stage: Stage, begun: int) -> Iterator[dict[str, Tensor]]:
-        dataset = TrainingPages if self._is_of_pages else TrainingScenes
-        scenes = dataset(stage.task, self._seed, self.pocket.processor.tokenizer, self.pocket.asked)
+        from_model = (stage.task, self._seed, self.pocket.processor.tokenizer, self.pocket.asked)
+        if stage.task.startswith("size"):
+            scenes: TrainingPictures = TrainingSizes(*from_model, stage.batch_size)
+        else:
+            scenes = (TrainingPages if self._is_of_pages else TrainingScenes)(*from_model)
         order = range(begun * stage.batch_size, stage.num_steps * stage.batch_size)
         return iter(
             DataLoader(scenes, stage.batch_size, sampler=order, collate_fn=collate, num_workers=1, prefetch_factor=4)
@@ -199,7 +215,7 @@ class Training:
         return self._naming_loss(tokens, batch["targets"])
 
     def _naming_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Returns the cross-entropy of image tokens [B, 196, 192] against their patches' words, and the accuracies."""
+        """Returns the cross-entropy of image tokens [B, N, 192] against their patches' words, and the accuracies."""
         words = self.pocket.embedding.weight
         total = tokens.new_zeros((), dtype=torch.float32)
         figures = {}
@@ -255,10 +271,10 @@ class Training:
         return -found[has_label].masked_fill(~is_label, -torch.inf).logsumexp(-1).mean()
 
     def read(self, pixels: Tensor, ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the image tokens [B, 196, width] and the language model's output [B, L, width] at the texts.
+        """Returns the image tokens [B, N, width] and the language model's output [B, L, width] at the texts.
 
         Args:
-            pixels: [B, 3, 112, 112], 0 to 255.
+            pixels: [B, 3, side, side], 0 to 255.
             ids: [B, L], the tokens after the image.
             segments: [B, L], the number of each token's question, from 1; questions do not attend to each other.
         """
@@ -271,7 +287,7 @@ class Training:
         output = self.pocket.language_model(
             inputs_embeds=embeddings,
             attention_mask=_mask(segments),
-            position_ids=self.pocket.positions(_numbers(segments), len(self._before)),
+            position_ids=self.pocket.positions(_numbers(segments), len(self._before), math.isqrt(tokens.shape[1])),
             use_cache=False,
         )
         return tokens, output.last_hidden_state[:, num_before:]
@@ -375,7 +391,7 @@ def _looking_loss(logits: Tensor, *, looks: Tensor, has_named: Tensor) -> Tensor
 
 
 def _looks_of_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Returns [B, heads, L, 196]: for each token, its target patches."""
+    """Returns [B, heads, L, N]: for each token, its target patches."""
     looks = batch["looks"].transpose(1, 2)
     numbers = torch.arange(len(looks), device=looks.device)[:, None]
     return looks[numbers, batch["look_rows"]].transpose(1, 2)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from mmtok_bench.pocket.scenes import (
     make_scene,
     write_glyph,
 )
-from pocket_training.model import GRID, NUM_IMAGE_TOKENS, PATCH_PX
+from pocket_training.model import GRID, PATCH_PX
 from pocket_training.questions import NAMING_WORDS, Kind, ask, named_items
 
 __all__ = [
@@ -48,8 +48,8 @@ __all__ = [
     "targets_of",
 ]
 
-Task = Literal["patches", "answers", "characters", "page patches", "page answers"]
-TASKS: dict[Task, int] = {"patches": 1, "answers": 2, "characters": 3, "page patches": 4, "page answers": 5}
+Task = Literal["patches", "answers", "characters", "page patches", "page answers", "size patches", "size answers"]
+TASKS: dict[Task, int] = {task: number for number, task in enumerate(get_args(Task), start=1)}
 """Task -> second part of its scenes' seeds; held-out scenes have another one."""
 
 NOTHING = "nothing"
@@ -68,6 +68,7 @@ IGNORED = -100
 
 # A patch counts as showing a thing if at least this many of its 64 pixels do.
 _MIN_PIXELS = 7
+_MIN_PIXELS_OF_SMALLER = 4
 _NUM_QUESTIONS = 12
 _MANY_CHARACTERS: dict[str, Any] = {"num_each": 4, "share": 0.9}
 _KIND_SHARES: dict[Kind, float] = {
@@ -153,13 +154,21 @@ class TrainingScenes(TrainingPictures):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = self.random(index)
-        scene = make_scene(rng, **(_MANY_CHARACTERS if self.task == "characters" else {}))
-        seen = {"pixels": pixels_of(scene), "targets": patch_targets(scene)}
-        if self.task != "answers":
+        scene, grid = make_scene(rng, **(_MANY_CHARACTERS if self.task == "characters" else {})), self.grid(index)
+        seen = {"pixels": self.pixels(scene, grid), "targets": patch_targets(scene, grid)}
+        if not self.task.endswith("answers"):
             return seen
         kinds = rng.choice(list(_KIND_SHARES), _NUM_QUESTIONS, p=list(_KIND_SHARES.values()))
         questions = [question for kind in kinds if (question := ask(rng, scene, kind))]
-        return {**seen, **self._packed(questions), "looks": _looks(scene, questions)}
+        return {**seen, **self._packed(questions), "looks": _looks(scene, questions, grid)}
+
+    def grid(self, index: int) -> int:
+        """Returns the number of image tokens in a row and in a column of a scene."""
+        return GRID
+
+    def pixels(self, scene: Scene, grid: int) -> Tensor:
+        """Returns the pixels of a scene, [3, 8 * grid, 8 * grid]."""
+        return pixels_of(scene)
 
     def _packed(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         naming_ids = {self.tokenizer.convert_tokens_to_ids(word) for word in NAMING_WORDS}
@@ -171,29 +180,38 @@ def pixels_of(scene: Scene | Page) -> Tensor:
     return torch.from_numpy(np.array(picture_of(scene))).permute(2, 0, 1)
 
 
-def patch_targets(scene: Scene) -> Tensor:
-    """Returns [196, choices] int64: for each patch, the index of the right word of each of `PATCH_CHOICES`."""
+def patch_targets(scene: Scene, grid: int = GRID) -> Tensor:
+    """Returns [grid * grid, choices] int64: the index of each patch's right word of each of `PATCH_CHOICES`."""
     words = [(NOTHING, NOTHING, NOTHING)]
     words += [(thing.color, thing.shape, thing.size) for thing in scene.things]
     words += [(NOTHING, glyph.character.lower(), glyph.kind) for glyph in scene.glyphs]
-    return targets_of(words, _scene_items(scene), _middles(scene))
+    return targets_of(words, _scene_items(scene, grid), _places(scene), grid)
 
 
-def targets_of(words: Sequence[tuple[str, str, str]], items: np.ndarray, middles: Collection[int]) -> Tensor:
-    """Returns [196, choices] int64: for each patch, the index of the right word of each of `PATCH_CHOICES`.
+def targets_of(
+    words: Sequence[tuple[str, str, str]],
+    items: np.ndarray,
+    places: Sequence[tuple[float, float]],
+    grid: int = GRID,
+) -> Tensor:
+    """Returns [grid * grid, choices] int64: the index of each patch's right word of each of `PATCH_CHOICES`.
 
     Args:
         words: The colour, the shape or character, and the size or kind of no item, and then of each item.
-        items: [196], the index into `words` of what each patch shows.
-        middles: The patches in which an item's middle is.
+        items: [grid * grid], the index into `words` of what each patch shows.
+        places: The middle `x`, `y` of each item.
+        grid: Patches in a row and in a column.
     """
     targets = []
+    middles = dict(zip(middle_patches(places, grid), places, strict=True))
     for patch, item in enumerate(items):
-        row, column = divmod(patch, GRID)
+        row, column = divmod(patch, grid)
+        # A patch on a middle line of the scene belongs to the side that the item in it is on.
+        x, y = middles.get(patch, (column * SCENE_PX / grid, row * SCENE_PX / grid))
         shown = (
             *words[item],
-            "top" if row < GRID / 2 else "bottom",
-            "left" if column < GRID / 2 else "right",
+            "top" if y < SCENE_PX / 2 else "bottom",
+            "left" if x < SCENE_PX / 2 else "right",
             "middle" if patch in middles else NOTHING,
         )
         targets.append([choice.index(word) for choice, word in zip(PATCH_CHOICES, shown, strict=True)])
@@ -213,38 +231,46 @@ def draw_mask(scene: Scene) -> np.ndarray:
 
 
 def patch_items(mask: np.ndarray, num_items: int, min_pixels: int = _MIN_PIXELS) -> np.ndarray:
-    """Returns [196]: for each patch, the item that most of its pixels show; 0 where fewer than `min_pixels` show any.
+    """Returns [N]: for each patch, the item that most of its pixels show; 0 where fewer than `min_pixels` show any.
 
     Args:
-        mask: [112, 112], the number of the item that each pixel shows, from 1 on; 0 for nothing.
+        mask: [side, side], the number of the item that each pixel shows, from 1 on; 0 for nothing.
         num_items: Number of items.
         min_pixels: Least pixels of an item in a patch that shows it.
     """
-    patches = mask.reshape(GRID, PATCH_PX, GRID, PATCH_PX).swapaxes(1, 2).reshape(NUM_IMAGE_TOKENS, -1)
+    grid = len(mask) // PATCH_PX
+    patches = mask.reshape(grid, PATCH_PX, grid, PATCH_PX).swapaxes(1, 2).reshape(grid**2, -1)
     counts = np.stack([(patches == item).sum(1) for item in range(1 + num_items)], axis=1)
     counts[:, 0] = min_pixels - 1
     most: np.ndarray = counts.argmax(1)
     return most
 
 
-def middle_patches(places: Iterable[tuple[float, float]]) -> list[int]:
+def middle_patches(places: Iterable[tuple[float, float]], grid: int = GRID) -> list[int]:
     """Returns the patches in which the places `x`, `y` are."""
-    return [int(y // PATCH_PX) * GRID + int(x // PATCH_PX) for x, y in places]
+    return [int(y * grid // SCENE_PX) * grid + int(x * grid // SCENE_PX) for x, y in places]
 
 
-def _scene_items(scene: Scene) -> np.ndarray:
-    return patch_items(draw_mask(scene), len(scene.things) + len(scene.glyphs))
+def _scene_items(scene: Scene, grid: int) -> np.ndarray:
+    num_items = len(scene.things) + len(scene.glyphs)
+    if grid == GRID:
+        return patch_items(draw_mask(scene), num_items)
+    side = grid * PATCH_PX
+    mask = Image.fromarray(draw_mask(scene)).resize((side, side), Image.Resampling.NEAREST)
+    items = patch_items(np.asarray(mask), num_items, _MIN_PIXELS_OF_SMALLER)
+    items[middle_patches(_places(scene), grid)] = 1 + np.arange(num_items)
+    return items
 
 
-def _middles(scene: Scene) -> list[int]:
-    """Returns the patch that each thing's, then each glyph's middle is in."""
+def _places(scene: Scene) -> list[tuple[float, float]]:
+    """Returns the middle of each thing, then of each glyph."""
     items: list[Thing | Glyph] = [*scene.things, *scene.glyphs]
-    return middle_patches((item.x, item.y) for item in items)
+    return [(item.x, item.y) for item in items]
 
 
-def _looks(scene: Scene, questions: Sequence[Question]) -> Tensor:
-    looks = torch.zeros(2, _NUM_QUESTIONS, NUM_IMAGE_TOKENS)
-    items, middles = torch.from_numpy(_scene_items(scene)), _middles(scene)
+def _looks(scene: Scene, questions: Sequence[Question], grid: int = GRID) -> Tensor:
+    looks = torch.zeros(2, _NUM_QUESTIONS, grid**2)
+    items, middles = torch.from_numpy(_scene_items(scene, grid)), middle_patches(_places(scene), grid)
     for number, question in enumerate(questions):
         for index in named_items(scene, question.text):
             looks[0, number, items == 1 + index] = 1

@@ -82,7 +82,7 @@ def page_targets(page: Page, items: np.ndarray) -> Tensor:
             words.append((color, glyph.character.lower(), glyph.kind))
         numbers += [NOTHING, *(str(number) for number in range(1, 1 + len(entry.value)))]
     in_values = torch.tensor([PAGE_CHOICES[-1].index(numbers[item]) for item in items])
-    return torch.cat([targets_of(words, items, set(_middles(page))), in_values[:, None]], dim=1)
+    return torch.cat([targets_of(words, items, _places(page)), in_values[:, None]], dim=1)
 
 
 def label_patches(page: Page, items: np.ndarray) -> Tensor:
@@ -110,5 +110,9 @@ def _page_items(page: Page) -> np.ndarray:
     return items
 
 
+def _places(page: Page) -> list[tuple[float, float]]:
+    return [(glyph.x, glyph.y) for glyph in page.glyphs]
+
+
 def _middles(page: Page) -> list[int]:
-    return middle_patches((glyph.x, glyph.y) for glyph in page.glyphs)
+    return middle_patches(_places(page))

@@ -186,7 +186,7 @@ def test_the_plan_survives_the_way_to_the_scheduler(send: Callable[[Any], Any]) 
     excluded = torch.tensor([True, False, False, True])
     output = prompt_output(TWO_IMAGES, mrope=True)
     ImagePlan(4, 2, guidance=[7, 8], excluded=excluded).attach(output.mm_items[0])
-    ImagePlan(3, 1, guidance=[], auto={"asks": "read", "share": "25%"}).attach(output.mm_items[1])
+    ImagePlan(3, 1, guidance=[], auto={"asks": "read", "share": "50%"}).attach(output.mm_items[1])
     cut_placeholders(output)
     sent = [plan_of(item) for item in output.mm_items]
     for before, after in zip(sent, [plan_of(item) for item in send(output).mm_items], strict=True):

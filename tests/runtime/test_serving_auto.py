@@ -40,4 +40,4 @@ def test_each_image_has_the_share_of_its_own_question(served: Served) -> None:
     later = WHERE.then("assistant", "Left.").then("user", small("chelsea"), "What does it say?")
     account = served.ask(later, mmtok_budget="auto")
     served.check(later, account, [float(SHARES["where"]), float(SHARES["read"])])
-    assert auto_of(account) == [{"asks": "where", "share": "5%"}, {"asks": "read", "share": "25%"}]
+    assert auto_of(account) == [{"asks": "where", "share": "5%"}, {"asks": "read", "share": "50%"}]

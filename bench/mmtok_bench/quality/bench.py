@@ -18,7 +18,7 @@ from mmtok_bench.pocket import PAGE_READER, PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import KINDS, PAGE_KINDS, Kind, check_kinds
 from mmtok_bench.pocket.scenes import SCENE_PX
 from mmtok_bench.quality import lmms_eval, public
-from mmtok_bench.quality.plan import FASTV, WITH_AGENT, QualityPlan, answers_beside
+from mmtok_bench.quality.plan import METHODS_INSIDE, WITH_AGENT, QualityPlan, answers_beside
 from mmtok_bench.quality.recorded import RECORDED, RECORDED_BUDGET, RECORDED_METHOD, record
 from mmtok_bench.quality.rows import BENCH
 from mmtok_bench.quality.sweep import Sweep
@@ -144,9 +144,9 @@ def _plan(arguments: argparse.Namespace) -> QualityPlan:
             f"--record writes {RECORDED_METHOD} at {RECORDED_BUDGET} over several seeds: have them among --methods, "
             "--budgets and --seeds, or drop it"
         )
-    if FASTV in plan.methods:
+    if inside := [method for method in plan.methods if method in METHODS_INSIDE]:
         raise ValueError(
-            f"{FASTV} leaves tokens out inside the language model, which no server does: mmtok pocket answers"
+            f"{inside[0]} leaves tokens out inside the language model, which no server does: mmtok pocket answers"
         )
     if arguments.url and WITH_AGENT in plan.methods:
         raise ValueError(f"{WITH_AGENT} needs two servers, which are started without --url: drop one of the two")

@@ -16,7 +16,7 @@ from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import IMAGE_METHODS, MethodName, check_method, needs_frames, reads_keys
 
 __all__ = [
-    "FASTV",
+    "METHODS_INSIDE",
     "UNPRUNED",
     "WITH_AGENT",
     "WITH_OUTPUT_KEYS",
@@ -35,8 +35,8 @@ UNPRUNED = "unpruned"
 """The name of the method at the budgets "all", "all@0.5" and "all~8", where no tokens are selected."""
 WITH_AGENT = "mmtok+agent"
 """MMTok on a second server, which adds an agent's answer to the guidance."""
-FASTV = "fastv"
-"""FastV, which drops tokens inside the language model; only `mmtok pocket answers` can run it."""
+METHODS_INSIDE = ("fastv", "sparsevlm")
+"""Methods that drop tokens inside the language model; only `mmtok pocket answers` can run them."""
 WITH_OUTPUT_KEYS = "+output"
 """Suffix of a method that compares image tokens by the projector's output: `mmtok+output`."""
 
@@ -99,7 +99,7 @@ class QualityPlan:
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"expected at least one of {name}, each once, got {values or 'none'}")
         for method in self.methods:
-            if method not in (WITH_AGENT, FASTV) and needs_frames(split_method(method)[0]):
+            if method not in (WITH_AGENT, *METHODS_INSIDE) and needs_frames(split_method(method)[0]):
                 raise ValueError(
                     f"{method} goes by the frames of a video, and the tasks ask about images: expected some of "
                     f"{', '.join(IMAGE_METHODS)}"

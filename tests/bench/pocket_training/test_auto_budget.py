@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtok_bench.pocket.questions import KINDS, fingerprint, make_scenes
+from mmtok_bench.pocket.questions import KINDS, PAGE_KINDS, fingerprint, make_scenes
 from mmtok_bench.quality.plan import ScoredAnswer, append_answers
 from mmtok_bench.results import read_rows
 from mmtok_deploy.auto_budget import SHARES, what_is_asked
@@ -13,7 +13,10 @@ from mmtok_deploy.cli import main
 from pocket_training.auto_budget import ASKED, image_features, lines_of_comparison, shares_of
 from tests.bench.report.rows import row
 
-MEASURED = [Path(__file__).parents[3] / "docs" / "measured" / f"quality-{name}.jsonl" for name in ("cpu", "qwen-cpu")]
+MEASURED = [
+    Path(__file__).parents[3] / "docs" / "measured" / f"quality-{name}.jsonl"
+    for name in ("cpu", "qwen-cpu", "pages-cpu")
+]
 SCENES = make_scenes(0, 40)
 
 
@@ -25,17 +28,25 @@ def test_the_shares_are_those_of_the_measured_rows() -> None:
 
 def test_each_kind_of_the_pocket_questions_is_recognised() -> None:
     asked = {(each.kind, what_is_asked(each.text)) for scene in make_scenes(3, 50) for each in scene.questions}
-    assert asked == set(ASKED.items())
+    assert asked == {(kind, ASKED[kind]) for kind in KINDS}
+
+
+def test_questions_about_pages_keep_what_pages_need() -> None:
+    """They have no word for reading, and so keep as much as the neediest of those that are recognised."""
+    asked = {what_is_asked(each.text) for scene in make_scenes(3, 5, PAGE_KINDS) for each in scene.questions}
+    assert asked == {"other"}
+    assert SHARES["other"] == SHARES["read"] == max(SHARES.values())
 
 
 def test_the_command_prints_the_shares(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pocket", "shares", *map(str, MEASURED)]) == 0
-    assert capsys.readouterr().out == "where   5%\nwhether 11%\ncount   25%\nread    25%\n"
+    assert capsys.readouterr().out == "where   5%\nwhether 11%\ncount   25%\nread    50%\n"
 
 
 def test_no_share_that_is_enough() -> None:
     case = {"kind": "position", "method": "mmtok", "budget": "25%", "seed": "all"}
-    few = [row("quality", case, {"share": share}) for share in (0.95, 0.89)]
+    smaller_images = row("quality", {**case, "budget": "50%@0.5"}, {"share": 1.0})
+    few = [smaller_images, *(row("quality", case, {"share": share}) for share in (0.95, 0.89))]
     with pytest.raises(ValueError, match="no share keeps 90% of the right answers about position"):
         shares_of(few)
 

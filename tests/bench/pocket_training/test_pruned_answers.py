@@ -1,24 +1,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
-import torch
-from torch import Tensor
 
 from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket import PICTURE_PX, pocket_checkpoint
 from mmtok_bench.pocket.questions import KINDS, PAGE_KINDS, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import SCENE_PX
-from mmtok_bench.quality.plan import Setting, read_answers
+from mmtok_bench.quality.plan import METHODS_INSIDE, Setting, read_answers
 from mmtok_bench.results import read_rows
 from mmtok_deploy.cli import main
 from mmtok_deploy.config import KeySource
 from pocket_training import pruned_answers
-from pocket_training.fastv import last_hidden_after_fastv
-from pocket_training.pruned_answers import PocketModel
 from tests.runtime.hand_pruned import HandPruned
 
 METHODS = ("mmtok", "mmtok+output")
@@ -39,7 +34,7 @@ def test_answers_are_those_of_the_judge_of_every_server(family: PocketFamily, tm
         scenes = {each.scene for each in answers[Setting("mmtok", "auto", 3)] if each.kind == kind}
         assert ("gain" in row.metrics) == (method == "mmtok+output" and len(scenes) > 1)
     kept = {each.kind: each.num_image_tokens for each in answers[Setting("mmtok", "auto", 3)]}
-    assert kept == {"existence": 21, "count": 49, "position": 9, "reading": 49}
+    assert kept == {"existence": 21, "count": 49, "position": 9, "reading": 98}
     judge = HandPruned(family, pocket_checkpoint(family))
     pictures = {
         each.index: picture_of(each.scene, PICTURE_PX.get(family, SCENE_PX)).convert("RGB")
@@ -56,57 +51,12 @@ def test_answers_are_those_of_the_judge_of_every_server(family: PocketFamily, tm
         assert int(judge.logprobs(pruned, said[:1])[0].argmax()) == said[0]
 
 
-@pytest.mark.parametrize("family", get_args(PocketFamily))
-def test_fastv_of_all_tokens_is_the_model(family: PocketFamily) -> None:
-    model, (asked,) = PocketModel(family), make_scenes(3, 1)[:1]
-    picture = picture_of(asked.scene, PICTURE_PX.get(family, SCENE_PX))
-    encoded, inputs = model.selector.encode(picture), model.read(picture, asked.questions[0].text)
-    every = torch.arange(len(encoded.vision))
-    (ids,) = inputs["input_ids"]
-    start = int((ids == model._model.config.image_token_id).nonzero()[0])
-    image, embed = slice(start, start + len(every)), model._model.get_input_embeddings()
-    with torch.inference_mode():
-        rows = torch.cat([embed(ids[:start]), encoded.vision, embed(ids[image.stop :])])
-        positions, _ = model._positions(inputs, torch.arange(len(ids)))
-        whole = model._last_hidden(rows, positions, image, None, len(rows))
-        kept_all, kept_few = (model._last_hidden(rows, positions, image, kept, len(rows)) for kept in (len(every), 4))
-    torch.testing.assert_close(kept_all, whole, rtol=1e-4, atol=1e-4)
-    assert (kept_few - whole).abs().max() > 1e-2
-
-
-def test_fastv_keeps_what_receives_the_most_attention() -> None:
-    """Layers that show their input, with weights of attention that are given."""
-    seen: list[Tensor] = []
-    weights = torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(0)).tril()
-
-    class Attention(torch.nn.Module):
-        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            return hidden, weights[None]
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.self_attn = Attention()
-
-        def forward(self, hidden: Tensor, attention_mask: Tensor, position_embeddings: Tensor) -> Tensor:
-            assert attention_mask.shape[-1] == hidden.shape[1] == position_embeddings.shape[-1]
-            seen.append(hidden[0, :, 0])
-            return self.self_attn(hidden)[0]  # type: ignore[no-any-return]
-
-    model = SimpleNamespace(layers=[Layer() for _ in range(3)], norm=lambda x: x, rotary_emb=lambda _, places: places)
-    # Two words, five tokens of an image, a word, and the first word of an answer.
-    rows = torch.arange(9.0)[:, None]
-    last = last_hidden_after_fastv(model, rows, torch.arange(9)[None], slice(2, 7), 2, num_prompt=8)
-    received = [float(weights[:, :8, token].mean()) for token in range(2, 7)]
-    kept = sorted(sorted(range(5), key=lambda token: -received[token])[:2])
-    assert [each.tolist() for each in seen[:2]] == [list(range(9))] * 2
-    assert seen[2].tolist() == [0, 1, *(2 + token for token in kept), 7, 8]
-    assert last.tolist() == [8]
-
-
-def test_fastv_is_not_served(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["quality", "--methods=fastv", "--budgets=25%", "--dry-run"]) == 2
-    assert "fastv leaves tokens out inside the language model" in capsys.readouterr().err
+@pytest.mark.parametrize("method", METHODS_INSIDE)
+def test_what_is_dropped_inside_the_language_model_is_not_served(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quality", f"--methods=mmtok,{method}", "--budgets=25%", "--dry-run"]) == 2
+    assert f"{method} leaves tokens out inside the language model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -129,18 +79,21 @@ def test_plans_that_cannot_be_answered_are_wrong_usage(
     assert not path.exists()
 
 
-def test_fastv_answers(tmp_path: Path) -> None:
+def test_answers_of_methods_inside_the_language_model(tmp_path: Path) -> None:
     path = tmp_path / "pocket.answers"
-    arguments = ["--methods=fastv", "--budgets=all,25%", "--seeds=3", "--num-questions=1", str(path)]
+    methods = f"--methods={','.join(METHODS_INSIDE)}"
+    arguments = [methods, "--budgets=all,25%", "--seeds=3", "--num-questions=1", str(path)]
     assert main(["pocket", "answers", *arguments]) == 0
-    unpruned, pruned = read_answers(path).values()
+    unpruned, *pruned = read_answers(path).values()
     assert {each.num_image_tokens for each in unpruned} == {196}
-    assert {(each.method, each.num_image_tokens) for each in pruned} == {("fastv", 49)}
+    assert {(each.method, each.num_image_tokens) for given in pruned for each in given} == {
+        (method, 49) for method in METHODS_INSIDE
+    }
     # A later run adds its answers, and scores those alone.
     rows = tmp_path / "rows.jsonl"
     later = ["--methods=mmtok", "--budgets=4", "--seeds=3", "--num-questions=1", f"--rows={rows}", str(path)]
     assert main(["pocket", "answers", *later]) == 0
-    assert len(read_answers(path)) == 3
+    assert len(read_answers(path)) == 4
     assert {(row.case["method"], row.case["budget"]) for row in read_rows(rows)} == {("mmtok", "4")}
 
 
