@@ -140,6 +140,12 @@ def _add_serve(benches: Any) -> None:
     serve.add_argument("--output-tokens", type=count, help="length of every answer")
     serve.add_argument("--rounds", type=count, help="how often each row is measured, the servers in turns (default 5)")
     serve.add_argument(
+        "--one-server",
+        action="store_true",
+        help="start one server with the plugin, and ask it for each budget by mm_processor_kwargs: for models of which "
+        "two servers do not fit into the memory",
+    )
+    serve.add_argument(
         "--server-args",
         type=shlex.split,
         default=[],

@@ -32,6 +32,7 @@ def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
 
 _QWEN2 = {"vocab_size": 152064, "max_position_embeddings": 128000}
 _QWEN_7B = _text(3584, 18944, 28, 28, 4, **_QWEN2)
+_QWEN_3B = _text(2048, 11008, 36, 16, 2, vocab_size=151936, max_position_embeddings=128000, tie_word_embeddings=True)
 _QWEN_32B = _text(5120, 27648, 64, 40, 8, **_QWEN2)
 _QWEN_7B_VISION = {**qwen_vision_sizes(32, 1280, 3420, 16), "fullatt_block_indexes": [7, 15, 23, 31]}
 # Qwen2-VL-7B has the same language model; its encoder is the default of `Qwen2VLVisionConfig` in Transformers 5.19.
@@ -123,6 +124,7 @@ class _DummyModel:
 
 DUMMY_MODELS: dict[str, _DummyModel] = {
     "qwen2-vl-7b": _DummyModel("qwen2-vl", _QWEN2_VL_7B, _QWEN2_VL_VISION),
+    "qwen2.5-vl-3b": _DummyModel("qwen2.5-vl", _QWEN_3B, _QWEN_7B_VISION),
     "qwen2.5-vl-7b": _DummyModel("qwen2.5-vl", _QWEN_7B, _QWEN_7B_VISION),
     "qwen2.5-vl-32b": _DummyModel("qwen2.5-vl", _QWEN_32B, {**_QWEN_7B_VISION, "intermediate_size": 3456}),
     "qwen3-vl-8b": _DummyModel("qwen3-vl", _QWEN3_VL_8B, _QWEN3_VL_VISION),
@@ -140,7 +142,7 @@ DUMMY_MODELS: dict[str, _DummyModel] = {
     # 448 pixels, where the published model has 336: 1024 tokens, where it has 576.
     "llava-1.5-0.5b": _DummyModel("llava-1.5", _TEXT_05B, _CLIP_SMALL, image_px=448),
 }
-"""Models by name; those of 7B and above have the sizes of the published checkpoints."""
+"""Models by name; those of 3B and above have the sizes of the published checkpoints."""
 
 
 @cache

@@ -14,6 +14,7 @@ from mmtok_bench.serve.presets import QUESTIONS, Size
 # Parameters in billions as published (language model, encoder and what joins them), within 2%.
 SIZES_B = {
     "qwen2-vl-7b": 8.29,
+    "qwen2.5-vl-3b": 3.75,
     "qwen2.5-vl-7b": 8.29,
     "qwen2.5-vl-32b": 33.45,
     "llava-1.5-7b": 7.06,

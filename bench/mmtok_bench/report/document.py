@@ -121,7 +121,10 @@ def _parts(rows: pd.DataFrame) -> Iterator[Part]:
             lacking = chosen[[key not in case for case in chosen["case"]]]
             if len(lacking):
                 raise ValueError(f"a row of {bench} has no {key!r} in {', '.join(dict.fromkeys(lacking['file']))}")
-        yield part(chosen)
+        if bench == "quality" and "serve" in benches:
+            yield quality_part(chosen, rows[rows["bench"] == "serve"])
+        else:
+            yield part(chosen)
 
 
 def _plain_part(rows: pd.DataFrame) -> Part:

@@ -1,16 +1,17 @@
-"""The plot of budgets and what is encoded together: accuracy against image tokens encoded and kept."""
+"""Plots of budgets and what is encoded together: accuracy against image tokens, or against time to first token."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmtok_bench.mixed_budget import MixedBudget
+from mmtok_bench.report.frame import grouped
 from mmtok_bench.report.tables import PALETTE, UNPRUNED, Plot, new_figure, plot_of
 
-__all__ = ["Mix", "frontier_plot", "on_the_frontier"]
+__all__ = ["Mix", "frontier_plot", "on_the_frontier", "time_frontier_plots"]
 
 _METHODS = ("unpruned", "mmtok")
 
@@ -21,7 +22,7 @@ class Mix:
 
     Args:
         mixed: The budget, and what is encoded.
-        cost: Image tokens encoded plus image tokens kept.
+        cost: Image tokens encoded plus image tokens kept, or a time in milliseconds.
         accuracy: The mean over the kinds of questions.
     """
 
@@ -46,11 +47,53 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
         model: Name of the model.
         lines: Its pocket rows of every kind.
     """
-    mixes = list(_mixes(lines))
+    title = f"Quality: {model}, budgets and what is encoded"
+    return _plot(
+        title, list(_mixes(lines)), lines, "image tokens, encoded + kept", "A Qwen encodes 4 patches for a token"
+    )
+
+
+def time_frontier_plots(lines: Sequence[dict[str, Any]], served: Sequence[dict[str, Any]]) -> Iterator[Plot]:
+    """Yields plots of accuracy against the time to the first token that a served model takes with the same settings.
+
+    A model's rows are drawn with the times of each served model and size of image that has as many tokens, one request
+    at a time, without a prefix cache.
+
+    Args:
+        lines: Pocket rows of every kind.
+        served: Rows of `mmtok bench serve` on the same machine.
+    """
+    alone = [
+        line
+        for line in served
+        if (line["concurrency"], line["prefix_cache"], line["case"].get("questions_per_image", 1)) == (1, "off", 1)
+        and line["method"] in ("none", "mmtok")
+    ]
+    for model, of_model in grouped(lines, "model").items():
+        mixes = list(_mixes(of_model))
+        whole = next((mix for mix in mixes if str(mix.mixed) == "all"), None)
+        if whole is None:
+            continue
+        for name, of_name in grouped(alone, "model").items():
+            for size, of_size in grouped(of_name, "image_px").items():
+                # The unpruned model encodes and keeps every token.
+                times = {
+                    line["budget"]: line["metrics"]["ttft_p50_ms"]
+                    for line in of_size
+                    if 2 * line["metrics"]["image_tokens_in"] == whole.cost
+                }
+                timed = [replace(mix, cost=times[str(mix.mixed)]) for mix in mixes if str(mix.mixed) in times]
+                title = f"Quality and time: {model}, with the times of {name}, images of {size}"
+                plot = _plot(title, timed, of_model, "time to first token, ms", "median of one request at a time")
+                if plot is not None:
+                    yield plot
+
+
+def _plot(title: str, mixes: Sequence[Mix], lines: Sequence[dict[str, Any]], x_title: str, about: str) -> Plot | None:
     parts = sorted({mix.mixed.of_all for mix in mixes}, key=lambda part: (-part.encoder_scale, part.skip_repeats))
     if len(parts) < 2:
         return None
-    figure = new_figure("image tokens, encoded + kept", "accuracy, mean of all kinds")
+    figure = new_figure(x_title, "accuracy, mean of all kinds")
     best = on_the_frontier(mixes)
     figure.add_scatter(
         name="frontier",
@@ -75,9 +118,9 @@ def frontier_plot(model: str, lines: Sequence[dict[str, Any]]) -> Plot | None:
     figure.update_xaxes(rangemode="tozero")
     figure.update_yaxes(tickformat=".0%")
     kinds = ", ".join(dict.fromkeys(line["kind"] for line in lines))
-    note = f"method mmtok; kinds: {kinds}; higher and further left is better. A Qwen encodes 4 patches for a token"
+    note = f"method mmtok; kinds: {kinds}; higher and further left is better. {about}"
     formats = {"x": "tokens_kept", "y": "accuracy"}
-    return plot_of(f"Quality: {model}, budgets and what is encoded", note, figure, formats)
+    return plot_of(title, note, figure, formats)
 
 
 def _what_is_encoded(part: MixedBudget) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.quality.published import BENCHMARKS, PUBLISHED
 from mmtok_bench.report.frame import grouped, newest, records
-from mmtok_bench.report.frontier import frontier_plot
+from mmtok_bench.report.frontier import frontier_plot, time_frontier_plots
 from mmtok_bench.report.tables import DOWNSAMPLED, Part, Plot, Table, in_words, line_style, new_figure, plot_of
 from mmtok_bench.report.tables import UNPRUNED as GREY
 
@@ -28,11 +28,15 @@ _PUBLIC_TITLE = (
 Line = dict[str, Any]
 
 
-def quality_part(rows: pd.DataFrame) -> Part:
+def quality_part(rows: pd.DataFrame, served: pd.DataFrame | None = None) -> Part:
     """Returns the section of one machine's rows, the newest of each case.
 
     For each model and kind, rows of one set of questions are shown: preferably that of all seeds together, then the
     one with the most questions, then the newest.
+
+    Args:
+        rows: Rows of `mmtok quality`.
+        served: Rows of `mmtok bench serve` on this machine, against whose times accuracy is also drawn.
     """
     lines = records(newest(rows))
     pocket = [line for line in lines if line["task"] == _POCKET]
@@ -54,7 +58,7 @@ def quality_part(rows: pd.DataFrame) -> Part:
             f"among these the newest; left out are {in_words(left_out)}."
         )
     tables = (*_score_tables(shown), *([_public_table(public)] if public else ()))
-    return Part("Quality", sentences=tuple(sentences), tables=tables, draw=lambda: _plots(shown))
+    return Part("Quality", sentences=tuple(sentences), tables=tables, draw=lambda: _plots(shown, served))
 
 
 def _place(line: Line) -> tuple[str, str]:
@@ -185,7 +189,9 @@ def _public_table(lines: Sequence[Line]) -> Table:
     return Table(_PUBLIC_TITLE, columns, tuple(rows), num_texts=4).without_empty_columns()
 
 
-def _plots(shown: Sequence[Line]) -> Iterator[Plot]:
+def _plots(shown: Sequence[Line], served: pd.DataFrame | None) -> Iterator[Plot]:
+    if served is not None:
+        yield from time_frontier_plots(shown, records(newest(served)))
     for model, of_model in grouped(shown, "model").items():
         frontier = frontier_plot(model, of_model)
         if frontier is not None:

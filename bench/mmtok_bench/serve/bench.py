@@ -104,7 +104,7 @@ def _parts(plan: ServePlan, results_dir: Path) -> Iterator[_Part]:
                     "--image-kinds photograph"
                 )
             turns = plan_turns(cases, rounds=plan.rounds, side_by_side=are_side_by_side(plan, model))
-            yield _Part(model, path, sides_of(model, prefix_cache), turns)
+            yield _Part(model, path, sides_of(model, prefix_cache, one_server=plan.one_server), turns)
 
 
 def _read_processor(path: Path, model: ServedModel) -> Any:

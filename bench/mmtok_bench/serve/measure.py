@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from zlib import crc32
 
 from mmtok_bench.client import Answer, RequestError, ask, in_parallel
 from mmtok_bench.load_images import load_image_url
@@ -46,7 +47,7 @@ class ModelRun:
     _samples: dict[LoadCase, dict[int, Sample]] = field(default_factory=dict, init=False)
     _written: set[LoadCase] = field(default_factory=set, init=False)
     _tokens: dict[Size, int] = field(default_factory=dict, init=False)
-    _warm: dict[tuple[SglangServer, Size, Method], int] = field(default_factory=dict, init=False)
+    _warm: dict[tuple[SglangServer, Size, Method, str], int] = field(default_factory=dict, init=False)
 
     def measure(self, sides: Sequence[Side], turns: Sequence[Turn]) -> None:
         """Measures the cases, if answers at budget `all` equal those of the server without the plugin.
@@ -135,7 +136,7 @@ class ModelRun:
 
     def _warm_up(self, server: SglangServer, case: LoadCase) -> int:
         """Warms the server up for this image size, once; returns how many tokens the model reads of such an image."""
-        key = server, case.sent_px, case.method
+        key = server, case.sent_px, case.method, case.budget
         if key not in self._warm:
             # On a CPU one request is enough: it takes seconds, and nothing is compiled or tuned for larger batches.
             num_requests = 1 if self.plan.device == "cpu" else max(self.plan.concurrencies)
@@ -184,22 +185,27 @@ def load_of(
 ) -> tuple[list[str], Path, Path]:
     """Returns a case's arguments for the load generator, its file of chats, and its file of results.
 
-    All sides that get the same images share one file of chats.
+    All sides that get the same images share one file of chats. If one server is asked for every budget, each budget has
+    images of its own, since the server caches their features.
     """
     size, sent = ("x".join(map(str, each)) for each in (case.image_px, case.sent_px))
     images = (
         f"{case.image_kind}-{size}-as-{sent}-prefix-cache-{case.side.prefix_cache}-"
         f"at-{case.concurrency}-{case.questions}-each-round-{turn.round_idx}"
     )
+    name = f"{case.method}-{case.budget.replace('%', 'pct')}-{images}"
+    seed = turn.round_idx * 1000 + case.concurrency
+    if plan.one_server:
+        images, seed = name, crc32(name.encode())
     chats = folder / "chats" / f"{images}.jsonl"
-    output = folder / "load" / f"{case.method}-{case.budget.replace('%', 'pct')}-{images}.jsonl"
+    output = folder / "load" / f"{name}.jsonl"
     arguments = load_arguments(
         case,
         server.url,
         str(model_path),
         num_requests=plan.images_of(case.concurrency, case.questions) * case.questions,
         output_tokens=plan.output_tokens,
-        seed=turn.round_idx * 1000 + case.concurrency,
+        seed=seed,
         chats=chats,
         output=output,
     )
@@ -243,9 +249,14 @@ def chats_of(plan: ServePlan, case: LoadCase, seeds: Sequence[str]) -> list[tupl
 
 
 def _seeds_of(plan: ServePlan, turn: Turn, case: LoadCase) -> list[str]:
-    """Returns the seeds of a case's photographs, which differ by round and workload and are the same for all sides."""
+    """Returns the seeds of a case's photographs, which differ by round and workload.
+
+    They are the same for all sides, and other ones for each budget that one server is asked for.
+    """
     size = "x".join(map(str, case.image_px))
     part = f"{size} round {turn.round_idx} at {case.concurrency}, {case.questions} each"
+    if plan.one_server:
+        part += f", {case.method} {case.budget}"
     return [f"{part} {number}" for number in range(plan.images_of(case.concurrency, case.questions))]
 
 
@@ -254,8 +265,9 @@ def _describe(model: ServedModel, case: LoadCase) -> str:
     sending = ""
     if case.method == "downsample":
         sending = " made smaller" if case.request_fields else f" sent as {sent}"
+    budget = case.budget if case.method == "mmtok" else case.side.budget
     return (
-        f"{model.name}: budget {case.side.budget}, {case.image_kind} {size}{sending}, "
+        f"{model.name}: budget {budget}, {case.image_kind} {size}{sending}, "
         f"concurrency {case.concurrency}, {'' if case.questions == 1 else f'{case.questions} questions an image, '}"
         f"prefix cache {case.side.prefix_cache}"
     )

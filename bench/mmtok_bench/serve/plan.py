@@ -38,7 +38,7 @@ class LoadCase:
     """The requests of one row.
 
     Args:
-        side: The server that answers.
+        side: The server that answers; one at `all` is asked for another budget by the request.
         method: How the number of image tokens is reduced: not at all, by the plugin, or by a smaller image.
         budget: Value of `--mmtok-budget` (10%@0.5: with `--mmtok-encoder-scale`); for a smaller image, the budget that
             it is compared with.
@@ -70,10 +70,13 @@ class LoadCase:
 
     @property
     def request_fields(self) -> dict[str, Any]:
-        """Further fields of its requests: the plugin's method, if the server makes images smaller."""
+        """Further fields of its requests: a budget other than the server's, and the plugin's method."""
+        fields: dict[str, Any] = {}
+        if self.side.budget not in (OFF, self.budget):
+            fields |= MixedBudget.parse(self.budget).fields
         if self.method == "downsample" and self.side.budget != OFF:
-            return {"mm_processor_kwargs": {"mmtok_method": "downsample"}}
-        return {}
+            fields["mmtok_method"] = "downsample"
+        return {"mm_processor_kwargs": fields} if fields else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,15 @@ class Turn:
     cases: tuple[LoadCase, ...]
 
 
-def sides_of(model: ServedModel, prefix_cache: PrefixCache) -> list[Side]:
-    """Returns the servers of a model: without the plugin, at budget `all`, and at each of its budgets."""
-    budgets = dict.fromkeys([OFF, "all", *model.budgets])
+def sides_of(model: ServedModel, prefix_cache: PrefixCache, *, one_server: bool = False) -> list[Side]:
+    """Returns the servers of a model: without the plugin, at budget `all`, and at each of its budgets.
+
+    Args:
+        model: The model.
+        prefix_cache: Off or on.
+        one_server: Whether requests to the server at `all` ask for the budgets.
+    """
+    budgets = dict.fromkeys([OFF, "all", *(() if one_server else model.budgets)])
     return [Side(budget, prefix_cache) for budget in budgets]
 
 
@@ -112,21 +121,22 @@ def plan_cases(
     ):
         if kind == "random" and (prefix_cache == "on" or questions > 1):
             continue
-        sides = sides_of(model, prefix_cache)
-        for side in sides:
-            method: Method = "none" if side.budget in (OFF, "all") else "mmtok"
-            cases.append(LoadCase(side, method, side.budget, kind, size_px, size_px, concurrency, questions))
-        for side in sides[2:]:
-            sent_px = downsample(size_px, side.budget)
+        off, at_all, *others = sides_of(model, prefix_cache, one_server=plan.one_server)
+        servers = {side.budget: side for side in others} or dict.fromkeys(model.budgets, at_all)
+        for budget, side in {OFF: off, "all": at_all, **servers}.items():
+            method: Method = "none" if budget in (OFF, "all") else "mmtok"
+            cases.append(LoadCase(side, method, budget, kind, size_px, size_px, concurrency, questions))
+        for budget, side in servers.items():
+            sent_px = downsample(size_px, budget)
             if sent_px is not None:
-                asked = side if sent_px == size_px else sides[0]
-                cases.append(LoadCase(asked, "downsample", side.budget, kind, size_px, sent_px, concurrency, questions))
+                asked = side if sent_px == size_px else off
+                cases.append(LoadCase(asked, "downsample", budget, kind, size_px, sent_px, concurrency, questions))
     return cases
 
 
 def are_side_by_side(plan: ServePlan, model: ServedModel) -> bool:
     """Returns whether all servers of a model run at once."""
-    return plan.side_by_side or len(sides_of(model, "off")) <= model.most_at_once
+    return not plan.one_server and (plan.side_by_side or len(sides_of(model, "off")) <= model.most_at_once)
 
 
 def plan_turns(cases: Sequence[LoadCase], *, rounds: int, side_by_side: bool) -> list[Turn]:
@@ -144,7 +154,8 @@ def plan_turns(cases: Sequence[LoadCase], *, rounds: int, side_by_side: bool) ->
         workloads = [list(group) for _, group in itertools.groupby(cases, key=lambda case: case.workload)]
         for group in workloads if side_by_side else [list(cases)]:
             sides = list(dict.fromkeys(case.side for case in group))
+            order = group[::-1] if backwards else group
             for side in reversed(sides) if backwards else sides:
-                turns.append(Turn(round_idx, side, tuple(case for case in group if case.side == side)))
+                turns.append(Turn(round_idx, side, tuple(case for case in order if case.side == side)))
             backwards = not backwards
     return turns

@@ -78,6 +78,8 @@ class ServePlan:
         rounds: How often each case is measured; the servers take turns.
         side_by_side: Whether all servers of a model run at once, and idle ones sleep. Otherwise this holds only for
             models of which enough servers fit into the GPU; for other models, one server runs at a time.
+        one_server: Whether the requests ask one server for every budget, instead of a server for each budget; the
+            server without the plugin runs before or after it.
         arguments: Arguments of every server.
         user_arguments: Further arguments from the command line; rows name them.
     """
@@ -95,6 +97,7 @@ class ServePlan:
     output_tokens: int = 64
     rounds: int = 5
     side_by_side: bool = False
+    one_server: bool = False
     arguments: tuple[str, ...] = ()
     user_arguments: tuple[str, ...] = ()
 
@@ -162,6 +165,8 @@ SERVE_PRESETS: Mapping[str, ServePlan] = {
             ServedModel("qwen2.5-vl-0.5b", "qwen2.5-vl", ((1008, 784), (224, 224)), ("10%",)),
             ServedModel("llava-1.5-0.5b", "llava-1.5", ((448, 448),), ("10%",)),
             ServedModel("qwen3-vl-0.5b", "qwen3-vl", ((1024, 768),), ("10%",), is_only_by_name=True),
+            # The published size: an encoder and a language model in their real proportion.
+            ServedModel("qwen2.5-vl-3b", "qwen2.5-vl", ((392, 392),), ("50%", "25%", "11%"), is_only_by_name=True),
         ),
         concurrencies=(1, 4),
         # A request takes seconds, so there are few requests, but as many rounds as on a GPU.
@@ -221,6 +226,7 @@ def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan
         "num_requests": arguments.num_requests,
         "output_tokens": arguments.output_tokens,
         "rounds": arguments.rounds,
+        "one_server": arguments.one_server,
     }
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
     return replace(plan, models=tuple(models), user_arguments=tuple(arguments.server_args), **given)

@@ -63,6 +63,8 @@ def known_case(plan: ServePlan, model: ServedModel, measured: LoadCase) -> dict[
     }
     if measured.questions > 1 and plan.images_in_turn is not None:
         case["images_in_turn"] = plan.images_in_turn
+    if plan.one_server:
+        case["asked_by"] = "request"
     if plan.user_arguments:
         case["server_arguments"] = shlex.join(plan.user_arguments)
     return case

@@ -106,6 +106,42 @@ def test_the_frontier_of_budgets_and_scales() -> None:
     assert [list(trace.x) for trace in plot.figure.data][2] == [61, 98]
 
 
+def served(budget: str, ttft_ms: float, **case: Any) -> ResultRow:
+    whole: dict[str, CaseValue] = {
+        **{"model": "qwen2.5-vl-3b", "image_px": "392x392", "budget": budget, "concurrency": 1, "prefix_cache": "off"},
+        **{"method": "none" if budget in ("off", "all") else "mmtok", "questions_per_image": 1, "weights": "dummy"},
+        **{"family": "qwen2.5-vl", "image_kind": "photograph", "output_tokens": 1, "preset": "cpu"},
+    }
+    return row("serve", {**whole, **case}, {"ttft_p50_ms": ttft_ms, "image_tokens_in": 196})
+
+
+def test_the_frontier_over_the_times_of_a_served_model() -> None:
+    times = [
+        *(served(*each) for each in (("off", 2100.0), ("all", 2000.0), ("25%", 1300.0), ("5%", 1200.0))),
+        *(served(*each) for each in (("all@0.5", 500.0), ("25%@0.5", 400.0), ("11%@0.5", 390.0))),
+        # Other loads, and images of another size.
+        *(
+            served("25%", 9.0, **case)
+            for case in ({"concurrency": 4}, {"prefix_cache": "on"}, {"method": "downsample"})
+        ),
+        replace(served("all", 8.0, image_px="56x56"), metrics={"ttft_p50_ms": 8.0, "image_tokens_in": 4}),
+    ]
+    over_time, over_tokens, *_ = quality_part(frame_of(MIXED), frame_of(times)).plots
+    assert over_time.title == "Quality and time: pocket llava-1.5, with the times of qwen2.5-vl-3b, images of 392x392"
+    lines: dict[str, Any] = {
+        trace.name: (list(trace.x), pytest.approx(list(trace.y))) for trace in over_time.figure.data
+    }
+    assert lines == {
+        "frontier": ([390, 500, 2000], [0.5, 0.74, 0.8]),
+        "encoder scale 1": ([1200, 1300, 2000], [0.3, 0.7, 0.8]),
+        "encoder scale 0.5": ([390, 400, 500], [0.5, 0.4, 0.74]),
+    }
+    assert over_tokens.figure.layout.xaxis.title.text == "image tokens, encoded + kept"
+    # No size of image has as many tokens.
+    (first, *_) = quality_part(frame_of(MIXED), frame_of(times[-1:])).plots
+    assert first.title == over_tokens.title
+
+
 def test_methods_down_budgets_across() -> None:
     (table,) = quality_part(frame_of(ROWS)).tables
     assert table.title == (

@@ -121,6 +121,33 @@ class TestDryRun:
         sent = [next(word for word in load if word.startswith("--dataset-path=")) for load in (off, at_all, scaled)]
         assert len(set(sent)) == 1
 
+    def test_one_server_is_asked_for_each_budget_about_other_images(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        commands = dry_run(
+            *("--preset=h200", "--models=qwen2.5-vl-7b", "--budgets=10%@0.5,all@0.5", "--concurrency=1", "--rounds=1"),
+            *("--image-px=1008x672", "--image-kinds=photograph,random", "--prefix-cache=off", "--one-server"),
+            folder=tmp_path,
+            capsys=capsys,
+        )
+        servers = [command for command in commands if "sglang.launch_server" in command]
+        assert [[word for word in server if word.startswith("--mmtok")] for server in servers] == [
+            *([], ["--mmtok-budget=all"])
+        ]
+        loads = [command for command in commands if "sglang.benchmark.serving" in command]
+        asked = [
+            word.partition("kwargs")[2] for load in loads for word in load if word.startswith("--extra-request-body")
+        ]
+        scaled = [
+            '": {"mmtok_budget": "10%", "mmtok_encoder_scale": 0.5}}',
+            '": {"mmtok_budget": "all", "mmtok_encoder_scale": 0.5}}',
+        ]
+        assert sorted(asked) == sorted(["", "", *scaled] * 2)
+        # Its features would be in the server's cache.
+        for named in ("--dataset-path=", "--seed="):
+            images = [word for load in loads for word in load if word.startswith(named)]
+            assert len(images) == len(set(images)) >= 4
+
     def test_questions_about_an_image_are_one_load(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         commands = dry_run(
             *("--preset=h200", "--models=qwen2.5-vl-7b", "--budgets=10%", "--concurrency=16", "--rounds=1"),

@@ -74,6 +74,39 @@ def test_where_only_the_server_can_make_images_smaller_it_is_asked_to() -> None:
         assert case.request_fields == asks
 
 
+def test_one_server_is_asked_for_every_budget() -> None:
+    plan = replace(PLAN, one_server=True)
+    model = replace(MODEL, budgets=("10%", "25%@0.5", "all@0.5"), most_at_once=9)
+    assert [side.budget for side in sides_of(model, "off", one_server=True)] == ["off", "all"]
+    assert not are_side_by_side(plan, model)
+    sizes = {"10%": SMALLER, "25%@0.5": None, "all@0.5": None}
+    cases = plan_cases(model, plan, "off", lambda size_px, budget: sizes[budget])
+    assert [(case.side.budget, case.method, case.budget, case.request_fields) for case in cases[:6]] == [
+        ("off", "none", "off", {}),
+        ("all", "none", "all", {}),
+        ("all", "mmtok", "10%", {"mm_processor_kwargs": {"mmtok_budget": "10%"}}),
+        ("all", "mmtok", "25%@0.5", {"mm_processor_kwargs": {"mmtok_budget": "25%", "mmtok_encoder_scale": 0.5}}),
+        ("all", "mmtok", "all@0.5", {"mm_processor_kwargs": {"mmtok_budget": "all", "mmtok_encoder_scale": 0.5}}),
+        ("off", "downsample", "10%", {}),
+    ]
+    # The server makes images of a LLaVA smaller.
+    (case,) = {
+        case
+        for case in plan_cases(
+            replace(model, budgets=("10%",)),
+            replace(plan, concurrencies=(1,), image_kinds=("photograph",)),
+            "off",
+            lambda size_px, budget: size_px,
+        )
+        if case.method == "downsample"
+    }
+    assert case.request_fields == {"mm_processor_kwargs": {"mmtok_budget": "10%", "mmtok_method": "downsample"}}
+    # Drift affects all budgets alike.
+    first, second, third, fourth = plan_turns(cases[:6], rounds=2, side_by_side=False)
+    assert (first.cases, second.cases) == (fourth.cases[::-1], third.cases[::-1])
+    assert len(second.cases) == 4
+
+
 def test_where_no_smaller_image_has_fewer_tokens_there_is_no_such_row() -> None:
     cases = plan_cases(MODEL, PLAN, "off", lambda size_px, budget: None)
     assert {case.method for case in cases} == {"none", "mmtok"}
@@ -116,7 +149,7 @@ def test_side_by_side_servers_alternate_after_every_workload() -> None:
 def test_one_server_at_a_time_measures_everything_before_the_next_is_started() -> None:
     cases = plan_cases(MODEL, replace(PLAN, image_kinds=("photograph",)), "off", lambda *_: None)
     forwards = [(0, concurrency, budget) for budget in ("off", "all", "10%") for concurrency in (1, 4)]
-    backwards = [(1, concurrency, budget) for budget in ("10%", "all", "off") for concurrency in (1, 4)]
+    backwards = [(1, concurrency, budget) for budget in ("10%", "all", "off") for concurrency in (4, 1)]
     assert order(cases, side_by_side=False) == forwards + backwards
 
 
