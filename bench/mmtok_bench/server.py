@@ -42,6 +42,7 @@ _POLL_INTERVAL_S = 0.25
 # Short, since after SIGTERM SGLang only waits 5 s for a crash diagnosis.
 _STOP_GRACE_S = 1.0
 _LOG_END_LINES = 40
+_LOG_LINE_LEN = 1000
 # Below the ports that SGLang chooses by itself (from 22000) and those that the system gives to outgoing connections
 # (from 32768): a server binds its ports long after it has been given them.
 _PORTS = range(20000, 22000)
@@ -353,7 +354,9 @@ class SglangServer:
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def _log_lines(self, num_lines: int) -> str:
-        return "\n".join(self.log_text().rstrip().splitlines()[-num_lines:])
+        lines = self.log_text().rstrip().splitlines()[-num_lines:]
+        # SGLang writes all of its arguments in one line of 15,000 characters.
+        return "\n".join(line if len(line) <= _LOG_LINE_LEN else f"{line[:_LOG_LINE_LEN]} ..." for line in lines)
 
 
 def make_server(

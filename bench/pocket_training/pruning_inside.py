@@ -34,12 +34,17 @@ class _Tokens:
     positions: Tensor
     image: slice
 
-    def with_image(self, image_hidden: Tensor, of: Tensor) -> _Tokens:
-        """Returns the tokens with others for the image: their states, and the rows whose positions they have."""
+    def with_image(self, image_hidden: Tensor, places: Tensor) -> _Tokens:
+        """Returns the tokens with others for the image.
+
+        Args:
+            image_hidden: [K, H].
+            places: [K], the image tokens whose positions they have.
+        """
         start, stop = self.image.start, self.image.stop
-        of = torch.cat([torch.arange(start), start + of, torch.arange(stop, len(self.hidden))])
+        rows = torch.cat([torch.arange(start), start + places, torch.arange(stop, len(self.hidden))])
         hidden = torch.cat([self.hidden[:start], image_hidden, self.hidden[stop:]])
-        return _Tokens(hidden, self.positions[..., of], slice(start, start + len(image_hidden)))
+        return _Tokens(hidden, self.positions[..., rows], slice(start, start + len(image_hidden)))
 
 
 _Drop = Callable[[_Tokens, Tensor], _Tokens]

@@ -152,3 +152,10 @@ def test_ranks_are_given_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert cpu_environment(num_ranks=4)["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1|2|3"
     with pytest.raises(ValueError, match="between 1 and the 5 cores"):
         cpu_environment(num_ranks=6)
+
+
+def test_a_long_line_at_the_end_of_a_log_is_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = SglangServer(tmp_path)
+    monkeypatch.setattr(server, "log_text", lambda: f"server_args={'x' * 20_000}\nno memory\n")
+    assert len(server.log_end()) < 1100
+    assert server.log_end().endswith("xxx ...\nno memory")
