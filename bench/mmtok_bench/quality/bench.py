@@ -169,7 +169,8 @@ def _model_name(arguments: argparse.Namespace, plan: QualityPlan) -> str:
     if arguments.url:
         return str(server_info(arguments.url).get("model_path", arguments.url))
     checkpoint, _ = _chosen(arguments, plan)
-    return arguments.model_path or f"pocket {Path(checkpoint).name}"
+    is_pocket = Path(checkpoint).resolve().parent == pocket_checkpoint(_DEFAULT_FAMILY).parent
+    return f"pocket {Path(checkpoint).name}" if is_pocket else str(checkpoint)
 
 
 def _chosen(arguments: argparse.Namespace, plan: QualityPlan) -> tuple[str | Path, FamilyName | None]:
