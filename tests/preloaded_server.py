@@ -70,8 +70,7 @@ _SERVER = ["-m", "sglang.launch_server"]
 def preloaded_servers() -> Iterator[Templates]:
     """Makes the servers of an `SglangServer` on a CPU forks of templates, which start with the first that needs them.
 
-    Servers with several tokenizer workers, or environment variables other than those of a server on a CPU, start
-    afresh.
+    Servers without the environment variables of a server on a CPU start afresh.
     """
     from mmtok_bench.server import SglangServer
 
@@ -92,9 +91,7 @@ def _start_servers_from(template_of: Callable[[SglangServer], socket.socket]) ->
     start_afresh = SglangServer._started_process
 
     def started_process(server: SglangServer, output: IO[bytes]) -> subprocess.Popen[bytes] | Child:
-        is_on_cpu = cpu_environment().items() <= server.environment.items()
-        # libuv, under the event loops of several tokenizer workers, aborts in forks.
-        if not is_on_cpu or any(each.startswith("--tokenizer-worker-num") for each in server.args):
+        if not cpu_environment().items() <= server.environment.items():
             return start_afresh(server, output)
         return _start(template_of(server), server.command[1:], server.full_environment, output.fileno())
 
@@ -365,6 +362,8 @@ def _run_spawned(arguments: list[str]) -> None:
 
 
 def _main() -> None:
+    # Files that the imports open, and close at any time, stay away from the numbers that a fork's own files have.
+    low = [os.open(os.devnull, os.O_RDONLY) for _ in range(_FIRST_FREE_FD)]
     for module in _MODULES:
         importlib.import_module(module)
     processors = importlib.import_module("sglang.srt.multimodal.processors")
@@ -372,6 +371,8 @@ def _main() -> None:
         # SGLang goes on as well: some need packages that are not installed.
         with suppress(ImportError):
             importlib.import_module(each.name)
+    for fd in low:
+        os.close(fd)
     # It finds the memory of the title now: in a process whose environment has been replaced, it could no more.
     setproctitle.getproctitle()
     if len(os.listdir("/proc/self/task")) > 1:
