@@ -50,7 +50,7 @@ _MODULES = (
     "numba",
     "timm",
 )
-# Variables that are not read by imports, but later. Any other, like SGLANG_TEST_RETRACT, makes a template of its own.
+# Variables that are not read by imports, but later. Any other makes a template of its own.
 _READ_LATER = {
     "MMTOK_SOAK_FAULTS",
     "MMTOK_TEST_FAULTS",
@@ -58,6 +58,8 @@ _READ_LATER = {
     "SGLANG_CPU_OMP_THREADS_BIND",
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION",
     "SGLANG_PP_LAYER_PARTITION",
+    "SGLANG_TEST_RETRACT",
+    "SGLANG_TEST_RETRACT_INTERVAL",
     "SGLANG_VIT_ENABLE_CUDA_GRAPH",
     "SGLANG_VLM_CACHE_SIZE_MB",
 }
@@ -70,8 +72,7 @@ _SERVER = ["-m", "sglang.launch_server"]
 def preloaded_servers() -> Iterator[Templates]:
     """Makes the servers of an `SglangServer` on a CPU forks of templates, which start with the first that needs them.
 
-    Servers with several tokenizer workers, or environment variables other than those of a server on a CPU, start
-    afresh.
+    Servers without the environment variables of a server on a CPU start afresh.
     """
     from mmtok_bench.server import SglangServer
 
@@ -92,9 +93,7 @@ def _start_servers_from(template_of: Callable[[SglangServer], socket.socket]) ->
     start_afresh = SglangServer._started_process
 
     def started_process(server: SglangServer, output: IO[bytes]) -> subprocess.Popen[bytes] | Child:
-        is_on_cpu = cpu_environment().items() <= server.environment.items()
-        # libuv, under the event loops of several tokenizer workers, aborts in forks.
-        if not is_on_cpu or any(each.startswith("--tokenizer-worker-num") for each in server.args):
+        if not cpu_environment().items() <= server.environment.items():
             return start_afresh(server, output)
         return _start(template_of(server), server.command[1:], server.full_environment, output.fileno())
 
@@ -277,6 +276,7 @@ def _serve(requests: socket.socket) -> Callable[[], Any]:
                 os.chdir(folder)
                 os.environ.clear()
                 os.environ.update(environment)
+                _read_again()
                 return partial(_run_program if is_program else _run_spawned, arguments)
             os.write(number_written, struct.pack("!I", child))
             os._exit(0)
@@ -285,6 +285,43 @@ def _serve(requests: socket.socket) -> Callable[[], Any]:
         requests.sendall(os.read(number_read, 4))
         for each in (number_read, number_written, *fds):
             os.close(each)
+
+
+def _read_again() -> None:
+    """Reads the variables that the scheduler's module reads when it is imported, and that tests set for servers."""
+    from sglang.srt.environ import envs
+    from sglang.srt.managers import scheduler
+
+    scheduler.TEST_RETRACT = envs.SGLANG_TEST_RETRACT.get()
+    scheduler.TEST_RETRACT_INTERVAL = envs.SGLANG_TEST_RETRACT_INTERVAL.get()
+
+
+def _look_once_for_what_is_hooked() -> None:
+    """Makes SGLang put all wrappers into the modules that imported what they wrap in one pass through the modules.
+
+    It goes through all 8000 modules for each hook, which takes each process of a server 2 s of a core.
+    """
+    from sglang.srt.plugins import hook_registry
+
+    apply_hooks = hook_registry.HookRegistry.apply_hooks
+
+    def apply_all() -> None:
+        wrappers: dict[int, tuple[object, object, object]] = {}
+
+        def remember(original: object, wrapper: object, source: object) -> int:
+            wrappers[id(original)] = original, wrapper, source
+            return 0
+
+        hook_registry._propagate_patch = remember
+        apply_hooks()
+        for module in list(sys.modules.values()):
+            if isinstance(module, types.ModuleType) and not wrappers.keys().isdisjoint(map(id, vars(module).values())):
+                for name, value in list(vars(module).items()):
+                    _, wrapper, source = wrappers.get(id(value), (None, None, module))
+                    if source is not module:
+                        setattr(module, name, wrapper)
+
+    hook_registry.HookRegistry.apply_hooks = apply_all
 
 
 def _take(fds: dict[int, int]) -> None:
@@ -365,6 +402,8 @@ def _run_spawned(arguments: list[str]) -> None:
 
 
 def _main() -> None:
+    # Files that the imports open, and close at any time, stay away from the numbers that a fork's own files have.
+    low = [os.open(os.devnull, os.O_RDONLY) for _ in range(_FIRST_FREE_FD)]
     for module in _MODULES:
         importlib.import_module(module)
     processors = importlib.import_module("sglang.srt.multimodal.processors")
@@ -372,6 +411,9 @@ def _main() -> None:
         # SGLang goes on as well: some need packages that are not installed.
         with suppress(ImportError):
             importlib.import_module(each.name)
+    for fd in low:
+        os.close(fd)
+    _look_once_for_what_is_hooked()
     # It finds the memory of the title now: in a process whose environment has been replaced, it could no more.
     setproctitle.getproctitle()
     if len(os.listdir("/proc/self/task")) > 1:
