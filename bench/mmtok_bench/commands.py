@@ -122,6 +122,9 @@ def _add_serve(benches: Any) -> None:
         help="all,20%%,10%%,5%%,64; all is always among them. 10%%@0.5 is 10%% of a Qwen's image at half of each side, "
         "10%%~8 as many tokens, of those that differ by more than 8 of 255 from their neighbours",
     )
+    serve.add_argument(
+        "--methods", type=each(str), help="mmtok,divprune,dart: methods to measure; mmtok is always among them"
+    )
     serve.add_argument("--concurrency", type=each(count), help="requests at a time: 1,4,16,64")
     serve.add_argument("--image-px", type=each(image_size), help="sizes of images, width x height: 1008x672,448x448")
     kinds = ("photograph", "document", "random")

@@ -34,7 +34,7 @@ SHOWN_KEYS = ("model", "image_kind", "image_px", "prefix_cache", "budget", "meth
 """Keys of a case that have a column of their own; another key gets a column if its value differs between rows."""
 
 _VARIED = ("budget", "method", "text_tokens")
-_VARIANTS = ("unpruned", "mmtok", "downsample")
+_VARIANTS = ("unpruned", "mmtok", "other", "downsample")
 # Image processors round a side to whole patches, and texts differ slightly between requests.
 _EQUAL_TOKENS = 0.1
 _LATENCIES = tuple(f"{phase}_{quantile}_ms" for phase in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99"))
@@ -81,8 +81,8 @@ def serve_part(rows: pd.DataFrame) -> Part:
 def serve_lines(rows: pd.DataFrame) -> list[Line]:
     """Returns the rows of served models with labels and with the rows that they are compared with.
 
-    Added keys: `variant`, "unpruned" for a server without the plugin, "downsample" for a smaller image, "mmtok"
-    otherwise; `scale`, the encoder scale of the budget, empty without one; `label`, budget and method in words;
+    Added keys: `variant`, "unpruned" for a server without the plugin, "downsample" for a smaller image, "other" for
+    another method, "mmtok" otherwise; `series`, the method and the encoder scale in words; `label`, method and budget;
     `tokens` of an image that the language model reads, None if not measured; `load`, requests at once; `pixels`;
     `vs_unpruned` and `vs_downsampled`, the newest rows of the same run whose case differs only in budget and method:
     without the plugin, and with the image made smaller to as many tokens. Texts and images count as equal if their
@@ -110,18 +110,31 @@ def _named(line: Line) -> Line:
     tokens = metrics.get("image_tokens_kept", metrics.get("image_tokens_in"))
     budget = str(case.get("budget", ""))
     mixed = None if budget in ("", "off") else MixedBudget.parse(budget)
-    if case.get("method") == "downsample":
+    method = case.get("method", "mmtok")
+    if method == "downsample":
         variant, label = "downsample", "downsampled" if tokens is None else f"downsampled to {tokens:.0f}"
-    else:
+    elif method in ("none", "mmtok"):
         variant, label = ("unpruned", "unpruned") if budget == "off" else ("mmtok", f"MMTok {budget}")
+    else:
+        variant, label = "other", f"{method} {budget}"
+    series = {"unpruned": "unpruned", "mmtok": "MMTok", "downsample": "downsampled", "other": str(method)}[variant]
+    if mixed is not None and mixed.encoder_scale < 1:
+        series += f" at scale {mixed.encoder_scale:g}"
     px = str(case.get("image_px", ""))
     width, _, height = px.partition("x")
     pixels = int(width) * int(height) if width.isdecimal() and height.isdecimal() else 0
     same = sorted((name, value) for name, value in case.items() if name not in _VARIED)
     return {
         **line,
-        "scale": "" if mixed is None or mixed.encoder_scale == 1 else f"{mixed.encoder_scale:g}",
-        **{"variant": variant, "label": label, "tokens": tokens, "budget": budget, "px": px, "pixels": pixels},
+        **{
+            "variant": variant,
+            "series": series,
+            "label": label,
+            "tokens": tokens,
+            "budget": budget,
+            "px": px,
+            "pixels": pixels,
+        },
         **{"model": str(case.get("model", "")), "load": int(case.get("concurrency", 1))},
         "workload": json.dumps([line["run"], same]),
     }
@@ -231,7 +244,7 @@ def _gains(shown: Sequence[Line]) -> Table:
                 value.rpartition(" ")[2],
                 "" if line["variant"] == "unpruned" else unpruned,
                 _interval(line, name),
-                downsampled if line["variant"] == "mmtok" else "",
+                downsampled if line["variant"] in ("mmtok", "other") else "",
             ]
         lines.append((*_case_cells(line, extra), str(line["load"]), _tokens(line), *cells))
     texts = (*_TEXTS, *map(_spoken, extra))

@@ -23,13 +23,14 @@ _PHASE_COLOURS = {
     "rest of TTFT": "#a3a9b3",
 }
 _CAPACITIES = ("peak_memory_bytes", "kv_tokens_per_request", "max_requests_at_once")
-# Name, dash, symbol.
+# Dash, symbol.
 _STYLES = {
-    "mmtok": ("MMTok", "solid", "circle"),
-    "downsample": ("downsampled", "dot", "square-open"),
-    "unpruned": ("unpruned", "solid", "diamond"),
+    "mmtok": ("solid", "circle"),
+    "other": ("dash", "circle-open"),
+    "downsample": ("dot", "square-open"),
+    "unpruned": ("solid", "diamond"),
 }
-_ORDER = ("unpruned", "mmtok", "downsample")
+_ORDER = ("unpruned", "mmtok", "other", "downsample")
 
 
 def plots_of_model(model: str, lines: Sequence[Line]) -> Iterator[Plot]:
@@ -85,13 +86,12 @@ def _ttft_against_tokens(model: str, lines: Sequence[Line]) -> Plot | None:
         suffix = f", {px}" if len(sizes) > 1 else ""
         colour = PALETTE[idx % len(PALETTE)]
         alone = {"mmtok": colour, "downsample": DOWNSAMPLED, "unpruned": UNPRUNED}
-        for variant, (name, *style) in _STYLES.items():
-            for scale in dict.fromkeys(line["scale"] for line in lines if line["variant"] == variant):
-                same = (px, variant, scale)
-                chosen = [line for line in lines if (line["px"], line["variant"], line["scale"]) == same]
-                points = sorted((line["tokens"], line["metrics"]["ttft_p50_ms"]) for line in chosen)
-                scaled = f" at scale {scale}" if scale else ""
-                _add_line(figure, name + scaled + suffix, points, colour if suffix else alone[variant], *style)
+        of_size = [line for variant in _STYLES for line in lines if (line["px"], line["variant"]) == (px, variant)]
+        for number, (series, chosen) in enumerate(grouped(of_size, "series").items()):
+            variant = chosen[0]["variant"]
+            points = sorted((line["tokens"], line["metrics"]["ttft_p50_ms"]) for line in chosen)
+            own = colour if suffix else alone.get(variant, PALETTE[number % len(PALETTE)])
+            _add_line(figure, series + suffix, points, own, *_STYLES[variant])
     figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(rangemode="tozero")
     note = f"{_note(lines, with_size=len(sizes) == 1)}; lower is better"
@@ -110,7 +110,7 @@ def _throughput_against_load(model: str, lines: Sequence[Line]) -> Plot | None:
         variant, budget = chosen[0]["variant"], chosen[0]["budget"]
         colour = UNPRUNED if variant == "unpruned" else PALETTE[budgets.index(budget) % len(PALETTE)]
         points = sorted((line["load"], line["metrics"]["requests_per_s"]) for line in chosen)
-        _add_line(figure, label, points, colour, *_STYLES[variant][1:])
+        _add_line(figure, label, points, colour, *_STYLES[variant])
     figure.update_xaxes(type="log", tickvals=loads, ticktext=list(map(str, loads)))
     figure.update_yaxes(rangemode="tozero")
     note = f"{_note(lines, with_load=False)}; higher is better"

@@ -185,8 +185,8 @@ def load_of(
 ) -> tuple[list[str], Path, Path]:
     """Returns a case's arguments for the load generator, its file of chats, and its file of results.
 
-    All sides that get the same images share one file of chats. If one server is asked for every budget, each budget has
-    images of its own, since the server caches their features.
+    All sides that get the same images share one file of chats. Cases whose server gets requests of other cases, too,
+    have images of their own, since the server caches features.
     """
     size, sent = ("x".join(map(str, each)) for each in (case.image_px, case.sent_px))
     images = (
@@ -195,7 +195,7 @@ def load_of(
     )
     name = f"{case.method}-{case.budget.replace('%', 'pct')}-{images}"
     seed = turn.round_idx * 1000 + case.concurrency
-    if plan.one_server:
+    if case.has_own_images:
         images, seed = name, crc32(name.encode())
     chats = folder / "chats" / f"{images}.jsonl"
     output = folder / "load" / f"{name}.jsonl"
@@ -251,11 +251,11 @@ def chats_of(plan: ServePlan, case: LoadCase, seeds: Sequence[str]) -> list[tupl
 def _seeds_of(plan: ServePlan, turn: Turn, case: LoadCase) -> list[str]:
     """Returns the seeds of a case's photographs, which differ by round and workload.
 
-    They are the same for all sides, and other ones for each budget that one server is asked for.
+    They are the same for all sides, except for cases with images of their own.
     """
     size = "x".join(map(str, case.image_px))
     part = f"{size} round {turn.round_idx} at {case.concurrency}, {case.questions} each"
-    if plan.one_server:
+    if case.has_own_images:
         part += f", {case.method} {case.budget}"
     return [f"{part} {number}" for number in range(plan.images_of(case.concurrency, case.questions))]
 
@@ -265,9 +265,10 @@ def _describe(model: ServedModel, case: LoadCase) -> str:
     sending = ""
     if case.method == "downsample":
         sending = " made smaller" if case.request_fields else f" sent as {sent}"
-    budget = case.budget if case.method == "mmtok" else case.side.budget
+    budget = case.side.budget if case.method in ("none", "downsample") else case.budget
+    by = "" if case.method in ("none", "mmtok", "downsample") else f" by {case.method}"
     return (
-        f"{model.name}: budget {budget}, {case.image_kind} {size}{sending}, "
+        f"{model.name}: budget {budget}{by}, {case.image_kind} {size}{sending}, "
         f"concurrency {case.concurrency}, {'' if case.questions == 1 else f'{case.questions} questions an image, '}"
         f"prefix cache {case.side.prefix_cache}"
     )

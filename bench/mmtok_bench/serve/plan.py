@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from mmtok_bench.mixed_budget import MixedBudget
 from mmtok_bench.serve.presets import ImageKind, PrefixCache, ServedModel, ServePlan, Size
+from mmtok_deploy.methods import MethodName
 
 __all__ = ["OFF", "LoadCase", "Method", "Side", "Turn", "are_side_by_side", "plan_cases", "plan_turns", "sides_of"]
 
 OFF = "off"
 """The budget of a server without the plugin's flags."""
 
-Method = Literal["none", "mmtok", "downsample"]
+Method = Literal["none"] | MethodName
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class LoadCase:
 
     Args:
         side: The server that answers; one at `all` is asked for another budget by the request.
-        method: How the number of image tokens is reduced: not at all, by the plugin, or by a smaller image.
+        method: How the number of image tokens is reduced: not at all, by a method of the plugin, or by a smaller image
+            ("downsample").
         budget: Value of `--mmtok-budget` (10%@0.5: with `--mmtok-encoder-scale`); for a smaller image, the budget that
             it is compared with.
         image_kind: What the images show.
@@ -70,13 +72,18 @@ class LoadCase:
 
     @property
     def request_fields(self) -> dict[str, Any]:
-        """Further fields of its requests: a budget other than the server's, and the plugin's method."""
+        """Further fields of its requests: a budget and a method other than the server's."""
         fields: dict[str, Any] = {}
         if self.side.budget not in (OFF, self.budget):
             fields |= MixedBudget.parse(self.budget).fields
-        if self.method == "downsample" and self.side.budget != OFF:
-            fields["mmtok_method"] = "downsample"
+        if self.method not in ("none", "mmtok") and self.side.budget != OFF:
+            fields["mmtok_method"] = self.method
         return {"mm_processor_kwargs": fields} if fields else {}
+
+    @property
+    def has_own_images(self) -> bool:
+        """Whether its server is asked about other images by other cases, whose features it would have in its cache."""
+        return self.side.budget not in (OFF, self.budget) or self.method not in ("none", "mmtok", "downsample")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,9 @@ def plan_cases(
         for budget, side in {OFF: off, "all": at_all, **servers}.items():
             method: Method = "none" if budget in (OFF, "all") else "mmtok"
             cases.append(LoadCase(side, method, budget, kind, size_px, size_px, concurrency, questions))
+        for (budget, side), other in itertools.product(servers.items(), plan.other_methods):
+            if not MixedBudget.parse(budget).is_all:
+                cases.append(LoadCase(side, other, budget, kind, size_px, size_px, concurrency, questions))
         for budget, side in servers.items():
             sent_px = downsample(size_px, budget)
             if sent_px is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from mmtok_bench.families import FamilyName
+from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.load_images import Shown
+from mmtok_deploy.methods import MethodName, check_method, needs_frames
 
 __all__ = ["QUESTIONS", "SERVE_PRESETS", "ImageKind", "PrefixCache", "ServePlan", "ServedModel", "Size", "plan_of"]
 
@@ -80,6 +81,7 @@ class ServePlan:
             models of which enough servers fit into the GPU; for other models, one server runs at a time.
         one_server: Whether the requests ask one server for every budget, instead of a server for each budget; the
             server without the plugin runs before or after it.
+        other_methods: Methods beside MMTok, for which the servers with a budget are asked.
         arguments: Arguments of every server.
         user_arguments: Further arguments from the command line; rows name them.
     """
@@ -98,6 +100,7 @@ class ServePlan:
     rounds: int = 5
     side_by_side: bool = False
     one_server: bool = False
+    other_methods: tuple[MethodName, ...] = ()
     arguments: tuple[str, ...] = ()
     user_arguments: tuple[str, ...] = ()
 
@@ -214,6 +217,7 @@ def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan
         raise ValueError(f"--questions-per-image is at most {len(QUESTIONS)}: there are no more questions")
     if arguments.image_px:
         models = [replace(model, sizes_px=tuple(arguments.image_px)) for model in models]
+    others = tuple(_other_method(name, models) for name in arguments.methods or () if name != "mmtok")
     if arguments.budgets:
         budgets = tuple(budget for budget in arguments.budgets if budget != "all")
         models = [replace(model, budgets=budgets) for model in models]
@@ -229,7 +233,25 @@ def plan_of(arguments: argparse.Namespace, device_name: str | None) -> ServePlan
         "one_server": arguments.one_server,
     }
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value}
-    return replace(plan, models=tuple(models), user_arguments=tuple(arguments.server_args), **given)
+    return replace(
+        plan, models=tuple(models), other_methods=others, user_arguments=tuple(arguments.server_args), **given
+    )
+
+
+def _other_method(name: str, models: Sequence[ServedModel]) -> MethodName:
+    """Returns the method of this name, if it selects tokens of images, and every model can run it.
+
+    Raises:
+        ValueError: It does not, or one of them cannot.
+    """
+    method = check_method(name)
+    if method == "downsample" or needs_frames(method):
+        why = "is measured anyway" if method == "downsample" else "goes by the frames of a video"
+        raise ValueError(f"--methods are of selecting an image's tokens, {method} {why}: drop it")
+    for model in models:
+        if method in FAMILY_TRAITS[model.family].impossible_methods:
+            raise ValueError(f"{model.family} does not run {method}: drop it, or {model.name} from --models")
+    return method
 
 
 def _models(arguments: argparse.Namespace, plan: ServePlan) -> list[ServedModel]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -143,10 +144,31 @@ class TestDryRun:
             '": {"mmtok_budget": "all", "mmtok_encoder_scale": 0.5}}',
         ]
         assert sorted(asked) == sorted(["", "", *scaled] * 2)
-        # Its features would be in the server's cache.
-        for named in ("--dataset-path=", "--seed="):
+        # Features of the same images would be in the server's cache.
+        for named, num_shared in (("--dataset-path=", 2), ("--seed=", 4)):
             images = [word for load in loads for word in load if word.startswith(named)]
-            assert len(images) == len(set(images)) >= 4
+            counts = sorted(Counter(images).values())
+            assert counts == [*[1] * (len(images) - num_shared), num_shared]
+
+    def test_other_methods_are_asked_about_images_of_their_own(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        commands = dry_run(
+            *("--preset=h200", "--models=llava-next-7b", "--budgets=160", "--concurrency=1", "--rounds=1"),
+            *("--image-px=672x672", "--image-kinds=photograph", "--prefix-cache=off", "--methods=mmtok,visionzip"),
+            folder=tmp_path,
+            capsys=capsys,
+        )
+        *servers, off, smaller, at_all, pruned, other = commands
+        assert len(servers) == 3
+        assert ['"mmtok_method": "visionzip"' in " ".join(load) for load in (off, at_all, pruned, other, smaller)] == [
+            *(False, False, False, True, False)
+        ]
+        sent = [
+            next(word for word in load if word.startswith("--dataset-path=")) for load in (off, at_all, pruned, other)
+        ]
+        assert len(set(sent[:3])) == 1
+        assert sent[3] != sent[0]
 
     def test_questions_about_an_image_are_one_load(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         commands = dry_run(
@@ -183,7 +205,10 @@ class TestDryRun:
         (["--image-px=0x672"], "got '0'"),
         (["--image-kinds=drawing"], "expected some of photograph,document,random, got 'drawing'"),
         (["--prefix-cache=cold"], "expected some of off,on, got 'cold'"),
-        (["--models=gpt-2"], "preset cpu has qwen2.5-vl-0.5b, llava-1.5-0.5b, qwen3-vl-0.5b; got 'gpt-2'"),
+        (
+            ["--models=gpt-2"],
+            "preset cpu has qwen2.5-vl-0.5b, llava-1.5-0.5b, qwen3-vl-0.5b, qwen2.5-vl-3b; got 'gpt-2'",
+        ),
         (["--family=llava-1.5"], "give it with --model-path"),
         (["--model-path=."], "--model-path needs --family, one of qwen2-vl, qwen2.5-vl, qwen3-vl, qwen3-vl-moe, "),
         (["--model-path=.", "--dummy-weights"], "not allowed with argument --model-path"),
@@ -192,6 +217,10 @@ class TestDryRun:
         (["--image-kinds=random", "--prefix-cache=on"], "no random images"),
         (["--image-kinds=random", "--questions-per-image=2"], "no random images"),
         (["--questions-per-image=1,7"], "--questions-per-image is at most 6"),
+        (["--methods=mmtok,best"], "method is one of"),
+        (["--methods=downsample"], "downsample is measured anyway"),
+        (["--methods=evs"], "evs goes by the frames of a video"),
+        (["--methods=visionzip"], "qwen2.5-vl does not run visionzip: drop it, or qwen2.5-vl-0.5b from --models"),
         (["--server-args=--mmtok-method evs"], "the one without a budget would not start with --mmtok-method"),
     ],
 )

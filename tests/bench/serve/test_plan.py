@@ -107,6 +107,20 @@ def test_one_server_is_asked_for_every_budget() -> None:
     assert len(second.cases) == 4
 
 
+def test_other_methods_are_asked_of_the_servers_with_a_budget() -> None:
+    plan = replace(PLAN, other_methods=("divprune", "dart"), concurrencies=(1,), image_kinds=("photograph",))
+    model = replace(MODEL, budgets=("10%", "all@0.5"))
+    cases = plan_cases(model, plan, "off", lambda size_px, budget: SMALLER if budget == "10%" else None)
+    assert [(case.side.budget, case.method, case.request_fields, case.has_own_images) for case in cases] == [
+        ("off", "none", {}, False),
+        ("all", "none", {}, False),
+        ("10%", "mmtok", {}, False),
+        ("all@0.5", "mmtok", {}, False),
+        *(("10%", method, {"mm_processor_kwargs": {"mmtok_method": method}}, True) for method in plan.other_methods),
+        ("off", "downsample", {}, False),
+    ]
+
+
 def test_where_no_smaller_image_has_fewer_tokens_there_is_no_such_row() -> None:
     cases = plan_cases(MODEL, PLAN, "off", lambda size_px, budget: None)
     assert {case.method for case in cases} == {"none", "mmtok"}
