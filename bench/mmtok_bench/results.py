@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_origin, get_type_hints
@@ -29,6 +30,7 @@ __all__ = [
     "ResultRow",
     "UnfinishedRowWarning",
     "append_row",
+    "current_commit",
     "device_name",
     "drop_unfinished_line",
     "make_latency_row",
@@ -124,7 +126,7 @@ def make_row(
         device=device_name(device),
         num_threads=torch.get_num_threads() if num_threads is None else num_threads,
         versions=_versions(device),
-        commit=_commit(),
+        commit=current_commit(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -259,7 +261,12 @@ def _versions(device: torch.device) -> dict[str, str]:
     return versions
 
 
-def _commit() -> str:
+@cache
+def current_commit() -> str:
+    """Returns the commit of the checkout when this is first called, with "+" if files differ; empty outside of one.
+
+    A process runs the code that it has imported, so later commits are not those of its rows.
+    """
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -16,7 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmtok_bench.client import MeasurementError
 from mmtok_bench.process_tree import sigterm_raises_exit
-from mmtok_bench.results import CaseValue, ResultRow, append_row, drop_unfinished_line, new_result_file, read_rows
+from mmtok_bench.results import (
+    CaseValue,
+    ResultRow,
+    append_row,
+    current_commit,
+    drop_unfinished_line,
+    new_result_file,
+    read_rows,
+)
 
 __all__ = ["INTERRUPTED", "Run", "progress_bar", "quiet_transformers", "run_command"]
 
@@ -69,6 +77,8 @@ class Run:
             print(f"the last line of {resume} was cut off and is dropped", file=sys.stderr)
         self.rows = read_rows(self.path)
         self.failures: list[str] = []
+        # Rows name the commit of now, not one that is made while they are measured.
+        current_commit()
         self._json_output = json_output
         self._progress: Progress | None = None
 

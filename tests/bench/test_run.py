@@ -5,8 +5,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from mmtok_bench.results import current_commit, make_row
 from mmtok_bench.run import Run, progress_bar
 
 
@@ -26,6 +28,15 @@ def test_a_file_gets_no_bar() -> None:
     with progress_bar(Console(file=out)) as progress:
         progress.advance(progress.add_task("steps", total=4))
     assert "steps" not in out.getvalue()
+
+
+def test_rows_name_the_commit_at_the_start_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current_commit.cache_clear()
+    Run("quality", tmp_path)
+    at_start = current_commit()
+    monkeypatch.setattr("mmtok_bench.results.subprocess.run", lambda *_, **__: pytest.fail("asked for a later commit"))
+    row = make_row("quality", {}, "sglang", {"score": 1.0}, num_runs=1, device=torch.device("cpu"))
+    assert row.commit == at_start
 
 
 def test_a_file_that_another_run_writes_to_is_left_as_it_is(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def _ttft_against_tokens(model: str, lines: Sequence[Line]) -> Plot | None:
     for idx, px in enumerate(sizes):
         suffix = f", {px}" if len(sizes) > 1 else ""
         colour = PALETTE[idx % len(PALETTE)]
-        alone = {"mmtok": colour, "downsample": DOWNSAMPLED, "unpruned": UNPRUNED}
+        alone = {"downsample": DOWNSAMPLED, "unpruned": UNPRUNED}
         of_size = [line for variant in _STYLES for line in lines if (line["px"], line["variant"]) == (px, variant)]
         for number, (series, chosen) in enumerate(grouped(of_size, "series").items()):
             variant = chosen[0]["variant"]
@@ -128,7 +128,10 @@ def _where_the_time_goes(model: str, lines: Sequence[Line]) -> Plot | None:
         if bars:
             marker = {"color": colour, "line_width": 0}
             figure.add_bar(name=phase, x=list(bars.values()), y=list(bars), orientation="h", marker=marker)
-    figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
+    # Below the bars, whose names have two lines each, is the legend.
+    height = max(figure.layout.height, 240 + 44 * len(parts))
+    legend = {"traceorder": "normal", "y": figure.layout.legend.y * figure.layout.height / height}
+    figure.update_layout(barmode="stack", bargap=0.35, height=height, legend=legend)
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=list(parts))
     named = [f"{line['label']}<br><i>{bound_by(line)}</i>" for line in lines if line["label"] in parts]
     figure.update_yaxes(tickvals=list(parts), ticktext=list(dict.fromkeys(named)))

@@ -194,6 +194,27 @@ def test_plots_of_every_metric() -> None:
     assert sum(len(trace.x) for trace in first.figure.data) == len(quiet) == len(first.values.rows)
 
 
+def test_scales_and_methods_have_lines_of_their_own() -> None:
+    rows = [
+        serve("off", "none", 864),
+        serve("10%", "mmtok", 86),
+        serve("10%", "divprune", 86),
+        serve("40%@0.5", "mmtok", 86),
+        serve("20%", "downsample", 174),
+        *(serve(f"{share}%", "mmtok", 9 * share) for share in range(11, 20)),
+    ]
+    rows = [replace(each, metrics={**each.metrics, "vision_encoder_ms": 4.0}) for each in rows]
+    part = serve_part(measured(rows))
+    assert {line[3] for line in part.tables[0].rows} >= {"MMTok 10%", "divprune 10%", "MMTok 40%@0.5"}
+    first, *others = part.plots
+    lines = {trace.name: (trace.line.color, trace.line.dash) for trace in first.figure.data}
+    assert list(lines) == ["MMTok", "MMTok at scale 0.5", "divprune", "downsampled", "unpruned"]
+    assert len(set(lines.values())) == len(lines)
+    # Names of two lines beside each of many bars.
+    (plot,) = [each for each in others if "where the time goes" in each.title]
+    assert plot.figure.layout.height >= 40 * len(rows)
+
+
 def test_tables_have_the_order_of_readers_not_of_turns() -> None:
     rows = [
         serve(budget, method, tokens, concurrency=concurrency)
