@@ -26,12 +26,9 @@ def add_pocket_parser(commands: Any) -> None:
         "--folder", type=Path, help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)"
     )
     more = train.add_mutually_exclusive_group()
-    more.add_argument(
-        "--pages", action="store_true", help="go on from the pocket Qwen2.5-VL of this package, and learn to read pages"
-    )
-    more.add_argument(
-        "--sizes", action="store_true", help="go on from the pocket Qwen2.5-VL, and learn to see images of three sizes"
-    )
+    for further, learns in (("pages", "read pages"), ("sizes", "see images of three sizes")):
+        about = f"go on from the pocket Qwen2.5-VL of this package, and learn to {learns}"
+        more.add_argument(f"--{further}", dest="further", action="store_const", const=further, help=about)
     train.add_argument("--seed", type=int, default=0, help="seed of the weights and of all scenes (default 0)")
     train.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     train.add_argument("--threads", type=int, help="PyTorch's threads on the CPU (default: its own number)")
@@ -50,7 +47,8 @@ def add_pocket_parser(commands: Any) -> None:
     answers.add_argument(
         "--methods", type=each(str), default=["mmtok"], help="as in mmtok quality: mmtok,mmtok+output (default mmtok)"
     )
-    answers.add_argument("--pages", action="store_true", help="ask the model that reads pages about them")
+    about = "ask the model that reads pages about them"
+    answers.add_argument("--pages", dest="further", action="store_const", const="pages", help=about)
     answers.add_argument("--seeds", type=each(seed), default=[3, 4, 5], help="seeds of the scenes (default 3,4,5)")
     answers.add_argument("--num-questions", type=count, default=170, help="questions of a kind and seed (default 170)")
     answers.add_argument(
@@ -71,8 +69,7 @@ def run_pocket(arguments: argparse.Namespace) -> int:
     if arguments.pocket in ("train", "answers"):
         from mmtok_bench.pocket import PAGE_READER
 
-        is_qwen = arguments.pages or getattr(arguments, "sizes", False)
-        arguments.family = arguments.family or (PAGE_READER if is_qwen else "llava-1.5")
+        arguments.family = arguments.family or (PAGE_READER if arguments.further else "llava-1.5")
     if arguments.pocket == "scenes":
         from pocket_training.questions import draw_sheet
 
@@ -103,7 +100,7 @@ def _answer(arguments: argparse.Namespace) -> int:
     try:
         plan = QualityPlan(
             *(tuple(arguments.methods), tuple(arguments.budgets), tuple(arguments.seeds)),
-            kinds=PAGE_KINDS if arguments.pages else KINDS,
+            kinds=PAGE_KINDS if arguments.further else KINDS,
             num_questions=arguments.num_questions,
         )
         check_plan(arguments.family, plan)
@@ -142,11 +139,11 @@ def _train(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     more: dict[str, Any] = {}
-    if arguments.pages:
+    if arguments.further == "pages":
         # Raises for a family of which no model reads pages.
         pocket_checkpoint(arguments.family, reads_pages=True)
         more = {"stages": STAGES_ON_PAGES, "start": pocket_checkpoint(arguments.family)}
-    if arguments.sizes:
+    if arguments.further == "sizes":
         if arguments.family != "qwen2.5-vl":
             raise ValueError(f"the pocket {arguments.family} sees images of one size, only qwen2.5-vl of several")
         more = {"stages": STAGES_ON_SIZES, "start": pocket_checkpoint(arguments.family)}
@@ -165,9 +162,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _folder(arguments: argparse.Namespace) -> Path:
     folder: Path | None = arguments.folder
-    return folder or Path("artifacts/pocket") / (
-        arguments.family + ("-pages" if arguments.pages else "-sizes" if arguments.sizes else "")
-    )
+    return folder or Path("artifacts/pocket") / "-".join(filter(None, (arguments.family, arguments.further)))
 
 
 def _keep_freed_memory() -> None:

@@ -266,7 +266,7 @@ def _describe(model: ServedModel, case: LoadCase) -> str:
     if case.method == "downsample":
         sending = " made smaller" if case.request_fields else f" sent as {sent}"
     budget = case.side.budget if case.method in ("none", "downsample") else case.budget
-    by = "" if case.method in ("none", "mmtok", "downsample") else f" by {case.method}"
+    by = f" by {case.method}" if case.is_of_another_method else ""
     return (
         f"{model.name}: budget {budget}{by}, {case.image_kind} {size}{sending}, "
         f"concurrency {case.concurrency}, {'' if case.questions == 1 else f'{case.questions} questions an image, '}"

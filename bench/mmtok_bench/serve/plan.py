@@ -81,9 +81,14 @@ class LoadCase:
         return {"mm_processor_kwargs": fields} if fields else {}
 
     @property
+    def is_of_another_method(self) -> bool:
+        """Whether another method than MMTok selects its tokens."""
+        return self.method not in ("none", "mmtok", "downsample")
+
+    @property
     def has_own_images(self) -> bool:
-        """Whether its server is asked about other images by other cases, whose features it would have in its cache."""
-        return self.side.budget not in (OFF, self.budget) or self.method not in ("none", "mmtok", "downsample")
+        """Whether it shares its server with other cases, and so has images whose features the server has not cached."""
+        return self.is_of_another_method or self.side.budget not in (OFF, self.budget)
 
 
 @dataclass(frozen=True, slots=True)

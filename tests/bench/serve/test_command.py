@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -33,6 +34,11 @@ def dry_run(*arguments: str, folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert run("--dry-run", *arguments, folder=folder) == 0
     lines = capsys.readouterr().out.splitlines()
     return [shlex.split(line) for line in lines if not line.startswith("#")]
+
+
+def words(commands: Iterable[list[str]], start: str) -> list[str]:
+    """Returns the words of commands that begin so."""
+    return [word for command in commands for word in command if word.startswith(start)]
 
 
 class TestDryRun:
@@ -85,8 +91,7 @@ class TestDryRun:
         assert len(servers) == 2 * (2 * 5 + (6 if preset == "h200" else 4) * 3)
         assert not any("--device=cpu" in server for server in servers)
         assert not any(server[0] == "env" for server in servers)
-        data_sets = {word for command in commands for word in command if word.startswith("--dataset-name=")}
-        assert data_sets == {"--dataset-name=openai", "--dataset-name=image"}
+        assert set(words(commands, "--dataset-name=")) == {"--dataset-name=openai", "--dataset-name=image"}
 
     def test_flags_win_over_the_preset(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         commands = dry_run(
@@ -119,7 +124,8 @@ class TestDryRun:
         *servers, off, at_all, scaled = commands
         assert len(servers) == 3
         assert {"--mmtok-budget=10%", "--mmtok-encoder-scale=0.5"} <= set(servers[2])
-        sent = [next(word for word in load if word.startswith("--dataset-path=")) for load in (off, at_all, scaled)]
+        sent = words((off, at_all, scaled), "--dataset-path=")
+        assert len(sent) == 3
         assert len(set(sent)) == 1
 
     def test_one_server_is_asked_for_each_budget_about_other_images(
@@ -132,13 +138,9 @@ class TestDryRun:
             capsys=capsys,
         )
         servers = [command for command in commands if "sglang.launch_server" in command]
-        assert [[word for word in server if word.startswith("--mmtok")] for server in servers] == [
-            *([], ["--mmtok-budget=all"])
-        ]
+        assert [words([server], "--mmtok") for server in servers] == [[], ["--mmtok-budget=all"]]
         loads = [command for command in commands if "sglang.benchmark.serving" in command]
-        asked = [
-            word.partition("kwargs")[2] for load in loads for word in load if word.startswith("--extra-request-body")
-        ]
+        asked = [word.partition("kwargs")[2] for word in words(loads, "--extra-request-body")]
         scaled = [
             '": {"mmtok_budget": "10%", "mmtok_encoder_scale": 0.5}}',
             '": {"mmtok_budget": "all", "mmtok_encoder_scale": 0.5}}',
@@ -146,7 +148,7 @@ class TestDryRun:
         assert sorted(asked) == sorted(["", "", *scaled] * 2)
         # Features of the same images would be in the server's cache.
         for named, num_shared in (("--dataset-path=", 2), ("--seed=", 4)):
-            images = [word for load in loads for word in load if word.startswith(named)]
+            images = words(loads, named)
             counts = sorted(Counter(images).values())
             assert counts == [*[1] * (len(images) - num_shared), num_shared]
 
@@ -164,9 +166,8 @@ class TestDryRun:
         assert ['"mmtok_method": "visionzip"' in " ".join(load) for load in (off, at_all, pruned, other, smaller)] == [
             *(False, False, False, True, False)
         ]
-        sent = [
-            next(word for word in load if word.startswith("--dataset-path=")) for load in (off, at_all, pruned, other)
-        ]
+        sent = words((off, at_all, pruned, other), "--dataset-path=")
+        assert len(sent) == 4
         assert len(set(sent[:3])) == 1
         assert sent[3] != sent[0]
 
@@ -179,8 +180,7 @@ class TestDryRun:
             capsys=capsys,
         )
         loads = [command for command in commands if "sglang.benchmark.serving" in command]
-        numbers = [word for load in loads for word in load if word.startswith("--num-prompts=")]
-        assert sorted(numbers) == [*["--num-prompts=240"] * 4, *["--num-prompts=32"] * 4]
+        assert sorted(words(loads, "--num-prompts=")) == [*["--num-prompts=240"] * 4, *["--num-prompts=32"] * 4]
         servers = [command for command in commands if "sglang.launch_server" in command]
         # As many fit an H200, each with a KV cache of that size.
         assert all("--max-total-tokens=60000" in server for server in servers)
