@@ -17,6 +17,7 @@ from mmtok_bench.results import STAGES
 
 __all__ = [
     "SHOWN_KEYS",
+    "VARIANTS",
     "Line",
     "bound_by",
     "break_even",
@@ -33,8 +34,10 @@ Line = dict[str, Any]
 SHOWN_KEYS = ("model", "image_kind", "image_px", "prefix_cache", "budget", "method", "concurrency")
 """Keys of a case that have a column of their own; another key gets a column if its value differs between rows."""
 
+VARIANTS = ("unpruned", "mmtok", "other", "downsample")
+"""Values of `variant` in the order of tables and plots."""
+
 _VARIED = ("budget", "method", "text_tokens")
-_VARIANTS = ("unpruned", "mmtok", "other", "downsample")
 # Image processors round a side to whole patches, and texts differ slightly between requests.
 _EQUAL_TOKENS = 0.1
 _LATENCIES = tuple(f"{phase}_{quantile}_ms" for phase in ("ttft", "itl", "e2e") for quantile in ("p50", "p90", "p99"))
@@ -177,7 +180,7 @@ def _in_order(lines: Sequence[Line]) -> list[Line]:
         lines,
         key=lambda line: (
             *(models.index(line["model"]), -line["pixels"], line["load"]),
-            *(_VARIANTS.index(line["variant"]), -(line["tokens"] or 0)),
+            *(VARIANTS.index(line["variant"]), -(line["tokens"] or 0)),
         ),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmtok_bench.report.frame import grouped
 from mmtok_bench.report.metrics import metric
-from mmtok_bench.report.serve import SHOWN_KEYS, Line, bound_by, have_like_texts, phases_ms
+from mmtok_bench.report.serve import SHOWN_KEYS, VARIANTS, Line, bound_by, have_like_texts, phases_ms
 from mmtok_bench.report.tables import DOWNSAMPLED, PALETTE, UNPRUNED, Plot, new_figure, plot_of
 
 __all__ = ["plots_of_model"]
@@ -30,7 +30,6 @@ _STYLES = {
     "downsample": ("dot", "square-open"),
     "unpruned": ("solid", "diamond"),
 }
-_ORDER = ("unpruned", "mmtok", "other", "downsample")
 
 
 def plots_of_model(model: str, lines: Sequence[Line]) -> Iterator[Plot]:
@@ -44,7 +43,7 @@ def plots_of_model(model: str, lines: Sequence[Line]) -> Iterator[Plot]:
     quiet = [line for line in shown if line["load"] == min(each["load"] for each in shown)]
     at_largest = sorted(
         (line for line in quiet if line["pixels"] == largest),
-        key=lambda line: (_ORDER.index(line["variant"]), -(line["tokens"] or 0)),
+        key=lambda line: (VARIANTS.index(line["variant"]), -(line["tokens"] or 0)),
     )
     plots = [
         _ttft_against_tokens(model, quiet),
