@@ -1,4 +1,4 @@
-"""A budget that is chosen for each image by what its question asks."""
+"""A budget that is chosen for each image by what its question asks, and by how much of the image is blank."""
 
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ _OPEN = re.compile(r"\b(?:what|which|who|whose|whom|why|how|when|where)\b", re.I
 class AutoBudget:
     """The budget "auto": each image keeps the share of `SHARES` that its question asks for, within bounds.
 
+    An image of fewer distinct squares (`repeated_tokens.share_of_distinct`) keeps their share: what else it keeps would
+    be repetitions.
+
     Args:
         minimum: Never keep fewer tokens than this (or than there are), at least 1.
         auto_min: The smallest share, above 0 and at most 1; None for no bound.
@@ -72,9 +75,14 @@ class AutoBudget:
         """The largest budget that is chosen."""
         return self._bounded(max(SHARES.values()))
 
-    def of(self, asked: Asked) -> Budget:
-        """Returns the budget of an image about which this is asked."""
-        return self._bounded(SHARES[asked])
+    def of(self, asked: Asked, distinct: Fraction = Fraction(1)) -> Budget:
+        """Returns the budget of an image.
+
+        Args:
+            asked: What is asked about it.
+            distinct: The share of its squares that repeat no neighbour.
+        """
+        return self._bounded(min(SHARES[asked], distinct))
 
     def _bounded(self, share: Fraction) -> Budget:
         if self.auto_min is not None:

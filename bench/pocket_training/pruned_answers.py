@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mmtok_bench.results import append_row
 from mmtok_bench.selected_patches import EncodedImage, PatchSelector
 from mmtok_deploy.auto_budget import AutoBudget, parse_budget, what_is_asked
 from mmtok_deploy.methods import is_nested
+from mmtok_deploy.repeated_tokens import share_of_distinct
 from pocket_training.pruning_inside import last_hidden_after_fastv, last_hidden_after_sparsevlm
 
 __all__ = ["PocketModel", "answer_all", "check_plan", "write_rows"]
@@ -188,9 +190,10 @@ def _answers(
 ) -> Iterator[ScoredAnswer]:
     picture = picture_of(asked.scene, side_px)
     encoded = model.selector.encode(picture)
+    distinct = share_of_distinct(picture, len(encoded.vision))
     for number, question in enumerate(asked.questions):
         inputs = model.read(picture, question.text)
-        for pair, kept, inside in _kept(model, encoded, question.text, plan):
+        for pair, kept, inside in _kept(model, encoded, distinct, question.text, plan):
             said = model.answer(inputs, encoded, kept, max_words(question), inside)
             num_kept = len(kept) if inside is None else inside[1]
             measured = {"num_prompt_tokens": 0, "latency_ms": 0.0, "cell_s": 0.0, "question_set": question_set}
@@ -199,7 +202,7 @@ def _answers(
 
 
 def _kept(
-    model: PocketModel, encoded: EncodedImage, question: str, plan: QualityPlan
+    model: PocketModel, encoded: EncodedImage, distinct: Fraction, question: str, plan: QualityPlan
 ) -> Iterator[tuple[tuple[str, str], Tensor, tuple[str, int] | None]]:
     """Yields each method and budget of a plan, the image tokens that the language model reads, and what it drops.
 
@@ -209,7 +212,7 @@ def _kept(
     budgets = {text: parse_budget(text, AutoBudget()) for text in plan.budgets}
     asks, num_tokens = what_is_asked(question), len(encoded.vision)
     nums_kept = {
-        text: (budget.of(asks) if isinstance(budget, AutoBudget) else budget).num_kept(num_tokens)
+        text: (budget.of(asks, distinct) if isinstance(budget, AutoBudget) else budget).num_kept(num_tokens)
         for text, budget in budgets.items()
     }
     orders: dict[str, Tensor] = {}

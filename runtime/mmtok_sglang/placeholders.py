@@ -17,7 +17,7 @@ from mmtok_deploy.methods import IMAGE_METHODS, needs_frames, reads_question
 from mmtok_sglang.agent import Agent
 from mmtok_sglang.cut import cut_placeholders
 from mmtok_sglang.guidance_tokenizer import GuidanceTokenizer, tokenizer_of
-from mmtok_sglang.images import ImageLoader, is_raw
+from mmtok_sglang.images import ImageLoader, decoded_once, is_raw
 from mmtok_sglang.pixels import compact_items
 from mmtok_sglang.planner import ImagePlanner
 from mmtok_sglang.refusals import refusal
@@ -86,6 +86,9 @@ class PlaceholderCutter:
         images = image_data
         if image_data:
             images = await self._loader.load(image_data, getattr(processor, "server_args", None))
+            if isinstance(asked.budget, AutoBudget):
+                images = await asyncio.to_thread(lambda: list(map(decoded_once, images)))
+        loaded = images
         if self._videos is not None and videos and all(map(self._videos.opens, videos)):
             kwargs["request_obj"] = copy.copy(request)
             kwargs["request_obj"].video_data = await self._videos.load(
@@ -107,7 +110,7 @@ class PlaceholderCutter:
             self._family.separate_videos(output)
             refuse_scattered_placeholders(output.mm_items, self._family.num_runs)
             output.mm_items.sort(key=lambda item: item.offsets[0])
-            await self._planner.plan_images(output, texts, asked, processor, image_data)
+            await self._planner.plan_images(output, texts, asked, processor, image_data, loaded)
             await asyncio.to_thread(cut_placeholders, output)
         return output
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -31,8 +31,8 @@ class ImagePlan:
             models with 1-D positions.
         method: What chooses the tokens.
         seed: What a method that draws is seeded with; 0 for the others.
-        auto: For the answer's account, what the question asks and the share of the tokens that it has; None where the
-            budget is not "auto".
+        auto: For the answer's account, what the question asks, the share of the image that repeats nothing beside it,
+            and the share of the tokens that it keeps; None where the budget is not "auto".
         num_parts: Parts of equal size, each selected by itself with an equal budget: the frames of a video whose budget
             is shared by them evenly; 1 for one selection of all tokens.
         num_frames: F, the steps in time of a video, N / F tokens each; 1 for an image.
@@ -53,7 +53,7 @@ class ImagePlan:
     positions: Tensor | None = None
     method: MethodName = "mmtok"
     seed: int = 0
-    auto: dict[str, str] | None = None
+    auto: Mapping[str, str | None] | None = None
     num_parts: int = 1
     num_frames: int = 1
     between: list[list[int]] = field(default_factory=list)

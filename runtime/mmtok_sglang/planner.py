@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+from sglang.srt.utils import ImageData
 
 from mmtok_deploy.auto_budget import AutoBudget, what_is_asked
 from mmtok_deploy.budget import Budget, tokens_per_tile
 from mmtok_deploy.executors import check_selection
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.methods import MethodName, coverage_of, needs_frames, reads_question
+from mmtok_deploy.repeated_tokens import share_of_distinct
 from mmtok_sglang.agent import Agent
 from mmtok_sglang.guidance_tokenizer import GuidanceTokenizer, tokenizer_of
+from mmtok_sglang.images import is_raw
 from mmtok_sglang.metrics import collectors, never_raises
 from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.refusals import refusal
@@ -49,7 +54,7 @@ class ImagePlanner:
             )
 
     async def plan_images(
-        self, output: Any, texts: list[str], asked: Requested, processor: Any, image_data: Any
+        self, output: Any, texts: list[str], asked: Requested, processor: Any, image_data: Any, images: Any
     ) -> None:
         """Leaves a plan on the item of each image that is to be pruned.
 
@@ -59,6 +64,7 @@ class ImagePlanner:
             asked: How they are to be pruned.
             processor: SGLang's.
             image_data: The images as they came, for the agent.
+            images: As `ImageLoader` has loaded them, in the order of the prompt, for the budget auto.
 
         Raises:
             ValueError: A budget that is not possible (HTTP 400).
@@ -66,9 +72,11 @@ class ImagePlanner:
         items, limits, config = output.mm_items, self._settings.limits, processor.hf_config
         if len(items) != len(texts):
             raise refusal("placeholders", f"the prompt has placeholders of {len(items)} images, {len(texts)} came")
-        # In a thread: `downsample` scales the pixels of a LLaVA, some milliseconds an image.
+        left = iter(images or ())
+        pictures = [next(left, None) if item.is_image() else None for item in items]
+        # In a thread: `downsample` scales the pixels of a LLaVA and `auto` decodes a picture, some milliseconds each.
         plans = await asyncio.to_thread(
-            lambda: [self.plan(item, text, asked, config) for item, text in zip(items, texts, strict=True)]
+            lambda: [self.plan(*each, asked, processor) for each in zip(items, texts, pictures, strict=True)]
         )
         if not reads_question(asked.method):
             texts = [""] * len(texts)
@@ -98,17 +106,26 @@ class ImagePlanner:
         cost: int = num_selections * keeps * from_tokens * (len(plan.guidance) + from_tokens)
         return cost
 
-    def plan(self, item: Any, text: str, asked: Requested, config: Any) -> ImagePlan | None:
-        """Returns an image's plan, its guidance aside; None for one that is not to be pruned."""
+    def plan(self, item: Any, text: str, picture: Any, asked: Requested, processor: Any) -> ImagePlan | None:
+        """Returns an image's plan, its guidance aside; None for one that is not to be pruned.
+
+        Args:
+            item: SGLang's item of the image or video.
+            text: The question about it.
+            picture: The image as `ImageLoader` has loaded it, None for a video.
+            asked: How it is to be pruned.
+            processor: SGLang's.
+        """
+        config = processor.hf_config
         num_tokens = sum(end - start + 1 for start, end in item.offsets)
-        budget, auto = _chosen(asked.budget, text)
+        if num_tokens < self._settings.min_tokens_in:
+            return None
+        budget, auto = self._chosen(asked.budget, text, picture, num_tokens, processor)
         num_kept = self._family.num_kept(item, num_tokens, budget, config)
         num_frames = self._family.num_frames(item)
         num_parts = num_frames if asked.video_budget == "frame" else 1
         if num_parts > 1:
             num_kept = _shared_evenly(budget, num_tokens, num_parts)
-        if num_tokens < self._settings.min_tokens_in:
-            return None
         excluded = encoded = None
         if asked.method == "downsample":
             num_kept = self._family.shrink_item(item, num_tokens, num_kept, config)
@@ -140,6 +157,32 @@ class ImagePlanner:
         # Where all that is encoded is kept, questions share it in the prefix cache.
         return replace(plan, method="even", seed=0, keys="input") if plan.num_kept == len(encoded) else plan
 
+    def _chosen(
+        self, budget: Budget | AutoBudget, text: str, picture: Any, num_tokens: int, processor: Any
+    ) -> tuple[Budget, dict[str, str | None] | None]:
+        """Returns the budget of an image, and why it is that if it was chosen for this image and text."""
+        if isinstance(budget, Budget):
+            return budget, None
+        asked = what_is_asked(text)
+        distinct = None if picture is None else self._share_of_distinct(picture, num_tokens, processor)
+        chosen = budget.of(asked, Fraction(1) if distinct is None else distinct)
+        told = None if distinct is None else f"{100 * distinct}%"
+        return chosen, {"asks": asked, "distinct": told, "share": str(chosen)}
+
+    def _share_of_distinct(self, picture: Any, num_tokens: int, processor: Any) -> Fraction | None:
+        """Returns the share of an image that repeats nothing beside it.
+
+        None for an image of tiles with equal budgets: one of them may have all that is not blank.
+        """
+        source = picture.url if isinstance(picture, ImageData) else picture
+        has_tiles = self._family.obstacle_to_sharing is None and not self._settings.share_tiles
+        if has_tiles or not is_raw(source):
+            return None
+        try:
+            return share_of_distinct(source, num_tokens, partial(self._family.box_seen, processor))
+        except Exception as error:  # each of Pillow's formats has errors of its own
+            raise refusal("image", f"an image cannot be decoded: {error!s:.300}") from error
+
     def _selection_size(self, item: Any, plan: ImagePlan, config: Any) -> tuple[int, int]:
         """Returns N and K of each selection that an image or video is made of."""
         if plan.num_parts > 1:
@@ -160,15 +203,6 @@ class ImagePlanner:
 @never_raises
 def _count_skipped(num_tokens: int) -> None:
     collectors()["skipped_tokens"].inc(num_tokens)
-
-
-def _chosen(budget: Budget | AutoBudget, text: str) -> tuple[Budget, dict[str, str] | None]:
-    """Returns the budget of an image, and why it is that if it was chosen for this text."""
-    if isinstance(budget, Budget):
-        return budget, None
-    asked = what_is_asked(text)
-    chosen = budget.of(asked)
-    return chosen, {"asks": asked, "share": str(chosen)}
 
 
 def _text_between(runs: Sequence[tuple[int, int]], input_ids: Any) -> list[list[int]]:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmtok_sglang.plan import KEY, plan_of
 
-__all__ = ["dropping_repeated_pixels", "reading_partly", "repeated_tokens"]
+__all__ = ["dropping_repeated_pixels", "reading_partly"]
 
 # Methods of SGLang 0.5.23's encoders that return a row for each patch of the grids of images (models/qwen2_vl.py,
 # qwen2_5_vl.py, qwen3_vl.py): rotations of all encoders, and embeddings of those that have any.
@@ -25,37 +24,6 @@ _ROTATIONS = "rot_pos_emb"
 _EMBEDDINGS = ("fast_pos_embed_interpolate_from_list", "fast_pos_embed_interpolate_vectorized")
 # One that returns the order of tokens by attention windows, and where these end.
 _WINDOWS = "get_window_index"
-
-
-def repeated_tokens(patches: Tensor, grid: tuple[int, int], max_difference: int) -> Tensor:
-    """Returns which tokens of an image repeat a neighbour, [N] bool in raster order, on the host.
-
-    A token repeats the one left of it, or the one above it, if no two of their pixels differ by more than
-    `max_difference`. A neighbour that is a repetition itself stands for the token that it repeats, so a slow gradient
-    is not taken for one colour. The first token repeats none.
-
-    Args:
-        patches: [4 * N, C * P * P] uint8 pixels, the patches of a token one after another.
-        grid: Rows and columns of tokens.
-        max_difference: From 0 (equal pixels) to 255.
-    """
-    rows, columns = grid
-    tokens = patches.cpu().numpy().reshape(rows * columns, -1)
-    places = np.arange(len(tokens))
-    # The token that each one stands for.
-    shown = places.copy()
-    # A diagonal at a time: its tokens have their neighbours on the one before.
-    for diagonal in range(1, rows + columns - 1):
-        row = np.arange(max(0, diagonal - columns + 1), min(rows, diagonal + 1))
-        here = row * columns + diagonal - row
-        for has_neighbour, step in ((row < diagonal, 1), (row > 0, columns)):
-            compared = here[has_neighbour & (shown[here] == here)]
-            if len(compared):
-                neighbours = shown[compared - step]
-                one, other = tokens[compared], tokens[neighbours]
-                difference = (np.maximum(one, other) - np.minimum(one, other)).max(axis=1)
-                shown[compared] = np.where(difference <= max_difference, neighbours, compared)
-    return torch.from_numpy(shown != places)
 
 
 def dropping_repeated_pixels(process: Callable[..., Any]) -> Callable[..., Any]:

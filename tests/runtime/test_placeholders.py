@@ -17,6 +17,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import Tensor
 
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.photographs import photograph
 from mmtok_sglang import placeholders
 from mmtok_sglang.cut import cut_placeholders
 from mmtok_sglang.families import Family
@@ -288,15 +289,28 @@ def test_a_requests_budget_is_cut_to(fields: Any, kept: tuple[int, int]) -> None
 def test_auto_keeps_what_each_images_question_needs() -> None:
     texts = ["Where is the cat?", "How many cats are there?"]
     fields = {"mmtok_budget": "auto", "mmtok_guidance": texts}
-    output = processed(prompt_output([1, *[IMAGE_ID] * 100, 2, *[IMAGE_ID] * 80]), 3, fields=fields)
+    # All of a photograph is distinct; of a page with a quarter of it, less than half.
+    page = Image.new("RGB", (400, 400), "white")
+    page.paste(photograph("chelsea").resize((200, 200)), (80, 80))
+    images = [photograph("chelsea"), page]
+    output = processed(prompt_output([1, *[IMAGE_ID] * 100, 2, *[IMAGE_ID] * 80]), 3, fields=fields, images=images)
     plans = [plan_of(item) for item in output.mm_items]
     assert [(plan.num_tokens, plan.num_kept, plan.auto) for plan in plans if plan is not None] == [
-        (100, 5, {"asks": "where", "share": "5%"}),
-        (80, 20, {"asks": "count", "share": "25%"}),
+        (100, 5, {"asks": "where", "distinct": "100%", "share": "5%"}),
+        (80, 20, {"asks": "count", "distinct": "46%", "share": "25%"}),
+    ]
+    questions = {**fields, "mmtok_guidance": "What does it say?"}
+    output = processed(prompt_output([1, *[IMAGE_ID] * 100, 2, *[IMAGE_ID] * 80]), 3, fields=questions, images=images)
+    plans = [plan_of(item) for item in output.mm_items]
+    assert [(plan.num_kept, plan.auto) for plan in plans if plan is not None] == [
+        (50, {"asks": "read", "distinct": "100%", "share": "50%"}),
+        (36, {"asks": "read", "distinct": "46%", "share": "46%"}),
     ]
     # A method that does not read the question keeps as many tokens.
     output = processed(
-        prompt_output([1, *[IMAGE_ID] * 100, 2, *[IMAGE_ID] * 80]), 3, fields={**fields, "mmtok_method": "even"}
+        *(prompt_output([1, *[IMAGE_ID] * 100, 2, *[IMAGE_ID] * 80]), 3),
+        fields={**fields, "mmtok_method": "even"},
+        images=images,
     )
     others = [plan_of(item) for item in output.mm_items]
     assert [(plan.num_kept, plan.guidance) for plan in others if plan is not None] == [(5, []), (20, [])]
@@ -363,7 +377,7 @@ def planned_video(runs: Sequence[tuple[int, int]], **fields: Any) -> Any:
     (item,) = output.mm_items
     item.offsets, output.input_ids = list(runs), list(range(runs[-1][1] + 1))
     asked = requested(fields, cutter._settings)
-    asyncio.run(cutter._planner.plan_images(output, ["a"], asked, stand_in_processor(), None))
+    asyncio.run(cutter._planner.plan_images(output, ["a"], asked, stand_in_processor(), None, None))
     return plan_of(item)
 
 
@@ -564,12 +578,12 @@ def test_frames_share_a_budget_evenly(budget: str | int, num_kept: int | None, n
     output = prompt_output([1, *[IMAGE_ID] * 12, 2])
     cutter = PlaceholderCutter(replace(make_settings(budget), video_budget="frame"), OfThree())
     asked = requested(None, cutter._settings)
-    plan = cutter._planner.plan(output.mm_items[0], "", asked, None)
+    plan = cutter._planner.plan(output.mm_items[0], "", None, asked, stand_in_processor())
     assert (plan and plan.num_kept, plan and plan.num_parts) == (num_kept, num_parts)
     if budget == 3:
         asked = requested({"mmtok_budget": 2}, cutter._settings)
         with pytest.raises(ValueError, match="a budget of 2 tokens is less than one for each of the 3 steps in time"):
-            cutter._planner.plan(output.mm_items[0], "", asked, None)
+            cutter._planner.plan(output.mm_items[0], "", None, asked, stand_in_processor())
 
 
 def test_kept_tokens_of_parts_are_numbered_in_the_whole() -> None:

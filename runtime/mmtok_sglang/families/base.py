@@ -13,6 +13,7 @@ from mmtok_deploy.backends.triton_plan import MAX_TOKENS, FeatureTypes
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.repeated_tokens import WHOLE, Box
 from mmtok_sglang.images import ImageLoader
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.model import PrunedModel
@@ -111,6 +112,16 @@ class Family(ABC):
     def num_runs(self, item: Any) -> int:
         """Returns the runs of placeholders that an image or video has in the prompt, equal in length."""
         return 1
+
+    def box_seen(self, processor: Any, width: int, height: int) -> Box:
+        """Returns the part of an image that the model sees.
+
+        Args:
+            processor: SGLang's processor.
+            width: The image's, in pixels, before the processor.
+            height: The same.
+        """
+        return WHOLE
 
     def excluded(self, item: Any) -> Tensor | None:
         """Returns the [N] bool mask of an image's tokens that are never to be picked, None if there are none."""

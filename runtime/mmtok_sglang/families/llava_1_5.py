@@ -12,6 +12,7 @@ from typing_extensions import override
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.methods.downsample import grid_within
 from mmtok_deploy.padding import padding_mask
+from mmtok_deploy.repeated_tokens import WHOLE, Box
 from mmtok_sglang.families.llava import Llava
 from mmtok_sglang.pixels import normalise_item
 from mmtok_sglang.transformers_backend import TransformersModel, TransformersProcessor, separate_images
@@ -53,6 +54,15 @@ class Llava15(Llava):
         for item in output.mm_items:
             # Ours, not the model's: the encoder takes no sizes.
             item.model_specific_data[_SIZES] = item.model_specific_data.pop("image_sizes", None)
+
+    def box_seen(self, processor: Any, width: int, height: int) -> Box:
+        """Returns the square in the middle of an image, if the processor crops to it."""
+        images = processor._processor.image_processor
+        if not images.do_center_crop or getattr(images, "do_pad", False):
+            return WHOLE
+        side = min(width, height)
+        left, top = (width - side) / (2 * width), (height - side) / (2 * height)
+        return left, top, 1 - left, 1 - top
 
     def excluded(self, item: Any) -> Tensor | None:
         """Returns the patches that lie wholly in the padding, if the processor pads to a square."""

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.methods import MethodName
+from mmtok_deploy.repeated_tokens import repeated_tokens
 from mmtok_sglang.cache_key import name_by_source
 from mmtok_sglang.encoder_graphs import MAX_PATCHES, EncoderGraphs
 from mmtok_sglang.families.base import Family
@@ -33,7 +34,7 @@ from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.processor import PrunedProcessor
 from mmtok_sglang.processor_thread import ProcessorThread
 from mmtok_sglang.refusals import refusal
-from mmtok_sglang.repeated_patches import reading_partly, repeated_tokens
+from mmtok_sglang.repeated_patches import reading_partly
 from mmtok_sglang.request import Requested
 from mmtok_sglang.settings import Settings
 from mmtok_sglang.smaller_images import ProcessorSizes
@@ -310,7 +311,9 @@ class Qwen(Family):
             )
         side = config.vision_config.spatial_merge_size
         _, rows, columns = grid_of(item)[0].tolist()
-        repeated = repeated_tokens(item.feature, (rows // side, columns // side), max_difference)
+        grid = rows // side, columns // side
+        pixels = item.feature.cpu().numpy().reshape(grid[0] * grid[1], -1)
+        repeated = torch.from_numpy(repeated_tokens(pixels, grid, max_difference))
         return (~repeated).nonzero().flatten() if repeated.any() else None
 
     async def shrink_images(
