@@ -64,8 +64,8 @@ class Settings:
     budget: Annotated[
         Budget | AutoBudget,
         Help("""vision tokens that an image keeps: a count (64), a share (10%% or 0.1), all, or auto, a share by what
-        its question asks and how much of it is blank. A request overrides it with mm_processor_kwargs={"mmtok_budget": ...}. Unset: the plugin is
-        off."""),
+        its question asks and how much of it is blank. A request overrides it with
+        mm_processor_kwargs={"mmtok_budget": ...}. Unset: the plugin is off."""),
     ]
     config: SelectionConfig
     guidance: Annotated[
