@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
@@ -314,6 +315,23 @@ def test_auto_keeps_what_each_images_question_needs() -> None:
     )
     others = [plan_of(item) for item in output.mm_items]
     assert [(plan.num_kept, plan.guidance) for plan in others if plan is not None] == [(5, []), (20, [])]
+
+
+def test_auto_goes_by_the_file_whatever_decoded_it() -> None:
+    buffer = BytesIO()
+    page = Image.new("RGB", (400, 400), "white")
+    page.paste(photograph("chelsea").resize((200, 200)), (80, 80))
+    page.save(buffer, "JPEG")
+    told = []
+    # As Pillow and a GPU decode it: pixels that differ a little, and may be no picture at all.
+    for pixels in (torch.zeros(1), torch.ones(1), torch.rand(100, 12)):
+        output = prompt_output([1, *[IMAGE_ID] * 100, 2])
+        output.mm_items[0].feature = pixels
+        fields = {"mmtok_budget": "auto", "mmtok_guidance": "What does it say?"}
+        plan = plan_of(processed(output, 3, fields=fields, images=[buffer.getvalue()]).mm_items[0])
+        assert plan is not None
+        told.append((plan.num_kept, plan.auto))
+    assert told == [(26, {"asks": "read", "distinct": "26%", "share": "26%"})] * 3
 
 
 @pytest.mark.parametrize(
