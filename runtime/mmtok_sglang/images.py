@@ -22,7 +22,7 @@ from mmtok_sglang.limits import Limits
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.stages import image_stage
 
-__all__ = ["ImageLoader", "check_num_bytes", "decoded", "decoded_once", "is_raw"]
+__all__ = ["ImageLoader", "check_num_bytes", "decoded", "is_raw"]
 
 # Threads that wait for other servers, apart from those that read: addresses that hang delay no other image but one
 # that has an address, too.
@@ -44,7 +44,6 @@ _ICONS = (b"\0\0\1\0", b"\0\0\2\0")
 # Each scan of a progressive JPEG goes over all pixels, and may take a few bytes. Those of encoders are about ten;
 # libtiff, too, gives up after 100.
 _MAX_SCANS = 100
-_START_OF_JPEG = b"\xff\xd8"
 _START_OF_SCAN = b"\xff\xda"
 _MAX_HEADER_CALLS = 1 << 16
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
@@ -271,20 +270,6 @@ def _format_refusal(name: str) -> ValueError:
     return refusal(
         "image", f"an image is of the format {name}, this server takes {', '.join(_FORMATS)}: send it as PNG or JPEG"
     )
-
-
-def decoded_once(image: Any) -> Any:
-    """Returns an image that `load` gave for those who decode it twice: a file as RGB, but a JPEG as it came.
-
-    Pillow decodes a JPEG at a part of its size, and a GPU may decode it for the processor.
-
-    Raises:
-        ValueError: It cannot be decoded (HTTP 400).
-    """
-    source = image.url if isinstance(image, ImageData) else image
-    if not isinstance(source, bytes) or source.startswith(_START_OF_JPEG):
-        return image
-    return replace(image, url=decoded(source)) if isinstance(image, ImageData) else decoded(source)
 
 
 def decoded(source: Any) -> Any:

@@ -17,7 +17,7 @@ from mmtok_deploy.methods import IMAGE_METHODS, needs_frames, reads_question
 from mmtok_sglang.agent import Agent
 from mmtok_sglang.cut import cut_placeholders
 from mmtok_sglang.guidance_tokenizer import GuidanceTokenizer, tokenizer_of
-from mmtok_sglang.images import ImageLoader, decoded_once, is_raw
+from mmtok_sglang.images import ImageLoader, is_raw
 from mmtok_sglang.pixels import compact_items
 from mmtok_sglang.planner import ImagePlanner
 from mmtok_sglang.refusals import refusal
@@ -83,12 +83,9 @@ class PlaceholderCutter:
         # SGLang hands an empty prompt on as None.
         prompt, max_prompt_tokens = kwargs["input_text"] or "", kwargs.get("max_req_input_len")
         texts = await self._check_prompt(image_data or [], processor, asked, prompt, request, max_prompt_tokens)
-        images = image_data
+        images = loaded = image_data
         if image_data:
-            images = await self._loader.load(image_data, getattr(processor, "server_args", None))
-            if isinstance(asked.budget, AutoBudget):
-                images = await asyncio.to_thread(lambda: list(map(decoded_once, images)))
-        loaded = images
+            images = loaded = await self._loader.load(image_data, getattr(processor, "server_args", None))
         if self._videos is not None and videos and all(map(self._videos.opens, videos)):
             kwargs["request_obj"] = copy.copy(request)
             kwargs["request_obj"].video_data = await self._videos.load(
