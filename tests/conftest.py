@@ -107,6 +107,10 @@ def _only_slow_tests_start_servers(request: pytest.FixtureRequest, monkeypatch: 
 _EXHAUSTIVE = re.compile(
     r"test_serving_processes\.py::test_two_ranks\[llava-"
     r"|test_serving_chunks\.py::.*\[(llava-1\.5|qwen3-vl(\]|-frame|-video)|qwen3\.5|internvl3)"
+    r"|test_serving_chunks\.py::test_(chunks_end_anywhere_in_a_film\[qwen3-vl-graphs-frame|films_that_drive_each_other_out"
+    r"_between_chunks\[qwen3-vl-graphs)"
+    r"|test_serving_hook_errors\.py::test_an_error_at_any_call\w*\[.*-(tp2|pp2)-?\w*-(clone|count|counts|fallen|key"
+    r"|owners|spans|write)\]"
     r"|test_serving_engine\.py::.*\[llava-next"
     r"|test_serving_agent\.py::.*\[llava-"
     r"|test_serving_tiles\.py"

@@ -52,6 +52,7 @@ def site(built: Path) -> Path:
     return built / "site"
 
 
+@pytest.mark.slow
 def test_the_source_archive_holds_what_the_tests_need(built: Path) -> None:
     (sources,) = (path.parent for path in built.glob("*/PKG-INFO"))
     examples = ("examples/cpp/encode_image.cpp", "examples/edge_llm/mmtok_pruner.cpp")

@@ -39,6 +39,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return request.param, write_dummy_model(request.param, tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_it_has_the_published_size_and_no_weights(written: tuple[str, Path]) -> None:
     name, folder = written
     is_internvl = name.startswith("internvl")
@@ -57,6 +58,7 @@ def test_it_has_the_published_size_and_no_weights(written: tuple[str, Path]) -> 
     assert num_parameters / 1e9 == pytest.approx(SIZES_B[name], rel=0.02)
 
 
+@pytest.mark.slow
 def test_every_token_id_is_text_and_words_are_one_token(written: tuple[str, Path]) -> None:
     name, folder = written
     tokenizer = AutoTokenizer.from_pretrained(folder)

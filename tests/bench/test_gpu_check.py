@@ -191,6 +191,7 @@ def test_a_part_that_is_run_leaves_what_the_table_is_made_of(tmp_path: Path) -> 
     assert "RuntimeError: no kernel" in (tmp_path / "in-process.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_command_that_takes_too_long_is_ended_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

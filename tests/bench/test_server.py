@@ -48,6 +48,7 @@ def test_a_server_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     assert not server.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )

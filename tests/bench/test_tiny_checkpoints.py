@@ -32,6 +32,7 @@ def read(checkpoint: Path, image: Image.Image) -> tuple[Any, Any]:
     return model, processor(text=[text], images=[image], return_tensors="pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name", "num_tokens"),
     [

@@ -111,6 +111,7 @@ def test_qwen(tmp_path: Path, size: tuple[int, int]) -> None:
     assert_hugging_faces("qwen2.5-vl", run(path, {"pixels": pixels, **asked}), asked, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
 def test_qwen_of_any_size(tmp_path: Path, family: FamilyName) -> None:
     path, side = tmp_path / "encoder.onnx", {"qwen2.5-vl": 28, "qwen3-vl": 32}[family]
@@ -140,6 +141,7 @@ def test_what_a_budget_keeps(family: FamilyName, size: Any, budget: str, kept: t
     assert num_kept_of(checkpoint(family), size, Budget.parse(budget), batch=None, is_input=False) == kept
 
 
+@pytest.mark.slow
 def test_qwen3_vl_keeps_what_deepstack_adds_at_the_kept_tokens(tmp_path: Path) -> None:
     path = tmp_path / "encoder.onnx"
     manifest = export(path, "qwen3-vl", "--image-size=224x128", "--dtype=float32", "--unpruned", "--budget-input")
@@ -183,6 +185,7 @@ def test_llava(llava_file: Path, tmp_path: Path, form: Form) -> None:
     assert_hugging_faces("llava-1.5", run(path, {"pixels": pixels, **asked}), asked, (336, 252))
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_images(llava_file: Path, tmp_path: Path) -> None:
     joined = build_joined_encoder(
         checkpoint("llava-1.5"),

@@ -63,6 +63,7 @@ def configured(folder: Path, content: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_random_weights_need_the_configuration_alone(tmp_path: Path) -> None:
     exported = export_encoder(configured(tmp_path, PUBLISHED), (252, 140), dtype=torch.float16, random_weights=True)
     assert (exported.module.grid, exported.module.vision_width, exported.module.keys_width) == ((1, 5, 9), 3584, 160)

@@ -85,6 +85,7 @@ def test_one_selection_of_all_tiles_as_a_server_makes_it(file: Path, judge: Any,
     assert torch.equal(outputs["visual_tokens"][0], outputs["unpruned_tokens"][0][expected.kept])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "dtype"), [("transformers", torch.float32), (".", torch.float16)])
 def test_the_graph_is_hugging_faces(folder: str, dtype: torch.dtype) -> None:
     """The format of Transformers, and the published one, whose queries, keys and values are one tensor."""

@@ -99,6 +99,7 @@ def test_any_size_of_another_dtype_and_family(family: FamilyName, dtype: torch.d
     assert_equal(outputs, hugging_face(family, pixels, WIDE, dtype), dtype)
 
 
+@pytest.mark.slow
 def test_float16() -> None:
     exported = export_encoder(checkpoint(FAMILY), WIDE, dtype=torch.float16)
     pixels = pixels_of(FAMILY, WIDE)

@@ -80,6 +80,7 @@ def attach(path: Path, *arguments: str) -> int:
     return main(["export", "attach", f"--onnx={path}", *common, *arguments])
 
 
+@pytest.mark.slow
 def test_hugging_faces_encoders(
     encoder: tuple[Path, str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

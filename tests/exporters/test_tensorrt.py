@@ -50,6 +50,7 @@ def build(onnx_file: Path, *targets: str, **options: Any) -> tuple[Path, Manifes
     return path, build_engine(onnx_file, path, "tensorrt-rtx", list(targets), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_form_and_dtype_with_its_ranges(

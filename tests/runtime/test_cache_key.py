@@ -219,6 +219,7 @@ _CHANGES: dict[str, tuple[Callable[[Asked, random.Random], Asked], bool]] = {
 }
 
 
+@pytest.mark.slow
 def test_values_that_differ_in_one_field_never_share_a_key_and_equal_ones_always_do() -> None:
     """10,000 pairs: the members of each differ in one field, and the first is asked for twice."""
     rng = random.Random(13)
@@ -234,6 +235,7 @@ def test_values_that_differ_in_one_field_never_share_a_key_and_equal_ones_always
         assert (first.image != second.image) is changes_features, (name, one, other)
 
 
+@pytest.mark.slow
 def test_no_two_of_many_share_a_key() -> None:
     """Not in one field alone: the keys of all different values are different."""
     rng = random.Random(14)

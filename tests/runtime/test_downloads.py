@@ -76,6 +76,7 @@ def address(server: Server, kind: str) -> str:
     return f"http{'s' if kind == 'handshake' else ''}://127.0.0.1:{server.port}/{kind}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOW)
 @pytest.mark.parametrize("used_before", [False, True])
 def test_a_slow_server_does_not_keep_a_thread(server: Server, kind: str, used_before: bool) -> None:

@@ -172,6 +172,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
 ODD_VALUES = [None, True, -1, 0, 3, 1.5, 10**12, 10**30, "", "load", "../../etc/passwd", [], {}, ["B", "N"], {"a": 1}]
 
 
+@pytest.mark.slow
 def test_every_field_of_the_manifest(file: Path) -> None:
     path = Manifest.path_of(file)
     whole = json.loads(path.read_text())

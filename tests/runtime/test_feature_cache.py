@@ -179,6 +179,7 @@ def test_it_forgets_every_image() -> None:
     assert (len(cache), cache.size_bytes) == (0, 0)
 
 
+@pytest.mark.slow
 def test_entries_of_tiny_images_are_counted_as_they_are() -> None:
     """What is counted beside their numbers covers what an entry takes of the host's memory."""
     cache, template, num_images = FeatureCache(1 << 30, SelectionMetrics()), image(1), 20_000

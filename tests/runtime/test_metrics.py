@@ -141,6 +141,7 @@ def test_the_hosts_clock_measures_and_is_done() -> None:
     assert 0 <= clock.elapsed_ms() < 1000
 
 
+@pytest.mark.slow
 def test_collectors_of_threads_at_once_and_of_kernels_by_whose_they_are(run_python: RunPython) -> None:
     """In a process of its own: this one has the collectors. Triton's hook is called as Triton calls it."""
     program = """

@@ -524,6 +524,7 @@ def test_the_flag_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome.fallback == "its features are not finite"
 
 
+@pytest.mark.slow
 def test_200_000_selections_of_one_token_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     selector, plan = make_selector(), replace(PLAN, num_kept=1)
     image, embed = image_tokens(1, plan)

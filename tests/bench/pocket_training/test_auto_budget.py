@@ -63,6 +63,7 @@ def answers(budget: str, num_image_tokens: int, wrong: str) -> list[ScoredAnswer
     ]
 
 
+@pytest.mark.slow
 def test_auto_beside_another_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "pocket.answers"
     assert main(["pocket", "auto", str(path)]) == 1

@@ -19,6 +19,7 @@ from tests.runtime.hand_pruned import HandPruned
 METHODS = ("mmtok", "mmtok+output")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", get_args(PocketFamily))
 def test_answers_are_those_of_the_judge_of_every_server(family: PocketFamily, tmp_path: Path) -> None:
     path, rows = tmp_path / "pocket.answers", tmp_path / "pocket.jsonl"
@@ -97,6 +98,7 @@ def test_answers_of_methods_inside_the_language_model(tmp_path: Path) -> None:
     assert {(row.case["method"], row.case["budget"]) for row in read_rows(rows)} == {("mmtok", "4")}
 
 
+@pytest.mark.slow
 def test_pages_are_read_by_the_model_that_was_trained_on_them(tmp_path: Path) -> None:
     rows = tmp_path / "pages.jsonl"
     arguments = ["--pages", "--methods=mmtok", "--budgets=all,5%", "--seeds=7", "--num-questions=16"]

@@ -123,6 +123,7 @@ def test_a_prompt_is_found_again_in_the_text_of_its_tokens(family: PocketFamily,
     assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == ids
 
 
+@pytest.mark.slow
 def test_a_training_that_was_left_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole = Training(tmp_path / "whole", "llava-1.5", 7, CPU, STAGES)
     whole.run(lambda step, stage, figures: None, save_every=1)
@@ -151,6 +152,7 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
             Training(tmp_path, family, seed, CPU, STAGES[:1]).run(lambda step, stage, figures: None)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_checkpoint_is_of_the_family_and_sees_196_tokens(family: PocketFamily, tmp_path: Path) -> None:
     trained = Training(tmp_path, family, 0, CPU, STAGES)

@@ -80,6 +80,7 @@ def test_what_the_agent_did_not_answer_is_asked_again(
     assert [row.case["method"] for row in read_rows(path)] == ["mmtok", "mmtok+agent"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_rows(tmp_path: Path) -> None:
     process: subprocess.Popen[bytes]
     pruned: list[str] = []

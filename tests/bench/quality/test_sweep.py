@@ -208,6 +208,7 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines(keepends=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_rows", "of_next_row", "num_answers", "of_next_answer"),
     [(7, 0, 48, 0), (7, 60, 48, 0), (8, 0, 43, 0), (8, 0, 43, 100), (0, 30, 30, 30)],

@@ -92,6 +92,7 @@ def test_a_load_that_fails_shows_the_end_of_its_log_and_the_next_one_runs(
     assert (tmp_path / "it.log").read_text() == "answered\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["timeout", "server"])
 def test_a_load_that_hangs_is_ended_with_what_it_started(tmp_path: Path, generator: LoadGenerator, reason: str) -> None:
     # A duration that no other process sleeps for.

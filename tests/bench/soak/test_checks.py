@@ -25,6 +25,7 @@ def kinds(trial: Trial) -> set[str]:
     return {failure.what for failure in trial.failures}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrongs", "failures"),
     [
@@ -47,6 +48,7 @@ def test_a_server_that_ends_afterwards_is_a_failure(trial: Trial) -> None:
     assert kinds(trial) == {"the fixed chats are not answered afterwards"}
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_meanwhile_is_a_failure_and_the_next_row_gets_another(trial: Trial) -> None:
     pool = ServerPool[Served](lambda key: StubServer(key.folder, *key.flags), restarts=True)
     row = Trial("qwen2.5-vl", trial.folder, pool=pool)
@@ -68,6 +70,7 @@ def test_a_server_that_ends_meanwhile_is_a_failure_and_the_next_row_gets_another
     assert not psutil.pid_exists(second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrongs", "failure"),
     [([], None), (["leaves its child"], "are left 10 s after"), (["outlives its child"], "are left 10 s after")],
@@ -100,6 +103,7 @@ def _arguments(process: psutil.Process) -> list[str]:
         return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrongs", [[], ["blocks"]])
 def test_health_is_asked_meanwhile(trial: Trial, wrongs: list[str]) -> None:
     with StubServer(trial.folder, *wrongs) as server:

@@ -184,6 +184,7 @@ class TestArguments:
         monkeypatch.setattr(backend, "launch", lambda what, device, *arguments: found.append((what, arguments)))
         return found
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("widths", WIDTHS)
     @pytest.mark.parametrize("coverage", COVERAGES)
     def test_any_batch(
