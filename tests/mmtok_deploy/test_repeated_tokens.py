@@ -7,6 +7,8 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -105,6 +107,27 @@ def test_a_file_has_the_share_of_what_is_in_it() -> None:
     large = picture.resize((2560, 1708))
     shares = [share_of_distinct(each, 400) for each in (large, encoded(large, "JPEG", quality=95))]
     assert abs(shares[0] - shares[1]) <= Fraction(3, 100)
+
+
+@pytest.mark.parametrize("name", ["BMP", "PPM", "SGI", "TGA", "TIFF", "WEBP"])
+def test_files_of_every_format(name: str) -> None:
+    picture = photograph("rocket").resize((160, 107))
+    options = {"lossless": 1} if name == "WEBP" else {}
+    assert share_of_distinct(encoded(picture, name, **options), 100) == share_of_distinct(picture, 100)
+
+
+@given(width=st.integers(1, 300), height=st.integers(1, 300), num_tokens=st.integers(1, 2000), seed=st.integers(0, 9))
+def test_pictures_of_any_size(width: int, height: int, num_tokens: int, seed: int) -> None:
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    # A half is blank.
+    levels[:, : width // 2] = 255
+    share = share_of_distinct(Image.fromarray(levels), num_tokens)
+    assert 0 < share <= 1
+    # The part that the model sees of it, cut out or not.
+    box = (width // 2 / width, 0.0, 1.0, 1.0)
+    part = Image.fromarray(levels[:, width // 2 :])
+    seen = share_of_distinct(Image.fromarray(levels), num_tokens, lambda *_: box)
+    assert seen == share_of_distinct(part, num_tokens)
 
 
 def test_a_users_picture_stays_as_it_is() -> None:
