@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any
 
 import openai
 import pytest
 import torch
+from PIL import Image
 
 from mmtok_bench.families import FamilyName
 from mmtok_bench.server import running
@@ -16,6 +18,7 @@ from mmtok_bench.soak.event_loop import polled_health
 from mmtok_deploy.methods import MethodName, comparator
 from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.problem import SelectionProblem
+from mmtok_deploy.repeated_tokens import share_of_distinct
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.films import Film, film, needs_ffmpeg, sound
@@ -78,6 +81,23 @@ def test_equals_the_hand_pruned_model(served: Served, name: str) -> None:
     videos = account["mmtok"][0]["videos"]
     assert [video["tokens_kept"] for video in videos] == [video["tokens_in"] // 10 for video in videos]
     assert len(videos) == len(chat.films)
+
+
+def test_auto_bounds_images_beside_films(served: Served) -> None:
+    page = Image.new("RGB", (336, 252), "white")
+    page.paste(small("coffee", 84, 63), (126, 95))
+    chat = Chat.ask(small("chelsea"), film(), page, film(seed=2), "What does it say?")
+    (told,) = served.ask(chat, mmtok_budget="auto")["mmtok"]
+    distinct = [
+        share_of_distinct(each, image["tokens_in"]) for each, image in zip(chat.images, told["images"], strict=True)
+    ]
+    assert distinct[0] > Fraction(50, 100) > distinct[1]
+    assert [image["auto"] for image in told["images"]] == [
+        {"asks": "read", "distinct": f"{100 * distinct[0]}%", "share": "50%"},
+        {"asks": "read", "distinct": f"{100 * distinct[1]}%", "share": f"{100 * distinct[1]}%"},
+    ]
+    # A film goes by the question alone.
+    assert [video["auto"] for video in told["videos"]] == [{"asks": "read", "distinct": None, "share": "50%"}] * 2
 
 
 def test_a_film_and_then_an_image(served: Served) -> None:
