@@ -27,6 +27,7 @@ from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.refusals import refusal
 from mmtok_sglang.request import Requested
 from mmtok_sglang.settings import Settings
+from mmtok_sglang.stages import image_stage
 
 __all__ = ["ImagePlanner"]
 
@@ -179,7 +180,8 @@ class ImagePlanner:
         if has_tiles or not is_raw(source):
             return None
         try:
-            return share_of_distinct(source, num_tokens, partial(self._family.box_seen, processor))
+            with image_stage("decode"):
+                return share_of_distinct(source, num_tokens, partial(self._family.box_seen, processor))
         except Exception as error:  # each of Pillow's formats has errors of its own
             raise refusal("image", f"an image cannot be decoded: {error!s:.300}") from error
 

@@ -13,12 +13,15 @@ from PIL import Image
 from sglang.srt.configs import qwen3_5 as sglang_configs
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.utils import ImageData
+from transformers import CLIPImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmtok_deploy import Budget
 from mmtok_deploy.budget import tokens_per_tile
 from mmtok_deploy.methods import MethodName
 from mmtok_deploy.padding import padding_mask
+from mmtok_deploy.photographs import photograph
+from mmtok_deploy.repeated_tokens import Box
 from mmtok_sglang.families import internvl3
 from mmtok_sglang.families.base import Family
 from mmtok_sglang.families.internvl3 import InternVL3
@@ -92,6 +95,28 @@ def test_llava_without_square_padding_excludes_nothing() -> None:
     output = llava_output(1, [(0, 575)])
     Llava15().separate_images(output, counting_processor(576))
     assert Llava15().excluded(output.mm_items[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("crops", "pads", "box"),
+    [
+        (True, False, (0.25, 0.0, 0.75, 1.0)),
+        (True, True, (0.0, 0.0, 1.0, 1.0)),
+        (False, False, (0.0, 0.0, 1.0, 1.0)),
+    ],
+)
+def test_llava_sees_the_square_that_its_processor_crops(crops: bool, pads: bool, box: Box) -> None:
+    images = CLIPImageProcessor(do_center_crop=crops)
+    images.do_pad = pads
+    processor = SimpleNamespace(_processor=SimpleNamespace(image_processor=images))
+    assert Llava15().box_seen(processor, 400, 200) == box
+    if not pads and crops:
+        # What the processor makes of the picture is what it makes of the box.
+        picture = photograph("rocket").resize((400, 200))
+        left, top, right, bottom = box
+        part = picture.crop((round(left * 400), round(top * 200), round(right * 400), round(bottom * 200)))
+        whole, cropped = (images(each, return_tensors="pt")["pixel_values"] for each in (picture, part))
+        assert (whole - cropped).abs().mean() < 0.01
 
 
 @pytest.mark.parametrize("spans", [[], [(0, 575)], [(0, 287), (290, 577)]])

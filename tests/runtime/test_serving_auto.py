@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mmtok_deploy.auto_budget import SHARES, Asked
-from mmtok_deploy.repeated_tokens import WHOLE, share_of_distinct
+from mmtok_deploy.repeated_tokens import share_of_distinct
 from tests.runtime.chats import Chat, small
 from tests.runtime.serving import Served
 
@@ -51,15 +51,13 @@ def test_each_image_has_the_share_of_its_own_question(served: Served) -> None:
 
 
 def test_an_image_that_is_mostly_blank_keeps_no_more_than_what_is_distinct(served: Served) -> None:
-    # A LLaVA crops to the square in the middle, which has more of the cup.
     page = Image.new("RGB", (448, 336), "white")
     page.paste(small("coffee", 112, 84), (168, 126))
     chat = Chat.ask(page, "What does it say?")
     account = served.ask(chat, mmtok_budget="auto")
     ((auto,), (images,)) = auto_of(account), account["mmtok"]
     (image,) = images["images"]
-    box = (0.125, 0.0, 0.875, 1.0) if served.family == "llava-1.5" else WHOLE
-    distinct = share_of_distinct(page, image["tokens_in"], lambda *_: box)
+    distinct = share_of_distinct(page, image["tokens_in"])
     if served.family == "llava-next":
         # Each of its tiles keeps as much, and one may have all of the cup.
         assert auto == {"asks": "read", "distinct": None, "share": "50%"}

@@ -58,7 +58,7 @@ class Llava15(Llava):
     def box_seen(self, processor: Any, width: int, height: int) -> Box:
         """Returns the square in the middle of an image, if the processor crops to it."""
         images = processor._processor.image_processor
-        if not images.do_center_crop or getattr(images, "do_pad", False):
+        if not getattr(images, "do_center_crop", False) or getattr(images, "do_pad", False):
             return WHOLE
         side = min(width, height)
         left, top = (width - side) / (2 * width), (height - side) / (2 * height)
