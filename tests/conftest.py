@@ -114,7 +114,7 @@ _EXHAUSTIVE = re.compile(
     r"|test_serving_engine\.py::.*\[llava-next"
     r"|test_serving_agent\.py::.*\[llava-"
     r"|test_serving_tiles\.py"
-    r"|test_serving\w*\.py::.*(qwen2-vl|qwen3(-vl|\.5)-moe)"
+    r"|test_serving\w*\.py::(?!.*\[qwen2-vl-one image\]).*(qwen2-vl|qwen3(-vl|\.5)-moe)"
     r"|test_serving_(adapters|processes|methods|scale|bounds|entry_points|engine|agent|faults|hook_errors)\.py::.*"
     r"(qwen3-vl|qwen3\.5|internvl3)"
     r"|test_serving_repeats\.py::.*(qwen3\.5|internvl3|llava-1)"

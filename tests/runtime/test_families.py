@@ -119,6 +119,23 @@ def test_llava_sees_the_square_that_its_processor_crops(crops: bool, pads: bool,
         assert (whole - cropped).abs().mean() < 0.01
 
 
+@pytest.mark.parametrize("family", [Llava15(), LlavaNext()])
+def test_llava_takes_no_token_ids(family: Llava15 | LlavaNext) -> None:
+    call = family.process(cast(Any, None), None, [], input_text=[1, 2])
+    with pytest.raises(ValueError, match="this model takes a prompt with images as text"):
+        asyncio.run(call)
+
+
+def test_llava_with_a_mixture_of_experts_or_another_encoder_is_refused() -> None:
+    text, clip = SimpleNamespace(), SimpleNamespace(model_type="clip_vision_model")
+    config = SimpleNamespace(text_config=text, vision_config=clip)
+    assert Llava15().obstacle(config) is None
+    clip.model_type = "pixtral"
+    assert "its vision encoder is pixtral, not one of clip" in str(Llava15().obstacle(config))
+    text.num_local_experts = 8
+    assert Llava15().obstacle(config) == "its language model is a mixture of experts"
+
+
 @pytest.mark.parametrize("spans", [[], [(0, 575)], [(0, 287), (290, 577)]])
 def test_llava_refuses_fewer_placeholders_than_images(spans: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="its 2 images have 1152"):

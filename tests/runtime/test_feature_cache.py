@@ -203,3 +203,13 @@ def test_an_image_that_is_not_pruned_is_not_held() -> None:
     cache = make_cache()
     recalled(cache, Encoder(), unpruned)
     assert len(cache) == 0
+
+
+@pytest.mark.parametrize("has_attention", [True, False])
+def test_all_tiles_as_one(has_attention: bool) -> None:
+    vision, keys, attention = torch.rand(3, 4, 8), torch.rand(3, 4, 6), torch.rand(3, 4) if has_attention else None
+    joined = Features(vision, keys, attention).in_one_piece()
+    assert torch.equal(joined.vision, torch.cat([*vision])[None])
+    assert torch.equal(joined.keys, torch.cat([*keys])[None])
+    assert (joined.attention is not None) == has_attention
+    assert attention is None or torch.equal(joined.attention, torch.cat([*attention])[None])  # type: ignore[arg-type]
