@@ -68,7 +68,7 @@ class MixedBudget:
 
     @property
     def is_auto(self) -> bool:
-        """True if the number of kept tokens depends on the question."""
+        """True if the number of kept tokens depends on the question and the image."""
         return isinstance(self.budget, AutoBudget)
 
     @property
