@@ -21,7 +21,6 @@ from mmtok_deploy.methods import MethodName, coverage_of, needs_frames, reads_qu
 from mmtok_deploy.repeated_tokens import share_of_distinct
 from mmtok_sglang.agent import Agent
 from mmtok_sglang.guidance_tokenizer import GuidanceTokenizer, tokenizer_of
-from mmtok_sglang.images import is_raw
 from mmtok_sglang.metrics import collectors, never_raises
 from mmtok_sglang.plan import ImagePlan
 from mmtok_sglang.refusals import refusal
@@ -175,10 +174,9 @@ class ImagePlanner:
 
         None for an image of tiles with equal budgets: one of them may have all that is not blank.
         """
-        source = picture.url if isinstance(picture, ImageData) else picture
-        has_tiles = self._family.obstacle_to_sharing is None and not self._settings.share_tiles
-        if has_tiles or not is_raw(source):
+        if self._family.obstacle_to_sharing is None and not self._settings.share_tiles:
             return None
+        source = picture.url if isinstance(picture, ImageData) else picture
         try:
             with image_stage("decode"):
                 return share_of_distinct(source, num_tokens, partial(self._family.box_seen, processor))

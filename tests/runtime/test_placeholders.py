@@ -287,13 +287,18 @@ def test_a_requests_budget_is_cut_to(fields: Any, kept: tuple[int, int]) -> None
     assert tuple(end - start + 1 for start, end in offsets(output)) == kept
 
 
+def blank_page() -> Image.Image:
+    """Returns white paper with a photograph on a quarter of it."""
+    page = Image.new("RGB", (400, 400), "white")
+    page.paste(photograph("chelsea").resize((200, 200)), (80, 80))
+    return page
+
+
 def test_auto_keeps_what_each_images_question_needs() -> None:
     texts = ["Where is the cat?", "How many cats are there?"]
     fields = {"mmtok_budget": "auto", "mmtok_guidance": texts}
-    # All of a photograph is distinct; of a page with a quarter of it, less than half.
-    page = Image.new("RGB", (400, 400), "white")
-    page.paste(photograph("chelsea").resize((200, 200)), (80, 80))
-    images = [photograph("chelsea"), page]
+    # All of the photograph is distinct, and less than half of the page.
+    images = [photograph("chelsea"), blank_page()]
     output = processed(prompt_output([1, *[IMAGE_ID] * 100, 2, *[IMAGE_ID] * 80]), 3, fields=fields, images=images)
     plans = [plan_of(item) for item in output.mm_items]
     assert [(plan.num_tokens, plan.num_kept, plan.auto) for plan in plans if plan is not None] == [
@@ -319,9 +324,7 @@ def test_auto_keeps_what_each_images_question_needs() -> None:
 
 def test_auto_goes_by_the_file_whatever_decoded_it() -> None:
     buffer = BytesIO()
-    page = Image.new("RGB", (400, 400), "white")
-    page.paste(photograph("chelsea").resize((200, 200)), (80, 80))
-    page.save(buffer, "JPEG")
+    blank_page().save(buffer, "JPEG")
     told = []
     # As Pillow and a GPU decode it: pixels that differ a little, and may be no picture at all.
     for pixels in (torch.zeros(1), torch.ones(1), torch.rand(100, 12)):

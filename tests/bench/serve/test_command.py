@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -29,11 +30,25 @@ def run(*arguments: str, folder: Path) -> int:
     return main(["bench", "serve", f"--results-dir={folder}", *arguments])
 
 
-def dry_run(*arguments: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+class DryRun(Protocol):
+    def __call__(self, *arguments: str, folder: Path = ...) -> list[list[str]]: ...
+
+
+@pytest.fixture
+def dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> DryRun:
     """Returns the commands that would be run, split into words."""
-    assert run("--dry-run", *arguments, folder=folder) == 0
-    lines = capsys.readouterr().out.splitlines()
-    return [shlex.split(line) for line in lines if not line.startswith("#")]
+
+    def commands(*arguments: str, folder: Path = tmp_path) -> list[list[str]]:
+        assert run("--dry-run", *arguments, folder=folder) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [shlex.split(line) for line in lines if not line.startswith("#")]
+
+    return commands
+
+
+def starting(program: str, commands: Iterable[list[str]]) -> list[list[str]]:
+    """Returns the commands that run a module of SGLang's."""
+    return [command for command in commands if f"sglang.{program}" in command]
 
 
 def words(commands: Iterable[list[str]], start: str) -> list[str]:
@@ -42,31 +57,27 @@ def words(commands: Iterable[list[str]], start: str) -> list[str]:
 
 
 class TestDryRun:
-    def test_prints_every_command_and_does_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_prints_every_command_and_does_nothing(self, tmp_path: Path, dry_run: DryRun) -> None:
         folder = tmp_path / "new"
-        commands = dry_run("--preset=cpu", "--models=qwen2.5-vl-0.5b", folder=folder, capsys=capsys)
-        servers = [command for command in commands if "sglang.launch_server" in command]
-        loads = [command for command in commands if "sglang.benchmark.serving" in command]
+        commands = dry_run("--preset=cpu", "--models=qwen2.5-vl-0.5b", folder=folder)
+        servers = starting("launch_server", commands)
+        loads = starting("benchmark.serving", commands)
         assert len(servers) + len(loads) == len(commands)
         assert len(servers) == 3
         # Off, all, a budget, a smaller image; two sizes, two loads, five rounds.
         assert len(loads) == 4 * 2 * 2 * 5
         assert not folder.exists()
 
-    def test_qwen3_vl_is_measured_where_it_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert not any(
-            "qwen3-vl" in " ".join(words) for words in dry_run("--preset=cpu", folder=tmp_path, capsys=capsys)
-        )
-        commands = dry_run("--preset=cpu", "--models=qwen3-vl-0.5b", folder=tmp_path, capsys=capsys)
-        loads = [command for command in commands if "sglang.benchmark.serving" in command]
+    def test_qwen3_vl_is_measured_where_it_is_named(self, dry_run: DryRun) -> None:
+        assert not any("qwen3-vl" in " ".join(words) for words in dry_run("--preset=cpu"))
+        commands = dry_run("--preset=cpu", "--models=qwen3-vl-0.5b")
+        loads = starting("benchmark.serving", commands)
         # Off, all, a budget and a smaller image; by 1 and by 4 clients; in five rounds.
         assert len(loads) == 4 * 2 * 5
 
-    def test_servers_have_equal_flags_but_for_the_budget(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        commands = dry_run("--preset=cpu", "--models=llava-1.5-0.5b", folder=tmp_path, capsys=capsys)
-        servers = [command for command in commands if "sglang.launch_server" in command]
+    def test_servers_have_equal_flags_but_for_the_budget(self, dry_run: DryRun) -> None:
+        commands = dry_run("--preset=cpu", "--models=llava-1.5-0.5b")
+        servers = starting("launch_server", commands)
         budgets = [[word for word in server if word.startswith("--mmtok-budget=")] for server in servers]
         assert budgets == [[], ["--mmtok-budget=all"], ["--mmtok-budget=10%"]]
         rest = {
@@ -82,24 +93,20 @@ class TestDryRun:
     @pytest.mark.parametrize(
         "preset", [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("a6000", "h100")), "h200"]
     )
-    def test_gpu_presets_run_anywhere_dry(
-        self, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        commands = dry_run(f"--preset={preset}", folder=tmp_path, capsys=capsys)
-        servers = [command for command in commands if "sglang.launch_server" in command]
+    def test_gpu_presets_run_anywhere_dry(self, preset: str, dry_run: DryRun) -> None:
+        commands = dry_run(f"--preset={preset}")
+        servers = starting("launch_server", commands)
         # Qwen2.5-VL 7B and Qwen3-VL 8B have three budgets, the others one; each with the prefix cache off and on.
         assert len(servers) == 2 * (2 * 5 + (6 if preset == "h200" else 4) * 3)
         assert not any("--device=cpu" in server for server in servers)
         assert not any(server[0] == "env" for server in servers)
         assert set(words(commands, "--dataset-name=")) == {"--dataset-name=openai", "--dataset-name=image"}
 
-    def test_flags_win_over_the_preset(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_flags_win_over_the_preset(self, dry_run: DryRun) -> None:
         commands = dry_run(
             *("--preset=h200", "--models=llava-1.5-7b", "--budgets=64", "--concurrency=2", "--rounds=1"),
             *("--image-px=336x336", "--image-kinds=random", "--prefix-cache=off", "--num-requests=3"),
             *("--output-tokens=5", "--server-args=--attention-backend triton"),
-            folder=tmp_path,
-            capsys=capsys,
         )
         *servers, off, at_all, pruned, smaller = commands
         assert len(servers) == 3
@@ -112,14 +119,10 @@ class TestDryRun:
             assert {"--num-prompts=4", "--max-concurrency=2", "--random-output-len=5"} <= set(load)
             assert "--image-resolution=336x336" in load
 
-    def test_a_smaller_image_is_the_servers_and_is_sent_whole(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_smaller_image_is_the_servers_and_is_sent_whole(self, dry_run: DryRun) -> None:
         commands = dry_run(
             *("--preset=h200", "--models=qwen2.5-vl-7b", "--budgets=10%@0.50", "--concurrency=1", "--rounds=1"),
             *("--image-px=1008x672", "--image-kinds=photograph", "--prefix-cache=off"),
-            folder=tmp_path,
-            capsys=capsys,
         )
         *servers, off, at_all, scaled = commands
         assert len(servers) == 3
@@ -128,18 +131,14 @@ class TestDryRun:
         assert len(sent) == 3
         assert len(set(sent)) == 1
 
-    def test_one_server_is_asked_for_each_budget_about_other_images(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_one_server_is_asked_for_each_budget_about_other_images(self, dry_run: DryRun) -> None:
         commands = dry_run(
             *("--preset=h200", "--models=qwen2.5-vl-7b", "--budgets=10%@0.5,all@0.5", "--concurrency=1", "--rounds=1"),
             *("--image-px=1008x672", "--image-kinds=photograph,random", "--prefix-cache=off", "--one-server"),
-            folder=tmp_path,
-            capsys=capsys,
         )
-        servers = [command for command in commands if "sglang.launch_server" in command]
+        servers = starting("launch_server", commands)
         assert [words([server], "--mmtok") for server in servers] == [[], ["--mmtok-budget=all"]]
-        loads = [command for command in commands if "sglang.benchmark.serving" in command]
+        loads = starting("benchmark.serving", commands)
         asked = [word.partition("kwargs")[2] for word in words(loads, "--extra-request-body")]
         scaled = [
             '": {"mmtok_budget": "10%", "mmtok_encoder_scale": 0.5}}',
@@ -152,14 +151,10 @@ class TestDryRun:
             counts = sorted(Counter(images).values())
             assert counts == [*[1] * (len(images) - num_shared), num_shared]
 
-    def test_other_methods_are_asked_about_images_of_their_own(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_other_methods_are_asked_about_images_of_their_own(self, dry_run: DryRun) -> None:
         commands = dry_run(
             *("--preset=h200", "--models=llava-next-7b", "--budgets=160", "--concurrency=1", "--rounds=1"),
             *("--image-px=672x672", "--image-kinds=photograph", "--prefix-cache=off", "--methods=mmtok,visionzip"),
-            folder=tmp_path,
-            capsys=capsys,
         )
         *servers, off, smaller, at_all, pruned, other = commands
         assert len(servers) == 3
@@ -171,25 +166,21 @@ class TestDryRun:
         assert len(set(sent[:3])) == 1
         assert sent[3] != sent[0]
 
-    def test_questions_about_an_image_are_one_load(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_questions_about_an_image_are_one_load(self, dry_run: DryRun) -> None:
         commands = dry_run(
             *("--preset=h200", "--models=qwen2.5-vl-7b", "--budgets=10%", "--concurrency=16", "--rounds=1"),
             *("--image-px=1008x672", "--image-kinds=photograph,random", "--prefix-cache=on"),
             *("--questions-per-image=1,6", "--images-in-turn=40"),
-            folder=tmp_path,
-            capsys=capsys,
         )
-        loads = [command for command in commands if "sglang.benchmark.serving" in command]
+        loads = starting("benchmark.serving", commands)
         assert sorted(words(loads, "--num-prompts=")) == [*["--num-prompts=240"] * 4, *["--num-prompts=32"] * 4]
-        servers = [command for command in commands if "sglang.launch_server" in command]
+        servers = starting("launch_server", commands)
         # As many fit an H200, each with a KV cache of that size.
         assert all("--max-total-tokens=60000" in server for server in servers)
 
-    def test_a_checkpoint_is_served_with_its_weights(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_checkpoint_is_served_with_its_weights(self, dry_run: DryRun) -> None:
         checkpoint = make_tiny_checkpoint("qwen2.5-vl", CHECKPOINT)
-        commands = dry_run(
-            "--preset=cpu", f"--model-path={checkpoint}", "--family=qwen2.5-vl", folder=tmp_path, capsys=capsys
-        )
+        commands = dry_run("--preset=cpu", f"--model-path={checkpoint}", "--family=qwen2.5-vl")
         assert f"--model-path={checkpoint}" in commands[0]
         assert not any("--load-format=dummy" in command for command in commands)
 
