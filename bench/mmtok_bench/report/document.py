@@ -24,7 +24,7 @@ SECTIONS: dict[str, tuple[Callable[[pd.DataFrame], Part], tuple[str, ...]]] = {
     "serve": (serve_part, ()),
     "quality": (quality_part, ("task", "model", "kind", "method", "budget", "seed")),
     "selector": (selector_part, ("num_tokens", "num_picks", "batch")),
-    "selector-features": (features_part, ("what", "num_tokens")),
+    "selector-features": (features_part, ("what", "encoder", "num_tokens")),
 }
 """Benchmark -> function that makes its section, and keys that its cases must have; in the order of the page."""
 

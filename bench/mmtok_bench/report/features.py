@@ -27,23 +27,35 @@ def features_part(rows: pd.DataFrame) -> Part:
     exactness, work, close_calls, kept = (
         [line for line in lines if line["what"] == what] for what in ("exactness", "work", "close calls", "kept")
     )
+    by_encoder = grouped(kept, "encoder")
     tables = [_exactness(exactness)] if exactness else []
     tables += [_work(work)] if work else []
-    tables += [_share_table(name, kept) for name in _SHARES if kept]
-    sentences = ["Features of photographs from a trained encoder; the words are no question (see the documentation)."]
+    tables += [_share_table(name, of_encoder) for of_encoder in by_encoder.values() for name in _SHARES]
+    sentences = ["Features of images from trained encoders; the words are no question (see the documentation)."]
     for line in close_calls:
         metrics = line["metrics"]
         sentences.append(
-            f"In double precision, {metrics['num_close']:.0f} of {metrics['num_leads']:.0f} greedy picks lead the next "
-            f"best token by less than 1e-6 of their gain; the smallest lead is {metrics['smallest_lead']:.1e}, 1% of "
-            f"the leads are below {metrics['lead_p01']:.1e}, and half of them below {metrics['lead_p50']:.1e}."
+            f"{_images(line)}, in double precision: {metrics['num_close']:.0f} of {metrics['num_leads']:.0f} greedy "
+            f"picks lead the next best token by less than 1e-6 of their gain; the smallest lead is "
+            f"{metrics['smallest_lead']:.1e}, 1% of the leads are below {metrics['lead_p01']:.1e}, and half of them "
+            f"below {metrics['lead_p50']:.1e}."
         )
-    return Part("Real features", sentences=tuple(sentences), tables=tuple(tables), draw=lambda: _plots(kept))
+    return Part(
+        "Real features",
+        sentences=tuple(sentences),
+        tables=tuple(tables),
+        draw=lambda: (plot for of_encoder in by_encoder.values() for plot in _plots(of_encoder)),
+    )
+
+
+def _images(line: Line) -> str:
+    return f"{line['num_runs']} {line['shown']}s of {line['num_tokens']} patches through {line['encoder']}"
 
 
 def _exactness(lines: Sequence[Line]) -> Table:
     rows = tuple(
         (
+            line["encoder"],
             line["backend"],
             str(line["num_picks"]),
             f"{line['metrics']['num_equal']:.0f} of {line['num_runs']}",
@@ -51,7 +63,7 @@ def _exactness(lines: Sequence[Line]) -> Table:
         )
         for line in lines
     )
-    columns = ("backend", "picks", "photographs with the reference's picks", "picks that gain less by rounding")
+    columns = ("encoder", "backend", "picks", "images with the reference's picks", "picks that gain less by rounding")
     return Table("Picks against the float32 reference", columns, rows)
 
 
@@ -61,8 +73,8 @@ def _work(lines: Sequence[Line]) -> Table:
         metrics = line["metrics"]
         share = f"{100 * metrics['gains'] / metrics['dense_gains']:.0f}%"
         counts = (f"{metrics[name]:,.0f}" for name in ("gains", "most_gains", "dense_gains"))
-        rows.append((line["budget"], str(line["num_picks"]), *counts, share))
-    columns = ("budget", "picks", "gains computed, mean", "most", "by the published loop", "share")
+        rows.append((line["encoder"], line["budget"], str(line["num_picks"]), *counts, share))
+    columns = ("encoder", "budget", "picks", "gains computed, mean", "most", "by the published loop", "share")
     return Table("Gains that lazy evaluation computes", columns, tuple(rows))
 
 
@@ -70,11 +82,11 @@ def _share_table(name: str, lines: Sequence[Line]) -> Table:
     cells = {(line["method"], line["budget"]): f"{100 * line['metrics'][name]:.1f}" for line in lines}
     methods, budgets = (list(dict.fromkeys(each[place] for each in cells)) for place in (0, 1))
     rows = tuple((method, *(cells.get((method, budget), "") for budget in budgets)) for method in methods)
-    return Table(f"Photographs, mean {_SHARES[name]}, %", ("method", *budgets), rows)
+    return Table(f"{_images(lines[0])}: mean {_SHARES[name]}, %", ("method", *budgets), rows)
 
 
 def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
-    for name, title in _SHARES.items() if lines else ():
+    for name, title in _SHARES.items():
         figure = new_figure("patches kept", "share")
         for number, (method, of_method) in enumerate(grouped(lines, "method").items()):
             chosen = sorted(of_method, key=lambda line: line["num_picks"])
@@ -87,5 +99,6 @@ def _plots(lines: Sequence[Line]) -> Iterator[Plot]:
             )
         figure.update_xaxes(type="log")
         figure.update_yaxes(tickformat=".0%")
-        note = f"{lines[0]['num_runs']} photographs of {lines[0]['num_tokens']} patches; higher is better"
-        yield plot_of(f"Real features: {title}", note, figure, {"x": "tokens_kept", "y": "accuracy"})
+        note = f"{_images(lines[0])}; higher is better"
+        title = f"Real features: {title} ({lines[0]['encoder']})"
+        yield plot_of(title, note, figure, {"x": "tokens_kept", "y": "accuracy"})
