@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from mmtok_deploy.engines.onnxruntime import run_on_cpu
 from mmtok_export.budget import num_kept, share_of
 from mmtok_export.foreign_graph import (
     GROUPS,
-    OWN_DIMENSIONS,
     Candidate,
     candidates,
     find_value,
+    fix_sizes,
     hold_to_one_image,
     index_of,
     is_a_step,
+    is_convolved,
     load_foreign,
     num_patches,
+    open_dimensions,
     read_foreign,
     shape_text,
     times,
@@ -38,7 +41,7 @@ from mmtok_export.join import builder_on, join_selection
 from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
 from mmtok_export.whole_graph import Encoder
 
-__all__ = ["Attached", "Attachment", "attach_selection", "open_dimensions"]
+__all__ = ["Attached", "Attachment", "attach_selection"]
 
 _MAX_EXTRA_TOKENS = 16
 _OPEN_BATCH = DimRange(1, 1, 8)
@@ -68,6 +71,8 @@ class Attachment:
         batch: B, if it is dynamic in the graph.
         skip_tokens: Number of class and register tokens before the patches; None finds it from the shapes.
         map_layout: "nchw" or "nhwc", if the shape of a map does not show its layout.
+        dimensions: Sizes or ranges of other dynamic dimensions of the graph's inputs; one with a single size gets it in
+            the graph.
     """
 
     vision: str
@@ -85,6 +90,7 @@ class Attachment:
     batch: DimRange | None = None
     skip_tokens: int | None = None
     map_layout: str | None = None
+    dimensions: Mapping[str, DimRange] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,8 @@ class Attached:
         model: The model.
         spec: The selection's sizes and constants.
         details: Entries of the manifest.
-        dimensions: Ranges of the encoder's dynamic dimensions that follow from the number of tokens.
+        dimensions: Ranges of the encoder's dynamic dimensions: those given, and those that follow from the number of
+            tokens.
         encoder: Runs the encoder's original file, and makes the features from its tensors with PyTorch.
     """
 
@@ -121,18 +128,24 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
         FileNotFoundError: The file does not exist.
     """
     names = [attachment.vision, *([attachment.keys] if attachment.keys else [])]
-    model = load_foreign(onnx_file, names)
     _check_attachment(attachment)
+    given = dict(attachment.dimensions) | ({} if attachment.batch is None else {"B": attachment.batch})
+    model = load_foreign(onnx_file, names, {name: size.minimum for name, size in given.items() if size.is_fixed})
     builder = builder_on(model.graph)
     vision = find_value(model.graph, attachment.vision)
+    if attachment.num_tokens is not None and attachment.num_tokens.is_fixed:
+        sizes = _dimensions(model, vision, attachment.num_tokens)
+        fix_sizes(model, {name: size.minimum for name, size in sizes.items()})
     keys = _keys_of(attachment, model.graph, vision, onnx_file)
     layouts = _layouts(attachment, model.graph, vision, keys)
     assert vision.shape is not None
     one_image = hold_to_one_image(model) if len(vision.shape) == 2 else []
     vision, keys = (_rows(builder, value, layout) for value, layout in zip((vision, keys), layouts, strict=True))
     keys = _merged_keys(builder, model.graph, keys, attachment)
+    vision, keys = (_with_num_tokens(builder, value, attachment.num_tokens) for value in (vision, keys))
     spec = _spec(attachment, vision, keys)
-    dimensions = _dimensions(model, vision, spec.num_tokens)
+    ranges = {name: size for name, size in attachment.dimensions.items() if not size.is_fixed}
+    dimensions = _dimensions(model, vision, spec.num_tokens) | ranges
     edges = join_selection(
         builder,
         vision,
@@ -170,12 +183,6 @@ def _run_alone(
     if attachment.keys_index is not None:
         keys = keys[:, found[attachment.keys_index].long()]
     return vision, keys.to(getattr(torch, keys_dtype))
-
-
-def open_dimensions(model: ir.Model) -> set[str]:
-    """Returns the names of the dynamic dimensions of a model's inputs, except the selection's own."""
-    names = {size.value for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
-    return {str(name) for name in names if name not in OWN_DIMENSIONS}
 
 
 def _dimensions(model: ir.Model, vision: ir.Value, num_tokens: DimRange) -> dict[str, DimRange]:
@@ -252,6 +259,8 @@ def _map_of(value: ir.Value, asked: str | None) -> str:
     if len(value.shape) < 4 or asked is not None:
         return "" if len(value.shape) < 4 else str(asked)
     _, first, middle, last = value.shape
+    if is_convolved(value):
+        return "nchw"
     if (middle == last) != (first == middle):
         return "nchw" if middle == last else "nhwc"
     raise ValueError(f"{value.name} {shape_text(value)} may have either layout: add --map nchw or --map nhwc")
@@ -288,6 +297,17 @@ def _rows(builder: GraphBuilder, value: ir.Value, layout: _Layout) -> ir.Value:
     if rows is not value:
         rows.shape, rows.type = ir.Shape([batch, num_rows, width]), value.type
     return rows
+
+
+def _with_num_tokens(builder: GraphBuilder, value: ir.Value, num_tokens: DimRange | None) -> ir.Value:
+    """Returns features [B, N, width] of the asked number of tokens; a run with another number of tokens fails."""
+    assert value.shape is not None
+    batch, rows, width = value.shape
+    if num_tokens is None or not num_tokens.is_fixed or isinstance(rows, int) or not isinstance(width, int):
+        return value
+    fixed = builder.op.Reshape(value, [0, num_tokens.minimum, width])
+    fixed.shape, fixed.type = ir.Shape([batch, num_tokens.minimum, width]), value.type
+    return fixed
 
 
 def _keys_of(attachment: Attachment, graph: ir.Graph, vision: ir.Value, onnx_file: Path) -> ir.Value:
@@ -387,7 +407,10 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
     elif attachment.grid_width is not None:
         raise ValueError("--grid-width is for images of one size: leave it out, positions are (0, kept // w, kept % w)")
     if num_tokens is None:
-        raise ValueError(f"{vision.name} has {shape_text(vision)}: give the range of its tokens, --tokens MIN:MAX")
+        raise ValueError(
+            f"the features of {attachment.vision} are {shape_text(vision)}: give the number of tokens or its range, "
+            "--tokens MIN:MAX"
+        )
     if not isinstance(batch, int) and str(batch) != "B":
         raise ValueError(f"the batch has to be that of the images, or fixed, got {shape_text(vision)}")
     if isinstance(batch, int) and attachment.batch not in (None, DimRange.fixed(batch)):

@@ -334,7 +334,8 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
 
 def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_export.artifact import export_model
-    from mmtok_export.attach import Attachment, attach_selection, open_dimensions
+    from mmtok_export.attach import Attachment, attach_selection
+    from mmtok_export.foreign_graph import open_dimensions
 
     attachment = Attachment(
         vision=arguments.vision,
@@ -352,21 +353,21 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         batch=arguments.batch,
         skip_tokens=arguments.skip_tokens,
         map_layout=arguments.map,
+        dimensions=dict(arguments.dim),
     )
     on_step(f"reading {arguments.onnx}")
     attached = attach_selection(arguments.onnx, attachment)
     model, spec = attached.model, attached.spec
     path = _output(arguments, f"{arguments.onnx.stem}-k{spec.budget}.onnx")
     engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
-    dimensions = attached.dimensions | dict(arguments.dim)
-    _check_dimensions(open_dimensions(model), dimensions, has_engine=engine is not None)
+    _check_dimensions(open_dimensions(model), attached.dimensions, has_engine=engine is not None)
     manifest = export_model(
         model,
         path,
         "attached",
         spec,
         details=attached.details | {"preset": arguments.preset},
-        dimensions=dimensions,
+        dimensions=attached.dimensions,
         source=arguments.onnx,
         encoder=attached.encoder,
         **_how(arguments, on_step),
@@ -504,10 +505,11 @@ def _engine_of(
 
 
 def _check_dimensions(open_sizes: set[str], ranges: dict[str, DimRange], *, has_engine: bool) -> None:
+    from mmtok_export.foreign_graph import unknown_dimension
+
     unknown = sorted(set(ranges) - open_sizes)
     if unknown:
-        known = ", ".join(sorted(open_sizes)) or "none"
-        raise ValueError(f"--dim {unknown[0]}: the other open dimensions of the encoder are {known}")
+        raise unknown_dimension(unknown[0], open_sizes)
     missing = sorted(open_sizes - set(ranges))
     if missing and has_engine:
         raise ValueError(f"an engine needs the range of every open size: add --dim {missing[0]}=MIN:MAX")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +26,18 @@ __all__ = [
     "Candidate",
     "candidates",
     "find_value",
+    "fix_sizes",
     "hold_to_one_image",
     "index_of",
     "is_a_step",
+    "is_convolved",
     "load_foreign",
     "num_patches",
+    "open_dimensions",
     "read_foreign",
     "shape_text",
     "times",
+    "unknown_dimension",
 ]
 
 OWN_DIMENSIONS = ("B", "N", "M", "K")
@@ -49,6 +53,8 @@ _MAX_EXTRA_TOKENS = 16
 GROUPS = (4, 9, 16)
 # Inputs that have the end or the size of each image -> number of their rows for one image.
 _SIZES_OF_ONE_IMAGE = {"cu_seqlens": 2, "grid_thw": 1, "image_grid_thw": 1}
+# Operators that return each element of their first input in its place.
+_ELEMENTWISE = ("Add", "BatchNormalization", "Cast", "Clip", "Gelu", "HardSwish", "Identity", "Mul", "Relu", "Sub")
 _SUMS = ("Add", "LayerNormalization", "Sum", "Conv", "SimplifiedLayerNormalization")
 # Operators inside a norm, an attention or an activation.
 _STEPS = ("Pow", "Sqrt", "Softmax", "Exp", "Erf", "ReduceMean", "Reciprocal", "Sigmoid", "Tanh", "Div", "Sub", "Neg")
@@ -82,7 +88,7 @@ def read_foreign(path: Path) -> ir.Model:
     return model
 
 
-def load_foreign(path: Path, names: list[str]) -> ir.Model:
+def load_foreign(path: Path, names: list[str], sizes: Mapping[str, int]) -> ir.Model:
     """Returns the model of `read_foreign` with shapes from ONNX's inference, or from a run on a photograph.
 
     A dynamic batch dimension gets the selection's name B. Other dynamic dimensions are renamed if they have a name of
@@ -91,14 +97,50 @@ def load_foreign(path: Path, names: list[str]) -> ir.Model:
     Args:
         path: The file.
         names: Names of the tensors whose shapes are needed.
+        sizes: Dynamic dimensions of the inputs, by their new names -> the size that they get.
+
+    Raises:
+        ValueError: As in `read_foreign`, or no input has a dimension in `sizes`.
     """
     model = read_foreign(path)
-    ShapeInferencePass()(model)
     _rename_dimensions(model)
+    unknown = sorted(set(sizes) - open_dimensions(model) - {"B"})
+    if unknown:
+        raise unknown_dimension(unknown[0], open_dimensions(model))
+    fix_sizes(model, sizes)
     values = _values(model.graph)
     if any(name in values and not _is_known(values[name]) for name in names) or not set(names) <= values.keys():
         _measure(model, path)
     return model
+
+
+def open_dimensions(model: ir.Model) -> set[str]:
+    """Returns the names of the dynamic dimensions of a model's inputs, except the selection's own."""
+    names = {size.value for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
+    return {str(name) for name in names if name not in OWN_DIMENSIONS}
+
+
+def unknown_dimension(name: str, known: Iterable[str]) -> ValueError:
+    """Returns the error for a dimension that the inputs do not have."""
+    return ValueError(
+        f"--dim {name}: the other open dimensions of the encoder are {', '.join(sorted(known)) or 'none'}"
+    )
+
+
+def fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Replaces dynamic dimensions of a model's inputs by fixed sizes, and infers the other shapes from them.
+
+    Args:
+        model: The model, which is changed.
+        sizes: Names of dimensions -> their size; names that no input has are left out.
+    """
+    for value in _every_value(model):
+        if value.shape is not None and not value.is_initializer():
+            value.shape = ir.Shape(
+                [size if isinstance(size, int) else sizes.get(str(size.value), size) for size in value.shape]
+            )
+    ShapeInferencePass()(model)
+    _rename_dimensions(model)
 
 
 def find_value(graph: ir.Graph, name: str) -> ir.Value:
@@ -143,6 +185,15 @@ class Candidate(NamedTuple):
 
     value: ir.Value
     keys_per_token: int
+
+
+def is_convolved(value: ir.Value) -> bool:
+    """Returns whether a tensor is the output of a convolution, or made of one element by element: [B, C, H, W]."""
+    node = value.producer()
+    while node is not None and node.op_type in _ELEMENTWISE:
+        made_of = node.inputs[0]
+        node = None if made_of is None else made_of.producer()
+    return node is not None and node.op_type in ("Conv", "ConvTranspose")
 
 
 def candidates(graph: ir.Graph, vision: ir.Value, num_tokens: int | str) -> list[Candidate]:

