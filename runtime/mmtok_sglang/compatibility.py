@@ -14,6 +14,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 
 from mmtok_deploy.backends import get_backend
 from mmtok_sglang.agent_address import AgentAddress
+from mmtok_sglang.disaggregation import problems_of
 from mmtok_sglang.engine_file import check_engine_file
 from mmtok_sglang.families import FAMILIES
 from mmtok_sglang.refused_models import REFUSED_MODELS
@@ -213,8 +214,7 @@ def _problems(cfg: Any) -> Iterator[str]:
         yield "encoder disaggregation (--encoder-only, --language-only): images are processed around the plugin"
     if cfg.language_model_only:
         yield "--language-model-only: there is no vision encoder"
-    if cfg.disaggregation_mode != "null":
-        yield f"--disaggregation-mode {cfg.disaggregation_mode}: not verified"
+    yield from problems_of(cfg)
     if cfg.speculative_algorithm == "NGRAM":
         yield "--speculative-algorithm NGRAM: not verified"
     elif cfg.speculative_algorithm:

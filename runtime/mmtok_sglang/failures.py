@@ -32,6 +32,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from mmtok_sglang.cache_key import names_of
+from mmtok_sglang.disaggregation import fail_transfer
 from mmtok_sglang.ranks import num_ranks
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 
@@ -178,6 +179,7 @@ class Failures:
             if why is None:
                 continue
             req.skip_radix_cache_insert = True
+            fail_transfer(req, why)
             reason = FINISH_ABORT(f"MMTok: {why}", 500, "InternalServerError")
             if req is scheduler.chunked_req:
                 req.discard_output_reason = reason

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmtok_sglang.account import accounting, is_sent_once, remembered_by, token_counts
 from mmtok_sglang.agent import refuse_chains
+from mmtok_sglang.disaggregation import announcing, stay_without_prefill
 from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine_generate, generate_request
 from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
@@ -217,6 +218,20 @@ def hooks_of(server: Server) -> list[Hook]:
             partial(embed_within_positions, server.failures.take_in),
             reason="as of requests that generate; and their positions are bounded nowhere else",
             until="SGLang survives an error there, and bounds M-RoPE positions",
+        ),
+        Hook(
+            "disaggregation.common.conn.CommonKVManager.__init__",
+            "self args disaggregation_mode server_args is_mla_backend",
+            announcing(server.settings),
+            reason="a prefill and a decode server with other settings would disagree about where a prompt ends",
+            until="SGLang compares the lengths of a prompt on both servers",
+        ),
+        Hook(
+            "disaggregation.common.conn.CommonKVManager.try_ensure_parallel_info",
+            "self bootstrap_addr",
+            stay_without_prefill,
+            reason="a decode server ends when it hears of a prefill server with other settings",
+            until="SGLang refuses the requests of that server alone",
         ),
         Hook(
             "managers.scheduler.Scheduler.run_batch",

@@ -59,11 +59,19 @@ class Served:
         lora_path: str | None = None,
         cache_salt: str | None = None,
         extra_key: str | None = None,
+        of_server: dict[str, Any] | None = None,
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> dict[str, Any]:
-        """Returns SGLang's account of the answer to a chat, with `text` added; `fields` go to mm_processor_kwargs."""
+        """Returns SGLang's account of the answer to a chat, with `text` added.
+
+        `of_server` holds more of SGLang's own fields; `fields` go to mm_processor_kwargs.
+        """
         of_sglang = {"lora_path": lora_path, "cache_salt": cache_salt, "extra_key": extra_key}
-        completion = self.server.client().chat.completions.create(
+        client = self.server.client()
+        if timeout_s is not None:
+            client = client.with_options(timeout=timeout_s, max_retries=0)
+        completion = client.chat.completions.create(
             model="default",
             messages=chat.for_server(),  # type: ignore[arg-type]
             max_tokens=max_tokens,
@@ -75,6 +83,7 @@ class Served:
                 "ignore_eos": True,
                 "mm_processor_kwargs": fields or None,
                 **{name: value for name, value in of_sglang.items() if value is not None},
+                **(of_server or {}),
             },
         )
         choice = completion.choices[0]

@@ -31,7 +31,10 @@ SUPPORTED: dict[str, Any] = {
     "language_only": False,
     "enable_adaptive_dispatch_to_encoder": False,
     "language_model_only": False,
-    "disaggregation_mode": "null",
+    "disaggregation_mode": "prefill",
+    "disaggregation_transfer_backend": "mooncake",
+    "disaggregation_decode_allocation_policy": "early",
+    "enable_pd_role_switch": False,
     "speculative_algorithm": None,
     "mm_enable_dp_encoder": False,
     "attn_dp_size": 1,
@@ -58,7 +61,9 @@ REFUSED = [
     ("language_only", True, "--language-only"),
     ("enable_adaptive_dispatch_to_encoder", True, "encoder disaggregation"),
     ("language_model_only", True, "--language-model-only"),
-    ("disaggregation_mode", "prefill", "--disaggregation-mode prefill"),
+    ("disaggregation_transfer_backend", "nixl", "--disaggregation-transfer-backend nixl: not verified"),
+    ("disaggregation_decode_allocation_policy", "prefill_complete", "policy prefill_complete: not verified"),
+    ("enable_pd_role_switch", True, "--enable-pd-role-switch: not verified"),
     ("speculative_algorithm", "EAGLE", "--speculative-algorithm EAGLE: the draft model's prefill"),
     ("speculative_algorithm", "NGRAM", "--speculative-algorithm NGRAM: not verified"),
     ("mm_enable_dp_encoder", True, "--mm-enable-dp-encoder"),
@@ -94,6 +99,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_refused_configuration_is_named(field: str, value: Any, named: str) -> None:
     (problem,) = _problems(SimpleNamespace(**SUPPORTED | {field: value}))
     assert named in problem
+
+
+def test_a_server_by_itself_may_name_any_transfer() -> None:
+    alone = {"disaggregation_mode": "null", "disaggregation_transfer_backend": "nixl"}
+    assert list(_problems(SimpleNamespace(**SUPPORTED | alone))) == []
 
 
 @pytest.mark.parametrize("name", ["SGLANG_VIT_ENABLE_CUDA_GRAPH", "SGLANG_RUST_SERVER"])
