@@ -20,7 +20,7 @@ _TRITON_TYPES = {
     "bool": "TYPE_BOOL",
 }
 
-# Limits of TensorRT 10.3 in JetPack 6 (Orin), whose parser uses ONNX 1.16; JetPack 7 (Thor) has a newer version.
+# Limits of TensorRT 10.3 in JetPack 6.1 and 6.2 (Orin), whose parser uses ONNX 1.16; JetPack 7 (Thor) has a newer one.
 _JETPACK_6_OPSET, _JETPACK_6_IR_VERSION = 20, 10
 
 
@@ -52,7 +52,10 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
     steps["ONNX Runtime, C++"] = f'Ort::Session session(env, ORT_TSTR("{text}"), Ort::SessionOptions{{}});'
     steps["ONNX Runtime, JavaScript"] = f'await ort.InferenceSession.create("{text}")'
     steps["OpenVINO"] = f'ov.Core().compile_model("{text}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})'
-    steps["Triton"] = f"mmtok export triton {quoted} --repository models"
+    # Its ONNX Runtime backend reads and writes bfloat16 from this version on.
+    has_bfloat16 = any(tensor.dtype == "bfloat16" for tensor in (*manifest.inputs, *manifest.outputs))
+    triton = "Triton 26.03 or later" if has_bfloat16 else "Triton"
+    steps[triton] = f"mmtok export triton {quoted} --repository models"
     return steps
 
 
@@ -99,7 +102,8 @@ def triton_config(manifest: Manifest, name: str) -> str:
             lines.append(
                 f'{kind} {{ name: "{tensor.name}" data_type: {_TRITON_TYPES[tensor.dtype]} dims: [ {sizes} ] }}'
             )
-    return "\n".join([*lines, "instance_group { kind: KIND_CPU }", ""])
+    # Triton's default for a CPU is two instances, each with the weights of the encoder.
+    return "\n".join([*lines, "instance_group { kind: KIND_CPU count: 1 }", ""])
 
 
 def write_triton_repository(file: Path, repository: Path, *, force: bool) -> Path:

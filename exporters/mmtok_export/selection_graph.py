@@ -382,23 +382,22 @@ def _lazy_gains(width: int) -> _Refresh:
     """
 
     def refresh(op: Any, columns: ir.Value, covered: ir.Value, bounds: ir.Value, indices: ir.Value) -> ir.Value:
-        def body(op: Any, _: ir.Value, __: ir.Value, bounds: ir.Value, is_gain: ir.Value) -> Sequence[ir.Value]:
+        def body(op: Any, _: ir.Value, __: ir.Value, bounds: ir.Value, stale: ir.Value) -> Sequence[ir.Value]:
             op.builder.push_module("evaluate")
-            # Only bounds that are not evaluated yet, so that each round makes progress if columns tie.
-            stale = op.Where(is_gain, _BARRED, bounds)
+            # `stale` has only bounds that are not evaluated yet, so that each round makes progress if columns tie.
             _, candidates = op.TopK(stale, [width], axis=1, _outputs=2)
             old = op.GatherElements(bounds, candidates, axis=1)
             new = op.Where(op.Less(old, 0.0), old, _gains(op, _rows(op, columns, candidates), covered))
             bounds = op.ScatterElements(bounds, candidates, new, axis=1)
-            seen = op.Less(old, float("inf"))  # all True, of the candidates' shape
-            is_gain = op.ScatterElements(is_gain, candidates, seen, axis=1)
-            best, top = _best(op, bounds, indices)
-            is_done = op.Or(op.GatherElements(is_gain, best, axis=1), op.Less(top, 0.0))
+            # Numbers, since TensorRT does not scatter booleans.
+            stale = op.ScatterElements(stale, candidates, op.Expand(_BARRED, op.Shape(old)), axis=1)
+            best, _ = _best(op, bounds, indices)
+            is_done = op.Less(op.GatherElements(stale, best, axis=1), 0.0)  # evaluated, or no token is left
             num_left = op.ReduceSum(op.Cast(op.Not(is_done), to=ir.DataType.FLOAT), [0, 1], keepdims=0)
-            return op.Greater(num_left, 0.0), bounds, is_gain
+            return op.Greater(num_left, 0.0), bounds, stale
 
         booleans, floats = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ir.DataType.FLOAT)
-        state = [("lazy_bounds", floats), ("is_gain", booleans)]
+        state = [("lazy_bounds", floats), ("stale", floats)]
         loop = op.builder.subgraph(
             body,
             inputs=[
@@ -411,8 +410,7 @@ def _lazy_gains(width: int) -> _Refresh:
             ],
             name="evaluate",
         )
-        nothing = op.Greater(bounds, float("inf"))
-        gains, _ = op.Loop(None, True, bounds, nothing, body=loop, _outputs=2)
+        gains, _ = op.Loop(None, True, bounds, bounds, body=loop, _outputs=2)
         return gains
 
     return refresh

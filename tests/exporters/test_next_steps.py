@@ -165,6 +165,16 @@ def test_the_configuration_is_tritons(exported: Path) -> None:
     parsed = text_format.Parse(triton_config(manifest, "selection"), config.ModelConfig())
     assert [each.name for each in parsed.input] == [each.name for each in manifest.inputs]
     assert list(parsed.output[0].dims) == [-1, 5]
+    assert [(group.kind, group.count) for group in parsed.instance_group] == [(config.ModelInstanceGroup.KIND_CPU, 1)]
+
+
+def test_bfloat16_needs_a_newer_triton(tmp_path: Path) -> None:
+    path = tmp_path / "selection.onnx"
+    command = ["export", "selection", "--budget=4", "--tokens=20", "--dtype=bfloat16", "--skip-check"]
+    assert main([*command, f"--output={path}"]) == 0
+    steps = next_steps(path, Manifest.load(path))
+    assert "Triton" not in steps
+    assert steps["Triton 26.03 or later"].startswith("mmtok export triton ")
 
 
 def test_an_export_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,6 +168,15 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(form: Form) -> None:
     assert small["order"][0].tolist() == large["order"][0, :5].tolist()
 
 
+def test_no_boolean_is_scattered(form: Form) -> None:
+    """TensorRT's documentation lists numbers alone for its Scatter."""
+    nodes = list(all_nodes(ir.to_proto(build_selection(spec_for(random_problem(40, 3), 6, form))).graph))
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    scattered = [made_by[node.input[2]] for node in nodes if node.op_type.startswith("Scatter")]
+    assert bool(scattered) == (form == "lazy")
+    assert not {"And", "Equal", "Greater", "Less", "Not", "Or"} & set(scattered)
+
+
 def test_standard_operators_alone(form: Form) -> None:
     model = ir.to_proto(build_selection(spec_for(random_problem(9), 4, form)))
     assert {node.domain for node in all_nodes(model.graph)} == {""}
