@@ -74,8 +74,9 @@ def problems_of(cfg: Any) -> Iterator[str]:
     """Gives what a server with a budget refuses of SGLang's resolved arguments for disaggregation."""
     if cfg.disaggregation_mode == "null":
         return
-    if cfg.disaggregation_transfer_backend != "mooncake":
-        yield f"--disaggregation-transfer-backend {cfg.disaggregation_transfer_backend}: not verified, mooncake is"
+    transfer = cfg.disaggregation_transfer_backend
+    if transfer not in ("mooncake", "nixl"):
+        yield f"--disaggregation-transfer-backend {transfer}: not verified; use mooncake or nixl"
     if cfg.enable_pd_role_switch:
         yield "--enable-pd-role-switch: not verified"
     if cfg.disaggregation_decode_allocation_policy != "early":

@@ -1,4 +1,4 @@
-"""A prefill server and a decode server without an accelerator, which Mooncake connects by TCP."""
+"""A prefill server and a decode server without an accelerator, which Mooncake or NIXL connects."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -22,34 +24,62 @@ from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.hook_faults import Faults
 from tests.runtime.serving import Served
 
-__all__ = ["OBSTACLE", "Disaggregated", "make_pair"]
+__all__ = ["Disaggregated", "Transfer", "make_pair", "obstacle_to"]
+
+Transfer = Literal["mooncake", "nixl"]
+
+# Package on PyPI, and a module that needs all of its libraries.
+_PACKAGES: dict[Transfer, tuple[str, str]] = {
+    "mooncake": ("mooncake-transfer-engine-non-cuda", "mooncake.engine"),
+    "nixl": ("nixl", "nixl._api"),
+}
 
 _ROOMS = itertools.count(1)
 
 
-def _obstacle() -> str | None:
-    if importlib.util.find_spec("mooncake") is None:
-        return "needs mooncake-transfer-engine-non-cuda from PyPI"
+def obstacle_to(transfer: Transfer) -> str | None:
+    """Returns why servers cannot exchange keys and values in this way here; None if they can."""
+    package, module = _PACKAGES[transfer]
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return f"needs {package} from PyPI"
     try:
-        importlib.import_module("mooncake.engine")
+        importlib.import_module(module)
     except ImportError as error:
-        return f"mooncake-transfer-engine-non-cuda lacks a library: {error}"
+        return f"{package} lacks a library: {error}"
     return None
 
 
-OBSTACLE = _obstacle()
-"""Why no pair of servers can run here; None if it can."""
+def run_without_a_gpu() -> None:
+    """Changes what keeps SGLang 0.5.23 from transferring keys and values between servers without a GPU.
+
+    By Mooncake, a prefill server copies the cache's indices in a CUDA stream. By NIXL, both servers register all memory
+    as that of a GPU.
+    """
+    if obstacle_to("mooncake") is None:
+        from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+
+        MooncakeKVSender.supports_host_tensor_indices = False
+    if obstacle_to("nixl") is None:
+        agent = importlib.import_module("nixl._api").nixl_agent
+        for name in ("register_memory", "get_xfer_descs", "prep_xfer_dlist"):
+            setattr(agent, name, _on_host(getattr(agent, name)))
 
 
-def send_indices_at_once() -> None:
-    """Makes a prefill server of SGLang 0.5.23 run on a CPU: else it sends the cache's indices by a CUDA event."""
-    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+def _on_host(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def on_host(*args: Any) -> Any:
+        return method(*("DRAM" if isinstance(each, str) and each == "VRAM" else each for each in args))
 
-    MooncakeKVSender.supports_host_tensor_indices = False
+    return on_host
 
 
 def make_pair(
-    folder: Path, family: FamilyName, *arguments: str, of_decode: tuple[str, ...] = (), **environment: Any
+    folder: Path,
+    family: FamilyName,
+    *arguments: str,
+    transfer: Transfer = "mooncake",
+    of_decode: tuple[str, ...] = (),
+    **environment: Any,
 ) -> tuple[SglangServer, SglangServer]:
     """Returns a prefill server and a decode server.
 
@@ -57,20 +87,18 @@ def make_pair(
         folder: An empty folder, which has to stay while the servers run.
         family: Family of the tiny checkpoint.
         *arguments: Arguments of both servers.
+        transfer: How keys and values get from one to the other.
         of_decode: Arguments of the decode server, after those.
         **environment: Environment variables of both.
     """
-    port = SglangServer("").port
     shared = (
         *arguments,
-        "--disaggregation-transfer-backend=mooncake",
-        f"--disaggregation-bootstrap-port={port}",
+        f"--disaggregation-transfer-backend={transfer}",
+        f"--disaggregation-bootstrap-port={SglangServer('').port}",
         # The overlapping loop sends a cached prefix by a CUDA event.
         "--disable-overlap-schedule",
     )
-    plugin = plugin_environment(
-        folder, "mooncake_on_cpu", f"{__name__}:send_indices_at_once", Path(__file__).parents[2]
-    )
+    plugin = plugin_environment(folder, "transfer_on_cpu", f"{__name__}:run_without_a_gpu", Path(__file__).parents[2])
     # With the plugins that the caller has for it.
     plugins = os.pathsep.join(filter(None, (plugin["PYTHONPATH"], environment.pop("PYTHONPATH", ""))))
     environment |= {

@@ -61,7 +61,7 @@ REFUSED = [
     ("language_only", True, "--language-only"),
     ("enable_adaptive_dispatch_to_encoder", True, "encoder disaggregation"),
     ("language_model_only", True, "--language-model-only"),
-    ("disaggregation_transfer_backend", "nixl", "--disaggregation-transfer-backend nixl: not verified"),
+    ("disaggregation_transfer_backend", "mori", "--disaggregation-transfer-backend mori: not verified"),
     ("disaggregation_decode_allocation_policy", "prefill_complete", "policy prefill_complete: not verified"),
     ("enable_pd_role_switch", True, "--enable-pd-role-switch: not verified"),
     ("speculative_algorithm", "EAGLE", "--speculative-algorithm EAGLE: the draft model's prefill"),
@@ -102,7 +102,7 @@ def test_a_refused_configuration_is_named(field: str, value: Any, named: str) ->
 
 
 def test_a_server_by_itself_may_name_any_transfer() -> None:
-    alone = {"disaggregation_mode": "null", "disaggregation_transfer_backend": "nixl"}
+    alone = {"disaggregation_mode": "null", "disaggregation_transfer_backend": "mori"}
     assert list(_problems(SimpleNamespace(**SUPPORTED | alone))) == []
 
 

@@ -14,7 +14,7 @@ from mmtok_bench.families import FamilyName
 from mmtok_bench.server import running
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import FAMILIES
-from tests.runtime.disaggregated import OBSTACLE, Disaggregated, make_pair
+from tests.runtime.disaggregated import Disaggregated, Transfer, make_pair, obstacle_to
 from tests.runtime.films import film, has_ffmpeg
 from tests.runtime.hook_faults import Faults, fault_environment
 from tests.runtime.serving import prunes_videos
@@ -28,20 +28,27 @@ CHATS = (
     Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))]
+pytestmark = pytest.mark.slow
+NEEDS_MOONCAKE = pytest.mark.skipif(obstacle_to("mooncake") is not None, reason=str(obstacle_to("mooncake")))
+PAIRS: list[tuple[FamilyName, Transfer]] = [*((name, "mooncake") for name in FAMILIES), ("qwen2.5-vl", "nixl")]
 
 
 @pytest.fixture(
     scope="module",
-    params=[name if name == "qwen2.5-vl" else pytest.param(name, marks=pytest.mark.exhaustive) for name in FAMILIES],
+    params=[
+        pytest.param(each, id="-".join(each), marks=() if each[0] == "qwen2.5-vl" else pytest.mark.exhaustive)
+        for each in PAIRS
+    ],
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disaggregated]:
     """A pair of servers with a budget of 10%, whose decode server retracts a request at every seventh step."""
-    family: FamilyName = request.param
+    family, transfer = request.param
+    if obstacle := obstacle_to(transfer):
+        pytest.skip(obstacle)
     folder = tmp_path_factory.mktemp(family)
     environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
     environment |= fault_environment(folder)
-    servers = make_pair(folder / "pair", family, "--mmtok-budget=10%", **environment)
+    servers = make_pair(folder / "pair", family, "--mmtok-budget=10%", transfer=transfer, **environment)
     with running(*servers):
         yield Disaggregated.of(family, servers, Faults(folder))
 
@@ -103,6 +110,7 @@ def test_a_film_and_an_image(pair: Disaggregated) -> None:
     pair.decode.check(chat, decoded)
 
 
+@NEEDS_MOONCAKE
 @pytest.mark.exhaustive
 def test_another_budget_fails_its_requests_alone(tmp_path: Path) -> None:
     servers = make_pair(tmp_path, "qwen2.5-vl", "--mmtok-budget=10%", of_decode=("--mmtok-budget=25%",))
@@ -118,6 +126,7 @@ def test_another_budget_fails_its_requests_alone(tmp_path: Path) -> None:
         assert all(server.is_alive() for server in servers)
 
 
+@NEEDS_MOONCAKE
 @pytest.mark.exhaustive
 def test_a_decode_server_without_a_budget_ends(tmp_path: Path) -> None:
     """SGLang's own comparison ends it; else it would read keys and values that do not exist."""
