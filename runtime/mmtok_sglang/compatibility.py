@@ -34,6 +34,7 @@ __all__ = [
     "check_server_method",
     "check_sharing",
     "check_skipping",
+    "check_speculation",
     "check_stages",
     "check_unread_config",
     "family_of_server",
@@ -201,6 +202,16 @@ def check_sharing(settings: Settings) -> None:
         raise UnsupportedServerError(f"--mmtok-share-tiles does not run on {settings.family}: {obstacle}. Drop it")
 
 
+def check_speculation(server_args: Any, settings: Settings) -> None:
+    """Raises UnsupportedServerError if the model cannot verify drafted tokens."""
+    algorithm = resolving_view(server_args).speculative_algorithm
+    obstacle = FAMILIES[settings.family].obstacle_to_speculation
+    if algorithm is not None and obstacle is not None:
+        raise UnsupportedServerError(
+            f"--speculative-algorithm {algorithm} does not run on {settings.family}: {obstacle}. Drop it"
+        )
+
+
 def check_stages(server_args: Any, settings: Settings) -> None:
     """Raises UnsupportedServerError if a pipeline of that many stages would lose a part of an image."""
     num_stages = resolving_view(server_args).pp_size
@@ -215,9 +226,7 @@ def _problems(cfg: Any) -> Iterator[str]:
     if cfg.language_model_only:
         yield "--language-model-only: there is no vision encoder"
     yield from problems_of(cfg)
-    if cfg.speculative_algorithm == "NGRAM":
-        yield "--speculative-algorithm NGRAM: not verified"
-    elif cfg.speculative_algorithm:
+    if cfg.speculative_algorithm not in (None, "NGRAM"):
         yield (
             f"--speculative-algorithm {cfg.speculative_algorithm}: the draft model's prefill reads positions from "
             "before the selection"

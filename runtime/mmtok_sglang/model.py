@@ -150,7 +150,7 @@ class PrunedModel(_Base):
         # Not all of SGLang's classes take all of them.
         rest = {name: value for name, value in rest.items() if value is not None and value is not False}
         run = partial(super().forward, positions=positions, forward_batch=forward_batch, **rest)
-        if not forward_batch.forward_mode.is_extend():
+        if not forward_batch.forward_mode.is_extend_without_speculative():
             return run(input_ids)
         server, device = current(), next(self.parameters()).device
         server.failures.receive(pp_proxy_tensors)

@@ -156,6 +156,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
             check_server_method,
             check_sharing,
             check_skipping,
+            check_speculation,
             check_stages,
             family_of_server,
         )
@@ -176,6 +177,7 @@ class MMTokServerArgs(_WithFlags, dict=True):  # type: ignore[call-arg]
         check_scale(self._mmtok_settings)
         check_sharing(self._mmtok_settings)
         check_skipping(self._mmtok_settings)
+        check_speculation(self, self._mmtok_settings)
         check_stages(self, self._mmtok_settings)
         check_agent(self, self._mmtok_settings)
         check_backend(self, self._mmtok_settings)

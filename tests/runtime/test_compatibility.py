@@ -65,7 +65,7 @@ REFUSED = [
     ("disaggregation_decode_allocation_policy", "prefill_complete", "policy prefill_complete: not verified"),
     ("enable_pd_role_switch", True, "--enable-pd-role-switch: not verified"),
     ("speculative_algorithm", "EAGLE", "--speculative-algorithm EAGLE: the draft model's prefill"),
-    ("speculative_algorithm", "NGRAM", "--speculative-algorithm NGRAM: not verified"),
+    ("speculative_algorithm", "NEXTN", "--speculative-algorithm NEXTN: the draft model's prefill"),
     ("mm_enable_dp_encoder", True, "--mm-enable-dp-encoder"),
     ("attn_dp_size", 2, "--enable-dp-attention"),
     ("skip_tokenizer_init", True, "--skip-tokenizer-init"),
@@ -116,6 +116,20 @@ def test_a_refused_environment_is_named(monkeypatch: pytest.MonkeyPatch, name: s
 @pytest.mark.parametrize("graphs", [None, prefill_graphs(Backend.BREAKABLE), prefill_graphs(Backend.DISABLED)])
 def test_other_configurations_pass(graphs: Any) -> None:
     assert list(_problems(SimpleNamespace(**SUPPORTED | {"cuda_graph_config": graphs}))) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_by_earlier_text(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
+    drafting = SimpleNamespace(**SUPPORTED | {"speculative_algorithm": "NGRAM"})
+    assert list(_problems(drafting)) == []
+    settings = make_settings(family=family)
+    compatibility.check_speculation(SimpleNamespace(**SUPPORTED), settings)
+    if not family.startswith("qwen3.5"):
+        compatibility.check_speculation(drafting, settings)
+        return
+    with pytest.raises(UnsupportedServerError, match=rf"NGRAM does not run on {family}: states of linear attention"):
+        compatibility.check_speculation(drafting, settings)
 
 
 def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

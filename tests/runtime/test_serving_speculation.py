@@ -1,0 +1,58 @@
+"""Drafted tokens are verified at the positions of a pruned prompt: answers are those without speculation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from mmtok_bench.families import FamilyName
+from tests.runtime.chats import Chat, small
+from tests.runtime.conftest import FAMILIES, judge_of, make_server
+from tests.runtime.emulated_speculation import speculation_environment
+from tests.runtime.films import film, has_ffmpeg
+from tests.runtime.serving import Served, prunes_videos
+
+QUESTION = "How many cats are on the red table?"
+CHATS = [
+    Chat.ask(small("coffee"), QUESTION),
+    Chat.ask(small("chelsea"), small("coffee"), QUESTION),
+    Chat.ask("No image."),
+    Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
+]
+SPECULATED = [name for name in FAMILIES if not name.startswith("qwen3.5")]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(
+    scope="module",
+    params=[each if each == "qwen2.5-vl" else pytest.param(each, marks=pytest.mark.exhaustive) for each in SPECULATED],
+)
+def speculating(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with trees of 6 drafts, chunks of 32 tokens, and a retraction at every third step."""
+    family: FamilyName = request.param
+    arguments = ("--mmtok-budget=10%", "--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6")
+    environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "3"}
+    environment |= speculation_environment(tmp_path_factory.mktemp(family))
+    with make_server(family, *arguments, "--chunked-prefill-size=32", **environment) as server:
+        yield Served(family, server, judge_of(family))
+
+
+def test_answers(speculating: Served) -> None:
+    chats = [*CHATS, *([Chat.ask(film(), QUESTION)] if prunes_videos(speculating.family) and has_ffmpeg() else [])]
+    one_by_one = [speculating.ask(chat, max_tokens=24) for chat in chats]
+    with ThreadPoolExecutor(len(chats)) as pool:
+        together = list(pool.map(lambda chat: speculating.ask(chat, max_tokens=24), chats))
+    for chat, account in zip(chats * 2, [*one_by_one, *together], strict=True):
+        speculating.check(chat, account)
+        # Every token is the model's own next one, as without drafts.
+        chosen = [logprob for logprob, _, _ in account["output_token_logprobs"]]
+        best = [top[0][0] for top in account["output_top_logprobs"]]
+        assert chosen == pytest.approx(best, abs=1e-6)
+        assert len(chosen) == 24
+    accepted = [sum(account["spec_num_correct_drafts"] for account in each) for each in (one_by_one, together)]
+    assert min(accepted) > 0
+    assert sum(account["num_retractions"] for account in together) > 0
