@@ -77,6 +77,8 @@ def problems_of(cfg: Any) -> Iterator[str]:
     transfer = cfg.disaggregation_transfer_backend
     if transfer not in ("mooncake", "nixl"):
         yield f"--disaggregation-transfer-backend {transfer}: not verified; use mooncake or nixl"
+    if cfg.speculative_algorithm is not None:
+        yield f"--disaggregation-mode with --speculative-algorithm {cfg.speculative_algorithm}: not verified"
     if cfg.enable_pd_role_switch:
         yield "--enable-pd-role-switch: not verified"
     if cfg.disaggregation_decode_allocation_policy != "early":

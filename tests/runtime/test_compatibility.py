@@ -31,7 +31,7 @@ SUPPORTED: dict[str, Any] = {
     "language_only": False,
     "enable_adaptive_dispatch_to_encoder": False,
     "language_model_only": False,
-    "disaggregation_mode": "prefill",
+    "disaggregation_mode": "null",
     "disaggregation_transfer_backend": "mooncake",
     "disaggregation_decode_allocation_policy": "early",
     "enable_pd_role_switch": False,
@@ -61,9 +61,6 @@ REFUSED = [
     ("language_only", True, "--language-only"),
     ("enable_adaptive_dispatch_to_encoder", True, "encoder disaggregation"),
     ("language_model_only", True, "--language-model-only"),
-    ("disaggregation_transfer_backend", "mori", "--disaggregation-transfer-backend mori: not verified"),
-    ("disaggregation_decode_allocation_policy", "prefill_complete", "policy prefill_complete: not verified"),
-    ("enable_pd_role_switch", True, "--enable-pd-role-switch: not verified"),
     ("speculative_algorithm", "EAGLE", "--speculative-algorithm EAGLE: the draft model's prefill"),
     ("speculative_algorithm", "NEXTN", "--speculative-algorithm NEXTN: the draft model's prefill"),
     ("mm_enable_dp_encoder", True, "--mm-enable-dp-encoder"),
@@ -101,9 +98,20 @@ def test_a_refused_configuration_is_named(field: str, value: Any, named: str) ->
     assert named in problem
 
 
-def test_a_server_by_itself_may_name_any_transfer() -> None:
-    alone = {"disaggregation_mode": "null", "disaggregation_transfer_backend": "mori"}
-    assert list(_problems(SimpleNamespace(**SUPPORTED | alone))) == []
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("disaggregation_transfer_backend", "mori", "--disaggregation-transfer-backend mori: not verified"),
+        ("disaggregation_decode_allocation_policy", "prefill_complete", "policy prefill_complete: not verified"),
+        ("enable_pd_role_switch", True, "--enable-pd-role-switch: not verified"),
+        ("speculative_algorithm", "NGRAM", "--disaggregation-mode with --speculative-algorithm NGRAM: not verified"),
+    ],
+)
+def test_refused_of_two_servers_alone(field: str, value: Any, named: str) -> None:
+    assert list(_problems(SimpleNamespace(**SUPPORTED | {field: value}))) == []
+    for mode in ("prefill", "decode"):
+        (problem,) = _problems(SimpleNamespace(**SUPPORTED | {"disaggregation_mode": mode, field: value}))
+        assert named in problem
 
 
 @pytest.mark.parametrize("name", ["SGLANG_VIT_ENABLE_CUDA_GRAPH", "SGLANG_RUST_SERVER"])
