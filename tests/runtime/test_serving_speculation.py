@@ -32,27 +32,36 @@ pytestmark = pytest.mark.slow
     params=[each if each == "qwen2.5-vl" else pytest.param(each, marks=pytest.mark.exhaustive) for each in SPECULATED],
 )
 def speculating(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server with trees of 6 drafts, chunks of 32 tokens, and a retraction at every third step."""
+    """A server with trees of 6 drafts, chunks of 64 tokens, and a retraction at every fifth step."""
     family: FamilyName = request.param
     arguments = ("--mmtok-budget=10%", "--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6")
-    environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "3"}
+    environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     environment |= speculation_environment(tmp_path_factory.mktemp(family))
-    with make_server(family, *arguments, "--chunked-prefill-size=32", **environment) as server:
+    with make_server(family, *arguments, "--chunked-prefill-size=64", **environment) as server:
         yield Served(family, server, judge_of(family))
 
 
 def test_answers(speculating: Served) -> None:
     chats = [*CHATS, *([Chat.ask(film(), QUESTION)] if prunes_videos(speculating.family) and has_ffmpeg() else [])]
-    one_by_one = [speculating.ask(chat, max_tokens=24) for chat in chats]
-    with ThreadPoolExecutor(len(chats)) as pool:
-        together = list(pool.map(lambda chat: speculating.ask(chat, max_tokens=24), chats))
-    for chat, account in zip(chats * 2, [*one_by_one, *together], strict=True):
-        speculating.check(chat, account)
+    _check(speculating, chats, [speculating.ask(chat, max_tokens=40) for chat in chats])
+    num_retractions, many = 0, chats * 2
+    # Which requests decode at the same time depends on the machine.
+    for _ in range(6):
+        with ThreadPoolExecutor(len(many)) as pool:
+            together = list(pool.map(lambda chat: speculating.ask(chat, max_tokens=40), many))
+        _check(speculating, many, together)
+        num_retractions += sum(account["num_retractions"] for account in together)
+        if num_retractions:
+            break
+    assert num_retractions > 0
+
+
+def _check(served: Served, chats: list[Chat], accounts: list[dict[str, Any]]) -> None:
+    for chat, account in zip(chats, accounts, strict=True):
+        served.check(chat, account)
         # Every token is the model's own next one, as without drafts.
         chosen = [logprob for logprob, _, _ in account["output_token_logprobs"]]
         best = [top[0][0] for top in account["output_top_logprobs"]]
         assert chosen == pytest.approx(best, abs=1e-6)
-        assert len(chosen) == 24
-    accepted = [sum(account["spec_num_correct_drafts"] for account in each) for each in (one_by_one, together)]
-    assert min(accepted) > 0
-    assert sum(account["num_retractions"] for account in together) > 0
+        assert len(chosen) == 40
+    assert sum(account["spec_num_correct_drafts"] for account in accounts) > 0
