@@ -26,6 +26,7 @@ from mmtok_export.foreign_graph import (
     candidates,
     find_value,
     fix_sizes,
+    has_convolution,
     hold_to_one_image,
     index_of,
     is_a_step,
@@ -231,7 +232,8 @@ def _layouts(attachment: Attachment, graph: ir.Graph, vision: ir.Value, keys: ir
     beyond the rows of the other tensor.
 
     Raises:
-        ValueError: A tensor does not have the rank of features, or the layout of a map is ambiguous.
+        ValueError: A tensor does not have the rank of features, the layout of a map is ambiguous, or the number of
+            patches is dynamic.
     """
     maps = [_map_of(value, attachment.map_layout) for value in (vision, keys)]
     rows = [_num_rows(value, is_map) for value, is_map in zip((vision, keys), maps, strict=True)]
@@ -245,7 +247,13 @@ def _layouts(attachment: Attachment, graph: ir.Graph, vision: ir.Value, keys: ir
         skipped = [0, 0]
     else:
         known = [each for each in rows if isinstance(each, int)]
-        wanted = num_patches(graph) or min(known, default=0)
+        wanted = num_patches(graph)
+        if wanted is None and has_convolution(graph) and not all(maps):
+            raise ValueError(
+                "the number of class and register tokens before the patches is not known, since the size of the images "
+                "is dynamic: give it (--skip-tokens 1, or 0 for none), or the size (--dim NAME=SIZE)"
+            )
+        wanted = wanted or min(known, default=0)
         extra = [each - wanted if isinstance(each, int) else 0 for each in rows]
         skipped = [each if 0 <= each <= _MAX_EXTRA_TOKENS else 0 for each in extra]
     return _Layout(maps[0], skipped[0]), _Layout(maps[1], skipped[1])
@@ -412,7 +420,10 @@ def _spec(attachment: Attachment, vision: ir.Value, keys: ir.Value) -> Selection
             "--tokens MIN:MAX"
         )
     if not isinstance(batch, int) and str(batch) != "B":
-        raise ValueError(f"the batch has to be that of the images, or fixed, got {shape_text(vision)}")
+        raise ValueError(
+            f"the batch of {attachment.vision} is not known to be that of the images, got {shape_text(vision)}: fix it "
+            "(--batch 1)"
+        )
     if isinstance(batch, int) and attachment.batch not in (None, DimRange.fixed(batch)):
         raise ValueError(f"the graph takes {batch} images at a time, not {attachment.batch}: leave --batch out")
     images = DimRange.fixed(batch) if isinstance(batch, int) else attachment.batch or _OPEN_BATCH

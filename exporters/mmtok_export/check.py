@@ -111,7 +111,7 @@ def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor])
     """Returns the user's features as inputs of the selection or of the whole graph, in the dtypes of the inputs.
 
     Raises:
-        ValueError: The features are inputs of neither, or conversion to the dtype would round them.
+        ValueError: The features are inputs of neither or not finite, or conversion to the dtype would round them.
     """
     optional = {"text_mask", "excluded", "budget"}
     for described in (selection, manifest):
@@ -122,6 +122,8 @@ def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor])
             continue
         inputs = {}
         for name, tensor in features.items():
+            if not tensor.double().isfinite().all():
+                raise ValueError(f"{name} has values that are not finite: expected an encoder's features")
             inputs[name] = tensor.to(getattr(torch, described.input(name).dtype))
             if not torch.equal(inputs[name].to(tensor.dtype), tensor):
                 raise ValueError(f"{name} is {tensor.dtype}, and the file takes {described.input(name).dtype}: rounded")

@@ -17,6 +17,7 @@ from rich.console import Console
 from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import Coverage, KeySource, SelectionConfig
 from mmtok_deploy.dim_range import DimRange
+from mmtok_deploy.manifest import why_no_file
 from mmtok_deploy.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -228,7 +229,19 @@ def run_export(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def _check_inputs(arguments: argparse.Namespace) -> None:
+    """Raises ValueError if a file to read or a checkpoint is missing; the libraries take seconds to import."""
+    for name in ("file", "onnx"):
+        path = getattr(arguments, name, None)
+        if path is not None and (obstacle := why_no_file(path)):
+            raise ValueError(obstacle)
+    model = getattr(arguments, "model", None)
+    if model is not None and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"expected a Hugging Face checkpoint directory, and {model} has no config.json")
+
+
 def _run(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> int:
+    _check_inputs(arguments)
     from mmtok_deploy.engines import EngineError
     from mmtok_export.picks import CheckFailedError
     from mmtok_export.tensorrt import EngineBuildError

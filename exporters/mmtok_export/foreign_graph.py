@@ -27,6 +27,7 @@ __all__ = [
     "candidates",
     "find_value",
     "fix_sizes",
+    "has_convolution",
     "hold_to_one_image",
     "index_of",
     "is_a_step",
@@ -178,6 +179,12 @@ def num_patches(graph: ir.Graph) -> int | None:
             rows, columns = shape[2], shape[3]
             return rows * columns if isinstance(rows, int) and isinstance(columns, int) else None
     return None
+
+
+def has_convolution(graph: ir.Graph) -> bool:
+    """Returns whether a graph convolves images, as encoders make their patches."""
+    weights = (node.inputs[1] for node in graph if node.op_type == "Conv")
+    return any(each is not None and each.shape is not None and len(each.shape) == 4 for each in weights)
 
 
 class Candidate(NamedTuple):

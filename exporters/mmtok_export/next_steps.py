@@ -48,12 +48,15 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
             steps["Jetson"] = _trtexec("/usr/src/tensorrt/bin/trtexec", file, manifest, has_plugins=has_plugins)
     if has_plugins:  # no other runtime has these operators
         return steps
+    has_bfloat16 = any(tensor.dtype == "bfloat16" for tensor in (*manifest.inputs, *manifest.outputs))
+    if has_bfloat16 and manifest.kind != "selection":  # ONNX Runtime multiplies no such matrices on a CPU
+        provider = '("CUDAExecutionProvider", {"use_tf32": "0"})'
+        return steps | {"ONNX Runtime, Python": f'ort.InferenceSession("{text}", providers=[{provider}])'}
     steps["ONNX Runtime, Python"] = f'ort.InferenceSession("{text}", providers=["CPUExecutionProvider"])'
     steps["ONNX Runtime, C++"] = f'Ort::Session session(env, ORT_TSTR("{text}"), Ort::SessionOptions{{}});'
     steps["ONNX Runtime, JavaScript"] = f'await ort.InferenceSession.create("{text}")'
     steps["OpenVINO"] = f'ov.Core().compile_model("{text}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})'
     # Its ONNX Runtime backend reads and writes bfloat16 from this version on.
-    has_bfloat16 = any(tensor.dtype == "bfloat16" for tensor in (*manifest.inputs, *manifest.outputs))
     triton = "Triton 26.03 or later" if has_bfloat16 else "Triton"
     steps[triton] = f"mmtok export triton {quoted} --repository models"
     return steps

@@ -225,6 +225,11 @@ def test_features_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.Cap
     np.savez(tmp_path / "own.npz", **{**own, "text": own["text"].astype(np.float64) + 1e-12})
     assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
     assert "text is torch.float64, and the file takes float32" in capsys.readouterr().err
+    spoilt = own["keys"].copy()
+    spoilt[0, 0, 0] = np.nan
+    np.savez(tmp_path / "own.npz", **{**own, "keys": spoilt})
+    assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
+    assert "keys has values that are not finite" in capsys.readouterr().err
     (tmp_path / "own.npz").write_text("nothing")
     assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
     assert "own.npz is no .npz with an array for" in capsys.readouterr().err
@@ -342,7 +347,34 @@ def test_interrupted_while_libraries_are_imported(tmp_path: Path) -> None:
     assert said.splitlines() == ["mmtok export: interrupted; no incomplete file is left"]
 
 
-def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "mmtok_export.check", None)
-    assert export("check", "a.onnx") == 1
+def test_a_library_that_is_not_installed(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mmtok_export.check", None)
+    assert export("check", str(exported)) == 1
     assert "pip install 'mmtok-deploy[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "missing.onnx"], "missing.onnx does not exist"),
+        (["engine", "."], ". is a folder: name the file in it"),
+        (["triton", "missing.onnx", "--repository=models"], "missing.onnx does not exist"),
+        (["attach", "--onnx=missing.onnx", "--vision=x", "--budget=4"], "missing.onnx does not exist"),
+        (
+            ["encoder", "--model=missing", "--budget=4"],
+            "expected a Hugging Face checkpoint directory, and missing has no",
+        ),
+    ],
+)
+def test_missing_inputs_are_told_before_libraries_are_imported(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    program = (
+        "import sys; from mmtok_deploy.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "export", *arguments]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["2", "False"]
+    assert message in ended.stderr

@@ -220,6 +220,41 @@ def test_sizes_of_dynamic_dimensions(tmp_path: Path, given: list[str], batch: Di
         assert run(28)[0].shape == (len(kept), 3)
 
 
+def test_a_class_token_of_an_image_of_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The number of patches is not known, and the position embeddings fix the number of rows."""
+    rng = np.random.default_rng(0)
+    weights: dict[str, Any] = {
+        "kernel": rng.standard_normal((8, 3, 14, 14)).astype(np.float32) / 20,
+        "rows": np.array([0, 8, -1]),
+        "class": rng.standard_normal((1, 1, 8)).astype(np.float32),
+        "places": rng.standard_normal((1, 13, 8)).astype(np.float32),
+        "mix": rng.standard_normal((8, 8)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["pixels", "kernel"], ["map"], strides=[14, 14]),
+        helper.make_node("Reshape", ["map", "rows"], ["flat"]),
+        helper.make_node("Transpose", ["flat"], ["patches"], perm=[0, 2, 1]),
+        helper.make_node("Concat", ["class", "patches"], ["sequence"], axis=1),
+        helper.make_node("Add", ["sequence", "places"], ["keys"]),
+        helper.make_node("MatMul", ["keys", "mix"], ["tokens"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "class",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [1, 3, "height", "width"])],
+        [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, [1, 13, 8])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path / "a.onnx")
+    command = ["export", "attach", f"--onnx={tmp_path}/a.onnx", "--vision=tokens", "--keys=keys", "--preset=llava-1.5"]
+    command += ["--budget=3", f"--output={tmp_path}/b.onnx", "--force"]
+    assert main(command) == 2
+    assert "give it (--skip-tokens 1, or 0 for none), or the size (--dim NAME=SIZE)" in capsys.readouterr().err
+    for given, num_tokens in ((["--skip-tokens=1"], 12), (["--dim=height=42", "--dim=width=56"], 12)):
+        assert main([*command, *given]) == 0
+        assert Manifest.load(tmp_path / "b.onnx").dimensions["N"] == DimRange.fixed(num_tokens)
+
+
 def test_an_unknown_dimension(encoder: tuple[Path, str, int], capsys: pytest.CaptureFixture[str]) -> None:
     for size in ("3", "3:4"):
         assert attach(encoder[0], "--keys=last_hidden_state", f"--dim=height={size}") == 2

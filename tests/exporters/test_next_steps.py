@@ -168,6 +168,14 @@ def test_the_configuration_is_tritons(exported: Path) -> None:
     assert [(group.kind, group.count) for group in parsed.instance_group] == [(config.ModelInstanceGroup.KIND_CPU, 1)]
 
 
+def test_an_encoder_in_bfloat16_needs_a_gpu(exported: Path) -> None:
+    manifest = Manifest.load(exported)
+    inputs = tuple(replace(each, dtype="bfloat16") for each in manifest.inputs)
+    steps = next_steps(exported, replace(manifest, kind="encoder", inputs=inputs))
+    assert list(steps) == ["TensorRT", "TensorRT-RTX", "Jetson", "ONNX Runtime, Python"]
+    assert "CUDAExecutionProvider" in steps["ONNX Runtime, Python"]
+
+
 def test_bfloat16_needs_a_newer_triton(tmp_path: Path) -> None:
     path = tmp_path / "selection.onnx"
     command = ["export", "selection", "--budget=4", "--tokens=20", "--dtype=bfloat16", "--skip-check"]
