@@ -1,8 +1,8 @@
-"""Prefill-decode disaggregation: a prefill and a decode server must cut the same images to the same length.
+"""Prefill-decode disaggregation: a prefill and a decode server have to compute the same length of each prompt.
 
-Both servers get each request, and each finds the number of tokens of its prompt by its own settings: the prefill server
-selects the tokens and fills the KV cache, and the decode server reserves room for it and goes on from there. With other
-settings it would read keys and values that do not exist, without an error.
+Both servers receive each request, and each computes the length of its prompt from its own settings. The prefill server
+selects the tokens and transfers their keys and values; the decode server reserves memory for them and goes on decoding.
+If the settings differ, the decode server reads memory that was not written, without an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 from mmtok_sglang.settings import Settings
 
-__all__ = ["announcing", "fail_transfer", "problems_of", "stay_without_prefill"]
+__all__ = ["announcing", "check_prefill_server", "fail_transfer", "problems_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,11 @@ def announcing(settings: Settings) -> Callable[..., None]:
     return init
 
 
-def stay_without_prefill(original: Callable[..., bool], manager: Any, bootstrap_addr: str) -> bool:
-    """Returns whether a prefill server is known and fits; the error of one that does not ends its requests alone.
+def check_prefill_server(original: Callable[..., bool], manager: Any, bootstrap_addr: str) -> bool:
+    """Returns whether a prefill server is known and fits this decode server.
 
-    Without it, the decode server's scheduler ends.
+    SGLang raises an error for one that does not fit, which ends the decode server's scheduler. Here it is logged, and
+    SGLang fails the requests of that prefill server after 15 attempts.
     """
     try:
         return original(manager, bootstrap_addr)

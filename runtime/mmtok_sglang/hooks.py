@@ -8,7 +8,7 @@ from typing import Any
 
 from mmtok_sglang.account import accounting, is_sent_once, remembered_by, token_counts
 from mmtok_sglang.agent import refuse_chains
-from mmtok_sglang.disaggregation import announcing, stay_without_prefill
+from mmtok_sglang.disaggregation import announcing, check_prefill_server
 from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine_generate, generate_request
 from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
@@ -229,7 +229,7 @@ def hooks_of(server: Server) -> list[Hook]:
         Hook(
             "disaggregation.common.conn.CommonKVManager.try_ensure_parallel_info",
             "self bootstrap_addr",
-            stay_without_prefill,
+            check_prefill_server,
             reason="a decode server ends when it hears of a prefill server with other settings",
             until="SGLang refuses the requests of that server alone",
         ),

@@ -132,7 +132,7 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
     """Bounds what a request generates as SGLang does, and so that its positions end with the model's context, too.
 
     A prompt whose positions leave it is refused (HTTP 400): looked up in the rotary embedding's table, they would end
-    the server.
+    the server. With speculative decoding, an answer ends two rounds of drafts before the context does.
     """
     inputs, params = req.multimodal_inputs, req.sampling_params
     context = scheduler.model_config.context_len
@@ -144,6 +144,12 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
         params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         if req.beam_group is not None:
             req.beam_group.max_new_tokens = min(req.beam_group.max_new_tokens, room)
+    drafting = getattr(scheduler, "draft_worker", None)
+    if drafting is not None:
+        # SGLang 0.5.23 reserves two rounds of drafts behind a request, and a request's row in the table of the KV cache
+        # has room for one: at the end of the context it writes into the row of another request.
+        room = max(1, context - 2 * drafting.speculative_num_draft_tokens - len(req.origin_input_ids))
+        params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
     original(scheduler, req)
 
 

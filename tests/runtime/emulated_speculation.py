@@ -73,6 +73,7 @@ def _reserve(
 ) -> None:
     first = 0
     for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
+        # SGLang's kernel does not see the end of the row: an error here.
         req_to_token[row, start:end] = out_cache_loc[first : first + end - start]
         first += end - start
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmtok_deploy.budget import Budget
-from mmtok_sglang.disaggregation import announcing, fail_transfer, stay_without_prefill
+from mmtok_sglang.disaggregation import announcing, check_prefill_server, fail_transfer
 from mmtok_sglang.settings import Settings
 from tests.runtime.stand_ins import make_settings
 
@@ -55,10 +55,10 @@ def test_a_prefill_server_that_does_not_fit_is_refused(caplog: pytest.LogCapture
         raise RuntimeError("KV cache dtype mismatch")
 
     with caplog.at_level(logging.WARNING):
-        assert stay_without_prefill(mismatch, None, "prefill:8998") is False
+        assert check_prefill_server(mismatch, None, "prefill:8998") is False
     assert "the prefill server at prefill:8998 does not fit this decode server" in caplog.text
     assert "KV cache dtype mismatch" in caplog.text
-    assert stay_without_prefill(lambda manager, address: True, None, "prefill:8998") is True
+    assert check_prefill_server(lambda manager, address: True, None, "prefill:8998") is True
 
 
 def test_a_request_of_a_server_by_itself_has_no_transfer() -> None:

@@ -28,6 +28,8 @@ CHATS = (
     Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
 )
 
+ARGUMENTS = ("--mmtok-budget=10%", "--chunked-prefill-size=64")
+
 pytestmark = pytest.mark.slow
 NEEDS_MOONCAKE = pytest.mark.skipif(obstacle_to("mooncake") is not None, reason=str(obstacle_to("mooncake")))
 PAIRS: list[tuple[FamilyName, Transfer]] = [*((name, "mooncake") for name in FAMILIES), ("qwen2.5-vl", "nixl")]
@@ -41,14 +43,14 @@ PAIRS: list[tuple[FamilyName, Transfer]] = [*((name, "mooncake") for name in FAM
     ],
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disaggregated]:
-    """A pair of servers with a budget of 10%, whose decode server retracts a request at every seventh step."""
+    """A pair with a budget of 10%, chunks of 64 tokens, and a retraction at every seventh step of decoding."""
     family, transfer = request.param
     if obstacle := obstacle_to(transfer):
         pytest.skip(obstacle)
     folder = tmp_path_factory.mktemp(family)
     environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
     environment |= fault_environment(folder)
-    servers = make_pair(folder / "pair", family, "--mmtok-budget=10%", transfer=transfer, **environment)
+    servers = make_pair(folder / "pair", family, *ARGUMENTS, transfer=transfer, **environment)
     with running(*servers):
         yield Disaggregated.of(family, servers, Faults(folder))
 

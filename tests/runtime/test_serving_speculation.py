@@ -22,6 +22,7 @@ CHATS = [
     Chat.ask("No image."),
     Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
 ]
+NUM_DRAFTS = 6
 SPECULATED = [name for name in FAMILIES if not name.startswith("qwen3.5")]
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.slow
 def speculating(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with trees of 6 drafts, chunks of 64 tokens, and a retraction at every fifth step."""
     family: FamilyName = request.param
-    arguments = ("--mmtok-budget=10%", "--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6")
+    arguments = ("--mmtok-budget=10%", "--speculative-algorithm=NGRAM", f"--speculative-num-draft-tokens={NUM_DRAFTS}")
     environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     environment |= speculation_environment(tmp_path_factory.mktemp(family))
     with make_server(family, *arguments, "--chunked-prefill-size=64", **environment) as server:
@@ -54,6 +55,24 @@ def test_answers(speculating: Served) -> None:
         if num_retractions:
             break
     assert num_retractions > 0
+
+
+def test_drafts_at_the_end_of_the_context(speculating: Served) -> None:
+    """By itself SGLang would write drafts into the row of another request, or behind the table of all requests."""
+
+    def ask(num_words: int, max_tokens: int) -> dict[str, Any]:
+        chat = Chat((("system", ("x " * num_words,)),)).then("user", small("coffee"), QUESTION)
+        return speculating.ask(chat, max_tokens=max_tokens)
+
+    short, longer = (ask(num_words, 1)["prompt_tokens"] for num_words in (100, 200))
+    context = speculating.server.server_info()["context_length"] or 8192
+    num_words = 100 + (context - 60 - short) * 100 // (longer - short)
+    num_left = context - ask(num_words, 1)["prompt_tokens"]
+    assert 40 < num_left < 100
+    account = ask(num_words, num_left)
+    assert num_left - 2 * NUM_DRAFTS <= account["completion_tokens"] < num_left
+    assert account["finish_reason"]["type"] == "length"
+    speculating.check(CHATS[0], speculating.ask(CHATS[0]))
 
 
 def _check(served: Served, chats: list[Chat], accounts: list[dict[str, Any]]) -> None:
