@@ -249,8 +249,6 @@ class Manifest:
             names = {each.name for each in fields(cls)}
             if set(values) != names:
                 raise ArtifactError(f"fields differ: {', '.join(sorted(set(values) ^ names))}")
-            if values["kind"] != "selection" and "edges" not in values["details"]:
-                raise ArtifactError(f'the kind is "{values["kind"]}", and no features of an encoder are described')
             return cls(
                 **values
                 | {

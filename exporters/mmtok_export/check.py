@@ -15,7 +15,7 @@ from mmtok_deploy.coverage import coverage_matrix
 from mmtok_deploy.engines import Engine, open_engine
 from mmtok_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from mmtok_deploy.engines.tensorrt import compute_capability
-from mmtok_deploy.manifest import Check, Manifest, TensorInfo
+from mmtok_deploy.manifest import ArtifactError, Check, Manifest, TensorInfo
 from mmtok_deploy.synthetic import synthetic_features
 from mmtok_export.graph_file import load_graph
 from mmtok_export.picks import CheckFailedError, Compared, hold_image
@@ -222,6 +222,11 @@ def _features(manifest: Manifest, sizes: _Sizes, is_padded: bool) -> dict[str, T
 
 def _selection_alone(file: Path, manifest: Manifest) -> Engine:
     """Returns an engine on the CPU of the selection that is extracted from a graph with an encoder."""
+    if "edges" not in manifest.details:
+        raise ArtifactError(
+            f'{file.name}.json says the kind "{manifest.kind}", and does not name the features of an encoder: they do '
+            "not belong together, export it again"
+        )
     edges = manifest.details["edges"]
     model = load_graph(file, manifest)
     others = [name for name in SELECTION_INPUTS if name in _names(manifest)]

@@ -235,6 +235,13 @@ def test_features_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.Cap
     assert "own.npz is no .npz with an array for" in capsys.readouterr().err
 
 
+def test_a_manifest_of_another_kind(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Manifest.path_of(exported)
+    path.write_text(path.read_text().replace('"kind": "selection"', '"kind": "encoder"'))
+    assert export("check", str(exported)) == 2
+    assert 'says the kind "encoder", and does not name the features of an encoder' in capsys.readouterr().err
+
+
 def test_skip_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export("selection", *SMALL, f"--output={tmp_path}/a.onnx", "--skip-check") == 0
     assert "check not run: --skip-check" in capsys.readouterr().out
