@@ -13,7 +13,7 @@ from PIL import Image
 from mmtok_deploy.photographs import photograph
 from tests.runtime.films import Film
 
-__all__ = ["Chat", "Part", "data_url", "small"]
+__all__ = ["CHATS", "QUESTION", "Chat", "Part", "data_url", "small"]
 
 Part = str | Image.Image | Film
 
@@ -83,3 +83,14 @@ class Chat:
             }
             for role, parts in self.turns
         ]
+
+
+QUESTION = "How many cats are on the red table?"
+CHATS = (
+    Chat.ask(small("coffee"), QUESTION),
+    Chat.ask(small("chelsea"), small("coffee"), QUESTION),
+    Chat.ask("No image."),
+    # Behind the prefix that the first chat leaves.
+    Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
+)
+"""One image, two, none, and a chat that goes on."""

@@ -12,21 +12,12 @@ import pytest
 
 from mmtok_bench.families import FamilyName
 from mmtok_bench.server import running
-from tests.runtime.chats import Chat, small
+from tests.runtime.chats import CHATS, QUESTION, Chat, small
 from tests.runtime.conftest import FAMILIES
 from tests.runtime.disaggregated import Disaggregated, Transfer, make_pair, obstacle_to
 from tests.runtime.films import film, has_ffmpeg
 from tests.runtime.hook_faults import Faults, fault_environment
 from tests.runtime.serving import prunes_videos
-
-QUESTION = "How many cats are on the red table?"
-CHATS = (
-    Chat.ask(small("coffee"), QUESTION),
-    Chat.ask(small("chelsea"), small("coffee"), QUESTION),
-    Chat.ask("No image."),
-    # The first chat left its prefix on the prefill server.
-    Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
-)
 
 ARGUMENTS = ("--mmtok-budget=10%", "--chunked-prefill-size=64")
 

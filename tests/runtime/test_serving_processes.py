@@ -10,20 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mmtok_bench.families import FamilyName
-from tests.runtime.chats import Chat, small
+from tests.runtime.chats import CHATS, QUESTION, Chat, small
 from tests.runtime.conftest import FAMILIES, checkpoint, judge_of, make_server
 from tests.runtime.films import film, has_ffmpeg
 from tests.runtime.serving import Served, prunes_videos
 
-QUESTION = "How many cats are on the red table?"
-
-
-CHATS = (
-    Chat.ask(small("coffee"), QUESTION),
-    Chat.ask(small("chelsea"), small("coffee"), QUESTION),
-    Chat.ask("No image."),
-    Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
-)
 FILM_CHATS: tuple[Callable[[], Chat], ...] = (
     lambda: Chat.ask(film(), QUESTION),
     lambda: Chat.ask(film(seed=1), small("coffee"), QUESTION),

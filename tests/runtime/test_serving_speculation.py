@@ -9,19 +9,12 @@ from typing import Any
 import pytest
 
 from mmtok_bench.families import FamilyName
-from tests.runtime.chats import Chat, small
+from tests.runtime.chats import CHATS, QUESTION, Chat, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.emulated_speculation import speculation_environment
 from tests.runtime.films import film, has_ffmpeg
 from tests.runtime.serving import Served, prunes_videos
 
-QUESTION = "How many cats are on the red table?"
-CHATS = [
-    Chat.ask(small("coffee"), QUESTION),
-    Chat.ask(small("chelsea"), small("coffee"), QUESTION),
-    Chat.ask("No image."),
-    Chat.ask(small("coffee"), QUESTION).then("assistant", "None.").then("user", "Why?"),
-]
 NUM_DRAFTS = 6
 SPECULATED = [name for name in FAMILIES if not name.startswith("qwen3.5")]
 
