@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of one mmtok command: 0 ok, 1 a check failed, 2 usage, 130 Ctrl-C."""
     given = sys.argv[1:] if argv is None else argv
     try:
-        return _run(_parser(given).parse_args(given))
+        return _run(_parser(given).parse_args(given, argparse.Namespace(given=given)))
     except ModuleNotFoundError as error:
         print(
             f"mmtok {given[0]} needs {error.name}, which is not installed: "
@@ -47,7 +47,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
         doctor.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     if alone in (None, "export"):
-        from mmtok_export.command import add_export_parser
+        from mmtok_export.arguments import add_export_parser
 
         add_export_parser(commands)
     if alone is None:

@@ -271,11 +271,11 @@ class Manifest:
         return file.with_name(f"{file.name}.json")
 
     @classmethod
-    def load(cls, file: Path) -> Manifest:
-        """Returns the manifest of an exported file after checking the checksums of all its files.
+    def read(cls, file: Path) -> Manifest:
+        """Returns the manifest of an exported file without computing checksums.
 
         Raises:
-            ArtifactError: The file or its manifest is missing, or a file has changed.
+            ArtifactError: The file or its manifest is missing, or the manifest does not describe the file.
         """
         path = cls.path_of(file)
         if obstacle := why_no_file(file):
@@ -289,6 +289,16 @@ class Manifest:
         if manifest.files[0].name != file.name:
             described = manifest.files[0].name
             raise ArtifactError(f"{path} describes {described}, not {file.name}: keep both names as they are")
+        return manifest
+
+    @classmethod
+    def load(cls, file: Path) -> Manifest:
+        """Returns the manifest of an exported file after checking the checksums of all its files.
+
+        Raises:
+            ArtifactError: The file or its manifest is missing, or a file has changed.
+        """
+        manifest = cls.read(file)
         for expected in manifest.files:
             _check_file(file.with_name(expected.name), expected)
         return manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_export.tensorrt import RTX_TARGETS
+from mmtok_export.targets import RTX_TARGETS
 
 ROOT = Path(__file__).parents[1]
 

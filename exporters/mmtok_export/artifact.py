@@ -1,15 +1,10 @@
-"""Writes exported files: a file appears only when it is complete, checked and has its manifest."""
+"""Writes a model with a selection as a checked ONNX file with its manifest."""
 
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,22 +21,19 @@ from mmtok_deploy.engines.onnxruntime import VERSION
 from mmtok_deploy.manifest import Check, FileInfo, Kind, Manifest, describe_file
 from mmtok_export.check import check_artifact, estimated_seconds
 from mmtok_export.graph_file import tensor_infos
+from mmtok_export.new_artifact import PROCESSOR_SUFFIX, WEIGHTS_SUFFIX, files_of, new_artifact
 from mmtok_export.pixels import processor_config
-from mmtok_export.selection_graph import SelectionSpec
+from mmtok_export.spec import SelectionSpec
 from mmtok_export.whole_graph import Encoder
 
-__all__ = ["check_output", "export_model", "file_infos", "new_artifact", "now"]
+__all__ = ["export_model", "file_infos", "now"]
 
 # A protobuf message has at most 2 GiB, and loading a large one takes memory of twice its size.
 _MAX_INLINE_BYTES = 256 * 2**20
-_WEIGHTS_SUFFIX = ".data"
-_PROCESSOR_SUFFIX = ".processor_config.json"
 _ONNX_DOMAINS = ("", "ai.onnx")
 # The oldest version that was tested, with the highest opset and format version that it reads.
 _OLDEST_ONNX_RUNTIME, _TRIED_OPSET, _TRIED_IR_VERSION = "1.18", 21, 10
 _SECONDS_WITHOUT_A_WORD = 10
-# Suffix of the temporary folder beside the output path, in which a file is written.
-_UNFINISHED = ".mmtok-unfinished"
 
 
 def export_model(
@@ -104,7 +96,7 @@ def export_model(
         _save_model(model, file)
         if "pixels" in manifest.details:
             processor = processor_config(manifest.details["image_size"], manifest.details["pixels"])
-            file.with_name(f"{file.name}{_PROCESSOR_SUFFIX}").write_text(
+            file.with_name(f"{file.name}{PROCESSOR_SUFFIX}").write_text(
                 json.dumps(processor, indent=2) + "\n", encoding="utf-8"
             )
         on_step("computing checksums")
@@ -124,90 +116,17 @@ def _write_manifest(file: Path, manifest: Manifest) -> None:
     Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
 
 
-@contextmanager
-def new_artifact(path: Path, *, force: bool) -> Iterator[Path]:
-    """Yields a path of the same name in a temporary folder; at the end, all files of this folder move beside `path`.
-
-    Args:
-        path: Final path of the file.
-        force: Whether existing files may be replaced.
-
-    Raises:
-        FileExistsError: The file exists and may not be replaced.
-    """
-    check_output(path, force=force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent):
-        _clear_unfinished(path.parent)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent))
-        # The system releases this lock when the process ends, even if it is killed.
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield folder / path.name
-        # Another export may have written the file in the meantime.
-        check_output(path, force=force)
-        # The manifest is moved last, since a file without it cannot be loaded.
-        written = sorted(folder.iterdir(), key=lambda file: file == Manifest.path_of(folder / path.name))
-        for file in _files_of(path):
-            file.unlink(missing_ok=True)
-        for file in written:
-            os.replace(file, path.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _clear_unfinished(parent: Path) -> None:
-    """Removes temporary folders of killed exports, which may take gigabytes."""
-    for folder in parent.glob(f".*{_UNFINISHED}"):
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:  # another export is running
-            pass
-        finally:
-            os.close(lock)
-
-
-def check_output(path: Path, *, force: bool) -> None:
-    """Raises FileExistsError if the file, or one that is written beside it, exists and may not be replaced."""
-    if path.is_dir() or not path.name:
-        raise FileExistsError(f"{path} is a folder: name a file, --output FILE")
-    for existing in _files_of(path):
-        if existing.is_symlink() and not existing.exists():
-            raise FileExistsError(f"{existing} is a link to {existing.readlink()}, which is not there: remove the link")
-        if existing.exists() and not force:
-            raise FileExistsError(f"{existing} is there already: choose another --output, or --force to replace it")
-
-
 def _check_source(path: Path, model: ir.Model, source: Path | None) -> None:
     """Raises FileExistsError if the export would overwrite a file that the model is read from."""
     weights = {Path(tensor.path) for tensor in _weights(model) if isinstance(tensor, ir.ExternalTensor)}
     for read in [*weights, *([source] if source else [])]:
-        for written in _files_of(path):
+        for written in files_of(path):
             if written.exists() and written.samefile(read):
                 raise FileExistsError(f"{written} is the source of the export: choose another --output")
 
 
 def _weights(model: ir.Model) -> list[ir.TensorProtocol]:
     return [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-
-
-def _files_of(path: Path) -> list[Path]:
-    beside = (path.with_name(f"{path.name}{suffix}") for suffix in (_WEIGHTS_SUFFIX, _PROCESSOR_SUFFIX))
-    return [path, *beside, Manifest.path_of(path)]
 
 
 def _save_model(model: ir.Model, path: Path) -> None:
@@ -221,7 +140,7 @@ def _save_model(model: ir.Model, path: Path) -> None:
     is_large = sum(tensor.nbytes for tensor in weights) > _MAX_INLINE_BYTES
     # Weights in a file of another graph are copied, too.
     is_elsewhere = any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
-    ir.save(model, path, external_data=f"{path.name}{_WEIGHTS_SUFFIX}" if is_large or is_elsewhere else None)
+    ir.save(model, path, external_data=f"{path.name}{WEIGHTS_SUFFIX}" if is_large or is_elsewhere else None)
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

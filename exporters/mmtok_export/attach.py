@@ -19,10 +19,8 @@ from mmtok_deploy.budget import Budget
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines.onnxruntime import run_on_cpu
-from mmtok_export.budget import num_kept, share_of
 from mmtok_export.foreign_graph import (
     GROUPS,
-    Candidate,
     candidates,
     find_value,
     fix_sizes,
@@ -39,10 +37,11 @@ from mmtok_export.foreign_graph import (
     times,
 )
 from mmtok_export.join import builder_on, join_selection
-from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
+from mmtok_export.selection_graph import FEATURE_DTYPES
+from mmtok_export.spec import FeatureDtype, Form, SelectionSpec, num_kept, share_of
 from mmtok_export.whole_graph import Encoder
 
-__all__ = ["Attached", "Attachment", "attach_selection"]
+__all__ = ["Attached", "Attachment", "KeysNotNamedError", "attach_selection"]
 
 _MAX_EXTRA_TOKENS = 16
 _OPEN_BATCH = DimRange(1, 1, 8)
@@ -94,6 +93,20 @@ class Attachment:
     dimensions: Mapping[str, DimRange] = field(default_factory=dict)
 
 
+class KeysNotNamedError(ValueError):
+    """No tensor was named that may be the keys.
+
+    Args:
+        problem: What was named.
+        candidates: Options of `mmtok export attach` that name a candidate -> the candidate's shape.
+    """
+
+    def __init__(self, problem: str, candidates: Mapping[tuple[str, ...], str]) -> None:
+        listed = "".join(f"\n  {shlex.join(options)}  # {shape}" for options, shape in candidates.items())
+        super().__init__(f"{problem}; the nearest that have rows for each token:{listed}" if listed else problem)
+        self.problem, self.candidates = problem, candidates
+
+
 @dataclass(frozen=True, slots=True)
 class Attached:
     """An encoder of another exporter with the selection at its end.
@@ -137,7 +150,7 @@ def attach_selection(onnx_file: Path, attachment: Attachment) -> Attached:
     if attachment.num_tokens is not None and attachment.num_tokens.is_fixed:
         sizes = _dimensions(model, vision, attachment.num_tokens)
         fix_sizes(model, {name: size.minimum for name, size in sizes.items()})
-    keys = _keys_of(attachment, model.graph, vision, onnx_file)
+    keys = _keys_of(attachment, model.graph, vision)
     layouts = _layouts(attachment, model.graph, vision, keys)
     assert vision.shape is not None
     one_image = hold_to_one_image(model) if len(vision.shape) == 2 else []
@@ -318,12 +331,11 @@ def _with_num_tokens(builder: GraphBuilder, value: ir.Value, num_tokens: DimRang
     return fixed
 
 
-def _keys_of(attachment: Attachment, graph: ir.Graph, vision: ir.Value, onnx_file: Path) -> ir.Value:
+def _keys_of(attachment: Attachment, graph: ir.Graph, vision: ir.Value) -> ir.Value:
     """Returns the tensor of the keys.
 
     Raises:
-        ValueError: `attachment` names no tensor, or a step inside a layer; the message lists a command for each
-            candidate.
+        KeysNotNamedError: `attachment` names no tensor, or a step inside a layer.
     """
     problem = "name the features before the projector, --keys TENSOR"
     if attachment.keys:
@@ -333,40 +345,15 @@ def _keys_of(attachment: Attachment, graph: ir.Graph, vision: ir.Value, onnx_fil
         node = keys.producer()
         problem = f"{keys.name} is a {node.op_type if node else ''}, a step inside a layer, no features"
     num_tokens = num_patches(graph) or _num_rows(vision, _map_of(vision, attachment.map_layout))
-    listed = "".join(
-        f"\n  {_command(onnx_file, attachment, each, index_of(vision))}  # {shape_text(each.value)}"
-        for each in candidates(graph, vision, num_tokens)
-        if attachment.keys_per_token in (1, each.keys_per_token)
-    )
-    may_be = f"; the nearest that have rows for each token:{listed}" if listed else ""
-    raise ValueError(f"{problem}{may_be}")
-
-
-def _command(onnx_file: Path, attachment: Attachment, keys: Candidate, index: str | None) -> str:
-    """Returns the command line that attaches to these keys, with all other given options."""
-    is_merged = keys.keys_per_token > 1
-    flags = {
-        "--onnx": onnx_file,
-        "--vision": attachment.vision,
-        "--keys": keys.value.name,
-        "--keys-per-token": keys.keys_per_token if is_merged else None,
-        "--keys-index": attachment.keys_index or (index if is_merged else None),
-        "--tokens": attachment.num_tokens,
-        "--text-tokens": attachment.num_words,
-        "--batch": attachment.batch,
-        "--skip-tokens": attachment.skip_tokens,
-        "--map": attachment.map_layout,
-        "--grid-width": attachment.grid_width,
-        "--budget": attachment.budget,
-        "--form": attachment.form,
-        "--tv-temp": attachment.config.tv_temp,
-        "--vv-temp": attachment.config.vv_temp,
-        "--alpha": attachment.config.alpha,
-        "--coverage": attachment.config.coverage,
-    }
-    given = [f"{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
-    given += ["--budget-input"] * attachment.takes_budget + ["--unpruned"] * attachment.is_unpruned_given
-    return f"mmtok export attach {' '.join(given)}"
+    index = attachment.keys_index or index_of(vision)
+    found = {}
+    for each in candidates(graph, vision, num_tokens):
+        if attachment.keys_per_token in (1, each.keys_per_token):
+            options = ["--keys", str(each.value.name)]
+            if each.keys_per_token > 1:
+                options += ["--keys-per-token", str(each.keys_per_token), *(["--keys-index", index] if index else [])]
+            found[tuple(options)] = shape_text(each.value)
+    raise KeysNotNamedError(problem, found)
 
 
 def _merged_keys(builder: GraphBuilder, graph: ir.Graph, keys: ir.Value, attachment: Attachment) -> ir.Value:

@@ -134,9 +134,12 @@ def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor])
             if described.takes_budget:
                 inputs.setdefault("budget", torch.full((len(inputs["vision"]),), described.budget))
         return inputs
+    expected = [", ".join(sorted(_names(selection) - {"text_mask", "excluded", "budget"}))]
+    if manifest.kind != "selection":
+        expected.append(", ".join(sorted(_names(manifest) - optional)))
+    left_out = sorted((_names(selection) | _names(manifest)) & optional)
     raise ValueError(
-        f"--features holds {', '.join(features)}: expected {', '.join(sorted(_names(selection)))}"
-        + ("" if manifest.kind == "selection" else f", or {', '.join(sorted(_names(manifest)))}")
+        f"--features holds {', '.join(features)}: expected {'; or '.join(expected)}; {', '.join(left_out)} may be given"
     )
 
 

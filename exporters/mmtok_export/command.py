@@ -5,30 +5,32 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from mmtok_deploy.budget import Budget
-from mmtok_deploy.config import Coverage, KeySource, SelectionConfig
+from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.manifest import why_no_file
+from mmtok_deploy.manifest import ArtifactError, Manifest, why_no_file
 from mmtok_deploy.presets import PRESETS
+from mmtok_export.arguments import EXPORT_FOLDER
+from mmtok_export.new_artifact import check_output
+from mmtok_export.spec import SelectionSpec, num_kept, share_of
+from mmtok_export.targets import Library, check_targets, choose_library, engine_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmtok_deploy.manifest import Manifest
-    from mmtok_export.tensorrt import Library
+    from mmtok_export.attach import KeysNotNamedError
 
-__all__ = ["add_export_parser", "run_export"]
+__all__ = ["run_export"]
 
-_FOLDER = Path("artifacts/export")
 _MAX_SILENT_S = 10
 _INTERRUPTED = 130
 _LIBRARIES_WITH_ERRORS = ("google", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch")
@@ -54,153 +56,6 @@ _FEATURES = {
     "qwen3.5-moe": _Features(2048, 1152, has_float32_keys=True),
 }
 
-# Also in the modules that use them, whose import would delay --help.
-_FORMS = ("lazy", "loop", "unrolled")
-_DTYPES = ("float16", "bfloat16", "float32")
-_SIZES = "a size, MIN:MAX or MIN:OPTIMUM:MAX"
-_UNPRUNED = "add the output unpruned_tokens with all tokens"
-_LIBRARIES = ("auto", "tensorrt-rtx", "tensorrt")
-
-
-def add_export_parser(commands: Any) -> None:
-    """Adds `mmtok export` and its subcommands to the command line's parser."""
-    export = commands.add_parser("export", help="export the selection as an ONNX graph or a TensorRT engine")
-    kinds = export.add_subparsers(dest="kind", required=True, metavar="WHAT")
-
-    selection = kinds.add_parser("selection", help="the selection by itself: features in, kept tokens out")
-    selection.add_argument(
-        "--tokens",
-        type=_range,
-        default=DimRange.fixed(576),
-        metavar="N",
-        help=f"vision tokens of an image: {_SIZES} (default 576)",
-    )
-    selection.add_argument(
-        "--batch", type=_range, default=DimRange.fixed(1), metavar="B", help=f"images in a batch: {_SIZES} (default 1)"
-    )
-    selection.add_argument(
-        "--vision-width", type=int, metavar="D", help="width of vision tokens (default: that of the preset's 7B model)"
-    )
-    selection.add_argument(
-        "--keys-width",
-        type=int,
-        metavar="d",
-        help="width of features before the projector (default: that of the preset's 7B model)",
-    )
-    selection.add_argument(
-        "--keys",
-        choices=get_args(KeySource),
-        default="input",
-        help="--mmtok-keys of the server: output compares the vision tokens themselves (default input)",
-    )
-    selection.add_argument(
-        "--dtype", choices=_DTYPES, default="float16", help="dtype of the features (default float16)"
-    )
-    selection.add_argument(
-        "--keys-dtype",
-        choices=_DTYPES,
-        help="dtype of the features before the projector (default: float32 for a Qwen, else --dtype)",
-    )
-    _add_common(selection, "default llava-1.5")
-
-    encoder = kinds.add_parser("encoder", help="a vision encoder with the selection: pixels in, kept tokens out")
-    encoder.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint folder")
-    size = encoder.add_mutually_exclusive_group()
-    size.add_argument(
-        "--image-size",
-        type=_image_size,
-        metavar="WxH",
-        help="size of an image in pixels; only a Qwen supports several sizes",
-    )
-    size.add_argument(
-        "--tokens",
-        type=_range,
-        metavar="N",
-        help=f"tokens of an image, for a Qwen of any size or an InternVL3 of any number of tiles: {_SIZES}",
-    )
-    encoder.add_argument("--dtype", choices=_DTYPES, default="float16", help="dtype of the encoder (default float16)")
-    encoder.add_argument(
-        "--batch-size",
-        type=_range,
-        metavar="B",
-        help=f"images in a batch; for LLaVA-NeXT the tiles of one image: {_SIZES} (default 1; all possible tiles)",
-    )
-    encoder.add_argument(
-        "--random-weights", action="store_true", help="read config.json only, to try sizes and engines"
-    )
-    encoder.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
-    _add_common(encoder, "default: the model's")
-
-    attach = kinds.add_parser(
-        "attach", help="an encoder that is an ONNX file already, with the selection added at its end"
-    )
-    attach.add_argument("--onnx", type=Path, required=True, help="the encoder")
-    attach.add_argument("--vision", required=True, metavar="TENSOR", help="tokens after the projector")
-    attach.add_argument(
-        "--keys", metavar="TENSOR", help="features before the projector; without it, the candidates are printed"
-    )
-    attach.add_argument(
-        "--skip-tokens",
-        type=int,
-        metavar="S",
-        help="number of class and register tokens before the patches (default: from the shapes)",
-    )
-    attach.add_argument("--map", choices=("nchw", "nhwc"), help="layout of a feature map whose width equals its depth")
-    attach.add_argument(
-        "--batch",
-        type=_range,
-        metavar="B",
-        help=f"images in a batch, if this is dynamic in the graph: {_SIZES} (default 1:1:8)",
-    )
-    attach.add_argument(
-        "--keys-per-token",
-        type=int,
-        default=1,
-        metavar="G",
-        help="number of consecutive features that are merged into a token (default 1)",
-    )
-    attach.add_argument("--keys-index", metavar="TENSOR", help="index of the merged feature of each token")
-    attach.add_argument(
-        "--tokens", type=_range, metavar="N", help=f"tokens of an image, if this is dynamic in the graph: {_SIZES}"
-    )
-    attach.add_argument("--grid-width", type=int, help="tokens in a row of an image; adds the output `positions`")
-    attach.add_argument(
-        "--dim",
-        type=_named_range,
-        action="append",
-        default=[],
-        metavar="NAME=RANGE",
-        help="range of another dynamic dimension of the graph",
-    )
-    attach.add_argument("--unpruned", action="store_true", help=_UNPRUNED)
-    _add_common(attach, "required if a temperature or alpha is not given")
-
-    engine = kinds.add_parser("engine", help="a TensorRT engine of an exported ONNX file")
-    engine.add_argument("file", type=Path, help="an ONNX file, with its manifest beside it")
-    engine.add_argument(
-        "--output", type=Path, metavar="FILE.engine", help="the new file (default: beside the ONNX file)"
-    )
-    engine.add_argument("--skip-check", action="store_true", help="do not compare it with the reference")
-    engine.add_argument("--force", action="store_true", help="replace existing files")
-    engine.add_argument("--tensorrt", choices=_LIBRARIES, default="auto", help="library that builds it (default auto)")
-    _add_engine(engine)
-
-    triton = kinds.add_parser("triton", help="a Triton Inference Server's model repository of an exported ONNX file")
-    triton.add_argument("file", type=Path, help="an ONNX file, with its manifest beside it")
-    triton.add_argument(
-        "--repository", type=Path, required=True, metavar="FOLDER", help="folder of the model repository"
-    )
-    triton.add_argument("--force", action="store_true", help="replace existing files")
-
-    check = kinds.add_parser("check", help="compare an exported file with the reference again")
-    check.add_argument("file", type=Path, help="an ONNX file or an engine, with its manifest beside it")
-    check.add_argument(
-        "--features",
-        type=Path,
-        metavar="X.npz",
-        help="features to check it with: arrays by input name, of the selection or of the whole graph",
-    )
-
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Returns the exit code of `mmtok export`: 0 ok, 1 a check or a build failed, 2 usage, 130 Ctrl-C."""
@@ -216,6 +71,11 @@ def run_export(arguments: argparse.Namespace) -> int:
         return _fail(f"{error}{hint}", 2)
     except ModuleNotFoundError:
         raise  # the command line names the missing package
+    except ImportError as error:
+        said = " ".join(str(error).split())
+        if "shared object" not in said:
+            raise
+        return _fail(f"a library cannot be loaded, often for lack of memory (ulimit -v): {said:.300}", 2)
     except ValueError as error:
         return _fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:
@@ -229,19 +89,10 @@ def run_export(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_inputs(arguments: argparse.Namespace) -> None:
-    """Raises ValueError if a file to read or a checkpoint is missing; the libraries take seconds to import."""
-    for name in ("file", "onnx"):
-        path = getattr(arguments, name, None)
-        if path is not None and (obstacle := why_no_file(path)):
-            raise ValueError(obstacle)
-    model = getattr(arguments, "model", None)
-    if model is not None and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"expected a Hugging Face checkpoint directory, and {model} has no config.json")
-
-
 def _run(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> int:
+    # Before the libraries are imported, which takes seconds.
     _check_inputs(arguments)
+    _check_options(arguments)
     from mmtok_deploy.engines import EngineError
     from mmtok_export.picks import CheckFailedError
     from mmtok_export.tensorrt import EngineBuildError
@@ -253,6 +104,37 @@ def _run(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> int:
     except (CheckFailedError, EngineBuildError, EngineError) as error:
         return _fail(str(error), 1)
     return 0
+
+
+def _check_inputs(arguments: argparse.Namespace) -> None:
+    """Raises ValueError if a file to read, its manifest or a checkpoint is missing."""
+    for name in ("file", "onnx", "features"):
+        path = getattr(arguments, name, None)
+        if path is not None and (obstacle := why_no_file(path)):
+            raise ValueError(obstacle)
+    if "file" in arguments:
+        try:
+            Manifest.read(arguments.file)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}{_what_it_says_of_itself(arguments.file)}") from error
+    model = getattr(arguments, "model", None)
+    if model is not None and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"expected a Hugging Face checkpoint directory, and {model} has no config.json")
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not fit together, and OSError for an --output that cannot be written."""
+    if arguments.kind in ("selection", "encoder", "attach"):
+        spec = _selection_spec(arguments) if arguments.kind == "selection" else _spec_of_any_encoder(arguments)
+        if arguments.kind == "selection":
+            check_output(_output(arguments, _selection_name(arguments, spec)), force=arguments.force)
+        elif arguments.output is not None:
+            # The name that a file gets in a folder depends on the encoder.
+            check_output(_output(arguments, "any.onnx"), force=arguments.force)
+        _library(arguments, spec.budget, is_told=spec.is_told_at_run_time)
+    elif arguments.kind == "engine":
+        manifest = Manifest.read(arguments.file)
+        _library(arguments, manifest.budget, is_told=bool(manifest.takes_budget or manifest.share))
 
 
 def _library_error(error: BaseException) -> str:
@@ -267,16 +149,33 @@ def _library_error(error: BaseException) -> str:
 
 def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_export.artifact import export_model
-    from mmtok_export.budget import num_kept, share_of
-    from mmtok_export.selection_graph import SelectionSpec, build_selection
+    from mmtok_export.selection_graph import build_selection
 
+    spec = _selection_spec(arguments)
+    path = _output(arguments, _selection_name(arguments, spec))
+    engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
+    on_step("building the graph")
+    model = build_selection(spec)
+    details = {"preset": arguments.preset or "llava-1.5", "keys": arguments.keys}
+    manifest = export_model(model, path, "selection", spec, details=details, **_how(arguments, on_step))
+    _report(path, manifest, has_next=True)
+    _build_engine(path, engine, arguments, on_step)
+
+
+def _selection_name(arguments: argparse.Namespace, spec: SelectionSpec) -> str:
+    num_tokens = spec.num_tokens
+    tokens = str(num_tokens.minimum) if num_tokens.is_fixed else f"{num_tokens.minimum}-{num_tokens.maximum}"
+    return f"selection-{arguments.preset or 'llava-1.5'}-n{tokens}-k{spec.budget}.onnx"
+
+
+def _selection_spec(arguments: argparse.Namespace) -> SelectionSpec:
     features = _FEATURES[arguments.preset or "llava-1.5"]
     vision_width = features.vision_width if arguments.vision_width is None else arguments.vision_width
     if arguments.keys == "output":
         features = _Features(vision_width, vision_width)
         if arguments.keys_width not in (None, vision_width) or arguments.keys_dtype not in (None, arguments.dtype):
             raise ValueError("--keys output compares the vision tokens themselves: drop --keys-width and --keys-dtype")
-    spec = SelectionSpec(
+    return SelectionSpec(
         budget=num_kept(arguments.budget, arguments.tokens),
         num_tokens=arguments.tokens,
         num_words=arguments.text_tokens,
@@ -290,15 +189,26 @@ def _selection(arguments: argparse.Namespace, on_step: Callable[[str], None]) ->
         takes_budget=arguments.budget_input,
         share=share_of(arguments.budget, arguments.tokens, is_input=arguments.budget_input),
     )
-    name = f"selection-{arguments.preset or 'llava-1.5'}-n{_in_name(spec.num_tokens)}-k{spec.budget}.onnx"
-    path = _output(arguments, name)
-    engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
-    on_step("building the graph")
-    model = build_selection(spec)
-    details = {"preset": arguments.preset or "llava-1.5", "keys": arguments.keys}
-    manifest = export_model(model, path, "selection", spec, details=details, **_how(arguments, on_step))
-    _report(path, manifest, has_next=True)
-    _build_engine(path, engine, arguments, on_step)
+
+
+def _spec_of_any_encoder(arguments: argparse.Namespace) -> SelectionSpec:
+    """Returns a selection with these options and made-up sizes in place of the encoder's; wrong options raise here."""
+    num_tokens = arguments.tokens or DimRange.fixed(arguments.budget.tokens or 1)
+    return SelectionSpec(
+        budget=num_kept(arguments.budget, num_tokens),
+        num_tokens=num_tokens,
+        num_words=arguments.text_tokens,
+        batch=DimRange.fixed(1),
+        vision_width=1,
+        keys_width=1,
+        dtype="float32",
+        keys_dtype="float32",
+        # An encoder of this project says which family it is.
+        config=_config(arguments, None if arguments.kind == "attach" else "llava-1.5"),
+        form=arguments.form,
+        takes_budget=arguments.budget_input,
+        share=share_of(arguments.budget, num_tokens, is_input=arguments.budget_input),
+    )
 
 
 def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
@@ -347,7 +257,7 @@ def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> N
 
 def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_export.artifact import export_model
-    from mmtok_export.attach import Attachment, attach_selection
+    from mmtok_export.attach import Attachment, KeysNotNamedError, attach_selection
     from mmtok_export.foreign_graph import open_dimensions
 
     attachment = Attachment(
@@ -369,7 +279,10 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
         dimensions=dict(arguments.dim),
     )
     on_step(f"reading {arguments.onnx}")
-    attached = attach_selection(arguments.onnx, attachment)
+    try:
+        attached = attach_selection(arguments.onnx, attachment)
+    except KeysNotNamedError as error:
+        raise ValueError(_with_commands(error, arguments.given)) from error
     model, spec = attached.model, attached.spec
     path = _output(arguments, f"{arguments.onnx.stem}-k{spec.budget}.onnx")
     engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
@@ -394,15 +307,32 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
     _build_engine(path, engine, arguments, on_step)
 
 
+def _with_commands(error: KeysNotNamedError, given: list[str]) -> str:
+    """Returns the error's message with a command line for each candidate.
+
+    Args:
+        error: The error.
+        given: The arguments of `mmtok` that led to it.
+    """
+    if not error.candidates:
+        return str(error)
+    replaced = ("--keys", "--keys-per-token", "--keys-index")
+    others = [
+        each
+        for before, each in zip(["", *given], given, strict=False)
+        if each.partition("=")[0] not in replaced and before not in replaced
+    ]
+    commands = (
+        f"\n  {shlex.join(['mmtok', *others, *options])}  # {shape}" for options, shape in error.candidates.items()
+    )
+    return f"{error.problem}; the nearest that have rows for each token:{''.join(commands)}"
+
+
 def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
-    from mmtok_deploy.manifest import ArtifactError, Manifest
     from mmtok_export.check import CheckFailedError, check_artifact, estimated_seconds
 
     on_step(f"reading {arguments.file}")
-    try:
-        manifest = Manifest.load(arguments.file)
-    except ArtifactError as error:
-        raise ArtifactError(f"{error}{_what_it_says_of_itself(arguments.file)}") from error
+    manifest = Manifest.load(arguments.file)
     features = None if arguments.features is None else _load_features(arguments.features)
     if features is None and (seconds := estimated_seconds(manifest)) > _MAX_SILENT_S:
         _note(f"it takes about {seconds:.0f} s on this machine")
@@ -423,17 +353,18 @@ def _what_it_says_of_itself(file: Path) -> str:
     except Exception:  # no ONNX file: the caller's error says so
         return ""
     if "mmtok.file" not in said:
-        return ""
+        return ". The graph was not exported by mmtok; `mmtok export attach` adds a selection to an encoder"
     names = ("budget", "form", "preset", "constants")
     known = ", ".join(f"{name} {said[f'mmtok.{name}']}" for name in names if said.get(f"mmtok.{name}"))
     return f". The graph says that it was exported as {said['mmtok.file']}: {known}"
 
 
 def _engine(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
-    from mmtok_deploy.manifest import Manifest
-
     on_step(f"reading {arguments.file}")
-    engine = _engine_of(arguments.file, Manifest.load(arguments.file).budget, arguments, path=arguments.output)
+    manifest = Manifest.load(arguments.file)
+    library = _library(arguments, manifest.budget, is_told=bool(manifest.takes_budget or manifest.share))
+    assert library is not None
+    engine = _engine_of(arguments.file, library, arguments, path=arguments.output)
     _build_engine(arguments.file, engine, arguments, on_step)
 
 
@@ -448,10 +379,6 @@ def _load_features(path: Path) -> dict[str, Tensor]:
     import numpy as np
     import torch
 
-    from mmtok_deploy.manifest import why_no_file
-
-    if obstacle := why_no_file(path):
-        raise FileNotFoundError(obstacle)
     try:
         with np.load(path) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -460,11 +387,19 @@ def _load_features(path: Path) -> dict[str, Tensor]:
 
 
 def _output(arguments: argparse.Namespace, name: str) -> Path:
-    """Returns the path to write: --output, or a file of this name in a folder."""
+    """Returns the path to write: --output, or a file of this name in a folder.
+
+    Raises:
+        ValueError: --output is no name of an ONNX file.
+    """
     if arguments.output is None:
-        return _FOLDER / name
-    is_folder = arguments.output.endswith(("/", os.sep)) or Path(arguments.output).is_dir()
-    return Path(arguments.output) / name if is_folder else Path(arguments.output)
+        return EXPORT_FOLDER / name
+    path = Path(arguments.output)
+    if arguments.output.endswith(("/", os.sep)) or path.is_dir():
+        return path / name
+    if path.suffix != ".onnx":  # ONNX chooses a file's format by its suffix
+        raise ValueError(f"--output is a file that ends with .onnx, or a folder that ends with /, got {path}")
+    return path
 
 
 def _how(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> dict[str, Any]:
@@ -484,9 +419,17 @@ def _planned_engine(
     onnx_file: Path, budget: int, arguments: argparse.Namespace, *, is_told: bool
 ) -> tuple[Path, Library] | None:
     """Returns the engine's path and the library that builds it; None without an engine. Wrong arguments raise here."""
-    from mmtok_export.artifact import check_output
-
     check_output(onnx_file, force=arguments.force)
+    library = _library(arguments, budget, is_told=is_told)
+    return None if library is None else _engine_of(onnx_file, library, arguments)
+
+
+def _library(arguments: argparse.Namespace, budget: int, *, is_told: bool) -> Library | None:
+    """Returns the library that builds the engine; None without an engine.
+
+    Raises:
+        ValueError: No library can build it here, or options do not fit together.
+    """
     if arguments.tensorrt is None:
         if arguments.target:
             raise ValueError("--target is for an engine: add --tensorrt")
@@ -495,25 +438,23 @@ def _planned_engine(
         return None
     if is_told:
         raise ValueError("an engine makes a fixed number of picks: name a --budget of tokens without --budget-input")
-    return _engine_of(onnx_file, budget, arguments)
-
-
-def _engine_of(
-    onnx_file: Path, budget: int, arguments: argparse.Namespace, *, path: Path | None = None
-) -> tuple[Path, Library]:
-    """Returns the engine's path and the library that builds it."""
-    from mmtok_deploy.engines.tensorrt import tensorrt_module
-    from mmtok_export.artifact import check_output
-    from mmtok_export.tensorrt import check_targets, choose_library, engine_path
-
     library: Library = choose_library(arguments.target) if arguments.tensorrt == "auto" else arguments.tensorrt
     check_targets(library, arguments.target, budget)
     missing = [plugin for plugin in arguments.plugin if not plugin.is_file()]
     if missing:
         raise ValueError(f"--plugin {missing[0]} does not exist")
-    tensorrt_module(library)
+    return library
+
+
+def _engine_of(
+    onnx_file: Path, library: Library, arguments: argparse.Namespace, *, path: Path | None = None
+) -> tuple[Path, Library]:
+    """Returns the engine's path and the library that builds it."""
+    from mmtok_deploy.engines.tensorrt import tensorrt_module
+
     path = path or engine_path(onnx_file, library, arguments.target)
     check_output(path, force=arguments.force)
+    tensorrt_module(library)
     return path, library
 
 
@@ -574,52 +515,6 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _add_common(parser: argparse.ArgumentParser, default_preset: str) -> None:
-    parser.add_argument("--budget", type=_budget, required=True, help="tokens to keep of an image: 64 or 10%%")
-    parser.add_argument(
-        "--budget-input", action="store_true", help="make each image's budget an input; --budget is then the largest"
-    )
-    parser.add_argument(
-        "--text-tokens",
-        type=_range,
-        default=DimRange(1, 32, 256),
-        metavar="M",
-        help=f"rows of text: {_SIZES} (default 1:32:256)",
-    )
-    parser.add_argument("--form", choices=_FORMS, default="lazy", help="algorithm of the graph (default lazy)")
-    parser.add_argument("--preset", choices=PRESETS, help=f"family whose constants are used ({default_preset})")
-    parser.add_argument("--tv-temp", type=float, help="temperature of the text-to-vision softmax")
-    parser.add_argument("--vv-temp", type=float, help="temperature of the vision-to-vision softmax")
-    parser.add_argument("--alpha", type=float, help="weight of covering the image relative to covering the text")
-    parser.add_argument("--coverage", choices=get_args(Coverage), help="what the kept tokens cover")
-    parser.add_argument("--output", metavar="FILE.onnx", help=f"the new file, or FOLDER/ (default {_FOLDER}/)")
-    parser.add_argument("--skip-check", action="store_true", help="do not compare it with the reference")
-    parser.add_argument("--force", action="store_true", help="replace existing files")
-    parser.add_argument(
-        "--tensorrt", nargs="?", const="auto", choices=_LIBRARIES, help="build an engine as well (default auto)"
-    )
-    _add_engine(parser)
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--plugin",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="LIB.so",
-        help="library of TensorRT plugins that the engine's operators need; repeatable",
-    )
-    parser.add_argument(
-        "--target",
-        type=_compute_capability,
-        action="append",
-        default=[],
-        metavar="8.6",
-        help="compute capability to build for; repeatable (default: that of this machine's GPU)",
-    )
-
-
 def _config(arguments: argparse.Namespace, family: str | None) -> SelectionConfig:
     """Returns the constants of the flags; constants that are not given are those of the preset or the family."""
     named = arguments.preset or family
@@ -631,47 +526,3 @@ def _config(arguments: argparse.Namespace, family: str | None) -> SelectionConfi
     given = {name: getattr(arguments, name) for name in ("tv_temp", "vv_temp", "alpha", "coverage")}
     preset = PRESETS[named].config if named else SelectionConfig()
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
-
-
-def _in_name(size: DimRange) -> str:
-    return str(size.minimum) if size.is_fixed else f"{size.minimum}-{size.maximum}"
-
-
-def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Returns a parser whose ValueError becomes the message of a usage error."""
-
-    def wrapped(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return wrapped
-
-
-_range = _argument(DimRange.parse)
-_budget = _argument(Budget.parse)
-
-
-@_argument
-def _named_range(text: str) -> tuple[str, DimRange]:
-    name, equals, size = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"expected NAME=RANGE, got {text!r}")
-    return name, DimRange.parse(size)
-
-
-@_argument
-def _image_size(text: str) -> tuple[int, int]:
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"an image size is WIDTHxHEIGHT in pixels, such as 336x336, got {text!r}")
-    return int(width), int(height)
-
-
-@_argument
-def _compute_capability(text: str) -> str:
-    number = text.lower().removeprefix("sm").replace("_", "").replace(".", "")
-    if not (number.isdecimal() and 2 <= len(number) <= 3):
-        raise ValueError(f"a compute capability is written 8.6 or sm86, got {text!r}")
-    return f"{number[:-1]}.{number[-1]}"

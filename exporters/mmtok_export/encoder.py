@@ -16,11 +16,11 @@ from mmtok_deploy.budget import Budget, tokens_per_tile
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
-from mmtok_export.budget import num_kept, share_of
 from mmtok_export.encoders import EncoderError, ImageSize, describe_encoder, export_encoder, native_image_size
 from mmtok_export.encoders.base import Encoder as Module
 from mmtok_export.join import builder_on, join_selection
-from mmtok_export.selection_graph import FEATURE_DTYPES, FeatureDtype, Form, SelectionSpec
+from mmtok_export.selection_graph import FEATURE_DTYPES
+from mmtok_export.spec import FeatureDtype, Form, SelectionSpec, num_kept, share_of
 from mmtok_export.whole_graph import Encoder
 
 __all__ = ["JoinedEncoder", "build_joined_encoder", "num_kept_of", "takes_grid"]

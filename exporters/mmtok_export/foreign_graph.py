@@ -74,6 +74,8 @@ def read_foreign(path: Path) -> ir.Model:
         model = ir.load(path)
     except Exception as error:  # protobuf's and onnx_ir's errors have no common class
         raise ValueError(f"{path} is not an ONNX file: {error}") from error
+    if not model.graph.outputs:
+        raise ValueError(f"{path} is not an ONNX file: it has no graph with outputs")
     opset = model.graph.opset_imports.get("", 0)
     if opset >= _MIN_OPSET:
         return model

@@ -7,16 +7,8 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from mmtok_export.selection_graph import (
-    FEATURE_DTYPES,
-    Features,
-    SelectionSpec,
-    add_selection,
-    budget_input,
-    dim,
-    kept_dim,
-    kept_rows,
-)
+from mmtok_export.selection_graph import FEATURE_DTYPES, Features, add_selection, budget_input, dim, kept_dim, kept_rows
+from mmtok_export.spec import SelectionSpec
 
 __all__ = ["builder_on", "join_selection"]
 

@@ -37,7 +37,7 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
         steps["SGLang"] = f"add --mmtok-engine {quoted} to the server's command"
     if manifest.format != "onnx":
         return steps | {"Python": f'open_engine(Path("{text}"), torch.device("cuda"))'}
-    has_plugins = any(name.startswith("operators of ") for name in manifest.requires)
+    has_plugins = bool(_foreign_operators(manifest))
     # TensorRT needs a grid on the host, since the graph uses it as a shape.
     takes_grid = any(tensor.name == "grid_thw" for tensor in manifest.inputs)
     if not (manifest.takes_budget or manifest.share or takes_grid):
@@ -60,6 +60,11 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
     triton = "Triton 26.03 or later" if has_bfloat16 else "Triton"
     steps[triton] = f"mmtok export triton {quoted} --repository models"
     return steps
+
+
+def _foreign_operators(manifest: Manifest) -> list[str]:
+    """Returns "operators of DOMAIN" for each domain that is not ONNX's own."""
+    return [name for name in manifest.requires if name.startswith("operators of ")]
 
 
 def _fits_jetpack_6(manifest: Manifest) -> bool:
@@ -129,6 +134,11 @@ def write_triton_repository(file: Path, repository: Path, *, force: bool) -> Pat
     if manifest.format != "onnx":
         raise ValueError(f"{file.name} is an engine: a model repository is made of its ONNX file")
     load_graph(file, manifest)
+    if domains := _foreign_operators(manifest):
+        raise ValueError(
+            f"{file.name} has {', '.join(domains)}, which Triton's ONNX Runtime cannot run: build its engine (mmtok "
+            "export engine) and serve that by Triton's TensorRT backend"
+        )
     if repository.exists() and not repository.is_dir():
         raise FileExistsError(f"{repository} is no folder: choose another --repository")
     model = repository / file.stem

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder
@@ -13,14 +12,11 @@ from onnxscript import GraphBuilder
 from mmtok_deploy.config import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import BUDGET_DIMENSION
+from mmtok_export.spec import FeatureDtype, SelectionSpec
 
 __all__ = [
     "FEATURE_DTYPES",
-    "FORMS",
-    "FeatureDtype",
-    "Form",
     "Features",
-    "SelectionSpec",
     "add_selection",
     "budget_input",
     "build_selection",
@@ -28,12 +24,6 @@ __all__ = [
     "kept_dim",
     "kept_rows",
 ]
-
-Form = Literal["loop", "unrolled", "lazy"]
-"""How the graph makes picks: all gains for each, in a Loop or without one; or only gains that may be the largest."""
-FORMS: tuple[Form, ...] = ("loop", "unrolled", "lazy")
-
-FeatureDtype = Literal["float32", "float16", "bfloat16"]
 
 OPSET = 20
 IR_VERSION = 10
@@ -52,66 +42,6 @@ FEATURE_DTYPES: dict[FeatureDtype, ir.DataType] = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionSpec:
-    """Sizes, dtypes and constants of a selection graph.
-
-    Args:
-        budget: K, the number of kept tokens; the largest number if the graph takes a budget or keeps a share. An image
-            of fewer tokens keeps all of them.
-        num_tokens: N, vision tokens.
-        num_words: M, rows of text, including padding.
-        batch: B, images.
-        vision_width: D, the width of vision tokens and text.
-        keys_width: d, the width of the features before the projector.
-        dtype: The dtype of vision and text.
-        keys_dtype: The dtype of keys: float32 for means over several features, whatever the model's dtype.
-        config: Temperatures, weight, coverage.
-        form: How the picks are made.
-        takes_budget: Whether the graph has an input `budget`, the number of tokens to keep of each image.
-        share: The share of the image's tokens to keep, instead of a number.
-
-    Raises:
-        ValueError: The budget is above the largest number of tokens, a size is below 1, or the form makes a fixed
-            number of picks and the number is known only at run time.
-    """
-
-    budget: int
-    num_tokens: DimRange
-    num_words: DimRange
-    batch: DimRange
-    vision_width: int
-    keys_width: int
-    dtype: FeatureDtype
-    keys_dtype: FeatureDtype
-    config: SelectionConfig
-    form: Form
-    takes_budget: bool = False
-    share: Fraction | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("budget", "vision_width", "keys_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
-        if self.budget > self.num_tokens.maximum:
-            raise ValueError(
-                f"a graph that keeps {self.budget} tokens needs images of at least as many, got {self.num_tokens}: "
-                "lower the budget or raise the largest number of tokens"
-            )
-        for dtype in (self.dtype, self.keys_dtype):
-            if dtype not in FEATURE_DTYPES:
-                raise ValueError(f"dtype is one of {', '.join(FEATURE_DTYPES)}, got {dtype!r}")
-        if self.form not in FORMS:
-            raise ValueError(f"form is one of {', '.join(FORMS)}, got {self.form!r}")
-        if self.form == "unrolled" and self.is_told_at_run_time:
-            raise ValueError("the unrolled form writes out a fixed number of picks: choose --form lazy or loop")
-
-    @property
-    def is_told_at_run_time(self) -> bool:
-        """Whether the number of kept tokens is known only when the graph runs."""
-        return self.takes_budget or self.share is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,98 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_deploy.engines.tensorrt import compute_capability, tensorrt_module
+from mmtok_deploy.engines.tensorrt import tensorrt_module
 from mmtok_deploy.manifest import ArtifactError, Check, Manifest, TensorInfo
-from mmtok_export.artifact import file_infos, new_artifact, now
+from mmtok_export.artifact import file_infos, now
 from mmtok_export.check import check_artifact
 from mmtok_export.graph_file import load_graph
+from mmtok_export.new_artifact import new_artifact
+from mmtok_export.targets import Library, wanted_targets
 
-__all__ = [
-    "EngineBuildError",
-    "Library",
-    "RTX_TARGETS",
-    "build_engine",
-    "check_targets",
-    "choose_library",
-    "engine_path",
-]
-
-RTX_TARGETS = frozenset({"8.0", "8.6", "8.9", "12.0", "12.1"})
-"""Compute capabilities for which TensorRT-RTX 1.7 builds a selection: not Hopper, nor datacenter Blackwell."""
-
-# TensorRT-RTX 1.7 lists it, but cannot build float32 matrix products for it ("FP32 GEMM is not supported"), which every
-# selection needs.
-_WITHOUT_FLOAT32 = "7.5"
-
-# Their TensorRT comes with JetPack; PyPI has no package of it.
-_JETSONS = {"8.7": "Orin", "11.0": "Thor"}
-
-Library = Literal["tensorrt", "tensorrt-rtx"]
-
-_MAX_BUDGET = 3840
+__all__ = ["EngineBuildError", "build_engine"]
 
 
 class EngineBuildError(RuntimeError):
     """TensorRT cannot build an engine; the message has the reason."""
-
-
-def choose_library(targets: list[str]) -> Library:
-    """Returns the library that can build for these compute capabilities on this machine.
-
-    TensorRT-RTX builds for any of its targets, with or without a GPU. TensorRT builds only for this machine's GPU.
-
-    Args:
-        targets: Compute capabilities ("8.6"); empty for this machine's GPU.
-
-    Raises:
-        ValueError: Neither library can; the message says what to install.
-    """
-    wanted = _wanted(targets)
-    if set(wanted) <= RTX_TARGETS:
-        return "tensorrt-rtx"
-    if wanted == [_at_hand()]:
-        return "tensorrt"
-    raise _no_engine_for(wanted)
-
-
-def check_targets(library: Library, targets: list[str], budget: int) -> None:
-    """Raises ValueError if the library cannot build for these compute capabilities here, or for such a budget."""
-    wanted = _wanted(targets)
-    if library == "tensorrt-rtx" and not set(wanted) <= RTX_TARGETS:
-        raise _no_engine_for(wanted)
-    if library == "tensorrt" and wanted != [_at_hand()]:
-        raise ValueError(f"TensorRT builds for the GPU at hand alone, not for {', '.join(wanted)}: leave --target out")
-    if budget > _MAX_BUDGET:
-        raise ValueError(f"TensorRT keeps at most {_MAX_BUDGET} tokens (its TopK), got a budget of {budget}")
-
-
-def _no_engine_for(wanted: list[str]) -> ValueError:
-    others = ", ".join(target for target in wanted if target not in RTX_TARGETS)
-    reason = f" (for {_WITHOUT_FLOAT32} it multiplies no float32 matrices)" if _WITHOUT_FLOAT32 in wanted else ""
-    no_engine = (
-        f"TensorRT-RTX has no engines for compute capability {others}{reason}, and TensorRT builds on the GPU itself"
-    )
-    jetsons = [_JETSONS[target] for target in wanted if target in _JETSONS]
-    if jetsons:
-        return ValueError(
-            f"{no_engine}: export without --tensorrt, copy the file to the Jetson {jetsons[0]}, and run there the "
-            "trtexec command that the export prints"
-        )
-    return ValueError(
-        f"{no_engine}: on a machine with that GPU, pip install 'mmtok-deploy[tensorrt]' and export again there, or "
-        "mmtok export engine FILE.onnx; or run the ONNX file by ONNX Runtime's CUDA provider"
-    )
-
-
-def engine_path(onnx_file: Path, library: Library, targets: list[str]) -> Path:
-    """Returns the path of an ONNX file's engine, such as `NAME.sm86.rtx.engine` or `NAME.sm90.engine`."""
-    capabilities = "-".join(f"sm{target.replace('.', '')}" for target in _wanted(targets))
-    return onnx_file.with_name(f"{onnx_file.stem}.{capabilities}{'.rtx' if library == 'tensorrt-rtx' else ''}.engine")
 
 
 def build_engine(
@@ -139,14 +63,17 @@ def build_engine(
     for plugin in plugins:
         # The result is None if the library cannot be loaded, or contains no plugins.
         if module.get_plugin_registry().load_library(str(plugin)) is None:
-            raise EngineBuildError(f"{library} does not load {plugin}: its messages are above")
+            raise EngineBuildError(
+                f"{library} does not load {plugin}: it has no plugins, or lacks a library that it needs (ldd {plugin})"
+            )
     with new_artifact(path, force=force) as file:
         file.write_bytes(_serialized(module, onnx_file, source, library, targets))
         manifest = replace(
             source,
             format=library,
             files=file_infos(file),
-            details=source.details | {"compute_capabilities": _wanted(targets), "onnx_sha256": source.files[0].sha256},
+            details=source.details
+            | {"compute_capabilities": wanted_targets(targets), "onnx_sha256": source.files[0].sha256},
             versions=source.versions | {library: module.__version__},
             requires={library: module.__version__},
             created=now(),
@@ -157,17 +84,6 @@ def build_engine(
             manifest = replace(manifest, check=check_artifact(file, manifest))
         Manifest.path_of(file).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _wanted(targets: list[str]) -> list[str]:
-    at_hand = _at_hand()
-    if targets or at_hand:
-        return targets or [str(at_hand)]
-    raise ValueError("there is no NVIDIA GPU here to build for: name one, such as --target 8.6 (RTX A6000)")
-
-
-def _at_hand() -> str | None:
-    return compute_capability() if torch.cuda.is_available() else None
 
 
 def _serialized(module: Any, onnx_file: Path, source: Manifest, library: Library, targets: list[str]) -> bytes:

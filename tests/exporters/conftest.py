@@ -6,7 +6,8 @@ import pytest
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.artifact import export_model
-from mmtok_export.selection_graph import SelectionSpec, build_selection
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import SelectionSpec
 from tests.exporters.graphs import spec_for
 from tests.mmtok_deploy.problems import random_problem
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from mmtok_deploy import SelectionConfig
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import Manifest, describe_file
-from mmtok_export.selection_graph import FeatureDtype, Form, SelectionSpec, build_selection
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import FeatureDtype, Form, SelectionSpec
 from tests.mmtok_deploy.problems import Problem, random_problem
 
 __all__ = ["SMALL_SPEC", "all_nodes", "batch_of", "relabel", "run", "session_of", "spec_for"]

@@ -15,9 +15,11 @@ from mmtok_deploy import SelectionConfig
 from mmtok_deploy.cli import main
 from mmtok_deploy.manifest import Manifest
 from mmtok_export import artifact
-from mmtok_export.artifact import export_model, new_artifact
+from mmtok_export.artifact import export_model
 from mmtok_export.check import CheckFailedError
-from mmtok_export.selection_graph import SelectionSpec, build_selection
+from mmtok_export.new_artifact import new_artifact
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import SelectionSpec
 
 
 def test_a_file_and_its_manifest_and_nothing_else(exported: Path, spec: SelectionSpec) -> None:

@@ -11,7 +11,8 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import Manifest
 from mmtok_export.artifact import export_model
 from mmtok_export.check import CheckFailedError, check_artifact
-from mmtok_export.selection_graph import SelectionSpec, build_selection
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import SelectionSpec
 
 
 def test_smallest_optimal_and_largest_sizes(exported: Path) -> None:

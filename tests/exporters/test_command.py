@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -126,7 +127,11 @@ def test_where_it_goes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--tensorrt", "--target=8.6", "--tokens=4000", "--budget=4000"], "TensorRT keeps at most 3840 tokens"),
         (["--plugin=a.so"], "--plugin is for an engine: add --tensorrt"),
         (["--tensorrt", "--target=8.6", "--plugin=a.so"], "--plugin a.so does not exist"),
-        (["--vision-width=0"], "vision_width is at least 1, got 0"),
+        (["--vision-width=0"], "--vision-width: expected a number of at least 1, got '0'"),
+        (["--keys-width=x"], "--keys-width: expected a number of at least 1, got 'x'"),
+        (["--output=a.json"], "--output is a file that ends with .onnx, or a folder that ends with /, got a.json"),
+        (["--form=unrolled", "--budget-input"], "the unrolled form writes out a fixed number of picks"),
+        (["--tensorrt", "--target=8.6", "--budget-input"], "an engine makes a fixed number of picks"),
         (["--form=scan"], "invalid choice"),
     ],
 )
@@ -221,7 +226,10 @@ def test_features_of_ones_own(exported: Path, tmp_path: Path, capsys: pytest.Cap
     assert "check passed: of the given features, 10 picks compared" in capsys.readouterr().out
     np.savez(tmp_path / "own.npz", **{**own, "more": own["text"]})
     assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
-    assert "--features holds vision, keys, text, more: expected excluded, keys, text" in capsys.readouterr().err
+    assert (
+        "--features holds vision, keys, text, more: expected keys, text, vision; excluded, text_mask may be given"
+        in capsys.readouterr().err
+    )
     np.savez(tmp_path / "own.npz", **{**own, "text": own["text"].astype(np.float64) + 1e-12})
     assert export("check", str(exported), f"--features={tmp_path}/own.npz") == 2
     assert "text is torch.float64, and the file takes float32" in capsys.readouterr().err
@@ -328,7 +336,7 @@ def test_help_and_wrong_arguments_do_not_wait_for_libraries(arguments: list[str]
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     loaded = set(done.stdout.split())
-    assert "mmtok_export.command" in loaded
+    assert "mmtok_export.arguments" in loaded
     assert not loaded & {"torch", "onnx", "onnxruntime", "transformers", "numpy"}
 
 
@@ -367,17 +375,37 @@ def test_a_library_that_is_not_installed(
     [
         (["check", "missing.onnx"], "missing.onnx does not exist"),
         (["engine", "."], ". is a folder: name the file in it"),
+        (["engine", "empty.onnx"], "empty.onnx.json is not there"),
         (["triton", "missing.onnx", "--repository=models"], "missing.onnx does not exist"),
         (["attach", "--onnx=missing.onnx", "--vision=x", "--budget=4"], "missing.onnx does not exist"),
+        (["attach", "--onnx=empty.onnx", "--vision=x", "--budget=4"], "name a --preset"),
+        (
+            ["attach", "--onnx=empty.onnx", "--vision=x", "--budget=4", "--preset=qwen2-vl", "--target=8.6"],
+            "for an engine",
+        ),
+        (["attach", "--onnx=empty.onnx", "--vision=x", "--budget=all", "--preset=qwen2-vl"], "needs no selection"),
         (
             ["encoder", "--model=missing", "--budget=4"],
             "expected a Hugging Face checkpoint directory, and missing has no",
         ),
+        (["encoder", "--model=model", "--budget=4", "--alpha=-1"], "alpha is a number of at least 0, got -1.0"),
+        (["encoder", "--model=model", "--budget=4", "--output=empty.onnx"], "empty.onnx is there already"),
+        (["encoder", "--model=model", "--budget=9", "--tokens=4:8"], "keeps 9 tokens needs images of at least as many"),
+        (["selection", "--budget=4", "--vv-temp=nan"], "vv_temp is a positive number, got nan"),
+        (["selection", "--budget=4", "--tensorrt", "--target=9.9"], "no engines for compute capability 9.9"),
+        (["selection", "--budget=4", "--plugin=a.so"], "--plugin is for an engine: add --tensorrt"),
+        (["selection", "--budget=4", "--output=empty.onnx"], "empty.onnx is there already"),
+        (["selection", "--budget=4", "--output=empty.onnx/a.onnx"], "empty.onnx is no folder: choose another --output"),
+        (["selection", "--budget=4", "--output=nowhere/a.onnx"], "nowhere is no folder: choose another --output"),
     ],
 )
-def test_missing_inputs_are_told_before_libraries_are_imported(
+def test_wrong_inputs_and_options_are_told_before_libraries_are_imported(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
+    (tmp_path / "empty.onnx").touch()
+    (tmp_path / "nowhere").symlink_to("missing")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     program = (
         "import sys; from mmtok_deploy.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     )
@@ -385,3 +413,24 @@ def test_missing_inputs_are_told_before_libraries_are_imported(
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["2", "False"]
     assert message in ended.stderr
+
+
+def test_a_folder_that_takes_no_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert export("selection", *SMALL, "--output=/proc/a.onnx") == 2
+    assert re.search(r"no file (can|may) be written in /proc\b.*: choose another --output", capsys.readouterr().err)
+
+
+def test_a_file_of_another_exporter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "a.onnx")
+    assert export("check", f"{tmp_path}/a.onnx") == 2
+    assert "The graph was not exported by mmtok; `mmtok export attach` adds a selection" in capsys.readouterr().err
+
+
+def test_too_little_memory_for_the_libraries(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mmtok_deploy", "export", "selection", *SMALL, f"--output={tmp_path}/a.onnx"]
+    ended = subprocess.run(
+        ["bash", "-c", f"ulimit -v 1500000; exec {shlex.join(command)}"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert re.fullmatch(r"mmtok export: a library cannot be loaded, often for lack of memory.*\n", ended.stderr)

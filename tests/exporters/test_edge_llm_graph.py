@@ -139,12 +139,14 @@ def test_the_suggested_keys_are_those_before_the_merger(
     onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = ["--vision=output", "--tokens=8:24:64", "--preset=qwen2.5-vl", "--budget=6", "--text-tokens=1:3:9"]
-    assert main(["export", "attach", f"--onnx={onnx_file}", *where]) == 2
+    monkeypatch.chdir(tmp_path)
+    given = ["export", "attach", f"--onnx={onnx_file}", *where, "--output=a.onnx"]
+    assert main(given) == 2
     commands = re.findall(r"^  mmtok (.*)  # (.*)$", capsys.readouterr().err, re.MULTILINE)
     assert commands[0][1] == f"[{PATCHES}, {WIDTH}]"
-    assert "--keys add_1_1 --keys-per-token 4 --keys-index reverse_window_index" in commands[0][0]
-    monkeypatch.chdir(tmp_path)
-    assert main([*shlex.split(commands[0][0]), "--output=a.onnx"]) == 0
+    typed = shlex.split(commands[0][0])
+    assert typed == [*given, *["--keys", "add_1_1", "--keys-per-token", "4", "--keys-index", "reverse_window_index"]]
+    assert main(typed) == 0
     manifest = Manifest.load(tmp_path / "a.onnx")
     assert manifest.check.status == "selection only"
     assert "the CPU has no trt_edgellm.ViTAttentionPlugin" in manifest.check.detail
@@ -154,6 +156,8 @@ def test_the_suggested_keys_are_those_before_the_merger(
     # Several images in a run would share one budget.
     assert manifest.input("cu_seqlens").shape == (2,)
     assert "cu_seqlens tells one image: a run of several is refused" in capsys.readouterr().err
+    assert main(["export", "triton", "a.onnx", "--repository=models"]) == 2
+    assert "a.onnx has operators of trt_edgellm, which Triton's ONNX Runtime cannot run" in capsys.readouterr().err
 
     session = onnxruntime.InferenceSession(without_plugins(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(1)

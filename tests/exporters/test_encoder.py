@@ -20,7 +20,7 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import Manifest
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.encoder import build_joined_encoder, num_kept_of
-from mmtok_export.selection_graph import FORMS, Form
+from mmtok_export.spec import FORMS, Form
 from tests.runtime.chats import small
 from tests.runtime.conftest import checkpoint, judge_of
 

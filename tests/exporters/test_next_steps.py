@@ -19,7 +19,8 @@ from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.manifest import Manifest, TensorInfo
 from mmtok_export.artifact import export_model
 from mmtok_export.next_steps import next_steps, triton_config
-from mmtok_export.selection_graph import SelectionSpec, build_selection
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import SelectionSpec
 from tests.exporters.graphs import batch_of
 from tests.mmtok_deploy.problems import random_problem
 

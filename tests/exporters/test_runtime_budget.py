@@ -17,7 +17,7 @@ from mmtok_deploy.engines import EngineError, open_engine
 from mmtok_deploy.executors import make_executor
 from mmtok_deploy.manifest import Manifest
 from mmtok_export.encoder import build_joined_encoder
-from mmtok_export.selection_graph import Form
+from mmtok_export.spec import Form
 from tests.exporters.encoder_cases import checkpoint
 from tests.exporters.graphs import batch_of, run, session_of, spec_for
 from tests.mmtok_deploy.problems import assert_greedy, random_problem

@@ -15,7 +15,8 @@ from mmtok_deploy import Selection, SelectionConfig
 from mmtok_deploy.config import Coverage
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.problem import SelectionProblem
-from mmtok_export.selection_graph import FORMS, Form, build_selection
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import FORMS, Form
 from tests.exporters.graphs import all_nodes, batch_of, run, session_of, spec_for
 from tests.mmtok_deploy.problems import GOLDEN_NAMES, Problem, assert_greedy, golden, mask_of, random_problem
 
@@ -229,8 +230,8 @@ def test_the_lazy_form_evaluates_few_gains(tmp_path: Path) -> None:
         ({"budget": 10}, "keeps 10 tokens needs images of at least as many, got 9"),
         ({"num_tokens": DimRange(1, 2, 3)}, "keeps 4 tokens needs images of at least as many, got 1:2:3"),
         ({"vision_width": 0}, "vision_width is at least 1"),
-        ({"dtype": "int8"}, "dtype is one of float32, float16, bfloat16, got 'int8'"),
-        ({"form": "scan"}, "form is one of loop, unrolled, lazy, got 'scan'"),
+        ({"dtype": "int8"}, "dtype is one of float16, bfloat16, float32, got 'int8'"),
+        ({"form": "scan"}, "form is one of lazy, loop, unrolled, got 'scan'"),
     ],
 )
 def test_refused(change: dict[str, Any], message: str) -> None:

@@ -15,17 +15,12 @@ from mmtok_deploy.engines import open_engine
 from mmtok_deploy.engines.tensorrt import tensorrt_module
 from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.manifest import ArtifactError, Manifest, describe_file
-from mmtok_export import tensorrt
+from mmtok_export import targets
 from mmtok_export.artifact import export_model
-from mmtok_export.selection_graph import FORMS, FeatureDtype, Form, SelectionSpec, build_selection
-from mmtok_export.tensorrt import (
-    EngineBuildError,
-    Library,
-    build_engine,
-    check_targets,
-    choose_library,
-    engine_path,
-)
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import FORMS, FeatureDtype, Form, SelectionSpec
+from mmtok_export.targets import Library, check_targets, choose_library, engine_path
+from mmtok_export.tensorrt import EngineBuildError, build_engine
 from tests.exporters.graphs import batch_of, relabel
 from tests.mmtok_deploy.problems import random_problem
 
@@ -36,11 +31,13 @@ A6000, RTX_4090 = "8.6", "8.9"
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "_at_hand", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "_at_hand", lambda: "9.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
@@ -172,7 +169,7 @@ class TestChoosing:
 
 def test_the_targets_are_those_of_the_library() -> None:
     known = {name for name in dir(tensorrt_module("tensorrt-rtx").ComputeCapability) if name.startswith("SM")}
-    assert known - {"SM75"} == {f"SM{target.replace('.', '')}" for target in tensorrt.RTX_TARGETS}
+    assert known - {"SM75"} == {f"SM{target.replace('.', '')}" for target in targets.RTX_TARGETS}
 
 
 def test_why_one_of_its_targets_is_left_out(exported: Path) -> None:
@@ -201,6 +198,6 @@ def test_an_engine_gives_the_references_answer(spec: SelectionSpec, tmp_path: Pa
 def test_a_plugin_library_that_is_none(exported: Path, tmp_path: Path) -> None:
     library = tmp_path / "plugin.so"
     library.write_bytes(b"no library")
-    with pytest.raises(EngineBuildError, match=r"does not load .*plugin\.so"):
+    with pytest.raises(EngineBuildError, match=r"does not load .*plugin\.so: it has no plugins, or lacks a library"):
         build_engine(exported, tmp_path / "a.engine", "tensorrt-rtx", ["8.6"], plugins=[library])
     assert not (tmp_path / "a.engine").exists()

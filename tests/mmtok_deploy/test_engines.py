@@ -17,7 +17,8 @@ from mmtok_deploy.engines.tensorrt import tensorrt_module
 from mmtok_deploy.greedy_replay import replay_greedy
 from mmtok_deploy.manifest import ArtifactError, Manifest
 from mmtok_export.artifact import export_model
-from mmtok_export.selection_graph import FeatureDtype, build_selection
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import FeatureDtype
 from tests.exporters.graphs import SMALL_SPEC, batch_of, spec_for
 from tests.mmtok_deploy.problems import random_problem
 

@@ -12,7 +12,8 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.engines import EngineError
 from mmtok_deploy.executors import EngineExecutor, TorchExecutor, make_executor
 from mmtok_export.artifact import export_model
-from mmtok_export.selection_graph import SelectionSpec, build_selection
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import SelectionSpec
 from tests.exporters.graphs import SMALL_SPEC as SPEC
 from tests.mmtok_deploy.problems import assert_greedy, random_problem
 

@@ -9,7 +9,8 @@ from mmtok_deploy.config import KeySource
 from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.artifact import export_model
-from mmtok_export.selection_graph import SelectionSpec, build_selection
+from mmtok_export.selection_graph import build_selection
+from mmtok_export.spec import SelectionSpec
 
 __all__ = ["export_for"]
 

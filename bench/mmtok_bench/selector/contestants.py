@@ -157,7 +157,8 @@ def _export(form: str, problems: Sequence[SelectionProblem], config: SelectionCo
     # Only an exported graph needs ONNX.
     from mmtok_deploy.dim_range import DimRange
     from mmtok_export.artifact import export_model
-    from mmtok_export.selection_graph import FORMS, SelectionSpec, build_selection
+    from mmtok_export.selection_graph import build_selection
+    from mmtok_export.spec import FORMS, SelectionSpec
 
     first = problems[0]
     spec = SelectionSpec(

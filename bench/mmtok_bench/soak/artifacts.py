@@ -96,7 +96,8 @@ def _export(family: FamilyName, folder: Path) -> Path:
     from mmtok_deploy.dim_range import DimRange
     from mmtok_deploy.presets import PRESETS
     from mmtok_export.artifact import export_model
-    from mmtok_export.selection_graph import SelectionSpec, build_selection
+    from mmtok_export.selection_graph import build_selection
+    from mmtok_export.spec import SelectionSpec
 
     # The widths are those of the tiny checkpoints.
     spec = SelectionSpec(
