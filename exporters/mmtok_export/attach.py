@@ -251,6 +251,11 @@ def _layouts(attachment: Attachment, graph: ir.Graph, vision: ir.Value, keys: ir
     maps = [_map_of(value, attachment.map_layout) for value in (vision, keys)]
     rows = [_num_rows(value, is_map) for value, is_map in zip((vision, keys), maps, strict=True)]
     if attachment.skip_tokens is not None:
+        if any(isinstance(each, int) and each <= attachment.skip_tokens for each in rows):
+            raise ValueError(
+                f"--skip-tokens {attachment.skip_tokens} leaves no tokens: {attachment.vision} has {rows[0]} rows, "
+                f"{keys.name} {rows[1]}"
+            )
         fewest = min((each for each in rows if isinstance(each, int)), default=0)
         skipped = [
             0 if is_map or (each == fewest and rows[0] != rows[1]) else attachment.skip_tokens

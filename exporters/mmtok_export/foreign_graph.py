@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import onnx
 import onnx_ir as ir
 import torch
+from onnx import external_data_helper
 from onnx_ir.passes.common import ShapeInferencePass
 from torch import Tensor
 
@@ -45,6 +47,8 @@ OWN_DIMENSIONS = ("B", "N", "M", "K")
 
 # The selection's operators take their axes as inputs, which needs this opset and this version of the ONNX format.
 _MIN_OPSET, _MIN_IR_VERSION = 18, 8
+# Constants that ONNX's converter may read have fewer values.
+_MAX_CONSTANT_SIZE = 1024
 _NUM_SUGGESTIONS = 5
 # Tensors of a smaller width are means or lengths, not features.
 _MIN_WIDTH = 2
@@ -80,15 +84,26 @@ def read_foreign(path: Path) -> ir.Model:
     if opset >= _MIN_OPSET:
         return model
     try:
-        model = ir.from_proto(onnx.version_converter.convert_version(onnx.load(path), _MIN_OPSET))
+        model = ir.from_proto(onnx.version_converter.convert_version(_without_weights(path), _MIN_OPSET))
     except Exception as error:  # RuntimeError of C++, protobuf's
         said = " ".join(str(error).split())
         raise ValueError(
             f"{path} has opset {opset}, the selection needs {_MIN_OPSET}, and ONNX does not convert it ({said:.200}): "
             "export it again"
         ) from error
+    ir.external_data.set_base_dir(model.graph, path.parent)
     model.ir_version = max(model.ir_version or 0, _MIN_IR_VERSION)
     return model
+
+
+def _without_weights(path: Path) -> onnx.ModelProto:
+    """Returns an ONNX file's content without large weights of other files, with which it may have over 2 GiB."""
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        # The converter reads axes and scales.
+        if external_data_helper.uses_external_data(tensor) and math.prod(tensor.dims) < _MAX_CONSTANT_SIZE:
+            external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+    return proto
 
 
 def load_foreign(path: Path, names: list[str], sizes: Mapping[str, int]) -> ir.Model:

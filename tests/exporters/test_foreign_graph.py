@@ -143,7 +143,8 @@ def test_an_old_opset_and_every_layout(tmp_path: Path, opset: int, layout: str) 
     )
     path = tmp_path / "old.onnx"
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
-    onnx.save(model, path)
+    # Weights in another file stay there while the opset is converted.
+    onnx.save(model, path, save_as_external_data=layout == "rows", size_threshold=0, location="old.weights")
     keys = {"rows": "keys", "nchw": "map", "nhwc": "last"}[layout]
     arguments = ["--vision=tokens", f"--keys={keys}", "--preset=llava-1.5", "--budget=4", f"--output={tmp_path}/a.onnx"]
     if layout != "rows":
@@ -250,6 +251,8 @@ def test_a_class_token_of_an_image_of_any_size(tmp_path: Path, capsys: pytest.Ca
     command += ["--budget=3", f"--output={tmp_path}/b.onnx", "--force"]
     assert main(command) == 2
     assert "give it (--skip-tokens 1, or 0 for none), or the size (--dim NAME=SIZE)" in capsys.readouterr().err
+    assert main([*command, "--skip-tokens=13"]) == 2
+    assert "--skip-tokens 13 leaves no tokens: tokens has 13 rows, keys 13" in capsys.readouterr().err
     for given, num_tokens in ((["--skip-tokens=1"], 12), (["--dim=height=42", "--dim=width=56"], 12)):
         assert main([*command, *given]) == 0
         assert Manifest.load(tmp_path / "b.onnx").dimensions["N"] == DimRange.fixed(num_tokens)
