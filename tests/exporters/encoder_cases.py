@@ -57,13 +57,14 @@ def hugging_face(family: FamilyName, pixels: Tensor, image_size: tuple[int, int]
     if family == "llava-1.5":
         output = model.get_image_features(pixels)
         keys = output.hidden_states[-2][:, 1:]
-    elif family.startswith("qwen3"):
-        grids = torch.tensor([[1, image_size[1] // 16, image_size[0] // 16]])
+    elif family.startswith(("qwen2-", "qwen3")):
+        side = 14 if family == "qwen2-vl" else 16
+        grids = torch.tensor([[1, image_size[1] // side, image_size[0] // side]])
         grids = grids.repeat(len(pixels) // int(grids.prod()), 1)
         output = model.get_image_features(pixels, grids)
         keys = output.last_hidden_state.unflatten(0, (-1, 4)).float().mean(dim=1).unflatten(0, (len(grids), -1))
         features = [torch.stack(list(output.pooler_output)).float(), keys.float()]
-        if family.startswith("qwen3.5"):
+        if not family.startswith("qwen3-vl"):
             return features
         levels = torch.cat([torch.stack(list(level)) for level in output.deepstack_features], dim=2)
         return [*features, levels.float()]

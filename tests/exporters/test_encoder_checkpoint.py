@@ -102,8 +102,8 @@ def test_layouts_of_a_checkpoint(tmp_path: Path, layout: str) -> None:
     [
         ("{", "cannot be read as JSON"),
         ("[]", "a JSON list: expected an object"),
-        ({}, "has no vision tower .*expected model_type llava or llava_next or qwen2_5_vl"),
-        ({"model_type": "qwen2"}, "no vision tower .*'qwen2'.*expected model_type llava or llava_next or qwen2_5_vl"),
+        ({}, "has no vision tower .*expected model_type llava or llava_next or qwen2_vl or qwen2_5_vl"),
+        ({"model_type": "qwen2"}, "no vision tower .*'qwen2'.*expected model_type llava or llava_next or qwen2_vl or"),
         ({"model_type": "llava"}, "no vision tower"),
         (
             {"model_type": "gemma3", "vision_config": {}},

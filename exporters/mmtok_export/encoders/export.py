@@ -16,6 +16,7 @@ from mmtok_export.encoders.llava_1_5 import Llava15Encoder
 from mmtok_export.encoders.llava_next import LlavaNextEncoder
 from mmtok_export.encoders.qwen2_5_vl import Qwen25VLEncoder
 from mmtok_export.encoders.qwen2_5_vl_grid import Qwen25VLGridEncoder
+from mmtok_export.encoders.qwen2_vl import Qwen2VLEncoder
 from mmtok_export.encoders.qwen3_5 import Qwen35Encoder, Qwen35MoeEncoder
 from mmtok_export.encoders.qwen3_vl import Qwen3VLEncoder, Qwen3VLMoeEncoder
 
@@ -24,6 +25,7 @@ __all__ = ["FAMILIES", "build_encoder", "describe_encoder", "export_encoder", "f
 FAMILIES: dict[str, type[Encoder]] = {
     "llava": Llava15Encoder,
     "llava_next": LlavaNextEncoder,
+    "qwen2_vl": Qwen2VLEncoder,
     "qwen2_5_vl": Qwen25VLEncoder,
     "qwen3_vl": Qwen3VLEncoder,
     "qwen3_vl_moe": Qwen3VLMoeEncoder,
@@ -39,7 +41,10 @@ _ANY_SIZE: dict[type[Encoder], type[Encoder]] = {
     Qwen25VLEncoder: Qwen25VLGridEncoder,
     **{
         family: family
-        for family in (Qwen3VLEncoder, Qwen3VLMoeEncoder, Qwen35Encoder, Qwen35MoeEncoder, InternVL3Encoder)
+        for family in (
+            *(Qwen2VLEncoder, Qwen3VLEncoder, Qwen3VLMoeEncoder, Qwen35Encoder, Qwen35MoeEncoder),
+            InternVL3Encoder,
+        )
     },
 }
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders.base import Encoder, EncoderError, ImageSize
 
-__all__ = ["QwenEncoder", "patch_positions", "rotary_angles"]
+__all__ = ["QwenEncoder", "patch_positions"]
 
 
 class QwenEncoder(Encoder):
@@ -56,8 +58,7 @@ class QwenEncoder(Encoder):
             **self.pixel_scale,
         }
         self.grid = (1, self.patches[1] // vision.spatial_merge_size, self.patches[2] // vision.spatial_merge_size)
-        self.vision_width = vision.out_hidden_size
-        self.keys_width = vision.hidden_size
+        self.vision_width, self.keys_width = self.widths_of(vision)
         if self.takes_grid:
             group = vision.spatial_merge_size**2
             self.pixels_shape = ("patches", patch_width)
@@ -66,6 +67,14 @@ class QwenEncoder(Encoder):
         else:
             self.num_tokens = DimRange.fixed(math.prod(self.grid))
             self.pixels_shape = (self.batch_size * self.patches.numel(), patch_width)
+
+    def widths_of(self, vision: Any) -> tuple[int, int]:
+        """Returns D and d.
+
+        Args:
+            vision: Configuration of the vision tower.
+        """
+        return vision.out_hidden_size, vision.hidden_size
 
     def example(self) -> dict[str, Tensor]:
         """Returns an image of `image_size`, and its grid if the encoder takes it."""
@@ -106,6 +115,36 @@ class QwenEncoder(Encoder):
         group = self.config.spatial_merge_size**2
         return hidden.view(self.batch_size, -1, group, self.keys_width).float().mean(dim=2)
 
+    def angles_of(self, positions: Tensor) -> Tensor:
+        """Returns the rotary angles [S, head_dim] float32 of patches.
+
+        They go by row in the first and third quarter of a head, and by column in the others.
+
+        Args:
+            positions: [S, 2] int, row and column of each patch.
+        """
+        # The default of the configurations.
+        base = (getattr(self.config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+        quarter = torch.arange(self.keys_width // self.config.num_heads // 4)
+        frequencies = 1.0 / base ** (quarter / len(quarter))
+        return (positions[:, :, None] * frequencies).flatten(1).repeat(1, 2)
+
+    def attend(self, attention: Any, hidden: Tensor, angles: Sequence[Tensor]) -> Tensor:
+        """Returns the attention over the whole image, [B, S, C].
+
+        Args:
+            attention: Hugging Face's module, for its weights.
+            hidden: [B, S, C], patches, token by token.
+            angles: cos and sin, [S, head_dim].
+        """
+        mixed = attention.qkv(hidden).view(self.batch_size, -1, 3 * attention.num_heads, attention.head_dim)
+        query, key, value = mixed.split(attention.num_heads, dim=2)
+        query, key = apply_rotary_pos_emb_vision(query, key, *angles)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        output: Tensor = attention.proj(attended.transpose(1, 2).reshape(self.batch_size, -1, attention.dim))
+        return output
+
 
 def patch_positions(rows: Tensor, columns: Tensor, merge_size: int) -> Tensor:
     """Returns row and column of the patches of each token, token by token, [T * merge_size ** 2, 2] int.
@@ -119,19 +158,6 @@ def patch_positions(rows: Tensor, columns: Tensor, merge_size: int) -> Tensor:
     row = (rows[:, None, None] * merge_size + within[:, None]).expand(-1, merge_size, merge_size)
     column = (columns[:, None, None] * merge_size + within).expand(-1, merge_size, merge_size)
     return torch.stack([row, column], dim=-1).reshape(-1, 2)
-
-
-def rotary_angles(positions: Tensor, config: Any) -> Tensor:
-    """Returns the rotary angles [S, head_dim] float32: by row in the first and third quarter of a head, else by column.
-
-    Args:
-        positions: [S, 2] int, row and column of each patch.
-        config: Configuration of the vision tower; the default base is 10000.
-    """
-    base = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
-    quarter = torch.arange(config.hidden_size // config.num_heads // 4)
-    frequencies = 1.0 / base ** (quarter / len(quarter))
-    return (positions[:, :, None] * frequencies).flatten(1).repeat(1, 2)
 
 
 def _grid_within(num_tokens: DimRange) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders.base import ImageSize, as_matrix
-from mmtok_export.encoders.qwen import QwenEncoder, rotary_angles
+from mmtok_export.encoders.qwen import QwenEncoder
 from mmtok_export.pixels import CLIP_SCALE
 
 __all__ = ["Qwen25VLEncoder", "feed_forward"]
@@ -52,7 +52,7 @@ class Qwen25VLEncoder(QwenEncoder):
         self.constant("window_order", order)
         self.constant("raster_order", order.argsort())
         positions = get_vision_position_ids(grid, merge).unflatten(0, (-1, merge**2))[order].flatten(0, 1)
-        angles = rotary_angles(positions, self.config)
+        angles = self.angles_of(positions)
         self.constant("cos", angles.cos())
         self.constant("sin", angles.sin())
         self._prepare_windows(boundaries.diff())

@@ -11,7 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders.base import ImageSize
-from mmtok_export.encoders.qwen import patch_positions, rotary_angles
+from mmtok_export.encoders.qwen import patch_positions
 from mmtok_export.encoders.qwen2_5_vl import Qwen25VLEncoder, feed_forward
 
 __all__ = ["Qwen25VLGridEncoder"]
@@ -44,7 +44,7 @@ class Qwen25VLGridEncoder(Qwen25VLEncoder):
         slots = torch.arange(num_windows * side**2)
         row, column = self._place(slots, columns)
         is_token = (row < rows) & (column < columns)
-        turns = rotary_angles(patch_positions(row, column, merge), self.config)
+        turns = self.angles_of(patch_positions(row, column, merge))
         angles = turns.cos(), turns.sin()
         is_patch = is_token[:, None].expand(-1, group).reshape(-1)
         mask = torch.zeros(is_patch.shape, dtype=self.dtype).masked_fill(~is_patch, torch.finfo(self.dtype).min)

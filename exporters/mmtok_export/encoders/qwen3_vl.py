@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel, apply_rotary_pos_emb_vision
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders.base import ImageSize, as_matrix
-from mmtok_export.encoders.qwen import QwenEncoder, patch_positions, rotary_angles
+from mmtok_export.encoders.qwen import QwenEncoder, patch_positions
 
 __all__ = ["Qwen3VLEncoder", "Qwen3VLMoeEncoder"]
 
@@ -62,7 +61,7 @@ class Qwen3VLEncoder(QwenEncoder):
         hidden = hidden.view(self.batch_size, -1, self.keys_width) + embedded
         levels: list[Tensor] = []
         for idx, block in enumerate(self.visual.blocks):
-            hidden = hidden + self._attend(block.attn, block.norm1(hidden), angles)
+            hidden = hidden + self.attend(block.attn, block.norm1(hidden), angles)
             hidden = hidden + block.mlp(block.norm2(hidden))
             if idx in self.level_blocks:
                 levels.append(self._merged(self.visual.deepstack_merger_list[len(levels)], hidden))
@@ -80,29 +79,13 @@ class Qwen3VLEncoder(QwenEncoder):
         tokens = torch.arange(rows.item() * columns.item())
         positions = patch_positions(tokens // columns, tokens % columns, merge)
         embedded = _interpolate(self.position_table, positions, torch.stack([rows, columns]) * merge)
-        angles = rotary_angles(positions, self.config)
+        angles = self.angles_of(positions)
         return embedded.to(self.dtype), angles.cos(), angles.sin()
 
     def _merged(self, merger: Any, hidden: Tensor) -> Tensor:
         """Returns the merged tokens [B, N, D]."""
         tokens: Tensor = merger(hidden).view(self.batch_size, -1, self.vision_width)
         return tokens
-
-    def _attend(self, attention: Any, hidden: Tensor, angles: Sequence[Tensor]) -> Tensor:
-        """Returns the attention over the image, [B, S, C].
-
-        Args:
-            attention: Hugging Face's module, for its weights.
-            hidden: [B, S, C], patches, token by token.
-            angles: cos and sin, [S, head_dim].
-        """
-        mixed = attention.qkv(hidden).view(self.batch_size, -1, 3 * attention.num_heads, attention.head_dim)
-        query, key, value = mixed.split(attention.num_heads, dim=2)
-        query, key = apply_rotary_pos_emb_vision(query, key, *angles)
-        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        output: Tensor = attention.proj(attended.transpose(1, 2).reshape(self.batch_size, -1, attention.dim))
-        return output
 
 
 class Qwen3VLMoeEncoder(Qwen3VLEncoder):
