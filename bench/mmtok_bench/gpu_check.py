@@ -275,13 +275,17 @@ def _questions(name: str, about: str, concurrency: int, bound: float, *more: str
     )
 
 
-def _logprobs(family: str, prefill: str, encoder: str = "eager") -> tuple[Bar, ...]:
+def _logprobs(family: str, prefill: str, encoder: str = "eager", drafts: str | None = None) -> tuple[Bar, ...]:
     def times(metrics: Mapping[str, float], name: str, of: str) -> float | None:
         return metrics[name] / metrics[of] if metrics[of] else math.inf
 
-    of_family = partial(_of_row, "device-logprobs", family=family, prefill=prefill, encoder=encoder)
+    def of_family(value: Callable[[Mapping[str, float]], float | None]) -> Measure:
+        case = {"family": family, "prefill": prefill, "encoder": encoder} | ({"drafts": drafts} if drafts else {})
+        return _of_row("device-logprobs", value, **case)
+
     what = family if prefill == "eager" else f"{family}, prefill graphs"
     what += ", encoder graphs" if encoder == "graphs" else ""
+    what += f", drafts by {drafts}" if drafts else ""
     # On CUDA, SGLang serves its own models only in 16 bits, and captures prefills only with its attention for these.
     # The hand-pruned model in float16 rounds like them.
     is_half = not (family.startswith("llava") and prefill == "eager")
@@ -304,6 +308,8 @@ def _logprobs(family: str, prefill: str, encoder: str = "eager") -> tuple[Bar, .
         bars.append(Bar(f"{what}, prefills replayed", "at least 3", of_family(itemgetter("num_replayed"))))
     if encoder == "graphs":
         bars.append(Bar(f"{what}, images replayed", "at least 1", of_family(itemgetter("num_encoder_replays"))))
+    if drafts:
+        bars.append(Bar(f"{what}, right drafts", "at least 1", of_family(itemgetter("num_correct_drafts"))))
     return tuple(bars)
 
 
@@ -362,6 +368,10 @@ def _replays_ms(call: Callable[[], object]) -> list[float]:
 _WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith(("llava", "qwen2.5", "qwen3")))
 _WITH_ENCODER_GRAPHS = tuple(family for family in get_args(FamilyName) if family != "internvl3")
 _WITH_VIDEOS: tuple[FamilyName, ...] = ("qwen2.5-vl", "qwen3-vl")
+_WITH_DRAFTS: tuple[tuple[FamilyName, str], ...] = (
+    *(("qwen2.5-vl", "ngram"), ("llava-1.5", "ngram")),
+    *(("qwen2.5-vl", "eagle3"), ("qwen3-vl", "eagle3")),
+)
 _QUANTISED = ("fp8", "awq", "gptq")
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -439,6 +449,12 @@ PARTS: tuple[Part, ...] = (
         "the same of videos, and of images beside them; needs FFmpeg",
         tuple(_device_logprobs(family, "eager", "--videos") for family in _WITH_VIDEOS),
         tuple(bar for family in _WITH_VIDEOS for bar in _logprobs(family, "eager")),
+    ),
+    Part(
+        "drafts",
+        "the same, with tokens drafted from earlier text (NGRAM) or by a draft model (EAGLE3)",
+        tuple(_device_logprobs(family, "eager", "--drafts", drafts) for family, drafts in _WITH_DRAFTS),
+        tuple(bar for family, drafts in _WITH_DRAFTS for bar in _logprobs(family, "eager", drafts=drafts)),
     ),
     Part(
         "quantised",

@@ -203,12 +203,21 @@ def check_sharing(settings: Settings) -> None:
 
 
 def check_speculation(server_args: Any, settings: Settings) -> None:
-    """Raises UnsupportedServerError if the model cannot verify drafted tokens."""
-    algorithm = resolving_view(server_args).speculative_algorithm
-    obstacle = FAMILIES[settings.family].obstacle_to_speculation
-    if algorithm is not None and obstacle is not None:
+    """Raises UnsupportedServerError if the model's answers with drafted tokens were not verified."""
+    cfg = resolving_view(server_args)
+    algorithm = cfg.speculative_algorithm
+    verified = FAMILIES[settings.family].speculative_algorithms
+    if algorithm is None:
+        return
+    if algorithm not in verified:
         raise UnsupportedServerError(
-            f"--speculative-algorithm {algorithm} does not run on {settings.family}: {obstacle}. Drop it"
+            f"--speculative-algorithm {algorithm} on {settings.family}: not verified with a budget (verified: "
+            f"{', '.join(verified) or 'none'}). Drop it"
+        )
+    if algorithm != "NGRAM" and cfg.pp_size > 1:
+        raise UnsupportedServerError(
+            f"--speculative-algorithm {algorithm} with --pp-size {cfg.pp_size}: the draft model runs on the last "
+            "stage, and images are selected on the first. Drop one of them"
         )
 
 
@@ -226,11 +235,6 @@ def _problems(cfg: Any) -> Iterator[str]:
     if cfg.language_model_only:
         yield "--language-model-only: there is no vision encoder"
     yield from problems_of(cfg)
-    if cfg.speculative_algorithm not in (None, "NGRAM"):
-        yield (
-            f"--speculative-algorithm {cfg.speculative_algorithm}: the draft model's prefill reads positions from "
-            "before the selection"
-        )
     if cfg.mm_enable_dp_encoder:
         yield "--mm-enable-dp-encoder: features before the merger are spread over the ranks"
     if cfg.attn_dp_size > 1:

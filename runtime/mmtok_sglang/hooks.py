@@ -185,6 +185,13 @@ def hooks_of(server: Server) -> list[Hook]:
             until="SGLang knows the images of beams",
         ),
         Hook(
+            "model_executor.forward_batch_info.ForwardBatch._compute_mrope_positions_extend",
+            "self model_runner batch",
+            server.positions.position_draft,
+            reason="a draft model reads a prompt at the positions from before the selection",
+            until="SGLang hands the model's positions to its draft model",
+        ),
+        Hook(
             "managers.schedule_batch.MultimodalInputs.compute_mm_token_counts",
             "self",
             token_counts,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 from torch import Tensor
 
 from mmtok_sglang.cache_key import has_images, keys_of, names_of
@@ -99,6 +100,15 @@ class PositionWriter:
             )
             positions[:, span.batch] = original[:, kept[span.kept]]
 
+    def position_draft(self, original: Callable[..., None], forward_batch: Any, model_runner: Any, batch: Any) -> None:
+        """Computes a prefill's M-RoPE positions as SGLang does; a draft model's kept tokens get their own.
+
+        The model has selected them just before: a draft model reads what it embedded.
+        """
+        original(forward_batch, model_runner, batch)
+        if model_runner.is_draft_worker:
+            self.write(list(_spans(forward_batch)), forward_batch.mrope_positions)
+
     def _kept(self, span: _Span) -> Tensor | None:
         """Returns which tokens of the unpruned prompt are in an image's span; None where a part is not remembered."""
         parts = [self._selector.remembered((span.key, part)) for part in range(span.plan.num_parts)]
@@ -144,11 +154,10 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
         params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         if req.beam_group is not None:
             req.beam_group.max_new_tokens = min(req.beam_group.max_new_tokens, room)
-    drafting = getattr(scheduler, "draft_worker", None)
-    if drafting is not None:
+    if getattr(scheduler, "draft_worker", None) is not None:
         # SGLang 0.5.23 reserves two rounds of drafts behind a request, and a request's row in the table of the KV cache
         # has room for one: at the end of the context it writes into the row of another request.
-        room = max(1, context - 2 * drafting.speculative_num_draft_tokens - len(req.origin_input_ids))
+        room = max(1, context - get_alloc_reserve_per_decode() - len(req.origin_input_ids))
         params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
     original(scheduler, req)
 

@@ -9,6 +9,9 @@ numbers alone. With `--prefill graphs` a LLaVA is served in float16, too: SGLang
 float32. The row then also has how far the hand-pruned model itself is from float32 if its language model computes in
 float16.
 
+With `--drafts`, tokens are drafted from earlier text or by a draft model that is made for the checkpoint. The row then
+has the number of right ones.
+
 With `--encoder graphs`, the vision encoder is replayed for the last images, also of families whose encoder a server
 does not replay.
 
@@ -40,9 +43,11 @@ from mmtok_bench.server import make_server
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
 from tests.runtime import replayed_encoders
 from tests.runtime.chats import Chat, small
+from tests.runtime.emulated_speculation import speculation_environment
 from tests.runtime.films import film
 from tests.runtime.hand_pruned import HandPruned, Pruned
 from tests.runtime.serving import Served, template_arguments
+from tests.runtime.tiny_drafts import make_eagle3_draft
 
 BENCH = "device-logprobs"
 _BUDGET = 0.1
@@ -67,6 +72,15 @@ _ENCODER = {"eager": (), "graphs": ("--mm-attention-backend=triton_attn",)}
 _PREFILL = {"eager": ("--disable-prefill-cuda-graph",), "graphs": ("--chunked-prefill-size=64",)}
 # A LLaVA's prefills are captured only if its server is told to.
 _CAPTURED = ("--cuda-graph-backend-prefill=breakable", "--cuda-graph-bs-prefill", "8", "16", "32", "64")
+
+_DRAFTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "ngram": ("--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6"),
+    "eagle3": (
+        *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=8"),
+        "--speculative-num-draft-tokens=24",
+    ),
+}
 
 
 def film_chats() -> tuple[Chat, ...]:
@@ -125,6 +139,7 @@ def measure(
         if served.family.startswith("qwen"):
             of_positions.append(judge.max_error(prune(chat.guidance, original_positions=False), accounts[0]))
     return {
+        "num_correct_drafts": sum(account.get("spec_num_correct_drafts", 0) for account in (*alone, *together)),
         "max_error": max(errors),
         "question_error": min(of_question),
         **({"position_error": min(of_positions)} if of_positions else {}),
@@ -161,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=get_args(FamilyName), required=True)
     parser.add_argument("--prefill", choices=tuple(_PREFILL), default="eager", help="default %(default)s")
     parser.add_argument("--encoder", choices=tuple(_ENCODER), default="eager", help="default %(default)s")
+    parser.add_argument("--drafts", choices=tuple(_DRAFTS), default="none", help="default %(default)s")
     parser.add_argument("--videos", action="store_true", help="chats about videos, for a Qwen2.5-VL or Qwen3-VL")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="further arguments of the server")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
@@ -182,6 +198,9 @@ def _run(arguments: argparse.Namespace) -> int:
     is_half = not on_cpu and not (family.startswith("llava") and arguments.prefill == "eager")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     checkpoint = make_tiny_checkpoint(family, arguments.folder / "checkpoints" / family)
+    judge = HandPruned(family, checkpoint, device)
+    name = f"{family}-{arguments.prefill}-encoder-{arguments.encoder}-drafts-{arguments.drafts}"
+    draft = make_eagle3_draft(judge.model, arguments.folder / name) if arguments.drafts == "eagle3" else None
     server = make_server(
         checkpoint,
         family,
@@ -189,6 +208,8 @@ def _run(arguments: argparse.Namespace) -> int:
         *template_arguments(family, checkpoint),
         *(() if on_cpu else (*_ON_CUDA, *(_HALF if is_half else _FULL), *_PREFILL[arguments.prefill])),
         *(() if on_cpu else _ENCODER[arguments.encoder]),
+        *_DRAFTS[arguments.drafts],
+        *((f"--speculative-draft-model-path={draft}",) if draft is not None else ()),
         *(_CAPTURED if arguments.prefill == "graphs" and family.startswith("llava") else ()),
         *arguments.server_args,
         on_cpu=on_cpu,
@@ -197,10 +218,10 @@ def _run(arguments: argparse.Namespace) -> int:
             "NVIDIA_TF32_OVERRIDE": "0",
             **({} if on_cpu else {"SGLANG_MAMBA_CONV_DTYPE": "float16"}),
             **_encoder_environment(arguments.encoder, arguments.folder),
+            **(speculation_environment(arguments.folder) if on_cpu and arguments.drafts != "none" else {}),
         },
-        log_path=arguments.folder / f"{family}-{arguments.prefill}-encoder-{arguments.encoder}.log",
+        log_path=arguments.folder / f"{name}.log",
     )
-    judge = HandPruned(family, checkpoint, device)
     in_half = HandPruned(family, checkpoint, device) if is_half else None
     if in_half is not None:
         in_half.model.half()
@@ -213,6 +234,7 @@ def _run(arguments: argparse.Namespace) -> int:
     metrics |= {"num_prefills": len(prefills), "num_replayed": prefills.count("True")}
     case = {"family": family, "prefill": arguments.prefill, "encoder": arguments.encoder}
     case |= {"media": "videos"} if arguments.videos else {}
+    case |= {"drafts": arguments.drafts} if arguments.drafts != "none" else {}
     row = make_row(BENCH, case, "sglang", metrics, num_runs=len(chats), device=device)
     append_row(arguments.folder / "device-logprobs.jsonl", row)
     print(metrics)

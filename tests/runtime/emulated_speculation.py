@@ -1,8 +1,8 @@
-"""An SGLang plugin for tests alone: NGRAM speculative decoding without a GPU.
+"""An SGLang plugin for tests alone: speculative decoding without a GPU, by NGRAM or EAGLE3.
 
-SGLang's own worker drafts from its corpus, verifies by the model, and accepts. Its kernels are replaced by PyTorch
-operations: the tree's links and positions, where its keys and values go, the attention by its mask, and the walk that
-accepts tokens. A verified batch is greedy.
+SGLang's own workers draft from earlier text or by a draft model, verify by the model, and accept. Their kernels are
+replaced by PyTorch operations: the tree's links and positions, where its keys and values go, the attention of drafts,
+that of the tree by its mask, and the walk that accepts tokens. A verified batch is greedy.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mmtok_bench.second_plugin import plugin_environment
+from mmtok_sglang.positions import PositionWriter
 
 __all__ = ["register", "speculation_environment"]
 
 
 def speculation_environment(folder: Path) -> dict[str, str]:
-    """Returns the environment of a server on a CPU that speculates, if it has --speculative-algorithm NGRAM."""
+    """Returns the environment of a server on a CPU that speculates, if it has --speculative-algorithm."""
     return plugin_environment(folder, "mmtok_test_speculation", f"{__name__}:register", Path(__file__).parents[2])
 
 
@@ -57,6 +58,155 @@ def register() -> None:
         return _attend_by_tree(backend, q, k, v, layer, forward_batch)
 
     TorchNativeAttnBackend.forward_extend = attend
+    _register_eagle()
+
+
+def _register_eagle() -> None:
+    from sglang.kernels.ops.speculative import cache_locs
+    from sglang.srt.arg_groups import speculative_hook
+    from sglang.srt.speculative import eagle_utils, eagle_worker_common, eagle_worker_v2
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    speculative_hook._check_oot_speculative_algorithm = lambda **_: None
+    eagle_utils._is_cpu = eagle_worker_common._is_cpu = eagle_worker_v2._is_cpu = True
+    eagle_worker_common.assign_draft_cache_locs_contiguous_func = _draft_cache_locations
+    cache_locs.assign_extend_cache_locs_func = _cache_locations
+    eagle_utils.build_tree_kernel_efficient_func = _build_tree
+    eagle_worker_common.fill_bonus_tokens_func = _fill_bonus_tokens
+    DraftBackendFactory.create_decode_backend = lambda factory: _StepsBackend(factory)
+    DraftBackendFactory.create_draft_extend_backend = lambda _: None
+    _compare_positions()
+
+
+def _compare_positions() -> None:
+    """Ends the server if a draft model reads a prompt at other positions than the model."""
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    forward, write = ModelRunner.forward, PositionWriter.write
+    last: list[Tensor] = []
+
+    def written(writer: PositionWriter, spans: Any, positions: Tensor) -> None:
+        write(writer, spans, positions)
+        last[:] = [positions]
+
+    def compared(runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not forward_batch.forward_mode.is_extend_without_speculative():
+            return forward(runner, forward_batch, *args, **kwargs)
+        if not runner.is_draft_worker:
+            last[:] = [forward_batch.mrope_positions]
+        elif runner.model_config.model_is_mrope and not torch.equal(forward_batch.mrope_positions, last[0]):
+            raise AssertionError(f"a draft model reads {forward_batch.mrope_positions}, the model {last[0]}")
+        return forward(runner, forward_batch, *args, **kwargs)
+
+    PositionWriter.write = written  # type: ignore[assignment,method-assign]
+    ModelRunner.forward = compared
+
+
+class _StepBackend(TorchNativeAttnBackend):
+    """The attention of one step of drafts: each branch reads the prefix and its own drafts."""
+
+    def __init__(self, runner: Any, step: int, num_steps: int, topk: int) -> None:
+        super().__init__(runner)
+        self._step, self._num_steps, self._topk = step, num_steps, topk
+
+    def forward_decode(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
+    ) -> Tensor:
+        pool, table = self.token_to_kv_pool, self.req_to_token_pool.req_to_token
+        pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        outputs = []
+        for number, query in enumerate(queries):
+            row, branch = divmod(number, self._topk)
+            places = table[forward_batch.req_pool_indices[row]]
+            prefix_len = int(forward_batch.seq_lens[row])
+            first = prefix_len + branch * self._num_steps
+            own = torch.cat([places[:prefix_len], places[first : first + self._step + 1]]).long()
+            outputs.append(
+                scaled_dot_product_attention(
+                    query[None, :, None],
+                    keys[own].movedim(0, 1)[None],
+                    values[own].movedim(0, 1)[None],
+                    scale=layer.scaling,
+                    enable_gqa=layer.tp_q_head_num != layer.tp_k_head_num,
+                ).flatten()
+            )
+        return torch.stack(outputs)
+
+
+class _StepsBackend:
+    """The attention of all steps, as SGLang's draft worker has it."""
+
+    def __init__(self, factory: Any) -> None:
+        steps = range(factory.speculative_num_steps - 1)
+        self.attn_backends = [
+            _StepBackend(factory.draft_model_runner, step, factory.speculative_num_steps, factory.topk)
+            for step in steps
+        ]
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(forward_batch)
+
+
+def _draft_cache_locations(
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    seq_lens: Tensor,
+    out_cache_loc: Tensor,
+    topk: int,
+    num_cols: int,
+    **_: Any,
+) -> None:
+    width = topk * num_cols
+    rows = zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)
+    out_cache_loc.copy_(torch.cat([req_to_token[row, start : start + width] for row, start in rows]))
+
+
+def _build_tree(
+    parent_list: Tensor,
+    top_scores_index: Tensor,
+    seq_lens: Tensor,
+    tree_mask: Tensor,
+    positions: Tensor,
+    retrieve_index: Tensor,
+    retrieve_next_token: Tensor,
+    retrieve_next_sibling: Tensor,
+    topk: int,
+    spec_steps: int,
+    num_verify_tokens: int,
+    tree_mask_mode: Any,
+) -> None:
+    """Fills in the links and the mask of each tree; node 0 is the last accepted token.
+
+    Args:
+        parent_list: [B, P], number of each draft's parent among all drafts that were made.
+        top_scores_index: [B, num_verify_tokens - 1], numbers of the drafts that are verified.
+    """
+    batch_size = len(seq_lens)
+    mask = tree_mask.view(batch_size, num_verify_tokens, num_verify_tokens)
+    mask.copy_(torch.eye(num_verify_tokens, dtype=torch.bool).expand_as(mask))
+    mask[:, :, 0] = True
+    retrieve_index.copy_(torch.arange(batch_size * num_verify_tokens).view(batch_size, num_verify_tokens))
+    depths = torch.zeros(batch_size, num_verify_tokens, dtype=torch.int64)
+    for row in range(batch_size):
+        chosen = top_scores_index[row].tolist()
+        parents = [0] * num_verify_tokens
+        for node, number in enumerate(chosen, start=1):
+            group = number // topk
+            parents[node] = 0 if group == 0 else chosen.index(int(parent_list[row, group])) + 1
+            mask[row, node] |= mask[row, parents[node]]
+            depths[row, node] = depths[row, parents[node]] + 1
+        for node in range(num_verify_tokens - 1, 0, -1):
+            retrieve_next_sibling[row, node] = retrieve_next_token[row, parents[node]]
+            retrieve_next_token[row, parents[node]] = node
+    positions.copy_((seq_lens[:, None] + depths).flatten())
+
+
+def _fill_bonus_tokens(tokens: Tensor, accept_lens: Tensor, bonus_tokens: Tensor, width: int, batch_size: int) -> None:
+    last = tokens.view(batch_size, width).gather(1, (accept_lens.long() - 1)[:, None])
+    bonus_tokens.copy_(last[:, 0])
 
 
 def _move_by_index(pool: Any) -> None:

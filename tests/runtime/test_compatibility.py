@@ -61,8 +61,6 @@ REFUSED = [
     ("language_only", True, "--language-only"),
     ("enable_adaptive_dispatch_to_encoder", True, "encoder disaggregation"),
     ("language_model_only", True, "--language-model-only"),
-    ("speculative_algorithm", "EAGLE", "--speculative-algorithm EAGLE: the draft model's prefill"),
-    ("speculative_algorithm", "NEXTN", "--speculative-algorithm NEXTN: the draft model's prefill"),
     ("mm_enable_dp_encoder", True, "--mm-enable-dp-encoder"),
     ("attn_dp_size", 2, "--enable-dp-attention"),
     ("skip_tokenizer_init", True, "--skip-tokenizer-init"),
@@ -127,26 +125,33 @@ def test_other_configurations_pass(graphs: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_drafts_by_earlier_text(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("algorithm", ["NGRAM", "EAGLE3", "EAGLE", "STANDALONE"])
+def test_drafts(family: str, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
-    drafting = SimpleNamespace(**SUPPORTED | {"speculative_algorithm": "NGRAM"})
+    drafting = SimpleNamespace(**SUPPORTED | {"speculative_algorithm": algorithm, "pp_size": 1})
     assert list(_problems(drafting)) == []
     settings = make_settings(family=family)
     compatibility.check_speculation(SimpleNamespace(**SUPPORTED), settings)
-    if not family.startswith("qwen3.5"):
+    verified = ["NGRAM", "EAGLE3"] if family in ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe") else ["NGRAM"]
+    if algorithm in ([] if family.startswith("qwen3.5") else verified):
         compatibility.check_speculation(drafting, settings)
         return
-    with pytest.raises(UnsupportedServerError, match=rf"NGRAM does not run on {family}: states of linear attention"):
+    with pytest.raises(UnsupportedServerError, match=rf"{algorithm} on {family}: not verified with a budget"):
         compatibility.check_speculation(drafting, settings)
+
+
+def test_a_draft_model_behind_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
+    drafting = SimpleNamespace(**SUPPORTED | {"speculative_algorithm": "EAGLE3", "pp_size": 2})
+    with pytest.raises(UnsupportedServerError, match="the draft model runs on the last stage"):
+        compatibility.check_speculation(drafting, make_settings(family="qwen2.5-vl"))
 
 
 def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
     check_server(SimpleNamespace(**SUPPORTED))
-    two = SUPPORTED | {"skip_tokenizer_init": True, "speculative_algorithm": "EAGLE"}
-    with pytest.raises(
-        UnsupportedServerError, match=r"--speculative-algorithm EAGLE.*; nor with --skip-tokenizer-init"
-    ):
+    two = SUPPORTED | {"skip_tokenizer_init": True, "mm_enable_dp_encoder": True}
+    with pytest.raises(UnsupportedServerError, match=r"--mm-enable-dp-encoder.*; nor with --skip-tokenizer-init"):
         check_server(SimpleNamespace(**two))
 
 

@@ -9,63 +9,95 @@ from typing import Any
 import pytest
 
 from mmtok_bench.families import FamilyName
+from mmtok_sglang import families
 from tests.runtime.chats import CHATS, QUESTION, Chat, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.emulated_speculation import speculation_environment
 from tests.runtime.films import film, has_ffmpeg
 from tests.runtime.serving import Served, prunes_videos
+from tests.runtime.tiny_drafts import make_eagle3_draft
 
-NUM_DRAFTS = 6
-SPECULATED = [name for name in FAMILIES if not name.startswith("qwen3.5")]
+# Trees of 6 drafts of earlier text; of 24 of a draft model, in 3 steps with 8 branches, or a chain of 4.
+DRAFTS = {
+    "ngram": ("--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6"),
+    "tree": (
+        *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=8"),
+        "--speculative-num-draft-tokens=24",
+    ),
+    "chain": (
+        *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
+        "--speculative-num-draft-tokens=4",
+    ),
+}
+# SGLang reserves room for two rounds behind a request: each of all drafts, or of the branches of all steps.
+ROOM = {"ngram": 20, "tree": 48, "chain": 8}
+CASES = [
+    (family, drafts)
+    for family in FAMILIES
+    for drafts, flags in DRAFTS.items()
+    if flags[0].partition("=")[2] in families.FAMILIES[family].speculative_algorithms
+]
+CONTEXT = 1024
+OFTEN = [("qwen2.5-vl", "ngram"), ("qwen2.5-vl", "tree")]
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(
     scope="module",
-    params=[each if each == "qwen2.5-vl" else pytest.param(each, marks=pytest.mark.exhaustive) for each in SPECULATED],
+    params=[
+        pytest.param(case, id="-".join(case), marks=() if case in OFTEN else pytest.mark.exhaustive) for case in CASES
+    ],
 )
-def speculating(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server with trees of 6 drafts, chunks of 64 tokens, and a retraction at every fifth step."""
-    family: FamilyName = request.param
-    arguments = ("--mmtok-budget=10%", "--speculative-algorithm=NGRAM", f"--speculative-num-draft-tokens={NUM_DRAFTS}")
+def speculating(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Served, str]]:
+    """A server that drafts, with chunks of 64 tokens and a retraction at every fifth step."""
+    family: FamilyName
+    family, drafts = request.param
+    judge, folder = judge_of(family), tmp_path_factory.mktemp(family)
+    arguments = ["--mmtok-budget=10%", *DRAFTS[drafts], "--chunked-prefill-size=64", f"--context-length={CONTEXT}"]
+    if drafts != "ngram":
+        arguments.append(f"--speculative-draft-model-path={make_eagle3_draft(judge.model, folder / 'draft')}")
     environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
-    environment |= speculation_environment(tmp_path_factory.mktemp(family))
-    with make_server(family, *arguments, "--chunked-prefill-size=64", **environment) as server:
-        yield Served(family, server, judge_of(family))
+    environment |= speculation_environment(folder / "plugin")
+    with make_server(family, *arguments, **environment) as server:
+        yield Served(family, server, judge), drafts
 
 
-def test_answers(speculating: Served) -> None:
-    chats = [*CHATS, *([Chat.ask(film(), QUESTION)] if prunes_videos(speculating.family) and has_ffmpeg() else [])]
-    _check(speculating, chats, [speculating.ask(chat, max_tokens=40) for chat in chats])
+def test_answers(speculating: tuple[Served, str]) -> None:
+    served, _ = speculating
+    chats = [*CHATS, *([Chat.ask(film(), QUESTION)] if prunes_videos(served.family) and has_ffmpeg() else [])]
+    _check(served, chats, [served.ask(chat, max_tokens=40) for chat in chats])
     num_retractions, many = 0, chats * 2
     # Which requests decode at the same time depends on the machine.
     for _ in range(6):
         with ThreadPoolExecutor(len(many)) as pool:
-            together = list(pool.map(lambda chat: speculating.ask(chat, max_tokens=40), many))
-        _check(speculating, many, together)
+            together = list(pool.map(lambda chat: served.ask(chat, max_tokens=40), many))
+        _check(served, many, together)
         num_retractions += sum(account["num_retractions"] for account in together)
         if num_retractions:
             break
     assert num_retractions > 0
 
 
-def test_drafts_at_the_end_of_the_context(speculating: Served) -> None:
+def test_drafts_at_the_end_of_the_context(speculating: tuple[Served, str]) -> None:
     """By itself SGLang would write drafts into the row of another request, or behind the table of all requests."""
+    served, drafts = speculating
 
     def ask(num_words: int, max_tokens: int) -> dict[str, Any]:
         chat = Chat((("system", ("x " * num_words,)),)).then("user", small("coffee"), QUESTION)
-        return speculating.ask(chat, max_tokens=max_tokens)
+        return served.ask(chat, max_tokens=max_tokens)
 
     short, longer = (ask(num_words, 1)["prompt_tokens"] for num_words in (100, 200))
-    context = speculating.server.server_info()["context_length"] or 8192
-    num_words = 100 + (context - 60 - short) * 100 // (longer - short)
-    num_left = context - ask(num_words, 1)["prompt_tokens"]
-    assert 40 < num_left < 100
-    account = ask(num_words, num_left)
-    assert num_left - 2 * NUM_DRAFTS <= account["completion_tokens"] < num_left
+    num_words = 100 + (CONTEXT - 90 - short) * 100 // (longer - short)
+    num_left = CONTEXT - ask(num_words, 1)["prompt_tokens"]
+    assert 60 < num_left < 120
+    # With a draft model SGLang refuses a request that asks for tokens of the last round.
+    account = ask(num_words, num_left if drafts == "ngram" else num_left - ROOM[drafts] // 2)
+    assert num_left - ROOM[drafts] <= account["completion_tokens"] < num_left
     assert account["finish_reason"]["type"] == "length"
-    speculating.check(CHATS[0], speculating.ask(CHATS[0]))
+    served.check(CHATS[0], served.ask(CHATS[0]))
 
 
 def _check(served: Served, chats: list[Chat], accounts: list[dict[str, Any]]) -> None:

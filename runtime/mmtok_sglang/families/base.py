@@ -54,8 +54,8 @@ class Family(ABC):
     """Why repeated patches cannot be left out by `--mmtok-skip-repeats`, None if they can."""
     obstacle_to_sharing: ClassVar[str | None] = "its images are read in one piece, which has all of the budget already"
     """Why the tiles of an image cannot share its budget by `--mmtok-share-tiles`, None if they can."""
-    obstacle_to_speculation: ClassVar[str | None] = None
-    """Why drafted tokens (`--speculative-algorithm`) cannot be verified, None if they can."""
+    speculative_algorithms: ClassVar[tuple[str, ...]] = ("NGRAM",)
+    """Algorithms of `--speculative-algorithm` whose answers were compared with the hand-pruned model's."""
     replays_prefills: ClassVar[bool] = False
     """Whether its prefills may be replayed as CUDA graphs: answers were then compared with the hand-pruned model's."""
     embeds: ClassVar[bool] = True

@@ -80,6 +80,7 @@ class Qwen25VL(Qwen):
     """Tokens of 28 x 28 pixels."""
 
     model_class = Qwen2_5_VLForConditionalGeneration
+    speculative_algorithms = ("NGRAM", "EAGLE3")
     processor_class = Qwen2_5_VLProcessor
     replays_prefills = True
     video_placeholder = "<|video_pad|>"

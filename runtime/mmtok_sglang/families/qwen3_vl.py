@@ -98,6 +98,7 @@ class Qwen3VL(QwenWithTimestamps):
     """Tokens of 32 x 32 pixels."""
 
     model_class = Qwen3VLForConditionalGeneration
+    speculative_algorithms = ("NGRAM", "EAGLE3")
     processor_class = Qwen3VLProcessor
     replays_prefills = True
 

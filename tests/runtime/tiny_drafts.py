@@ -1,0 +1,89 @@
+"""Makes tiny EAGLE3 draft models for the tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["make_eagle3_draft"]
+
+_NUM_PROMPTS, _PROMPT_LENGTH, _ANSWER_LENGTH = 64, 8, 64
+_COPIED = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+    *("rms_norm_eps", "max_position_embeddings"),
+)
+
+
+def make_eagle3_draft(model: Any, folder: Path) -> Path:
+    """Writes a draft model of one layer, which guesses some of a tiny model's tokens.
+
+    It reads the embeddings and the output of the first layer. Its projection is fitted to the model's own answers to
+    random tokens; its layer adds small random numbers, and its norm and head are the model's.
+
+    Args:
+        model: Hugging Face's model in float32.
+        folder: Folder of the draft model.
+    """
+    config = model.config.text_config
+    rope = dict(config.rope_parameters)
+    width, head_width = (
+        config.hidden_size,
+        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
+    )
+    described = {name: getattr(config, name) for name in _COPIED} | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "head_dim": head_width,
+        "num_hidden_layers": 1,
+        "draft_vocab_size": config.vocab_size,
+        "target_hidden_size": width,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": rope,
+        # What goes into the first layer, and what comes out of it.
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 0], "use_aux_hidden_state": True},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * 0.005
+
+    num_queries, num_keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
+    weights = {
+        "midlayer.self_attn.q_proj.weight": noise(num_queries, 2 * width),
+        "midlayer.self_attn.k_proj.weight": noise(num_keys, 2 * width),
+        "midlayer.self_attn.v_proj.weight": noise(num_keys, 2 * width),
+        "midlayer.self_attn.o_proj.weight": noise(width, num_queries),
+        "midlayer.mlp.gate_proj.weight": noise(config.intermediate_size, width),
+        "midlayer.mlp.up_proj.weight": noise(config.intermediate_size, width),
+        "midlayer.mlp.down_proj.weight": noise(width, config.intermediate_size),
+        "midlayer.hidden_norm.weight": torch.ones(width),
+        "midlayer.input_layernorm.weight": torch.ones(width),
+        "midlayer.post_attention_layernorm.weight": torch.ones(width),
+        "fc.weight": _fitted(model, generator),
+        "norm.weight": model.model.language_model.norm.weight,
+        "lm_head.weight": model.lm_head.weight,
+    }
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+@torch.inference_mode()
+def _fitted(model: Any, generator: torch.Generator) -> Tensor:
+    """Returns the projection [D, 2 * D] from what the draft model reads at a token to the output at the next token."""
+    prompts = torch.randint(0, 256, (_NUM_PROMPTS, _PROMPT_LENGTH), generator=generator).to(model.device)
+    ids = model.generate(prompts, max_new_tokens=_ANSWER_LENGTH, do_sample=False, eos_token_id=None)
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    read = torch.cat(states[:2], dim=-1)[:, _PROMPT_LENGTH:-1].flatten(0, 1)
+    wanted = states[-1][:, _PROMPT_LENGTH + 1 :].flatten(0, 1)
+    fitted: Tensor = torch.linalg.lstsq(read, wanted).solution.T
+    return fitted
