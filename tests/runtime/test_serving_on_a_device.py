@@ -31,7 +31,7 @@ def test_a_new_server_is_held_against_the_judge_and_asked_at_random(monkeypatch:
     # Nothing is compiled on a CPU: that is not said to be 0.
     assert "triton_compiles" not in checked
     assert compared["max_error"] < 1e-4
-    assert set(compared) == {"max_error", "question_error", "position_error"}
+    assert set(compared) == {"num_correct_drafts", "max_error", "question_error", "position_error"}
     assert device_logprobs.is_right("qwen2.5-vl", compared)
 
 
