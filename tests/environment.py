@@ -11,7 +11,7 @@ from pathlib import Path
 _SERVED_MODELS = {
     *("internvl", "llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "transformers"),
     # Draft models.
-    *("llama", "llama_eagle3"),
+    *("llama", "llama_eagle3", "qwen3_5_mtp"),
 }
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

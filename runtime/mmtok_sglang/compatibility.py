@@ -206,13 +206,19 @@ def check_speculation(server_args: Any, settings: Settings) -> None:
     """Raises UnsupportedServerError if the model's answers with drafted tokens were not verified."""
     cfg = resolving_view(server_args)
     algorithm = cfg.speculative_algorithm
-    verified = FAMILIES[settings.family].speculative_algorithms
+    family = FAMILIES[settings.family]
+    verified = family.speculative_algorithms
     if algorithm is None:
         return
     if algorithm not in verified:
         raise UnsupportedServerError(
             f"--speculative-algorithm {algorithm} on {settings.family}: not verified with a budget (verified: "
             f"{', '.join(verified) or 'none'}). Drop it"
+        )
+    if family.drafts_are_chains and cfg.speculative_eagle_topk != 1:
+        raise UnsupportedServerError(
+            f"--speculative-eagle-topk {cfg.speculative_eagle_topk} on {settings.family}: trees of drafts are not "
+            "verified with a budget. Set it to 1"
         )
     if algorithm != "NGRAM" and cfg.pp_size > 1:
         raise UnsupportedServerError(

@@ -121,7 +121,7 @@ def test_what_is_measured_by_commands_of_its_own() -> None:
     assert found["qwen2.5-vl, wrong positions' against that"] == ["not measured", None]
     assert all("--videos" in command for command in part_of("video").commands)
     drafted = {"family": "qwen3-vl", "prefill": "eager", "encoder": "eager", "drafts": "eagle3"}
-    lines = judge(part_of("drafts"), [row("device-logprobs", drafted, {**in_half, "num_correct_drafts": 9})], [0] * 4)
+    lines = judge(part_of("drafts"), [row("device-logprobs", drafted, {**in_half, "num_correct_drafts": 9})], [0] * 5)
     found = {text: rest for text, _, *rest in lines}
     assert found["qwen3-vl, drafts by eagle3, right drafts"] == ["9", True]
     assert found["qwen2.5-vl, drafts by eagle3, right drafts"] == ["not measured", None]

@@ -9,8 +9,8 @@ numbers alone. With `--prefill graphs` a LLaVA is served in float16, too: SGLang
 float32. The row then also has how far the hand-pruned model itself is from float32 if its language model computes in
 float16.
 
-With `--drafts`, tokens are drafted from earlier text or by a draft model that is made for the checkpoint. The row then
-has the number of right ones.
+With `--drafts`, tokens are drafted from earlier text, by a draft model that is made for the checkpoint, or by the head
+of a Qwen3.5. The row then has the number of right ones.
 
 With `--encoder graphs`, the vision encoder is replayed for the last images, also of families whose encoder a server
 does not replay.
@@ -47,7 +47,7 @@ from tests.runtime.emulated_speculation import speculation_environment
 from tests.runtime.films import film
 from tests.runtime.hand_pruned import HandPruned, Pruned
 from tests.runtime.serving import Served, template_arguments
-from tests.runtime.tiny_drafts import make_eagle3_draft
+from tests.runtime.tiny_drafts import make_draft
 
 BENCH = "device-logprobs"
 _BUDGET = 0.1
@@ -79,6 +79,10 @@ _DRAFTS: dict[str, tuple[str, ...]] = {
     "eagle3": (
         *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=8"),
         "--speculative-num-draft-tokens=24",
+    ),
+    "head": (
+        *("--speculative-algorithm=NEXTN", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
+        "--speculative-num-draft-tokens=4",
     ),
 }
 
@@ -200,7 +204,7 @@ def _run(arguments: argparse.Namespace) -> int:
     checkpoint = make_tiny_checkpoint(family, arguments.folder / "checkpoints" / family)
     judge = HandPruned(family, checkpoint, device)
     name = f"{family}-{arguments.prefill}-encoder-{arguments.encoder}-drafts-{arguments.drafts}"
-    draft = make_eagle3_draft(judge.model, arguments.folder / name) if arguments.drafts == "eagle3" else None
+    draft = make_draft(judge.model, arguments.folder / name) if arguments.drafts in ("eagle3", "head") else None
     server = make_server(
         checkpoint,
         family,

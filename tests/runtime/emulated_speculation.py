@@ -1,13 +1,15 @@
-"""An SGLang plugin for tests alone: speculative decoding without a GPU, by NGRAM or EAGLE3.
+"""An SGLang plugin for tests alone: speculative decoding without a GPU, by NGRAM, EAGLE3 or a Qwen3.5's own head.
 
 SGLang's own workers draft from earlier text or by a draft model, verify by the model, and accept. Their kernels are
 replaced by PyTorch operations: the tree's links and positions, where its keys and values go, the attention of drafts,
-that of the tree by its mask, and the walk that accepts tokens. A verified batch is greedy.
+that of the tree by its mask, states of linear attention behind chains of drafts, and the walk that accepts tokens. A
+verified batch is greedy.
 """
 
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +19,10 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache import allocation
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import conv1d, scaled_dot_product_attention, silu
 
 from mmtok_bench.second_plugin import plugin_environment
+from mmtok_sglang import cpu_linear_attention
 from mmtok_sglang.positions import PositionWriter
 
 __all__ = ["register", "speculation_environment"]
@@ -52,9 +55,11 @@ def register() -> None:
     MHATokenToKVPool._init_kv_copy_and_warmup = _move_by_index
     forward_extend = TorchNativeAttnBackend.forward_extend
 
-    def attend(backend: Any, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, **kwargs: Any) -> Tensor:
+    def attend(
+        backend: Any, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if not forward_batch.forward_mode.is_target_verify():
-            return forward_extend(backend, q, k, v, layer, forward_batch, **kwargs)  # type: ignore[no-any-return]
+            return forward_extend(backend, q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[no-any-return]
         return _attend_by_tree(backend, q, k, v, layer, forward_batch)
 
     TorchNativeAttnBackend.forward_extend = attend
@@ -75,7 +80,100 @@ def _register_eagle() -> None:
     eagle_worker_common.fill_bonus_tokens_func = _fill_bonus_tokens
     DraftBackendFactory.create_decode_backend = lambda factory: _StepsBackend(factory)
     DraftBackendFactory.create_draft_extend_backend = lambda _: None
+    _register_linear_attention()
     _compare_positions()
+
+
+def _register_linear_attention() -> None:
+    from sglang.srt.layers.attention import hybrid_linear_attn_backend
+    from sglang.srt.layers.attention.linear.kernels.gdn_triton import TritonGDNKernel
+
+    convolve = cpu_linear_attention.causal_conv1d_update
+
+    def convolve_drafts(
+        x: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        conv_state_indices: Tensor,
+        intermediate_conv_window: Tensor | None = None,
+        intermediate_state_indices: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Returns the convolution of one more token [B, D], or of a chain of drafts [B, D, T] whose states it keeps."""
+        if intermediate_conv_window is None:
+            return convolve(x, conv_state, weight, bias, activation, conv_state_indices)
+        assert intermediate_state_indices is not None
+        width, outputs = conv_state.shape[2], []
+        for tokens, slot, row in zip(x, conv_state_indices.tolist(), intermediate_state_indices.tolist(), strict=True):
+            joined = torch.cat([conv_state[slot].to(x.dtype), tokens], dim=1)
+            outputs.append(silu(conv1d(joined, weight[:, None], bias, groups=len(joined))).T)
+            for step in range(tokens.shape[1]):
+                intermediate_conv_window[row, step] = joined[:, step + 1 : step + 1 + width]
+        # In the layout of `x`.
+        return torch.stack(outputs).transpose(1, 2)
+
+    cpu_linear_attention.causal_conv1d_update = convolve_drafts
+    TritonGDNKernel.target_verify = _verify_linear_attention
+    hybrid_linear_attn_backend.scatter_mamba_states_after_mtp_verify = _commit_states
+
+
+def _verify_linear_attention(
+    _: Any,
+    A_log: Tensor,  # noqa: N803
+    dt_bias: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    ssm_states: Tensor,
+    cache_indices: Tensor,
+    query_start_loc: Tensor,
+    intermediate_states_buffer: Tensor,
+    intermediate_state_indices: Tensor,
+    retrieve_parent_token: Tensor | None,
+    **__: Any,
+) -> Tensor:
+    """Returns the output of chains of drafts, whose states it keeps; those of the requests stay."""
+    assert retrieve_parent_token is None
+    g, beta = cpu_linear_attention.gates(A_log, a, b, dt_bias)
+    output, one, first = torch.empty_like(v), torch.tensor([0, 1]), torch.tensor([0])
+    for request, (start, end) in enumerate(pairwise(query_start_loc.tolist())):
+        state = ssm_states[cache_indices[request]][None].clone()
+        for step, place in enumerate(range(start, end)):
+            at = slice(place, place + 1)
+            output[:, at], _, _ = cpu_linear_attention.gated_delta_rule(
+                *(q[:, at], k[:, at], v[:, at], g[:, at], beta[:, at], state, one, first),
+                head_first=False,
+                use_qk_l2norm_in_kernel=True,
+                inplace_update=True,
+            )
+            intermediate_states_buffer[intermediate_state_indices[request], step] = state[0]
+    return output
+
+
+def _commit_states(
+    caches: Any,
+    slots: Tensor,
+    steps: Tensor,
+    tracked_slots: Tensor | None,
+    tracked_steps: Tensor | None,
+    src_indices_raw: Tensor | None = None,
+) -> None:
+    """Copies the states after the last accepted draft of each request, and those that the prefix cache keeps."""
+    assert src_indices_raw is None
+    kept = [(slots, steps)]
+    if tracked_slots is not None and tracked_steps is not None:
+        kept.append((tracked_slots, tracked_steps))
+    pools = [(caches.temporal, caches.intermediate_ssm)]
+    for pool, states in [*pools, *zip(caches.conv, caches.intermediate_conv_window, strict=True)]:
+        for targets, of_steps in kept:
+            for request, (slot, step) in enumerate(zip(targets.tolist(), of_steps.tolist(), strict=True)):
+                if step >= 0:
+                    pool[:, slot] = states[:, request, step]
 
 
 def _compare_positions() -> None:

@@ -128,16 +128,25 @@ def test_other_configurations_pass(graphs: Any) -> None:
 @pytest.mark.parametrize("algorithm", ["NGRAM", "EAGLE3", "EAGLE", "STANDALONE"])
 def test_drafts(family: str, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
-    drafting = SimpleNamespace(**SUPPORTED | {"speculative_algorithm": algorithm, "pp_size": 1})
+    drafting = SimpleNamespace(
+        **SUPPORTED | {"speculative_algorithm": algorithm, "speculative_eagle_topk": 1, "pp_size": 1}
+    )
     assert list(_problems(drafting)) == []
     settings = make_settings(family=family)
     compatibility.check_speculation(SimpleNamespace(**SUPPORTED), settings)
     verified = ["NGRAM", "EAGLE3"] if family in ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe") else ["NGRAM"]
-    if algorithm in ([] if family.startswith("qwen3.5") else verified):
+    if algorithm in (["EAGLE"] if family.startswith("qwen3.5") else verified):
         compatibility.check_speculation(drafting, settings)
         return
     with pytest.raises(UnsupportedServerError, match=rf"{algorithm} on {family}: not verified with a budget"):
         compatibility.check_speculation(drafting, settings)
+
+
+def test_trees_of_drafts_of_linear_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
+    told = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 4, "pp_size": 1}
+    with pytest.raises(UnsupportedServerError, match=r"--speculative-eagle-topk 4 on qwen3\.5: .* Set it to 1"):
+        compatibility.check_speculation(SimpleNamespace(**SUPPORTED | told), make_settings(family="qwen3.5"))
 
 
 def test_a_draft_model_behind_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 
 from mmtok_bench.families import FamilyName
-from mmtok_sglang import families
 from tests.runtime.chats import CHATS, QUESTION, Chat, small
 from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.emulated_speculation import speculation_environment
 from tests.runtime.films import film, has_ffmpeg
 from tests.runtime.serving import Served, prunes_videos
-from tests.runtime.tiny_drafts import make_eagle3_draft
+from tests.runtime.tiny_drafts import make_draft
 
-# Trees of 6 drafts of earlier text; of 24 of a draft model, in 3 steps with 8 branches, or a chain of 4.
+# Trees of 6 drafts of earlier text; trees of 24 of a draft model, in 3 steps with 8 branches; chains of 4.
 DRAFTS = {
     "ngram": ("--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6"),
     "tree": (
@@ -28,17 +27,20 @@ DRAFTS = {
         *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
         "--speculative-num-draft-tokens=4",
     ),
+    "head": (
+        *("--speculative-algorithm=NEXTN", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
+        "--speculative-num-draft-tokens=4",
+    ),
 }
 # SGLang reserves room for two rounds behind a request: each of all drafts, or of the branches of all steps.
-ROOM = {"ngram": 20, "tree": 48, "chain": 8}
+ROOM = {"ngram": 20, "tree": 48, "chain": 8, "head": 8}
 CASES = [
-    (family, drafts)
-    for family in FAMILIES
-    for drafts, flags in DRAFTS.items()
-    if flags[0].partition("=")[2] in families.FAMILIES[family].speculative_algorithms
+    *((family, "ngram") for family in FAMILIES if not family.startswith("qwen3.5")),
+    *((family, drafts) for family in ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe") for drafts in ("tree", "chain")),
+    *(("qwen3.5", "head"), ("qwen3.5-moe", "head")),
 ]
+OFTEN = [("qwen2.5-vl", "ngram"), ("qwen2.5-vl", "tree"), ("qwen3.5", "head")]
 CONTEXT = 1024
-OFTEN = [("qwen2.5-vl", "ngram"), ("qwen2.5-vl", "tree")]
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +60,7 @@ def speculating(
     judge, folder = judge_of(family), tmp_path_factory.mktemp(family)
     arguments = ["--mmtok-budget=10%", *DRAFTS[drafts], "--chunked-prefill-size=64", f"--context-length={CONTEXT}"]
     if drafts != "ngram":
-        arguments.append(f"--speculative-draft-model-path={make_eagle3_draft(judge.model, folder / 'draft')}")
+        arguments.append(f"--speculative-draft-model-path={make_draft(judge.model, folder / 'draft')}")
     environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     environment |= speculation_environment(folder / "plugin")
     with make_server(family, *arguments, **environment) as server:
@@ -68,17 +70,20 @@ def speculating(
 def test_answers(speculating: tuple[Served, str]) -> None:
     served, _ = speculating
     chats = [*CHATS, *([Chat.ask(film(), QUESTION)] if prunes_videos(served.family) and has_ffmpeg() else [])]
-    _check(served, chats, [served.ask(chat, max_tokens=40) for chat in chats])
+    answers = [served.ask(chat, max_tokens=40) for chat in chats]
+    _check(served, chats, answers)
     num_retractions, many = 0, chats * 2
     # Which requests decode at the same time depends on the machine.
     for _ in range(6):
         with ThreadPoolExecutor(len(many)) as pool:
             together = list(pool.map(lambda chat: served.ask(chat, max_tokens=40), many))
         _check(served, many, together)
+        answers += together
         num_retractions += sum(account["num_retractions"] for account in together)
         if num_retractions:
             break
     assert num_retractions > 0
+    assert sum(account["spec_num_correct_drafts"] for account in answers) > 0
 
 
 def test_drafts_at_the_end_of_the_context(speculating: tuple[Served, str]) -> None:
@@ -108,4 +113,3 @@ def _check(served: Served, chats: list[Chat], accounts: list[dict[str, Any]]) ->
         best = [top[0][0] for top in account["output_top_logprobs"]]
         assert chosen == pytest.approx(best, abs=1e-6)
         assert len(chosen) == 40
-    assert sum(account["spec_num_correct_drafts"] for account in accounts) > 0

@@ -1,4 +1,4 @@
-"""Makes tiny EAGLE3 draft models for the tiny checkpoints."""
+"""Makes tiny draft models for the tiny checkpoints: EAGLE3's, and the head of a Qwen3.5."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["make_eagle3_draft"]
+__all__ = ["make_draft", "make_eagle3_draft", "make_mtp_head"]
 
 _NUM_PROMPTS, _PROMPT_LENGTH, _ANSWER_LENGTH = 64, 8, 64
 _COPIED = (
@@ -57,6 +57,7 @@ def make_eagle3_draft(model: Any, folder: Path) -> Path:
     def noise(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator) * 0.005
 
+    _, states = _answers(model, generator)
     num_queries, num_keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
     weights = {
         "midlayer.self_attn.q_proj.weight": noise(num_queries, 2 * width),
@@ -69,7 +70,7 @@ def make_eagle3_draft(model: Any, folder: Path) -> Path:
         "midlayer.hidden_norm.weight": torch.ones(width),
         "midlayer.input_layernorm.weight": torch.ones(width),
         "midlayer.post_attention_layernorm.weight": torch.ones(width),
-        "fc.weight": _fitted(model, generator),
+        "fc.weight": _fitted(torch.cat(states[:2], dim=-1)[:, :-1], states[-1][:, 1:]),
         "norm.weight": model.model.language_model.norm.weight,
         "lm_head.weight": model.lm_head.weight,
     }
@@ -77,13 +78,60 @@ def make_eagle3_draft(model: Any, folder: Path) -> Path:
     return folder
 
 
-@torch.inference_mode()
-def _fitted(model: Any, generator: torch.Generator) -> Tensor:
-    """Returns the projection [D, 2 * D] from what the draft model reads at a token to the output at the next token."""
+@torch.no_grad()
+def make_mtp_head(model: Any, folder: Path) -> Path:
+    """Writes the multi-token prediction head of a tiny Qwen3.5, which guesses some of the model's tokens.
+
+    It reads the embedding of a token and the model's output at the one before. Its projection is fitted to the model's
+    own answers to random tokens; its layer is the model's last one with full attention, and adds little.
+
+    Args:
+        model: Hugging Face's model in float32.
+        folder: Folder of the head.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    config, language_model = model.config.text_config, model.model.language_model
+    layer = next(each for each in reversed(language_model.layers) if hasattr(each, "self_attn"))
+    weights = {f"mtp.layers.0.{name}": tensor for name, tensor in layer.state_dict().items()}
+    for name, tensor in weights.items():
+        if "o_proj" in name or "down_proj" in name:
+            weights[name] = tensor * 0.01
+    ids, states = _answers(model, torch.Generator().manual_seed(0))
+    embedded, outputs = model.get_input_embeddings()(ids), states[-1]
+    read = torch.cat([_normalized(embedded[:, 1:-1]), _normalized(outputs[:, :-2])], dim=-1)
+    # The norm multiplies by 1 + weight.
+    wanted = outputs[:, 1:-1] / (1 + language_model.norm.weight)
+    weights |= {
+        "mtp.fc.weight": _fitted(read, wanted),
+        "mtp.norm.weight": language_model.norm.weight,
+        "mtp.pre_fc_norm_embedding.weight": torch.zeros(config.hidden_size),
+        "mtp.pre_fc_norm_hidden.weight": torch.zeros(config.hidden_size),
+    }
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def make_draft(model: Any, folder: Path) -> Path:
+    """Writes the draft model that a tiny model's family has; arguments as of the other functions."""
+    is_qwen35 = model.config.model_type.startswith("qwen3_5")
+    return make_mtp_head(model, folder) if is_qwen35 else make_eagle3_draft(model, folder)
+
+
+@torch.no_grad()
+def _answers(model: Any, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns a model's answers to random tokens [prompts, tokens], and its hidden states at each token."""
     prompts = torch.randint(0, 256, (_NUM_PROMPTS, _PROMPT_LENGTH), generator=generator).to(model.device)
     ids = model.generate(prompts, max_new_tokens=_ANSWER_LENGTH, do_sample=False, eos_token_id=None)
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
-    read = torch.cat(states[:2], dim=-1)[:, _PROMPT_LENGTH:-1].flatten(0, 1)
-    wanted = states[-1][:, _PROMPT_LENGTH + 1 :].flatten(0, 1)
-    fitted: Tensor = torch.linalg.lstsq(read, wanted).solution.T
+    return ids[:, _PROMPT_LENGTH:], tuple(each[:, _PROMPT_LENGTH:] for each in states)
+
+
+def _fitted(read: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the projection [D, 2 * D] that maps what a draft model reads to what it should put out."""
+    fitted: Tensor = torch.linalg.lstsq(read.detach().flatten(0, 1), wanted.detach().flatten(0, 1)).solution.T
     return fitted
+
+
+def _normalized(rows: Tensor) -> Tensor:
+    return torch.nn.functional.rms_norm(rows, rows.shape[-1:], eps=1e-6)

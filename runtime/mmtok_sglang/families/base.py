@@ -56,6 +56,8 @@ class Family(ABC):
     """Why the tiles of an image cannot share its budget by `--mmtok-share-tiles`, None if they can."""
     speculative_algorithms: ClassVar[tuple[str, ...]] = ("NGRAM",)
     """Algorithms of `--speculative-algorithm` whose answers were compared with the hand-pruned model's."""
+    drafts_are_chains: ClassVar[bool] = False
+    """Whether drafts of a draft model were compared as chains alone (`--speculative-eagle-topk 1`)."""
     replays_prefills: ClassVar[bool] = False
     """Whether its prefills may be replayed as CUDA graphs: answers were then compared with the hand-pruned model's."""
     embeds: ClassVar[bool] = True

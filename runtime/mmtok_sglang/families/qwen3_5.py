@@ -40,8 +40,9 @@ class Qwen35(QwenWithTimestamps):
     model_class = Qwen3_5ForConditionalGeneration
     processor_class = Qwen35Processor
     replays_prefills = True
-    # States of linear attention behind drafts that are not accepted were not compared.
-    speculative_algorithms = ()
+    # SGLang's name of the checkpoint's own head (NEXTN).
+    speculative_algorithms = ("EAGLE",)
+    drafts_are_chains = True
 
     def obstacle(self, config: Any) -> str | None:
         """Returns why a model of this architecture cannot be pruned: a Qwen3.5 has no DeepStack.
