@@ -113,6 +113,19 @@ def test_a_later_turn_of_a_session_counts_on() -> None:
     assert torch.equal(written, torch.cat([untouched(2), encoder.kept_positions(item) + 50], dim=1))
 
 
+@pytest.mark.parametrize("is_draft_worker", [True, False])
+def test_a_draft_model_reads_kept_tokens_at_their_positions(is_draft_worker: bool) -> None:
+    encoder, item = Encoder(), pruned_image(2, key=1)
+    encoder.run(make_batch((mm_inputs(item), 0, 10)))
+    # The model's own positions are written behind the selection.
+    batch = make_batch((mm_inputs(item), 4, 6))
+    runner, seen = SimpleNamespace(is_draft_worker=is_draft_worker), []
+    encoder.writer.position_draft(lambda *arguments: seen.append(arguments), batch, runner, "scheduled")
+    assert seen == [(batch, runner, "scheduled")]
+    kept = encoder.kept_positions(item)[:, 2:] if is_draft_worker else untouched(3)
+    assert torch.equal(batch.mrope_positions, torch.cat([kept, untouched(3)], dim=1))
+
+
 def test_requests_of_a_batch_are_told_apart() -> None:
     encoder = Encoder()
     one, two, three = pruned_image(1, key=1), pruned_image(0, key=2), pruned_image(6, key=3)
