@@ -13,20 +13,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmtok_bench.families import FamilyName
-from mmtok_bench.server import cpu_environment
-from tests.runtime.conftest import checkpoint
+from mmtok_bench.server import SglangServer, cpu_arguments, cpu_environment
+from tests.runtime.chats import CHATS
+from tests.runtime.conftest import FAMILIES, checkpoint
 from tests.runtime.device_quantised import compare
-from tests.runtime.quantised import Quantisation, quantise
+from tests.runtime.emulated_quantisation import quantisation_environment
+from tests.runtime.hand_pruned import HandPruned
+from tests.runtime.quantised import Quantisation, dequantise, dequantised, quantise
+from tests.runtime.serving import Served, template_arguments
 
 FAMILY: FamilyName = "qwen2.5-vl"
+SERVED: list[tuple[FamilyName, Quantisation]] = [
+    *((family, method) for family in FAMILIES for method in ("fp8", "awq")),
+    # SGLang reads experts in GPTQ by kernels for a GPU alone.
+    *((family, "gptq") for family in FAMILIES if not family.endswith("-moe")),
+]
 ROOT = Path(__file__).parents[2]
-# What the AWQ and GPTQ formats put in the eight fours of bits of an int32.
-AWQ_ORDER, GPTQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7], list(range(8))
-
-
-def unpacked(packed: Tensor, order: list[int]) -> Tensor:
-    fours = packed.to(torch.int64)[..., None] >> (4 * torch.arange(8)) & 15
-    return fours[..., order].flatten(-2).float()
 
 
 def test_the_formats_hold_the_weights(tmp_path: Path) -> None:
@@ -36,16 +38,13 @@ def test_the_formats_hold_the_weights(tmp_path: Path) -> None:
         load_file(quantise(checkpoint(FAMILY), tmp_path / method, method) / "model.safetensors")
         for method in ("fp8", "awq", "gptq")
     )
-    scale = fp8[f"{name}.weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
-    torch.testing.assert_close(fp8[f"{name}.weight"].float() * scale, weight, rtol=0.07, atol=1e-3)
-    steps, zeros = unpacked(awq[f"{name}.qweight"], AWQ_ORDER), unpacked(awq[f"{name}.qzeros"], AWQ_ORDER)
-    scales = awq[f"{name}.scales"].float().repeat_interleave(128, 0)
-    off = (steps - zeros.repeat_interleave(128, 0)) * scales - weight.T
-    assert (off.abs() <= 1.01 * scales).all()
-    steps, zeros = unpacked(gptq[f"{name}.qweight"].T, GPTQ_ORDER).T, unpacked(gptq[f"{name}.qzeros"], GPTQ_ORDER) + 1
-    scales = gptq[f"{name}.scales"].float().repeat_interleave(128, 0)
-    off = (steps - zeros.repeat_interleave(128, 0)) * scales - weight.T
-    assert (off.abs() <= 1.01 * scales).all()
+    parts = {part: fp8[f"{name}.{part}"] for part in ("weight", "weight_scale_inv")}
+    torch.testing.assert_close(dequantised("fp8", parts), weight, rtol=0.07, atol=1e-3)
+    of_bits: list[tuple[Quantisation, dict[str, Tensor]]] = [("awq", awq), ("gptq", gptq)]
+    for method, stored in of_bits:
+        parts = {part: stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")}
+        off = dequantised(method, parts) - weight
+        assert (off.abs() <= 1.01 * parts["scales"].float().repeat_interleave(128, 0).T).all()
     assert torch.equal(fp8["visual.merger.mlp.0.weight"], awq["visual.merger.mlp.0.weight"])
 
 
@@ -76,3 +75,20 @@ def features_of(path: Path, file: Path, dtype: str) -> list[tuple[Tensor, Tensor
     assert done.returncode == 0, done.stderr[-2000:]
     found: list[tuple[Tensor, Tensor]] = torch.load(file)
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(*each, marks=() if each == (FAMILY, "fp8") else pytest.mark.exhaustive) for each in SERVED],
+)
+def test_a_server_of_a_quantised_checkpoint(tmp_path: Path, family: FamilyName, method: Quantisation) -> None:
+    """Answers are those of the hand-pruned model with the weights that the quantised numbers stand for."""
+    path = quantise(checkpoint(family), tmp_path / method, method)
+    judge = HandPruned(family, dequantise(path, tmp_path / "whole", method))
+    arguments = (*cpu_arguments(), *template_arguments(family, path), "--enable-cache-report", "--mmtok-budget=10%")
+    environment = cpu_environment() | quantisation_environment(tmp_path / "plugin")
+    with SglangServer(path, *arguments, env=environment) as server:
+        served = Served(family, server, judge)
+        for chat in CHATS:
+            served.check(chat, served.ask(chat))
