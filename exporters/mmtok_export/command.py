@@ -20,6 +20,7 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_deploy.manifest import ArtifactError, Manifest, why_no_file
 from mmtok_deploy.presets import PRESETS
 from mmtok_export.arguments import EXPORT_FOLDER
+from mmtok_export.checkpoint_config import check_sizes, family_of
 from mmtok_export.new_artifact import check_output
 from mmtok_export.spec import SelectionSpec, num_kept, share_of
 from mmtok_export.targets import Library, check_targets, choose_library, engine_path
@@ -107,7 +108,7 @@ def _run(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> int:
 
 
 def _check_inputs(arguments: argparse.Namespace) -> None:
-    """Raises ValueError if a file to read, its manifest or a checkpoint is missing."""
+    """Raises ValueError if a file to read or its manifest is missing."""
     for name in ("file", "onnx", "features"):
         path = getattr(arguments, name, None)
         if path is not None and (obstacle := why_no_file(path)):
@@ -117,13 +118,12 @@ def _check_inputs(arguments: argparse.Namespace) -> None:
             Manifest.read(arguments.file)
         except ArtifactError as error:
             raise ArtifactError(f"{error}{_what_it_says_of_itself(arguments.file)}") from error
-    model = getattr(arguments, "model", None)
-    if model is not None and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"expected a Hugging Face checkpoint directory, and {model} has no config.json")
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options that do not fit together, and OSError for an --output that cannot be written."""
+    if arguments.kind == "encoder":
+        check_sizes(arguments.model, arguments.image_size, is_any_size=arguments.tokens is not None)
     if arguments.kind in ("selection", "encoder", "attach"):
         spec = _selection_spec(arguments) if arguments.kind == "selection" else _spec_of_any_encoder(arguments)
         if arguments.kind == "selection":
@@ -214,7 +214,6 @@ def _spec_of_any_encoder(arguments: argparse.Namespace) -> SelectionSpec:
 def _encoder(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     from mmtok_export.artifact import export_model
     from mmtok_export.encoder import build_joined_encoder, num_kept_of, takes_grid
-    from mmtok_export.encoders import family_of
 
     image_size = arguments.image_size or arguments.tokens
     budget, share = num_kept_of(

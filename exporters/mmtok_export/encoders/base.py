@@ -14,14 +14,10 @@ from transformers import AutoConfig
 
 from mmtok_deploy.dim_range import DimRange
 
-__all__ = ["Encoder", "EncoderError", "ExportedEncoder", "ImageSize", "as_matrix"]
+__all__ = ["Encoder", "ExportedEncoder", "ImageSize", "as_matrix"]
 
 ImageSize = tuple[int, int] | DimRange
 """(width, height) in pixels; or, for images of any size, the range of their numbers of tokens."""
-
-
-class EncoderError(ValueError):
-    """The checkpoint, the image size or the dtype is not supported."""
 
 
 class Encoder(nn.Module):

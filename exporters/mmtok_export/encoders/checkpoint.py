@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mmtok_export.encoders.base import Encoder, EncoderError
+from mmtok_export.checkpoint_config import EncoderError, read_json
+from mmtok_export.encoders.base import Encoder
 
-__all__ = ["fill_with_noise", "load_weights", "read_json"]
+__all__ = ["fill_with_noise", "load_weights"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _STORED = ("BF16", "F16", "F32")
 _NAMES_SHOWN = 3
-
-
-def read_json(checkpoint: Path, name: str) -> dict[str, Any]:
-    """Returns the content of a JSON file of the checkpoint.
-
-    Raises:
-        EncoderError: The directory or file does not exist, or the file is not a JSON object.
-    """
-    path = checkpoint / name
-    if not path.is_file():
-        raise EncoderError(f"expected a Hugging Face checkpoint directory, and {checkpoint} has no {name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise EncoderError(f"{path} holds a JSON {type(content).__name__}: expected an object")
-    return content
 
 
 def load_weights(module: Encoder, checkpoint: Path, dtype: torch.dtype) -> None:

@@ -9,8 +9,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_export.encoders.base import Encoder, EncoderError, ExportedEncoder, ImageSize
-from mmtok_export.encoders.checkpoint import fill_with_noise, load_weights, read_json
+from mmtok_export.checkpoint_config import EncoderError, check_any_size, family_of, read_json
+from mmtok_export.encoders.base import Encoder, ExportedEncoder, ImageSize
+from mmtok_export.encoders.checkpoint import fill_with_noise, load_weights
 from mmtok_export.encoders.internvl3 import InternVL3Encoder
 from mmtok_export.encoders.llava_1_5 import Llava15Encoder
 from mmtok_export.encoders.llava_next import LlavaNextEncoder
@@ -20,32 +21,14 @@ from mmtok_export.encoders.qwen2_vl import Qwen2VLEncoder
 from mmtok_export.encoders.qwen3_5 import Qwen35Encoder, Qwen35MoeEncoder
 from mmtok_export.encoders.qwen3_vl import Qwen3VLEncoder, Qwen3VLMoeEncoder
 
-__all__ = ["FAMILIES", "build_encoder", "describe_encoder", "export_encoder", "family_of", "native_image_size"]
+__all__ = ["build_encoder", "describe_encoder", "export_encoder", "native_image_size"]
 
-FAMILIES: dict[str, type[Encoder]] = {
-    "llava": Llava15Encoder,
-    "llava_next": LlavaNextEncoder,
-    "qwen2_vl": Qwen2VLEncoder,
-    "qwen2_5_vl": Qwen25VLEncoder,
-    "qwen3_vl": Qwen3VLEncoder,
-    "qwen3_vl_moe": Qwen3VLMoeEncoder,
-    "qwen3_5": Qwen35Encoder,
-    "qwen3_5_moe": Qwen35MoeEncoder,
-    "internvl_chat": InternVL3Encoder,
-    "internvl": InternVL3Encoder,
-}
-"""model_type in config.json -> encoder class."""
-
-# Encoders that support images of any size in one graph -> the class that does this.
-_ANY_SIZE: dict[type[Encoder], type[Encoder]] = {
-    Qwen25VLEncoder: Qwen25VLGridEncoder,
-    **{
-        family: family
-        for family in (
-            *(Qwen2VLEncoder, Qwen3VLEncoder, Qwen3VLMoeEncoder, Qwen35Encoder, Qwen35MoeEncoder),
-            InternVL3Encoder,
-        )
-    },
+_ENCODERS: dict[str, type[Encoder]] = {
+    each.family: each
+    for each in (
+        *(Llava15Encoder, LlavaNextEncoder, InternVL3Encoder, Qwen2VLEncoder, Qwen25VLEncoder),
+        *(Qwen3VLEncoder, Qwen3VLMoeEncoder, Qwen35Encoder, Qwen35MoeEncoder),
+    )
 }
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -120,15 +103,11 @@ def build_encoder(
 
 def describe_encoder(checkpoint: Path, image_size: ImageSize, batch: DimRange | None = None) -> Encoder:
     """Returns the PyTorch module with its sizes, but without weights; errors are those of `export_encoder`."""
-    family = _family(checkpoint)
+    family = _ENCODERS[family_of(checkpoint)]
     if isinstance(image_size, DimRange):
-        if family not in _ANY_SIZE:
-            able = ", ".join(each.family for each in _ANY_SIZE)
-            raise EncoderError(
-                f"a graph for images of any size can be made of {able}, got {family.family}: "
-                "name --image-size in place of --tokens"
-            )
-        family = _ANY_SIZE[family]
+        check_any_size(family.family)
+        # Its windows depend on the grid.
+        family = Qwen25VLGridEncoder if family is Qwen25VLEncoder else family
     try:
         config = family.read_config(checkpoint)
         with torch.device("meta"):
@@ -139,35 +118,13 @@ def describe_encoder(checkpoint: Path, image_size: ImageSize, batch: DimRange | 
         raise EncoderError(f"{checkpoint / 'config.json'} describes no {family.family} model: {error}") from error
 
 
-def family_of(checkpoint: Path) -> str:
-    """Returns the name of the checkpoint's family, as presets have it.
-
-    Raises:
-        EncoderError: As in `export_encoder`.
-    """
-    return _family(checkpoint).family
-
-
 def native_image_size(checkpoint: Path) -> tuple[int, int] | None:
     """Returns the only (width, height) that the checkpoint's encoder accepts; None if it accepts several.
 
     Raises:
         EncoderError: As in `export_encoder`.
     """
-    return _family(checkpoint).native_image_size(read_json(checkpoint, "config.json"))
-
-
-def _family(checkpoint: Path) -> type[Encoder]:
-    content = read_json(checkpoint, "config.json")
-    family = FAMILIES.get(str(content.get("model_type")))
-    has_vision = isinstance(content.get("vision_config"), dict)
-    if family is not None and has_vision:
-        return family
-    lacks = "is of an architecture that is not supported" if has_vision else "has no vision tower"
-    raise EncoderError(
-        f"{checkpoint} {lacks} (config.json has model_type {content.get('model_type')!r}): "
-        f"expected model_type {' or '.join(FAMILIES)} and a vision_config"
-    )
+    return _ENCODERS[family_of(checkpoint)].native_image_size(read_json(checkpoint, "config.json"))
 
 
 def _name_sizes(model: onnx_ir.Model, encoder: Encoder) -> None:

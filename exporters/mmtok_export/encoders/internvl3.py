@@ -14,8 +14,8 @@ from transformers import AutoConfig, InternVLConfig, InternVLVisionModel
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_export.encoders.base import Encoder, EncoderError, ImageSize, as_matrix
-from mmtok_export.encoders.checkpoint import read_json
+from mmtok_export.checkpoint_config import EncoderError, read_json
+from mmtok_export.encoders.base import Encoder, ImageSize, as_matrix
 
 __all__ = ["InternVL3Encoder"]
 

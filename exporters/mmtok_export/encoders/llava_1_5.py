@@ -11,7 +11,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_export.encoders.base import Encoder, EncoderError, ImageSize, as_matrix
+from mmtok_export.checkpoint_config import EncoderError, check_only_size
+from mmtok_export.encoders.base import Encoder, ImageSize, as_matrix
 from mmtok_export.pixels import CLIP_SCALE
 
 __all__ = ["Llava15Encoder"]
@@ -32,12 +33,8 @@ class Llava15Encoder(Encoder):
         super().__init__(config, image_size, batch)
         vision = config.vision_config
         _check_config(config, self.family)
-        if image_size != (vision.image_size, vision.image_size):
-            got = "any" if isinstance(image_size, DimRange) else f"{image_size[0]}x{image_size[1]}"
-            raise EncoderError(
-                f"the vision tower takes images of {vision.image_size}x{vision.image_size}, "
-                f"got {got}: name the size that the image processor scales to"
-            )
+        check_only_size(image_size, vision.image_size)
+        assert isinstance(image_size, tuple)
         side = vision.image_size // vision.patch_size
         self.batch, self.num_tokens, self.image_size = batch, DimRange.fixed(side**2), image_size
         num_images = batch.minimum if batch.is_fixed else "B"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_export.encoders.base import EncoderError, ImageSize
+from mmtok_export.checkpoint_config import EncoderError
+from mmtok_export.encoders.base import ImageSize
 from mmtok_export.encoders.llava_1_5 import Llava15Encoder
 
 __all__ = ["LlavaNextEncoder"]

@@ -12,7 +12,8 @@ from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from mmtok_deploy.dim_range import DimRange
-from mmtok_export.encoders.base import Encoder, EncoderError, ImageSize
+from mmtok_export.checkpoint_config import EncoderError, check_multiples
+from mmtok_export.encoders.base import Encoder, ImageSize
 
 __all__ = ["QwenEncoder", "patch_positions"]
 
@@ -42,7 +43,7 @@ class QwenEncoder(Encoder):
             self.num_tokens = image_size
             rows, columns = _grid_within(image_size)
             image_size = columns * token_side, rows * token_side
-        _check_image_size(image_size, token_side)
+        check_multiples(image_size, token_side)
         width, height = image_size
         self.image_size = image_size
         self.config = vision
@@ -167,12 +168,3 @@ def _grid_within(num_tokens: DimRange) -> tuple[int, int]:
         if rows * columns in num_tokens:
             return rows, columns
     return num_tokens.optimum, 1
-
-
-def _check_image_size(image_size: tuple[int, int], factor: int) -> None:
-    nearest = [max(factor, round(length / factor) * factor) for length in image_size]
-    if nearest != list(image_size):
-        raise EncoderError(
-            f"width and height are multiples of {factor} px, got {image_size[0]}x{image_size[1]}: "
-            f"the nearest size, to which the image processor scales it, is {nearest[0]}x{nearest[1]}"
-        )
