@@ -166,7 +166,7 @@ class Manifest:
                 raise ValueError(f"a dimension has whole numbers, got {size!r:.200}")
         if self.share:
             Budget.parse(self.share)
-        num_kept = BUDGET_DIMENSION if self.takes_budget or self.share else self.budget
+        num_kept = BUDGET_DIMENSION if self.is_told_at_run_time else self.budget
         for tensor in self.outputs:
             if tensor.name in _KEPT_OUTPUTS and tensor.shape[1:2] != (num_kept,):
                 raise ValueError(
@@ -177,6 +177,11 @@ class Manifest:
     def takes_budget(self) -> bool:
         """Whether the number of tokens to keep is an input, one number for each image."""
         return any(tensor.name == "budget" for tensor in self.inputs)
+
+    @property
+    def is_told_at_run_time(self) -> bool:
+        """Whether the number of tokens to keep is known only when the graph runs."""
+        return self.takes_budget or bool(self.share)
 
     @property
     def key_source(self) -> KeySource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,9 +102,15 @@ class KeysNotNamedError(ValueError):
     """
 
     def __init__(self, problem: str, candidates: Mapping[tuple[str, ...], str]) -> None:
-        listed = "".join(f"\n  {shlex.join(options)}  # {shape}" for options, shape in candidates.items())
-        super().__init__(f"{problem}; the nearest that have rows for each token:{listed}" if listed else problem)
         self.problem, self.candidates = problem, candidates
+        super().__init__(self.text())
+
+    def text(self, command: Sequence[str] = ()) -> str:
+        """Returns the message, with a command line for each candidate, or without `command` its options alone."""
+        listed = "".join(
+            f"\n  {shlex.join([*command, *options])}  # {shape}" for options, shape in self.candidates.items()
+        )
+        return f"{self.problem}; the nearest that have rows for each token:{listed}" if listed else self.problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,8 @@ def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor])
     Raises:
         ValueError: The features are inputs of neither or not finite, or conversion to the dtype would round them.
     """
-    optional = {"text_mask", "excluded", "budget"}
+    of_selection = {"text_mask", "excluded", "budget"}
+    optional = set(of_selection)
     for described in (selection, manifest):
         names = _names(described)
         if described.kind != "selection" and described is manifest:
@@ -134,7 +135,7 @@ def _given(manifest: Manifest, selection: Manifest, features: dict[str, Tensor])
             if described.takes_budget:
                 inputs.setdefault("budget", torch.full((len(inputs["vision"]),), described.budget))
         return inputs
-    expected = [", ".join(sorted(_names(selection) - {"text_mask", "excluded", "budget"}))]
+    expected = [", ".join(sorted(_names(selection) - of_selection))]
     if manifest.kind != "selection":
         expected.append(", ".join(sorted(_names(manifest) - optional)))
     left_out = sorted((_names(selection) | _names(manifest)) & optional)

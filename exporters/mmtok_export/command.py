@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -27,8 +26,6 @@ from mmtok_export.targets import Library, check_targets, choose_library, engine_
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mmtok_export.attach import KeysNotNamedError
 
 __all__ = ["run_export"]
 
@@ -134,7 +131,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         _library(arguments, spec.budget, is_told=spec.is_told_at_run_time)
     elif arguments.kind == "engine":
         manifest = Manifest.read(arguments.file)
-        _library(arguments, manifest.budget, is_told=bool(manifest.takes_budget or manifest.share))
+        _library(arguments, manifest.budget, is_told=manifest.is_told_at_run_time)
 
 
 def _library_error(error: BaseException) -> str:
@@ -281,7 +278,7 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
     try:
         attached = attach_selection(arguments.onnx, attachment)
     except KeysNotNamedError as error:
-        raise ValueError(_with_commands(error, arguments.given)) from error
+        raise ValueError(error.text(["mmtok", *_without_keys(arguments.given)])) from error
     model, spec = attached.model, attached.spec
     path = _output(arguments, f"{arguments.onnx.stem}-k{spec.budget}.onnx")
     engine = _planned_engine(path, spec.budget, arguments, is_told=spec.is_told_at_run_time)
@@ -306,25 +303,14 @@ def _attach(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> No
     _build_engine(path, engine, arguments, on_step)
 
 
-def _with_commands(error: KeysNotNamedError, given: list[str]) -> str:
-    """Returns the error's message with a command line for each candidate.
-
-    Args:
-        error: The error.
-        given: The arguments of `mmtok` that led to it.
-    """
-    if not error.candidates:
-        return str(error)
+def _without_keys(given: list[str]) -> list[str]:
+    """Returns the arguments of `mmtok` without those that name the keys."""
     replaced = ("--keys", "--keys-per-token", "--keys-index")
-    others = [
+    return [
         each
         for before, each in zip(["", *given], given, strict=False)
         if each.partition("=")[0] not in replaced and before not in replaced
     ]
-    commands = (
-        f"\n  {shlex.join(['mmtok', *others, *options])}  # {shape}" for options, shape in error.candidates.items()
-    )
-    return f"{error.problem}; the nearest that have rows for each token:{''.join(commands)}"
 
 
 def _check(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
@@ -361,7 +347,7 @@ def _what_it_says_of_itself(file: Path) -> str:
 def _engine(arguments: argparse.Namespace, on_step: Callable[[str], None]) -> None:
     on_step(f"reading {arguments.file}")
     manifest = Manifest.load(arguments.file)
-    library = _library(arguments, manifest.budget, is_told=bool(manifest.takes_budget or manifest.share))
+    library = _library(arguments, manifest.budget, is_told=manifest.is_told_at_run_time)
     assert library is not None
     engine = _engine_of(arguments.file, library, arguments, path=arguments.output)
     _build_engine(arguments.file, engine, arguments, on_step)

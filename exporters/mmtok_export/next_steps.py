@@ -40,7 +40,7 @@ def next_steps(file: Path, manifest: Manifest) -> dict[str, str]:
     has_plugins = bool(_foreign_operators(manifest))
     # TensorRT needs a grid on the host, since the graph uses it as a shape.
     takes_grid = any(tensor.name == "grid_thw" for tensor in manifest.inputs)
-    if not (manifest.takes_budget or manifest.share or takes_grid):
+    if not (manifest.is_told_at_run_time or takes_grid):
         steps["TensorRT"] = _trtexec("trtexec", file, manifest, has_plugins=has_plugins)
         plugin = " --plugin LIB.so" if has_plugins else ""
         steps["TensorRT-RTX"] = f"mmtok export engine {quoted} --target 8.6{plugin}"

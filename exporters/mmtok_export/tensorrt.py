@@ -55,7 +55,7 @@ def build_engine(
     """
     source = Manifest.load(onnx_file)
     load_graph(onnx_file, source)
-    if source.takes_budget or source.share:
+    if source.is_told_at_run_time:
         raise EngineBuildError(
             f"{onnx_file.name} gets the number of tokens to keep at run time: an engine keeps a fixed number"
         )

@@ -47,7 +47,7 @@ from tests.runtime.emulated_speculation import speculation_environment
 from tests.runtime.films import film
 from tests.runtime.hand_pruned import HandPruned, Pruned
 from tests.runtime.serving import Served, template_arguments
-from tests.runtime.tiny_drafts import make_draft
+from tests.runtime.tiny_drafts import DRAFTS, draft_arguments
 
 BENCH = "device-logprobs"
 _BUDGET = 0.1
@@ -72,19 +72,6 @@ _ENCODER = {"eager": (), "graphs": ("--mm-attention-backend=triton_attn",)}
 _PREFILL = {"eager": ("--disable-prefill-cuda-graph",), "graphs": ("--chunked-prefill-size=64",)}
 # A LLaVA's prefills are captured only if its server is told to.
 _CAPTURED = ("--cuda-graph-backend-prefill=breakable", "--cuda-graph-bs-prefill", "8", "16", "32", "64")
-
-_DRAFTS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "ngram": ("--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6"),
-    "eagle3": (
-        *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=8"),
-        "--speculative-num-draft-tokens=24",
-    ),
-    "head": (
-        *("--speculative-algorithm=NEXTN", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
-        "--speculative-num-draft-tokens=4",
-    ),
-}
 
 
 def film_chats() -> tuple[Chat, ...]:
@@ -180,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=get_args(FamilyName), required=True)
     parser.add_argument("--prefill", choices=tuple(_PREFILL), default="eager", help="default %(default)s")
     parser.add_argument("--encoder", choices=tuple(_ENCODER), default="eager", help="default %(default)s")
-    parser.add_argument("--drafts", choices=tuple(_DRAFTS), default="none", help="default %(default)s")
+    parser.add_argument("--drafts", choices=("none", *DRAFTS), default="none", help="default %(default)s")
     parser.add_argument("--videos", action="store_true", help="chats about videos, for a Qwen2.5-VL or Qwen3-VL")
     parser.add_argument("--server-args", type=shlex.split, default=[], help="further arguments of the server")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
@@ -204,7 +191,7 @@ def _run(arguments: argparse.Namespace) -> int:
     checkpoint = make_tiny_checkpoint(family, arguments.folder / "checkpoints" / family)
     judge = HandPruned(family, checkpoint, device)
     name = f"{family}-{arguments.prefill}-encoder-{arguments.encoder}-drafts-{arguments.drafts}"
-    draft = make_draft(judge.model, arguments.folder / name) if arguments.drafts in ("eagle3", "head") else None
+    has_drafts = arguments.drafts != "none"
     server = make_server(
         checkpoint,
         family,
@@ -212,8 +199,7 @@ def _run(arguments: argparse.Namespace) -> int:
         *template_arguments(family, checkpoint),
         *(() if on_cpu else (*_ON_CUDA, *(_HALF if is_half else _FULL), *_PREFILL[arguments.prefill])),
         *(() if on_cpu else _ENCODER[arguments.encoder]),
-        *_DRAFTS[arguments.drafts],
-        *((f"--speculative-draft-model-path={draft}",) if draft is not None else ()),
+        *(draft_arguments(arguments.drafts, judge.model, arguments.folder / name) if has_drafts else ()),
         *(_CAPTURED if arguments.prefill == "graphs" and family.startswith("llava") else ()),
         *arguments.server_args,
         on_cpu=on_cpu,
@@ -222,7 +208,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "NVIDIA_TF32_OVERRIDE": "0",
             **({} if on_cpu else {"SGLANG_MAMBA_CONV_DTYPE": "float16"}),
             **_encoder_environment(arguments.encoder, arguments.folder),
-            **(speculation_environment(arguments.folder) if on_cpu and arguments.drafts != "none" else {}),
+            **(speculation_environment(arguments.folder) if on_cpu and has_drafts else {}),
         },
         log_path=arguments.folder / f"{name}.log",
     )
@@ -238,7 +224,7 @@ def _run(arguments: argparse.Namespace) -> int:
     metrics |= {"num_prefills": len(prefills), "num_replayed": prefills.count("True")}
     case = {"family": family, "prefill": arguments.prefill, "encoder": arguments.encoder}
     case |= {"media": "videos"} if arguments.videos else {}
-    case |= {"drafts": arguments.drafts} if arguments.drafts != "none" else {}
+    case |= {"drafts": arguments.drafts} if has_drafts else {}
     row = make_row(BENCH, case, "sglang", metrics, num_runs=len(chats), device=device)
     append_row(arguments.folder / "device-logprobs.jsonl", row)
     print(metrics)

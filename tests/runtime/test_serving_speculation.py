@@ -14,32 +14,20 @@ from tests.runtime.conftest import FAMILIES, judge_of, make_server
 from tests.runtime.emulated_speculation import speculation_environment
 from tests.runtime.films import film, has_ffmpeg
 from tests.runtime.serving import Served, prunes_videos
-from tests.runtime.tiny_drafts import make_draft
+from tests.runtime.tiny_drafts import draft_arguments
 
-# Trees of 6 drafts of earlier text; trees of 24 of a draft model, in 3 steps with 8 branches; chains of 4.
-DRAFTS = {
-    "ngram": ("--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6"),
-    "tree": (
-        *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=8"),
-        "--speculative-num-draft-tokens=24",
-    ),
-    "chain": (
-        *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
-        "--speculative-num-draft-tokens=4",
-    ),
-    "head": (
-        *("--speculative-algorithm=NEXTN", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
-        "--speculative-num-draft-tokens=4",
-    ),
-}
 # SGLang reserves room for two rounds behind a request: each of all drafts, or of the branches of all steps.
-ROOM = {"ngram": 20, "tree": 48, "chain": 8, "head": 8}
+ROOM = {"ngram": 20, "eagle3": 48, "eagle3-chain": 8, "head": 8}
 CASES = [
     *((family, "ngram") for family in FAMILIES if not family.startswith("qwen3.5")),
-    *((family, drafts) for family in ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe") for drafts in ("tree", "chain")),
+    *(
+        (family, drafts)
+        for family in ("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")
+        for drafts in ("eagle3", "eagle3-chain")
+    ),
     *(("qwen3.5", "head"), ("qwen3.5-moe", "head")),
 ]
-OFTEN = [("qwen2.5-vl", "ngram"), ("qwen2.5-vl", "tree"), ("qwen3.5", "head")]
+OFTEN = [("qwen2.5-vl", "ngram"), ("qwen2.5-vl", "eagle3"), ("qwen3.5", "head")]
 CONTEXT = 1024
 
 pytestmark = pytest.mark.slow
@@ -58,9 +46,8 @@ def speculating(
     family: FamilyName
     family, drafts = request.param
     judge, folder = judge_of(family), tmp_path_factory.mktemp(family)
-    arguments = ["--mmtok-budget=10%", *DRAFTS[drafts], "--chunked-prefill-size=64", f"--context-length={CONTEXT}"]
-    if drafts != "ngram":
-        arguments.append(f"--speculative-draft-model-path={make_draft(judge.model, folder / 'draft')}")
+    arguments = ["--mmtok-budget=10%", "--chunked-prefill-size=64", f"--context-length={CONTEXT}"]
+    arguments += draft_arguments(drafts, judge.model, folder / "draft")
     environment: dict[str, Any] = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     environment |= speculation_environment(folder / "plugin")
     with make_server(family, *arguments, **environment) as server:

@@ -10,7 +10,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["make_draft", "make_eagle3_draft", "make_mtp_head"]
+__all__ = ["DRAFTS", "draft_arguments"]
+
+# Trees of 6 drafts of earlier text; trees of 24 of a draft model, in 3 steps with 8 branches; chains of 4.
+DRAFTS: dict[str, tuple[str, ...]] = {
+    "ngram": ("--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6"),
+    "eagle3": (
+        *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=8"),
+        "--speculative-num-draft-tokens=24",
+    ),
+    "eagle3-chain": (
+        *("--speculative-algorithm=EAGLE3", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
+        "--speculative-num-draft-tokens=4",
+    ),
+    "head": (
+        *("--speculative-algorithm=NEXTN", "--speculative-num-steps=3", "--speculative-eagle-topk=1"),
+        "--speculative-num-draft-tokens=4",
+    ),
+}
 
 _NUM_PROMPTS, _PROMPT_LENGTH, _ANSWER_LENGTH = 64, 8, 64
 _COPIED = (
@@ -19,7 +36,21 @@ _COPIED = (
 )
 
 
-def make_eagle3_draft(model: Any, folder: Path) -> Path:
+def draft_arguments(drafts: str, model: Any, folder: Path) -> tuple[str, ...]:
+    """Returns the arguments of a server that drafts tokens; writes its draft model or head, if it has one.
+
+    Args:
+        drafts: One of DRAFTS.
+        model: Hugging Face's tiny model in float32.
+        folder: Folder of the draft model.
+    """
+    if drafts == "ngram":
+        return DRAFTS[drafts]
+    make = _make_mtp_head if drafts == "head" else _make_eagle3_draft
+    return (*DRAFTS[drafts], f"--speculative-draft-model-path={make(model, folder)}")
+
+
+def _make_eagle3_draft(model: Any, folder: Path) -> Path:
     """Writes a draft model of one layer, which guesses some of a tiny model's tokens.
 
     It reads the embeddings and the output of the first layer. Its projection is fitted to the model's own answers to
@@ -31,10 +62,8 @@ def make_eagle3_draft(model: Any, folder: Path) -> Path:
     """
     config = model.config.text_config
     rope = dict(config.rope_parameters)
-    width, head_width = (
-        config.hidden_size,
-        getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
-    )
+    width = config.hidden_size
+    head_width = getattr(config, "head_dim", width // config.num_attention_heads)
     described = {name: getattr(config, name) for name in _COPIED} | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -79,7 +108,7 @@ def make_eagle3_draft(model: Any, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def make_mtp_head(model: Any, folder: Path) -> Path:
+def _make_mtp_head(model: Any, folder: Path) -> Path:
     """Writes the multi-token prediction head of a tiny Qwen3.5, which guesses some of the model's tokens.
 
     It reads the embedding of a token and the model's output at the one before. Its projection is fitted to the model's
@@ -110,12 +139,6 @@ def make_mtp_head(model: Any, folder: Path) -> Path:
     }
     save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / "model.safetensors")
     return folder
-
-
-def make_draft(model: Any, folder: Path) -> Path:
-    """Writes the draft model that a tiny model's family has; arguments as of the other functions."""
-    is_qwen35 = model.config.model_type.startswith("qwen3_5")
-    return make_mtp_head(model, folder) if is_qwen35 else make_eagle3_draft(model, folder)
 
 
 @torch.no_grad()
