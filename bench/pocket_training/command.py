@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from mmtok_bench.arguments import count, each, seed
 from mmtok_bench.families import PocketFamily
+from pocket_training import TrainedFamily
 
 __all__ = ["add_pocket_parser", "run_pocket"]
 
@@ -21,7 +22,8 @@ def add_pocket_parser(commands: Any) -> None:
     pocket = commands.add_parser("pocket", help="train a pocket model, draw its scenes, calibrate the budget auto")
     kinds = pocket.add_subparsers(dest="pocket", required=True, metavar="WHAT")
     train = kinds.add_parser("train", help="train a model from scratch; continues an earlier run")
-    _add_family(train)
+    about = "default llava-1.5, with --pages or --sizes qwen2.5-vl; llava-next goes on from llava-1.5"
+    train.add_argument("--family", choices=get_args(TrainedFamily), help=about)
     train.add_argument(
         "--folder", type=Path, help="folder of the state and the checkpoint (default artifacts/pocket/FAMILY)"
     )
@@ -42,7 +44,8 @@ def add_pocket_parser(commands: Any) -> None:
     shares = kinds.add_parser("shares", help="compute the shares of the budget auto from rows of mmtok quality")
     shares.add_argument("rows", type=Path, nargs="+", metavar="FILE.jsonl", help="rows of all models")
     answers = kinds.add_parser("answers", help="ask a pocket model in this process, without a server")
-    _add_family(answers)
+    about = "default llava-1.5, with --pages qwen2.5-vl"
+    answers.add_argument("--family", choices=get_args(PocketFamily), help=about)
     answers.add_argument("--budgets", type=each(str), required=True, help="auto,32,25%%; all is asked once")
     answers.add_argument(
         "--methods", type=each(str), default=["mmtok"], help="as in mmtok quality: mmtok,mmtok+output (default mmtok)"
@@ -57,11 +60,6 @@ def add_pocket_parser(commands: Any) -> None:
     answers.add_argument("output", type=Path, metavar="FILE.answers", help="file to append the answers to")
     auto = kinds.add_parser("auto", help="compare the budget auto with others, and features of images with answers")
     auto.add_argument("answers", type=Path, metavar="FILE.answers", help="answers of a model, some at the budget auto")
-
-
-def _add_family(parser: argparse.ArgumentParser) -> None:
-    about = "default llava-1.5, with --pages or --sizes qwen2.5-vl"
-    parser.add_argument("--family", choices=get_args(PocketFamily), help=about)
 
 
 def run_pocket(arguments: argparse.Namespace) -> int:
@@ -138,7 +136,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"start": pocket_checkpoint("llava-1.5")} if arguments.family == "llava-next" else {}
     if arguments.further == "pages":
         # Raises for a family of which no model reads pages.
         pocket_checkpoint(arguments.family, reads_pages=True)

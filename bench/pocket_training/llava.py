@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ import transformers
 from torch import Tensor, nn
 
 from mmtok_bench.pocket.scenes import SCENE_PX
-from pocket_training.model import GRID, PATCH_PX, PocketModel, attend_to_the_like
+from pocket_training.model import PATCH_PX, PocketModel, attend_to_the_like
 from pocket_training.words import word_tokenizer
 
-__all__ = ["PocketLlava"]
+__all__ = ["PocketLlava", "config_parts", "processor_parts", "sides_of"]
 
 # For chats and for training: the user's turn, which begins with the image, then the assistant's.
 _TEMPLATE = (
@@ -46,14 +47,26 @@ class PocketLlava(PocketModel):
     asked = "{} assistant :"
 
     def __init__(self, seed: int) -> None:
-        self.processor = _make_processor()
+        self.processor = self._make_processor()
         torch.manual_seed(seed)
-        self.model = transformers.LlavaForConditionalGeneration(_config(self.processor.tokenizer))
+        self.model = self._make_model(self.processor.tokenizer)
         positions = self._vision_tower.embeddings.position_embedding.weight
         with torch.no_grad():
-            positions[1:] = 0.5 * _sines(GRID, positions.shape[1])
+            positions[1:] = 0.5 * _sines(math.isqrt(len(positions) - 1), positions.shape[1])
         for layer in self.language_model.layers:
             attend_to_the_like(layer.self_attn)
+
+    def _make_processor(self) -> Any:
+        """Returns the LlavaProcessor: images of any size to 112 x 112 px, text to lower-case words."""
+        # As CLIP: the shortest edge is resized to 112 px, and the middle is cropped.
+        return transformers.LlavaProcessor(
+            image_processor=transformers.CLIPImageProcessor(**sides_of(SCENE_PX)), **processor_parts()
+        )
+
+    def _make_model(self, tokenizer: Any) -> Any:
+        return transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(**config_parts(tokenizer, image_px=SCENE_PX))
+        )
 
     @property
     def projector(self) -> nn.Module:
@@ -79,8 +92,13 @@ class PocketLlava(PocketModel):
         return self.model.model.vision_tower
 
 
-def _make_processor() -> Any:
-    """Returns the LlavaProcessor: images of any size to 112 x 112 px, text to lower-case words."""
+def sides_of(image_px: int) -> dict[str, Any]:
+    """Returns the sizes in a CLIP image processor of square images."""
+    return {"size": {"shortest_edge": image_px}, "crop_size": {"height": image_px, "width": image_px}}
+
+
+def processor_parts() -> dict[str, Any]:
+    """Returns what a LLaVA's processor has beside its image processor."""
     tokenizer = word_tokenizer(
         ("<pad>", "<s>", "</s>", "<unk>", "<image>"),
         first="<s>",
@@ -89,23 +107,19 @@ def _make_processor() -> Any:
         pad_token="<pad>",
         extra_special_tokens=["<image>"],
     )
-    # As CLIP: the shortest edge is resized to 112 px, and the middle is cropped.
-    image_processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": SCENE_PX}, crop_size={"height": SCENE_PX, "width": SCENE_PX}
-    )
-    return transformers.LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=PATCH_PX,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_TEMPLATE,
-    )
+    return {
+        "tokenizer": tokenizer,
+        "patch_size": PATCH_PX,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": _TEMPLATE,
+    }
 
 
-def _config(tokenizer: Any) -> Any:
-    return transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(
+def config_parts(tokenizer: Any, *, image_px: int) -> dict[str, Any]:
+    """Returns the configuration of a LLaVA whose vision encoder reads squares of `image_px`."""
+    return {
+        "text_config": transformers.LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=192,
             intermediate_size=384,
@@ -122,8 +136,8 @@ def _config(tokenizer: Any) -> Any:
             initializer_range=0.05,
             tie_word_embeddings=True,
         ),
-        vision_config=transformers.CLIPVisionConfig(
-            image_size=SCENE_PX,
+        "vision_config": transformers.CLIPVisionConfig(
+            image_size=image_px,
             patch_size=PATCH_PX,
             hidden_size=128,
             intermediate_size=512,
@@ -132,11 +146,11 @@ def _config(tokenizer: Any) -> Any:
             num_attention_heads=4,
             projection_dim=128,
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": True,
+    }
 
 
 def _sines(side: int, width: int) -> Tensor:

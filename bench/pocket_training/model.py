@@ -10,10 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket.scenes import SCENE_PX
+from pocket_training import TrainedFamily
 
-__all__ = ["GRID", "NUM_IMAGE_TOKENS", "PATCH_PX", "PocketModel", "attend_to_the_like", "make_pocket_model"]
+__all__ = [
+    "GRID",
+    "NUM_IMAGE_TOKENS",
+    "PATCH_PX",
+    "PocketModel",
+    "attend_to_the_like",
+    "make_pocket_model",
+]
 
 PATCH_PX = 8
 """Side in pixels of the square that an image token covers, in a scene of 112 px."""
@@ -76,7 +83,7 @@ class PocketModel(ABC):
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the projector's input [B, patches, width] for images [B, 3, side, side], 0 to 255.
 
-        The side is 112, or for a Qwen2.5-VL any multiple of 8.
+        The side is 112, or for a Qwen2.5-VL any multiple of 8; a LLaVA-NeXT gets tiles [B, 5, 3, 56, 56].
         """
 
     def normalised(self, pixels: Tensor) -> Tensor:
@@ -104,8 +111,12 @@ class PocketModel(ABC):
         return index
 
 
-def make_pocket_model(family: PocketFamily, seed: int = 0) -> PocketModel:
+def make_pocket_model(family: TrainedFamily, seed: int = 0) -> PocketModel:
     """Returns an untrained pocket model in float32."""
+    if family == "llava-next":
+        from pocket_training.llava_next import PocketLlavaNext
+
+        return PocketLlavaNext(seed)
     if family == "llava-1.5":
         from pocket_training.llava import PocketLlava
 

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import rotate_half
 
-from mmtok_bench.families import PocketFamily
 from mmtok_bench.pocket.scenes import COLOR_RGB, DIGITS, LETTERS
+from pocket_training import TrainedFamily
 from pocket_training.model import NUM_IMAGE_TOKENS, make_pocket_model
 from pocket_training.training_data import (
     IGNORED,
@@ -29,6 +29,7 @@ from pocket_training.training_data import (
 )
 from pocket_training.training_pages import PAGE_CHOICES, TrainingPages
 from pocket_training.training_sizes import TrainingSizes
+from pocket_training.training_tiles import TrainingTiles
 
 __all__ = ["STAGES", "STAGES_ON_PAGES", "STAGES_ON_SIZES", "Stage", "Training", "where_heads_look"]
 
@@ -64,7 +65,7 @@ class Stage:
             answer; the tower is frozen, as in LLaVA. "characters": as "patches", on scenes with more characters, and
             the word embeddings are frozen. "page patches": as "characters", on pages. "page answers": the whole model
             learns to answer questions about pages. "size patches" and "size answers": the same about scenes, each
-            batch at one of three sizes.
+            batch at one of three sizes. "tile patches" and "tile answers": the same about scenes in tiles.
         num_steps: Number of steps.
         batch_size: Scenes in a step.
         learning_rate: The highest learning rate of its schedule.
@@ -76,7 +77,7 @@ class Stage:
     learning_rate: float
 
 
-STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
+STAGES: dict[TrainedFamily, tuple[Stage, ...]] = {
     "llava-1.5": (
         Stage("patches", 2200, 20, 1.2e-3),
         Stage("answers", 2000, 10, 1.2e-3),
@@ -89,7 +90,9 @@ STAGES: dict[PocketFamily, tuple[Stage, ...]] = {
         Stage("characters", 1000, 16, 1.0e-3),
         Stage("answers", 500, 10, 6e-4),
     ),
+    "llava-next": (Stage("tile patches", 1500, 20, 1.2e-3), Stage("tile answers", 2000, 10, 1.0e-3)),
 }
+"""Family -> its stages. Those of LLaVA-NeXT follow the pocket LLaVA-1.5's."""
 
 
 STAGES_ON_PAGES = (Stage("page patches", 450, 12, 1.2e-3), Stage("page answers", 900, 10, 1.0e-3))
@@ -114,7 +117,7 @@ class Training:
     def __init__(
         self,
         folder: Path,
-        family: PocketFamily,
+        family: TrainedFamily,
         seed: int,
         device: torch.device,
         stages: Sequence[Stage] | None = None,
@@ -184,6 +187,8 @@ class Training:
         from_model = (stage.task, self._seed, self.pocket.processor.tokenizer, self.pocket.asked)
         if stage.task.startswith("size"):
             scenes: TrainingPictures = TrainingSizes(*from_model, stage.batch_size)
+        elif stage.task.startswith("tile"):
+            scenes = TrainingTiles(*from_model)
         else:
             scenes = (TrainingPages if self._is_of_pages else TrainingScenes)(*from_model)
         order = range(begun * stage.batch_size, stage.num_steps * stage.batch_size)
@@ -224,6 +229,7 @@ class Training:
             directions = words[[self._words[word] for word in choice]].roll(round(roll * words.shape[1]), dims=1)
             logits = (_LOGIT_SCALE * tokens @ directions.T).float().flatten(0, 1)
             target = targets[..., number].flatten()
+            logits, target = logits[target != IGNORED], target[target != IGNORED]
             weight = torch.tensor([nothing_weight if word == NOTHING else 1.0 for word in choice], device=logits.device)
             total = total + functional.cross_entropy(logits, target, weight)
             right = (logits.argmax(-1) == target)[weight[target] == 1]

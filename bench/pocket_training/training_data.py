@@ -41,6 +41,7 @@ __all__ = [
     "TrainingScenes",
     "collate",
     "draw_mask",
+    "looks_of",
     "middle_patches",
     "patch_items",
     "patch_targets",
@@ -48,7 +49,17 @@ __all__ = [
     "targets_of",
 ]
 
-Task = Literal["patches", "answers", "characters", "page patches", "page answers", "size patches", "size answers"]
+Task = Literal[
+    "patches",
+    "answers",
+    "characters",
+    "page patches",
+    "page answers",
+    "size patches",
+    "size answers",
+    "tile patches",
+    "tile answers",
+]
 TASKS: dict[Task, int] = {task: number for number, task in enumerate(get_args(Task), start=1)}
 """Task -> second part of its scenes' seeds; held-out scenes have another one."""
 
@@ -70,6 +81,7 @@ IGNORED = -100
 _MIN_PIXELS = 7
 _MIN_PIXELS_OF_SMALLER = 4
 _NUM_QUESTIONS = 12
+_WITH_MANY_CHARACTERS: tuple[Task, ...] = ("characters", "tile patches")
 _MANY_CHARACTERS: dict[str, Any] = {"num_each": 4, "share": 0.9}
 _KIND_SHARES: dict[Kind, float] = {
     "existence": 0.24,
@@ -154,13 +166,14 @@ class TrainingScenes(TrainingPictures):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = self.random(index)
-        scene, grid = make_scene(rng, **(_MANY_CHARACTERS if self.task == "characters" else {})), self.grid(index)
-        seen = {"pixels": self.pixels(scene, grid), "targets": patch_targets(scene, grid)}
+        characters = _MANY_CHARACTERS if self.task in _WITH_MANY_CHARACTERS else {}
+        scene, grid = make_scene(rng, **characters), self.grid(index)
+        seen = {"pixels": self.pixels(scene, grid), "targets": self.targets(scene, grid)}
         if not self.task.endswith("answers"):
             return seen
         kinds = rng.choice(list(_KIND_SHARES), _NUM_QUESTIONS, p=list(_KIND_SHARES.values()))
         questions = [question for kind in kinds if (question := ask(rng, scene, kind))]
-        return {**seen, **self._packed(questions), "looks": _looks(scene, questions, grid)}
+        return {**seen, **self._packed(questions), "looks": self.looks(scene, questions, grid)}
 
     def grid(self, index: int) -> int:
         """Returns the number of image tokens in a row and in a column of a scene."""
@@ -169,6 +182,14 @@ class TrainingScenes(TrainingPictures):
     def pixels(self, scene: Scene, grid: int) -> Tensor:
         """Returns the pixels of a scene, [3, 8 * grid, 8 * grid]."""
         return pixels_of(scene)
+
+    def targets(self, scene: Scene, grid: int) -> Tensor:
+        """Returns the targets of each of a scene's image tokens, [N, choices] int64."""
+        return patch_targets(scene, grid)
+
+    def looks(self, scene: Scene, questions: Sequence[Question], grid: int) -> Tensor:
+        """Returns [2, 12, N]: for each question, the image tokens that show what it asks for, and its middle's."""
+        return looks_of(scene, questions, grid)
 
     def _packed(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         naming_ids = {self.tokenizer.convert_tokens_to_ids(word) for word in NAMING_WORDS}
@@ -268,7 +289,8 @@ def _places(scene: Scene) -> list[tuple[float, float]]:
     return [(item.x, item.y) for item in items]
 
 
-def _looks(scene: Scene, questions: Sequence[Question], grid: int = GRID) -> Tensor:
+def looks_of(scene: Scene, questions: Sequence[Question], grid: int) -> Tensor:
+    """Returns [2, 12, grid * grid]: for each question, the patches that show what it asks for, and its middle patch."""
     looks = torch.zeros(2, _NUM_QUESTIONS, grid**2)
     items, middles = torch.from_numpy(_scene_items(scene, grid)), middle_patches(_places(scene), grid)
     for number, question in enumerate(questions):

@@ -15,7 +15,7 @@ from mmtok_bench.pocket import PICTURE_PX
 from mmtok_bench.pocket.questions import Question
 from mmtok_bench.pocket.scenes import Glyph, Scene, Thing, draw
 from pocket_training import training, training_data
-from pocket_training.model import NUM_IMAGE_TOKENS, make_pocket_model
+from pocket_training.model import GRID, NUM_IMAGE_TOKENS, make_pocket_model
 from pocket_training.training import Stage, Training
 from pocket_training.training_data import PATCH_CHOICES, TrainingScenes, patch_targets
 
@@ -57,7 +57,7 @@ def test_what_is_named_is_looked_at_from_then_on() -> None:
         Question("reading", "What letter is in the image?", "K"),
         Question("simple", "Is there a red thing in the image?", "no"),
     ]
-    where, middles = training_data._looks(SCENE, questions)
+    where, middles = training_data.looks_of(SCENE, questions, GRID)
     is_green = torch.tensor(["green" in words(target) for target in patch_targets(SCENE)])
     assert torch.equal(where[0].bool(), is_green)
     assert [each.nonzero().flatten().tolist() for each in middles[:2]] == [[10 * 14 + 3], [2 * 14 + 11]]
