@@ -99,11 +99,11 @@ test-cpus: $(STAMP)
 
 # What a machine without a GPU skips, in parts of a few minutes: PART=kernels,qwen-7b-16; a part that is done is not run again.
 gpu-check: $(STAMP)
-	$(BIN)/python -m mmtok_bench.gpu_check $(if $(PART),--parts $(PART))
+	$(BIN)/python -m mmtok_gpu_check $(if $(PART),--parts $(PART))
 
 # MODELS is a folder of checkpoints, named as they are on Hugging Face.
 paper: $(STAMP)
-	$(BIN)/python -m mmtok_bench.paper --checkpoints $(or $(MODELS),$(error make paper needs MODELS=/folder/of/checkpoints)) $(if $(DRY),--dry-run)
+	$(BIN)/python -m mmtok_gpu_check.paper --checkpoints $(or $(MODELS),$(error make paper needs MODELS=/folder/of/checkpoints)) $(if $(DRY),--dry-run)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

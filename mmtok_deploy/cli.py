@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from pkgutil import resolve_name
 
 from mmtok_deploy import __version__
 
@@ -54,11 +55,10 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         from mmtok_bench.commands import add_bench_commands
 
         add_bench_commands(commands)
-        # Trains the pocket models; it is in a checkout, and not in the wheel.
-        if importlib.util.find_spec("pocket_training") is not None:
-            from pocket_training.command import add_pocket_parser
-
-            add_pocket_parser(commands)
+        # These are in a checkout, and not in the wheel.
+        for add_parser in ("pocket_training.command:add_pocket_parser", "mmtok_soak.arguments:add_soak_parser"):
+            if importlib.util.find_spec(add_parser.partition(".")[0]) is not None:
+                resolve_name(add_parser)(commands)
     return parser
 
 
@@ -72,10 +72,6 @@ def _run(arguments: argparse.Namespace) -> int:
             from mmtok_export.command import run_export
 
             return run_export(arguments)
-        case "pocket":
-            from pocket_training.command import run_pocket
-
-            return run_pocket(arguments)
         case _:
             from mmtok_bench.commands import run_bench_command
 

@@ -1,4 +1,4 @@
-"""The command lines of `mmtok demo`, `bench`, `quality` and `soak`; imports nothing slow."""
+"""The command lines of `mmtok demo`, `bench` and `quality`; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mmtok_bench.arguments import (
     count,
     each,
     image_size,
-    minutes,
     mixed_budget,
     one_of,
     port,
@@ -28,7 +27,6 @@ from mmtok_deploy.methods import IMAGE_METHODS
 __all__ = ["add_bench_commands", "run_bench_command"]
 
 _FAMILIES, _POCKET_FAMILIES = get_args(FamilyName), get_args(PocketFamily)
-_SOAKED = ("qwen2.5-vl", "llava-1.5")
 
 
 def add_bench_commands(commands: Any) -> None:
@@ -39,11 +37,13 @@ def add_bench_commands(commands: Any) -> None:
     _add_serve(benches)
     _add_report(benches)
     _add_quality(commands)
-    _add_soak(commands)
 
 
 def run_bench_command(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of one of these commands: 0 ok, 1 something failed, 2 usage, 130 after Ctrl-C."""
+    """Returns the exit code of the function that the command's parser names `run`.
+
+    It is 0 if all went well, 1 if something failed, 2 for a wrong argument, 130 after Ctrl-C.
+    """
     code: int = resolve_name(arguments.run)(arguments)
     return code
 
@@ -235,37 +235,3 @@ def _add_quality(commands: Any) -> None:
     add_run_arguments(written, "artifacts/quality")
     written.add_argument("--record", action="store_true", help="write the scores that `make test` compares with")
     written.add_argument("--dry-run", action="store_true", help="print servers and questions instead of running them")
-
-
-def _add_soak(commands: Any) -> None:
-    soak = commands.add_parser(
-        "soak",
-        help="inject faults into real servers, and check that they go on serving",
-        description="Injects faults into servers of tiny models and checks what holds afterwards: docs/reliability.md. "
-        "Traffic goes to this machine only.",
-    )
-    soak.set_defaults(run="mmtok_bench.soak.command:run_soak")
-    soak.add_argument("--rows", type=each(str), help="some of the table's rows: fuzz,storm (default: all)")
-    soak.add_argument(
-        "--families",
-        type=each(one_of(*_FAMILIES)),
-        default=list(_SOAKED),
-        help=f"some of {','.join(_FAMILIES)} (default {','.join(_SOAKED)})",
-    )
-    soak.add_argument(
-        "--minutes",
-        type=minutes,
-        default=5.0,
-        help="minutes of faults, without the servers' starts; 30 runs every row in full (default 5)",
-    )
-    soak.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
-    add_run_arguments(soak, "artifacts/soak", with_resume=False)
-    soak.add_argument("--list", action="store_true", help="print the rows' names and what they do, and stop")
-    soak.add_argument(
-        "--write-table",
-        nargs="+",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="write the table of docs/reliability.md from files of rows, and stop",
-    )
-    soak.add_argument("--page", type=Path, default=Path("docs/reliability.md"), help="default docs/reliability.md")

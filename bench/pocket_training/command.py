@@ -20,6 +20,7 @@ _USAGE, _INTERRUPTED = 2, 130
 def add_pocket_parser(commands: Any) -> None:
     """Adds `mmtok pocket` and its subcommands to the command line's parser."""
     pocket = commands.add_parser("pocket", help="train a pocket model, draw its scenes, calibrate the budget auto")
+    pocket.set_defaults(run="pocket_training.command:run_pocket")
     kinds = pocket.add_subparsers(dest="pocket", required=True, metavar="WHAT")
     train = kinds.add_parser("train", help="train a model from scratch; continues an earlier run")
     about = "default llava-1.5, with --pages or --sizes qwen2.5-vl; llava-next goes on from llava-1.5"

@@ -38,9 +38,9 @@ from mmtok_bench.client import MeasurementError, in_parallel
 from mmtok_bench.families import FamilyName
 from mmtok_bench.results import append_row, make_row
 from mmtok_bench.run import quiet_transformers, run_command
-from mmtok_bench.second_plugin import plugin_environment
 from mmtok_bench.server import make_server
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_soak.second_plugin import plugin_environment
 from tests.runtime import replayed_encoders
 from tests.runtime.chats import Chat, small
 from tests.runtime.emulated_speculation import speculation_environment

@@ -17,8 +17,8 @@ import openai
 import pytest
 
 from mmtok_bench.families import FamilyName
-from mmtok_bench.second_plugin import plugin_environment
 from mmtok_bench.server import SglangServer
+from mmtok_soak.second_plugin import plugin_environment
 from tests.runtime.chats import Chat
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.hook_faults import Faults

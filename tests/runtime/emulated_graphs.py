@@ -20,8 +20,8 @@ from sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend impor
 from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import enable_breakable_cuda_graph
 from torch import Tensor
 
-from mmtok_bench.second_plugin import plugin_environment
 from mmtok_sglang import encoder_graphs
+from mmtok_soak.second_plugin import plugin_environment
 from tests.runtime import replayed_encoders
 
 __all__ = ["ARGUMENTS", "graph_environment", "record_on_host", "register"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mmtok_bench.second_plugin import plugin_environment
+from mmtok_soak.second_plugin import plugin_environment
 from tests.runtime.quantised import Quantisation, dequantised
 
 __all__ = ["quantisation_environment", "register"]

@@ -21,9 +21,9 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from torch import Tensor
 from torch.nn.functional import conv1d, scaled_dot_product_attention, silu
 
-from mmtok_bench.second_plugin import plugin_environment
 from mmtok_sglang import cpu_linear_attention
 from mmtok_sglang.positions import PositionWriter
+from mmtok_soak.second_plugin import plugin_environment
 
 __all__ = ["register", "speculation_environment"]
 

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from sglang.srt.utils import ImageData
 
-from mmtok_bench.soak.images import icon_of, jpeg_of_scans, tiff_of_one_tile
 from mmtok_sglang.images import ImageLoader, _size_in_header, decoded
 from mmtok_sglang.limits import Limits, default_limits
+from mmtok_soak.images import icon_of, jpeg_of_scans, tiff_of_one_tile
 
 LIMITS = Limits(max_image_pixels=10_000, max_aspect_ratio=10)
 

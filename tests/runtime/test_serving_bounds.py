@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from mmtok_bench.families import FAMILY_TRAITS
-from mmtok_bench.soak.event_loop import polled_health
+from mmtok_soak.event_loop import polled_health
 from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.serving import Served
 

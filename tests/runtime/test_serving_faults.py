@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from mmtok_bench.families import FamilyName
-from mmtok_bench.soak.fuzz import fuzz, judge_failed
-from mmtok_bench.soak.images import send_odd_images
-from mmtok_bench.soak.storm import storm
-from mmtok_bench.soak.trial import Trial
+from mmtok_soak.fuzz import fuzz, judge_failed
+from mmtok_soak.images import send_odd_images
+from mmtok_soak.storm import storm
+from mmtok_soak.trial import Trial
 from tests.runtime.serving import Served
 
 

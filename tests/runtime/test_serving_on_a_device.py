@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmtok_bench import served_checks
 from mmtok_bench.results import read_rows
 from mmtok_bench.server import make_server
+from mmtok_gpu_check import served_checks
 from tests.runtime import device_logprobs
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import checkpoint, judge_of

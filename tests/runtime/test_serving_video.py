@@ -14,11 +14,11 @@ from PIL import Image
 
 from mmtok_bench.families import FamilyName
 from mmtok_bench.server import running
-from mmtok_bench.soak.event_loop import polled_health
 from mmtok_deploy.methods import MethodName, comparator
 from mmtok_deploy.presets import PRESETS
 from mmtok_deploy.problem import SelectionProblem
 from mmtok_deploy.repeated_tokens import share_of_distinct
+from mmtok_soak.event_loop import polled_health
 from tests.runtime.chats import Chat, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.films import Film, film, needs_ffmpeg, sound

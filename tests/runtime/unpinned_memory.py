@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mmtok_bench.second_plugin import plugin_environment
+from mmtok_soak.second_plugin import plugin_environment
 
 __all__ = ["register", "unpinned_environment"]
 

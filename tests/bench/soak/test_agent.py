@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from mmtok_bench.soak.agent import MODES, Agent
+from mmtok_soak.agent import MODES, Agent
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mmtok_bench.soak.artifacts import changed_manifests
+from mmtok_soak.artifacts import changed_manifests
 
 
 def test_each_value_of_a_manifest_is_changed_in_turn() -> None:

@@ -9,10 +9,10 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from mmtok_bench.server import ServerPool
-from mmtok_bench.soak import killing
-from mmtok_bench.soak.event_loop import block_the_event_loop
-from mmtok_bench.soak.killing import kill_processes
-from mmtok_bench.soak.trial import Served, Trial
+from mmtok_soak import killing
+from mmtok_soak.event_loop import block_the_event_loop
+from mmtok_soak.killing import kill_processes
+from mmtok_soak.trial import Served, Trial
 from tests.bench.soak.stub_server import StubServer
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from mmtok_bench.results import read_rows
 from mmtok_bench.server import ServerError
-from mmtok_bench.soak import faults
-from mmtok_bench.soak.faults import ROWS, Row
-from mmtok_bench.soak.trial import Trial
 from mmtok_deploy.cli import main
+from mmtok_soak import faults
+from mmtok_soak.faults import ROWS, Row
+from mmtok_soak.trial import Trial
 
 SERVED = {"fuzz", "images", "events", "weights", "leak", "storm", "memory", "values", "hooks", "agent", "kill"}
 
@@ -46,7 +46,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Row]:
     made = {"holds": holds, "fails": fails, "breaks": breaks, "interrupted": interrupted, "idles": idles}
     stand_ins = {name: stand_in(name, run) for name, run in made.items()}
     monkeypatch.setattr(faults, "ROWS", stand_ins)
-    monkeypatch.setattr("mmtok_bench.soak.table.ROWS", stand_ins)
+    monkeypatch.setattr("mmtok_soak.table.ROWS", stand_ins)
     return stand_ins
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtok_bench.soak.fault_plugin import _with_faults, _wrap_get_image_feature
-from mmtok_bench.soak.injected import fault_environment
 from mmtok_sglang.model import PrunedModel
 from mmtok_sglang.stages import StageMetrics
+from mmtok_soak.fault_plugin import _with_faults, _wrap_get_image_feature
+from mmtok_soak.injected import fault_environment
 
 HOOK = "get_image_feature"
 
@@ -87,7 +87,7 @@ def test_sglang_finds_the_plugin_in_the_environment_of_the_soaks_servers(tmp_pat
         timeout=120,
         check=True,
     )
-    assert done.stdout == "['mmtok_bench.soak.fault_plugin:register']\n"
+    assert done.stdout == "['mmtok_soak.fault_plugin:register']\n"
 
 
 def test_a_models_method_is_wrapped_and_the_encoder_is_what_is_inside(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mmtok_bench.soak.fixed_chats import Account, largest_difference
+from mmtok_soak.fixed_chats import Account, largest_difference
 
 ACCOUNT: Account = [{"a": -0.5, "b": -1.0}, {"c": -0.1, "d": -3.0}]
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mmtok_bench.soak.fuzz import ENDPOINTS, fuzzed_body
-from mmtok_bench.soak.trial import Trial
+from mmtok_soak.fuzz import ENDPOINTS, fuzzed_body
+from mmtok_soak.trial import Trial
 
 
 def trial(seed: int = 0) -> Trial:

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from mmtok_bench.client import in_parallel
-from mmtok_bench.soak.images import odd_images
-from mmtok_bench.soak.storm import _judge_growth
-from mmtok_bench.soak.trial import Trial
+from mmtok_soak.images import odd_images
+from mmtok_soak.storm import _judge_growth
+from mmtok_soak.trial import Trial
 
 
 def trial(minutes: float = 30.0, num_families: int = 1) -> Trial:

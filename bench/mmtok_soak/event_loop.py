@@ -15,9 +15,9 @@ from typing import Any
 
 from mmtok_bench.families import FamilyName
 from mmtok_bench.server import SglangServer
-from mmtok_bench.soak.fixed_chats import chat_body, small_image
-from mmtok_bench.soak.fuzz import ENDPOINTS
-from mmtok_bench.soak.trial import Trial
+from mmtok_soak.fixed_chats import chat_body, small_image
+from mmtok_soak.fuzz import ENDPOINTS
+from mmtok_soak.trial import Trial
 
 __all__ = ["block_the_event_loop", "polled_health"]
 

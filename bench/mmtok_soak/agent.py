@@ -13,8 +13,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from mmtok_bench.server import ServerError, SglangServer
-from mmtok_bench.soak.fixed_chats import TOLERANCE, ask_for_logprobs, chat_body, largest_difference, small_image
-from mmtok_bench.soak.trial import Served, Trial, make_soak_server, resident_bytes, send
+from mmtok_soak.fixed_chats import TOLERANCE, ask_for_logprobs, chat_body, largest_difference, small_image
+from mmtok_soak.trial import Served, Trial, make_soak_server, resident_bytes, send
 
 __all__ = ["MODES", "TIMEOUT_MS", "Agent", "abuse_the_agent", "agent_itself"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtok_bench.results import ResultRow, read_rows
-from mmtok_bench.soak.faults import ROWS
-from mmtok_bench.soak.storm import MIN_JUDGED
+from mmtok_soak.faults import ROWS
+from mmtok_soak.storm import MIN_JUDGED
 
 __all__ = ["fault_table", "write_table"]
 

@@ -18,8 +18,8 @@ import psutil  # type: ignore[import-untyped]
 from mmtok_bench.families import FamilyName
 from mmtok_bench.process_tree import process_tree, sum_resident_bytes
 from mmtok_bench.server import ServerError, ServerPool, SglangServer, make_server
-from mmtok_bench.soak.fixed_chats import TOLERANCE, ask_fixed_chats, largest_difference
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_soak.fixed_chats import TOLERANCE, ask_fixed_chats, largest_difference
 
 __all__ = ["Failure", "Reply", "Served", "Trial", "make_soak_server", "resident_bytes", "send"]
 

@@ -15,9 +15,9 @@ from mmtok_bench.client import in_parallel
 from mmtok_bench.families import FAMILY_TRAITS
 from mmtok_bench.process_tree import process_tree
 from mmtok_bench.server import SglangServer
-from mmtok_bench.soak.fixed_chats import Account, ask_for_logprobs, chat_body, largest_difference, small_image
-from mmtok_bench.soak.trial import Trial, resident_bytes, send
 from mmtok_deploy.photographs import PHOTOGRAPHS
+from mmtok_soak.fixed_chats import Account, ask_for_logprobs, chat_body, largest_difference, small_image
+from mmtok_soak.trial import Trial, resident_bytes, send
 
 __all__ = ["MIN_JUDGED", "STORM_ENVIRONMENT", "STORM_FLAGS", "leak", "storm"]
 

@@ -14,10 +14,10 @@ from mmtok_bench.families import FamilyName
 from mmtok_bench.results import make_row
 from mmtok_bench.run import Run, quiet_transformers, run_command
 from mmtok_bench.server import ServerError, ServerPool
-from mmtok_bench.soak import faults
-from mmtok_bench.soak.faults import Row
-from mmtok_bench.soak.table import write_table
-from mmtok_bench.soak.trial import Served, Trial, make_soak_server
+from mmtok_soak import faults
+from mmtok_soak.faults import Row
+from mmtok_soak.table import write_table
+from mmtok_soak.trial import Served, Trial, make_soak_server
 
 __all__ = ["run_soak"]
 

@@ -11,10 +11,10 @@ from typing import Any, get_args
 from mmtok_bench.client import in_parallel
 from mmtok_bench.families import FAMILY_TRAITS, FamilyName
 from mmtok_bench.server import SglangServer
-from mmtok_bench.soak.fixed_chats import small_image
-from mmtok_bench.soak.trial import Trial, send
 from mmtok_deploy.config import KeySource
 from mmtok_deploy.methods import MethodName
+from mmtok_soak.fixed_chats import small_image
+from mmtok_soak.trial import Trial, send
 
 __all__ = ["ENDPOINTS", "fuzz", "fuzzed_body"]
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from mmtok_bench.process_tree import running_process
 from mmtok_bench.server import SglangServer
-from mmtok_bench.soak.agent import TIMEOUT_MS, Agent, abuse_the_agent, agent_itself
-from mmtok_bench.soak.event_loop import block_the_event_loop
-from mmtok_bench.soak.fuzz import fuzz, judge_failed
-from mmtok_bench.soak.images import send_odd_images
-from mmtok_bench.soak.injected import features_that_are_not_numbers, hooks_that_raise, out_of_memory
-from mmtok_bench.soak.killing import kill_processes
-from mmtok_bench.soak.storm import STORM_ENVIRONMENT, STORM_FLAGS, leak, storm
-from mmtok_bench.soak.trial import Trial
-from mmtok_bench.soak.weights import update_weights
 from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_soak.agent import TIMEOUT_MS, Agent, abuse_the_agent, agent_itself
+from mmtok_soak.event_loop import block_the_event_loop
+from mmtok_soak.fuzz import fuzz, judge_failed
+from mmtok_soak.images import send_odd_images
+from mmtok_soak.injected import features_that_are_not_numbers, hooks_that_raise, out_of_memory
+from mmtok_soak.killing import kill_processes
+from mmtok_soak.storm import STORM_ENVIRONMENT, STORM_FLAGS, leak, storm
+from mmtok_soak.trial import Trial
+from mmtok_soak.weights import update_weights
 
 __all__ = ["ROWS", "Row"]
 
@@ -91,7 +91,7 @@ def _artifacts(trial: Trial) -> None:
     checkpoint = make_tiny_checkpoint(trial.family, trial.folder / "checkpoints" / f"{trial.family}-0")
     folder = trial.folder / "artifacts" / trial.family
     command = [
-        *(sys.executable, "-m", "mmtok_bench.soak.artifacts", trial.family, str(checkpoint), str(folder)),
+        *(sys.executable, "-m", "mmtok_soak.artifacts", trial.family, str(checkpoint), str(folder)),
         *(str(trial.scaled(500, at_least=20)), str(trial.seed)),
     ]
     outcomes: Counter[str] = Counter()
@@ -112,7 +112,7 @@ def _artifacts(trial: Trial) -> None:
 
 
 def _drift(trial: Trial) -> None:
-    command = [sys.executable, "-m", "mmtok_bench.soak.drift", trial.family]
+    command = [sys.executable, "-m", "mmtok_soak.drift", trial.family]
     lines = list(_lines(trial, command, "drift"))
     if trial.counts.pop("returncode") or not lines:
         trial.fail("the signatures could not be looked at", f"see {trial.folder}/logs")

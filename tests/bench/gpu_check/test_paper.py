@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from mmtok_bench import gpu_check
-from mmtok_bench.paper import CHECKPOINTS, main, tables
 from mmtok_bench.report.tables import Table
 from mmtok_bench.results import ResultRow, append_row
 from mmtok_deploy.cli import main as mmtok
+from mmtok_gpu_check.paper import CHECKPOINTS, main, tables
+from mmtok_gpu_check.parts import Part
+from mmtok_gpu_check.runs import DONE
 from tests.bench.report.rows import GPU, row, serve_case, serve_metrics
 
 QWEN = "Qwen2.5-VL-7B-Instruct"
@@ -92,16 +93,16 @@ def test_steps_are_run_once_and_the_page_is_written(
 ) -> None:
     ran: list[str] = []
 
-    def run_part(step: gpu_check.Part, folder: Path) -> None:
+    def run_part(step: Part, folder: Path) -> None:
         ran.append(step.name)
         folder.mkdir(parents=True)
         code = int(step.name.startswith("quality"))
-        (folder / gpu_check.DONE).write_text(json.dumps({"exit_codes": [code] * len(step.commands)}))
+        (folder / DONE).write_text(json.dumps({"exit_codes": [code] * len(step.commands)}))
         if step.name == "selector":
             append_row(folder / "rows.jsonl", measured()[-1])
 
-    monkeypatch.setattr("mmtok_bench.paper.run_part", run_part)
-    monkeypatch.setattr("mmtok_bench.paper.device_name", lambda _: GPU)
+    monkeypatch.setattr("mmtok_gpu_check.paper.run_part", run_part)
+    monkeypatch.setattr("mmtok_gpu_check.paper.device_name", lambda _: GPU)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     arguments = ["--checkpoints", str(checkpoint(tmp_path / "models", QWEN)), "--output", str(tmp_path / "out")]
     assert main(arguments) == 1
@@ -109,7 +110,7 @@ def test_steps_are_run_once_and_the_page_is_written(
     assert f"Failed: quality-{QWEN}" in capsys.readouterr().err
     assert "| 2880 → 160 | 6.417 |  | 20.700 |" in (tmp_path / "out" / "paper.md").read_text()
     # What failed alone is run again.
-    (tmp_path / "out" / f"quality-{QWEN}" / gpu_check.DONE).unlink()
+    (tmp_path / "out" / f"quality-{QWEN}" / DONE).unlink()
     (tmp_path / "out" / f"quality-{QWEN}").rmdir()
     assert main(arguments) == 1
     assert ran[4:] == [f"quality-{QWEN}"]

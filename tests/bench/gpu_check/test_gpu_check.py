@@ -9,11 +9,14 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from mmtok_bench import gpu_check
-from mmtok_bench.gpu_check import PARTS, Part, judge, main, run_part
 from mmtok_bench.results import ResultRow, append_row, make_row, read_rows
+from mmtok_gpu_check import __main__ as gpu_check
+from mmtok_gpu_check import runs
+from mmtok_gpu_check.__main__ import main
+from mmtok_gpu_check.parts import PARTS, Part
+from mmtok_gpu_check.runs import judge, rows_in, run_part
 
-MEASURED = Path(__file__).parents[1] / "data" / "gpu"
+MEASURED = Path(__file__).parents[2] / "data" / "gpu"
 
 
 def part_of(name: str) -> Part:
@@ -76,12 +79,12 @@ def test_a_setting_is_held_against_the_rows_of_another_part(tmp_path: Path) -> N
             append_row(
                 tmp_path / name / "it.jsonl", replace(row, case=case, metrics={**row.metrics, "requests_per_s": rate})
             )
-    lines = judge(part, gpu_check._rows_of(part, tmp_path), [0])
+    lines = judge(part, rows_in(part, tmp_path), [0])
     assert [(text.partition("`")[2][:3], value, reached) for text, _, value, reached in lines] == [
         *(("off", "1.2 x", True), ("all", "1.2 x", True), ("10%", "1.2 x", True)),
     ]
     (tmp_path / "qwen-7b-16" / "it.jsonl").unlink()
-    assert judge(part, gpu_check._rows_of(part, tmp_path), [0])[0][2:] == ("not measured", None)
+    assert judge(part, rows_in(part, tmp_path), [0])[0][2:] == ("not measured", None)
 
 
 def test_what_is_measured_by_commands_of_its_own() -> None:
@@ -135,7 +138,7 @@ def test_what_is_measured_by_commands_of_its_own() -> None:
 @pytest.mark.parametrize(("memory_gib", "preset", "rounds"), [(139.8, "h200", "5"), (79.2, "h100", "1")])
 def test_a_smaller_gpu_has_one_server_at_a_time(memory_gib: float, preset: str, rounds: str) -> None:
     (command,) = part_of("qwen-7b-16").commands
-    words = gpu_check._filled_in(command, Path("there"), memory_gib)
+    words = runs._filled_in(command, Path("there"), memory_gib)
     assert words[words.index("--preset") + 1] == preset
     assert words[words.index("--rounds") + 1] == rounds
     assert words[words.index("--results-dir") + 1] == "there"
@@ -145,16 +148,16 @@ def test_arguments_of_all_servers_go_beside_a_parts_own(tmp_path: Path) -> None:
     of_all = "--attention-backend triton"
     for name, own in (("qwen-7b-16", ""), ("setting-one-tokenizer", " --tokenizer-worker-num=1")):
         (command,) = part_of(name).commands
-        words = gpu_check._filled_in(command, tmp_path, 139.8, of_all)
+        words = runs._filled_in(command, tmp_path, 139.8, of_all)
         assert [word for word in words if word.startswith("--server-args")] == [f"--server-args={of_all}{own}"]
         (tmp_path / name).mkdir()
         for row in read_rows(MEASURED / "serve-h200-default.jsonl"):
             append_row(tmp_path / name / "it.jsonl", replace(row, case={**row.case, "server_arguments": of_all + own}))
-    rows = gpu_check._rows_of(part_of("setting-one-tokenizer"), tmp_path, of_all)
+    rows = rows_in(part_of("setting-one-tokenizer"), tmp_path, of_all)
     assert {row.case["server_arguments"] for row in rows} == {"", "--tokenizer-worker-num=1"}
     assert all(reached is not None for *_, reached in judge(part_of("setting-one-tokenizer"), rows, [0]))
     (tests,) = part_of("kernels").commands
-    assert gpu_check._filled_in(tests, tmp_path, 139.8, of_all) == list(tests)
+    assert runs._filled_in(tests, tmp_path, 139.8, of_all) == list(tests)
 
 
 def test_a_part_that_a_gpu_has_no_memory_for_is_not_run(
@@ -162,7 +165,7 @@ def test_a_part_that_a_gpu_has_no_memory_for_is_not_run(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
-    monkeypatch.setattr(gpu_check, "_memory_gib", lambda: 79.2)
+    monkeypatch.setattr(gpu_check, "memory_gib", lambda: 79.2)
     assert main(["--parts", "qwen-32b", "--output", str(tmp_path)]) == 0
     assert "qwen-32b is not run: it needs 120 GiB of GPU memory" in capsys.readouterr().out
     assert "not run" in (tmp_path / "table.txt").read_text()
@@ -200,7 +203,7 @@ def test_a_part_that_is_run_leaves_what_the_table_is_made_of(tmp_path: Path) -> 
 def test_a_command_that_takes_too_long_is_ended_with_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_check, "_TIMEOUT_S", 3)
+    monkeypatch.setattr(runs, "_TIMEOUT_S", 3)
     # A duration that no other process sleeps for.
     duration = f"600.{os.getpid()}"
     program = f"import subprocess; subprocess.run(['sleep', '{duration}'])"
@@ -231,5 +234,5 @@ def test_what_it_serves_can_be_planned(
 ) -> None:
     from mmtok_deploy.cli import main as mmtok
 
-    arguments = gpu_check._filled_in(command, tmp_path, 139.8)[2:]
+    arguments = runs._filled_in(command, tmp_path, 139.8)[2:]
     assert mmtok([*arguments, "--dry-run"]) == 0, capsys.readouterr().err

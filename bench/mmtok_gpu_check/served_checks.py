@@ -1,6 +1,6 @@
 """Checks that no request of a server with a budget waits for a compiler, not even the first.
 
-    python -m mmtok_bench.served_checks artifacts/checks --model qwen2.5-vl-7b
+    python -m mmtok_gpu_check.served_checks artifacts/checks --model qwen2.5-vl-7b
 
 A new server gets requests about photographs of one size, one at a time. The first is compared with the tenth and later
 ones, for which the time of each stage is measured as well. Then come random questions about photographs of random sizes
@@ -94,7 +94,7 @@ def check_server(server: SglangServer, *, num_requests: int, concurrency: int, m
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 if the server or a request failed, 2 for usage, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="mmtok_bench.served_checks", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="mmtok_gpu_check.served_checks", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="for the row, the server's log and the model")
     parser.add_argument("--model", choices=DUMMY_MODELS, default="qwen2.5-vl-7b", help="default %(default)s")
     parser.add_argument("--budget", default="10%", help="default 10%%")
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--server-args", type=shlex.split, default=[], help="further arguments of the server")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
     arguments = parser.parse_args(argv)
-    return run_command("mmtok_bench.served_checks", lambda: _run(arguments))
+    return run_command("mmtok_gpu_check.served_checks", lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mmtok_bench.server import SglangServer
-from mmtok_bench.soak.fixed_chats import (
+from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
+from mmtok_deploy.photographs import PHOTOGRAPHS
+from mmtok_soak.fixed_chats import (
     TOLERANCE,
     Account,
     ask_for_logprobs,
@@ -13,9 +15,7 @@ from mmtok_bench.soak.fixed_chats import (
     largest_difference,
     small_image,
 )
-from mmtok_bench.soak.trial import Reply, Trial, send
-from mmtok_bench.tiny_checkpoints import make_tiny_checkpoint
-from mmtok_deploy.photographs import PHOTOGRAPHS
+from mmtok_soak.trial import Reply, Trial, send
 
 __all__ = ["update_weights"]
 

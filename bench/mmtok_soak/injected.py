@@ -12,11 +12,10 @@ from typing import Any
 
 import openai
 
-from mmtok_bench.second_plugin import plugin_environment
 from mmtok_bench.server import ServerError, SglangServer
-from mmtok_bench.soak import fault_plugin
-from mmtok_bench.soak.fault_plugin import CONTROL
-from mmtok_bench.soak.fixed_chats import (
+from mmtok_soak import fault_plugin
+from mmtok_soak.fault_plugin import CONTROL
+from mmtok_soak.fixed_chats import (
     TOLERANCE,
     Account,
     ask_for_logprobs,
@@ -24,7 +23,8 @@ from mmtok_bench.soak.fixed_chats import (
     largest_difference,
     small_image,
 )
-from mmtok_bench.soak.trial import Reply, Trial, send
+from mmtok_soak.second_plugin import plugin_environment
+from mmtok_soak.trial import Reply, Trial, send
 
 __all__ = ["fault_environment", "features_that_are_not_numbers", "hooks_that_raise", "out_of_memory"]
 

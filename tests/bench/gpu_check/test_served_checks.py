@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mmtok_bench import served_checks
 from mmtok_bench.client import openai_client
+from mmtok_gpu_check import served_checks
 from tests.bench.quality.stand_in import completion, serving
 
 

@@ -1,7 +1,7 @@
 """Changes the signature of each hooked function: the plugin must notice before it installs a hook.
 
 Runs as a program of its own, since hooks stay in the process that installs them: `python -m
-mmtok_bench.soak.drift FAMILY` prints one JSON object.
+mmtok_soak.drift FAMILY` prints one JSON object.
 """
 
 from __future__ import annotations

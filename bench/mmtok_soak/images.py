@@ -13,9 +13,9 @@ from PIL import Image
 
 from mmtok_bench.client import in_parallel
 from mmtok_bench.server import SglangServer
-from mmtok_bench.soak.fixed_chats import chat_body
-from mmtok_bench.soak.trial import Trial, resident_bytes
 from mmtok_deploy.photographs import photograph
+from mmtok_soak.fixed_chats import chat_body
+from mmtok_soak.trial import Trial, resident_bytes
 
 __all__ = ["icon_of", "jpeg_of_scans", "odd_images", "send_odd_images", "tiff_of_one_tile"]
 

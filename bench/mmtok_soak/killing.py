@@ -10,8 +10,8 @@ import psutil  # type: ignore[import-untyped]
 
 from mmtok_bench.process_tree import is_alive, process_tree
 from mmtok_bench.server import ServerError, SglangServer
-from mmtok_bench.soak.fixed_chats import chat_body, small_image
-from mmtok_bench.soak.trial import Served, Trial, make_soak_server, send
+from mmtok_soak.fixed_chats import chat_body, small_image
+from mmtok_soak.trial import Served, Trial, make_soak_server, send
 
 __all__ = ["kill_processes"]
 

@@ -1,7 +1,7 @@
 """Measures the paper's latency, memory and accuracy on this machine's GPU, in tables with the paper's own figures.
 
-    python -m mmtok_bench.paper --checkpoints /models --dry-run
-    python -m mmtok_bench.paper --checkpoints /models
+    python -m mmtok_gpu_check.paper --checkpoints /models --dry-run
+    python -m mmtok_gpu_check.paper --checkpoints /models
 
 /models holds checkpoints in folders with their names on Hugging Face; missing ones are left out. Steps that succeeded
 are not run again. Rows, logs and the page of tables are written to artifacts/paper. The exit code is 0, 1 if a step
@@ -22,12 +22,13 @@ import torch
 from transformers import AutoConfig
 
 from mmtok_bench.families import FamilyName
-from mmtok_bench.gpu_check import Part, exit_codes_in, print_parts, run_part
 from mmtok_bench.quality.published import BENCHMARKS, PAPER_BUDGETS, PUBLISHED
 from mmtok_bench.report.selector import PUBLISHED_MS
 from mmtok_bench.report.tables import Table
 from mmtok_bench.results import ResultRow, device_name, read_rows, row_files
 from mmtok_bench.run import run_command
+from mmtok_gpu_check.parts import Part
+from mmtok_gpu_check.runs import exit_codes_in, print_parts, run_part
 
 __all__ = ["CHECKPOINTS", "main", "steps_of", "tables"]
 
@@ -223,7 +224,7 @@ def _kv_gb(row: ResultRow, folder: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a step failed, 2 for usage, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="mmtok_bench.paper", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="mmtok_gpu_check.paper", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoints", type=Path, required=True, help=f"folder with some of {_NAMES}")
     parser.add_argument("--output", type=Path, default=Path("artifacts/paper"), help="folder (default %(default)s)")
     parser.add_argument("--lmms-venv", type=Path, default=Path("artifacts/lmms-eval"), help="default %(default)s")

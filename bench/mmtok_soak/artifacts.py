@@ -1,7 +1,7 @@
 """Reads exported files with changes: each field of the manifest, and single bits of the manifest and of the graph.
 
 Runs as a program of its own, since a damaged graph may end the process that reads it: `python -m
-mmtok_bench.soak.artifacts FAMILY CHECKPOINT FOLDER NUM_FLIPS SEED` prints one JSON object a line.
+mmtok_soak.artifacts FAMILY CHECKPOINT FOLDER NUM_FLIPS SEED` prints one JSON object a line.
 """
 
 from __future__ import annotations
