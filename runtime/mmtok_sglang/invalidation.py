@@ -87,8 +87,13 @@ class Invalidation:
                     self._cache.clear()
                     if mm_schedule.embedding_cache is not None:
                         mm_schedule.embedding_cache.clear()
-                # Grammars are compiled before a request is queued.
-                for waiting in (*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue):
+                # Before a request is queued, grammars are compiled, and a server for prefills finds its decode server.
+                bootstrapping = scheduler.disagg_prefill_bootstrap_queue
+                for waiting in (
+                    *scheduler.waiting_queue,
+                    *scheduler.grammar_manager.grammar_queue,
+                    *(bootstrapping.queue if bootstrapping is not None else ()),
+                ):
                     self._rename(waiting)
 
         return change
@@ -124,3 +129,5 @@ class Invalidation:
             self._keys.identify(item)
             for start, end in item.offsets:
                 req.origin_input_ids[start : end + 1] = array("q", item.padding_sequence(end - start + 1))
+        # Those of a retracted request: SGLang only adds its answer to them, unless there are none.
+        req.full_untruncated_fill_ids = array("q")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.managers import io_struct, mm_schedule
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.multimodal_cache import EmbeddingResult, MultiModalStaticCache
 from sglang.utils import TypeBasedDispatcher
 
@@ -36,7 +37,10 @@ class Rank:
         self.invalidation = Invalidation(self.keys, self.cache, self.selector)
         self.answered: list[Any] = []
         self.scheduler = SimpleNamespace(
-            waiting_queue=[], grammar_manager=SimpleNamespace(grammar_queue=[]), _request_dispatcher=None
+            waiting_queue=[],
+            grammar_manager=SimpleNamespace(grammar_queue=[]),
+            disagg_prefill_bootstrap_queue=SimpleNamespace(queue=[]),
+            _request_dispatcher=None,
         )
         self.invalidation.init_request_dispatcher(self._init_request_dispatcher, self.scheduler)
 
@@ -118,21 +122,27 @@ def waiting_request(rank: Rank, extra_key: str | None = None) -> Any:
         lora_id=None,
         extra_key=extra_key,
         origin_input_ids=ids,
+        output_ids=array("q"),
+        full_untruncated_fill_ids=array("q"),
         multimodal_inputs=SimpleNamespace(mm_items=[item]),
     )
     rank.invalidation.namespace_prefix_cache(lambda scheduler, req: None, rank.scheduler, req)
     return req
 
 
-@pytest.mark.parametrize("queue", ["waiting", "grammar"])
+@pytest.mark.parametrize("queue", ["waiting", "grammar", "bootstrap"])
 def test_a_request_that_waits_gets_the_keys_of_the_new_weights(queue: str) -> None:
     rank = Rank()
     req, refused = waiting_request(rank, "a"), SimpleNamespace(extra_key="refused")
-    text = SimpleNamespace(lora_id=None, extra_key=None, multimodal_inputs=None)
+    text = SimpleNamespace(lora_id=None, extra_key=None, multimodal_inputs=None, full_untruncated_fill_ids=array("q"))
     rank.invalidation.namespace_prefix_cache(lambda scheduler, req: None, rank.scheduler, text)
     assert req.extra_key == "a"
     before = list(req.origin_input_ids)
-    queues = {"waiting": rank.scheduler.waiting_queue, "grammar": rank.scheduler.grammar_manager.grammar_queue}
+    queues = {
+        "waiting": rank.scheduler.waiting_queue,
+        "grammar": rank.scheduler.grammar_manager.grammar_queue,
+        "bootstrap": rank.scheduler.disagg_prefill_bootstrap_queue.queue,
+    }
     queues[queue] += [req, text, refused]
     for _ in range(2):
         rank.ask(io_struct.EndWeightUpdateReqInput())
@@ -141,6 +151,18 @@ def test_a_request_that_waits_gets_the_keys_of_the_new_weights(queue: str) -> No
     assert list(req.origin_input_ids) == list(fresh.origin_input_ids) != before
     assert (list(req.origin_input_ids[:2]), req.origin_input_ids[-1]) == ([1, 2], 3)
     assert text.extra_key == rank.keys.namespace(None, None) is not None
+
+
+def test_a_retracted_request_is_read_again_with_the_new_keys() -> None:
+    rank = Rank()
+    req = waiting_request(rank)
+    req.output_ids.extend([7, 8])
+    Req.refresh_fill_ids(req)
+    rank.scheduler.waiting_queue.append(req)
+    rank.ask(io_struct.EndWeightUpdateReqInput())
+    req.output_ids.append(9)
+    Req.refresh_fill_ids(req)
+    assert list(req.full_untruncated_fill_ids) == [*waiting_request(rank).origin_input_ids, 7, 8, 9]
 
 
 def pull(rank: Rank, monkeypatch: pytest.MonkeyPatch, requests: list[Any] | None, pp_rank: int = 0) -> Any:

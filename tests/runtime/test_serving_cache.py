@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import openai
 import pytest
 from PIL import Image
 
@@ -224,6 +226,45 @@ def test_other_weights_take_nothing_from_the_old_ones(cached: Served, flushes: b
             again = served.ask(chat)
             assert again["cached_tokens"] == cached.from_cache(again["prompt_tokens"] - 1)
             served.check(chat, again)
+
+
+def test_retracted_requests_go_on_with_other_weights(cached: Served, tmp_path: Path) -> None:
+    """As a trainer changes the weights of a running server: the images are encoded again, under other keys."""
+    old = checkpoint(cached.family)
+    new = with_other_weights(old, tmp_path / "new")
+    num_tokens = 400
+
+    def answer(client: openai.OpenAI, name: str, chunks: list[Any]) -> None:
+        stream = client.chat.completions.create(
+            model="default",
+            messages=cast(Any, Chat.ask(small(name), CUP).for_server()),
+            max_tokens=num_tokens,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        for chunk in stream:
+            chunks.append(chunk)
+
+    answers: dict[str, list[Any]] = {"coffee": [], "rocket": []}
+    with cached.server.client() as client, ThreadPoolExecutor() as pool:
+        asked = [pool.submit(answer, client, *each) for each in answers.items()]
+        while not all(answers.values()):
+            assert not any(each.done() for each in asked)
+            time.sleep(0.001)
+        cached.post("/pause_generation", {"mode": "retract"})
+        try:
+            assert not any(each.done() for each in asked)
+            for path in (new, old):
+                update = {"model_path": str(path), "flush_cache": path == new}
+                assert cached.post("/update_weights_from_disk", update)["success"]
+        finally:
+            cached.post("/continue_generation")
+        for each in asked:
+            each.result(60)
+    assert [chunks[-1].usage.completion_tokens for chunks in answers.values()] == [num_tokens, num_tokens]
+    chat = Chat.ask(small("coffee"), CATS)
+    cached.check(chat, cached.ask(chat))
 
 
 def test_what_selection_did_is_in_the_metrics_and_in_the_log(cached: Served) -> None:
