@@ -28,6 +28,18 @@ def run_exports(page: str) -> None:
                 assert main(shlex.split(line, comments=True)[1:]) == 0
 
 
+def pages() -> list[Path]:
+    root = DOCS.parent
+    of_folders = [path for folder in ("bench", "docs", "examples", ".github") for path in (root / folder).rglob("*.md")]
+    return [*root.glob("*.md"), *of_folders]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(DOCS.parent)))
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

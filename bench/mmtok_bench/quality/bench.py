@@ -165,12 +165,12 @@ def _family(arguments: argparse.Namespace, kinds: Sequence[str]) -> FamilyName:
 
 
 def _model_name(arguments: argparse.Namespace, plan: QualityPlan) -> str:
-    """Returns the model's name in rows."""
+    """Returns the model's name in rows, and after it the server arguments that were given."""
     if arguments.url:
         return str(server_info(arguments.url).get("model_path", arguments.url))
     checkpoint, _ = _chosen(arguments, plan)
     is_pocket = Path(checkpoint).resolve().parent == pocket_checkpoint(_DEFAULT_FAMILY).parent
-    return f"pocket {Path(checkpoint).name}" if is_pocket else str(checkpoint)
+    return " ".join([f"pocket {Path(checkpoint).name}" if is_pocket else str(checkpoint), *arguments.server_arg])
 
 
 def _chosen(arguments: argparse.Namespace, plan: QualityPlan) -> tuple[str | Path, FamilyName | None]:

@@ -93,7 +93,8 @@ def _pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 def _case(arguments: argparse.Namespace, task: str, method: str, budget: str) -> dict[str, CaseValue]:
     return {
         **{"task": task, "kind": "public", "method": method, "budget": budget, "seed": "0"},
-        **{"preset": arguments.family or "", "model": arguments.model_path or ""},
+        "preset": arguments.family or "",
+        "model": " ".join([arguments.model_path or "", *arguments.server_arg]).strip(),
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mmtok_bench.pocket import pocket_checkpoint
 from mmtok_bench.pocket.questions import make_scenes, picture_of
 from mmtok_bench.quality.lmms_eval import VERSION
 from mmtok_bench.quality.plan import read_answers
@@ -83,6 +84,19 @@ def test_the_model_as_its_own_agent(tmp_path: Path, capsys: pytest.CaptureFixtur
     by_question, by_agent = ([answer.said for answer in answers] for answers in read_answers(path).values())
     # What the agent says changes what is kept, and so some of the answers.
     assert by_question != by_agent
+
+
+@pytest.mark.slow
+def test_rows_name_the_arguments_that_a_server_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = pocket_checkpoint("llava-1.5").with_name("llava-next")
+    command = ["quality", "--family=llava-next", f"--model-path={model}", "--server-arg=--mmtok-share-tiles"]
+    command += ["--methods=mmtok", "--budgets=all,61", "--tasks=position", "--seeds=0", "--num-questions=20"]
+    assert main([*command, f"--results-dir={tmp_path}", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["case"]["model"] for row in rows} == {"pocket llava-next --mmtok-share-tiles"}
+    # Five tiles by themselves would keep twelve each.
+    assert [row["metrics"]["tokens_kept"] for row in rows] == [259, 61]
+    assert rows[0]["metrics"]["accuracy"] > 0.9
 
 
 @pytest.fixture
