@@ -183,7 +183,7 @@ ROWS: dict[str, Row] = {
         Row(
             "images",
             "Images cut off, changed, of odd modes and sizes, or that expand to gigabytes",
-            "files made by Pillow or by hand, with a budget, `all` and `downsample`",
+            "files made by Pillow or by hand, with a budget, `all`, `auto` and `downsample`",
             "2xx or 4xx within 60 s, and under 2 GB more memory",
             1.5,
             _on_a_server(send_odd_images, 400, 20),
@@ -199,8 +199,9 @@ ROWS: dict[str, Row] = {
         Row(
             "weights",
             "Updates of the weights",
-            "`/update_weights_from_disk` to another checkpoint and back, with and without `flush_cache`",
-            "answers are those of the loaded weights, or the update is refused",
+            "`/update_weights_from_disk` to another checkpoint and back, with and without `flush_cache`, half of them "
+            "while chats are retracted by `/pause_generation`",
+            "answers are those of the loaded weights, or the update is refused; retracted chats are answered",
             1,
             _on_a_server(update_weights, 50, 4),
         ),

@@ -22,7 +22,10 @@ __all__ = ["icon_of", "jpeg_of_scans", "odd_images", "send_odd_images", "tiff_of
 _TIMEOUT_S = 60.0
 _PARALLEL = 4
 _MAX_GROWTH_BYTES = 2 << 30
-_SETTINGS: tuple[Mapping[str, object], ...] = ({}, {"mmtok_budget": "all"}, {"mmtok_method": "downsample"})
+_SETTINGS: tuple[Mapping[str, object], ...] = (
+    *({}, {"mmtok_budget": "all"}, {"mmtok_budget": "auto"}),
+    {"mmtok_method": "downsample"},
+)
 
 
 def send_odd_images(

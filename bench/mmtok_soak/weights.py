@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmtok_bench.server import SglangServer
@@ -20,13 +24,17 @@ from mmtok_soak.trial import Reply, Trial, send
 __all__ = ["update_weights"]
 
 _TIMEOUT_S = 180.0
+_NUM_WAITING = 3
+_WAITING_TOKENS = 300
+_ANSWERING_S = 0.5
 
 
 def update_weights(trial: Trial, server: SglangServer, num_updates: int) -> None:
     """Changes the weights to those of another checkpoint and back, alternately with and without a flush of the caches.
 
     A refused update must leave the old weights. After each update, the answers to three chats about earlier images must
-    equal those of the loaded checkpoint with empty caches.
+    equal those of the loaded checkpoint with empty caches. Half of the updates come while other chats are retracted and
+    wait; these must be answered.
     """
     paths = [
         server.model_path,
@@ -50,7 +58,8 @@ def update_weights(trial: Trial, server: SglangServer, num_updates: int) -> None
         if trial.is_over() or not server.is_alive():
             break
         flush = number % 2 == 0
-        reply = _update(server, paths[1 - loaded], flush=flush)
+        with _retracted_chats(trial, server) if number % 4 >= 2 else contextlib.nullcontext():
+            reply = _update(server, paths[1 - loaded], flush=flush)
         trial.count("updates_with_flush" if flush else "updates_without_flush")
         if reply.status == 200:
             loaded = 1 - loaded
@@ -70,6 +79,27 @@ def update_weights(trial: Trial, server: SglangServer, num_updates: int) -> None
             _update(server, paths[loaded], flush=True)
         trial.step(f"update {number + 1} of {num_updates}")
     _update(server, paths[0], flush=True)
+
+
+@contextlib.contextmanager
+def _retracted_chats(trial: Trial, server: SglangServer) -> Iterator[None]:
+    """Retracts chats that are being answered for as long as the context is open, and has them answered afterwards."""
+    bodies = [
+        chat_body([small_image(name)], "What is in this cup?", {"mmtok_budget": "30%"}, max_tokens=_WAITING_TOKENS)
+        for name in list(PHOTOGRAPHS)[:_NUM_WAITING]
+    ]
+    with ThreadPoolExecutor(_NUM_WAITING) as pool:
+        asked = [pool.submit(send, server, "/v1/chat/completions", body, timeout_s=_TIMEOUT_S) for body in bodies]
+        time.sleep(_ANSWERING_S)
+        paused = send(server, "/pause_generation", {"mode": "retract"})
+        try:
+            yield
+        finally:
+            send(server, "/continue_generation", {})
+        for reply in (paused, *(each.result() for each in asked)):
+            if reply.status != 200:
+                trial.fail("a chat that was retracted for an update failed", f"{reply.status} {reply.text[:300]}")
+    trial.count("retracted_chats", _NUM_WAITING)
 
 
 def _update(server: SglangServer, path: str, *, flush: bool) -> Reply:

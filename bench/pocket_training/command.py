@@ -15,6 +15,8 @@ from pocket_training import TrainedFamily
 __all__ = ["add_pocket_parser", "run_pocket"]
 
 _USAGE, _INTERRUPTED = 2, 130
+# Where there is no progress bar, as in a log file.
+_STEPS_A_LINE = 100
 
 
 def add_pocket_parser(commands: Any) -> None:
@@ -130,10 +132,11 @@ def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from mmtok_bench.pocket import pocket_checkpoint
-    from mmtok_bench.run import progress_bar
+    from mmtok_bench.run import progress_bar, quiet_transformers
     from pocket_training.training import STAGES_ON_PAGES, STAGES_ON_SIZES, Stage, Training
 
     _keep_freed_memory()
+    quiet_transformers()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -147,12 +150,15 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ValueError(f"the pocket {arguments.family} sees images of one size, only qwen2.5-vl of several")
         more = {"stages": STAGES_ON_SIZES, "start": pocket_checkpoint(arguments.family)}
     training = Training(_folder(arguments), arguments.family, arguments.seed, device, **more)
-    with progress_bar(Console(highlight=False), "{task.fields[figures]}") as progress:
+    console = Console(highlight=False)
+    with progress_bar(console, "{task.fields[figures]}") as progress:
         bar = progress.add_task("", total=training.num_steps, completed=training.num_steps_done, figures="")
 
         def show(step: int, stage: Stage, figures: dict[str, float]) -> None:
             shown = "  ".join(f"{name} {figure:.2f}" for name, figure in figures.items())
             progress.update(bar, completed=step, description=stage.task, figures=shown)
+            if not console.is_terminal and (step % _STEPS_A_LINE == 0 or step == training.num_steps):
+                console.print(f"step {step} of {training.num_steps}, {stage.task}: {shown}", soft_wrap=True)
 
         training.run(show)
     print(training.save_checkpoint())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -13,6 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmtok_bench.pocket import pocket_checkpoint
 from mmtok_bench.pocket.questions import Question, make_scenes, picture_of
 from mmtok_bench.pocket.scenes import Glyph, Scene, Thing, draw
+from mmtok_deploy.cli import main
+from pocket_training import training
 from pocket_training.model import make_pocket_model
 from pocket_training.training import Stage, Training
 from pocket_training.training_data import IGNORED, PATCH_CHOICES
@@ -81,6 +85,16 @@ def test_a_training_on_tiles_goes_through_both_stages(tmp_path: Path) -> None:
     trained.run(lambda step, stage, figures: losses.append(figures["loss"]))
     assert len(losses) == 4
     assert np.isfinite(losses).all()
+
+
+def test_a_log_says_how_far_the_training_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(training.STAGES, "llava-next", (Stage("tile patches", 2, 2, 1e-3),))
+    assert main(["pocket", "train", "--family=llava-next", f"--folder={tmp_path}"]) == 0
+    done, checkpoint = filter(None, capsys.readouterr().out.splitlines())
+    assert re.match(r"step 2 of 2, tile patches: loss \d+\.\d\d  red ", done)
+    assert checkpoint == str(tmp_path / "checkpoint")
 
 
 def test_the_packaged_model_answers() -> None:
