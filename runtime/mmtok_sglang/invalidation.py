@@ -121,6 +121,8 @@ class Invalidation:
         """Gives a request that waits, and has nothing in the caches of its own, the keys of the weights as they are."""
         if not hasattr(req, "mmtok_extra_key"):
             return  # refused before it had a name
+        if req.kv.holds_kv:
+            return  # a decode server has received keys and values that the old weights made
         req.extra_key = self._keys.namespace(req.lora_id, req.mmtok_extra_key)
         inputs = req.multimodal_inputs
         for item in inputs.mm_items if inputs is not None else []:

@@ -121,6 +121,7 @@ def waiting_request(rank: Rank, extra_key: str | None = None) -> Any:
     req = SimpleNamespace(
         lora_id=None,
         extra_key=extra_key,
+        kv=SimpleNamespace(holds_kv=False),
         origin_input_ids=ids,
         output_ids=array("q"),
         full_untruncated_fill_ids=array("q"),
@@ -134,8 +135,8 @@ def waiting_request(rank: Rank, extra_key: str | None = None) -> Any:
 def test_a_request_that_waits_gets_the_keys_of_the_new_weights(queue: str) -> None:
     rank = Rank()
     req, refused = waiting_request(rank, "a"), SimpleNamespace(extra_key="refused")
-    text = SimpleNamespace(lora_id=None, extra_key=None, multimodal_inputs=None, full_untruncated_fill_ids=array("q"))
-    rank.invalidation.namespace_prefix_cache(lambda scheduler, req: None, rank.scheduler, text)
+    text = waiting_request(rank)
+    text.multimodal_inputs = None
     assert req.extra_key == "a"
     before = list(req.origin_input_ids)
     queues = {
@@ -151,6 +152,16 @@ def test_a_request_that_waits_gets_the_keys_of_the_new_weights(queue: str) -> No
     assert list(req.origin_input_ids) == list(fresh.origin_input_ids) != before
     assert (list(req.origin_input_ids[:2]), req.origin_input_ids[-1]) == ([1, 2], 3)
     assert text.extra_key == rank.keys.namespace(None, None) is not None
+
+
+def test_a_request_keeps_the_keys_of_the_weights_that_made_its_keys_and_values() -> None:
+    rank = Rank()
+    req = waiting_request(rank)
+    before = list(req.origin_input_ids)
+    req.kv.holds_kv = True
+    rank.scheduler.waiting_queue.append(req)
+    rank.ask(io_struct.EndWeightUpdateReqInput())
+    assert (list(req.origin_input_ids), req.extra_key) == (before, None)
 
 
 def test_a_retracted_request_is_read_again_with_the_new_keys() -> None:
