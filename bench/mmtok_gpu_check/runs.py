@@ -54,8 +54,8 @@ def memory_gib() -> float:
     return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
 
-def _filled_in(command: Sequence[str], folder: Path, memory_gib: float = LARGE_GIB, server_args: str = "") -> list[str]:
-    is_large = memory_gib >= LARGE_GIB
+def _filled_in(command: Sequence[str], folder: Path, of_gib: float = LARGE_GIB, server_args: str = "") -> list[str]:
+    is_large = of_gib >= LARGE_GIB
     values = {"FOLDER": str(folder), "PRESET": "h200" if is_large else "h100", "ROUNDS": "5" if is_large else "1"}
     words = [values.get(word, word) for word in command]
     if server_args and _starts_servers(command):

@@ -29,16 +29,6 @@ _POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
 class PocketLlavaNext(PocketLlava):
     """`LlavaNextForConditionalGeneration` with the pocket LLaVA-1.5's parts; its encoder has 49 positions."""
 
-    def load(self, checkpoint: Path) -> None:
-        """Takes the weights of the pocket LLaVA-1.5, with the mean of four neighbours' positions for one."""
-        trained = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-        weights: dict[str, Tensor] = trained.state_dict()
-        positions = weights[_POSITIONS]
-        in_grid = positions[1:].T.unflatten(1, (GRID, GRID))
-        weights[_POSITIONS] = torch.cat([positions[:1], functional.avg_pool2d(in_grid, CROPS).flatten(1).T])
-        weights["model.image_newline"] = self._newline
-        self.model.load_state_dict(weights)
-
     def features(self, pixels: Tensor) -> Tensor:
         """Returns [B, 245, 128], the patches of the base tile and the crops, for tiles [B, 5, 3, 56, 56], 0 to 255."""
         by_tile = super().features(pixels.flatten(0, 1))
@@ -54,6 +44,16 @@ class PocketLlavaNext(PocketLlava):
     def _newline(self) -> Tensor:
         newline: Tensor = self.model.model.image_newline
         return newline
+
+    def _trained_weights(self, checkpoint: Path) -> dict[str, Tensor]:
+        """Returns the weights of the pocket LLaVA-1.5, with the mean of four neighbours' positions for one."""
+        trained = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+        weights: dict[str, Tensor] = trained.state_dict()
+        positions = weights[_POSITIONS]
+        in_grid = positions[1:].T.unflatten(1, (GRID, GRID))
+        weights[_POSITIONS] = torch.cat([positions[:1], functional.avg_pool2d(in_grid, CROPS).flatten(1).T])
+        weights["model.image_newline"] = self._newline
+        return weights
 
     def _make_processor(self) -> Any:
         """Returns the LlavaNextProcessor: images of any size to five tiles."""

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from mmtok_bench.pocket.scenes import SCENE_PX
 from pocket_training import TrainedFamily
 
-__all__ = [
-    "GRID",
-    "NUM_IMAGE_TOKENS",
-    "PATCH_PX",
-    "PocketModel",
-    "attend_to_the_like",
-    "make_pocket_model",
-]
+__all__ = ["GRID", "NUM_IMAGE_TOKENS", "PATCH_PX", "PocketModel", "attend_to_the_like", "make_pocket_model"]
 
 PATCH_PX = 8
 """Side in pixels of the square that an image token covers, in a scene of 112 px."""

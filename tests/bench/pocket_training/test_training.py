@@ -37,6 +37,14 @@ def inputs_of_chat(processor: Any, picture: Image.Image | torch.Tensor, text: st
     return processor(text=prompt, images=picture, return_tensors="pt")
 
 
+def answer(processor: Any, model: Any, picture: Image.Image, text: str) -> str:
+    inputs = inputs_of_chat(processor, picture, text)
+    with torch.no_grad():
+        said = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    told: str = processor.tokenizer.decode(said, skip_special_tokens=True)
+    return told.strip()
+
+
 def words(target: torch.Tensor) -> list[str]:
     return [choice[index] for choice, index in zip(PATCH_CHOICES, target.tolist(), strict=True)]
 

@@ -14,16 +14,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmtok_bench.pocket import pocket_checkpoint
 from mmtok_bench.pocket.questions import Question, make_scenes, picture_of
-from mmtok_bench.pocket.scenes import Glyph, Scene, Thing, draw
+from mmtok_bench.pocket.scenes import draw
 from mmtok_deploy.cli import main
 from pocket_training import training
 from pocket_training.model import make_pocket_model
 from pocket_training.training import Stage, Training
 from pocket_training.training_data import IGNORED, PATCH_CHOICES
 from pocket_training.training_tiles import TrainingTiles
-from tests.bench.pocket_training.test_training import CPU, inputs_of_chat, words
+from tests.bench.pocket_training.test_training import CPU, SCENE, answer, inputs_of_chat, words
 
-SCENE = Scene((Thing("green", "square", "large", 28, 84, 32),), (Glyph("K", 92, 20, is_dark=False),), 1)
 QUESTION = Question("position", "Where is the green square?", "bottom left")
 
 
@@ -106,11 +105,6 @@ def test_the_packaged_model_answers() -> None:
         for scene in make_scenes(7, 16, ("position", "existence"))
         for question in scene.questions
     ]
-    right = 0
-    for picture, question in asked:
-        inputs = inputs_of_chat(processor, picture, question.text)
-        with torch.no_grad():
-            said = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        right += processor.tokenizer.decode(said, skip_special_tokens=True).strip() == question.answer
+    right = sum(answer(processor, model, picture, question.text) == question.answer for picture, question in asked)
     # Of a model that answers 95%, one of a hundred thousand sets of 32 questions has fewer.
     assert right >= 0.75 * len(asked)
