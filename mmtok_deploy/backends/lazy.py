@@ -112,19 +112,33 @@ def _coverage_columns(problem: SelectionProblem, config: SelectionConfig) -> tup
 @float32_products()
 def _write_text_logits(vision: Tensor, text: Tensor, temperature: float, logits: Tensor) -> None:
     """Writes x t^T / temperature, x and t of unit rows, into `logits` [N, M]."""
-    words = unit_rows(text)
+    words = unit_rows(text).T
     for rows, out in zip(vision.split(_BLOCK_TOKENS), logits.split(_BLOCK_TOKENS), strict=True):
         # Products are divided by the lengths, not features: there are far fewer products.
         rows = rows.float()
-        lengths = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-8)
-        out.copy_((words @ rows.T).div_(lengths.mul_(temperature)).T)
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-8)
+        torch.mm(rows, words, out=out).div_(lengths.mul_(temperature))
 
 
 @float32_products()
 def _write_image_logits(keys: Tensor, temperature: float, logits: Tensor) -> None:
-    """Writes c c^T / temperature, c of unit rows, into `logits` [N, N]: what is above the diagonal also below it."""
-    units = unit_rows(keys)
-    for start in range(0, len(units), _BLOCK_TOKENS):
-        stop = min(start + _BLOCK_TOKENS, len(units))
-        torch.mm(units[start:stop], units[start:].T, out=logits[start:stop, start:]).div_(temperature)
-        logits[stop:, start:stop] = logits[start:stop, stop:].T
+    """Writes c c^T / temperature, c of unit rows, into `logits` [N, N]."""
+    _write_symmetric(unit_rows(keys), temperature, logits)
+
+
+def _write_symmetric(units: Tensor, temperature: float, logits: Tensor) -> None:
+    """Writes c c^T / temperature into `logits` [N, N]; c is `units` [N, d].
+
+    Only products above the diagonal are computed. Halving the tokens makes most of them parts of large products, which
+    are faster: 51 ms for 2,880 tokens, against 60 ms for a product with each block of 256.
+    """
+    num_tokens = len(units)
+    if num_tokens <= _BLOCK_TOKENS:
+        torch.mm(units, units.T, out=logits).div_(temperature)
+        return
+    half = num_tokens // 2
+    above = logits[:half, half:]
+    torch.mm(units[:half], units[half:].T, out=above).div_(temperature)
+    logits[half:, :half] = above.T
+    _write_symmetric(units[:half], temperature, logits[:half, :half])
+    _write_symmetric(units[half:], temperature, logits[half:, half:])
