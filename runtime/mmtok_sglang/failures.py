@@ -203,6 +203,8 @@ class Failures:
             refuse(scheduler, recv_req, _not_taken_in(recv_req.input_text.error))
             return
         has_images, error = recv_req.mm_inputs is not None, None
+        session = _streaming_session(scheduler, recv_req)
+        is_busy = session is not None and session._inflight
         try:
             original(scheduler, recv_req, **kwargs)
         except RankError:
@@ -210,6 +212,9 @@ class Failures:
         except Exception as caught:  # whatever it is, it is this request's; the server has others
             error = f"{type(caught).__name__}: {caught!s:.500}"
             self._warning.log("MMTok: a request could not be taken in (%s)", error, error=caught)
+            if session is not None and not is_busy:
+                # The session waits for the end of this turn, which has none.
+                session.abort_req()
         if error is None and not has_images:
             # Of texts the ranks tell one another only where one fails: if all do, all say so.
             return
@@ -252,6 +257,13 @@ class Failures:
 
 def _not_taken_in(error: str) -> FINISH_ABORT:
     return FINISH_ABORT(f"MMTok: the request could not be taken in ({error})", 500, "InternalServerError")
+
+
+def _streaming_session(scheduler: Any, recv_req: Any) -> Any:
+    """Returns the streaming session of a request, which has one turn at a time; None if it has none."""
+    params = getattr(recv_req, "session_params", None)  # a request for an embedding has none
+    session = scheduler.session_controller.get(params.id) if params is not None else None
+    return session if session is not None and session.streaming else None
 
 
 def refuse(scheduler: Any, recv_req: Any, reason: FINISH_ABORT) -> None:

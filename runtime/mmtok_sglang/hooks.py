@@ -13,7 +13,7 @@ from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine
 from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
 from mmtok_sglang.memory import reserving, room_for_keys_and_values
-from mmtok_sglang.positions import bound_by_positions, decode_beams, embed_within_positions
+from mmtok_sglang.positions import bound_by_positions, decode_beams, embed_within_positions, move_behind_turns
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
 from mmtok_sglang.start_errors import end_controller, end_main_process, ends_scheduler_start
@@ -190,6 +190,13 @@ def hooks_of(server: Server) -> list[Hook]:
             server.positions.position_draft,
             reason="a draft model reads a prompt at the positions from before the selection",
             until="SGLang hands the model's positions to its draft model",
+        ),
+        Hook(
+            "session.session_controller.SessionController.adjust_mm_offsets",
+            "recv_req req image_inputs",
+            move_behind_turns,
+            reason="each pipeline stage moves the images of a session's later turn, and sends them on moved",
+            until="SGLang moves them once",
         ),
         Hook(
             "managers.schedule_batch.MultimodalInputs.compute_mm_token_counts",

@@ -94,7 +94,7 @@ class Invalidation:
                     *scheduler.grammar_manager.grammar_queue,
                     *(bootstrapping.queue if bootstrapping is not None else ()),
                 ):
-                    self._rename(waiting)
+                    self._rename(scheduler, waiting)
 
         return change
 
@@ -102,7 +102,13 @@ class Invalidation:
         """Keeps a request from the prefixes, its text included, that other weights have left in the prefix cache."""
         original(scheduler, req)
         req.mmtok_extra_key = req.extra_key
-        req.extra_key = self._keys.namespace(req.lora_id, req.extra_key)
+        if _goes_on(scheduler, req):
+            # The prefix cache owns the session's first keys and values under the name of its first turn. Under another
+            # one, an aborted turn would hand them to the prefix cache a second time.
+            [last_turn] = req.session.req_nodes.values()
+            req.extra_key = last_turn.req.extra_key
+        else:
+            req.extra_key = self._keys.namespace(req.lora_id, req.extra_key)
 
     def pull_requests(self, original: Callable[..., Any], receiver: Any) -> Any:
         """Returns the requests that have come, and before them which selections fell back since."""
@@ -117,12 +123,12 @@ class Invalidation:
             requests.insert(0, _Fallen(fallen))
         return requests
 
-    def _rename(self, req: Any) -> None:
+    def _rename(self, scheduler: Any, req: Any) -> None:
         """Gives a request that waits, and has nothing in the caches of its own, the keys of the weights as they are."""
         if not hasattr(req, "mmtok_extra_key"):
             return  # refused before it had a name
-        if req.kv.holds_kv:
-            return  # a decode server has received keys and values that the old weights made
+        if req.kv.holds_kv or _goes_on(scheduler, req):
+            return  # a decode server has received, or a session holds, keys and values that the old weights made
         req.extra_key = self._keys.namespace(req.lora_id, req.mmtok_extra_key)
         inputs = req.multimodal_inputs
         for item in inputs.mm_items if inputs is not None else []:
@@ -133,3 +139,11 @@ class Invalidation:
                 req.origin_input_ids[start : end + 1] = array("q", item.padding_sequence(end - start + 1))
         # Those of a retracted request: SGLang only adds its answer to them, unless there are none.
         req.full_untruncated_fill_ids = array("q")
+
+
+def _goes_on(scheduler: Any, req: Any) -> bool:
+    """True for a turn of a streaming session that goes on with the keys and values of the turns before."""
+    if req.session is None or not req.session.streaming:
+        return False
+    goes_on: bool = scheduler.tree_cache.session.will_lend_record(req)
+    return goes_on

@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from mmtok_sglang.cache_key import has_images, keys_of, names_of
@@ -26,6 +27,7 @@ __all__ = [
     "bound_by_positions",
     "decode_beams",
     "embed_within_positions",
+    "move_behind_turns",
     "receive_positions",
     "send_positions",
 ]
@@ -136,6 +138,16 @@ def send_positions(forward_batch: Any, pp_proxy_tensors: Any) -> None:
     """Hands the corrected positions to the pipeline stage behind, with what else it is sent."""
     if forward_batch.forward_mode.is_extend():
         pp_proxy_tensors.tensors[_PROXY_KEY] = forward_batch.mrope_positions.clone()
+
+
+def move_behind_turns(original: Callable[..., None], recv_req: Any, req: Any, image_inputs: Any) -> None:
+    """Moves the images of a session's later turn behind the turns before, on the first pipeline stage alone.
+
+    It sends the request on with the images moved. Moved again on the next stage, they would lie behind the prompt: a
+    request whose image failed would end on the first stage and run on the others, and they would wait for each other.
+    """
+    if get_parallel().pp_rank == 0:
+        original(recv_req, req, image_inputs)
 
 
 def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) -> None:

@@ -60,6 +60,7 @@ def servers(family: FamilyName) -> Iterator[tuple[Served, Served]]:
         f"--mmtok-min-tokens-in={MIN_TOKENS_IN}",
         f"--mmtok-max-aspect-ratio={MAX_ASPECT_RATIO}",
         "--enable-metrics",
+        "--enable-streaming-session",
     ]
     pruned, plain = make_server(family, *flags), make_server(family)
     with running(pruned, plain):

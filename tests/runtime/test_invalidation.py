@@ -122,6 +122,7 @@ def waiting_request(rank: Rank, extra_key: str | None = None) -> Any:
         lora_id=None,
         extra_key=extra_key,
         kv=SimpleNamespace(holds_kv=False),
+        session=None,
         origin_input_ids=ids,
         output_ids=array("q"),
         full_untruncated_fill_ids=array("q"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -265,6 +267,50 @@ def test_retracted_requests_go_on_with_other_weights(cached: Served, tmp_path: P
     assert [chunks[-1].usage.completion_tokens for chunks in answers.values()] == [num_tokens, num_tokens]
     chat = Chat.ask(small("coffee"), CATS)
     cached.check(chat, cached.ask(chat))
+
+
+def test_an_aborted_turn_of_a_streaming_session_under_other_weights(cached: Served, tmp_path: Path) -> None:
+    """Where one is aborted, SGLang hands the session's keys and values to the prefix cache, which owns some already."""
+    if cached.family == "llava-next":
+        pytest.skip("its path is the one of LLaVA-1.5, and the judge has no budget for an image with its newlines")
+    old = checkpoint(cached.family)
+    new = with_other_weights(old, tmp_path / "new")
+    session = {"id": json.loads(cached.post("/open_session", {"capacity_of_str_len": 10_000, "streaming": True}))}
+    first, aborted, last = (
+        Chat.ask(small(name), question)
+        for name, question in (("coffee", CUP), ("rocket", "Where does it go?"), ("chelsea", CATS))
+    )
+    first_turn, aborted_turn, last_turn = (cached.judge.prompt(chat.for_template()) for chat in (first, aborted, last))
+    # All of its tokens, since the session keeps those that the old weights have selected.
+    answer = cached.generate(first_turn, first, session=session, mmtok_budget="all")
+    cached.check(first, answer, None)
+    try:
+        assert cached.post("/update_weights_from_disk", {"model_path": str(new), "flush_cache": False})["success"]
+        body = {
+            "rid": "aborted",
+            "text": aborted_turn,
+            "image_data": [data_url(image) for image in aborted.images],
+            "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
+            "session_params": session,
+            "stream": True,
+        }
+        request = urllib.request.Request(
+            f"{cached.server.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as stream:
+            assert b'"text"' in stream.readline()
+            cached.post("/abort_request", {"rid": "aborted"})
+            assert b'"abort"' in stream.read()
+        account = cached.generate(last_turn, last, session=session)
+        other_judge = HandPruned(cached.family, new)
+        prompt = first_turn + answer["text"] + last_turn
+        both = other_judge.prune(prompt, [*first.images, *last.images], [CUP, CATS], [1.0, 0.1])
+        assert account["prompt_tokens"] == len(both.embeddings)
+        assert other_judge.max_error(both, account) < LOGPROB_TOLERANCE
+        cached.post("/close_session", {"session_id": session["id"]})
+    finally:
+        assert cached.post("/update_weights_from_disk", {"model_path": str(old)})["success"]
+    cached.check(first, cached.ask(first))
 
 
 def test_what_selection_did_is_in_the_metrics_and_in_the_log(cached: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import urllib.error
@@ -11,12 +12,13 @@ from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 
 from mmtok_bench.families import FamilyName
 from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.conftest import judge_of, make_server
 from tests.runtime.hook_faults import POINTS, Faults, fault_environment
-from tests.runtime.serving import Served
+from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +45,7 @@ def faulty(
 
 def _served(family: FamilyName, tp_size: int, pp_size: int, folder: Path) -> Iterator[tuple[Served, Faults, int]]:
     flags = ["--mmtok-budget=10%", "--enable-metrics", f"--tp-size={tp_size}", f"--pp-size={pp_size}"]
+    flags.append("--enable-streaming-session")
     if family == "llava-1.5":
         # What it needs without a budget may stay.
         flags.append("--model-impl=transformers")
@@ -92,6 +95,41 @@ def test_an_error_for_a_text_leaves_the_server_exact(faulty: tuple[Served, Fault
     assert (status, "MMTok: the request could not be taken in" in message) == (500, True), message
     assert faults.clear() == num_ranks
     served.check(TEXT, served.ask(TEXT))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("point", ["key", "bound", "owners", "select", "features"])
+def test_a_session_goes_on_after_an_error(faulty: tuple[Served, Faults, int], point: str, streaming: bool) -> None:
+    served, faults, _ = faulty
+    session = json.loads(served.post("/open_session", {"capacity_of_str_len": 10_000, "streaming": streaming}))
+    fallbacks = served.metric("selection_fallbacks_total")
+    prompt = ""
+    account: dict[str, Any] = {}
+    images: list[Image.Image] = []
+    questions: list[str] = []
+    for name, calls in (("coffee", []), ("chelsea", [1]), ("rocket", [])):
+        chat = Chat.ask(small(name), f"What is in this picture of {point}, {streaming}?")
+        turn = served.judge.prompt(chat.for_template())
+        last_turn = {} if streaming or not account else {"rid": account["id"]}
+        refusal = None
+        faults.set(point, calls)
+        try:
+            account = served.generate(turn, chat, session={"id": session, **last_turn})
+        except urllib.error.HTTPError as error:
+            refusal = error
+        faults.clear()
+        if refusal is not None:
+            assert calls
+            assert (refusal.code, "MMTok" in refusal.read().decode()) == (500, True)
+            continue
+        prompt, images, questions = prompt + turn, [*images, *chat.images], [*questions, *chat.guidance]
+        # Where evenly spaced tokens stood in, the session keeps them.
+        if served.metric("selection_fallbacks_total") == fallbacks:
+            pruned = served.judge.prune(prompt, images, questions, 0.1)
+            assert account["prompt_tokens"] == len(pruned.embeddings)
+            assert served.judge.max_error(pruned, account) < LOGPROB_TOLERANCE
+        prompt += account["text"]
+    served.post("/close_session", {"session_id": session})
 
 
 def test_beams_whose_image_fails_leave_nothing(faulty: tuple[Served, Faults, int]) -> None:
