@@ -130,7 +130,7 @@ def _write_symmetric(units: Tensor, temperature: float, logits: Tensor) -> None:
     """Writes c c^T / temperature into `logits` [N, N]; c is `units` [N, d].
 
     Only products above the diagonal are computed. Halving the tokens makes most of them parts of large products, which
-    are faster: 51 ms for 2,880 tokens, against 60 ms for a product with each block of 256.
+    are faster: on 2 cores of an AMD EPYC (Zen 5), 2,880 tokens take 51 ms, and by blocks of 256 rows 60 ms.
     """
     num_tokens = len(units)
     if num_tokens <= _BLOCK_TOKENS:
