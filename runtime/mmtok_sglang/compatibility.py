@@ -220,6 +220,12 @@ def check_speculation(server_args: Any, settings: Settings) -> None:
             f"--speculative-eagle-topk {cfg.speculative_eagle_topk} on {settings.family}: trees of drafts are not "
             "verified with a budget. Set it to 1"
         )
+    if cfg.enable_streaming_session:
+        raise UnsupportedServerError(
+            f"--speculative-algorithm {algorithm} with --enable-streaming-session: a session keeps the last token of a "
+            "turn as if its keys and values were computed, which with drafts they may not be, so later turns would be "
+            "answered wrongly. Drop one of them"
+        )
     if algorithm != "NGRAM" and cfg.pp_size > 1:
         raise UnsupportedServerError(
             f"--speculative-algorithm {algorithm} with --pp-size {cfg.pp_size}: the draft model runs on the last "

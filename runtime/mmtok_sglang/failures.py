@@ -50,7 +50,7 @@ _PROXY_KEY = "mmtok_failed_image_"
 class _Refused:
     """What the first pipeline stage leaves in the place of a refused request's text, for the stages behind."""
 
-    error: str
+    reason: FINISH_ABORT
 
 
 class RankError(RuntimeError):
@@ -196,40 +196,50 @@ class Failures:
     def take_in(self, original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any) -> None:
         """Takes in a request; it is answered with HTTP 500 if that fails on all ranks.
 
+        A turn with images of a streaming session whose turn before is under way is refused (HTTP 400). SGLang 0.5.23
+        refuses it, too, and then looks for the places of its images in a prompt that it has put away.
+
         Raises:
             RankError: It failed on some ranks alone, or on a pipeline stage behind the first one.
         """
         if isinstance(recv_req.input_text, _Refused):
-            refuse(scheduler, recv_req, _not_taken_in(recv_req.input_text.error))
+            refuse(scheduler, recv_req, recv_req.input_text.reason)
             return
-        has_images, error = recv_req.mm_inputs is not None, None
+        has_images, reason = recv_req.mm_inputs is not None, None
         session = _streaming_session(scheduler, recv_req)
         is_busy = session is not None and session._inflight
-        try:
-            original(scheduler, recv_req, **kwargs)
-        except RankError:
-            raise
-        except Exception as caught:  # whatever it is, it is this request's; the server has others
-            error = f"{type(caught).__name__}: {caught!s:.500}"
-            self._warning.log("MMTok: a request could not be taken in (%s)", error, error=caught)
-            if session is not None and not is_busy:
-                # The session waits for the end of this turn, which has none.
-                session.abort_req()
-        if error is None and not has_images:
+        if is_busy and has_images:
+            reason = FINISH_ABORT("Streaming session already has an active request.", 400, "BadRequestError")
+        else:
+            try:
+                original(scheduler, recv_req, **kwargs)
+            except RankError:
+                raise
+            except Exception as caught:  # whatever it is, it is this request's; the server has others
+                error = f"{type(caught).__name__}: {caught!s:.500}"
+                self._warning.log("MMTok: a request could not be taken in (%s)", error, error=caught)
+                message = f"MMTok: the request could not be taken in ({error})"
+                reason = FINISH_ABORT(message, 500, "InternalServerError")
+                if session is not None and not is_busy:
+                    # The session waits for the end of this turn, which has none.
+                    session.abort_req()
+        if reason is None and not has_images:
             # Of texts the ranks tell one another only where one fails: if all do, all say so.
             return
         try:
-            failed = failed_on_all_ranks(error)
+            failed = failed_on_all_ranks(reason and reason.message)
             if failed and get_parallel().pp_rank > 0:
-                raise RankError(f"MMTok: a pipeline stage failed where the stage before did not: {error}")
+                raise RankError(
+                    f"MMTok: a pipeline stage failed where the stage before did not: {reason and reason.message}"
+                )
         except RankError as rank_error:
             end_server(rank_error)
             raise
         if failed:
-            assert error is not None
+            assert reason is not None
             # The same object goes on to the next stage.
-            recv_req.input_text, recv_req.mm_inputs = _Refused(error), None
-            refuse(scheduler, recv_req, _not_taken_in(error))
+            recv_req.input_text, recv_req.mm_inputs = _Refused(reason), None
+            refuse(scheduler, recv_req, reason)
 
     def _alone(self, features_of: Callable[[list[Any]], Any], item: Any, empty: Callable[[Any, int], Tensor]) -> Tensor:
         features = self.guard_features(features_of, [item], empty)
@@ -253,10 +263,6 @@ class Failures:
             if item.hash in self._why and any(start < stop and end >= first for start, end in item.offsets):
                 return self._why[item.hash]
         return None
-
-
-def _not_taken_in(error: str) -> FINISH_ABORT:
-    return FINISH_ABORT(f"MMTok: the request could not be taken in ({error})", 500, "InternalServerError")
 
 
 def _streaming_session(scheduler: Any, recv_req: Any) -> Any:

@@ -6,6 +6,7 @@ of their own, and selections that fell back are passed on as one, by the rank th
 
 from __future__ import annotations
 
+import copy
 import logging
 from array import array
 from collections.abc import Callable
@@ -130,15 +131,25 @@ class Invalidation:
         if req.kv.holds_kv or _goes_on(scheduler, req):
             return  # a decode server has received, or a session holds, keys and values that the old weights made
         req.extra_key = self._keys.namespace(req.lora_id, req.mmtok_extra_key)
-        inputs = req.multimodal_inputs
-        for item in inputs.mm_items if inputs is not None else []:
-            if keys_of(item) is None:
-                continue
-            self._keys.identify(item)
-            for start, end in item.offsets:
-                req.origin_input_ids[start : end + 1] = array("q", item.padding_sequence(end - start + 1))
+        if req.multimodal_inputs is not None:
+            req.multimodal_inputs = copy.copy(req.multimodal_inputs)
+            req.multimodal_inputs.mm_items = [self._renamed(item, req) for item in req.multimodal_inputs.mm_items]
         # Those of a retracted request: SGLang only adds its answer to them, unless there are none.
         req.full_untruncated_fill_ids = array("q")
+
+    def _renamed(self, item: Any, req: Any) -> Any:
+        """Returns an item of a request with new keys, by which its placeholders are known from now on.
+
+        A copy: the turns of a session share the items of the turns before, and their prompts keep the old keys.
+        """
+        if keys_of(item) is None:
+            return item
+        item = copy.copy(item)
+        item.model_specific_data = dict(item.model_specific_data)
+        self._keys.identify(item)
+        for start, end in item.offsets:
+            req.origin_input_ids[start : end + 1] = array("q", item.padding_sequence(end - start + 1))
+        return item
 
 
 def _goes_on(scheduler: Any, req: Any) -> bool:

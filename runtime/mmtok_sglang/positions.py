@@ -7,6 +7,7 @@ has as many as its context is long, while SGLang counts tokens.
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,13 +155,20 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
     """Bounds what a request generates as SGLang does, and so that its positions end with the model's context, too.
 
     A prompt whose positions leave it is refused (HTTP 400): looked up in the rotary embedding's table, they would end
-    the server. With speculative decoding, an answer ends two rounds of drafts before the context does.
+    the server. So is a turn of a session that cuts off an earlier turn's image. With speculative decoding, an answer
+    ends two rounds of drafts before the context does.
     """
     inputs, params = req.multimodal_inputs, req.sampling_params
     context = scheduler.model_config.context_len
     end = _end(inputs, len(req.origin_input_ids))
     if end >= context:
         req.set_finish_with_abort(_beyond_context(end, context))
+    elif req.session is not None and not _has_all_placeholders(req):
+        count_refusal("placeholders")
+        req.set_finish_with_abort(
+            "MMTok: the session's offset cuts off an image of an earlier turn, or a part of it: send an offset behind "
+            "the image's tokens, or continue from the turn before the image by its rid"
+        )
     elif end:
         room = context - 1 - end
         params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
@@ -206,6 +214,21 @@ def _end(inputs: Any, num_tokens: int) -> int:
     """Returns the position after the last token of a prompt with images, 0 where positions are the tokens' numbers."""
     delta = getattr(inputs, "mrope_position_delta", None)
     return 0 if delta is None else num_tokens + int(delta.max())
+
+
+def _has_all_placeholders(req: Any) -> bool:
+    """Returns whether a request's prompt has the placeholders of each of its images, where the image says they are.
+
+    SGLang 0.5.23 has a session's turn keep the images of earlier turns that its offset cuts off
+    (session/session_controller.py, `create_req`), and reads features of them that the prompt has no place for: an
+    error, in a batch with other requests.
+    """
+    items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else ()
+    return all(
+        req.origin_input_ids[start : end + 1] == array("q", item.padding_sequence(end - start + 1))
+        for item in items
+        for start, end in item.offsets or ()
+    )
 
 
 def _beyond_context(end: int, context: int) -> str:

@@ -36,6 +36,7 @@ SUPPORTED: dict[str, Any] = {
     "disaggregation_decode_allocation_policy": "early",
     "enable_pd_role_switch": False,
     "speculative_algorithm": None,
+    "enable_streaming_session": False,
     "mm_enable_dp_encoder": False,
     "attn_dp_size": 1,
     "skip_tokenizer_init": False,
@@ -147,6 +148,13 @@ def test_trees_of_drafts_of_linear_attention(monkeypatch: pytest.MonkeyPatch) ->
     told = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 4, "pp_size": 1}
     with pytest.raises(UnsupportedServerError, match=r"--speculative-eagle-topk 4 on qwen3\.5: .* Set it to 1"):
         compatibility.check_speculation(SimpleNamespace(**SUPPORTED | told), make_settings(family="qwen3.5"))
+
+
+def test_drafts_in_streaming_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "resolving_view", lambda arguments: arguments)
+    drafting = SimpleNamespace(**SUPPORTED | {"speculative_algorithm": "NGRAM", "enable_streaming_session": True})
+    with pytest.raises(UnsupportedServerError, match=r"NGRAM with --enable-streaming-session: .* answered wrongly"):
+        compatibility.check_speculation(drafting, make_settings(family="llava-1.5"))
 
 
 def test_a_draft_model_behind_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:

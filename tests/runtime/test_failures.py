@@ -262,7 +262,7 @@ def test_ranks_tell_one_another_of_a_text_that_fails_alone(monkeypatch: pytest.M
     assert told == []
     Failures().take_in(lambda *_, **__: None, None, recv_req(mm_inputs="images"))
     Failures().take_in(not_taken_in, Scheduler(), recv_req())
-    assert told == [None, "TypeError: no such field"]
+    assert told == [None, "MMTok: the request could not be taken in (TypeError: no such field)"]
 
 
 def test_a_stage_does_not_leave_out_a_request_that_the_stage_before_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,8 @@ def test_a_stage_does_not_leave_out_a_request_that_the_stage_before_has(monkeypa
     for mm_inputs in ("images", None):
         with pytest.raises(RankError):
             Failures().take_in(not_taken_in, None, recv_req(mm_inputs=mm_inputs))
-    assert ended == ["MMTok: a pipeline stage failed where the stage before did not: TypeError: no such field"] * 2
+    failed = "MMTok: the request could not be taken in (TypeError: no such field)"
+    assert ended == [f"MMTok: a pipeline stage failed where the stage before did not: {failed}"] * 2
 
 
 # Why each of two ranks failed, whether it comes to say so, and what it finds.

@@ -165,6 +165,19 @@ def test_a_request_keeps_the_keys_of_the_weights_that_made_its_keys_and_values()
     assert (list(req.origin_input_ids), req.extra_key) == (before, None)
 
 
+def test_a_request_leaves_the_images_of_the_turn_before_as_they_are() -> None:
+    """Two turns of a session that go on from the same one share its item."""
+    rank = Rank()
+    waits, runs = waiting_request(rank), waiting_request(rank)
+    runs.multimodal_inputs = waits.multimodal_inputs
+    ids, padding = list(runs.origin_input_ids), runs.multimodal_inputs.mm_items[0].padding_sequence(5)
+    rank.scheduler.waiting_queue.append(waits)
+    rank.ask(io_struct.EndWeightUpdateReqInput())
+    assert list(waits.origin_input_ids) != ids == list(runs.origin_input_ids)
+    assert waits.multimodal_inputs.mm_items[0].padding_sequence(5) != padding
+    assert runs.multimodal_inputs.mm_items[0].padding_sequence(5) == padding
+
+
 def test_a_retracted_request_is_read_again_with_the_new_keys() -> None:
     rank = Rank()
     req = waiting_request(rank)

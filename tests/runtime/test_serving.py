@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,23 +100,6 @@ def test_a_small_image_stays_whole_beside_a_large_one(served: Served) -> None:
         account = served.ask(chat)
         assert account["image_tokens"] == 4 + {28: 10, 32: 8}[served.token_px]
         served.check(chat, account, budgets)
-
-
-def test_session(served: Served) -> None:
-    """SGLang numbers a later turn's tokens by themselves, and shifts them behind the turns before."""
-    first = Chat.ask(small("coffee"), CUP)
-    prompt = served.judge.prompt(first.for_template())
-    session = json.loads(served.post("/open_session", {"capacity_of_str_len": 10_000}))
-    answer = served.generate(prompt, first, session={"id": session})
-    served.check(first, answer)
-
-    second = Chat.ask(small("chelsea"), CATS)
-    turn = served.judge.prompt(second.for_template())
-    account = served.generate(turn, second, session={"id": session, "rid": answer["id"]})
-    both = served.judge.prune(prompt + answer["text"] + turn, [*first.images, *second.images], [CUP, CATS], 0.1)
-    assert account["prompt_tokens"] == len(both.embeddings)
-    assert served.judge.max_error(both, account) < LOGPROB_TOLERANCE
-    served.post("/close_session", {"session_id": session})
 
 
 def test_more_positions_than_the_context(served: Served) -> None:
