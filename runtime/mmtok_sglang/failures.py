@@ -35,6 +35,7 @@ from mmtok_sglang.cache_key import names_of
 from mmtok_sglang.disaggregation import fail_transfer
 from mmtok_sglang.ranks import num_ranks
 from mmtok_sglang.repeated_warnings import RepeatedWarning
+from mmtok_sglang.sessions import streaming_session_of
 
 __all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks", "kill_other_ranks", "refuse"]
 
@@ -206,7 +207,7 @@ class Failures:
             refuse(scheduler, recv_req, recv_req.input_text.reason)
             return
         has_images, reason = recv_req.mm_inputs is not None, None
-        session = _streaming_session(scheduler, recv_req)
+        session = streaming_session_of(scheduler, recv_req)
         is_busy = session is not None and session._inflight
         if is_busy and has_images:
             reason = FINISH_ABORT("Streaming session already has an active request.", 400, "BadRequestError")
@@ -263,13 +264,6 @@ class Failures:
             if item.hash in self._why and any(start < stop and end >= first for start, end in item.offsets):
                 return self._why[item.hash]
         return None
-
-
-def _streaming_session(scheduler: Any, recv_req: Any) -> Any:
-    """Returns the streaming session of a request, which has one turn at a time; None if it has none."""
-    params = getattr(recv_req, "session_params", None)  # a request for an embedding has none
-    session = scheduler.session_controller.get(params.id) if params is not None else None
-    return session if session is not None and session.streaming else None
 
 
 def refuse(scheduler: Any, recv_req: Any, reason: FINISH_ABORT) -> None:

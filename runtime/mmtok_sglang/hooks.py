@@ -13,9 +13,10 @@ from mmtok_sglang.entry_points import answer_http, engine_async_generate, engine
 from mmtok_sglang.flush import flushing
 from mmtok_sglang.install import Hook, HookError
 from mmtok_sglang.memory import reserving, room_for_keys_and_values
-from mmtok_sglang.positions import bound_by_positions, decode_beams, embed_within_positions, move_behind_turns
+from mmtok_sglang.positions import bound_by_positions, decode_beams, embed_within_positions
 from mmtok_sglang.request import add_chat_guidance, check_messages
 from mmtok_sglang.server import Server
+from mmtok_sglang.sessions import move_behind_turns, release_retracted_turn
 from mmtok_sglang.start_errors import end_controller, end_main_process, ends_scheduler_start
 from mmtok_sglang.transport import send_one_request
 
@@ -197,6 +198,13 @@ def hooks_of(server: Server) -> list[Hook]:
             move_behind_turns,
             reason="each pipeline stage moves the images of a session's later turn, and sends them on moved",
             until="SGLang moves them once",
+        ),
+        Hook(
+            "session.streaming_session.StreamingSession.try_cache_finished_req",
+            "self req",
+            release_retracted_turn,
+            reason="a retracted turn is taken for a finished one: it is answered wrongly, or the turn after it",
+            until="SGLang waits for the end of a turn",
         ),
         Hook(
             "managers.schedule_batch.MultimodalInputs.compute_mm_token_counts",

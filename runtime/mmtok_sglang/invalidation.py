@@ -20,6 +20,7 @@ from mmtok_sglang.cache_key import CacheKeys, keys_of
 from mmtok_sglang.feature_cache import FeatureCache
 from mmtok_sglang.repeated_warnings import RepeatedWarning
 from mmtok_sglang.selection import TokenSelector
+from mmtok_sglang.sessions import holds_turns_before
 
 __all__ = ["Invalidation"]
 
@@ -103,7 +104,7 @@ class Invalidation:
         """Keeps a request from the prefixes, its text included, that other weights have left in the prefix cache."""
         original(scheduler, req)
         req.mmtok_extra_key = req.extra_key
-        if _goes_on(scheduler, req):
+        if holds_turns_before(scheduler, req):
             # The prefix cache owns the session's first keys and values under the name of its first turn. Under another
             # one, an aborted turn would hand them to the prefix cache a second time.
             [last_turn] = req.session.req_nodes.values()
@@ -128,7 +129,7 @@ class Invalidation:
         """Gives a request that waits, and has nothing in the caches of its own, the keys of the weights as they are."""
         if not hasattr(req, "mmtok_extra_key"):
             return  # refused before it had a name
-        if req.kv.holds_kv or _goes_on(scheduler, req):
+        if req.kv.holds_kv or holds_turns_before(scheduler, req):
             return  # a decode server has received, or a session holds, keys and values that the old weights made
         req.extra_key = self._keys.namespace(req.lora_id, req.mmtok_extra_key)
         if req.multimodal_inputs is not None:
@@ -150,11 +151,3 @@ class Invalidation:
         for start, end in item.offsets:
             req.origin_input_ids[start : end + 1] = array("q", item.padding_sequence(end - start + 1))
         return item
-
-
-def _goes_on(scheduler: Any, req: Any) -> bool:
-    """True for a turn of a streaming session that goes on with the keys and values of the turns before."""
-    if req.session is None or not req.session.streaming:
-        return False
-    goes_on: bool = scheduler.tree_cache.session.will_lend_record(req)
-    return goes_on

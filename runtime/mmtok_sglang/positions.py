@@ -7,14 +7,12 @@ has as many as its context is long, while SGLang counts tokens.
 from __future__ import annotations
 
 import copy
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
-from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from mmtok_sglang.cache_key import has_images, keys_of, names_of
@@ -22,13 +20,13 @@ from mmtok_sglang.failures import Failures, drop_cached_embedding, refuse
 from mmtok_sglang.plan import ImagePlan, joined_parts, places_in_prompt, plan_of
 from mmtok_sglang.refusals import count_refusal
 from mmtok_sglang.selection import TokenSelector
+from mmtok_sglang.sessions import has_all_placeholders
 
 __all__ = [
     "PositionWriter",
     "bound_by_positions",
     "decode_beams",
     "embed_within_positions",
-    "move_behind_turns",
     "receive_positions",
     "send_positions",
 ]
@@ -141,16 +139,6 @@ def send_positions(forward_batch: Any, pp_proxy_tensors: Any) -> None:
         pp_proxy_tensors.tensors[_PROXY_KEY] = forward_batch.mrope_positions.clone()
 
 
-def move_behind_turns(original: Callable[..., None], recv_req: Any, req: Any, image_inputs: Any) -> None:
-    """Moves the images of a session's later turn behind the turns before, on the first pipeline stage alone.
-
-    It sends the request on with the images moved. Moved again on the next stage, they would lie behind the prompt: a
-    request whose image failed would end on the first stage and run on the others, and they would wait for each other.
-    """
-    if get_parallel().pp_rank == 0:
-        original(recv_req, req, image_inputs)
-
-
 def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) -> None:
     """Bounds what a request generates as SGLang does, and so that its positions end with the model's context, too.
 
@@ -163,7 +151,7 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
     end = _end(inputs, len(req.origin_input_ids))
     if end >= context:
         req.set_finish_with_abort(_beyond_context(end, context))
-    elif req.session is not None and not _has_all_placeholders(req):
+    elif req.session is not None and not has_all_placeholders(req):
         count_refusal("placeholders")
         req.set_finish_with_abort(
             "MMTok: the session's offset cuts off an image of an earlier turn, or a part of it: send an offset behind "
@@ -214,21 +202,6 @@ def _end(inputs: Any, num_tokens: int) -> int:
     """Returns the position after the last token of a prompt with images, 0 where positions are the tokens' numbers."""
     delta = getattr(inputs, "mrope_position_delta", None)
     return 0 if delta is None else num_tokens + int(delta.max())
-
-
-def _has_all_placeholders(req: Any) -> bool:
-    """Returns whether a request's prompt has the placeholders of each of its images, where the image says they are.
-
-    SGLang 0.5.23 has a session's turn keep the images of earlier turns that its offset cuts off
-    (session/session_controller.py, `create_req`), and reads features of them that the prompt has no place for: an
-    error, in a batch with other requests.
-    """
-    items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else ()
-    return all(
-        req.origin_input_ids[start : end + 1] == array("q", item.padding_sequence(end - start + 1))
-        for item in items
-        for start, end in item.offsets or ()
-    )
 
 
 def _beyond_context(end: int, context: int) -> str:

@@ -136,6 +136,25 @@ def test_a_streaming_session_has_one_turn_at_a_time(served: Served) -> None:
     served.post("/close_session", {"session_id": session})
 
 
+def test_a_turn_of_a_streaming_session_is_retracted_twice(served: Served) -> None:
+    """SGLang takes a retracted turn for finished: this turn, or the one after it, would be answered wrongly."""
+    session = _opened(served, streaming=True)
+    first, second, _ = _turns(served)
+    with _answering(served, CHATS[0], session_params={"id": session}) as stream:
+        for _ in range(2):
+            served.post("/pause_generation", {"mode": "retract"})
+            served.post("/continue_generation")
+            # What was on its way, and a token of the turn that goes on.
+            while not (line := stream.readline()).startswith(b"data:"):
+                assert line
+        events = [line.removeprefix(b"data: ") for line in stream if line.startswith(b"data: {")]
+    answer = json.loads(events[-1])
+    assert answer["meta_info"]["num_retractions"] == 2
+    account = served.generate(second, CHATS[1], session={"id": session})
+    _check(served.judge, first + answer["text"] + second, CHATS[:2], account)
+    served.post("/close_session", {"session_id": session})
+
+
 @pytest.fixture
 def other_weights(served: Served, tmp_path: Path) -> Iterator[tuple[Path, HandPruned]]:
     """A checkpoint of other weights, with its judge; the server has its own weights again after the test."""

@@ -1,0 +1,79 @@
+"""Sessions: a request is a turn, which SGLang reads behind the turns before it.
+
+A streaming session (`--enable-streaming-session`) has one turn at a time, and keeps its keys and values between turns.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.runtime_context import get_parallel
+
+__all__ = [
+    "has_all_placeholders",
+    "holds_turns_before",
+    "move_behind_turns",
+    "release_retracted_turn",
+    "streaming_session_of",
+]
+
+
+def streaming_session_of(scheduler: Any, recv_req: Any) -> Any:
+    """Returns the streaming session of a request that is not taken in yet, None if it has none."""
+    params = getattr(recv_req, "session_params", None)  # a request for an embedding has none
+    session = scheduler.session_controller.get(params.id) if params is not None else None
+    return session if session is not None and session.streaming else None
+
+
+def holds_turns_before(scheduler: Any, req: Any) -> bool:
+    """Returns whether a request goes on with the keys and values that its streaming session holds."""
+    if req.session is None or not req.session.streaming:
+        return False
+    holds: bool = scheduler.tree_cache.session.will_lend_record(req)
+    return holds
+
+
+def has_all_placeholders(req: Any) -> bool:
+    """Returns whether a request's prompt has the placeholders of each of its images, where the image says they are.
+
+    SGLang 0.5.23 has a turn keep the images of earlier turns that its offset cuts off (session/session_controller.py,
+    `create_req`), and reads features of them that the prompt has no place for: an error, in a batch with other
+    requests.
+    """
+    items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else ()
+    return all(
+        req.origin_input_ids[start : end + 1] == array("q", item.padding_sequence(end - start + 1))
+        for item in items
+        for start, end in item.offsets or ()
+    )
+
+
+def move_behind_turns(original: Callable[..., None], recv_req: Any, req: Any, image_inputs: Any) -> None:
+    """Moves the images of a session's later turn behind the turns before, on the first pipeline stage alone.
+
+    It sends the request on with the images moved. Moved again on the next stage, they would lie behind the prompt: a
+    request whose image failed would end on the first stage and run on the others, and they would wait for each other.
+    """
+    if get_parallel().pp_rank == 0:
+        original(recv_req, req, image_inputs)
+
+
+def release_retracted_turn(original: Callable[..., bool], sessions: Any, req: Any) -> bool:
+    """Keeps what a finished turn leaves to its streaming session; a turn that is retracted leaves nothing.
+
+    It is read again later, as any retracted request. SGLang 0.5.23 takes it for finished: it lets the next turn in, and
+    has the last token read twice, which changes the states of linear attention; where the turn is retracted again, it
+    is out of its session, and tokens behind the session's images get other M-RoPE positions.
+
+    Returns:
+        Whether the session keeps the turn's keys and values.
+    """
+    slot = sessions.borrowed_slot(req)
+    if slot is None or req.finished():
+        return original(sessions, req)
+    # As SGLang does for a turn that is aborted: the caller releases both.
+    del sessions.slots[req.session.session_id]
+    req.lock, slot.lock = slot.lock, None
+    return False
