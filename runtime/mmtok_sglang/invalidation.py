@@ -133,16 +133,16 @@ class Invalidation:
             return  # a decode server has received, or a session holds, keys and values that the old weights made
         req.extra_key = self._keys.namespace(req.lora_id, req.mmtok_extra_key)
         if req.multimodal_inputs is not None:
+            # Copies: a session's turn shares images, and the prompt of a streaming one, with the turns before it, which
+            # keep the old keys.
+            req.origin_input_ids = req.origin_input_ids[:]
             req.multimodal_inputs = copy.copy(req.multimodal_inputs)
             req.multimodal_inputs.mm_items = [self._renamed(item, req) for item in req.multimodal_inputs.mm_items]
         # Those of a retracted request: SGLang only adds its answer to them, unless there are none.
         req.full_untruncated_fill_ids = array("q")
 
     def _renamed(self, item: Any, req: Any) -> Any:
-        """Returns an item of a request with new keys, by which its placeholders are known from now on.
-
-        A copy: the turns of a session share the items of the turns before, and their prompts keep the old keys.
-        """
+        """Returns a copy of a request's item with new keys, by which its placeholders are known from now on."""
         if keys_of(item) is None:
             return item
         item = copy.copy(item)

@@ -108,7 +108,7 @@ def _answering(served: Served, chat: Chat, **fields: Any) -> Iterator[IO[bytes]]
     """A request of 400 tokens that has its first one."""
     body = {
         "text": served.judge.prompt(chat.for_template()),
-        "image_data": [data_url(image) for image in chat.images],
+        "image_data": [data_url(image) for image in chat.images] or None,
         "sampling_params": {"max_new_tokens": 400, "temperature": 0, "ignore_eos": True},
         "stream": True,
         **fields,
@@ -164,10 +164,14 @@ def other_weights(served: Served, tmp_path: Path) -> Iterator[tuple[Path, HandPr
     served.check(CHATS[0], served.ask(CHATS[0]))
 
 
+@pytest.mark.parametrize("retracts", [False, True])
 def test_an_aborted_turn_of_a_streaming_session_under_other_weights(
-    served: Served, other_weights: tuple[Path, HandPruned]
+    served: Served, other_weights: tuple[Path, HandPruned], retracts: bool
 ) -> None:
-    """Where one is aborted, SGLang hands the session's keys and values to the prefix cache, which owns some already."""
+    """Where one is aborted, SGLang hands the session's keys and values to the prefix cache, which owns some already.
+
+    One that is retracted while the weights change gets new keys, and the turn before it keeps the old ones.
+    """
     _skip_budgets_by_image(served)
     new, other_judge = other_weights
     session = _opened(served, streaming=True)
@@ -175,8 +179,16 @@ def test_an_aborted_turn_of_a_streaming_session_under_other_weights(
     # All of its tokens, since the session keeps those that the old weights have selected.
     answer = served.generate(first, CHATS[0], session={"id": session}, mmtok_budget="all")
     served.check(CHATS[0], answer, None)
-    assert served.post("/update_weights_from_disk", {"model_path": str(new), "flush_cache": False})["success"]
-    with _answering(served, CHATS[1], rid="aborted", session_params={"id": session}) as stream:
+    update = {"model_path": str(new), "flush_cache": False}
+    if not retracts:
+        assert served.post("/update_weights_from_disk", update)["success"]
+    # SGLang has the prompt of a turn without images in the array of the turn before.
+    aborted = Chat.ask("What else is there?") if retracts else CHATS[1]
+    with _answering(served, aborted, rid="aborted", session_params={"id": session}) as stream:
+        if retracts:
+            served.post("/pause_generation", {"mode": "retract"})
+            assert served.post("/update_weights_from_disk", update)["success"]
+            served.post("/continue_generation")
         served.post("/abort_request", {"rid": "aborted"})
         assert b'"abort"' in stream.read()
     account = served.generate(third, CHATS[2], session={"id": session})
