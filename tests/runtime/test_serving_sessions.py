@@ -141,14 +141,14 @@ def test_a_turn_of_a_streaming_session_is_retracted_twice(served: Served) -> Non
     session = _opened(served, streaming=True)
     first, second, _ = _turns(served)
     with _answering(served, CHATS[0], session_params={"id": session}) as stream:
-        for _ in range(2):
+        events = (json.loads(line[6:]) for line in stream if line.startswith(b"data: {"))
+        for number in (1, 2):
             served.post("/pause_generation", {"mode": "retract"})
             served.post("/continue_generation")
-            # What was on its way, and a token of the turn that goes on.
-            while not (line := stream.readline()).startswith(b"data:"):
-                assert line
-        events = [line.removeprefix(b"data: ") for line in stream if line.startswith(b"data: {")]
-    answer = json.loads(events[-1])
+            # Behind what was on its way: a token of the turn that goes on.
+            while next(events)["meta_info"]["num_retractions"] < number:
+                pass
+        *_, answer = events
     assert answer["meta_info"]["num_retractions"] == 2
     account = served.generate(second, CHATS[1], session={"id": session})
     _check(served.judge, first + answer["text"] + second, CHATS[:2], account)
