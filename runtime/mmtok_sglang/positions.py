@@ -20,7 +20,6 @@ from mmtok_sglang.failures import Failures, drop_cached_embedding, refuse
 from mmtok_sglang.plan import ImagePlan, joined_parts, places_in_prompt, plan_of
 from mmtok_sglang.refusals import count_refusal
 from mmtok_sglang.selection import TokenSelector
-from mmtok_sglang.sessions import has_all_placeholders
 
 __all__ = [
     "PositionWriter",
@@ -143,20 +142,13 @@ def bound_by_positions(original: Callable[..., None], scheduler: Any, req: Any) 
     """Bounds what a request generates as SGLang does, and so that its positions end with the model's context, too.
 
     A prompt whose positions leave it is refused (HTTP 400): looked up in the rotary embedding's table, they would end
-    the server. So is a turn of a session that cuts off an earlier turn's image. With speculative decoding, an answer
-    ends two rounds of drafts before the context does.
+    the server. With speculative decoding, an answer ends two rounds of drafts before the context does.
     """
     inputs, params = req.multimodal_inputs, req.sampling_params
     context = scheduler.model_config.context_len
     end = _end(inputs, len(req.origin_input_ids))
     if end >= context:
         req.set_finish_with_abort(_beyond_context(end, context))
-    elif req.session is not None and not has_all_placeholders(req):
-        count_refusal("placeholders")
-        req.set_finish_with_abort(
-            "MMTok: the session's offset cuts off an image of an earlier turn, or a part of it: send an offset behind "
-            "the image's tokens, or continue from the turn before the image by its rid"
-        )
     elif end:
         room = context - 1 - end
         params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)

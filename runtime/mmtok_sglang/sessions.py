@@ -5,14 +5,13 @@ A streaming session (`--enable-streaming-session`) has one turn at a time, and k
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.runtime_context import get_parallel
 
 __all__ = [
-    "has_all_placeholders",
+    "cuts_an_image",
     "holds_turns_before",
     "move_behind_turns",
     "release_retracted_turn",
@@ -35,19 +34,20 @@ def holds_turns_before(scheduler: Any, req: Any) -> bool:
     return holds
 
 
-def has_all_placeholders(req: Any) -> bool:
-    """Returns whether a request's prompt has the placeholders of each of its images, where the image says they are.
+def cuts_an_image(scheduler: Any, recv_req: Any) -> bool:
+    """Returns whether a turn that is not taken in yet goes on from a turn before, without an image of it or a part.
 
-    SGLang 0.5.23 has a turn keep the images of earlier turns that its offset cuts off (session/session_controller.py,
-    `create_req`), and reads features of them that the prompt has no place for: an error, in a batch with other
-    requests.
+    SGLang 0.5.23 keeps the images that a turn's offset cuts off (session/session_controller.py, `create_req`), and
+    reads features of them that the prompt has no place for: an error, in a batch with other requests.
     """
-    items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else ()
-    return all(
-        req.origin_input_ids[start : end + 1] == array("q", item.padding_sequence(end - start + 1))
-        for item in items
-        for start, end in item.offsets or ()
-    )
+    params = getattr(recv_req, "session_params", None)
+    session = scheduler.session_controller.get(params.id) if params is not None and params.offset else None
+    node = session.req_nodes.get(params.rid) if session is not None else None
+    if node is None or node.req.multimodal_inputs is None:
+        return False
+    answer = () if params.drop_previous_output else node.req.output_ids[: node.req.sampling_params.max_new_tokens]
+    num_kept = len(range(len(node.req.origin_input_ids) + len(answer))[: params.offset])
+    return any(end >= num_kept for item in node.req.multimodal_inputs.mm_items for _, end in item.offsets or ())
 
 
 def move_behind_turns(original: Callable[..., None], recv_req: Any, req: Any, image_inputs: Any) -> None:

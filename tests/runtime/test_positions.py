@@ -210,7 +210,6 @@ def test_answers_end_with_the_models_positions(max_new_tokens: int | None, gener
     """A prompt of 60 tokens has 90 positions, of a context of 100."""
     beams = SimpleNamespace(max_new_tokens=max_new_tokens or 30) if has_beams else None
     request = SimpleNamespace(
-        session=None,
         multimodal_inputs=SimpleNamespace(mrope_position_delta=torch.tensor([[30]])),
         origin_input_ids=[0] * 60,
         sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
