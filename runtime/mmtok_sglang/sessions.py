@@ -40,8 +40,10 @@ def cuts_an_image(scheduler: Any, recv_req: Any) -> bool:
     SGLang 0.5.23 keeps the images that a turn's offset cuts off (session/session_controller.py, `create_req`), and
     reads features of them that the prompt has no place for: an error, in a batch with other requests.
     """
-    params = getattr(recv_req, "session_params", None)
-    session = scheduler.session_controller.get(params.id) if params is not None and params.offset else None
+    params: Any = getattr(recv_req, "session_params", None)
+    if params is None or not params.offset:
+        return False
+    session = scheduler.session_controller.get(params.id)
     node = session.req_nodes.get(params.rid) if session is not None else None
     if node is None or node.req.multimodal_inputs is None:
         return False
