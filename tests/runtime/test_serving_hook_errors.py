@@ -132,6 +132,23 @@ def test_a_session_goes_on_after_an_error(faulty: tuple[Served, Faults, int], po
     served.post("/close_session", {"session_id": session})
 
 
+@pytest.mark.parametrize("budget", ["10%", "all"])
+def test_all_stages_refuse_a_turn_that_cuts_an_image(faulty: tuple[Served, Faults, int], budget: str) -> None:
+    """A stage that takes in what another one refuses would wait for it forever."""
+    served, _, _ = faulty
+    session = json.loads(served.post("/open_session", {"capacity_of_str_len": 10_000}))
+    chat = Chat.ask(small("coffee"), "What is in this cup?")
+    turn = served.judge.prompt(chat.for_template())
+    answer = served.generate(turn, chat, session={"id": session}, mmtok_budget=budget)
+    served.check(chat, answer, None if budget == "all" else 0.1)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        served.generate(turn, chat, session={"id": session, "rid": answer["id"], "offset": 1})
+    assert refused.value.code == 400
+    assert "cuts off an image" in refused.value.read().decode()
+    served.check(chat, served.ask(chat))
+    served.post("/close_session", {"session_id": session})
+
+
 def test_beams_whose_image_fails_leave_nothing(faulty: tuple[Served, Faults, int]) -> None:
     served, faults, _ = faulty
     if served.server.server_info()["pp_size"] > 1:
