@@ -39,4 +39,7 @@ PRESETS: dict[str, Preset] = {
     "qwen3.5-moe": _QWEN,
     # None is shipped for InternVL either: the same, since its projector also merges 2 x 2 patches before a Qwen.
     "internvl3": _QWEN,
+    # Nor for GLM, whose projector merges 2 x 2 patches, too.
+    "glm-4.1v": _QWEN,
+    "glm-4.5v": _QWEN,
 }

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 _SERVED_MODELS = {
-    *("internvl", "llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "transformers"),
+    *("glm4v", "glm4v_moe", "internvl", "llava", "transformers"),
+    *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
     # Draft models.
     *("llama", "llama_eagle3", "qwen3_5_mtp"),
 }

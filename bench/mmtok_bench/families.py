@@ -20,6 +20,8 @@ FamilyName = Literal[
     "llava-1.5",
     "llava-next",
     "internvl3",
+    "glm-4.1v",
+    "glm-4.5v",
 ]
 PocketFamily = Literal["llava-1.5", "qwen2.5-vl"]
 """The families of which this package contains a trained model."""
@@ -45,8 +47,9 @@ class FamilyTraits:
 
 # SGLang 0.5.23's own LLaVA-1.5 does not load (models/llava.py, line 788), and LLaVA-NeXT has no other.
 _TRANSFORMERS = ("--model-impl=transformers",)
-# Qwen's encoders have no class token, whose attention VisionZip ranks by.
+# These encoders have no class token, whose attention VisionZip ranks by.
 _QWEN2_VL = FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=28)
+_GLM = FamilyTraits("<|image|>", impossible_methods=("visionzip",), token_px=28)
 _QWEN3_VL = FamilyTraits("<|image_pad|>", impossible_methods=("visionzip",), token_px=32)
 
 FAMILY_TRAITS: Mapping[FamilyName, FamilyTraits] = {
@@ -60,6 +63,8 @@ FAMILY_TRAITS: Mapping[FamilyName, FamilyTraits] = {
     # Its tiles have one size.
     "llava-next": FamilyTraits("<image>", impossible_methods=("downsample",), arguments=_TRANSFORMERS),
     "internvl3": FamilyTraits("<image>", impossible_methods=("visionzip", "downsample")),
+    "glm-4.1v": _GLM,
+    "glm-4.5v": _GLM,
 }
 
 

@@ -49,6 +49,23 @@ _INTERNVL_TEMPLATE = _QWEN3_VL_TEMPLATE.replace("<|vision_start|><|image_pad|><|
     "<|vision_start|><|video_pad|><|vision_end|>", "<video>\n"
 )
 
+# The models think before they answer, without being told to.
+_GLM_TEMPLATE = (
+    "[gMASK]<sop>"
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|begin_of_image|><|image|><|end_of_image|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}<|begin_of_video|><|video|><|end_of_video|>"
+    "{% elif 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
 _LLAVA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -195,6 +212,25 @@ def _internvl_processor(vocabulary: Vocabulary = BYTES, *, tile_tokens: int = 25
     return InternVLProcessor(tokenizer, tile_tokens=tile_tokens)
 
 
+_GLM_VISION_TOKENS = tuple(
+    name for kind in ("image", "video") for name in (f"<|begin_of_{kind}|>", f"<|{kind}|>", f"<|end_of_{kind}|>")
+)
+
+
+def _glm_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 1280) -> Any:
+    """Returns the processor of GLM-4.1V; a larger image is shrunk to `max_image_tokens`."""
+    special = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", *_GLM_VISION_TOKENS]
+    roles = {"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    # Pixels are counted in two frames, of which an image has equal ones.
+    sizes = {"shortest_edge": 4 * 2 * 28 * 28, "longest_edge": max_image_tokens * 2 * 28 * 28}
+    return transformers.Glm4vProcessor(
+        image_processor=transformers.Glm4vImageProcessor(size=sizes),
+        tokenizer=_byte_tokenizer(special, vocabulary, **roles),
+        video_processor=transformers.Glm4vVideoProcessor(),
+        chat_template=_GLM_TEMPLATE,
+    )
+
+
 def _llava_processor(
     vocabulary: Vocabulary = BYTES,
     *,
@@ -327,6 +363,37 @@ def _internvl_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
     )
 
 
+def _glm_config(tokenizer: Any, text: Sizes, vision: Sizes) -> Any:
+    """Returns a GLM-4.1V configuration, or of GLM-4.5V, a mixture of experts, if `text` has `n_routed_experts`.
+
+    Half of a head is rotated; its width is a multiple of 64.
+
+    The encoder's `hidden_size` is that of a patch, `out_hidden_size` that of its blocks' inner layer and of a token.
+    """
+    token_id = tokenizer.convert_tokens_to_ids
+    quarter = text["hidden_size"] // text["num_attention_heads"] // 4
+    # A quarter of the rotations for time, three eighths each for height and width, as in every published size.
+    sections = [quarter // 4, quarter * 3 // 8, quarter * 3 // 8]
+    rope = {"rope_type": "default", "mrope_section": sections, "partial_rotary_factor": 0.5, "rope_theta": 1e4}
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    of_kinds = {
+        name: token_id(token)
+        for kind in ("image", "video")
+        for name, token in (
+            (f"{kind}_token_id", f"<|{kind}|>"),
+            (f"{kind}_start_token_id", f"<|begin_of_{kind}|>"),
+            (f"{kind}_end_token_id", f"<|end_of_{kind}|>"),
+        )
+    }
+    config_class = transformers.Glm4vMoeConfig if "n_routed_experts" in text else transformers.Glm4vConfig
+    return config_class(
+        text_config={"rope_parameters": rope, "tie_word_embeddings": False, **ids, **text},
+        vision_config={"out_hidden_size": text["hidden_size"], **vision},
+        **of_kinds,
+        tie_word_embeddings=False,
+    )
+
+
 def _llava_config(
     tokenizer: Any,
     text: Sizes,
@@ -386,4 +453,6 @@ FAMILY_PARTS: Mapping[FamilyName, FamilyParts] = {
         "LlavaNextForConditionalGeneration",
     ),
     "internvl3": FamilyParts(_internvl_processor, _internvl_config, "InternVLForConditionalGeneration"),
+    "glm-4.1v": FamilyParts(_glm_processor, _glm_config, "Glm4vForConditionalGeneration"),
+    "glm-4.5v": FamilyParts(_glm_processor, _glm_config, "Glm4vMoeForConditionalGeneration"),
 }

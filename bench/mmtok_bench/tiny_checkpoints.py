@@ -57,6 +57,10 @@ _TINY_INTERN_VIT = {
     **transformer_sizes(64, 128, 2, 4),
     **{"patch_size": 28, "layer_scale_init_value": 1.0, "initializer_range": 0.125},
 }
+# The first layer has none.
+_GLM_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+# Embeddings of 12 x 12 places, which are interpolated for other grids.
+_TINY_GLM_VISION = {**qwen_vision_sizes(2, 64, 128, 4), "image_size": 168, "initializer_range": 0.125}
 _TINY_CLIP = {**transformer_sizes(64, 128, 3, 4), "projection_dim": 64}
 _TINY_SIZES: dict[FamilyName, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2-vl": ({}, _TINY_QWEN2_VL_VISION),
@@ -66,6 +70,8 @@ _TINY_SIZES: dict[FamilyName, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3.5": (_QWEN3_5_TEXT, _TINY_QWEN3_5_VISION),
     "qwen3.5-moe": ({**_QWEN3_5_TEXT, **_TINY_EXPERTS, "shared_expert_intermediate_size": 96}, _TINY_QWEN3_5_VISION),
     "internvl3": ({}, _TINY_INTERN_VIT),
+    "glm-4.1v": ({}, _TINY_GLM_VISION),
+    "glm-4.5v": (_GLM_EXPERTS, _TINY_GLM_VISION),
     "llava-1.5": ({"num_key_value_heads": 4}, _TINY_CLIP),
     "llava-next": ({"num_key_value_heads": 4}, _TINY_CLIP),
 }
@@ -168,8 +174,9 @@ def _save(model: Any, folder: Path) -> None:
     """Writes a model as its published checkpoints are.
 
     Published experts of Qwen3-VL are [experts, in, out]: Transformers 5.19 transposes them when it loads, but not when
-    it saves. Experts of Qwen3.5 are [experts, out, in], also in one tensor. InternVL has a format that Transformers
-    does not know: the same model for Transformers is in the folder `transformers/`.
+    it saves. Experts of Qwen3.5 are [experts, out, in], also in one tensor; each one of GLM-4.5V has its own tensors.
+    InternVL has a format that Transformers does not know: the same model for Transformers is in the folder
+    `transformers/`.
     """
     weights = model.state_dict()
     if isinstance(model, transformers.InternVLForConditionalGeneration):
@@ -178,7 +185,7 @@ def _save(model: Any, folder: Path) -> None:
         save_file(chat_model_weights(weights), folder / "model.safetensors", {"format": "pt"})
         return
     experts = {name: weight for name, weight in weights.items() if ".experts." in name}
-    if not experts:
+    if not experts or model.config.model_type == "glm4v_moe":
         model.save_pretrained(folder)
         return
     if model.config.model_type == "qwen3_vl_moe":

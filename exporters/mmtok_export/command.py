@@ -40,8 +40,8 @@ class _Features(NamedTuple):
     has_float32_keys: bool = False
 
 
-# The widths of each family's 7B, 8B, 9B, 30B-A3B or 35B-A3B model. Qwen's keys are float32, since they are means over
-# the features that are merged into a token.
+# The widths of each family's 7B, 8B, 9B, 30B-A3B or 35B-A3B model, for GLM-4.5V of its only one. Keys of a Qwen and a
+# GLM are float32, since they are means over the features that are merged into a token.
 _FEATURES = {
     "llava-1.5": _Features(4096, 1024),
     "llava-next": _Features(4096, 1024),
@@ -52,6 +52,8 @@ _FEATURES = {
     "qwen3-vl-moe": _Features(2048, 1152, has_float32_keys=True),
     "qwen3.5": _Features(4096, 1152, has_float32_keys=True),
     "qwen3.5-moe": _Features(2048, 1152, has_float32_keys=True),
+    "glm-4.1v": _Features(4096, 1536, has_float32_keys=True),
+    "glm-4.5v": _Features(4096, 1536, has_float32_keys=True),
 }
 
 

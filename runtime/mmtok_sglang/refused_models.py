@@ -37,8 +37,6 @@ REFUSED_MODELS: Mapping[str, str] = {
         "SGLang 0.5.23 has no class of the checkpoints for Transformers (-hf): take one in the published format "
         "(InternVLChatModel)"
     ),
-    "Glm4vForConditionalGeneration": _NOT_VERIFIED,
-    "Glm4vMoeForConditionalGeneration": _NOT_VERIFIED,
     "Qwen3OmniMoeForConditionalGeneration": _NOT_VERIFIED,
 }
 """By the checkpoint's `architectures[0]`; read in the sources of sglang 0.5.23 and transformers 5.19.

@@ -95,6 +95,7 @@ _USER_TURNS = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
         r"<\|im_start\|>user\n(.*?)(?:<\|im_end\|>|\Z)",  # ChatML: Qwens, LLaVA-NeXT 34B, 72B, 110B
+        r"<\|user\|>\n(.*?)(?:/nothink)?(?=<\|(?:system|user|assistant|observation)\|>|\Z)",  # GLM
         r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)",  # Llama 3: LLaVA-NeXT
         r"\[INST\](.*?)(?:\[/INST\]|\Z)",  # Mistral: LLaVA-NeXT
         r"\bUSER:(.*?)(?:\bASSISTANT:|\Z)",  # Vicuna: LLaVA-1.5, LLaVA-NeXT

@@ -1,4 +1,4 @@
-"""Images scaled down before a processor that makes fewer tokens of smaller ones: a Qwen's."""
+"""Images scaled down before a processor that makes fewer tokens of smaller ones: a Qwen's, a GLM's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 from sglang.srt.utils import load_image
+from transformers.models.glm4v.image_processing_glm4v import smart_resize as resize_frames
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmtok_deploy.budget import Budget
@@ -28,22 +29,25 @@ class ProcessorSizes:
         token_px: Side of the square of pixels that a token stands for.
         min_pixels: A smaller image is enlarged to this area.
         max_pixels: A larger one is made smaller.
+        num_frames: Equal frames that the processor makes of an image and sizes it by, as a GLM's does; 1 for others.
     """
 
     token_px: int
     min_pixels: int
     max_pixels: int
+    num_frames: int = 1
 
     @classmethod
-    def of(cls, processor: Any) -> ProcessorSizes:
+    def of(cls, processor: Any, num_frames: int = 1) -> ProcessorSizes:
         """Returns the sizes of SGLang's processor, which a server may change by --mm-process-config."""
         images, given = processor._processor.image_processor, processor.image_config
         # As the processor reads them (transformers 5.19 image_processing_qwen2_vl.py, `_standardize_kwargs`).
         size = given.get("size", images.size)
         return cls(
             token_px=images.patch_size * images.merge_size,
-            min_pixels=given.get("min_pixels", size["shortest_edge"]),
-            max_pixels=given.get("max_pixels", size["longest_edge"]),
+            min_pixels=given.get("min_pixels", size["shortest_edge"]) // num_frames,
+            max_pixels=given.get("max_pixels", size["longest_edge"]) // num_frames,
+            num_frames=num_frames,
         )
 
     def scale(self, source: Any, scale: float, min_tokens_in: int) -> Any:
@@ -117,7 +121,11 @@ class ProcessorSizes:
     def _grid(self, height: float, width: float) -> tuple[int, int]:
         """Returns the rows and columns of tokens that the processor makes of an image."""
         try:
-            sides = smart_resize(height, width, self.token_px, self.min_pixels, self.max_pixels)
+            if self.num_frames == 1:
+                sides = smart_resize(height, width, self.token_px, self.min_pixels, self.max_pixels)
+            else:
+                limits = self.num_frames * self.min_pixels, self.num_frames * self.max_pixels
+                sides = resize_frames(self.num_frames, height, width, self.num_frames, self.token_px, *limits)
         except ValueError as error:
             raise refusal(
                 "aspect_ratio", f"an image is too long for the processor: {error}: send it cut in parts"

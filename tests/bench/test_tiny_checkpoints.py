@@ -43,6 +43,8 @@ def read(checkpoint: Path, image: Image.Image) -> tuple[Any, Any]:
         ("qwen3-vl-moe", "astronaut", 16 * 16),
         ("qwen3.5", "coffee", 12 * 19),
         ("qwen3.5-moe", "astronaut", 16 * 16),
+        ("glm-4.1v", "coffee", 14 * 21),
+        ("glm-4.5v", "astronaut", 18 * 18),
         ("llava-1.5", "coffee", 576),
         ("llava-1.5", "astronaut", 576),
         # 2 x 2 crops of 24 x 24: 16 rows are padding, each row that is left ends in a newline token; the base tile.
@@ -74,6 +76,15 @@ def test_experts_lie_as_in_the_published_checkpoint(folder: Path, family: Family
     assert stored.shape == ((4, 256, 2 * 96) if is_transposed else (4, 2 * 96, 256))
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16)
     assert torch.equal(model.get_parameter(name), stored.transpose(1, 2) if is_transposed else stored)
+
+
+def test_each_expert_of_a_glm_has_its_own_tensors(folder: Path) -> None:
+    checkpoint = make_tiny_checkpoint("glm-4.5v", folder / "glm-4.5v")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    together = model.get_parameter("model.language_model.layers.1.mlp.experts.down_proj")
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        names = [f"model.language_model.layers.1.mlp.experts.{expert}.down_proj.weight" for expert in range(4)]
+        assert torch.equal(torch.stack([file.get_tensor(name) for name in names]), together)
 
 
 def test_qwen_attends_within_windows_and_to_the_whole_image(folder: Path) -> None:
@@ -118,6 +129,10 @@ def test_templates_speak_as_the_real_ones(folder: Path) -> None:
     )
     # Qwen3.5 thinks first.
     assert prompts["qwen3.5"] == prompts["qwen3-vl"] + "<think>\n"
+    assert prompts["glm-4.1v"] == prompts["glm-4.5v"]
+    assert prompts["glm-4.1v"] == (
+        "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>What is it?<|assistant|>\n"
+    )
     assert prompts["llava-1.5"] == prompts["llava-next"] == "USER: <image>\nWhat is it? ASSISTANT:"
 
 
@@ -166,5 +181,5 @@ def test_what_is_no_tiny_checkpoint_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"one of qwen2-vl, .*, internvl3, got 'gpt-2'"):
+    with pytest.raises(ValueError, match=r"one of qwen2-vl, .*, glm-4.5v, got 'gpt-2'"):
         make_tiny_checkpoint("gpt-2", tmp_path / "it")  # type: ignore[arg-type]

@@ -297,7 +297,7 @@ def test_constants_are_nobodys_by_themselves(
     assert main(command(onnx_file, f"--output={tmp_path}/a.onnx", *arguments)) == 2
     assert (
         "name a --preset (llava-1.5, llava-next, qwen2.5-vl, qwen2-vl, qwen3-vl, qwen3-vl-moe, qwen3.5, qwen3.5-moe, "
-        "internvl3)" in capsys.readouterr().err
+        "internvl3, glm-4.1v, glm-4.5v)" in capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -269,7 +269,7 @@ class HandPruned:
         return budget if isinstance(budget, int) else max(1, int(budget * len(vision)))
 
     def _positions(self, inputs: Any) -> tuple[Tensor, int]:
-        if not self.family.startswith("qwen"):
+        if not self.family.startswith(("qwen", "glm")):
             length = inputs["input_ids"].shape[1]
             return torch.arange(length)[None], length
         names = ("image_grid_thw", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")
@@ -284,7 +284,15 @@ class HandPruned:
 
         The function returns, for each image, either kept indices into its tokens (int64) or new tokens (float).
         """
-        return getattr(self, "_features_" + self.family.replace("-", "_").replace(".", "_"))(inputs, images)  # type: ignore[no-any-return]
+        own: dict[str, Callable[..., Any]] = {
+            "qwen2.5-vl": self._features_qwen2_5_vl,
+            "llava-1.5": self._features_llava_1_5,
+            "llava-next": self._features_llava_next,
+            "internvl3": self._features_internvl3,
+        }
+        features: Callable[..., Any] = own.get(self.family, self._features_by_grid)
+        found: tuple[list[tuple[Tensor, Tensor]], Callable[..., list[Tensor]]] = features(inputs, images)
+        return found
 
     def _is_image(self, ids: Tensor) -> Tensor:
         config = self.model.config
@@ -368,7 +376,7 @@ class HandPruned:
         ]
         return torch.cat([chosen + part * size for part, chosen in enumerate(kept)])
 
-    def _features_qwen3_vl(self, inputs: Any, _images: Any) -> Any:
+    def _features_by_grid(self, inputs: Any, _images: Any) -> Any:
         model, config = self.model.model, self.model.config
         of_kind: dict[int, Any] = {}
         num_levels = 0
@@ -386,8 +394,10 @@ class HandPruned:
     def _encode_levels(self, get_features: Any, pixels: Tensor, grids: Tensor) -> tuple[list[Any], int]:
         """Returns each image's (rows, levels of DeepStack behind each token; keys), and the number of levels."""
         visual = self.model.model.visual
+        is_glm = self.family.startswith("glm")
+        projector = visual.downsample if is_glm else visual.merger
         before: list[Tensor] = []
-        hook = visual.merger.register_forward_hook(lambda _, arguments, __: before.append(arguments[0]))
+        hook = projector.register_forward_hook(lambda _, arguments, __: before.append(arguments[0]))
         try:
             output = get_features(pixels, grids)
         finally:
@@ -399,10 +409,11 @@ class HandPruned:
             for level in (output.pooler_output, *of_layers)
         ]
         rows = torch.cat(levels, dim=1).split([len(each) for each in output.pooler_output])
-        keys = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
+        if is_glm:
+            keys = before[0].mean((2, 3))  # [N, d, 2, 2]
+        else:
+            keys = before[0].reshape(-1, visual.spatial_merge_size**2, before[0].shape[-1]).mean(1)
         return list(zip(rows, keys.split([len(each) for each in rows]), strict=True)), len(of_layers)
-
-    _features_qwen2_vl = _features_qwen3_vl_moe = _features_qwen3_5 = _features_qwen3_5_moe = _features_qwen3_vl
 
     def _features_llava_1_5(self, inputs: Any, images: Sequence[Image.Image]) -> Any:
         projector = self.model.model.multi_modal_projector

@@ -22,16 +22,15 @@ Quantisation = Literal["fp8", "awq", "gptq"]
 
 _GROUP = 128
 """Weights with one scale: of a row in AWQ and GPTQ, along either side of a square in FP8."""
-_LINEAR = re.compile(r"(?!.*(visual|vision|expert)).*\blayers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
+_LINEAR = re.compile(r"(?!.*(visual|vision)).*\blayers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 _FOUR_BITS: dict[str, Any] = {"bits": 4, "group_size": _GROUP}
 _CONFIGS: dict[Quantisation, dict[str, Any]] = {
     "fp8": {"activation_scheme": "dynamic", "weight_block_size": [_GROUP, _GROUP]},
     "awq": {**_FOUR_BITS, "zero_point": True, "version": "gemm"},
     "gptq": {**_FOUR_BITS, "desc_act": False, "sym": True},
 }
-# Modules whose weights are not quantised.
+# Modules whose weights are not quantised; of a mixture of experts also all between two attentions.
 _KEPT = ("visual", "vision_tower", "vision_model", "mlp1", "multi_modal_projector", "lm_head", "linear_attn")
-_KEPT_OF_EXPERTS = ("mlp.gate", "experts", "shared_expert")
 # Of 8 numbers in an int32, which stands in the lowest 4 bits, the next and so on.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -42,14 +41,15 @@ def quantise(checkpoint: Path, folder: Path, method: Quantisation) -> Path:
     if (checkpoint / "transformers").is_dir():  # the same model for Hugging Face's class
         quantise(checkpoint / "transformers", folder / "transformers", method)
     weights: dict[str, Tensor] = {}
-    for name, weight in load_file(checkpoint / "model.safetensors").items():
-        if _LINEAR.fullmatch(name):
+    whole = load_file(checkpoint / "model.safetensors")
+    kept = [*_KEPT, *(["mlp"] if any(".experts." in name for name in whole) else [])]
+    for name, weight in whole.items():
+        if _LINEAR.fullmatch(name) and not ("mlp" in kept and ".mlp." in name):
             weights.update(_FORMATS[method](name.removesuffix(".weight"), weight.float()))
         else:
             weights[name] = weight
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    kept = [*_KEPT, *(_KEPT_OF_EXPERTS if any(".experts." in name for name in weights) else ())]
     # GPTQ's format names them by a pattern.
     named: dict[str, Any] = {"dynamic": {f"-:.*({'|'.join(kept)}).*": {}}} if method == "gptq" else {}
     named = named or {"modules_to_not_convert": kept}

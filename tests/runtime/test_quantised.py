@@ -26,7 +26,7 @@ FAMILY: FamilyName = "qwen2.5-vl"
 SERVED: list[tuple[FamilyName, Quantisation]] = [
     *((family, method) for family in FAMILIES for method in ("fp8", "awq")),
     # SGLang reads experts in GPTQ by kernels for a GPU alone.
-    *((family, "gptq") for family in FAMILIES if not family.endswith("-moe")),
+    *((family, "gptq") for family in FAMILIES if family != "glm-4.5v" and not family.endswith("-moe")),
 ]
 ROOT = Path(__file__).parents[2]
 

@@ -261,6 +261,12 @@ CHATML = (
             ["A cat?"],
         ),
         (
+            "[gMASK]<sop><|system|>\nBe kind.<|user|>\n<|begin_of_image|><|image|><|end_of_image|>A\ncat?/nothink"
+            "<|assistant|>\n<think></think>Yes.<|user|>\nAnd USER: <|image|>?<|user|>\n<|image|> C?<|assistant|>\n",
+            "<|image|>",
+            ["A cat?", "And USER: ?", "C?"],
+        ),
+        (
             "<|im_start|>system\nUSER: is who asks.<|im_end|>\n"
             "<|im_start|>user\n<image>What is [INST]?<|im_end|>\n<|im_start|>assistant\n",
             "<image>",
@@ -298,10 +304,12 @@ def test_a_tools_result_in_a_users_turn_is_no_user_text() -> None:
     assert prompt_guidance(mixed, PLACEHOLDER) == ["Which one?", "Which one?"]
 
 
-@pytest.mark.parametrize("unit", ["<tool_response>", "<tool_response></tool_response>a", "USER:", "<|", "[INST]x"])
+@pytest.mark.parametrize(
+    "unit", ["<tool_response>", "<tool_response></tool_response>a", "USER:", "<|", "[INST]x", "<|user|>\n"]
+)
 def test_no_prompt_takes_long_to_read(unit: str) -> None:
     start_s = time.process_time()
-    for turn in ("", "<|im_start|>user\n"):
+    for turn in ("", "<|im_start|>user\n", "<|user|>\n"):
         prompt_guidance(turn + unit * (10**6 // len(unit)), PLACEHOLDER)
     # Half a second; quadratic in the length, it would take hours.
     assert time.process_time() - start_s < 10

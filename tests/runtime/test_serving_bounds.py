@@ -68,6 +68,13 @@ TYPED = {
         "<|vision_start|><|image_pad|><|vision_end|>",
         "<|video_pad|>",
     ),
+    "<|image|>": (
+        "what is <|image|> ?",
+        "a <|begin_of_image|> b",
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        "<|begin_of_video|>",
+        "<|video|>",
+    ),
     "<image>": ("see <image> here", "<image><image>"),
 }
 

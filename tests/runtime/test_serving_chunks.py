@@ -28,6 +28,8 @@ BUDGET: dict[str, float] = {
     "llava-1.5": 0.1,
     "llava-next": 0.1,
     "internvl3": 0.1,
+    "glm-4.1v": 0.5,
+    "glm-4.5v": 0.5,
 }
 # Room for the features of one photograph of the size below.
 FEATURE_CACHE_MB = {**dict.fromkeys(FAMILIES, 1), "llava-next": 3, "internvl3": 2}
@@ -42,6 +44,8 @@ SIZE = {
     "llava-1.5": (336, 252),
     "llava-next": (336, 252),
     "internvl3": (336, 252),
+    "glm-4.1v": (728, 728),
+    "glm-4.5v": (728, 728),
 }
 # SGLang keeps no embedding, so each chunk of an image asks for its features anew, and every eleventh step retracts a
 # request if two or more are decoding.

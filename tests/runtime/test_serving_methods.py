@@ -22,9 +22,9 @@ CUP = "What is in this cup?"
 IMAGE = small("coffee", 336, 336)
 CHAT = Chat.ask(IMAGE, CUP)
 _QWEN3 = [name for name in FAMILY_TRAITS if name.startswith("qwen3")]
+_TOKENS_OF_28 = [name for name, traits in FAMILY_TRAITS.items() if traits.token_px == 28]
 NUM_KEPT = {
-    "qwen2-vl": 14,
-    "qwen2.5-vl": 14,
+    **dict.fromkeys(_TOKENS_OF_28, 14),
     **dict.fromkeys(_QWEN3, 10),
     "llava-1.5": 57,
     "llava-next": 3 * 57,
@@ -32,7 +32,7 @@ NUM_KEPT = {
     "internvl3": 64,
 }
 # The largest grid of the image's shape that the budget holds.
-SMALLER_GRID = {"qwen2-vl": (4, 3), "qwen2.5-vl": (4, 3), **dict.fromkeys(_QWEN3, (3, 3)), "llava-1.5": (8, 7)}
+SMALLER_GRID = {**dict.fromkeys(_TOKENS_OF_28, (4, 3)), **dict.fromkeys(_QWEN3, (3, 3)), "llava-1.5": (8, 7)}
 
 
 @pytest.mark.parametrize("method", IMAGE_METHODS)

@@ -13,7 +13,7 @@ CUP = "What is in this cup?"
 IMAGE = small("coffee", 336, 336)
 CHAT = Chat.ask(IMAGE, CUP)
 # Qwen3-VL makes 10 x 10 tokens of the image.
-SIDE = {"qwen2-vl": 6, "qwen2.5-vl": 6, "qwen3-vl": 5, "qwen3-vl-moe": 5}
+SIDE = {"qwen2-vl": 6, "qwen2.5-vl": 6, "qwen3-vl": 5, "qwen3-vl-moe": 5, "glm-4.1v": 6, "glm-4.5v": 6}
 
 
 @pytest.fixture

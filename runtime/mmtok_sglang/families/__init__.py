@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmtok_sglang.families.base import Family
+from mmtok_sglang.families.glm_4_1v import Glm41V, Glm45V
 from mmtok_sglang.families.internvl3 import InternVL3
 from mmtok_sglang.families.llava_1_5 import Llava15
 from mmtok_sglang.families.llava_next import LlavaNext
@@ -23,5 +24,7 @@ FAMILIES: dict[str, Family] = {
     "llava-1.5": Llava15(),
     "llava-next": LlavaNext(),
     "internvl3": InternVL3(),
+    "glm-4.1v": Glm41V(),
+    "glm-4.5v": Glm45V(),
 }
 """By the name of the family's preset (`mmtok_deploy.presets`)."""

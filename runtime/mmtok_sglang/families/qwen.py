@@ -19,6 +19,7 @@ from PIL import Image
 from sglang.srt.multimodal.cache.preprocess_cache import MultimodalPreprocessCache
 from sglang.srt.utils import is_cuda, load_image
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from mmtok_deploy.budget import Budget
@@ -42,7 +43,7 @@ from mmtok_sglang.stages import image_stage
 from mmtok_sglang.typed_placeholders import PlaceholderRule
 from mmtok_sglang.videos import Video, VideoLoader
 
-__all__ = ["Qwen", "QwenModel", "QwenProcessor", "QwenWithTimestamps", "grid_of"]
+__all__ = ["ColourProcessor", "Qwen", "QwenModel", "QwenProcessor", "QwenWithTimestamps", "grid_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,13 @@ class QwenModel(PrunedModel):
 
         Source: Ironieser/MMTok mmtok/qwen/modeling_qwen2_5_vl_mmtok.py.
         """
-        before_merger: list[Tensor] = []
-        hook = self.visual.merger.register_forward_pre_hook(lambda _, inputs: before_merger.append(inputs[0]))
+        of_parts: list[Tensor] = []
+        hook = self.watch_patches(of_parts)
         try:
             vision = self.encode(items)
         finally:
             hook.remove()
-        patches = torch.cat(before_merger)
+        patches = torch.cat(of_parts)
         merged = self.visual.spatial_merge_size**2
         groups = patches.reshape(-1, merged, patches.shape[-1]).float().mean(dim=1)
         with reading_partly(self.visual, items, [grid_of(item) for item in items]) as grids:
@@ -99,6 +100,11 @@ class QwenModel(PrunedModel):
         return [
             Features(*each) for each in zip(vision[None].split(counts, 1), keys[None].split(counts, 1), strict=True)
         ]
+
+    def watch_patches(self, seen: list[Tensor]) -> RemovableHandle:
+        """Appends the patches that go into the projector, d values each, at each call of the encoder."""
+        handle: RemovableHandle = self.visual.merger.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        return handle
 
     def in_raster_order(self, groups: Tensor, grids: Tensor) -> Tensor:
         """Returns [N, d] rows in the order of the tokens, from the order in which they go into the merger."""
@@ -130,7 +136,17 @@ class _OwnMisses(MultimodalPreprocessCache[Any, Any]):
         return found
 
 
-class QwenProcessor(PrunedProcessor):
+class ColourProcessor(PrunedProcessor):
+    """Gives grey images three channels."""
+
+    @classmethod
+    @override
+    def _load_single_item(cls, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns a decoded image, or an opened video."""
+        return data if isinstance(data, Video) else _in_colour(super()._load_single_item(data, *args, **kwargs))
+
+
+class QwenProcessor(ColourProcessor):
     """Keeps what was made of an image for the next question about it, and times the steps of that path for images."""
 
     # SGLang keeps none unless --mm-preprocess-cache-size-mb is given, which wins.
@@ -200,12 +216,6 @@ class QwenProcessor(PrunedProcessor):
             return self._build_image_prompt_template(input_text, grid_key)
         return super()._cached_image_prompt_template(input_text, grid_key)
 
-    @classmethod
-    @override
-    def _load_single_item(cls, data: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns a decoded image, or an opened video."""
-        return data if isinstance(data, Video) else _in_colour(super()._load_single_item(data, *args, **kwargs))
-
 
 def _decode_first(gpu_image_decode: Any) -> None:
     """Decodes a small JPEG as SGLang decodes those of requests.
@@ -243,7 +253,7 @@ class Qwen(Family):
     )
     keys_dtype = torch.float32  # means over 2x2 merge groups
     obstacle_to_scale = None
-    obstacle_to_skipping = None
+    obstacle_to_skipping: ClassVar[str | None] = None
     # SGLang's attention on a CPU holds a matrix of all patches by all patches: 22 GB for 3584 x 3584 pixels.
     max_pixels_on_cpu = _MAX_PIXELS_ON_CPU
 
@@ -316,6 +326,10 @@ class Qwen(Family):
         repeated = torch.from_numpy(repeated_tokens(pixels, grid, max_difference))
         return (~repeated).nonzero().flatten() if repeated.any() else None
 
+    def num_sized_frames(self, processor: Any) -> int:
+        """Returns the equal frames of an image by whose pixels together SGLang's processor sizes it."""
+        return 1
+
     async def shrink_images(
         self, images: Sequence[Any], asked: Requested, settings: Settings, processor: Any, request: Any
     ) -> Sequence[Any]:
@@ -337,7 +351,7 @@ class Qwen(Family):
                     "hashes" if is_scaled else "downsample",
                     f"{by} changes the images, which {sent} names: send no {sent}",
                 )
-        sizes = ProcessorSizes.of(processor)
+        sizes = ProcessorSizes.of(processor, self.num_sized_frames(processor))
         shrink: Callable[..., Any]
         if is_scaled:
             shrink = partial(sizes.scale, scale=asked.encoder_scale)

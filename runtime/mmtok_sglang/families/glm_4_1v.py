@@ -1,0 +1,73 @@
+"""GLM-4.1V to GLM-4.6V on SGLang's own implementation: a convolution joins 2 x 2 patches before the merger."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from sglang.srt.models import glm4v, glm4v_moe
+from sglang.srt.multimodal.processors.glm4v import Glm4vImageProcessor
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from mmtok_sglang.families.base import Family
+from mmtok_sglang.families.qwen import ColourProcessor, Qwen, QwenModel
+from mmtok_sglang.typed_placeholders import PlaceholderRule
+
+__all__ = ["Glm41V", "Glm45V"]
+
+_TOKENS = tuple(
+    token for kind in ("image", "video") for token in (f"<|begin_of_{kind}|>", f"<|{kind}|>", f"<|end_of_{kind}|>")
+)
+
+
+class _GlmModel(QwenModel):
+    """A model whose projector begins with a convolution."""
+
+    def watch_patches(self, seen: list[Tensor]) -> RemovableHandle:
+        """Appends [N, 4, d] patches, as they go into the convolution, at each call of the encoder."""
+        handle: RemovableHandle = self.visual.downsample.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].flatten(2).transpose(1, 2))
+        )
+        return handle
+
+
+class Glm4vForConditionalGeneration(_GlmModel, glm4v.Glm4vForConditionalGeneration):
+    """The model."""
+
+
+class Glm4vMoeForConditionalGeneration(_GlmModel, glm4v_moe.Glm4vMoeForConditionalGeneration):
+    """The model with a mixture of experts."""
+
+
+class Glm4vProcessor(ColourProcessor, Glm4vImageProcessor):
+    """The processor of both."""
+
+    models: ClassVar[list[type]] = [Glm4vForConditionalGeneration, Glm4vMoeForConditionalGeneration]
+
+
+class Glm41V(Qwen):
+    """GLM-4.1V and GLM-4.6V-Flash: tokens of 28 x 28 pixels, with positions as Qwen2.5-VL's."""
+
+    model_class = Glm4vForConditionalGeneration
+    processor_class = Glm4vProcessor
+    placeholder = "<|image|>"
+    # SGLang's processor takes each `<|image|>` for an image.
+    placeholder_rule = PlaceholderRule(
+        re.compile(r"<\|begin_of_image\|><\|image\|><\|end_of_image\|>|<\|image\|>"), _TOKENS
+    )
+    obstacle_to_videos = (
+        "of a GLM's video SGLang writes each pair of frames as an image of its own, with its second behind it, and "
+        "MMTok prunes its images alone: send frames as images to have each of them pruned"
+    )
+    obstacle_to_skipping = Family.obstacle_to_skipping
+
+    def num_sized_frames(self, processor: Any) -> int:
+        """Returns the frames that a patch holds: an image is sized by the pixels of all."""
+        return int(processor._processor.image_processor.temporal_patch_size)
+
+
+class Glm45V(Glm41V):
+    """GLM-4.5V and GLM-4.6V: the same encoder and positions before a mixture of experts."""
+
+    model_class = Glm4vMoeForConditionalGeneration
