@@ -67,6 +67,9 @@ _QWEN3_5_35B = {
 _INTERN_VIT_300M = {**transformer_sizes(1024, 4096, 24, 16), "patch_size": 14}
 _QWEN2_5_7B = {**_QWEN_7B, "max_position_embeddings": 131072, "dtype": _DTYPE}
 _QWEN3_8B = {**_QWEN3_VL_8B, "model_type": "qwen3", "max_position_embeddings": 40960, "dtype": _DTYPE}
+# GLM-4.1V-9B, as in transformers 5.19 models/glm4v, whose configuration has these as defaults.
+_GLM_9B = _text(4096, 13696, 40, 32, 2, vocab_size=151552, max_position_embeddings=32768)
+_GLM_VISION = qwen_vision_sizes(24, 1536, 13696, 12)
 _VICUNA = {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _VICUNA_7B = _text(4096, 11008, 32, 32, 32, **_VICUNA)
 _VICUNA_13B = _text(5120, 13824, 40, 40, 40, **_VICUNA)
@@ -109,6 +112,8 @@ class _DummyModel:
         sizes = self._image_side()
         if self.family.startswith("qwen"):
             sizes["max_image_tokens"] = 16384
+        if self.family.startswith("glm"):
+            sizes |= {"min_image_tokens": 8, "max_image_tokens": 7500}
         if self.family.startswith("qwen3"):
             # The published processors enlarge an image of fewer than 64 tokens.
             sizes["min_image_tokens"] = 64
@@ -137,6 +142,7 @@ DUMMY_MODELS: dict[str, _DummyModel] = {
     "llava-next-13b": _DummyModel("llava-next", _VICUNA_13B, _CLIP_VIT_L),
     "internvl3-8b": _DummyModel("internvl3", _QWEN2_5_7B, _INTERN_VIT_300M),
     "internvl3.5-8b": _DummyModel("internvl3", _QWEN3_8B, _INTERN_VIT_300M),
+    "glm-4.1v-9b": _DummyModel("glm-4.1v", _GLM_9B, _GLM_VISION),
     "qwen2.5-vl-0.5b": _DummyModel("qwen2.5-vl", _TIED_05B, _QWEN_SMALL_VISION),
     "qwen3-vl-0.5b": _DummyModel("qwen3-vl", {**_TIED_05B, "head_dim": 64}, _QWEN3_VL_SMALL_VISION),
     # 448 pixels, where the published model has 336: 1024 tokens, where it has 576.

@@ -217,16 +217,19 @@ _GLM_VISION_TOKENS = tuple(
 )
 
 
-def _glm_processor(vocabulary: Vocabulary = BYTES, *, max_image_tokens: int = 1280) -> Any:
-    """Returns the processor of GLM-4.1V; a larger image is shrunk to `max_image_tokens`."""
+def _glm_processor(
+    vocabulary: Vocabulary = BYTES, *, is_4_6: bool = False, min_image_tokens: int = 4, max_image_tokens: int = 1280
+) -> Any:
+    """Returns the processor of GLM-4.1V or of GLM-4.6V; images outside these limits are enlarged or shrunk."""
     special = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", *_GLM_VISION_TOKENS]
     roles = {"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    # Pixels are counted in two frames, of which an image has equal ones.
-    sizes = {"shortest_edge": 4 * 2 * 28 * 28, "longest_edge": max_image_tokens * 2 * 28 * 28}
-    return transformers.Glm4vProcessor(
-        image_processor=transformers.Glm4vImageProcessor(size=sizes),
+    # Pixels of two equal frames are counted.
+    sizes = {"shortest_edge": min_image_tokens * 2 * 28 * 28, "longest_edge": max_image_tokens * 2 * 28 * 28}
+    name = "Glm46V" if is_4_6 else "Glm4v"
+    return getattr(transformers, f"{name}Processor")(
+        image_processor=getattr(transformers, f"{name}ImageProcessor")(size=sizes),
         tokenizer=_byte_tokenizer(special, vocabulary, **roles),
-        video_processor=transformers.Glm4vVideoProcessor(),
+        video_processor=getattr(transformers, f"{name}VideoProcessor")(),
         chat_template=_GLM_TEMPLATE,
     )
 
@@ -454,5 +457,6 @@ FAMILY_PARTS: Mapping[FamilyName, FamilyParts] = {
     ),
     "internvl3": FamilyParts(_internvl_processor, _internvl_config, "InternVLForConditionalGeneration"),
     "glm-4.1v": FamilyParts(_glm_processor, _glm_config, "Glm4vForConditionalGeneration"),
-    "glm-4.5v": FamilyParts(_glm_processor, _glm_config, "Glm4vMoeForConditionalGeneration"),
+    # GLM-4.6V's, which has the same architecture.
+    "glm-4.5v": FamilyParts(partial(_glm_processor, is_4_6=True), _glm_config, "Glm4vMoeForConditionalGeneration"),
 }

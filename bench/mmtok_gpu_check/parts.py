@@ -199,8 +199,11 @@ def _device_logprobs(family: str, prefill: str, *more: str) -> tuple[str, ...]:
     return ("-m", "tests.runtime.device_logprobs", "FOLDER", "--family", family, "--prefill", prefill, *more)
 
 
-_WITH_GRAPHS = tuple(family for family in get_args(FamilyName) if family.startswith(("llava", "qwen2.5", "qwen3")))
-_WITH_ENCODER_GRAPHS = tuple(family for family in get_args(FamilyName) if family != "internvl3")
+_WITH_GRAPHS = tuple(
+    family for family in get_args(FamilyName) if family.startswith(("llava", "qwen2.5", "qwen3", "glm-4.1"))
+)
+# GLM-4.5V has the encoder of GLM-4.1V.
+_WITH_ENCODER_GRAPHS = tuple(family for family in get_args(FamilyName) if family not in ("internvl3", "glm-4.5v"))
 _WITH_VIDEOS: tuple[FamilyName, ...] = ("qwen2.5-vl", "qwen3-vl")
 _WITH_DRAFTS: tuple[tuple[FamilyName, str], ...] = (
     *(("qwen2.5-vl", "ngram"), ("llava-1.5", "ngram")),
@@ -351,5 +354,6 @@ PARTS: tuple[Part, ...] = (
         *(*_NO_SLOWER, _selection_share(1)),
     ),
     _model("qwen3.5-9b", "Qwen3.5-9B, 768 -> 76", "qwen3.5-9b", "10%", "1024x768", *_NO_SLOWER),
+    _model("glm-4.1v-9b", "GLM-4.1V-9B, 864 -> 86", "glm-4.1v-9b", "10%", "1008x672", *_NO_SLOWER),
     _model("internvl3-8b", "InternVL3-8B, 3328 -> 332", "internvl3-8b", "10%", "1024x768", *_NO_SLOWER),
 )

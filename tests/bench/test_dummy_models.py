@@ -28,6 +28,7 @@ SIZES_B = {
     # Without the head that predicts several tokens, which Transformers does not make.
     "qwen3.5-9b": 9.41,
     "qwen3.5-35b-a3b": 35.11,
+    "glm-4.1v-9b": 10.29,
     "qwen2.5-vl-0.5b": 0.5,
     "qwen3-vl-0.5b": 0.5,
     "llava-1.5-0.5b": 0.65,
@@ -86,6 +87,8 @@ def test_every_token_id_is_text_and_words_are_one_token(written: tuple[str, Path
         ("qwen3-vl-8b", (1024, 768), 768),
         ("qwen3-vl-8b", (100, 100), 64),
         ("qwen3.5-9b", (1024, 768), 768),
+        ("glm-4.1v-9b", (1008, 672), 864),
+        ("glm-4.1v-9b", (28, 28), 9),
         ("llava-1.5-7b", (336, 336), 576),
         ("llava-1.5-13b", (1008, 672), 576),
         ("llava-1.5-0.5b", (448, 448), 1024),

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
-from transformers import Qwen2VLImageProcessor
+from transformers import Glm4vImageProcessor, Glm46VImageProcessor, Qwen2VLImageProcessor
 
 from mmtok_deploy import Budget
+from mmtok_sglang.families.glm_4_1v import Glm41V
 from mmtok_sglang.smaller_images import ProcessorSizes
 from tests.runtime.chats import small
 
@@ -122,6 +123,20 @@ def test_sizes_are_those_that_the_server_gives_the_processor(given: dict[str, An
     sizes = ProcessorSizes.of(SimpleNamespace(_processor=SimpleNamespace(image_processor=images), image_config=given))
     _, rows, columns = images(images=[photo()], return_tensors="pt", **given)["image_grid_thw"][0].tolist()
     assert sizes._grid(SIZE[1], SIZE[0]) == (rows // 2, columns // 2)
+
+
+@pytest.mark.parametrize("made", [Glm4vImageProcessor, Glm46VImageProcessor])
+@pytest.mark.parametrize("given", [{}, {"size": {"shortest_edge": 60 * 784, "longest_edge": 90 * 784}}], ids=str)
+@pytest.mark.parametrize("size", [(600, 400), (112, 84), (30, 20), (5, 3), (2000, 3000)], ids=str)
+def test_a_glms_processor_counts_the_pixels_of_two_frames(
+    made: Any, given: dict[str, Any], size: tuple[int, int]
+) -> None:
+    images = made()
+    processor = SimpleNamespace(_processor=SimpleNamespace(image_processor=images), image_config=given)
+    sizes = ProcessorSizes.of(processor, Glm41V().num_sized_frames(processor))
+    _, rows, columns = images(images=[photo().resize(size)], return_tensors="pt", **given)["image_grid_thw"][0].tolist()
+    assert sizes._grid(size[1], size[0]) == (rows // 2, columns // 2)
+    assert (sizes.min_pixels, sizes.max_pixels) == ((30 * 784, 45 * 784) if given else (8 * 784, 7500 * 784))
 
 
 def test_transparent_white_stays_white() -> None:

@@ -27,9 +27,9 @@ def count_image_tokens(processor: Any, size_px: Size) -> int:
 def downsampled_px(processor: Any, family: FamilyName, size_px: Size, num_tokens: int) -> Size | None:
     """Returns the size at which an image has about `num_tokens` tokens; None if no smaller size has fewer.
 
-    Qwens: the size with the nearest count at about the same aspect ratio. LLaVA-NeXT: the nearest count at the same
-    aspect ratio, which is far from small budgets, since an image has at least two tiles. LLaVA-1.5 encodes every image
-    as the same square: it is sent at its own size, and the plugin's method `downsample` makes the square smaller.
+    Qwens and GLMs: the size with the nearest count at about the same aspect ratio. LLaVA-NeXT: the nearest count at the
+    same aspect ratio, which is far from small budgets, since an image has at least two tiles. LLaVA-1.5 encodes every
+    image as the same square: it is sent at its own size, and the plugin's method `downsample` makes the square smaller.
 
     Args:
         processor: Processor of the model.
@@ -43,10 +43,10 @@ def downsampled_px(processor: Any, family: FamilyName, size_px: Size, num_tokens
     if token_px is not None:
         smaller_px = _qwen_px(size_px, num_tokens, token_px)
         # A processor enlarges images below its smallest size: Qwen3-VL's makes at least 64 tokens.
-        too_small = (
-            smaller_px is not None and smaller_px[0] * smaller_px[1] < processor.image_processor.size["shortest_edge"]
+        is_enlarged = smaller_px is not None and count_image_tokens(processor, smaller_px) > math.prod(
+            side // token_px for side in smaller_px
         )
-        return None if too_small else smaller_px
+        return None if is_enlarged else smaller_px
     width, height = size_px
     num_unshrunk = count_image_tokens(processor, size_px)
     counts = {}

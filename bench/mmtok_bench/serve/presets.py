@@ -128,6 +128,7 @@ _GPU_MODELS = (
     ServedModel("llava-1.5-7b", "llava-1.5", ((336, 336),), ("64",), sends_png=True),
     ServedModel("llava-1.5-13b", "llava-1.5", ((336, 336),), ("64",), sends_png=True),
     ServedModel("qwen2-vl-7b", "qwen2-vl", ((1008, 672),), ("10%",), is_only_by_name=True),
+    ServedModel("glm-4.1v-9b", "glm-4.1v", ((1008, 672),), ("10%",), is_only_by_name=True),
 )
 
 
