@@ -218,9 +218,14 @@ _GLM_VISION_TOKENS = tuple(
 
 
 def _glm_processor(
-    vocabulary: Vocabulary = BYTES, *, is_4_6: bool = False, min_image_tokens: int = 4, max_image_tokens: int = 1280
+    vocabulary: Vocabulary = BYTES,
+    *,
+    is_4_6: bool = False,
+    min_image_tokens: int = 4,
+    max_image_tokens: int = 1280,
+    min_video_tokens: int = 8,
 ) -> Any:
-    """Returns the processor of GLM-4.1V or of GLM-4.6V; images outside these limits are enlarged or shrunk."""
+    """Returns the processor of GLM-4.1V or of GLM-4.6V; images and videos outside these limits are scaled."""
     special = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", *_GLM_VISION_TOKENS]
     roles = {"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     # Pixels of two equal frames are counted.
@@ -229,7 +234,9 @@ def _glm_processor(
     return getattr(transformers, f"{name}Processor")(
         image_processor=getattr(transformers, f"{name}ImageProcessor")(size=sizes),
         tokenizer=_byte_tokenizer(special, vocabulary, **roles),
-        video_processor=getattr(transformers, f"{name}VideoProcessor")(),
+        video_processor=getattr(transformers, f"{name}VideoProcessor")(
+            size={"shortest_edge": min_video_tokens * 2 * 28 * 28, "longest_edge": 30000 * 2 * 28 * 28}
+        ),
         chat_template=_GLM_TEMPLATE,
     )
 

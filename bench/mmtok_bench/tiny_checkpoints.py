@@ -144,6 +144,8 @@ def _build(family: FamilyName, seed: int, pad_to_square: bool) -> tuple[Any, Any
     processor = parts.processor(
         **({"tile_tokens": 64} if family == "internvl3" else {}),
         **({"pad_to_square": pad_to_square} if family == "llava-1.5" else {}),
+        # About as many as the other families make of a small video.
+        **({"min_video_tokens": 512} if family.startswith("glm") else {}),
     )
     # Qwen3.5 rotates a quarter of a head: with the usual base, a wrong position would change too little.
     base = {"rope_theta": 1e4} if family.startswith("qwen3.5") else {}

@@ -204,7 +204,7 @@ _WITH_GRAPHS = tuple(
 )
 # GLM-4.5V has the encoder of GLM-4.1V.
 _WITH_ENCODER_GRAPHS = tuple(family for family in get_args(FamilyName) if family not in ("internvl3", "glm-4.5v"))
-_WITH_VIDEOS: tuple[FamilyName, ...] = ("qwen2.5-vl", "qwen3-vl")
+_WITH_VIDEOS: tuple[FamilyName, ...] = ("qwen2.5-vl", "qwen3-vl", "glm-4.1v")
 _WITH_DRAFTS: tuple[tuple[FamilyName, str], ...] = (
     *(("qwen2.5-vl", "ngram"), ("llava-1.5", "ngram")),
     *(("qwen2.5-vl", "eagle3"), ("qwen3-vl", "eagle3"), ("qwen3.5", "head")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,7 @@ __all__ = ["Video", "VideoLoader", "is_raw_video"]
 
 _NUM_READERS = 2
 _MIN_FRAMES = 2
-"""A Qwen's token is of two frames."""
+"""A token is of two frames."""
 _NO_FFMPEG = "Could not load libtorchcodec"
 _NO_FRAMES = ("The best video stream is unknown", "Could not seek file to pts=0")
 """What it says of a file of sound alone, and of one whose video has no frames."""
@@ -45,6 +45,8 @@ class Video(VideoDecoderWrapper):
     """Whether its tokens are."""
     taken: Sequence[int] = ()
     """The frames that were taken of it."""
+    preprocess_kwargs: Mapping[str, Any] | None = None
+    """What the request says of its frames (SGLang's `VideoData.preprocess_kwargs`), which a GLM's processor reads."""
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -72,11 +74,15 @@ class VideoLoader:
     Args:
         limits: What a request is refused for.
         images: Downloads files.
+        num_taken: Returns how many frames SGLang's processor takes of a video. It gets the video and the processor.
     """
 
-    def __init__(self, limits: Limits, images: ImageLoader) -> None:
+    def __init__(
+        self, limits: Limits, images: ImageLoader, num_taken: Callable[[Video, Any], int] | None = None
+    ) -> None:
         self._limits = limits
         self._images = images
+        self._num_taken = num_taken or _num_taken_for_a_qwen
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="mmtok-video")
 
     async def load(self, videos: Sequence[Any], processor: Any, *, are_pruned: bool) -> list[Video]:
@@ -100,10 +106,14 @@ class VideoLoader:
             num_bytes += len(data)
             check_num_bytes(num_bytes, processor.server_args, "the videos of a request have")
             loop = asyncio.get_running_loop()
-            found, size = await loop.run_in_executor(self._readers, _open, data, processor.video_config)
+            found, of_file = await loop.run_in_executor(self._readers, _open, data)
             found.is_pruned = are_pruned
+            found.preprocess_kwargs = getattr(video, "preprocess_kwargs", None)
+            # Counting what is taken of it may take long where it has far too many.
+            self._limits.check_frames([*sizes, (0, *of_file)])
+            num_taken = await loop.run_in_executor(self._readers, self._num_taken, found, processor)
             opened.append(found)
-            sizes.append(size)
+            sizes.append((num_taken, *of_file))
             self._limits.check_frames(sizes)
         return opened
 
@@ -123,8 +133,12 @@ class VideoLoader:
                 self._limits.check_encoded(int(item.video_grid_thw.prod(-1).max()) * patch_px**2)
 
 
-def _open(data: bytes, video_config: dict[str, Any]) -> tuple[Video, tuple[int, int, int, int]]:
-    """Returns a video, how many frames are taken of it, how many it has, their width and height."""
+def _num_taken_for_a_qwen(video: Video, processor: Any) -> int:
+    return int(smart_nframes(processor.video_config, len(video), video.avg_fps))
+
+
+def _open(data: bytes) -> tuple[Video, tuple[int, int, int]]:
+    """Returns a video, how many frames it has, their width and height."""
     if not data:
         raise refusal("video", "a video cannot be decoded (the file is empty): send a whole file")
     try:
@@ -139,7 +153,7 @@ def _open(data: bytes, video_config: dict[str, Any]) -> tuple[Video, tuple[int, 
             f"a video has at least {_MIN_FRAMES} frames and a number of them a second, got {num_frames} at "
             f"{frames_per_s} a second: send a single frame as an image",
         )
-    return video, (smart_nframes(video_config, num_frames, frames_per_s), num_frames, width, height)
+    return video, (num_frames, width, height)
 
 
 def _unreadable(error: Exception) -> ValueError:

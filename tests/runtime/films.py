@@ -13,8 +13,9 @@ import torch
 from sglang.srt.multimodal.processors import qwen_vl
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
+from transformers.video_utils import VideoMetadata
 
-__all__ = ["Film", "film", "has_ffmpeg", "needs_ffmpeg", "sound"]
+__all__ = ["Film", "film", "has_ffmpeg", "needs_ffmpeg", "sound", "steady"]
 
 
 @cache
@@ -44,14 +45,20 @@ class Film:
     def url(self) -> str:
         return "data:video/mp4;base64," + base64.b64encode(self.data).decode()
 
-    def frames(self, device: str = "cpu") -> tuple[Tensor, dict[str, Any]]:
+    def frames(self, device: str = "cpu", of_glm: Any = None) -> tuple[Tensor, dict[str, Any]]:
         """Returns [frames, 3, H, W] uint8, those that SGLang takes at the size it gives them, and when they are.
 
         Args:
             device: What decodes them, "cuda" where SGLang runs on one: the two round differently.
+            of_glm: A GLM's video processor, which chooses frames and sizes them; None for a Qwen.
         """
         decoder = qwen_vl.VideoDecoderWrapper(self.data, device=device)
         num_frames, frames_per_s = len(decoder), decoder.avg_fps
+        if of_glm is not None:
+            of_file = VideoMetadata(num_frames, fps=frames_per_s, duration=num_frames / frames_per_s)
+            taken = [int(index) for index in of_glm.sample_frames(of_file)]
+            metadata = {"fps": frames_per_s, "total_num_frames": num_frames, "frames_indices": taken}
+            return decoder.get_frames_as_tensor(taken).permute(0, 3, 1, 2), metadata
         num_taken = qwen_vl.smart_nframes({}, num_frames, frames_per_s)
         taken = np.unique(np.linspace(0, num_frames - 1, num_taken, dtype=np.int64)).tolist()
         # The colours of a pixel lie together: otherwise PyTorch resizes with other roundings.
@@ -79,6 +86,14 @@ def film(num_frames: int = 16, frames_per_s: float = 4.0, seed: int = 0, *, scal
     frames = frames.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     encoded = VideoEncoder(frames, frame_rate=frames_per_s).to_tensor("mp4")
     return Film(encoded.numpy().tobytes())
+
+
+def steady(family: str) -> Film:
+    """Returns a film of which half of the tokens are chosen by more than rounding.
+
+    Of others so large a share is decided by the last bits of tokens of the background, which stands still.
+    """
+    return film(12, 5.0, seed=3 if family.startswith("glm") else 1)
 
 
 def sound() -> bytes:

@@ -173,7 +173,8 @@ class HandPruned:
         """Returns the processor's inputs, on the model's device."""
         videos: dict[str, Any] = {}
         if films:
-            frames, metadata = zip(*(film.frames(self.device.type) for film in films), strict=True)
+            of_glm = self.processor.video_processor if self.family.startswith("glm") else None
+            frames, metadata = zip(*(film.frames(self.device.type, of_glm) for film in films), strict=True)
             videos = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
         inputs = self.processor(text=[prompt], images=list(images) or None, return_tensors="pt", **videos)
         return inputs.to(self.device)
@@ -302,8 +303,8 @@ class HandPruned:
         return torch.isin(ids, torch.tensor(kinds, device=ids.device))
 
     def _features_qwen2_5_vl(self, inputs: Any, _images: Any) -> Any:
-        visual, model, config = self.model.model.visual, self.model.model, self.model.config
-        of_kind: dict[int, Any] = {}
+        visual, model = self.model.model.visual, self.model.model
+        of_kind: dict[str, Any] = {}
         for kind, pixels, get_features in (
             ("image", "pixel_values", model.get_image_features),
             ("video", "pixel_values_videos", model.get_video_features),
@@ -319,23 +320,24 @@ class HandPruned:
             keys = torch.empty_like(groups)
             keys[order] = groups
             sizes = (grids.prod(-1) // visual.spatial_merge_size**2).tolist()
-            of_kind[getattr(config, f"{kind}_token_id")] = iter(zip(outputs, keys.split(sizes), strict=True))
-        features = [next(of_kind[token]) for token, _ in self._items(inputs)]
+            of_kind[kind] = iter(zip(outputs, keys.split(sizes), strict=True))
+        features = [next(of_kind[kind]) for kind, _ in self._items(inputs)]
         return features, lambda texts, budgets: self._select_items(inputs, features, texts, budgets)
 
-    def _items(self, inputs: Any) -> list[tuple[int, int]]:
-        """Returns each image and film in the order of the prompt: its placeholder, and its steps in time."""
-        ids, config = inputs["input_ids"][0], self.model.config
-        first = ids[self._is_image(ids) & ~self._is_image(ids).roll(1)].tolist()
+    def _items(self, inputs: Any) -> list[tuple[str, int]]:
+        """Returns each image and film in the order of the prompt: which of the two, and its steps in time."""
+        ids, types = inputs["input_ids"][0], inputs["mm_token_type_ids"][0]
+        is_image = self._is_image(ids)
+        runs = types[is_image & ~is_image.roll(1)].tolist()
         nums_steps = iter(inputs["video_grid_thw"][:, 0].tolist() if "video_grid_thw" in inputs else ())
-        items: list[tuple[int, int]] = []
-        while first:
-            token = first.pop(0)
-            num_steps = next(nums_steps) if token == getattr(config, "video_token_id", None) else 1
+        items: list[tuple[str, int]] = []
+        while runs:
+            kind = "video" if runs.pop(0) == 2 else "image"
+            num_steps = next(nums_steps) if kind == "video" else 1
             if self._has_timestamps:
                 # A run for each step.
-                del first[: num_steps - 1]
-            items.append((token, num_steps))
+                del runs[: num_steps - 1]
+            items.append((kind, num_steps))
         return items
 
     def _by_run(self, inputs: Any, taken: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
@@ -350,7 +352,7 @@ class HandPruned:
 
     @property
     def _has_timestamps(self) -> bool:
-        return self.family.startswith("qwen3")
+        return self.family.startswith(("qwen3", "glm"))
 
     def _select_items(
         self, inputs: Any, features: Any, texts: Sequence[str], budgets: Sequence[float | int]
@@ -377,8 +379,8 @@ class HandPruned:
         return torch.cat([chosen + part * size for part, chosen in enumerate(kept)])
 
     def _features_by_grid(self, inputs: Any, _images: Any) -> Any:
-        model, config = self.model.model, self.model.config
-        of_kind: dict[int, Any] = {}
+        model = self.model.model
+        of_kind: dict[str, Any] = {}
         num_levels = 0
         for kind, pixels, get_features in (
             ("image", "pixel_values", model.get_image_features),
@@ -386,8 +388,8 @@ class HandPruned:
         ):
             if f"{kind}_grid_thw" in inputs:
                 found, num_levels = self._encode_levels(get_features, inputs[pixels], inputs[f"{kind}_grid_thw"])
-                of_kind[getattr(config, f"{kind}_token_id")] = iter(found)
-        features = [next(of_kind[token]) for token, _ in self._items(inputs)]
+                of_kind[kind] = iter(found)
+        features = [next(of_kind[kind]) for kind, _ in self._items(inputs)]
         tokens = [(rows[:, : rows.shape[1] // (1 + num_levels)], key) for rows, key in features]
         return features, lambda texts, budgets: self._select_items(inputs, tokens, texts, budgets)
 

@@ -30,7 +30,7 @@ def template_arguments(family: FamilyName, checkpoint: Path) -> tuple[str, ...]:
 
 def prunes_videos(family: FamilyName) -> bool:
     """True for a family whose videos are pruned."""
-    return family.startswith(("qwen2.5", "qwen3"))
+    return family.startswith(("qwen2.5", "qwen3", "glm"))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.runtime.chats import Chat, data_url, small
 from tests.runtime.conftest import MAX_ASPECT_RATIO, MIN_TOKENS_IN
-from tests.runtime.serving import LOGPROB_TOLERANCE, Served
+from tests.runtime.serving import LOGPROB_TOLERANCE, Served, prunes_videos
 
 CUP = "What is in this cup?"
 CATS = "How many cats are on the red table?"
@@ -232,12 +232,10 @@ def test_corrupt_image_is_refused(served: Served) -> None:
 def test_a_video_that_is_none_or_of_another_model_is_refused(served: Served) -> None:
     content = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,aGVsbG8="}}, _text(CUP)]
     message = "it prunes images alone of this model"
-    if served.family.startswith(("qwen2.5", "qwen3")):
+    if prunes_videos(served.family):
         message = "a video cannot be decoded"
     elif served.family == "internvl3":
         message = "each frame as an image of its own"
-    elif served.family.startswith("glm"):
-        message = "each pair of frames as an image of its own"
     with pytest.raises(openai.BadRequestError, match=message):
         served.server.client().chat.completions.create(
             model="default",

@@ -27,7 +27,11 @@ from tests.runtime.serving import LOGPROB_TOLERANCE, Served
 pytestmark = needs_ffmpeg()
 
 QUESTION = "Where does the square go?"
-NUM_TOKENS = {"qwen2.5-vl": 560, "qwen3-vl": 352, "qwen3-vl-moe": 352, "qwen3.5": 352, "qwen3.5-moe": 352}
+NUM_TOKENS = {
+    **{"qwen2.5-vl": 560, "qwen3-vl": 352, "qwen3-vl-moe": 352, "qwen3.5": 352, "qwen3.5-moe": 352},
+    # GLM-4.5V takes more frames.
+    "glm-4.1v": 560,
+}
 """Those of a film, of 4 steps in time."""
 
 
@@ -119,9 +123,11 @@ def test_caches_know_film_and_question(served: Served) -> None:
     chat, other = (Chat.ask(film(seed=4), question) for question in (QUESTION, "What colour is it?"))
     first, again, of_other = served.ask(chat), served.ask(chat), served.ask(other)
     assert again["cached_tokens"] == served.from_cache(first["prompt_tokens"] - 1)
-    before_the_film = served.judge.prompt(chat.for_template()).partition("<|video_pad|>")[0]
-    # But for Qwen2.5-VL, the first timestamp is text as well.
+    is_glm = served.family.startswith("glm")
+    before_the_film = served.judge.prompt(chat.for_template()).partition("<|video|>" if is_glm else "<|video_pad|>")[0]
+    # The first timestamp is text as well, of a Qwen3; a GLM's stands behind the frames.
     before_the_film += "<0.2 seconds><|vision_start|>" if served.family.startswith("qwen3") else ""
+    before_the_film += "<|begin_of_image|>" if is_glm else ""
     num_before = len(served.judge.processor.tokenizer(before_the_film)["input_ids"])
     assert of_other["cached_tokens"] == served.from_cache(num_before)
     for asked, account in ((chat, first), (chat, again), (other, of_other)):
@@ -198,6 +204,19 @@ def test_bad_videos_are_refused(served: Served, make: Callable[[], Film], fields
         served.ask(Chat.ask(make(), QUESTION), **fields)
 
 
+def test_a_request_says_how_many_frames_a_glm_takes(served: Served) -> None:
+    if not served.family.startswith("glm"):
+        pytest.skip("SGLang takes as many frames of every video of this family")
+    for fps, num_steps in ((2.0, 4), (1.0, 2)):
+        video = {"type": "video_url", "video_url": {"url": film().url, "fps": fps}}
+        with pytest.raises(openai.BadRequestError, match=f"less than one for each of the {num_steps} steps in time"):
+            served.server.client().chat.completions.create(
+                model="default",
+                messages=[{"role": "user", "content": [video, {"type": "text", "text": QUESTION}]}],  # type: ignore[list-item, misc]
+                extra_body={"mm_processor_kwargs": {"mmtok_video_budget": "frame", "mmtok_budget": 1}},
+            )
+
+
 def test_a_broken_and_a_long_video_are_refused(served: Served) -> None:
     whole = film().data
     for cut, message in (
@@ -212,7 +231,7 @@ def test_a_broken_and_a_long_video_are_refused(served: Served) -> None:
 
 def test_the_server_answers_while_frames_are_decoded(served: Served) -> None:
     if served.family != "qwen2.5-vl":
-        pytest.skip("all Qwens decode in the same thread: seen once, with qwen2.5-vl")
+        pytest.skip("all families decode in the same thread: seen once, with qwen2.5-vl")
 
     def ask(seed: int) -> None:
         # The encoder would read more pixels than it may, which shows once the frames are there.

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputFormat
-from sglang.srt.multimodal.processors import qwen_vl
+from sglang.srt.multimodal.processors import glm4v, qwen_vl
 from sglang.srt.utils import VideoData
+from transformers import Glm4vVideoProcessor, Glm46VVideoProcessor
 
 from mmtok_sglang import limits as limits_module
+from mmtok_sglang.families.glm_4_1v import Glm41V
 from mmtok_sglang.images import ImageLoader
 from mmtok_sglang.limits import Limits
 from mmtok_sglang.videos import Video, VideoLoader, is_raw_video
@@ -175,3 +177,42 @@ def test_a_long_video_is_within_the_default_limits(seconds: int, width: int, hei
 def test_all_that_sglang_takes_of_a_video_is_encoded() -> None:
     for num_frames in range(4, 769, 2):
         Limits().check_encoded(pixels_read(1920, 1080, num_frames))
+
+
+@needs_ffmpeg()
+@pytest.mark.parametrize("asked", [{}, {"fps": 1.0}, {"max_frames": 3}, {"fps": 0.5, "max_frames": 2}], ids=str)
+@pytest.mark.parametrize("of_server", [{}, {"fps": 1.5}, {"max_frames": 6}], ids=str)
+@pytest.mark.parametrize("made", [Glm4vVideoProcessor, Glm46VVideoProcessor])
+def test_frames_of_a_glm_are_counted_as_they_are_taken(
+    made: Any, of_server: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    video_processor = made()
+    processor = SimpleNamespace(
+        server_args=None, video_config=of_server, _processor=SimpleNamespace(video_processor=video_processor)
+    )
+    for limit in (1, 100):
+        limits = Limits(max_video_frames=limit)
+        loader = Glm41V().video_loader(limits, ImageLoader(limits))
+        source = VideoData(film(24, 4.0).url, preprocess_kwargs=asked)
+        opening = loader.load([source], processor, are_pruned=True)
+        if limit == 1:
+            with pytest.raises(ValueError, match=r"\d+ frames would be read") as refused:
+                asyncio.run(opening)
+            counted = int(str(refused.value).split()[0])
+        else:
+            (video,) = asyncio.run(opening)
+            # As SGLang's processor goes on with it.
+            defaults = glm4v.glm_processor_video_config(video_processor) | of_server
+            (config,) = glm4v._merge_glm_video_configs(defaults, glm4v.split_glm_video_items([video])[1])
+            frames, _ = glm4v.glm_sample_and_decode_sync(video, config, video_processor)
+            assert counted == len(frames) == len(video.taken)
+
+
+@needs_ffmpeg()
+@pytest.mark.parametrize("fps", [0, -1, "fast"])
+def test_a_glm_refuses_a_rate_that_is_none(fps: Any) -> None:
+    processor = SimpleNamespace(server_args=None, video_config={}, _processor=SimpleNamespace(video_processor=None))
+    loader = Glm41V().video_loader(Limits(), ImageLoader(Limits()))
+    source = VideoData(film().url, preprocess_kwargs={"fps": fps})
+    with pytest.raises(ValueError, match="fps must be a positive finite number"):
+        asyncio.run(loader.load([source], processor, are_pruned=True))

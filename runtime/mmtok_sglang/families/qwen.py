@@ -362,10 +362,10 @@ class Qwen(Family):
 
 
 class QwenWithTimestamps(Qwen):
-    """A video has a run of placeholders for each step in time, and the step's timestamp before it.
+    """A video has a run of placeholders for each step in time, and the step's timestamp beside it.
 
-    The timestamps stay, and `<|vision_start|>` and `<|vision_end|>` around each run, also where none of a run's tokens
-    does; all of them keep their positions.
+    The timestamps stay, and the tokens that begin and end each run, also where none of a run's tokens does; all of them
+    keep their positions.
     """
 
     video_placeholder = "<|video_pad|>"
