@@ -62,7 +62,7 @@ def add_export_parser(commands: Any) -> None:
     selection.add_argument(
         "--keys-dtype",
         choices=DTYPES,
-        help="dtype of the features before the projector (default: float32 for a Qwen, else --dtype)",
+        help="dtype of the features before the projector (default: float32 for a Qwen or a GLM, else --dtype)",
     )
     _add_common(selection, "default llava-1.5")
 
@@ -73,13 +73,13 @@ def add_export_parser(commands: Any) -> None:
         "--image-size",
         type=_image_size,
         metavar="WxH",
-        help="size of an image in pixels; only a Qwen supports several sizes",
+        help="size of an image in pixels; only a Qwen or a GLM supports several sizes",
     )
     size.add_argument(
         "--tokens",
         type=_range,
         metavar="N",
-        help=f"tokens of an image, for a Qwen of any size or an InternVL3 of any number of tiles: {_SIZES}",
+        help=f"tokens of an image, for a Qwen or a GLM of any size or an InternVL3 of any number of tiles: {_SIZES}",
     )
     encoder.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the encoder (default float16)")
     encoder.add_argument(

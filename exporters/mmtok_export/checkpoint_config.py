@@ -27,12 +27,17 @@ FAMILIES = {
     "qwen3_vl_moe": "qwen3-vl-moe",
     "qwen3_5": "qwen3.5",
     "qwen3_5_moe": "qwen3.5-moe",
+    "glm4v": "glm-4.1v",
+    "glm4v_moe": "glm-4.5v",
     "internvl_chat": "internvl3",
     "internvl": "internvl3",
 }
 """model_type in config.json -> the name of the family, as presets have it."""
 
-ANY_SIZE = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe", "internvl3")
+ANY_SIZE = (
+    *("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"),
+    *("glm-4.1v", "glm-4.5v", "internvl3"),
+)
 """Families of which one graph can take images of any size."""
 
 

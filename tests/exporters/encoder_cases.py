@@ -57,6 +57,12 @@ def hugging_face(family: FamilyName, pixels: Tensor, image_size: tuple[int, int]
     if family == "llava-1.5":
         output = model.get_image_features(pixels)
         keys = output.hidden_states[-2][:, 1:]
+    elif family.startswith("glm"):
+        joined: list[Tensor] = []
+        model.model.visual.downsample.register_forward_pre_hook(lambda _, inputs: joined.append(inputs[0]))
+        grids = torch.tensor([[1, image_size[1] // 14, image_size[0] // 14]])
+        output = model.get_image_features(pixels, grids.repeat(len(pixels) // int(grids.prod()), 1))
+        keys = joined[0].float().mean((2, 3)).unflatten(0, (len(output.pooler_output), -1))
     elif family.startswith(("qwen2-", "qwen3")):
         side = 14 if family == "qwen2-vl" else 16
         grids = torch.tensor([[1, image_size[1] // side, image_size[0] // side]])

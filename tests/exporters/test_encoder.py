@@ -60,11 +60,8 @@ def assert_hugging_faces(
 ) -> None:
     judge = judge_of(family)
     image = small("astronaut", *size)
-    inputs = judge.processor(
-        text=["<image>" if family == "llava-1.5" else "<|vision_start|><|image_pad|><|vision_end|>"],
-        images=[image],
-        return_tensors="pt",
-    )
+    prompt = judge.prompt([{"role": "user", "content": [{"type": "image"}]}])
+    inputs = judge.processor(text=[prompt], images=[image], return_tensors="pt")
     with torch.no_grad():
         ((rows, keys),), _ = judge._features(inputs, [image])
     width = asked["text"].shape[-1]
@@ -81,7 +78,7 @@ def assert_hugging_faces(
         torch.testing.assert_close(outputs["deepstack_tokens"][0], planes, rtol=0, atol=1e-4)
     else:
         assert "deepstack_tokens" not in outputs
-    if family.startswith("qwen"):
+    if family != "llava-1.5":
         positions, _ = judge._positions(inputs)
         image_positions = positions[:, inputs["input_ids"][0] == judge.model.config.image_token_id]
         in_image = image_positions - image_positions[:, :1]
@@ -112,8 +109,8 @@ def test_qwen(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "side"), [("qwen2-vl", 28), ("qwen2.5-vl", 28), ("qwen3-vl", 32)])
-def test_qwen_of_any_size(tmp_path: Path, family: FamilyName, side: int) -> None:
+@pytest.mark.parametrize(("family", "side"), [("qwen2-vl", 28), ("qwen2.5-vl", 28), ("qwen3-vl", 32), ("glm-4.1v", 28)])
+def test_images_of_any_size(tmp_path: Path, family: FamilyName, side: int) -> None:
     path = tmp_path / "encoder.onnx"
     manifest = export(path, family, "--tokens=12:60:200", "--dtype=float32")
     assert manifest.check.status == "passed", manifest.check.detail

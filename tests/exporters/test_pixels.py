@@ -15,7 +15,8 @@ from tests.exporters.encoder_cases import PHOTOGRAPHS, checkpoint, pixels_of
 
 
 @pytest.mark.parametrize(
-    ("family", "image_size"), [("llava-1.5", (336, 336)), ("qwen2.5-vl", (112, 84)), ("qwen3-vl", (128, 96))]
+    ("family", "image_size"),
+    [("llava-1.5", (336, 336)), ("qwen2.5-vl", (112, 84)), ("qwen3-vl", (128, 96)), ("glm-4.1v", (112, 84))],
 )
 def test_a_processor_of_the_configuration_gives_the_familys_pixels(
     tmp_path: Path, family: FamilyName, image_size: tuple[int, int]

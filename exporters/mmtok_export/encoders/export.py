@@ -12,6 +12,7 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_export.checkpoint_config import EncoderError, check_any_size, family_of, read_json
 from mmtok_export.encoders.base import Encoder, ExportedEncoder, ImageSize
 from mmtok_export.encoders.checkpoint import fill_with_noise, load_weights
+from mmtok_export.encoders.glm_4_1v import Glm41VEncoder, Glm45VEncoder
 from mmtok_export.encoders.internvl3 import InternVL3Encoder
 from mmtok_export.encoders.llava_1_5 import Llava15Encoder
 from mmtok_export.encoders.llava_next import LlavaNextEncoder
@@ -28,6 +29,7 @@ _ENCODERS: dict[str, type[Encoder]] = {
     for each in (
         *(Llava15Encoder, LlavaNextEncoder, InternVL3Encoder, Qwen2VLEncoder, Qwen25VLEncoder),
         *(Qwen3VLEncoder, Qwen3VLMoeEncoder, Qwen35Encoder, Qwen35MoeEncoder),
+        *(Glm41VEncoder, Glm45VEncoder),
     )
 }
 
