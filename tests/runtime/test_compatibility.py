@@ -187,6 +187,7 @@ def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("llava-1.5", {"enable_lora": True}, "on llava-1.5: SGLang does not keep them out of its vision encoder"),
         ("llava-next", {"enable_lora": True}, "on llava-next: SGLang does not keep them out"),
         ("internvl3", {"enable_lora": True}, "on internvl3: SGLang does not keep them out"),
+        ("glm-4.5v", {"enable_lora": True}, "on glm-4.5v: SGLang does not keep them out"),
         ("llava-1.5", {"enable_lora": False}, None),
     ],
 )
