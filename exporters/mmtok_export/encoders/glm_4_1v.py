@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (PyTorch's own abbreviation)
 from transformers.models.glm4v.modeling_glm4v import Glm4vVisionModel
@@ -13,13 +12,13 @@ from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeVisionModel
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders.base import ImageSize, as_matrix
-from mmtok_export.encoders.qwen import QwenEncoder, patch_positions
+from mmtok_export.encoders.qwen import InterpolatingEncoder
 from mmtok_export.pixels import CLIP_SCALE
 
 __all__ = ["Glm41VEncoder", "Glm45VEncoder"]
 
 
-class Glm41VEncoder(QwenEncoder):
+class Glm41VEncoder(InterpolatingEncoder):
     """Encodes images into tokens of 28 x 28 px.
 
     The keys are the normalised output of the last block, averaged over the patches that the convolution joins.
@@ -45,21 +44,12 @@ class Glm41VEncoder(QwenEncoder):
         # The patches of a token lie one after another, each with all its channels.
         self.joint_weight, self.joint_bias = as_matrix(joint.weight.permute(0, 2, 3, 1)), joint.bias
         self.position_table = visual.embeddings.position_embedding.weight
-        if not self.takes_grid:
-            rows, columns = map(torch.tensor, self.grid[1:])
-            named = zip(("position_embeddings", "cos", "sin"), self._of_grid(rows, columns), strict=True)
-            for name, value in named:
-                self.constant(name, value.detach())
-            del self.position_table
+        self.prepare_grid()
         del visual.patch_embed, visual.rotary_pos_emb, visual.embeddings, visual.downsample
 
     def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns vision [B, N, D] and keys [B, N, d]; see `Encoder.forward`."""
-        if self.takes_grid:
-            pixels, rows, columns = self.read_grid(pixels, grid_thw)
-            embedded, *angles = self._of_grid(rows, columns)
-        else:
-            embedded, *angles = (self.get_buffer(name) for name in ("position_embeddings", "cos", "sin"))
+        pixels, embedded, angles = self.read(pixels, grid_thw)
         visual = self.visual
         hidden = F.linear(pixels.to(self.dtype), self.patch_weight, self.patch_bias)
         hidden = visual.post_conv_layernorm(hidden.view(self.batch_size, -1, self.keys_width)) + embedded
@@ -71,27 +61,15 @@ class Glm41VEncoder(QwenEncoder):
         vision: Tensor = visual.merger(F.linear(groups, self.joint_weight, self.joint_bias))
         return vision, self.keys_of(hidden)
 
-    def _of_grid(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the patches' position embeddings [S, C], and cos and sin of their rotary angles [S, head_dim].
-
-        Args:
-            rows: [] int, number of rows of tokens.
-            columns: [] int, number of columns of tokens.
-        """
-        merge = self.config.spatial_merge_size
-        tokens = torch.arange(rows.item() * columns.item())
-        positions = patch_positions(tokens // columns, tokens % columns, merge)
-        # Bicubic interpolation of a square table, whose corners are not aligned with the image's.
+    def interpolate(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Returns position embeddings [S, C] float32, bicubic, of places in the middle of patches."""
         side = math.isqrt(len(self.position_table))
         table = self.position_table.float().view(1, side, side, self.keys_width).permute(0, 3, 1, 2)
-        lengths = torch.stack([rows, columns]) * merge
         places = ((positions.float() + 0.5) / lengths) * 2 - 1
         sampled = F.grid_sample(
             table, places.flip(1).view(1, -1, 1, 2), mode="bicubic", padding_mode="border", align_corners=False
         )
-        embedded = sampled.view(self.keys_width, -1).T
-        angles = self.angles_of(positions)
-        return embedded.to(self.dtype), angles.cos(), angles.sin()
+        return sampled.view(self.keys_width, -1).T
 
 
 class Glm45VEncoder(Glm41VEncoder):

@@ -15,7 +15,7 @@ from mmtok_deploy.dim_range import DimRange
 from mmtok_export.checkpoint_config import EncoderError, check_multiples
 from mmtok_export.encoders.base import Encoder, ImageSize
 
-__all__ = ["QwenEncoder", "patch_positions"]
+__all__ = ["InterpolatingEncoder", "QwenEncoder", "patch_positions"]
 
 
 class QwenEncoder(Encoder):
@@ -145,6 +145,56 @@ class QwenEncoder(Encoder):
         attended = F.scaled_dot_product_attention(query, key, value)
         output: Tensor = attention.proj(attended.transpose(1, 2).reshape(self.batch_size, -1, attention.dim))
         return output
+
+
+class InterpolatingEncoder(QwenEncoder):
+    """An encoder with position embeddings of a square grid, which are interpolated for the image's."""
+
+    position_table: Tensor
+    """[side * side, C]."""
+    dtype: torch.dtype
+    """The weights'."""
+
+    def prepare_grid(self) -> None:
+        """Makes the constants of the grid, for images of one size; call it with `position_table` set."""
+        if not self.takes_grid:
+            rows, columns = map(torch.tensor, self.grid[1:])
+            named = zip(("position_embeddings", "cos", "sin"), self._of_grid(rows, columns), strict=True)
+            for name, value in named:
+                self.constant(name, value.detach())
+            del self.position_table
+
+    def read(self, pixels: Tensor, grid_thw: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Returns `pixels`, the patches' position embeddings [S, C], and cos and sin of their angles [S, head_dim]."""
+        if self.takes_grid:
+            pixels, rows, columns = self.read_grid(pixels, grid_thw)
+            embedded, *angles = self._of_grid(rows, columns)
+        else:
+            embedded, *angles = (self.get_buffer(name) for name in ("position_embeddings", "cos", "sin"))
+        return pixels, embedded, angles
+
+    def interpolate(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Returns position embeddings [S, C] float32.
+
+        Args:
+            positions: [S, 2] int, row and column of each patch.
+            lengths: [2] int, rows and columns of the grid.
+        """
+        raise NotImplementedError
+
+    def _of_grid(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the patches' position embeddings, and cos and sin of their rotary angles.
+
+        Args:
+            rows: [] int, number of rows of tokens.
+            columns: [] int, number of columns of tokens.
+        """
+        merge = self.config.spatial_merge_size
+        tokens = torch.arange(rows.item() * columns.item())
+        positions = patch_positions(tokens // columns, tokens % columns, merge)
+        embedded = self.interpolate(positions, torch.stack([rows, columns]) * merge)
+        angles = self.angles_of(positions)
+        return embedded.to(self.dtype), angles.cos(), angles.sin()
 
 
 def patch_positions(rows: Tensor, columns: Tensor, merge_size: int) -> Tensor:

@@ -12,12 +12,12 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from mmtok_deploy.dim_range import DimRange
 from mmtok_export.encoders.base import ImageSize, as_matrix
-from mmtok_export.encoders.qwen import QwenEncoder, patch_positions
+from mmtok_export.encoders.qwen import InterpolatingEncoder
 
 __all__ = ["Qwen3VLEncoder", "Qwen3VLMoeEncoder"]
 
 
-class Qwen3VLEncoder(QwenEncoder):
+class Qwen3VLEncoder(InterpolatingEncoder):
     """Encodes images into tokens of 32 x 32 px, and DeepStack's features for the language model's first layers.
 
     The keys are the last block's output, averaged over each merged group of patches, before the merger.
@@ -42,21 +42,12 @@ class Qwen3VLEncoder(QwenEncoder):
         self.dtype = kernel.weight.dtype
         self.patch_weight, self.patch_bias = as_matrix(kernel.weight), kernel.bias
         self.position_table = visual.pos_embed.weight
-        if not self.takes_grid:
-            rows, columns = map(torch.tensor, self.grid[1:])
-            named = zip(("position_embeddings", "cos", "sin"), self._of_grid(rows, columns), strict=True)
-            for name, value in named:
-                self.constant(name, value.detach())
-            del self.position_table
+        self.prepare_grid()
         del visual.patch_embed, visual.rotary_pos_emb, visual.pos_embed
 
     def forward(self, pixels: Tensor, grid_thw: Tensor | None = None) -> tuple[Tensor, ...]:
         """Returns vision [B, N, D], keys [B, N, d] and, with DeepStack, levels [B, N, L * D]."""
-        if self.takes_grid:
-            pixels, rows, columns = self.read_grid(pixels, grid_thw)
-            embedded, *angles = self._of_grid(rows, columns)
-        else:
-            embedded, *angles = (self.get_buffer(name) for name in ("position_embeddings", "cos", "sin"))
+        pixels, embedded, angles = self.read(pixels, grid_thw)
         hidden = F.linear(pixels.to(self.dtype), self.patch_weight, self.patch_bias)
         hidden = hidden.view(self.batch_size, -1, self.keys_width) + embedded
         levels: list[Tensor] = []
@@ -68,19 +59,22 @@ class Qwen3VLEncoder(QwenEncoder):
         features = self._merged(self.visual.merger, hidden), self.keys_of(hidden)
         return (*features, torch.cat(levels, dim=2)) if levels else features
 
-    def _of_grid(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the patches' position embeddings [S, C], and cos and sin of their rotary angles [S, head_dim].
+    def interpolate(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Returns position embeddings [S, C] float32, bilinear, with aligned corners.
 
-        Args:
-            rows: [] int, number of rows of tokens.
-            columns: [] int, number of columns of tokens.
+        Source: transformers 5.19 vision_utils.py, `get_vision_interpolation_indices_and_weights` with "bilinear" and
+            `align_corners`.
         """
-        merge = self.config.spatial_merge_size
-        tokens = torch.arange(rows.item() * columns.item())
-        positions = patch_positions(tokens // columns, tokens % columns, merge)
-        embedded = _interpolate(self.position_table, positions, torch.stack([rows, columns]) * merge)
-        angles = self.angles_of(positions)
-        return embedded.to(self.dtype), angles.cos(), angles.sin()
+        table = self.position_table
+        side = math.isqrt(len(table))
+        places = positions.float() * (side - 1) / (lengths - 1).clamp(min=1)
+        before = places.floor()
+        below, right = (places - before).split(1, dim=1)
+        row, column = before.long().unbind(1)
+        next_row, next_column = (each.clamp(max=side - 1) for each in (row + 1, column + 1))
+        upper = table[row * side + column] * (1 - right) + table[row * side + next_column] * right
+        lower = table[next_row * side + column] * (1 - right) + table[next_row * side + next_column] * right
+        return upper * (1 - below) + lower * below
 
     def _merged(self, merger: Any, hidden: Tensor) -> Tensor:
         """Returns the merged tokens [B, N, D]."""
@@ -92,25 +86,3 @@ class Qwen3VLMoeEncoder(Qwen3VLEncoder):
     """The same encoder for models with a mixture of experts."""
 
     family = "qwen3-vl-moe"
-
-
-def _interpolate(table: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
-    """Returns the position embeddings [S, C] float32, by bilinear interpolation of the table with aligned corners.
-
-    Args:
-        table: [side * side, C], position embeddings of a square grid.
-        positions: [S, 2] int, row and column of each patch.
-        lengths: [2] int, rows and columns of the grid.
-
-    Source: transformers 5.19 vision_utils.py, `get_vision_interpolation_indices_and_weights` with "bilinear" and
-        `align_corners`.
-    """
-    side = math.isqrt(len(table))
-    places = positions.float() * (side - 1) / (lengths - 1).clamp(min=1)
-    before = places.floor()
-    below, right = (places - before).split(1, dim=1)
-    row, column = before.long().unbind(1)
-    next_row, next_column = (each.clamp(max=side - 1) for each in (row + 1, column + 1))
-    upper = table[row * side + column] * (1 - right) + table[row * side + next_column] * right
-    lower = table[next_row * side + column] * (1 - right) + table[next_row * side + next_column] * right
-    return upper * (1 - below) + lower * below
