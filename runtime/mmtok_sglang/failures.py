@@ -34,9 +34,8 @@ from torch import Tensor
 from mmtok_sglang.cache_key import names_of
 from mmtok_sglang.disaggregation import fail_transfer
 from mmtok_sglang.ranks import num_ranks
-from mmtok_sglang.refusals import count_refusal
 from mmtok_sglang.repeated_warnings import RepeatedWarning
-from mmtok_sglang.sessions import cuts_an_image, streaming_session_of
+from mmtok_sglang.sessions import refused_turn, streaming_session_of
 
 __all__ = ["Failures", "RankError", "drop_cached_embedding", "failed_on_all_ranks", "kill_other_ranks", "refuse"]
 
@@ -46,10 +45,6 @@ logger = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 2.0
 _POLL_INTERVAL_S = 0.005
 _PROXY_KEY = "mmtok_failed_image_"
-_CUTS_AN_IMAGE = (
-    "MMTok: the session's offset cuts off an image of an earlier turn, or a part of it: send an offset behind the "
-    "image's tokens, or continue from the turn before the image by its rid"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +195,7 @@ class Failures:
         return result
 
     def take_in(self, original: Callable[..., None], scheduler: Any, recv_req: Any, **kwargs: Any) -> None:
-        """Takes in a request; it is answered with HTTP 500 if that fails on all ranks.
-
-        Refused (HTTP 400) is a turn with images of a streaming session whose turn before is under way: SGLang 0.5.23
-        refuses it, too, and then looks for the places of its images in a prompt that it has put away. So is a turn of
-        a session whose offset cuts off an image.
+        """Takes in a request; it is answered with HTTP 500 if that fails on all ranks, with 400 if it is refused.
 
         Raises:
             RankError: It failed on some ranks alone, or on a pipeline stage behind the first one.
@@ -212,15 +203,10 @@ class Failures:
         if isinstance(recv_req.input_text, _Refused):
             refuse(scheduler, recv_req, recv_req.input_text.reason)
             return
-        has_images, reason = recv_req.mm_inputs is not None, None
-        session = streaming_session_of(scheduler, recv_req)
-        is_busy = session is not None and session._inflight
-        if is_busy and has_images:
-            reason = FINISH_ABORT("Streaming session already has an active request.", 400, "BadRequestError")
-        elif cuts_an_image(scheduler, recv_req):
-            count_refusal("placeholders")
-            reason = FINISH_ABORT(_CUTS_AN_IMAGE, 400, "BadRequestError")
-        else:
+        has_images, reason = recv_req.mm_inputs is not None, refused_turn(scheduler, recv_req)
+        if reason is None:
+            session = streaming_session_of(scheduler, recv_req)
+            is_busy = session is not None and session._inflight
             try:
                 original(scheduler, recv_req, **kwargs)
             except RankError:

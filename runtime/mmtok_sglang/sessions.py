@@ -8,15 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_parallel
 
+from mmtok_sglang.refusals import count_refusal
+
 __all__ = [
-    "cuts_an_image",
     "holds_turns_before",
     "move_behind_turns",
+    "refused_turn",
     "release_retracted_turn",
     "streaming_session_of",
 ]
+
+_CUTS_AN_IMAGE = (
+    "MMTok: the session's offset cuts off an image of an earlier turn, or a part of it: send an offset behind the "
+    "image's tokens, or continue from the turn before the image by its rid"
+)
 
 
 def streaming_session_of(scheduler: Any, recv_req: Any) -> Any:
@@ -34,22 +42,21 @@ def holds_turns_before(scheduler: Any, req: Any) -> bool:
     return holds
 
 
-def cuts_an_image(scheduler: Any, recv_req: Any) -> bool:
-    """Returns whether a turn that is not taken in yet goes on from a turn before, without an image of it or a part.
+def refused_turn(scheduler: Any, recv_req: Any) -> FINISH_ABORT | None:
+    """Returns why a turn that is not taken in yet is refused (HTTP 400), None if it is not.
 
-    SGLang 0.5.23 keeps the images that a turn's offset cuts off (session/session_controller.py, `create_req`), and
-    reads features of them that the prompt has no place for: an error, in a batch with other requests.
+    That is a turn with images while the turn before is under way in a streaming session: SGLang 0.5.23 refuses it, too,
+    and then looks for the places of its images in a prompt that it has put away. And a turn whose offset cuts off an
+    image of a turn before, or a part of it: SGLang keeps that image (session/session_controller.py, `create_req`), and
+    reads features of it that the prompt has no place for: an error, in a batch with other requests.
     """
-    params: Any = getattr(recv_req, "session_params", None)
-    if params is None or not params.offset:
-        return False
-    session = scheduler.session_controller.get(params.id)
-    node = session.req_nodes.get(params.rid) if session is not None else None
-    if node is None or node.req.multimodal_inputs is None:
-        return False
-    answer = () if params.drop_previous_output else node.req.output_ids[: node.req.sampling_params.max_new_tokens]
-    num_kept = len(range(len(node.req.origin_input_ids) + len(answer))[: params.offset])
-    return any(end >= num_kept for item in node.req.multimodal_inputs.mm_items for _, end in item.offsets or ())
+    session = streaming_session_of(scheduler, recv_req)
+    if session is not None and session._inflight and recv_req.mm_inputs is not None:
+        return FINISH_ABORT("Streaming session already has an active request.", 400, "BadRequestError")
+    if _cuts_an_image(scheduler, recv_req):
+        count_refusal("placeholders")
+        return FINISH_ABORT(_CUTS_AN_IMAGE, 400, "BadRequestError")
+    return None
 
 
 def move_behind_turns(original: Callable[..., None], recv_req: Any, req: Any, image_inputs: Any) -> None:
@@ -79,3 +86,16 @@ def release_retracted_turn(original: Callable[..., bool], sessions: Any, req: An
     del sessions.slots[req.session.session_id]
     req.lock, slot.lock = slot.lock, None
     return False
+
+
+def _cuts_an_image(scheduler: Any, recv_req: Any) -> bool:
+    params: Any = getattr(recv_req, "session_params", None)
+    if params is None or not params.offset:
+        return False
+    session = scheduler.session_controller.get(params.id)
+    node = session.req_nodes.get(params.rid) if session is not None else None
+    if node is None or node.req.multimodal_inputs is None:
+        return False
+    answer = () if params.drop_previous_output else node.req.output_ids[: node.req.sampling_params.max_new_tokens]
+    num_kept = len(range(len(node.req.origin_input_ids) + len(answer))[: params.offset])
+    return any(end >= num_kept for item in node.req.multimodal_inputs.mm_items for _, end in item.offsets or ())
