@@ -25,26 +25,30 @@ SIZE = (56, 42)
 
 
 class SmallEncoder(nn.Module):
-    """Patches of 14 pixels, a layer, a projector."""
+    """Patches of 14 pixels, a layer, a projector; tokens of the dtype."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.dtype = dtype
         self.patches = nn.Conv2d(3, 24, 14, 14)
         self.layer = nn.Linear(24, 24)
         self.projector = nn.Linear(24, 16)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         keys = self.layer(self.patches(pixels).flatten(2).transpose(1, 2))
-        return self.projector(torch.tanh(keys)), keys
+        return self.projector(torch.tanh(keys)).to(self.dtype), keys
 
 
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("small") / "visual.onnx", torch.float32)
+
+
+def save_encoder(path: Path, dtype: torch.dtype) -> Path:
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("small") / "visual.onnx"
     pixels = torch.randn(1, 3, SIZE[1], SIZE[0])
     torch.onnx.export(
-        SmallEncoder().eval(),
+        SmallEncoder(dtype).eval(),
         (pixels,),
         path,
         input_names=["pixels"],
@@ -117,6 +121,29 @@ def test_features_that_are_not_the_encoders(onnx_file: Path, tmp_path: Path, edg
 
     with pytest.raises(CheckFailedError, match=f"{edge} are not those of the encoder alone: they differ by"):
         export(onnx_file, tmp_path / "a.onnx", square)
+
+
+@pytest.mark.parametrize(("dtype", "percent"), [(torch.float32, 1), (torch.float16, 1), (torch.float16, 10)])
+def test_keys_of_a_half_precision_encoder_may_differ_by_its_rounding(
+    tmp_path: Path, dtype: torch.dtype, percent: int
+) -> None:
+    """Keys are float32 all the same: means of what the encoder has rounded."""
+
+    def enlarge(attached: Attached) -> None:
+        model, name = attached.model, attached.details["edges"]["keys"]["name"]
+        (node,) = (node for node in model.graph if node.outputs[0].name == name)
+        value, factor = node.inputs[0], ir.tensor(np.array(1 + percent / 100, np.float32), name="factor")
+        constant = ir.node("Constant", [], {"value": factor})
+        enlarged = ir.node("Mul", [value, constant.outputs[0]])
+        node.replace_input_with(0, enlarged.outputs[0])
+        model.graph.insert_before(node, [constant, enlarged])
+
+    path = save_encoder(tmp_path / "visual.onnx", dtype)
+    if dtype == torch.float16 and percent == 1:
+        export(path, tmp_path / "a.onnx", enlarge)
+    else:
+        with pytest.raises(CheckFailedError, match="keys are not those of the encoder alone: they differ by"):
+            export(path, tmp_path / "a.onnx", enlarge)
 
 
 def test_given_inputs_of_the_whole_graph(onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
