@@ -91,7 +91,7 @@ def film(num_frames: int = 16, frames_per_s: float = 4.0, seed: int = 0, *, scal
 def steady(family: str) -> Film:
     """Returns a film of which half of the tokens are chosen by more than rounding.
 
-    Of others so large a share is decided by the last bits of tokens of the background, which stands still.
+    So large a share of other films is decided by the last bits of tokens of the background, which stands still.
     """
     return film(12, 5.0, seed=3 if family.startswith("glm") else 1)
 
